@@ -1,0 +1,37 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Mixture-of-Experts models for transformers.
+
+Importing the package registers `model_type = "moe"` with AutoConfig and the AutoModel classes.
+"""
+
+import transformers
+
+from .configuration_moe import MoEConfig
+from .modeling_moe import (
+    MODELS,
+    MoEForCausalLM,
+    MoEForQuestionAnswering,
+    MoEForSequenceClassification,
+    MoEForTokenClassification,
+    MoEModel,
+    MoEPreTrainedModel,
+)
+from .routing import Routing
+
+
+__version__ = "0.1.0"
+
+transformers.AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
+for _model in MODELS:
+    getattr(transformers, _model._auto_class).register(MoEConfig, _model, exist_ok=True)
+
+__all__ = [
+    "MoEConfig",
+    "MoEForCausalLM",
+    "MoEForQuestionAnswering",
+    "MoEForSequenceClassification",
+    "MoEForTokenClassification",
+    "MoEModel",
+    "MoEPreTrainedModel",
+    "Routing",
+]

@@ -1,0 +1,332 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""MoEConfig: one declared configuration for every sparse decoder this package holds."""
+
+import difflib
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+ROUTER_TYPES = ("topk",)
+SCORING_FUNCS = ("softmax", "sigmoid")
+
+
+@strict
+class MoEConfig(PreTrainedConfig):
+    r"""Configuration of a [`MoEModel`]: a decoder whose feed-forward networks are, layer by layer, dense or sparse.
+
+    The names are transformers' own. With every layer dense it holds Llama, Mistral, Qwen2 and Qwen3 exactly; with
+    sparse layers Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE, and DeepSeek-V3's sparse block.
+
+    Args:
+        vocab_size: entries of the embedding.
+        hidden_size: width H of the residual stream.
+        intermediate_size: width of a dense feed-forward network.
+        num_hidden_layers: number of decoder layers.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads, a divisor of the query heads; all of them if not given.
+        head_dim: width of a head, even; `hidden_size / num_attention_heads` if not given.
+        hidden_act: activation of all feed-forward networks, a name in transformers' `ACT2FN`.
+        max_position_embeddings: longest sequence the rotary embedding is meant for.
+        initializer_range: standard deviation of new weights.
+        rms_norm_eps: epsilon of every norm.
+        tie_word_embeddings: whether the head shares the embedding's weight.
+        rope_parameters: rotary embedding as transformers defines it, `rope_theta` and `rope_type` included.
+        attention_bias: biases on the query, key, value and output projections (Llama's switch).
+        qkv_bias: biases on query, key and value only (Qwen2).
+        qk_norm: RMS norm of queries and keys: `"head"` per head (Qwen3), `"full"` over all heads (OLMoE), or none.
+        clip_qkv: clamp queries, keys and values to [-clip_qkv, clip_qkv] (OLMoE).
+        attention_dropout: dropout of the attention probabilities.
+        sliding_window: window in tokens of the layers whose type is `"sliding_attention"`.
+        layer_types: `"full_attention"` or `"sliding_attention"` for each layer; all sliding if there is a window.
+        gated_mlp: dense feed-forward networks are `down(act(gate(x)) * up(x))` rather than `down(act(up(x)))`.
+        mlp_bias: biases in every feed-forward network, experts included.
+        mlp_layer_types: `"sparse"` or `"dense"` for each layer; all sparse if not given. `first_k_dense_replace` and
+            `mlp_only_layers` are accepted in its place.
+        num_experts: routed experts E of a sparse layer (also `num_local_experts`, `n_routed_experts`).
+        num_experts_per_tok: experts K that a token is sent to.
+        moe_intermediate_size: width of a routed expert; `intermediate_size` if not given.
+        gated_experts: as `gated_mlp`, for routed and shared experts; `gated_mlp` if not given.
+        num_shared_experts: experts every token passes through (also `n_shared_experts`), computed as one network.
+        shared_expert_intermediate_size: its width; `num_shared_experts * moe_intermediate_size` if not given.
+        shared_expert_gate: scale the shared experts by a sigmoid of a learned projection (Qwen2-MoE).
+        router_type: how experts are chosen; a key of `modeling_moe.routing.ROUTERS`.
+        scoring_func: `"softmax"`, or `"sigmoid"` (DeepSeek-V3).
+        norm_topk_prob: divide a token's K weights by their sum.
+        routed_scaling_factor: factor on the weights, after the division.
+        n_group: groups of experts of which `topk_group` stay eligible for a token (DeepSeek-V3); 1 switches it off.
+        topk_group: eligible groups.
+        router_selection_bias: add the fp32 buffer `e_score_correction_bias` to the scores that choose the experts, not
+            to those that weigh them (DeepSeek-V3, arXiv:2408.15664).
+        router_bias_update_rate: step by which that bias moves towards balance, once per optimizer step.
+        router_jitter_noise: multiply the router's input, and nothing else, by U[1 - noise, 1 + noise] in training.
+        router_aux_loss_coef: weight of the load-balancing loss, in training (Switch, arXiv:2101.03961, eq. 4).
+            transformers' loss of the same name is `num_experts_per_tok` times larger.
+        router_z_loss_coef: weight of the router's z-loss, in training (ST-MoE, arXiv:2202.08906, eq. 5).
+        output_router_logits: return the router's logits and the balance loss. It does not switch any loss on or off.
+
+    Raises:
+        ValueError: for a value that no model can have; the message names the field and the remedy.
+
+    Example:
+
+    ```python
+    >>> from modeling_moe import MoEConfig, MoEForCausalLM
+
+    >>> config = MoEConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_experts=8)
+    >>> model = MoEForCausalLM(config)
+    >>> config.num_params(), config.num_active_params()
+    (80091648, 46389760)
+    ```
+    """
+
+    model_type = "moe"
+    _auto_class = "AutoConfig"
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "expert_load"]
+    attribute_map = {
+        "num_local_experts": "num_experts",
+        "n_routed_experts": "num_experts",
+        "n_shared_experts": "num_shared_experts",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: Literal["head", "full"] | None = None
+    clip_qkv: float | None = None
+    attention_dropout: float | int = 0.0
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    mlp_layer_types: list[str] | None = None
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    gated_experts: bool | None = None
+    num_shared_experts: int = 0
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
+    router_type: str = "topk"
+    scoring_func: str = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    router_selection_bias: bool = False
+    router_bias_update_rate: float = 0.0
+    router_jitter_noise: float = 0.0
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.001
+    output_router_logits: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelt(kwargs)
+        for alias in self.attribute_map:
+            if alias in kwargs:
+                setattr(self, alias, kwargs.pop(alias))
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                    f"({self.num_attention_heads}): change one of them or set head_dim."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            attention = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [attention] * self.num_hidden_layers
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.gated_experts is None:
+            self.gated_experts = self.gated_mlp
+        if self.shared_expert_intermediate_size is None:
+            self.shared_expert_intermediate_size = self.num_shared_experts * self.moe_intermediate_size
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+        super().__post_init__(**kwargs)
+        if self.num_experts_per_tok == 1 and self.norm_topk_prob and "sparse" in self.mlp_layer_types:
+            logger.warning_once(
+                "num_experts_per_tok=1 with norm_topk_prob=True gives every expert the weight 1: the router gets no "
+                "gradient from the task. Set norm_topk_prob=False unless the router is meant to stay as it is."
+            )
+
+    @classmethod
+    def _refuse_misspelt(cls, kwargs: dict) -> None:
+        """transformers keeps unknown keys; one letter away from a field they are a mistake that would be ignored."""
+        declared = [name for name in cls.__annotations__ if not name.endswith("_token_id")]
+        for name in kwargs:
+            if hasattr(cls, name) or name in cls.attribute_map or name.endswith("_token_id"):
+                continue
+            if close := difflib.get_close_matches(name, declared, n=1, cutoff=0.85):
+                raise ValueError(f"unknown field {name!r} in MoEConfig: did you mean {close[0]!r}?")
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        # a norm over all heads needs the gathered projection
+        colwise, rowwise = "colwise", "rowwise"
+        if self.qk_norm == "full":
+            colwise, rowwise = "colwise_gather_output", "rowwise_split_input"
+        plan = {f"layers.*.self_attn.{name}_proj": colwise for name in "qkv"}
+        plan["layers.*.self_attn.o_proj"] = rowwise
+        if self.qk_norm == "head":
+            plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+        networks = ["mlp"] * ("dense" in self.mlp_layer_types) + ["mlp.shared_experts"] * self.has_shared_experts
+        for network in networks:
+            plan |= {f"layers.*.{network}.{name}_proj": "colwise" for name in ("gate", "up")}
+            plan[f"layers.*.{network}.down_proj"] = "rowwise"
+        if "sparse" in self.mlp_layer_types and self.gated_experts and not self.mlp_bias:
+            plan["layers.*.mlp.experts.gate_up_proj"] = "packed_colwise"
+            plan["layers.*.mlp.experts.down_proj"] = "rowwise"
+            plan["layers.*.mlp.experts"] = "moe_tp_experts"
+        return plan
+
+    def validate_moe(self):
+        """Checks what the types cannot say. Part of the `@strict` validation."""
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads}): choose a divisor."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}: the rotary embedding needs an even number of at least 2.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
+        for name in ("layer_types", "mlp_layer_types"):
+            if len(getattr(self, name)) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} names {len(getattr(self, name))} layers and num_hidden_layers is "
+                    f"{self.num_hidden_layers}: give one entry for each layer."
+                )
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention but sliding_window is not set: set it, in tokens.")
+        for name in (
+            "router_aux_loss_coef",
+            "router_z_loss_coef",
+            "router_bias_update_rate",
+            "router_jitter_noise",
+            "attention_dropout",
+            "num_shared_experts",
+            "shared_expert_intermediate_size",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 (off) or positive.")
+
+    def validate_routing(self):
+        """Checks the fields of the router. Part of the `@strict` validation."""
+        experts, top_k = self.num_experts, self.num_experts_per_tok
+        if self.router_type not in ROUTER_TYPES:
+            raise ValueError(f"router_type {self.router_type!r} is unknown: choose one of {', '.join(ROUTER_TYPES)}.")
+        if self.scoring_func not in SCORING_FUNCS:
+            raise ValueError(
+                f"scoring_func {self.scoring_func!r} is unknown: choose one of {', '.join(SCORING_FUNCS)}."
+            )
+        if experts < 1:
+            raise ValueError(f"num_experts is {experts}: a sparse layer needs at least 1.")
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"num_experts_per_tok is {top_k}: it must lie between 1 and num_experts ({experts}).")
+        if self.n_group < 1 or experts % self.n_group:
+            raise ValueError(f"n_group ({self.n_group}) does not divide num_experts ({experts}): choose a divisor.")
+        if not 1 <= self.topk_group <= self.n_group:
+            raise ValueError(f"topk_group is {self.topk_group}: it must lie between 1 and n_group ({self.n_group}).")
+        if top_k > self.topk_group * (experts // self.n_group):
+            raise ValueError(
+                f"num_experts_per_tok ({top_k}) exceeds the experts of topk_group={self.topk_group} groups of "
+                f"{experts // self.n_group}: raise topk_group or lower num_experts_per_tok."
+            )
+        if self.router_bias_update_rate and not self.router_selection_bias:
+            raise ValueError("router_bias_update_rate moves a bias that is not there: set router_selection_bias=True.")
+
+    @property
+    def has_shared_experts(self) -> bool:
+        """Whether a sparse layer also sends every token through shared experts."""
+        return self.shared_expert_intermediate_size > 0
+
+    @property
+    def first_k_dense_replace(self) -> int:
+        """Number of leading dense layers (DeepSeek's name for part of `mlp_layer_types`)."""
+        return next((i for i, kind in enumerate(self.mlp_layer_types) if kind != "dense"), self.num_hidden_layers)
+
+    @first_k_dense_replace.setter
+    def first_k_dense_replace(self, value: int):
+        self.mlp_only_layers = list(range(value))
+
+    @property
+    def mlp_only_layers(self) -> list[int]:
+        """Indices of the dense layers (Qwen's name for `mlp_layer_types`)."""
+        return [i for i, kind in enumerate(self.mlp_layer_types) if kind == "dense"]
+
+    @mlp_only_layers.setter
+    def mlp_only_layers(self, value: list[int]):
+        self.mlp_layer_types = ["dense" if i in value else "sparse" for i in range(self.num_hidden_layers)]
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+
+    def _mlp_params(self, width: int, gated: bool) -> int:
+        weights = self.hidden_size * width * (3 if gated else 2)
+        return weights + self.mlp_bias * (width * (2 if gated else 1) + self.hidden_size)
+
+    def _attention_params(self) -> int:
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        params = 2 * self.hidden_size * (queries + keys)
+        if self.attention_bias or self.qkv_bias:
+            params += queries + 2 * keys
+        if self.attention_bias:
+            params += self.hidden_size
+        return params + {None: 0, "head": 2 * self.head_dim, "full": queries + keys}[self.qk_norm]
+
+    def _params_with(self, experts: int) -> int:
+        """Parameters of the causal LM if a sparse layer had `experts` routed experts and its router all of them."""
+        dense = self._mlp_params(self.intermediate_size, self.gated_mlp)
+        sparse = self.num_experts * self.hidden_size
+        sparse += experts * self._mlp_params(self.moe_intermediate_size, self.gated_experts)
+        if self.has_shared_experts:
+            sparse += self._mlp_params(self.shared_expert_intermediate_size, self.gated_experts)
+            sparse += self.shared_expert_gate * self.hidden_size
+        layers = sum({"dense": dense, "sparse": sparse}[kind] for kind in self.mlp_layer_types)
+        layers += self.num_hidden_layers * (self._attention_params() + 2 * self.hidden_size)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + layers + self.hidden_size
+
+    def num_params(self) -> int:
+        """Number of parameters of `MoEForCausalLM`, a tied head counted once."""
+        return self._params_with(self.num_experts)
+
+    def num_active_params(self) -> int:
+        """Number of parameters that one token uses: all but the routed experts it is not sent to."""
+        return self._params_with(self.num_experts_per_tok)
+
+
+__all__ = ["MoEConfig"]

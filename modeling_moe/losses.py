@@ -1,0 +1,54 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Losses of one sparse layer: pure functions of its [`Routing`] and of which tokens count.
+
+# T tokens, E experts, K experts per token
+"""
+
+import torch
+
+from .routing import Routing, expert_load
+
+
+def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the tokens (dimension 0 of `values`) that count; 0 if none does."""
+    if token_mask is None:
+        return values.mean(dim=0)
+    mask = token_mask.to(values.dtype)
+    return torch.tensordot(mask, values, dims=1) / mask.sum().clamp(min=1)
+
+
+def load_balancing_loss(routing: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """`E * sum_i f_i P_i` with f_i expert i's share of the assignments and P_i its mean probability.
+
+    Switch Transformer (arXiv:2101.03961), eq. 4-6, for any K: 1 when all experts get the same share, E when one gets
+    all. The gradient flows through P alone.
+
+    Args:
+        routing: of T tokens.
+        token_mask: (T,), 0 for tokens that do not count (padding).
+
+    Returns:
+        Scalar in the dtype of the logits.
+    """
+    load = expert_load(routing, token_mask)
+    share = load / load.sum().clamp(min=1)
+    return len(load) * (share * masked_mean(routing.probs, token_mask)).sum()
+
+
+def router_z_loss(routing: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of `logsumexp(logits)^2` over the tokens: keeps the router's logits small.
+
+    ST-MoE (arXiv:2202.08906), eq. 5.
+
+    Args:
+        routing: of T tokens.
+        token_mask: (T,), 0 for tokens that do not count (padding).
+
+    Returns:
+        Scalar in the dtype of the logits.
+    """
+    return masked_mean(routing.logits.logsumexp(dim=-1).square(), token_mask)
+
+
+# config field of the weight -> loss
+LOSSES = {"router_aux_loss_coef": load_balancing_loss, "router_z_loss_coef": router_z_loss}

@@ -1,0 +1,703 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""The decoder, in the order a token passes it.
+
+# B batch, S sequence, T = B*S tokens, H hidden, I expert width, E experts, K experts per token
+ids -> embed -> [decoder layer] x L -> norm -> lm_head
+decoder layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))     mlp: MoEBlock or MoEMLP, by config.mlp_layer_types
+MoEBlock:       routing = gate(tokens);  y = experts(tokens, routing.index, routing.weight) + shared_experts(tokens)
+training:       loss = cross entropy + sum of (coefficient * router loss), the mean over sparse layers
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .balancing import update_expert_bias
+from .configuration_moe import MoEConfig
+from .losses import LOSSES
+from .routing import ROUTERS, TopKRouter, expert_load
+
+
+@dataclass
+class MoEModelOutput(MoeModelOutputWithPast):
+    """Output of [`MoEModel`]: transformers' own, and what the routers tell while training or on request.
+
+    Attributes:
+        router_loss: scalar, weighted sum of the router losses; only if the caller adds it to the loss itself.
+        aux_loss: scalar without gradient, the load-balancing loss averaged over the sparse layers.
+        expert_load: (sparse layers, E), tokens that each expert received.
+    """
+
+    router_loss: torch.FloatTensor | None = None
+    aux_loss: torch.FloatTensor | None = None
+    expert_load: torch.FloatTensor | None = None
+
+
+@dataclass
+class MoECausalLMOutput(MoeCausalLMOutputWithPast):
+    """Output of [`MoEForCausalLM`]: transformers' own and `expert_load`, see [`MoEModelOutput`]."""
+
+    expert_load: torch.FloatTensor | None = None
+
+
+class MoEAttention(nn.Module):
+    """Multi-head attention of the Llama family, with the switches that its members differ in."""
+
+    def __init__(self, config: MoEConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.clip_qkv = config.clip_qkv
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        qkv_bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.norm_per_head = config.qk_norm == "head"
+        if config.qk_norm is None:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        else:
+            self.q_norm = LlamaRMSNorm(self.head_dim if self.norm_per_head else queries, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim if self.norm_per_head else keys, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends within (B, S, H); returns the same shape and, from eager attention, the probabilities."""
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.norm_per_head:
+            query, key = query.view(hidden_shape), key.view(hidden_shape)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if self.clip_qkv is not None:
+            query, key, value = (x.clamp(-self.clip_qkv, self.clip_qkv) for x in (query, key, value))
+        query, key, value = (x.view(hidden_shape).transpose(1, 2) for x in (query, key, value))  # (B, heads, S, D)
+
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+
+
+class MoEMLP(nn.Module):
+    """Feed-forward network of a dense layer, and of the shared experts."""
+
+    def __init__(self, config: MoEConfig, intermediate_size: int, gated: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias) if gated else None
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Maps (..., H) to (..., H)."""
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+@use_experts_implementation
+class ExpertsBase(nn.Module):
+    """The routed experts' weights, one tensor for all experts, and the eager forward that is every backend's oracle.
+
+    Gated: `gate_up_proj` (E, 2I, H), gate first, and `down_proj` (E, H, I); not gated: `up_proj` (E, I, H). With
+    biases: `gate_up_proj_bias` (E, 2I) or `up_proj_bias` (E, I), and `down_proj_bias` (E, H).
+    """
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.up_name, rows = ("gate_up_proj", 2 * width) if config.gated_experts else ("up_proj", width)
+        self.register_parameter(self.up_name, nn.Parameter(torch.empty(self.num_experts, rows, hidden)))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
+        if config.mlp_bias:
+            self.register_parameter(f"{self.up_name}_bias", nn.Parameter(torch.empty(self.num_experts, rows)))
+            self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, hidden))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sums the chosen experts' outputs.
+
+        Args:
+            hidden_states: (T, H).
+            top_k_index: (T, K) expert ids; `num_experts` and above mark an empty slot.
+            top_k_weights: (T, K) factors on the experts' outputs.
+
+        Returns:
+            (T, H) in the dtype of `hidden_states`.
+        """
+        # one unbind: indexing expert by expert would make each backward fill the whole tensor
+        up, down = getattr(self, self.up_name).unbind(0), self.down_proj.unbind(0)
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            if len(token) == 0:
+                continue
+            up_bias = getattr(self, f"{self.up_name}_bias")[expert] if self.has_bias else None
+            down_bias = self.down_proj_bias[expert] if self.has_bias else None
+            states = nn.functional.linear(hidden_states[token], up[expert], up_bias)
+            states = self._apply_gate(states) if self.has_gate else self.act_fn(states)
+            states = nn.functional.linear(states, down[expert], down_bias)
+            states = states * top_k_weights[token, slot, None]
+            output = output.index_add(0, token, states.to(output.dtype))
+        return output
+
+
+class MoEExperts(ExpertsBase):
+    """The routed experts, their forward chosen by `config._experts_implementation`."""
+
+    def __init__(self, config: MoEConfig):
+        super().__init__(config)
+        # transformers' decorator sets these for the class; here they are the config's
+        self.has_gate, self.has_bias = config.gated_experts, config.mlp_bias
+
+
+class MoEBlock(nn.Module):
+    """Sparse feed-forward network: each token passes K of E experts, and the shared ones."""
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.gate = ROUTERS[config.router_type](config)
+        self.experts = MoEExperts(config)
+        self.shared_experts = self.shared_expert_gate = None
+        if config.has_shared_experts:
+            self.shared_experts = MoEMLP(config, config.shared_expert_intermediate_size, config.gated_experts)
+            if config.shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        self.bias_update_rate = config.router_bias_update_rate
+        counts = torch.zeros(config.num_experts, dtype=torch.float32) if self.bias_update_rate else None
+        self.register_buffer("expert_load", counts, persistent=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        signals: list[torch.Tensor] | None = None,
+        token_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Maps (B, S, H) to (B, S, H).
+
+        A list given as `signals` receives the router losses (len(LOSSES),) and the load (E,), both over the tokens
+        that `token_mask` (T,) keeps.
+        """
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
+        routing = self.gate(tokens)
+        output = self.experts(tokens, routing.index, routing.weight)
+        if self.shared_expert_gate is not None:
+            output = output + self.shared_expert_gate(tokens).sigmoid() * self.shared_experts(tokens)
+        elif self.shared_experts is not None:
+            output = output + self.shared_experts(tokens)
+        if signals is not None:
+            losses = torch.stack([loss(routing, token_mask) for loss in LOSSES.values()])
+            signals += [losses, expert_load(routing, token_mask)]
+        return output.view_as(hidden_states)
+
+
+class MoEDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then a dense or a sparse feed-forward network, each on the normed stream and added to it."""
+
+    def __init__(self, config: MoEConfig, layer_idx: int):
+        super().__init__()
+        self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        self.self_attn = MoEAttention(config, layer_idx)
+        self.mlp = MoEBlock(config) if self.is_sparse else MoEMLP(config, config.intermediate_size, config.gated_mlp)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        collect_signals: bool = False,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Maps (B, S, H) to (B, S, H); with `collect_signals` the router's signals follow it in a tuple.
+
+        They are outputs, and not kept on the side, because that is what every kind of checkpointing differentiates.
+        """
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        if not collect_signals:
+            return residual + self.mlp(hidden_states)
+        signals: list[torch.Tensor] = []
+        if self.is_sparse:
+            hidden_states = self.mlp(hidden_states, signals=signals, token_mask=token_mask)
+        else:
+            hidden_states = self.mlp(hidden_states)
+        return residual + hidden_states, *signals
+
+
+class AttachLoss(torch.autograd.Function):
+    """Identity on a tensor whose backward also sends the gradient 1 into `loss`: for losses nobody else adds."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """Returns `tensor`; `loss` is a scalar."""
+        ctx.save_for_backward(loss)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Passes `grad` on to `tensor`."""
+        (loss,) = ctx.saved_tensors
+        return grad, torch.ones_like(loss)
+
+
+def detach_router_logits(forward):
+    """Returns router logits without gradient while the model trains its router losses itself.
+
+    A trainer that derives a balance loss from them (TRL's `SFTTrainer`) would otherwise count it twice.
+    """
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        if self.training and self.has_router_losses and getattr(outputs, "router_logits", None):
+            outputs.router_logits = tuple(logits.detach() for logits in outputs.router_logits)
+        return outputs
+
+    return wrapper
+
+
+def loss_share(labels: torch.Tensor, shift_labels=None, num_items_in_batch=None, ignore_index=-100, **_):
+    """This batch's part of an optimizer step whose losses are divided by all of its labels.
+
+    Weighting the router losses by it makes their sum over micro-batches and ranks a mean, as the cross entropy's is.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    return (targets != ignore_index).sum() / num_items_in_batch
+
+
+class MoEPreTrainedModel(PreTrainedModel):
+    """What all MoE models share: how transformers initialises, saves, splits, records and compiles them."""
+
+    config: MoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoEDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(TopKRouter, index=0),
+        "hidden_states": MoEDecoderLayer,
+        "attentions": MoEAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, ExpertsBase):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("bias"):
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=std)
+        elif isinstance(module, TopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, MoEBlock) and module.expert_load is not None:
+            init.zeros_(module.expert_load)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves weights, configuration and the code to load them where this package is not installed."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def update_expert_bias(self) -> None:
+        """See [`~modeling_moe.balancing.update_expert_bias`]; call it once after each optimizer step."""
+        update_expert_bias(self)
+
+
+class MoEModel(MoEPreTrainedModel):
+    """The decoder without a head."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: MoEConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(MoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        # 1 / gradient accumulation steps, where the trainer computes the loss and the router losses attach themselves
+        self.router_loss_scale = 1.0
+        self.post_init()
+
+    @property
+    def has_router_losses(self) -> bool:
+        """Whether any router loss has a weight."""
+        return "sparse" in self.config.mlp_layer_types and any(getattr(self.config, name) > 0 for name in LOSSES)
+
+    @detach_router_logits
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        attach_router_loss: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoEModelOutput:
+        """Runs the decoder.
+
+        Args:
+            input_ids: (B, S).
+            attention_mask: (B, S), 0 at padding; or what transformers' mask utilities accept.
+            position_ids: (B, S) or (1, S); restarts mark packed sequences.
+            past_key_values: cache of earlier tokens.
+            inputs_embeds: (B, S, H), in the place of `input_ids`.
+            use_cache: whether to return a cache.
+            output_router_logits: return the routers' logits (T, E), the balance loss and the experts' load.
+            attach_router_loss: in training, let the router losses reach the gradient through the hidden states,
+                whatever loss is computed from them; a caller that adds `router_loss` itself sets it to False.
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or the latter holds a NaN.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        else:
+            self._refuse_nan(inputs_embeds)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        causal_masks = self._causal_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        collect = {}
+        if self.training or output_router_logits:
+            collect = {"collect_signals": True, "token_mask": self._token_mask(attention_mask, inputs_embeds)}
+
+        signals = []
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            output = layer(
+                hidden_states,
+                attention_mask=causal_masks[layer_type],
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **collect,
+                **kwargs,
+            )
+            hidden_states, *signal = output if collect else (output,)
+            if signal:
+                signals.append(signal)
+
+        hidden_states = self.norm(hidden_states)
+        router_outputs = self._router_outputs(signals, hidden_states.device)
+        if attach_router_loss and "router_loss" in router_outputs:
+            router_loss = self.router_loss_scale * router_outputs.pop("router_loss")
+            hidden_states = AttachLoss.apply(hidden_states, router_loss)
+        return MoEModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values, **router_outputs)
+
+    def _refuse_nan(self, inputs_embeds: torch.Tensor) -> None:
+        # on an accelerator the look costs a synchronisation, which decoding cannot afford
+        if is_tracing(inputs_embeds) or not (self.training or inputs_embeds.device.type == "cpu"):
+            return
+        if inputs_embeds.isnan().any():
+            row, position = inputs_embeds.isnan().any(dim=-1).nonzero()[0].tolist()
+            raise ValueError(
+                f"inputs_embeds has a NaN in row {row} at position {position}: check what computes the embeddings."
+            )
+
+    def _causal_masks(self, attention_mask, inputs_embeds, past_key_values, position_ids) -> dict:
+        """One mask for each attention type in use, unless `generate` has prepared them."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        functions = {
+            "full_attention": create_causal_mask,
+            "sliding_attention": create_sliding_window_causal_mask,
+        }
+        return {
+            layer_type: functions[layer_type](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for layer_type in set(self.config.layer_types)
+        }
+
+    @staticmethod
+    def _token_mask(attention_mask, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
+        """(T,), 0 at padding; a mask over cached tokens too is cut to the last S."""
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+            return None
+        return attention_mask[:, -inputs_embeds.shape[1] :].reshape(-1)
+
+    def _router_outputs(self, signals: list, device: torch.device) -> dict[str, torch.Tensor]:
+        """What the sparse layers' signals add to the output; in training also counts the load for the controllers."""
+        if not signals:
+            return {}
+        losses = torch.stack([loss.to(device) for loss, _ in signals]).mean(dim=0)  # (len(LOSSES),)
+        outputs = {
+            "aux_loss": losses[list(LOSSES).index("router_aux_loss_coef")].detach(),
+            "expert_load": torch.stack([load.detach().to(device) for _, load in signals]),
+        }
+        if not self.training:
+            return outputs
+        if self.has_router_losses:
+            coefficients = [getattr(self.config, name) for name in LOSSES]
+            outputs["router_loss"] = sum(c * loss for c, loss in zip(coefficients, losses, strict=True))
+        if self.config.router_bias_update_rate:
+            sparse = (layer.mlp for layer in self.layers if layer.is_sparse)
+            for block, (_, load) in zip(sparse, signals, strict=True):
+                block.expert_load += load.detach()
+        return outputs
+
+
+class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head.
+
+    In training with labels, `loss` is the cross entropy plus the weighted router losses; in evaluation it is the
+    cross entropy alone. Without labels the router losses still reach the gradient, see [`MoEModel`].
+    """
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: MoEConfig):
+        super().__init__(config)
+        self.model = MoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoECausalLMOutput:
+        """Runs decoder and head; arguments as of [`MoEModel`], and:
+
+        Args:
+            labels: (B, S), token ids to predict, shifted here; -100 is ignored.
+            logits_to_keep: compute the logits (B, kept, V) of the last so many positions only (0: all), or of those
+                listed in a tensor.
+        """
+        outputs: MoEModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=(
+                self.config.output_router_logits if output_router_logits is None else output_router_logits
+            ),
+            attach_router_loss=labels is None,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            if outputs.router_loss is not None:
+                loss = loss + loss_share(labels, **kwargs) * outputs.router_loss.to(loss.device)
+
+        return MoECausalLMOutput(
+            loss=loss,
+            aux_loss=outputs.aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            expert_load=outputs.expert_load,
+        )
+
+
+# The heads below build MoEModel themselves: transformers' generic ones look it up in the auto classes, which a process
+# that runs this file from a checkpoint does not have.
+
+
+class MoEForSequenceClassification(GenericForSequenceClassification, MoEPreTrainedModel):
+    """The decoder with a linear head on each sequence's last token."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: MoEConfig):
+        MoEPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MoEModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class MoEForTokenClassification(GenericForTokenClassification, MoEPreTrainedModel):
+    """The decoder with a linear head on each token."""
+
+    _auto_class = "AutoModelForTokenClassification"
+
+    def __init__(self, config: MoEConfig):
+        MoEPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MoEModel(config)
+        self.dropout = nn.Dropout(0.1)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class MoEForQuestionAnswering(GenericForQuestionAnswering, MoEPreTrainedModel):
+    """The decoder with a linear head for the start and the end of an answer."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+
+    def __init__(self, config: MoEConfig):
+        MoEPreTrainedModel.__init__(self, config)
+        self.model = MoEModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+MODELS = (
+    MoEModel,
+    MoEForCausalLM,
+    MoEForSequenceClassification,
+    MoEForTokenClassification,
+    MoEForQuestionAnswering,
+)
+AUTO_MAP = {"AutoConfig": "configuration_moe.MoEConfig"} | {
+    model._auto_class: f"modeling_moe.{model.__name__}" for model in MODELS
+}
+
+
+def _expert_converters(parameter: str) -> list[WeightConverter]:
+    """One tensor for each expert on disk, one for all of them in memory; `parameter` is `weight` or `bias`."""
+    suffix = "_bias" if parameter == "bias" else ""
+    stack = MergeModulelist(dim=0)
+    return [
+        WeightConverter(
+            [f"mlp.experts.*.gate_proj.{parameter}", f"mlp.experts.*.up_proj.{parameter}"],
+            f"mlp.experts.gate_up_proj{suffix}",
+            [stack, Concatenate(dim=1)],
+        ),
+        # not "up_proj": transformers finds the converter by this name alone, and that one is the gated experts'
+        WeightConverter(f"mlp.experts.*.in_proj.{parameter}", f"mlp.experts.up_proj{suffix}", [stack]),
+        WeightConverter(f"mlp.experts.*.down_proj.{parameter}", f"mlp.experts.down_proj{suffix}", [stack]),
+    ]
+
+
+# overwrite: every copy of this file registers, the installed one and those that checkpoints bring
+register_checkpoint_conversion_mapping(
+    MoEConfig.model_type, _expert_converters("weight") + _expert_converters("bias"), overwrite=True
+)
+
+__all__ = ["MoEPreTrainedModel", *(model.__name__ for model in MODELS)]
