@@ -157,6 +157,17 @@ class MoEConfig(PreTrainedConfig):
         for alias in self.attribute_map:
             if alias in kwargs:
                 setattr(self, alias, kwargs.pop(alias))
+        self._fill_defaults()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+        super().__post_init__(**kwargs)
+        if self.num_experts_per_tok == 1 and self.norm_topk_prob and "sparse" in self.mlp_layer_types:
+            logger.warning_once(
+                "num_experts_per_tok=1 with norm_topk_prob=True gives every expert the weight 1: the router gets no "
+                "gradient from the task. Set norm_topk_prob=False unless the router is meant to stay as it is."
+            )
+
+    def _fill_defaults(self) -> None:
+        """Gives the fields left None the value that others imply."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -177,13 +188,6 @@ class MoEConfig(PreTrainedConfig):
             self.gated_experts = self.gated_mlp
         if self.shared_expert_intermediate_size is None:
             self.shared_expert_intermediate_size = self.num_shared_experts * self.moe_intermediate_size
-        self.base_model_tp_plan = self._tensor_parallel_plan()
-        super().__post_init__(**kwargs)
-        if self.num_experts_per_tok == 1 and self.norm_topk_prob and "sparse" in self.mlp_layer_types:
-            logger.warning_once(
-                "num_experts_per_tok=1 with norm_topk_prob=True gives every expert the weight 1: the router gets no "
-                "gradient from the task. Set norm_topk_prob=False unless the router is meant to stay as it is."
-            )
 
     @classmethod
     def _refuse_misspelt(cls, kwargs: dict) -> None:

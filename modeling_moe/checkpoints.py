@@ -1,0 +1,87 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""How a checkpoint lies on disk: one tensor for each expert, fused in memory; and refusing one that is damaged."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, revert_weight_conversion
+
+
+def register_expert_layout(model_type: str) -> None:
+    """Tells transformers to write `experts.E.gate_proj.weight` and the like, and to fuse them when it loads.
+
+    Servers and older tools know only these names. Experts that are not gated call their first layer `in_proj`, since
+    transformers picks the operation by name alone and `up_proj` is the gated experts'.
+    """
+    converters = []
+    for kind, suffix in (("weight", ""), ("bias", "_bias")):
+        gate, up, into, down = (f"mlp.experts.*.{name}_proj.{kind}" for name in ("gate", "up", "in", "down"))
+        fused = [MergeModulelist(dim=0), Concatenate(dim=1)]
+        converters += [
+            WeightConverter([gate, up], f"mlp.experts.gate_up_proj{suffix}", fused),
+            WeightConverter(into, f"mlp.experts.up_proj{suffix}", [MergeModulelist(dim=0)]),
+            WeightConverter(down, f"mlp.experts.down_proj{suffix}", [MergeModulelist(dim=0)]),
+        ]
+    # every copy of this file registers: the installed one and those that checkpoints bring
+    register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)
+
+
+def _shapes_on_disk(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                # the headless model's names, whichever model was saved
+                shapes[name.removeprefix("model.")] = tuple(tensors.get_slice(name).get_shape())
+    return shapes
+
+
+def _first_misfit(model_class: type, config, folder: Path) -> str:
+    """What the first tensor is that the checkpoint lacks or has in another shape; empty if there is none."""
+    with torch.device("meta"):
+        model = model_class(config)
+    found = _shapes_on_disk(folder)
+    for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
+        shape = found.get(name.removeprefix("model."))
+        if shape is None and not (name == "lm_head.weight" and config.tie_word_embeddings):
+            return f"it has no {name}"
+        if shape is not None and shape != tuple(tensor.shape):
+            return f"{name} has shape {shape} where config.json asks for {tuple(tensor.shape)}"
+    return ""
+
+
+@contextmanager
+def refuse_incomplete(model_class: type, name_or_path, config=None) -> Iterator[Callable]:
+    """Around transformers' loading: names what a damaged checkpoint lacks.
+
+    transformers reports a missing expert as a failed conversion, and fills in new weights for a layer whose experts
+    are all missing. Yields `check(model, loading_info)`, to be called with what was loaded.
+
+    Raises:
+        ValueError: if a tensor is misshapen, or some experts are missing while others are there.
+    """
+
+    def refuse(cause=None):
+        folder, problem = Path(str(name_or_path)), ""
+        if folder.is_dir():
+            problem = _first_misfit(model_class, config or model_class.config_class.from_pretrained(folder), folder)
+        raise ValueError(
+            f"the checkpoint {name_or_path} does not fit its config.json: {problem or cause}. Restore the file or "
+            "correct the field."
+        ) from cause
+
+    def check(model, info):
+        experts = {name for name, _ in model.named_parameters() if ".mlp.experts." in name}
+        if experts.intersection(info["missing_keys"]) not in (set(), experts):
+            refuse()
+
+    try:
+        yield check
+    except RuntimeError as error:
+        if "report" not in str(error):
+            raise
+        refuse(error)

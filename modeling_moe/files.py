@@ -1,0 +1,68 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Reading source checkpoints and writing result folders that are whole or not there."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .cli import UserError
+
+
+COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+
+
+@contextmanager
+def whole_folder(output_dir: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary sibling of `output_dir` that takes its place if the block succeeds and is removed if not.
+
+    Raises:
+        UserError: if `output_dir` exists, is not empty and may not be replaced.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite):
+        raise UserError(f"output_dir {output_dir} is not empty: choose another, or pass --overwrite to replace it")
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if output_dir.exists():
+            shutil.rmtree(output_dir)
+        partial.rename(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_source(name_or_path: str, gguf_file: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+    """Loads a causal LM by path or Hub name on the CPU, GGUF included.
+
+    Raises:
+        UserError: if transformers cannot load it; the message is transformers' own.
+    """
+    kwargs = {"gguf_file": gguf_file} if gguf_file else {}
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UserError(f"dtype {dtype!r} is unknown: use auto, float32, bfloat16 or float16")
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, dtype=dtype, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"model_name_or_path {name_or_path} cannot be loaded: {error}") from error
+
+
+def copy_companions(name_or_path: str, output_dir: Path, gguf_file: str | None = None) -> None:
+    """Copies the tokenizer's files and the chat template of a local folder byte by byte.
+
+    From a GGUF file, or a model on the Hub, they are loaded and saved instead. A source without a tokenizer gives none.
+    """
+    if Path(name_or_path).is_dir() and not gguf_file:
+        for pattern in COMPANIONS:
+            for file in Path(name_or_path).glob(pattern):
+                target = output_dir / file.name
+                shutil.copytree(file, target) if file.is_dir() else shutil.copyfile(file, target)
+        return
+    kwargs = {"gguf_file": gguf_file} if gguf_file else {}
+    AutoTokenizer.from_pretrained(name_or_path, **kwargs).save_pretrained(output_dir)

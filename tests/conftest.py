@@ -1,0 +1,44 @@
+"""Shared by all tests: tiny models, one seed, and buffers that show when they are read before they are written."""
+
+import pytest
+import torch
+
+from modeling_moe import MoEConfig
+
+
+def tiny_config(**fields) -> MoEConfig:
+    """A model small enough for float64 and finite differences, with odd sizes: 5 experts, 3 per token, wide heads."""
+    defaults = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,
+    }
+    return MoEConfig(**(defaults | fields))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers in every test, whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills what `torch.empty` returns with NaN."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
