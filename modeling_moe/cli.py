@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 
@@ -69,6 +70,6 @@ def run(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a [`UserError`], ValueError or OSError becomes one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         print(f"{Path(sys.argv[0]).name}: {_one_line(error)}", file=sys.stderr)  # noqa: T201
         sys.exit(2)

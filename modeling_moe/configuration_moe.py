@@ -158,6 +158,9 @@ class MoEConfig(PreTrainedConfig):
             if alias in kwargs:
                 setattr(self, alias, kwargs.pop(alias))
         self._fill_defaults()
+        # `@strict` runs the checks too, but wraps what they say in an error of its own that is no ValueError
+        self.validate_moe()
+        self.validate_routing()
         self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
         if self.num_experts_per_tok == 1 and self.norm_topk_prob and "sparse" in self.mlp_layer_types:
@@ -219,7 +222,7 @@ class MoEConfig(PreTrainedConfig):
         return plan
 
     def validate_moe(self):
-        """Checks what the types cannot say. Part of the `@strict` validation."""
+        """Checks what the types cannot say; run on construction, and by `@strict` on saving."""
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
@@ -250,7 +253,7 @@ class MoEConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 (off) or positive.")
 
     def validate_routing(self):
-        """Checks the fields of the router. Part of the `@strict` validation."""
+        """Checks the fields of the router; run as `validate_moe` is."""
         experts, top_k = self.num_experts, self.num_experts_per_tok
         if self.router_type not in ROUTER_TYPES:
             raise ValueError(f"router_type {self.router_type!r} is unknown: choose one of {', '.join(ROUTER_TYPES)}.")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .cli import UserError
 
@@ -37,6 +37,18 @@ def whole_folder(output_dir: str | Path, overwrite: bool = False) -> Iterator[Pa
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The torch dtype of that name; None for `auto`.
+
+    Raises:
+        UserError: if it is none of the floating dtypes that a checkpoint is kept in.
+    """
+    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise UserError(f"dtype {name!r} is unknown: it must be one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
 def load_source(name_or_path: str, gguf_file: str | None = None, dtype: str = "auto") -> PreTrainedModel:
     """Loads a causal LM by path or Hub name on the CPU, GGUF included.
 
@@ -44,11 +56,9 @@ def load_source(name_or_path: str, gguf_file: str | None = None, dtype: str = "a
         UserError: if transformers cannot load it; the message is transformers' own.
     """
     kwargs = {"gguf_file": gguf_file} if gguf_file else {}
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UserError(f"dtype {dtype!r} is unknown: use auto, float32, bfloat16 or float16")
+    kwargs["dtype"] = parse_dtype(dtype) or "auto"
     try:
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-        return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, dtype=dtype, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"model_name_or_path {name_or_path} cannot be loaded: {error}") from error
 

@@ -52,3 +52,30 @@ def router_z_loss(routing: Routing, token_mask: torch.Tensor | None = None) -> t
 
 # config field of the weight -> loss
 LOSSES = {"router_aux_loss_coef": load_balancing_loss, "router_z_loss_coef": router_z_loss}
+
+
+class AttachLoss(torch.autograd.Function):
+    """Identity on a tensor whose backward also sends the gradient 1 into `loss`: for losses nobody else adds."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """Returns `tensor`; `loss` is a scalar."""
+        ctx.save_for_backward(loss)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Passes `grad` on to `tensor`."""
+        (loss,) = ctx.saved_tensors
+        return grad, torch.ones_like(loss)
+
+
+def loss_share(labels: torch.Tensor, shift_labels=None, num_items_in_batch=None, ignore_index=-100, **_):
+    """This batch's part of an optimizer step whose losses are divided by all of its labels.
+
+    Weighting the router losses by it makes their sum over micro-batches and ranks a mean, as the cross entropy's is.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    return (targets != ignore_index).sum() / num_items_in_batch

@@ -17,8 +17,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -43,8 +41,9 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balancing import update_expert_bias
+from .checkpoints import refuse_incomplete, register_expert_layout
 from .configuration_moe import MoEConfig
-from .losses import LOSSES
+from .losses import LOSSES, AttachLoss, loss_share
 from .routing import ROUTERS, TopKRouter, expert_load
 
 
@@ -303,22 +302,6 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         return residual + hidden_states, *signals
 
 
-class AttachLoss(torch.autograd.Function):
-    """Identity on a tensor whose backward also sends the gradient 1 into `loss`: for losses nobody else adds."""
-
-    @staticmethod
-    def forward(ctx, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        """Returns `tensor`; `loss` is a scalar."""
-        ctx.save_for_backward(loss)
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Passes `grad` on to `tensor`."""
-        (loss,) = ctx.saved_tensors
-        return grad, torch.ones_like(loss)
-
-
 def detach_router_logits(forward):
     """Returns router logits without gradient while the model trains its router losses itself.
 
@@ -333,17 +316,6 @@ def detach_router_logits(forward):
         return outputs
 
     return wrapper
-
-
-def loss_share(labels: torch.Tensor, shift_labels=None, num_items_in_batch=None, ignore_index=-100, **_):
-    """This batch's part of an optimizer step whose losses are divided by all of its labels.
-
-    Weighting the router losses by it makes their sum over micro-batches and ranks a mean, as the cross entropy's is.
-    """
-    if num_items_in_batch is None:
-        return 1.0
-    targets = labels[..., 1:] if shift_labels is None else shift_labels
-    return (targets != ignore_index).sum() / num_items_in_batch
 
 
 class MoEPreTrainedModel(PreTrainedModel):
@@ -382,6 +354,21 @@ class MoEPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, MoEBlock) and module.expert_load is not None:
             init.zeros_(module.expert_load)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As transformers' own, but a checkpoint that lacks some of its experts, or has them in another shape, is
+        refused with their names.
+
+        Raises:
+            ValueError: names the first tensor that is missing or misshapen.
+        """
+        with refuse_incomplete(cls, pretrained_model_name_or_path, kwargs.get("config")) as check:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+            check(model, info)
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves weights, configuration and the code to load them where this package is not installed."""
@@ -678,26 +665,6 @@ AUTO_MAP = {"AutoConfig": "configuration_moe.MoEConfig"} | {
     model._auto_class: f"modeling_moe.{model.__name__}" for model in MODELS
 }
 
-
-def _expert_converters(parameter: str) -> list[WeightConverter]:
-    """One tensor for each expert on disk, one for all of them in memory; `parameter` is `weight` or `bias`."""
-    suffix = "_bias" if parameter == "bias" else ""
-    stack = MergeModulelist(dim=0)
-    return [
-        WeightConverter(
-            [f"mlp.experts.*.gate_proj.{parameter}", f"mlp.experts.*.up_proj.{parameter}"],
-            f"mlp.experts.gate_up_proj{suffix}",
-            [stack, Concatenate(dim=1)],
-        ),
-        # not "up_proj": transformers finds the converter by this name alone, and that one is the gated experts'
-        WeightConverter(f"mlp.experts.*.in_proj.{parameter}", f"mlp.experts.up_proj{suffix}", [stack]),
-        WeightConverter(f"mlp.experts.*.down_proj.{parameter}", f"mlp.experts.down_proj{suffix}", [stack]),
-    ]
-
-
-# overwrite: every copy of this file registers, the installed one and those that checkpoints bring
-register_checkpoint_conversion_mapping(
-    MoEConfig.model_type, _expert_converters("weight") + _expert_converters("bias"), overwrite=True
-)
+register_expert_layout(MoEConfig.model_type)
 
 __all__ = ["MoEPreTrainedModel", *(model.__name__ for model in MODELS)]

@@ -163,7 +163,7 @@ def test_unknown_family_is_named(tmp_path):
 
 
 def test_failure_leaves_nothing(tmp_path):
-    with pytest.raises(UserError, match="model_name_or_path .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"model_name_or_path .* cannot be loaded"):
         convert_checkpoint(str(tmp_path / "nowhere"), tmp_path / "moe")
     assert list(tmp_path.iterdir()) == []
 
@@ -171,6 +171,6 @@ def test_failure_leaves_nothing(tmp_path):
 def test_full_output_dir_is_refused(tmp_path):
     (tmp_path / "moe").mkdir()
     (tmp_path / "moe" / "precious").write_text("1")
-    with pytest.raises(UserError, match="output_dir .* is not empty"):
+    with pytest.raises(UserError, match=r"output_dir .* is not empty"):
         convert_checkpoint("anything", tmp_path / "moe")
     assert (tmp_path / "moe" / "precious").read_text() == "1"
