@@ -29,7 +29,7 @@ COMMON = (
     "eos_token_id",
     "dtype",
 )
-# the balance loss of these models is weighted by the same field, their z-loss does not exist
+# the coefficient is kept as it stands, though transformers' loss is K times ours; a z-loss they do not have
 SPARSE = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
 
 

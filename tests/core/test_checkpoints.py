@@ -1,0 +1,219 @@
+"""Checkpoints: names on disk, byte-identical resaves, every way of loading, damage named; code that travels along."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from modeling_moe import MoEForCausalLM
+from modeling_moe.modeling_moe import AUTO_MAP
+from tests.conftest import tiny_config
+
+
+KINDS = {
+    "gated": {},
+    "gated-bias": {"mlp_bias": True},
+    "plain": {"gated_experts": False},
+    "plain-bias": {"gated_experts": False, "mlp_bias": True},
+    "shared-tied": {"num_shared_experts": 2, "shared_expert_gate": True, "tie_word_embeddings": True},
+    "sigmoid": {"scoring_func": "sigmoid", "router_selection_bias": True},
+}
+IDS = torch.arange(3, 21).view(2, 9)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A tiny model and the folder it is saved in."""
+    model = MoEForCausalLM(tiny_config()).eval()
+    model.save_pretrained(tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_load_save_gives_the_same_bytes(kind, tmp_path):
+    model = MoEForCausalLM(tiny_config(**KINDS[kind])).eval()
+    model.save_pretrained(tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    loaded.save_pretrained(tmp_path / "second")
+    first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
+    assert first.keys() == second.keys()
+    assert all(first[name] == second[name] for name in first)
+
+
+def test_experts_lie_one_by_one_on_disk(saved):
+    model, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    fused = model.model.layers[2].mlp.experts.gate_up_proj
+    for expert in range(5):
+        prefix = f"model.layers.2.mlp.experts.{expert}"
+        assert torch.equal(tensors[f"{prefix}.gate_proj.weight"], fused[expert, :24])
+        assert torch.equal(tensors[f"{prefix}.up_proj.weight"], fused[expert, 24:])
+    assert not any("gate_up_proj" in name for name in tensors)
+
+
+def test_sharded(saved, tmp_path):
+    model, _ = saved
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "shards")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"device_map": "auto"}], ids=str
+)
+def test_device_map(saved, arguments):
+    model, folder = saved
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder, **arguments)(IDS).logits, model(IDS).logits)
+
+
+def test_offload_to_disk(saved, tmp_path):
+    model, folder = saved
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_bf16(saved):
+    _, folder = saved
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(IDS).logits.isfinite().all()
+
+
+def test_meta(saved):
+    _, folder = saved
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    with torch.device("meta"):
+        # grouped_mm's shape function knows bf16 alone
+        model = MoEForCausalLM(tiny_config(experts_implementation="batched_mm"))
+    assert model(IDS.to("meta")).logits.shape == (2, 9, 99)
+
+
+def test_default_dispatch_is_grouped(saved):
+    _, folder = saved
+    assert AutoModelForCausalLM.from_pretrained(folder).config._experts_implementation == "grouped_mm"
+    eager = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    assert eager.config._experts_implementation == "eager"
+    eager.set_experts_implementation("batched_mm")
+    assert eager.model.layers[0].mlp.experts.config._experts_implementation == "batched_mm"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.pop("model.layers.2.mlp.experts.3.up_proj.weight"), "no model.layers.2.mlp.experts.3.up_proj"),
+        (
+            lambda t: [t.pop(f"model.layers.2.mlp.experts.3.{p}_proj.weight") for p in ("gate", "up", "down")],
+            "it has no model.layers.2.mlp.experts.3.",
+        ),
+        (
+            lambda t: [t.pop(name) for name in list(t) if "layers.2.mlp.experts" in name],
+            "it has no model.layers.2.mlp.experts.0.",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.mlp.experts.3.down_proj.weight": torch.zeros(32, 23)}),
+            r"experts.3.down_proj.weight has shape \(32, 23\) where config.json asks for \(32, 24\)",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.self_attn.k_proj.weight": torch.zeros(3, 32)}),
+            r"k_proj.weight has shape \(3, 32\) where config.json asks for \(24, 32\)",
+        ),
+    ],
+    ids=["matrix", "expert", "layer", "expert shape", "attention shape"],
+)
+def test_damage_is_named(saved, damage, message):
+    _, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match=message.replace("model.layers", "layers")):
+        AutoModel.from_pretrained(folder)
+
+
+def test_too_few_experts_in_the_config(saved):
+    _, folder = saved
+    config = json.loads((folder / "config.json").read_text()) | {"num_experts": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"does not fit its config\.json"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+SHIPPED = {
+    "balancing.py",
+    "checkpoints.py",
+    "configuration_moe.py",
+    "losses.py",
+    "modeling_moe.py",
+    "routing.py",
+}
+
+
+def test_code_and_every_auto_class_are_saved(saved):
+    _, folder = saved
+    assert {file.name for file in folder.glob("*.py")} == SHIPPED
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert len(AUTO_MAP) == 6
+
+
+REMOTE = """
+import sys, torch
+assert "modeling_moe" not in sys.modules
+try:
+    import modeling_moe
+    raise SystemExit("the package is installed here, the test shows nothing")
+except ImportError:
+    pass
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+folder, again = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+assert model.config._experts_implementation == "grouped_mm", model.config._experts_implementation
+ids = torch.arange(3, 21).view(2, 9)
+torch.save(model(ids).logits, folder + "/logits.pt")
+decoder = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+assert torch.equal(decoder(ids).last_hidden_state, model.model(ids).last_hidden_state)
+AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)(ids)
+model.train()(ids, labels=ids).loss.backward()
+assert model.model.layers[0].mlp.gate.weight.grad.abs().max() > 0
+model.save_pretrained(again)
+"""
+
+
+def test_process_without_the_package(saved, tmp_path):
+    model, folder = saved
+    # -S drops the installed package with all of site-packages; the others come back by name
+    site = next(Path(path) for path in sys.path if path.endswith("site-packages"))
+    visible = tmp_path / "site"
+    visible.mkdir()
+    for entry in site.iterdir():
+        if "modeling_moe" not in entry.name and entry.suffix != ".pth":
+            (visible / entry.name).symlink_to(entry)
+    script = tmp_path / "remote.py"
+    script.write_text(REMOTE)
+    environment = {"PYTHONPATH": str(visible), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    result = subprocess.run(
+        [sys.executable, "-S", script, folder, tmp_path / "again"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    torch.testing.assert_close(torch.load(folder / "logits.pt"), model(IDS).logits)
+    assert {file.name for file in (tmp_path / "again").glob("*.py")} == SHIPPED
+    with safe_open(tmp_path / "again" / "model.safetensors", "pt") as tensors:
+        assert "model.layers.0.mlp.experts.0.gate_proj.weight" in tensors.keys()  # noqa: SIM118
