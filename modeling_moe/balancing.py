@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """Balancing without gradient: controllers that move the routers' buffers once per optimizer step."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,7 +19,7 @@ def update_expert_bias(model: nn.Module) -> None:
     Args:
         model: any model that holds sparse blocks, wrapped or not.
     """
-    blocks = [m for m in model.modules() if getattr(m, "expert_load", None) is not None and hasattr(m, "gate")]
+    blocks: list[Any] = [m for m in model.modules() if getattr(m, "expert_load", None) is not None]
     if not blocks:
         return
     device = blocks[0].expert_load.device

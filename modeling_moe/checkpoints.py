@@ -17,17 +17,33 @@ def register_expert_layout(model_type: str) -> None:
     Servers and older tools know only these names. Experts that are not gated call their first layer `in_proj`, since
     transformers picks the operation by name alone and `up_proj` is the gated experts'.
     """
-    converters = []
+    converters: list = []
     for kind, suffix in (("weight", ""), ("bias", "_bias")):
         gate, up, into, down = (f"mlp.experts.*.{name}_proj.{kind}" for name in ("gate", "up", "in", "down"))
-        fused = [MergeModulelist(dim=0), Concatenate(dim=1)]
         converters += [
-            WeightConverter([gate, up], f"mlp.experts.gate_up_proj{suffix}", fused),
+            WeightConverter(
+                [gate, up], f"mlp.experts.gate_up_proj{suffix}", [MergeModulelist(dim=0), Concatenate(dim=1)]
+            ),
             WeightConverter(into, f"mlp.experts.up_proj{suffix}", [MergeModulelist(dim=0)]),
             WeightConverter(down, f"mlp.experts.down_proj{suffix}", [MergeModulelist(dim=0)]),
         ]
     # every copy of this file registers: the installed one and those that checkpoints bring
     register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)
+
+
+def fuse_experts(state_dict: dict[str, torch.Tensor], prefix: str, num_experts: int) -> None:
+    """Replaces one tensor for each expert by the fused ones, in place; a fused state dict stays as it is."""
+    for kind, suffix in (("weight", ""), ("bias", "_bias")):
+        stacks = {
+            name: torch.stack([state_dict.pop(f"{prefix}{i}.{name}_proj.{kind}") for i in range(num_experts)])
+            for name in ("gate", "up", "in", "down")
+            if all(f"{prefix}{i}.{name}_proj.{kind}" in state_dict for i in range(num_experts))
+        }
+        if "gate" in stacks and "up" in stacks:
+            stacks["gate_up"] = torch.cat([stacks.pop("gate"), stacks.pop("up")], dim=1)
+        if "in" in stacks:
+            stacks["up"] = stacks.pop("in")
+        state_dict |= {f"{prefix}{name}_proj{suffix}": stack for name, stack in stacks.items()}
 
 
 def _shapes_on_disk(folder: Path) -> dict[str, tuple[int, ...]]:

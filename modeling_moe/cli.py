@@ -35,7 +35,7 @@ def parse(dataclass_types: Sequence[type], doc: str | None, argv: Sequence[str] 
         One instance for each dataclass. On a bad argument it prints one line and exits with code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(dataclass_types, description=doc, formatter_class=RawDescriptionHelpFormatter)
+    parser = _Parser(dataclass_types, description=doc, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     if argv and argv[0].endswith((".yaml", ".yml")):
         try:
             argv = _recipe_flags(Path(argv[0])) + argv[1:]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .cli import UserError
 
@@ -55,12 +55,27 @@ def load_source(name_or_path: str, gguf_file: str | None = None, dtype: str = "a
     Raises:
         UserError: if transformers cannot load it; the message is transformers' own.
     """
-    kwargs = {"gguf_file": gguf_file} if gguf_file else {}
-    kwargs["dtype"] = parse_dtype(dtype) or "auto"
+    gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    torch_dtype = parse_dtype(dtype) or "auto"
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch_dtype, **gguf)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"model_name_or_path {name_or_path} cannot be loaded: {error}") from error
+
+
+def load_tokenizer(name_or_path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model by path or Hub name, GGUF included.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **({"gguf_file": gguf_file} if gguf_file else {}))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name_or_path} has no tokenizer that can be loaded: {error}") from error
+    if tokenizer is None:
+        raise UserError(f"{name_or_path} has no tokenizer: save one beside the model")
+    return tokenizer
 
 
 def copy_companions(name_or_path: str, output_dir: Path, gguf_file: str | None = None) -> None:
@@ -74,5 +89,4 @@ def copy_companions(name_or_path: str, output_dir: Path, gguf_file: str | None =
                 target = output_dir / file.name
                 shutil.copytree(file, target) if file.is_dir() else shutil.copyfile(file, target)
         return
-    kwargs = {"gguf_file": gguf_file} if gguf_file else {}
-    AutoTokenizer.from_pretrained(name_or_path, **kwargs).save_pretrained(output_dir)
+    load_tokenizer(name_or_path, gguf_file).save_pretrained(output_dir)

@@ -55,7 +55,10 @@ LOSSES = {"router_aux_loss_coef": load_balancing_loss, "router_z_loss_coef": rou
 
 
 class AttachLoss(torch.autograd.Function):
-    """Identity on a tensor whose backward also sends the gradient 1 into `loss`: for losses nobody else adds."""
+    """Identity on a tensor whose backward also sends the gradient 1 into `loss`: for losses nobody else adds.
+
+    A factor on the trainer's loss does not reach it, such as the one that fp16 training scales its gradients by.
+    """
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -41,7 +42,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balancing import update_expert_bias
-from .checkpoints import refuse_incomplete, register_expert_layout
+from .checkpoints import fuse_experts, refuse_incomplete, register_expert_layout
 from .configuration_moe import MoEConfig
 from .losses import LOSSES, AttachLoss, loss_share
 from .routing import ROUTERS, TopKRouter, expert_load
@@ -173,6 +174,11 @@ class ExpertsBase(nn.Module):
             self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, hidden))
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # `Trainer` resumes by `load_state_dict`, which knows nothing of the layout on disk
+        fuse_experts(state_dict, prefix, self.num_experts)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -225,8 +231,11 @@ class MoEBlock(nn.Module):
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
         self.bias_update_rate = config.router_bias_update_rate
-        counts = torch.zeros(config.num_experts, dtype=torch.float32) if self.bias_update_rate else None
-        self.register_buffer("expert_load", counts, persistent=False)
+        if self.bias_update_rate:
+            # tokens sent to each expert since the last step of the bias
+            self.expert_load = nn.Buffer(torch.zeros(config.num_experts, dtype=torch.float32), persistent=False)
+        else:
+            self.expert_load = None
 
     def forward(
         self,
@@ -444,8 +453,8 @@ class MoEModel(MoEPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = positions[None]
 
         causal_masks = self._causal_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
         hidden_states = inputs_embeds
@@ -528,10 +537,10 @@ class MoEModel(MoEPreTrainedModel):
             return outputs
         if self.has_router_losses:
             coefficients = [getattr(self.config, name) for name in LOSSES]
-            outputs["router_loss"] = sum(c * loss for c, loss in zip(coefficients, losses, strict=True))
+            outputs["router_loss"] = losses @ losses.new_tensor(coefficients)
         if self.config.router_bias_update_rate:
-            sparse = (layer.mlp for layer in self.layers if layer.is_sparse)
-            for block, (_, load) in zip(sparse, signals, strict=True):
+            blocks = [module for module in self.modules() if isinstance(module, MoEBlock)]
+            for block, (_, load) in zip(blocks, signals, strict=True):
                 block.expert_load += load.detach()
         return outputs
 
@@ -666,5 +675,7 @@ AUTO_MAP = {"AutoConfig": "configuration_moe.MoEConfig"} | {
 }
 
 register_expert_layout(MoEConfig.model_type)
+# the label smoothing of `Trainer` shifts the labels for the classes named here alone
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoEConfig.model_type] = MoEForCausalLM.__name__
 
 __all__ = ["MoEPreTrainedModel", *(model.__name__ for model in MODELS)]

@@ -38,7 +38,9 @@ def main() -> None:
     table = Table("", args.output_dir)
     table.add_row("parameters", f"{config.num_params():,}")
     table.add_row("active per token", f"{config.num_active_params():,}")
-    table.add_row("sparse layers", f"{config.mlp_layer_types.count('sparse')} of {config.num_hidden_layers}")
+    table.add_row(
+        "sparse layers", f"{config.num_hidden_layers - len(config.mlp_only_layers)} of {config.num_hidden_layers}"
+    )
     table.add_row("experts, per token", f"{config.num_experts}, {config.num_experts_per_tok}")
     table.add_row("dtype", str(model.dtype))
     Console().print(table)

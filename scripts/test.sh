@@ -7,24 +7,24 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh
 
-select=(-m "not slow and not gpu")
+select="not slow and not gpu"
+version=
 while [ $# -gt 0 ]; do
     case $1 in
-        --slow) select=(-m "not gpu") ;;
+        --slow) select="not gpu" ;;
         --transformers) version=$2 && shift ;;
         *) echo "test.sh: unknown argument $1" >&2 && exit 2 ;;
     esac
     shift
 done
-
-setup_env dev "transformers==5.23.0"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-if [ -n "${version:-}" ]; then
-    .venv/bin/python -m pip install --quiet --no-deps --target ".venv/transformers-$version" --upgrade "transformers==$version"
-    PYTHONPATH=".venv/transformers-$version" .venv/bin/python -m pytest -n auto "${select[@]}" tests/core
-    exit
+
+if [ -n "$version" ]; then
+    setup_env ".venv-transformers-$version" test "transformers==$version"
+    exec ".venv-transformers-$version/bin/python" -m pytest -n auto -m "$select" tests/core
 fi
+setup_env .venv dev "transformers==5.23.0"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyrefly check
-.venv/bin/python -m pytest -n auto "${select[@]}"
+.venv/bin/python -m pytest -n auto -m "$select"

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..cli import UserError
 from ..conversion import to_moe
-from ..files import copy_companions, load_source, whole_folder
+from ..files import copy_companions, load_source, load_tokenizer, whole_folder
 from ..modeling_moe import MoEForCausalLM
 from .methods import upcycle
 from .plan import UpcyclingOptions, UpcyclingPlan, make_plan
@@ -77,7 +77,7 @@ def upcycle_checkpoint(
         model = upcycle(to_moe(source), plan.config, options)
         verification = None
         if check:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **({"gguf_file": gguf_file} if gguf_file else {}))
+            tokenizer = load_tokenizer(name_or_path, gguf_file)
             verification = verify(source, model, tokenizer(VERIFICATION_TEXT, return_tensors="pt").input_ids)
             if not plan.inexactness and source.dtype == torch.float32 and verification.largest_difference > 1e-3:
                 raise UserError(

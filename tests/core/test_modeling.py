@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
 from modeling_moe import (
@@ -107,6 +109,7 @@ def test_recorded_outputs():
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@torch.no_grad()
 def test_compiles_without_graph_breaks_into_a_static_cache(implementation):
     model = model_of("everything", experts_implementation=implementation)
     ids = token_ids(1, 1)
@@ -118,6 +121,9 @@ def test_compiles_without_graph_breaks_into_a_static_cache(implementation):
     torch.testing.assert_close(compiled(ids, **arguments).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"), reason="its own grouped_mm fallback has no compiled backward"
+)
 def test_training_step_compiles_without_graph_breaks():
     model = model_of("everything").train()
     ids = token_ids()

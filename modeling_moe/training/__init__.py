@@ -1,0 +1,37 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Fine-tuning with transformers' `Trainer`, and evaluation of what came out.
+
+`MoECallback` is all that a `Trainer` of one's own needs, TRL's included.
+"""
+
+from .callbacks import MoECallback
+from .data import DataArguments, load_and_pack, load_documents, pack
+from .evaluation import BitsPerByte, DomainScore, EvaluationArguments, evaluate_lm, score
+from .finetuning import (
+    FinetuneArguments,
+    FinetuneResult,
+    LoraArguments,
+    ModelArguments,
+    finetune,
+    moe_lora_config,
+)
+
+
+__all__ = [
+    "MoECallback",
+    "DataArguments",
+    "load_documents",
+    "load_and_pack",
+    "pack",
+    "BitsPerByte",
+    "DomainScore",
+    "EvaluationArguments",
+    "evaluate_lm",
+    "score",
+    "FinetuneArguments",
+    "FinetuneResult",
+    "LoraArguments",
+    "ModelArguments",
+    "finetune",
+    "moe_lora_config",
+]

@@ -1,0 +1,100 @@
+"""MoECallback in a real Trainer."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, default_data_collator
+
+from modeling_moe.training import MoECallback
+from tests.training.conftest import tiny_model, training_arguments
+
+
+RATE = 0.125
+CHECKPOINTING = {
+    "none": {},
+    "non_reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+}
+
+
+class LoadRecorder(TrainerCallback):
+    """Keeps what the sparse layers have counted when the optimizer steps."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        """Copies the counts (sparse layers, E) and the scale of the attached losses."""
+        blocks = [module for module in model.modules() if getattr(module, "expert_load", None) is not None]
+        self.load = torch.stack([block.expert_load for block in blocks]).clone()
+        self.scale = next(m.router_loss_scale for m in model.modules() if "router_loss_scale" in vars(m))
+
+
+def biased_model():
+    return tiny_model(router_selection_bias=True, router_bias_update_rate=RATE, router_aux_loss_coef=0.0)
+
+
+def biases(model) -> torch.Tensor:
+    """(sparse layers, E)."""
+    names = [name for name in model.state_dict() if name.endswith("e_score_correction_bias")]
+    return torch.stack([model.state_dict()[name] for name in names if "original_module" not in name])
+
+
+def train(model, ids: torch.Tensor, tmp_path, **fields) -> LoadRecorder:
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    recorder = LoadRecorder()
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(tmp_path, **fields),
+        train_dataset=rows,
+        data_collator=default_data_collator,
+        callbacks=[MoECallback(), recorder],
+    )
+    trainer.train()
+    return recorder
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_bias_moves_once_per_step_by_all_micro_batches(checkpointing, tmp_path):
+    model, ids = biased_model(), torch.randint(3, 300, (8, 11))
+    load = model.eval()(ids, output_router_logits=True).expert_load
+    assert load.sum() == 2 * 8 * 11 * 3
+    fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4} | CHECKPOINTING[checkpointing]
+    recorder = train(model, ids, tmp_path, **fields)
+    torch.testing.assert_close(recorder.load, load)
+    torch.testing.assert_close(biases(model), RATE * torch.sign(load.mean(dim=-1, keepdim=True) - load))
+    assert all(m.expert_load.sum() == 0 for m in model.modules() if getattr(m, "expert_load", None) is not None)
+
+
+def test_bias_moves_at_every_step(tmp_path):
+    model, ids = biased_model(), torch.randint(3, 300, (8, 11))
+    train(model, ids, tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    steps = biases(model) / RATE
+    # three moves of +-1: the load of 44 tokens times 3 slots never equals its mean, 26.4
+    assert set(steps.abs().flatten().tolist()) <= {1.0, 3.0}
+
+
+def test_bias_moves_in_a_peft_model(tmp_path):
+    model, ids = biased_model(), torch.randint(3, 300, (8, 11))
+    load = model.eval()(ids, output_router_logits=True).expert_load
+    peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp.gate"]))
+    train(peft_model, ids, tmp_path)
+    merged = peft_model.merge_and_unload()
+    torch.testing.assert_close(biases(merged), RATE * torch.sign(load.mean(dim=-1, keepdim=True) - load))
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_attached_losses_are_scaled_while_training_only(peft, tmp_path):
+    model, ids = biased_model(), torch.randint(3, 300, (8, 11))
+    trained = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if peft else model
+    recorder = train(trained, ids, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert recorder.scale == 0.25
+    assert model.model.router_loss_scale == 1.0
+
+
+def test_dense_model_is_left_alone(tmp_path):
+    model, ids = tiny_model(mlp_layer_types=["dense"] * 3), torch.randint(3, 300, (8, 11))
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    args = training_arguments(tmp_path)
+    trainer = Trainer(
+        model=model, args=args, train_dataset=rows, data_collator=default_data_collator, callbacks=[MoECallback()]
+    )
+    assert trainer.train().global_step == 1

@@ -1,0 +1,99 @@
+"""Perplexity and bits per byte by hand, and the experts' load."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_moe.cli import UserError
+from modeling_moe.training import BitsPerByte, DataArguments, EvaluationArguments, evaluate_lm, pack, score
+from modeling_moe.training.evaluation import balance
+from tests.training.conftest import sample_text, tiny_model
+
+
+def test_metric_by_hand():
+    metric = BitsPerByte(keep_in_memory=True)
+    metric.add_batch(nll_sum=[6.0], tokens=[3], bytes=[10])
+    metric.add_batch(nll_sum=[2.0], tokens=[1], bytes=[2])
+    result = metric.compute()
+    assert result["loss"] == 2.0
+    assert result["perplexity"] == pytest.approx(math.e**2)
+    assert result["bits_per_byte"] == pytest.approx(8 / 12 / math.log(2))
+    assert (result["tokens"], result["bytes"]) == (4, 12)
+
+
+def test_balance_by_hand():
+    share, max_vio = balance(torch.tensor([[4, 0, 4, 0], [2, 2, 2, 2]]))
+    assert share == [0.375, 0.125, 0.375, 0.125]
+    assert max_vio == 0.5
+
+
+@pytest.fixture
+def blocks(tokenizer) -> Dataset:
+    """Blocks of 13 tokens and a shorter last one."""
+    packed = pack(Dataset.from_dict({"text": [sample_text(12)]}), tokenizer, max_length=13, for_scoring=True)
+    assert 1 < len(packed[-1]["input_ids"]) < 13
+    return packed
+
+
+@torch.no_grad()
+def test_score_is_the_hand_computation(blocks):
+    model = tiny_model().double().eval()
+    model.set_experts_implementation("eager")  # the others have no float64
+    nats, tokens, size = 0.0, 0, 0
+    for row in blocks:
+        log_probs = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(dim=-1)
+        for position, token in enumerate(row["input_ids"][1:]):
+            nats -= log_probs[position, token].item()
+            tokens += 1
+        size += sum(row["num_bytes"][1:])
+    for batch_size in (1, 3, 100):
+        result = score(model, blocks, batch_size)
+        assert (result.tokens, result.bytes) == (tokens, size)
+        assert result.loss == pytest.approx(nats / tokens, rel=1e-12)
+        assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-12)
+        assert result.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-12)
+
+
+def test_uniform_model_costs_the_logarithm_of_the_vocabulary(blocks):
+    model = tiny_model()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    result = score(model, blocks)
+    assert result.loss == pytest.approx(math.log(300))
+    assert result.bits_per_byte == pytest.approx(math.log2(300) * result.tokens / result.bytes)
+
+
+@torch.no_grad()
+def test_expert_load_is_the_models(blocks):
+    model = tiny_model().eval()
+    load = sum(
+        model(torch.tensor([row["input_ids"]]), output_router_logits=True).expert_load.double() for row in blocks
+    )
+    result = score(model, blocks, batch_size=4)
+    assert (load.sum(dim=-1) == 3 * sum(len(row["input_ids"]) for row in blocks)).all()
+    expected, max_vio = balance(load)
+    assert result.expert_share == pytest.approx(expected)
+    assert result.max_vio == pytest.approx(max_vio)
+    assert sum(result.expert_share) == pytest.approx(1)
+
+
+def test_dense_models_have_no_load(blocks):
+    ours = tiny_model(mlp_layer_types=["dense"] * 3)
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    for model in (ours, llama):
+        result = score(model, blocks)
+        assert result.expert_share is None
+        assert result.max_vio is None
+        assert math.isfinite(result.loss)
+
+
+def test_max_tokens_takes_whole_blocks(checkpoint, text_file):
+    args = EvaluationArguments(str(checkpoint), max_tokens=70)
+    result = evaluate_lm(args, DataArguments(data=[f"a={text_file}"], max_length=32))["a"]
+    assert result.tokens == 2 * 31
+    with pytest.raises(UserError, match="max_tokens 70 is less than a block"):
+        evaluate_lm(args, DataArguments(data=[f"a={text_file}"], max_length=71))

@@ -1,0 +1,137 @@
+"""The router losses' gradient in trainers: there, once, and no larger for gradient accumulation."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, default_data_collator
+
+from modeling_moe.training import MoECallback
+from tests.training.conftest import GradientRecorder, tiny_model, training_arguments
+from tests.training.test_callbacks import CHECKPOINTING
+
+
+Z_LOSS = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 3.0}
+BALANCE = {"router_aux_loss_coef": 100.0, "router_z_loss_coef": 0.0}
+BOTH = {"router_aux_loss_coef": 100.0, "router_z_loss_coef": 3.0}
+NONE = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+ACCUMULATE = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+HIDE_LABELS = {"label_smoothing_factor": 0.1}
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """(8, 41)."""
+    return torch.randint(3, 300, (8, 41))
+
+
+def gradients(coefficients: dict, ids: torch.Tensor, tmp_path, **fields) -> torch.Tensor:
+    """The routers' gradients in one step of a Trainer, as one vector."""
+    recorder = GradientRecorder()
+    trainer = Trainer(
+        model=tiny_model(**coefficients),
+        args=training_arguments(tmp_path, **fields),
+        train_dataset=Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()}),
+        data_collator=default_data_collator,
+        callbacks=[MoECallback(), recorder],
+    )
+    trainer.train()
+    return torch.cat([gradient.flatten() for gradient in recorder.gradients.values()])
+
+
+def router_loss_gradients(coefficients: dict, ids: torch.Tensor) -> torch.Tensor:
+    """Those of the router losses alone, by autograd."""
+    model = tiny_model(**coefficients).train()
+    model.model(ids, attach_router_loss=False).router_loss.backward()
+    return torch.cat([layer.mlp.gate.weight.grad.flatten() for layer in model.model.layers if layer.is_sparse])
+
+
+@pytest.mark.parametrize("trainer_fields", [{}, HIDE_LABELS], ids=["labels", "hidden_labels"])
+def test_router_losses_arrive_once(trainer_fields, ids, tmp_path):
+    with_losses = gradients(BOTH, ids, tmp_path, **trainer_fields)
+    without = gradients(NONE, ids, tmp_path, **trainer_fields)
+    expected = router_loss_gradients(BOTH, ids)
+    assert expected.norm() > 10 * without.norm()
+    torch.testing.assert_close(with_losses - without, expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
+
+
+@pytest.mark.parametrize("trainer_fields", [{}, HIDE_LABELS], ids=["labels", "hidden_labels"])
+def test_accumulation_leaves_a_linear_loss_as_it_is(trainer_fields, ids, tmp_path):
+    whole = gradients(Z_LOSS, ids, tmp_path, **trainer_fields)
+    accumulated = gradients(Z_LOSS, ids, tmp_path, **trainer_fields, **ACCUMULATE)
+    torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-5 * whole.abs().max())
+
+
+@pytest.mark.parametrize("trainer_fields", [{}, HIDE_LABELS], ids=["labels", "hidden_labels"])
+def test_accumulation_over_equal_micro_batches(trainer_fields, ids, tmp_path):
+    ids = ids[:1].expand(8, -1)
+    whole = gradients(BOTH, ids, tmp_path, **trainer_fields)
+    accumulated = gradients(BOTH, ids, tmp_path, **trainer_fields, **ACCUMULATE)
+    torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-5 * whole.abs().max())
+
+
+@pytest.mark.parametrize("trainer_fields", [{}, HIDE_LABELS], ids=["labels", "hidden_labels"])
+def test_accumulation_does_not_multiply_the_balance_loss(trainer_fields, ids, tmp_path):
+    # f * P differs between micro-batches and the whole, so only the size can agree
+    whole = gradients(BALANCE, ids, tmp_path, **trainer_fields)
+    accumulated = gradients(BALANCE, ids, tmp_path, **trainer_fields, **ACCUMULATE)
+    ratio = (accumulated @ whole / (whole @ whole)).item()
+    assert 0.7 < ratio < 1.4
+
+
+@pytest.mark.parametrize("checkpointing", ["non_reentrant", "reentrant"])
+@pytest.mark.parametrize("trainer_fields", [{}, HIDE_LABELS], ids=["labels", "hidden_labels"])
+def test_checkpointing_keeps_the_gradients(checkpointing, trainer_fields, ids, tmp_path):
+    plain = gradients(BOTH, ids, tmp_path, **trainer_fields)
+    recomputed = gradients(BOTH, ids, tmp_path, **trainer_fields, **CHECKPOINTING[checkpointing])
+    torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6 * plain.abs().max())
+
+
+def test_label_smoothing_predicts_the_next_token(ids, tmp_path):
+    """transformers shifts the labels only for classes that its list of causal LMs names."""
+    trainer = Trainer(model=tiny_model(**NONE).eval(), args=training_arguments(tmp_path, label_smoothing_factor=1e-6))
+    inputs = {"input_ids": ids, "labels": ids}
+    expected = trainer.model(**inputs).loss
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(inputs)), expected, rtol=1e-4, atol=0)
+
+
+def test_eval_loss_holds_no_router_loss(ids, tmp_path):
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    losses = [
+        Trainer(
+            model=tiny_model(**coefficients),
+            args=training_arguments(tmp_path),
+            eval_dataset=rows,
+            data_collator=default_data_collator,
+        ).evaluate()["eval_loss"]
+        for coefficients in (BOTH, NONE)
+    ]
+    assert losses[0] == losses[1]
+
+
+def sft_gradients(coefficients: dict, ids: torch.Tensor, tokenizer, tmp_path, **fields) -> torch.Tensor:
+    trl = pytest.importorskip("trl")
+    recorder = GradientRecorder()
+    defaults = training_arguments(tmp_path).to_dict() | fields
+    names = ("output_dir", "use_cpu", "max_steps", "max_grad_norm", "optim", "save_strategy", "disable_tqdm")
+    names += ("per_device_train_batch_size", "gradient_accumulation_steps")
+    trainer = trl.SFTTrainer(
+        model=tiny_model(**coefficients),
+        args=trl.SFTConfig(
+            **{name: defaults[name] for name in names}, report_to="none", bf16=False, gradient_checkpointing=False
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
+        processing_class=tokenizer,
+        callbacks=[MoECallback(), recorder],
+    )
+    trainer.train()
+    return torch.cat([gradient.flatten() for gradient in recorder.gradients.values()])
+
+
+@pytest.mark.parametrize("fields", [{}, ACCUMULATE], ids=["whole", "accumulated"])
+def test_sft_trainer_gets_the_router_losses_once(fields, ids, tokenizer, tmp_path):
+    coefficients = BOTH if not fields else Z_LOSS
+    with_losses = sft_gradients(coefficients, ids, tokenizer, tmp_path, **fields)
+    without = sft_gradients(NONE, ids, tokenizer, tmp_path, **fields)
+    expected = router_loss_gradients(coefficients, ids)
+    assert expected.norm() > 10 * without.norm()
+    torch.testing.assert_close(with_losses - without, expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
