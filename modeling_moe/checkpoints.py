@@ -11,39 +11,38 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, revert_weight_conversion
 
 
+class CheckpointError(ValueError, RuntimeError):
+    """A checkpoint that does not fit its configuration; also the RuntimeError that transformers raises for it."""
+
+
 def register_expert_layout(model_type: str) -> None:
     """Tells transformers to write `experts.E.gate_proj.weight` and the like, and to fuse them when it loads.
 
-    Servers and older tools know only these names. Experts that are not gated call their first layer `in_proj`, since
-    transformers picks the operation by name alone and `up_proj` is the gated experts'.
+    Servers and older tools know only these names. What they cannot run anyway, biases and the first layer of experts
+    that are not gated, stays fused on disk.
     """
-    converters: list = []
-    for kind, suffix in (("weight", ""), ("bias", "_bias")):
-        gate, up, into, down = (f"mlp.experts.*.{name}_proj.{kind}" for name in ("gate", "up", "in", "down"))
-        converters += [
-            WeightConverter(
-                [gate, up], f"mlp.experts.gate_up_proj{suffix}", [MergeModulelist(dim=0), Concatenate(dim=1)]
-            ),
-            WeightConverter(into, f"mlp.experts.up_proj{suffix}", [MergeModulelist(dim=0)]),
-            WeightConverter(down, f"mlp.experts.down_proj{suffix}", [MergeModulelist(dim=0)]),
-        ]
+    gate, up, down = (f"mlp.experts.*.{name}_proj.weight" for name in ("gate", "up", "down"))
     # every copy of this file registers: the installed one and those that checkpoints bring
-    register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)
+    register_checkpoint_conversion_mapping(
+        model_type,
+        [
+            WeightConverter([gate, up], "mlp.experts.gate_up_proj", [MergeModulelist(dim=0), Concatenate(dim=1)]),
+            WeightConverter(down, "mlp.experts.down_proj", [MergeModulelist(dim=0)]),
+        ],
+        overwrite=True,
+    )
 
 
 def fuse_experts(state_dict: dict[str, torch.Tensor], prefix: str, num_experts: int) -> None:
     """Replaces one tensor for each expert by the fused ones, in place; a fused state dict stays as it is."""
-    for kind, suffix in (("weight", ""), ("bias", "_bias")):
-        stacks = {
-            name: torch.stack([state_dict.pop(f"{prefix}{i}.{name}_proj.{kind}") for i in range(num_experts)])
-            for name in ("gate", "up", "in", "down")
-            if all(f"{prefix}{i}.{name}_proj.{kind}" in state_dict for i in range(num_experts))
-        }
-        if "gate" in stacks and "up" in stacks:
-            stacks["gate_up"] = torch.cat([stacks.pop("gate"), stacks.pop("up")], dim=1)
-        if "in" in stacks:
-            stacks["up"] = stacks.pop("in")
-        state_dict |= {f"{prefix}{name}_proj{suffix}": stack for name, stack in stacks.items()}
+    stacks = {}
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        keys = [f"{prefix}{expert}.{name}.weight" for expert in range(num_experts)]
+        if all(key in state_dict for key in keys):
+            stacks[name] = torch.stack([state_dict.pop(key) for key in keys])
+    if "gate_proj" in stacks and "up_proj" in stacks:
+        stacks["gate_up_proj"] = torch.cat([stacks.pop("gate_proj"), stacks.pop("up_proj")], dim=1)
+    state_dict |= {f"{prefix}{name}": stack for name, stack in stacks.items()}
 
 
 def _shapes_on_disk(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -78,14 +77,14 @@ def refuse_incomplete(model_class: type, name_or_path, config=None) -> Iterator[
     are all missing. Yields `check(model, loading_info)`, to be called with what was loaded.
 
     Raises:
-        ValueError: if a tensor is misshapen, or some experts are missing while others are there.
+        CheckpointError: if a tensor is misshapen, or some experts are missing while others are there.
     """
 
     def refuse(cause=None):
         folder, problem = Path(str(name_or_path)), ""
         if folder.is_dir():
             problem = _first_misfit(model_class, config or model_class.config_class.from_pretrained(folder), folder)
-        raise ValueError(
+        raise CheckpointError(
             f"the checkpoint {name_or_path} does not fit its config.json: {problem or cause}. Restore the file or "
             "correct the field."
         ) from cause
@@ -98,6 +97,6 @@ def refuse_incomplete(model_class: type, name_or_path, config=None) -> Iterator[
     try:
         yield check
     except RuntimeError as error:
-        if "report" not in str(error):
+        if isinstance(error, CheckpointError) or "report" not in str(error):
             raise
         refuse(error)

@@ -44,6 +44,7 @@ class MoEConfig(PreTrainedConfig):
         clip_qkv: clamp queries, keys and values to [-clip_qkv, clip_qkv] (OLMoE).
         attention_dropout: dropout of the attention probabilities.
         sliding_window: window in tokens of the layers whose type is `"sliding_attention"`.
+        use_sliding_window: False ignores `sliding_window` (Qwen's switch).
         layer_types: `"full_attention"` or `"sliding_attention"` for each layer; all sliding if there is a window.
         gated_mlp: dense feed-forward networks are `down(act(gate(x)) * up(x))` rather than `down(act(up(x)))`.
         mlp_bias: biases in every feed-forward network, experts included.
@@ -96,7 +97,11 @@ class MoEConfig(PreTrainedConfig):
     }
     base_model_ep_plan = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.gate_up_proj_bias": "grouped_gemm",
+        "layers.*.mlp.experts.up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.up_proj_bias": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj_bias": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
     }
     base_model_pp_plan = {
@@ -125,6 +130,7 @@ class MoEConfig(PreTrainedConfig):
     clip_qkv: float | None = None
     attention_dropout: float | int = 0.0
     sliding_window: int | None = None
+    use_sliding_window: bool = True
     layer_types: list[str] | None = None
     gated_mlp: bool = True
     mlp_bias: bool = False
@@ -180,6 +186,8 @@ class MoEConfig(PreTrainedConfig):
                     f"({self.num_attention_heads}): change one of them or set head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if not self.use_sliding_window:
+            self.sliding_window = None
         if self.layer_types is None:
             attention = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [attention] * self.num_hidden_layers
@@ -203,6 +211,7 @@ class MoEConfig(PreTrainedConfig):
                 raise ValueError(f"unknown field {name!r} in MoEConfig: did you mean {close[0]!r}?")
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
+        sparse = "sparse" in self.mlp_layer_types
         # a norm over all heads needs the gathered projection
         colwise, rowwise = "colwise", "rowwise"
         if self.qk_norm == "full":
@@ -211,12 +220,14 @@ class MoEConfig(PreTrainedConfig):
         plan["layers.*.self_attn.o_proj"] = rowwise
         if self.qk_norm == "head":
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
-        networks = ["mlp"] * ("dense" in self.mlp_layer_types) + ["mlp.shared_experts"] * self.has_shared_experts
-        for network in networks:
-            plan |= {f"layers.*.{network}.{name}_proj": "colwise" for name in ("gate", "up")}
+        networks = [("mlp", self.gated_mlp)] * ("dense" in self.mlp_layer_types)
+        networks += [("mlp.shared_experts", self.gated_experts)] * (self.has_shared_experts and sparse)
+        for network, gated in networks:
+            plan |= {f"layers.*.{network}.{name}_proj": "colwise" for name in ["gate"] * gated + ["up"]}
             plan[f"layers.*.{network}.down_proj"] = "rowwise"
-        if "sparse" in self.mlp_layer_types and self.gated_experts and not self.mlp_bias:
-            plan["layers.*.mlp.experts.gate_up_proj"] = "packed_colwise"
+        if sparse and not self.mlp_bias:
+            up, split = ("gate_up_proj", "packed_colwise") if self.gated_experts else ("up_proj", "colwise")
+            plan[f"layers.*.mlp.experts.{up}"] = split
             plan["layers.*.mlp.experts.down_proj"] = "rowwise"
             plan["layers.*.mlp.experts"] = "moe_tp_experts"
         return plan

@@ -340,12 +340,17 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(TopKRouter, index=0),
         "hidden_states": MoEDecoderLayer,
         "attentions": MoEAttention,
     }
+
+    def __init__(self, config: MoEConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.router_selection_bias and "sparse" in config.mlp_layer_types:
+            # in bf16 the bias would swallow its own update, 0.5 + 0.001 = 0.5
+            self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -370,7 +375,7 @@ class MoEPreTrainedModel(PreTrainedModel):
         refused with their names.
 
         Raises:
-            ValueError: names the first tensor that is missing or misshapen.
+            CheckpointError: names the first tensor that is missing or misshapen.
         """
         with refuse_incomplete(cls, pretrained_model_name_or_path, kwargs.get("config")) as check:
             model, info = super().from_pretrained(
