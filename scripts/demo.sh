@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh
 
-model= data=() out=outputs/demo steps=24
+model= data=() out=outputs/demo steps=40
 while [ $# -gt 0 ]; do
     case $1 in
         --model_name_or_path) model=$2 && shift 2 ;;

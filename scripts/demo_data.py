@@ -37,18 +37,21 @@ class Arguments:
     overwrite: bool = field(default=False, metadata={"help": "replace output_dir"})
 
 
+def without(text: str, seen: str) -> str:
+    """The paragraphs of `text` that `seen` does not contain."""
+    return "\n\n".join(paragraph for paragraph in text.split("\n\n") if paragraph not in seen)
+
+
 def python_domains() -> dict[str, tuple[str, str]]:
-    """Training and held-out text of each domain; no topic and no module is in both."""
+    """Training and held-out text of each domain, other topics and other modules."""
     topics = sorted(pydoc_data.topics.topics.items())
-    manual = [text for i, (_, text) in enumerate(topics) if i % HELD_OUT_TOPICS]
-    held_out = [text for i, (_, text) in enumerate(topics) if i % HELD_OUT_TOPICS == 0]
+    manual = "\n".join(text for i, (_, text) in enumerate(topics) if i % HELD_OUT_TOPICS)
+    # topics quote each other
+    held_out = "\n".join(without(text, manual) for _, text in topics[::HELD_OUT_TOPICS])
     code, held_out_code = (
-        [inspect.getsource(import_module(name)) for name in names.split()] for names in (CODE, HELD_OUT_CODE)
+        "\n".join(inspect.getsource(import_module(name)) for name in names.split()) for names in (CODE, HELD_OUT_CODE)
     )
-    return {
-        "manual": ("\n".join(manual), "\n".join(held_out)),
-        "code": ("\n".join(code), "\n".join(held_out_code)),
-    }
+    return {"manual": (manual, held_out), "code": (code, without(held_out_code, code))}
 
 
 def own_domains(data: list[str], seed: int) -> dict[str, tuple[str, str]]:

@@ -28,7 +28,7 @@ def print_result(result: FinetuneResult, title: str) -> None:
     table = Table("", title)
     table.add_row("steps", f"{result.steps}")
     table.add_row("trained parameters", f"{result.trained_params:,}")
-    table.add_row("training loss, first and last", f"{result.first_loss:.4f}, {result.last_loss:.4f}")
+    table.add_row("training loss, first and last quarter", f"{result.first_loss:.4f}, {result.last_loss:.4f}")
     for domain, loss in result.eval_loss.items():
         table.add_row(f"held-out loss, {domain}", f"{loss:.4f}")
     table.add_row("seconds", f"{result.seconds:.1f}")

@@ -1,16 +1,18 @@
 #!/usr/bin/env python
 """Let a saved model write, as anybody would load it: through the auto classes, with the code beside its weights.
 
-python scripts/generate.py --model_name_or_path outputs/demo/model --prompt "The import statement"
+    python scripts/generate.py --model_name_or_path outputs/demo/model --prompt "The import statement"
+
+It does not import the package, so a MoE checkpoint runs the code that it was saved with.
 """
 
+import sys
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-
-from modeling_moe.cli import parse, run
-from modeling_moe.files import load_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 
 @dataclass
@@ -24,10 +26,14 @@ class Arguments:
 
 def main() -> None:
     """Prints each prompt with its greedy continuation."""
-    (args,) = parse([Arguments], __doc__)
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, trust_remote_code=True).eval()
-    print(f"{type(model).__name__}, {model.config._experts_implementation}")
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    (args,) = parser.parse_args_into_dataclasses()
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, trust_remote_code=True).eval()
+    except (OSError, ValueError) as error:
+        sys.exit(f"generate.py: model_name_or_path {args.model_name_or_path} cannot be loaded: {error}")
+    print(f"{type(model).__module__}.{type(model).__name__}, experts by {model.config._experts_implementation}")
     for prompt in args.prompt:
         inputs = tokenizer(prompt, return_tensors="pt")
         with torch.inference_mode():
@@ -36,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

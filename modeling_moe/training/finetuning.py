@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -86,8 +87,9 @@ class FinetuneResult:
     Attributes:
         steps: optimizer steps, those before a resumption included.
         trained_params: parameters that were trained.
-        first_loss: first training loss logged, nats per token, router losses included; NaN if none was.
-        last_loss: last training loss logged.
+        first_loss: mean of the first quarter of the training losses logged, nats per token, router losses included;
+            NaN if none was.
+        last_loss: mean of the last quarter.
         eval_loss: cross entropy on each domain's held-out text.
         seconds: wall time of the training.
         tokens_per_second: tokens of all ranks over that time.
@@ -227,12 +229,13 @@ def finetune(
     for name, blocks in held_out.items():
         eval_loss[name] = trainer.evaluate(blocks, metric_key_prefix=f"eval_{name}")[f"eval_{name}_loss"]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] or [math.nan]
+    quarter = max(1, len(losses) // 4)
     _save(trainer, tokenizer, merge)
     return FinetuneResult(
         steps=trainer.state.global_step,
         trained_params=trained,
-        first_loss=losses[0],
-        last_loss=losses[-1],
+        first_loss=fmean(losses[:quarter]),
+        last_loss=fmean(losses[-quarter:]),
         eval_loss=eval_loss,
         seconds=metrics["train_runtime"],
         tokens_per_second=metrics["train_samples_per_second"] * data_args.max_length,

@@ -1,0 +1,181 @@
+"""scripts/upcycle.py, scripts/convert.py and the demo's helpers: what they print, refuse and leave behind."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+from modeling_moe import MoEForCausalLM
+from tests.conftest import tiny_config
+
+
+ROOT = Path(__file__).parents[2]
+SIZE = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script in this process; returns its exit code, what it printed and what it complained about."""
+
+    def run_script(name, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run_script
+
+
+@pytest.fixture
+def dense(tmp_path):
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZE)).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(run, dense, tmp_path):
+    flags = ["--model_name_or_path", dense, "--output_dir", tmp_path / "moe", "--num_experts", 4, "--dry_run"]
+    code, out, _ = run("upcycle.py", *flags)
+    assert code == 0
+    assert not (tmp_path / "moe").exists()
+    run("upcycle.py", *flags[:-1])
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert config["num_experts"] == 4
+    assert f"{model.num_parameters():,}" in out
+    assert f"{model.config.num_active_params():,}" in out
+    assert "computes the dense function │ yes" in out
+
+
+def test_dry_run_tells_why_it_is_not_exact(run, dense, tmp_path):
+    flags = ["--model_name_or_path", dense, "--output_dir", tmp_path / "moe", "--noise", "0.1", "--dry_run", "true"]
+    assert "no: noise moves every expert" in run("upcycle.py", *flags)[1]
+
+
+def test_convert(run, tmp_path):
+    source = AutoModelForCausalLM.from_config(MixtralConfig(**SIZE, num_local_experts=4)).eval()
+    source.save_pretrained(tmp_path / "mixtral")
+    flags = ["--model_name_or_path", tmp_path / "mixtral", "--output_dir", tmp_path / "moe", "--target", "moe"]
+    code, out, _ = run("convert.py", *flags)
+    assert code == 0
+    assert f"{source.num_parameters():,}" in out
+    ids = torch.arange(3, 12)[None]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    torch.testing.assert_close(model(ids).logits, source(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("upcycle.py", ["--num_experts", "1"], "num_experts_per_tok is 2: it must lie between 1 and num_experts (1)"),
+        ("upcycle.py", ["--num_experts", "many"], "invalid int value: 'many'"),
+        ("upcycle.py", ["--num_expert", "4"], "--num_expert"),
+        ("upcycle.py", ["--dtype", "int3"], "dtype 'int3' is unknown"),
+        ("upcycle.py", ["--model_name_or_path", "/nowhere"], "model_name_or_path /nowhere cannot be loaded"),
+        ("convert.py", ["--target", "gguf"], "target 'gguf' is unknown: it must be moe"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(run, dense, tmp_path, script, flags, message):
+    code, _, err = run(script, "--model_name_or_path", dense, "--output_dir", tmp_path / "moe", *flags)
+    complaint = [line for line in err.splitlines() if line.startswith(script)]
+    assert code == 2
+    assert len(complaint) == 1
+    assert message in complaint[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_full_output_dir_survives(run, dense, tmp_path):
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "moe" / "precious").write_text("1")
+    flags = ["--model_name_or_path", dense, "--output_dir", tmp_path / "moe"]
+    code, _, err = run("upcycle.py", *flags)
+    assert code == 2
+    assert "is not empty: choose another, or pass --overwrite" in err
+    assert (tmp_path / "moe" / "precious").exists()
+    assert run("upcycle.py", *flags, "--overwrite", "true")[0] == 0
+    assert not (tmp_path / "moe" / "precious").exists()
+
+
+def test_recipe_and_help(run, dense, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: {dense}\noutput_dir: {tmp_path / 'moe'}\nnum_experts: 4\n")
+    assert run("upcycle.py", recipe, "--num_experts", "6")[0] == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "moe").config.num_experts == 6
+    recipe.write_text(recipe.read_text().replace("num_experts", "num_exprts"))
+    code, _, err = run("upcycle.py", recipe)
+    assert code == 2
+    assert "num_exprts" in err
+    code, out, _ = run("upcycle.py", "--help")
+    assert code == 0
+    assert "python scripts/upcycle.py --model_name_or_path" in out
+
+
+def test_demo_data_holds_out_what_it_does_not_train_on(run, tmp_path):
+    assert run("demo_data.py", "--output_dir", tmp_path / "data")[0] == 0
+    for domain in ("manual", "code"):
+        train, held_out = (
+            (tmp_path / "data" / f"{domain}_{part}.txt").read_text("utf-8") for part in ("train", "eval")
+        )
+        assert len(train) > 300_000
+        paragraphs = [text for text in held_out.split("\n\n") if len(text) > 200]
+        assert len(paragraphs) > 30
+        assert not any(text in train for text in paragraphs)
+
+
+def test_demo_data_of_ones_own(run, tmp_path):
+    lines = [f"line {i} of my own text\n" for i in range(5000)]
+    (tmp_path / "mine.txt").write_text("".join(lines))
+    assert run("demo_data.py", "--output_dir", tmp_path / "data", "--data", f"mine={tmp_path / 'mine.txt'}")[0] == 0
+    train, held_out = (set((tmp_path / "data" / f"mine_{part}.txt").open()) for part in ("train", "eval"))
+    assert train | held_out == set(lines)
+    assert not train & held_out
+    assert held_out
+
+
+def scores(loss: float) -> dict:
+    return {"wiki": {"loss": loss, "perplexity": 2.0, "bits_per_byte": 1.0, "expert_share": [0.5, 0.5]}}
+
+
+def test_demo_report_refuses_an_upcycling_that_changed_the_loss(run, tmp_path):
+    MoEForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
+    flags = ["--model_dir", tmp_path / "model", "--scores_dir", tmp_path, "--base_model", "some/base"]
+    for stage, loss in (("dense", 3.0), ("before", 3.0), ("after", 2.5)):
+        (tmp_path / f"{stage}.json").write_text(json.dumps(scores(loss)))
+    code, out, _ = run("demo_report.py", *flags)
+    assert code == 0
+    assert "2.5000" in out
+    assert "2.500" in (tmp_path / "model" / "README.md").read_text()
+    (tmp_path / "before.json").write_text(json.dumps(scores(3.01)))
+    code, _, err = run("demo_report.py", *flags)
+    assert code == 2
+    assert "upcycling changed the loss on wiki by 0.0100" in err
+
+
+def test_generate_runs_the_checkpoints_own_code(tmp_path):
+    from tests.training.conftest import train_tokenizer
+
+    tokenizer = train_tokenizer()
+    MoEForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    script = [sys.executable, ROOT / "scripts" / "generate.py", "--max_new_tokens", "3"]
+    flags = ["--model_name_or_path", tmp_path / "model", "--prompt", "one", "two"]
+    result = subprocess.run([*script, *flags], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "transformers_modules" in result.stdout
+    assert "experts by grouped_mm" in result.stdout
+    assert result.stdout.count("> ") == 2
