@@ -13,8 +13,9 @@ def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.
     """Mean over the tokens (dimension 0 of `values`) that count; 0 if none does."""
     if token_mask is None:
         return values.mean(dim=0)
-    mask = token_mask.to(values.dtype)
-    return torch.tensordot(mask, values, dims=1) / mask.sum().clamp(min=1)
+    mask = token_mask.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+    # no matrix product: autocast would run it in bf16
+    return (mask * values).sum(dim=0) / mask.sum().clamp(min=1)
 
 
 def load_balancing_loss(routing: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,8 +9,6 @@ training:       loss = cross entropy + sum of (coefficient * router loss), the m
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import wraps
 
 import torch
 from torch import nn
@@ -26,7 +24,6 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
@@ -45,29 +42,8 @@ from .balancing import update_expert_bias
 from .checkpoints import fuse_experts, refuse_incomplete, register_expert_layout
 from .configuration_moe import MoEConfig
 from .losses import LOSSES, AttachLoss, loss_share
+from .outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
 from .routing import ROUTERS, TopKRouter, expert_load
-
-
-@dataclass
-class MoEModelOutput(MoeModelOutputWithPast):
-    """Output of [`MoEModel`]: transformers' own, and what the routers tell while training or on request.
-
-    Attributes:
-        router_loss: scalar, weighted sum of the router losses; only if the caller adds it to the loss itself.
-        aux_loss: scalar without gradient, the load-balancing loss averaged over the sparse layers.
-        expert_load: (sparse layers, E), tokens that each expert received.
-    """
-
-    router_loss: torch.FloatTensor | None = None
-    aux_loss: torch.FloatTensor | None = None
-    expert_load: torch.FloatTensor | None = None
-
-
-@dataclass
-class MoECausalLMOutput(MoeCausalLMOutputWithPast):
-    """Output of [`MoEForCausalLM`]: transformers' own and `expert_load`, see [`MoEModelOutput`]."""
-
-    expert_load: torch.FloatTensor | None = None
 
 
 class MoEAttention(nn.Module):
@@ -311,22 +287,6 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         return residual + hidden_states, *signals
 
 
-def detach_router_logits(forward):
-    """Returns router logits without gradient while the model trains its router losses itself.
-
-    A trainer that derives a balance loss from them (TRL's `SFTTrainer`) would otherwise count it twice.
-    """
-
-    @wraps(forward)
-    def wrapper(self, *args, **kwargs):
-        outputs = forward(self, *args, **kwargs)
-        if self.training and self.has_router_losses and getattr(outputs, "router_logits", None):
-            outputs.router_logits = tuple(logits.detach() for logits in outputs.router_logits)
-        return outputs
-
-    return wrapper
-
-
 class MoEPreTrainedModel(PreTrainedModel):
     """What all MoE models share: how transformers initialises, saves, splits, records and compiles them."""
 
@@ -541,8 +501,8 @@ class MoEModel(MoEPreTrainedModel):
         if not self.training:
             return outputs
         if self.has_router_losses:
-            coefficients = [getattr(self.config, name) for name in LOSSES]
-            outputs["router_loss"] = losses @ losses.new_tensor(coefficients)
+            coefficients = losses.new_tensor([getattr(self.config, name) for name in LOSSES])
+            outputs["router_loss"] = (coefficients * losses).sum()
         if self.config.router_bias_update_rate:
             blocks = [module for module in self.modules() if isinstance(module, MoEBlock)]
             for block, (_, load) in zip(blocks, signals, strict=True):

@@ -2,7 +2,8 @@
 """Dense checkpoints into Mixture-of-Experts checkpoints that start where the dense model ended."""
 
 from .methods import METHODS, upcycle
-from .plan import UpcyclingOptions, UpcyclingPlan, make_plan
+from .options import UpcyclingOptions
+from .plan import UpcyclingPlan, make_plan
 from .run import Verification, upcycle_checkpoint, verify
 
 

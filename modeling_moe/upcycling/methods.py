@@ -11,7 +11,7 @@ import torch
 
 from ..configuration_moe import MoEConfig
 from ..modeling_moe import MoEForCausalLM
-from .plan import UpcyclingOptions
+from .options import UpcyclingOptions
 
 
 Weights = dict[str, torch.Tensor]

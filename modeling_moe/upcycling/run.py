@@ -12,7 +12,8 @@ from ..conversion import to_moe
 from ..files import copy_companions, load_source, load_tokenizer, whole_folder
 from ..modeling_moe import MoEForCausalLM
 from .methods import upcycle
-from .plan import UpcyclingOptions, UpcyclingPlan, make_plan
+from .options import UpcyclingOptions
+from .plan import UpcyclingPlan, make_plan
 
 
 VERIFICATION_TEXT = (

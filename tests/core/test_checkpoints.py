@@ -159,6 +159,7 @@ SHIPPED = {
     "configuration_moe.py",
     "losses.py",
     "modeling_moe.py",
+    "outputs.py",
     "routing.py",
 }
 

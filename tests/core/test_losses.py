@@ -64,3 +64,13 @@ def test_z_loss_by_hand_and_its_gradient():
     grad = torch.autograd.grad(router_z_loss(routing), routing.logits)[0]
     lse = routing.logits.logsumexp(-1, keepdim=True)
     torch.testing.assert_close(grad, 2 * lse * routing.probs / len(lse))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fp32_under_autocast(masked):
+    routing = Routing(*(t.float() if t.is_floating_point() else t for t in random_routing(tokens=200)))
+    mask = torch.arange(200) % 3 > 0 if masked else None
+    for loss in (load_balancing_loss, router_z_loss):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = loss(routing, mask)
+        assert torch.equal(got, loss(routing, mask))
