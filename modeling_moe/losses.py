@@ -51,10 +51,6 @@ def router_z_loss(routing: Routing, token_mask: torch.Tensor | None = None) -> t
     return masked_mean(routing.logits.logsumexp(dim=-1).square(), token_mask)
 
 
-# config field of the weight -> loss
-LOSSES = {"router_aux_loss_coef": load_balancing_loss, "router_z_loss_coef": router_z_loss}
-
-
 class AttachLoss(torch.autograd.Function):
     """Identity on a tensor whose backward also sends the gradient 1 into `loss`: for losses nobody else adds.
 
@@ -78,8 +74,21 @@ def loss_share(labels: torch.Tensor, shift_labels=None, num_items_in_batch=None,
     """This batch's part of an optimizer step whose losses are divided by all of its labels.
 
     Weighting the router losses by it makes their sum over micro-batches and ranks a mean, as the cross entropy's is.
+
+    Args:
+        labels: (B, S) token ids, `ignore_index` where none is predicted.
+        shift_labels: the same already shifted, if the trainer did that.
+        num_items_in_batch: number of labels of the optimizer step, as `Trainer` passes it; None for a plain mean.
+
+    Returns:
+        A number from 0 to 1, or a scalar tensor on the labels' device.
     """
     if num_items_in_batch is None:
         return 1.0
     targets = labels[..., 1:] if shift_labels is None else shift_labels
-    return (targets != ignore_index).sum() / num_items_in_batch
+    count = (targets != ignore_index).sum().to(labels.device)
+    return count / torch.as_tensor(num_items_in_batch, device=labels.device)
+
+
+# config field of the weight -> loss
+LOSSES = {"router_aux_loss_coef": load_balancing_loss, "router_z_loss_coef": router_z_loss}

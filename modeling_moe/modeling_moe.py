@@ -571,7 +571,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
             if outputs.router_loss is not None:
-                loss = loss + loss_share(labels, **kwargs) * outputs.router_loss.to(loss.device)
+                loss = loss + loss_share(labels.to(loss.device), **kwargs) * outputs.router_loss.to(loss.device)
 
         return MoECausalLMOutput(
             loss=loss,
