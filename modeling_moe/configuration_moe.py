@@ -10,11 +10,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
+from .routing import ROUTERS, SCORING_FUNCS
+
 
 logger = logging.get_logger(__name__)
-
-ROUTER_TYPES = ("topk",)
-SCORING_FUNCS = ("softmax", "sigmoid")
 
 
 @strict
@@ -266,8 +265,8 @@ class MoEConfig(PreTrainedConfig):
     def validate_routing(self):
         """Checks the fields of the router; run as `validate_moe` is."""
         experts, top_k = self.num_experts, self.num_experts_per_tok
-        if self.router_type not in ROUTER_TYPES:
-            raise ValueError(f"router_type {self.router_type!r} is unknown: choose one of {', '.join(ROUTER_TYPES)}.")
+        if self.router_type not in ROUTERS:
+            raise ValueError(f"router_type {self.router_type!r} is unknown: choose one of {', '.join(ROUTERS)}.")
         if self.scoring_func not in SCORING_FUNCS:
             raise ValueError(
                 f"scoring_func {self.scoring_func!r} is unknown: choose one of {', '.join(SCORING_FUNCS)}."

@@ -2,7 +2,7 @@
 """How a token chooses its experts.
 
 A router is `score -> select -> weigh` and returns a [`Routing`]; a new router overrides one of the three and adds its
-name to `ROUTERS`. Router arithmetic is fp32 whatever the model's dtype (fp64 for an fp64 model).
+name to `ROUTERS`, a new score adds its name to `SCORING_FUNCS`. Router arithmetic is fp32 whatever the model's dtype (fp64 for an fp64 model).
 
 # T tokens, H hidden, E experts, K experts per token
 """
@@ -47,6 +47,22 @@ def expert_load(routing: Routing, token_mask: torch.Tensor | None = None) -> tor
     return counts[:num_experts].detach()
 
 
+def softmax_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities (T, E), which both choose and weigh."""
+    probs = logits.softmax(dim=-1)
+    return probs, probs
+
+
+def sigmoid_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sigmoid of each logit (T, E), and the same normalised to sum 1 (arXiv:2412.19437, eq. 15)."""
+    scores = logits.sigmoid()
+    return scores, scores / scores.sum(dim=-1, keepdim=True)
+
+
+# scoring_func -> logits (T, E) to scores (T, E) and probs (T, E)
+SCORING_FUNCS = {"softmax": softmax_scores, "sigmoid": sigmoid_scores}
+
+
 class TopKRouter(nn.Module):
     """Sends each token to the K experts with the highest scores.
 
@@ -86,11 +102,7 @@ class TopKRouter(nn.Module):
 
     def score(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores (T, E) that choose and weigh the experts, and the same normalised to sum 1."""
-        if self.scoring_func == "softmax":
-            probs = logits.softmax(dim=-1)
-            return probs, probs
-        scores = logits.sigmoid()
-        return scores, scores / scores.sum(dim=-1, keepdim=True)
+        return SCORING_FUNCS[self.scoring_func](logits)
 
     def select(self, scores: torch.Tensor) -> torch.Tensor:
         """Experts (T, K) chosen by scores (T, E)."""
@@ -117,4 +129,5 @@ class TopKRouter(nn.Module):
         return weight * self.scaling
 
 
+# router_type -> class
 ROUTERS = {"topk": TopKRouter}
