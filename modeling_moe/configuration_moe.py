@@ -75,15 +75,12 @@ class MoEConfig(PreTrainedConfig):
         ValueError: for a value that no model can have; the message names the field and the remedy.
 
     Example:
-
-    ```python
-    >>> from modeling_moe import MoEConfig, MoEForCausalLM
-
-    >>> config = MoEConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_experts=8)
-    >>> model = MoEForCausalLM(config)
-    >>> config.num_params(), config.num_active_params()
-    (80091648, 46389760)
-    ```
+        >>> from modeling_moe import MoEConfig, MoEForCausalLM
+        >>> config = MoEConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_experts=8)
+        >>> config.num_params(), config.num_active_params()
+        (86649088, 34744576)
+        >>> MoEForCausalLM(config).num_parameters()
+        86649088
     """
 
     model_type = "moe"

@@ -1,6 +1,8 @@
-"""The README's Python, run in its order on a tiny model, with a Hub that only takes notes."""
+"""The README's Python, run in its order on a tiny model, with a Hub that only takes notes; and docstring examples."""
 
+import doctest
 import re
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,3 +61,10 @@ def test_every_command_and_module_exists():
     inside = text.partition("## Inside")[2].partition("configuration/")[0]
     for name in re.findall(r"^  (\w+(?:\.py|/))", inside, flags=re.MULTILINE):
         assert (README.parent / "modeling_moe" / name).exists(), name
+
+
+@pytest.mark.parametrize("module", ["configuration_moe", "training.evaluation"])
+def test_docstring_examples(module):
+    result = doctest.testmod(import_module(f"modeling_moe.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0

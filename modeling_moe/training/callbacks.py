@@ -22,10 +22,7 @@ class MoECallback(TrainerCallback):
     and do nothing to a model without experts.
 
     Example:
-
-    ```python
-    >>> trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[MoECallback()])
-    ```
+        >>> trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[MoECallback()])
     """
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -37,13 +37,10 @@ class BitsPerByte(evaluate.Metric):
     """Loss, perplexity and bits per byte from sums over batches; needs no download.
 
     Example:
-
-    ```python
-    >>> metric = BitsPerByte(keep_in_memory=True)
-    >>> metric.add_batch(nll_sum=[6.0, 2.0], tokens=[3, 1], bytes=[10, 2])
-    >>> metric.compute()["loss"]
-    2.0
-    ```
+        >>> metric = BitsPerByte(keep_in_memory=True)
+        >>> metric.add_batch(nll_sum=[6.0, 2.0], tokens=[3, 1], bytes=[10, 2])
+        >>> metric.compute()["loss"]
+        2.0
     """
 
     def _info(self) -> evaluate.MetricInfo:
