@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a checkpoint needs besides its weights to stand on the Hub."""
+"""What a checkpoint needs besides its weights to stand on the Hub, and the way there."""
 
 from .card import write_model_card
+from .push import check_without_package, push_folder
 
 
-__all__ = ["write_model_card"]
+__all__ = ["check_without_package", "push_folder", "write_model_card"]
