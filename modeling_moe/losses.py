@@ -21,8 +21,8 @@ def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.
 def load_balancing_loss(routing: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """`E * sum_i f_i P_i` with f_i expert i's share of the assignments and P_i its mean probability.
 
-    Switch Transformer (arXiv:2101.03961), eq. 4-6, for any K: 1 when all experts get the same share, E when one gets
-    all. The gradient flows through P alone.
+    Switch Transformer (arXiv:2101.03961), eq. 4-6, for any K: 1 when all experts get the same share, E / K when the
+    same K experts get all. The gradient flows through P alone.
 
     Args:
         routing: of T tokens.

@@ -6,8 +6,7 @@
 It does not import the package, so a MoE checkpoint runs the code that it was saved with.
 """
 
-import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +25,16 @@ class Arguments:
 
 def main() -> None:
     """Prints each prompt with its greedy continuation."""
-    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(
+        Arguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter, usage=SUPPRESS
+    )
     (args,) = parser.parse_args_into_dataclasses()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, trust_remote_code=True).eval()
     except (OSError, ValueError) as error:
-        sys.exit(f"generate.py: model_name_or_path {args.model_name_or_path} cannot be loaded: {error}")
+        cause = " ".join(str(error).split())
+        parser.exit(2, f"{parser.prog}: model_name_or_path {args.model_name_or_path} cannot be loaded: {cause}\n")
     print(f"{type(model).__module__}.{type(model).__name__}, experts by {model.config._experts_implementation}")
     for prompt in args.prompt:
         inputs = tokenizer(prompt, return_tensors="pt")

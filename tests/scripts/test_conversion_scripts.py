@@ -179,3 +179,17 @@ def test_generate_runs_the_checkpoints_own_code(tmp_path):
     assert "transformers_modules" in result.stdout
     assert "experts by grouped_mm" in result.stdout
     assert result.stdout.count("> ") == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_name_or_path", "/nowhere", "--prompt", "one"], "model_name_or_path /nowhere cannot be loaded"),
+        (["--model_name_or_path", "/nowhere"], "--prompt"),
+    ],
+)
+def test_generate_answers_mistakes_in_one_line(run, flags, message):
+    code, _, err = run("generate.py", *flags)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert message in err
