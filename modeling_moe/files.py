@@ -33,16 +33,20 @@ def whole_folder(output_dir: str | Path, overwrite: bool = False) -> Iterator[Pa
     output_dir = Path(output_dir)
     if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite):
         raise UserError(f"output_dir {output_dir} is not empty: choose another, or pass --overwrite to replace it")
-    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    partial, replaced = (output_dir.with_name(f".{output_dir.name}.{name}") for name in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
         if output_dir.exists():
-            shutil.rmtree(output_dir)
+            shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed
+            output_dir.rename(replaced)
         partial.rename(output_dir)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not output_dir.exists():
+            replaced.rename(output_dir)
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

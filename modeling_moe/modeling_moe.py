@@ -396,7 +396,8 @@ class MoEModel(MoEPreTrainedModel):
 
         Args:
             input_ids: (B, S).
-            attention_mask: (B, S), 0 at padding; or what transformers' mask utilities accept.
+            attention_mask: (B, S), 0 at padding; or what transformers' mask utilities accept, of which the router losses
+                cannot tell the padding: every token counts.
             position_ids: (B, S) or (1, S); restarts mark packed sequences.
             past_key_values: cache of earlier tokens.
             inputs_embeds: (B, S, H), in the place of `input_ids`.

@@ -33,7 +33,6 @@ def greedy(model, batch):
     [
         {"use_cache": False},
         {"cache_implementation": "static"},
-        {"num_beams": 1, "output_scores": True},
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from modeling_moe import MoEConfig, MoEForCausalLM, MoEForSequenceClassification
 from modeling_moe.cli import UserError
 from modeling_moe.hub import write_model_card
+from tests.conftest import tiny_config
 
 
 METRICS = {
@@ -30,26 +31,15 @@ FULL = {
 }
 
 
-def tiny_config(**kwargs) -> MoEConfig:
-    fields = {
-        "vocab_size": 97,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "moe_intermediate_size": 12,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "first_k_dense_replace": 1,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "num_shared_experts": 2,
-    }
-    return MoEConfig(**fields | kwargs)
+def shared_config(**kwargs) -> MoEConfig:
+    fields = {"mlp_layer_types": ["dense", "sparse", "sparse"], "num_experts": 6, "num_experts_per_tok": 2}
+    return tiny_config(**fields | {"num_shared_experts": 2} | kwargs)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    MoEForCausalLM(tiny_config()).to(torch.bfloat16).save_pretrained(folder)
+    MoEForCausalLM(shared_config()).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -108,25 +98,25 @@ def test_sections_follow_the_arguments(saved):
 def test_states_the_true_numbers(saved):
     model = MoEForCausalLM.from_pretrained(saved)
     total = model.num_parameters()
-    unused = 4 * sum(3 * 16 * 12 for layer in model.model.layers if layer.is_sparse)
+    unused = 4 * sum(3 * 32 * 24 for layer in model.model.layers if layer.is_sparse)
     told = facts(write_model_card(saved))
     assert told == {
         "Layers": "3, of which 2 sparse",
-        "Routed experts": "6, width 12",
+        "Routed experts": "6, width 24",
         "Experts per token": "2",
-        "Shared experts": "2, together of width 24",
+        "Shared experts": "2, together of width 48",
         "Router": "`topk` on softmax scores, weights divided by their sum",
         "Router losses in training": "load balance 0.01, z-loss 0.001",
         "Total parameters": f"{total:,}",
         "Active parameters per token": f"{total - unused:,}",
-        "Hidden size": "16",
-        "Context": "4,096 tokens",
+        "Hidden size": "32",
+        "Context": "64 tokens",
         "Data type": "bfloat16",
     }
 
 
 def test_deepseek_router(tmp_path):
-    config = tiny_config(
+    config = shared_config(
         scoring_func="sigmoid",
         n_group=3,
         topk_group=2,
@@ -145,7 +135,7 @@ def test_deepseek_router(tmp_path):
 
 
 def test_dense_model_claims_no_experts(tmp_path):
-    config = tiny_config(first_k_dense_replace=3)
+    config = shared_config(first_k_dense_replace=3)
     config.save_pretrained(tmp_path)
     card = write_model_card(tmp_path)
     told = facts(card)
@@ -156,7 +146,7 @@ def test_dense_model_claims_no_experts(tmp_path):
 
 
 def test_other_heads_are_counted_as_they_are(tmp_path):
-    model = MoEForSequenceClassification(tiny_config(num_labels=5))
+    model = MoEForSequenceClassification(shared_config(num_labels=5))
     model.save_pretrained(tmp_path)
     card = write_model_card(tmp_path)
     assert facts(card)["Total parameters"] == f"{model.num_parameters():,}"
@@ -211,7 +201,7 @@ def test_snippets(saved):
 
 
 def test_a_folder_without_code_promises_none(tmp_path):
-    tiny_config().save_pretrained(tmp_path)
+    shared_config().save_pretrained(tmp_path)
     assert "trust_remote_code" not in write_model_card(tmp_path).text
 
 

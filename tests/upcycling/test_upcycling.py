@@ -1,5 +1,7 @@
 """Dense checkpoints upcycled: the same function where that is claimed, reproducible, whole or not there."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -7,6 +9,7 @@ from transformers.models import llama, mistral, qwen2, qwen3
 
 from modeling_moe.cli import UserError
 from modeling_moe.conversion import to_moe
+from modeling_moe.files import whole_folder
 from modeling_moe.upcycling import UpcyclingOptions, make_plan, upcycle, upcycle_checkpoint
 
 
@@ -153,3 +156,20 @@ def test_crash_while_writing_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         upcycle_checkpoint(str(tmp_path / "dense"), tmp_path / "moe", UpcyclingOptions())
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
+
+
+def test_failed_replacement_keeps_what_was_there(tmp_path, monkeypatch):
+    """Overwriting fails at the last moment, when the old folder has already stepped aside."""
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "moe" / "precious").write_text("1")
+    rename = Path.rename
+
+    def fails_for_the_new_one(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
+    with pytest.raises(OSError, match="Input/output"), whole_folder(tmp_path / "moe", overwrite=True) as folder:
+        (folder / "new").write_text("2")
+    assert [file.name for file in tmp_path.rglob("*")] == ["moe", "precious"]
