@@ -1,11 +1,13 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """Mixture-of-Experts models for transformers.
 
-Importing the package registers `model_type = "moe"` with AutoConfig and the AutoModel classes.
+Importing the package registers `model_type = "moe"` with AutoConfig and the AutoModel classes, and the experts'
+implementations of [`~modeling_moe.dispatch`] with transformers.
 """
 
 import transformers
 
+from . import dispatch as _dispatch  # noqa: F401, registers the experts' implementations
 from .configuration_moe import MoEConfig
 from .modeling_moe import (
     MODELS,

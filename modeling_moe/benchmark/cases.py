@@ -1,0 +1,117 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Which measurements a run is made of, the most important first."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .presets import EXPERT_SWEEP, GPU_PRESETS, PRESETS
+
+
+LEVELS = ("experts", "block", "model")
+MODES = ("forward", "forward_backward", "decode")
+DECODE_TOKENS = (1, 16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        level: `"experts"` alone, the sparse `"block"` with its router, or a `"model"` of two layers.
+        preset: key of `PRESETS`.
+        dtype: name of the torch dtype of weights and tokens.
+        tokens: T; in decoding at the level `"model"` the number of sequences that get one token each.
+        routing: key of `ROUTINGS`; `"router"` above the level of the experts, where a router chooses.
+        mode: `"forward"` without gradient, `"forward_backward"` with all gradients, or `"decode"`: without gradient
+            and with cold caches.
+    """
+
+    level: str
+    preset: str
+    dtype: str
+    tokens: int
+    routing: str
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.level} {self.preset} {self.dtype} T={self.tokens} {self.routing} {self.mode}"
+
+
+def _cpu_experts() -> list[Case]:
+    def case(preset: str, dtype: str, mode: str, tokens: int = 2048, routing: str = "balanced") -> Case:
+        return Case("experts", preset, dtype, tokens, routing, mode)
+
+    shapes = [(preset, dtype) for dtype in ("float32", "bfloat16") for preset in ("cpu_fine", "cpu_coarse")]
+    return [
+        *(case(preset, "float32", "forward_backward") for preset in ("cpu_fine", "cpu_coarse")),
+        case("cpu_fine", "float32", "forward_backward", routing="all_to_one"),
+        *(case(*shape, "decode", tokens) for shape in shapes for tokens in DECODE_TOKENS),
+        *(case(preset, "float32", "forward_backward") for preset in EXPERT_SWEEP),
+        *(case(preset, "float32", "forward") for preset in ("cpu_fine", "cpu_coarse")),
+        # last, since without AVX-512 they take minutes
+        *(case(preset, "bfloat16", mode) for mode in MODES[1::-1] for preset in ("cpu_fine", "cpu_coarse")),
+    ]
+
+
+def _cuda_experts() -> list[Case]:
+    steps = [
+        *((32768, mode) for mode in ("forward_backward", "forward")),
+        *((tokens, "decode") for tokens in DECODE_TOKENS),
+        *((tokens, mode) for tokens in (4096, 1024, 128) for mode in ("forward_backward", "forward")),
+    ]
+    first, *others = GPU_PRESETS
+    shapes = [(first, routing) for routing in ("balanced", "zipf", "all_to_one")]
+    shapes += [(preset, "balanced") for preset in others]
+    return [
+        Case("experts", preset, "bfloat16", tokens, routing, mode)
+        for preset, routing in shapes
+        for tokens, mode in steps
+    ]
+
+
+def default_cases(device: str, level: str) -> list[Case]:
+    """What is measured if nothing is asked for: on the CPU what the README claims, on the GPU all large presets."""
+    if level == "experts":
+        return _cuda_experts() if device == "cuda" else _cpu_experts()
+    preset = "qwen3_30b_a3b" if device == "cuda" else "cpu_fine"
+    dtypes = ["bfloat16"] if device == "cuda" else ["float32"]
+    return make_cases(device, level, [preset], dtypes, [], [], [])
+
+
+def make_cases(
+    device: str,
+    level: str,
+    presets: Sequence[str],
+    dtypes: Sequence[str],
+    tokens: Sequence[int],
+    routings: Sequence[str],
+    modes: Sequence[str],
+) -> list[Case]:
+    """All combinations; an empty list stands for what is usual on that device.
+
+    Tokens and modes depend on each other: without `modes` few tokens decode and many train, without `tokens` decoding
+    takes few and training many.
+    """
+    many = (32768, 4096) if device == "cuda" else (2048,)
+    presets = presets or (list(GPU_PRESETS) if device == "cuda" else ["cpu_fine", "cpu_coarse"])
+    dtypes = dtypes or (["bfloat16"] if device == "cuda" else ["float32", "bfloat16"])
+    routings = ["router"] if level != "experts" else routings or ["balanced"]
+    pairs = [
+        (count, mode)
+        for mode in modes or MODES
+        for count in tokens or (DECODE_TOKENS if mode == "decode" else many)
+        if modes or (mode == "decode") == (count <= max(DECODE_TOKENS))
+    ]
+    return [
+        Case(level, preset, dtype, count, routing, mode)
+        for preset in presets
+        for dtype in dtypes
+        for routing in routings
+        for count, mode in pairs
+    ]
+
+
+def shape_of(case: Case) -> tuple[int, int, int]:
+    """H, I and K, what decides the work of a case beside E."""
+    preset = PRESETS[case.preset]
+    return preset.hidden, preset.intermediate, preset.per_token

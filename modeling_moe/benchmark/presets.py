@@ -1,0 +1,49 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""The shapes that are measured."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The routed experts of one layer.
+
+    Attributes:
+        hidden: width H of a token.
+        intermediate: width I of an expert.
+        experts: their number E.
+        per_token: experts K of a token.
+        family: `"gated"`, act(gate) * up without biases; or `"gpt_oss"`, with biases, a clamped interleaved gate and
+            transposed weights.
+    """
+
+    hidden: int
+    intermediate: int
+    experts: int
+    per_token: int
+    family: str = "gated"
+
+    @property
+    def expert_elements(self) -> int:
+        """Elements of one expert's matrices, 3HI."""
+        return 3 * self.hidden * self.intermediate
+
+
+GPU_PRESETS = {
+    "qwen3_30b_a3b": Preset(2048, 768, 128, 8),
+    "mixtral_8x7b": Preset(4096, 14336, 8, 2),
+    "olmoe": Preset(2048, 1024, 64, 8),
+    "gpt_oss_20b": Preset(2880, 2880, 32, 4, "gpt_oss"),
+    "deepseek_v2_lite": Preset(2048, 1408, 64, 6),
+    "qwen3_next": Preset(2048, 512, 512, 10),
+    "deepseek_v3": Preset(7168, 2048, 256, 8),
+}
+# the same H, I, K and tokens: what is left to grow with E is overhead
+EXPERT_SWEEP = {f"cpu_e{experts}": Preset(512, 256, experts, 8) for experts in (8, 16, 32, 64, 128, 256)}
+PRESETS = {
+    **GPU_PRESETS,
+    "cpu_fine": Preset(512, 256, 64, 8),
+    "cpu_coarse": Preset(512, 1024, 8, 2),
+    **EXPERT_SWEEP,
+    "tiny": Preset(32, 24, 5, 3),
+}

@@ -1,0 +1,19 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Fast forwards for routed experts, in transformers' experts interface.
+
+`experts_implementation="moe"` takes the fastest back end for device, dtype and shape; the other names ask for one.
+They serve this package's model, where `"moe"` is the default, and transformers' own alike.
+"""
+
+import functools
+
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .interface import backend_of, experts_forward
+
+
+ALL_EXPERTS_FUNCTIONS.register("moe", experts_forward)
+for _backend in ("loop", "grouped_mm", "triton"):
+    ALL_EXPERTS_FUNCTIONS.register(f"moe_{_backend}", functools.partial(experts_forward, backend=_backend))
+
+__all__ = ["backend_of", "experts_forward"]

@@ -1,0 +1,185 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""From transformers' experts interface to the operator: which back end serves a module, and what none can."""
+
+import torch
+from torch import nn
+from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+from .function import BACKENDS, experts, experts_decode
+
+
+# module -> activation in `ACTIVATIONS`
+ACTIVATION_NAMES: dict[type[nn.Module], str] = {
+    SiLUActivation: "silu",
+    nn.SiLU: "silu",
+    GELUActivation: "gelu",
+    GELUTanh: "gelu_tanh",
+    nn.ReLU: "relu",
+    ReLUSquaredActivation: "relu2",
+}
+# the most tokens, and the most slots, that count as decoding
+DECODE_TOKENS = 16
+DECODE_SLOTS = 256
+
+
+def gate_of(module: nn.Module) -> tuple[str, list[float]] | None:
+    """Key in [`~modeling_moe.dispatch.gates.GATES`] and constants of what `module` does between its two matrices, or
+    None if that has no derivative here."""
+    if module.has_gate and type(module)._apply_gate is GptOssExperts._apply_gate:
+        return "clamped_swiglu", [float(module.alpha), float(module.limit)]
+    if module.has_gate and type(module)._apply_gate is not _default_apply_gate:
+        return None
+    activation = ACTIVATION_NAMES.get(type(module.act_fn))
+    if activation is None:
+        return None
+    return (f"{activation}_gated" if module.has_gate else activation), []
+
+
+def _weights(module: nn.Module) -> list[torch.Tensor | None]:
+    """(E, C, H), (E, H, I), (E, C) or None, (E, H) or None, whichever way `module` lays them out."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    matrices = [getattr(module, up), module.down_proj]
+    if module.is_transposed:
+        matrices = [matrix.transpose(1, 2) for matrix in matrices]
+    biases = [getattr(module, f"{up}_bias"), module.down_proj_bias] if module.has_bias else [None, None]
+    return matrices + biases
+
+
+def unserved(module: nn.Module) -> str | None:
+    """Why the operator cannot compute `module`, or None if it can."""
+    if getattr(module, "has_post_expert_norm", False):
+        return "it has a norm after each expert"
+    if gate_of(module) is None:
+        return f"its gate or activation ({type(module.act_fn).__name__}) has no derivative here"
+    return None
+
+
+def _served_by(backend: str, x: torch.Tensor, up: torch.Tensor) -> bool:
+    """Whether `backend` can compute in the dtype of `x` on its device with matrices as large as `up` (E, C, H)."""
+    if backend == "triton":
+        return "triton" in BACKENDS and BACKENDS["triton"].available(x.device) and x.dtype != torch.float64
+    if backend == "grouped_mm":
+        # rows of a multiple of 16 bytes
+        sizes = (up.shape[2], up.shape[1] // 2)
+        return x.dtype != torch.float64 and all(size * x.element_size() % 16 == 0 for size in sizes)
+    return True
+
+
+def _choose(backend: str | None, x: torch.Tensor, up: torch.Tensor) -> str:
+    """The back end asked for, if it can serve; else the fastest for the device that can."""
+    preference = ("triton", "grouped_mm", "loop") if x.device.type == "cuda" else ("loop",)
+    return next(name for name in (backend, *preference) if name is not None and _served_by(name, x, up))
+
+
+def _decodes(backend: str, x: torch.Tensor, index: torch.Tensor, gradient: bool) -> bool:
+    few = len(x) <= DECODE_TOKENS and index.numel() <= DECODE_SLOTS
+    return few and not gradient and hasattr(BACKENDS[backend], "decode")
+
+
+def _has_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def backend_of(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, backend: str | None = None
+) -> str:
+    """Says what computes `module` for these inputs: a key of [`~modeling_moe.dispatch.function.BACKENDS`], with
+    `" (decode)"` after it where the path for few tokens is taken; or `"transformers: "` and the reason why it is left
+    to transformers' own functions.
+
+    Args:
+        module: experts of this package's model or of one of transformers'.
+        hidden_states: (T, H).
+        top_k_index: (T, K).
+        backend: as if this one were asked for by name.
+
+    Example:
+        >>> import torch
+        >>> from modeling_moe import MoEConfig, MoEForCausalLM
+        >>> from modeling_moe.dispatch import backend_of
+        >>> config = MoEConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+        >>> experts = MoEForCausalLM(config).model.layers[0].mlp.experts
+        >>> backend_of(experts, torch.zeros(100, 64), torch.zeros(100, 2, dtype=torch.long))
+        'loop'
+    """
+    if reason := unserved(module):
+        return f"transformers: {reason}"
+    weights = _weights(module)
+    name = _choose(backend, hidden_states.to(weights[0].dtype), weights[0])
+    decodes = _decodes(name, hidden_states, top_k_index, _has_gradient(hidden_states, *weights))
+    return f"{name} (decode)" if decodes else name
+
+
+def experts_forward(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """transformers' contract for experts, by the operator of this package.
+
+    Args:
+        module: holds the experts' weights, as transformers' `use_experts_implementation` describes them.
+        hidden_states: (T, H).
+        top_k_index: (T, K) integer; an id outside [0, E) marks an empty slot.
+        top_k_weights: (T, K) factors on the experts' outputs.
+        backend: key of `BACKENDS`; the fastest if not given, or if that one cannot serve this dtype, device or shape.
+
+    Returns:
+        (T, H) in the dtype of `hidden_states`, summed in fp32. Under autocast the products are computed in its dtype.
+
+    Raises:
+        ValueError: for inputs whose shapes or dtypes do not fit.
+    """
+    _check(hidden_states, top_k_index, top_k_weights, module)
+    if unserved(module):
+        return _by_transformers(module, hidden_states, top_k_index, top_k_weights)
+    weights = _weights(module)
+    dtype, device = weights[0].dtype, hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        weights = [None if weight is None else weight.to(dtype) for weight in weights]
+    x = hidden_states.to(dtype).contiguous()
+    factors = top_k_weights.to(torch.promote_types(dtype, torch.float32)).contiguous()
+    gate, constants = gate_of(module)
+    name = _choose(backend, x, weights[0])
+    gradient = _has_gradient(x, factors, *weights)
+    if not x.numel() or not factors.numel():
+        output = x * factors.sum() * 0  # stays in the graph
+    elif _decodes(name, x, top_k_index, gradient):
+        output = experts_decode(x, top_k_index, factors, *weights, gate, constants, name)
+    else:
+        keep_h = gradient and not getattr(module.config, "experts_recompute", False)
+        output = experts(x, top_k_index, factors, *weights, gate, constants, name, keep_h)[0]
+    return output.to(hidden_states.dtype)
+
+
+def _check(hidden_states, top_k_index, top_k_weights, module) -> None:
+    if hidden_states.dim() != 2 or top_k_index.dim() != 2 or len(hidden_states) != len(top_k_index):
+        raise ValueError(
+            f"hidden_states {tuple(hidden_states.shape)} and top_k_index {tuple(top_k_index.shape)} must be (T, H) and "
+            "(T, K) of the same T: flatten the batch first."
+        )
+    if top_k_weights.shape != top_k_index.shape:
+        raise ValueError(
+            f"top_k_weights {tuple(top_k_weights.shape)} must have the shape of top_k_index "
+            f"{tuple(top_k_index.shape)}: one weight for each slot."
+        )
+    if top_k_index.is_floating_point() or top_k_index.dtype == torch.bool:
+        raise ValueError(f"top_k_index is {top_k_index.dtype}: expert ids are integers, convert them with .long().")
+    hidden = module.down_proj.shape[2 if module.is_transposed else 1]
+    if hidden_states.shape[1] != hidden:
+        raise ValueError(f"hidden_states has width {hidden_states.shape[1]} and the experts {hidden}: they must agree.")
+
+
+def _by_transformers(module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+    """transformers' grouped_mm, or its eager loop in float64, which that cannot do."""
+    if hidden_states.dtype == torch.float64:
+        return type(module).forward.__wrapped__(module, hidden_states, top_k_index, top_k_weights)
+    # grouped_mm expects empty slots under expert parallelism alone
+    empty = (top_k_index < 0) | (top_k_index >= module.num_experts)
+    index = top_k_index.masked_fill(empty, 0)
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, index, top_k_weights.masked_fill(empty, 0))

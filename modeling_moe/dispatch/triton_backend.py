@@ -1,0 +1,292 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""The dispatch on a GPU, in Triton: float32, float16 and bfloat16. Without Triton its import is an ImportError.
+
+# T tokens, K experts per token, S = T*K slots; E experts; H hidden, I expert width, C = I or 2I columns of h
+# x, grad (T, H); h (S, C), in the order of slots.order, where rows of empty slots are neither written nor read
+# weight (T, K) float32; up (E, C, H), down (E, H, I) of any strides; up_bias (E, C), down_bias (E, H) or None
+# gate: a key of gates.GATES; constants: what it takes, [alpha, limit] for "clamped_swiglu", else []
+
+Nothing waits for the device and nothing is added atomically: the same input gives the same bits.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from . import kernels
+from .slots import Slots, invert
+
+
+class Tile(NamedTuple):
+    """A block of a kernel's output, the step of its inner loop, and how it is scheduled."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+class Config(NamedTuple):
+    """The tiles of the matrix products. All but `gradient` run over the same blocks of rows: one BLOCK_M.
+
+    Attributes:
+        up: of a, and the same columns of h.
+        down: of y, and in backward of the gradient of x.
+        gate: of a's gradient.
+        gradient: of the gradients of the matrices.
+    """
+
+    up: Tile
+    down: Tile
+    gate: Tile
+    gradient: Tile
+
+
+# bytes per element -> (the most rows an expert has on average, the tiles)
+CONFIGS: dict[int, list[tuple[float, Config]]] = {
+    2: [
+        (
+            16,
+            Config(
+                Tile(16, 64, 128, 4, 3), Tile(16, 64, 128, 4, 4), Tile(16, 64, 128, 4, 3), Tile(128, 128, 16, 8, 3)
+            ),
+        ),
+        (
+            32,
+            Config(
+                Tile(32, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4), Tile(32, 64, 128, 4, 3), Tile(128, 128, 32, 8, 3)
+            ),
+        ),
+        (
+            256,
+            Config(Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)),
+        ),
+        (
+            math.inf,
+            Config(
+                Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4)
+            ),
+        ),
+    ],
+    4: [
+        (16, Config(Tile(16, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2), Tile(64, 64, 16, 4, 2))),
+        (
+            math.inf,
+            Config(Tile(64, 32, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
+        ),
+    ],
+}
+
+INTERPRETED = not isinstance(kernels.combine, triton.JITFunction)
+
+
+def available(device: torch.device | str) -> bool:
+    """Whether the kernels run on `device`: a GPU that multiplies bfloat16, or anything if Triton is interpreted."""
+    device = torch.device(device)
+    if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
+        return INTERPRETED
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def choose_config(num_slots: int, num_experts: int, element_size: int) -> Config:
+    """The tiles for an average expert's rows, whatever the router's balance: the host does not know it."""
+    return next(config for rows, config in CONFIGS[element_size] if num_slots <= rows * num_experts)
+
+
+def _gate_options(gate: str, constants: list[float]) -> dict:
+    alpha, limit = constants or (0.0, 0.0)
+    layout = "pairs" if gate == "clamped_swiglu" else "halves" if gate.endswith("_gated") else "plain"
+    return {"alpha": alpha, "limit": limit, "ACTIVATION": gate.removesuffix("_gated"), "LAYOUT": layout}
+
+
+def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+class _Rows:
+    """The rows in tiles, and the launches that run over them.
+
+    Attributes:
+        tiles: (2, number) int32, see kernels.py; the number is a bound the host knows, not the tiles in use.
+    """
+
+    def __init__(self, slots: Slots, top_k: int, element_size: int, config: Config | None):
+        self.slots, self.top_k = slots, top_k
+        self.num_slots, self.num_experts = len(slots.order), len(slots.offsets) - 1
+        self.config = config or choose_config(self.num_slots, self.num_experts, element_size)
+        block = self.config.up.BLOCK_M
+        self.number = min(self.num_slots, triton.cdiv(self.num_slots, block) + self.num_experts)
+        self.tiles = torch.empty(2, self.number, dtype=torch.int32, device=slots.order.device)
+        experts = triton.next_power_of_2(self.num_experts)
+        kernels.map_tiles[(self.num_experts + 1,)](
+            slots.offsets, self.tiles, self.num_experts, self.number, BLOCK_M=block, EXPERTS=experts
+        )
+
+    def grid(self, columns: int, tile: Tile) -> tuple[int]:
+        return (self.number * triton.cdiv(columns, tile.BLOCK_N),)
+
+    def project_up(self, x, up, up_bias, gate, constants, acted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """h (S, C), and a (S, I) if `acted`; else the gate, which decides what I is, should be a plain one."""
+        options, tile = _gate_options(gate, constants), self.config.up if acted else self.config.down
+        inner = up.shape[1] // (1 if options["LAYOUT"] == "plain" else 2)
+        h = x.new_empty(self.num_slots, up.shape[1])
+        a = x.new_empty(self.num_slots, inner) if acted else None
+        kernels.project_up[self.grid(inner, tile)](
+            x, *self.slots, self.tiles, self.number, up, *up.stride(), _contiguous(up_bias), h, a,
+            HIDDEN=x.shape[1], INNER=inner, TOP_K=self.top_k, **options, **tile._asdict(),
+        )  # fmt: skip
+        return h, a
+
+    def multiply(self, left, weight, bias) -> torch.Tensor:
+        """left (S, N) times each expert's weight (E, M, N), plus bias (E, M): (S, M)."""
+        out = left.new_empty(self.num_slots, weight.shape[1])
+        kernels.multiply[self.grid(weight.shape[1], self.config.down)](
+            left, self.slots.offsets, self.tiles, self.number, weight, *weight.stride(), _contiguous(bias), out,
+            N=weight.shape[1], K=weight.shape[2], **self.config.down._asdict(),
+        )  # fmt: skip
+        return out
+
+    def combine(self, y, weight, inverse) -> torch.Tensor:
+        """y (S, H) -> (T, H), each token's rows times weight (T, K), or once if it is None, added up in float32."""
+        out = y.new_empty(self.num_slots // self.top_k, y.shape[1])
+        block = min(1024, triton.next_power_of_2(y.shape[1]))
+        kernels.combine[(len(out), triton.cdiv(y.shape[1], block))](
+            y, inverse, self.slots.offsets[-1:], weight, out, HIDDEN=y.shape[1], TOP_K=self.top_k, BLOCK_N=block
+        )
+        return out
+
+    def gate_backward(self, grad, h, weight, down, down_bias, gate, constants, wants) -> list[torch.Tensor | None]:
+        """What is wanted of: h's gradient (S, C), weight * a (S, I), and the gradient of each row's weight (S,)."""
+        inner, tile = down.shape[2], self.config.gate
+        partials = triton.cdiv(inner, tile.BLOCK_N)
+        grad_h = torch.empty_like(h) if wants[0] else None
+        scaled = h.new_empty(self.num_slots, inner) if wants[1] else None
+        grad_weight = None
+        if wants[2]:
+            shape = (partials + (down_bias is not None), self.num_slots)
+            grad_weight = torch.empty(shape, dtype=torch.float32, device=h.device)
+        rows = (grad, *self.slots, self.tiles, self.number)
+        kernels.gate_backward[self.grid(inner, tile)](
+            *rows, down, *down.stride(), h, weight, grad_h, scaled, grad_weight, self.num_slots,
+            HIDDEN=grad.shape[1], INNER=inner, TOP_K=self.top_k, **_gate_options(gate, constants), **tile._asdict(),
+        )  # fmt: skip
+        if wants[2] and down_bias is not None:
+            kernels.dot_bias[(self.number,)](
+                *rows, _contiguous(down_bias), grad_weight[partials:],
+                HIDDEN=grad.shape[1], TOP_K=self.top_k, BLOCK_M=tile.BLOCK_M, BLOCK_K=64,
+            )  # fmt: skip
+        return [grad_h, scaled, grad_weight.sum(0) if wants[2] else None]
+
+    def weight_gradient(self, left, right, parameter, gather_left: bool) -> torch.Tensor:
+        """Each expert's left^T right, like `parameter` (E, M, N); one of left and right is (T, .), the other (S, .)."""
+        out, tile = torch.empty_like(parameter), self.config.gradient
+        _, m, n = parameter.shape
+        kernels.weight_gradient[(len(out) * triton.cdiv(m, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),)](
+            left, right, *self.slots, out, *out.stride(),
+            M=m, N=n, TOP_K=self.top_k, GATHER_LEFT=gather_left, **tile._asdict(),
+        )  # fmt: skip
+        return out
+
+    def bias_gradient(self, values, weight, parameter) -> torch.Tensor:
+        """Each expert's sum of values (S, N), or of weight (T, K) times values (T, N), like `parameter` (E, N)."""
+        out = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+        kernels.bias_gradient[(len(out), triton.cdiv(out.shape[1], 64))](
+            values, *self.slots, weight, out, N=out.shape[1], TOP_K=self.top_k, BLOCK_M=32, BLOCK_N=64
+        )
+        return out
+
+
+def forward(
+    x, slots: Slots, weight, up, down, up_bias, down_bias, gate: str, constants, config: Config | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts' weighted sum (T, H), added up in float32, and h."""
+    with torch.cuda.device_of(x):
+        rows = _Rows(slots, weight.shape[1], x.element_size(), config)
+        h, a = rows.project_up(x.contiguous(), up, up_bias, gate, constants, acted=True)
+        y = rows.multiply(a, down, down_bias)
+        return rows.combine(y, weight.contiguous(), invert(slots.order)), h
+
+
+def up_projection(x, slots: Slots, up, up_bias, config: Config | None = None) -> torch.Tensor:
+    """h once more."""
+    with torch.cuda.device_of(x):
+        rows = _Rows(slots, len(slots.order) // max(1, len(x)), x.element_size(), config)
+        return rows.project_up(x.contiguous(), up, up_bias, "silu", [], acted=False)[0]
+
+
+def backward(
+    grad,
+    x,
+    h,
+    slots: Slots,
+    weight,
+    up,
+    down,
+    up_bias,
+    down_bias,
+    gate: str,
+    constants,
+    needs: list[bool],
+    config: Config | None = None,
+) -> list[torch.Tensor | None]:
+    """From grad, the gradients of x, weight, up, down, up_bias and down_bias, None where `needs` is False.
+
+    Those of idle experts and of the weights of empty slots are 0.
+    """
+    grads: list[torch.Tensor | None] = [None] * 6
+    needs_x, needs_weight, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
+    with torch.cuda.device_of(x):
+        x, grad, weight = x.contiguous(), grad.contiguous(), weight.contiguous()
+        rows = _Rows(slots, weight.shape[1], x.element_size(), config)
+        inverse = invert(slots.order) if needs_x or needs_weight else None
+        wants = [needs_x or needs_up or needs_up_bias, needs_down, needs_weight]
+        if any(wants):
+            grad_h, scaled, grad_weight = rows.gate_backward(grad, h, weight, down, down_bias, gate, constants, wants)
+        if needs_weight:
+            served = inverse < slots.offsets[-1]
+            grads[1] = torch.where(served, grad_weight.index_select(0, inverse), 0.0).view_as(weight)
+        if needs_down:
+            grads[3] = rows.weight_gradient(grad, scaled, down, gather_left=True)
+            del scaled
+        if needs_down_bias:
+            grads[5] = rows.bias_gradient(grad, weight, down_bias)
+        if needs_up:
+            grads[2] = rows.weight_gradient(grad_h, x, up, gather_left=False)
+        if needs_up_bias:
+            grads[4] = rows.bias_gradient(grad_h, None, up_bias)
+        if needs_x:
+            grads[0] = rows.combine(rows.multiply(grad_h, up.transpose(1, 2), None), None, inverse)
+    return grads
+
+
+def _decode_blocks(contiguous: bool, columns: int, depth: int) -> dict[str, int]:
+    """Blocks whose loads run along the matrix's stretches of memory: along the depth, or else along the columns."""
+    block_n, block_k = (columns, min(256, triton.next_power_of_2(depth))) if contiguous else (64, 32)
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
+
+
+def decode(x, index, weight, up, down, up_bias, down_bias, gate: str, constants) -> torch.Tensor:
+    """`forward` for a few tokens, without sorting or h: one matrix-vector product per slot, a (S, I) is float32.
+
+    index (T, K) int64, an id outside [0, E) is an empty slot.
+    """
+    num_tokens, top_k = index.shape
+    (num_experts, hidden, inner), out = down.shape, x.new_empty(x.shape)
+    shape = {"HIDDEN": hidden, "INNER": inner, "TOP_K": top_k}
+    with torch.cuda.device_of(x):
+        index = index.contiguous()
+        a = torch.empty(num_tokens * top_k, inner, dtype=torch.float32, device=x.device)
+        blocks = _decode_blocks(up.stride(2) == 1, 16, hidden)
+        kernels.decode_up[(len(a), triton.cdiv(inner, blocks["BLOCK_N"]))](
+            x.contiguous(), index, up, *up.stride(), _contiguous(up_bias), a, num_experts,
+            **shape, **_gate_options(gate, constants), **blocks,
+        )  # fmt: skip
+        blocks = _decode_blocks(down.stride(2) == 1, 8 if num_tokens <= 4 else 16, inner)
+        kernels.decode_down[(num_tokens, triton.cdiv(hidden, blocks["BLOCK_N"]))](
+            a, index, weight.contiguous(), down, *down.stride(), _contiguous(down_bias), out, num_experts,
+            **shape, **blocks,
+        )  # fmt: skip
+    return out
