@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -328,6 +329,12 @@ class MoEPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, MoEBlock) and module.expert_load is not None:
             init.zeros_(module.expert_load)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As transformers' own, but the default is this package's dispatch wherever the package is imported."""
+        if requested_experts is None and "moe" in ALL_EXPERTS_FUNCTIONS:
+            requested_experts = "moe"
+        return super().get_correct_experts_implementation(requested_experts)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):

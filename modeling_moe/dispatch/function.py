@@ -57,11 +57,11 @@ def experts(
         The sum (T, H); h (T*K, C), or (0, C) if not kept; and the two fields of
         [`~modeling_moe.dispatch.slots.Slots`].
     """
+    slots = group_slots(index, len(up))
+    if not index.numel():
+        return torch.zeros_like(x), x.new_empty(0, up.shape[1]), *slots
     with torch.autocast(x.device.type, enabled=False):
-        slots = group_slots(index, len(up))
-        output, h = BACKENDS[backend].forward(
-            x, slots, weight, up, down, up_bias, down_bias, gate, constants, keep_h
-        )
+        output, h = BACKENDS[backend].forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, keep_h)
     return output, h, *slots
 
 
@@ -91,9 +91,23 @@ def experts_backward(
 ) -> list[torch.Tensor]:
     """Gradients of [`experts`], given that of its sum (T, H): those that `needs` asks for, of x, weight, up, down,
     up_bias and down_bias in this order."""
+    if not order.numel():
+        inputs = (x, weight, up, down, up_bias, down_bias)
+        return [torch.zeros_like(tensor) for tensor, needed in zip(inputs, needs, strict=True) if needed]
     with torch.autocast(x.device.type, enabled=False):
         gradients = BACKENDS[backend].backward(
-            grad.contiguous(), x, h, Slots(order, offsets), weight, up, down, up_bias, down_bias, gate, constants, needs
+            grad.contiguous(),
+            x,
+            h,
+            Slots(order, offsets),
+            weight,
+            up,
+            down,
+            up_bias,
+            down_bias,
+            gate,
+            constants,
+            needs,
         )
     return [gradient for gradient in gradients if gradient is not None]
 
@@ -116,9 +130,7 @@ def _differentiate(ctx, grad, *_):
     needs = [x, *others]
     gradients = [None] * 6
     if grad is not None:
-        wanted = iter(
-            experts_backward(grad, *ctx.saved_tensors, ctx.gate, ctx.constants, ctx.backend, needs)
-        )
+        wanted = iter(experts_backward(grad, *ctx.saved_tensors, ctx.gate, ctx.constants, ctx.backend, needs))
         gradients = [next(wanted) if needed else None for needed in needs]
     return gradients[0], None, *gradients[1:], None, None, None, None
 
@@ -147,6 +159,8 @@ def experts_decode(
     backend: str,
 ) -> torch.Tensor:
     """[`experts`] for a few tokens and without gradient: reads the weights of the chosen experts, and nothing else."""
+    if not index.numel():
+        return torch.zeros_like(x)
     with torch.autocast(x.device.type, enabled=False):
         return BACKENDS[backend].decode(x, index, weight, up, down, up_bias, down_bias, gate, constants)
 

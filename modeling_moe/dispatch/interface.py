@@ -147,9 +147,7 @@ def experts_forward(
     gate, constants = gate_of(module)
     name = _choose(backend, x, weights[0])
     gradient = _has_gradient(x, factors, *weights)
-    if not x.numel() or not factors.numel():
-        output = x * factors.sum() * 0  # stays in the graph
-    elif _decodes(name, x, top_k_index, gradient):
+    if _decodes(name, x, top_k_index, gradient):
         output = experts_decode(x, top_k_index, factors, *weights, gate, constants, name)
     else:
         keep_h = gradient and not getattr(module.config, "experts_recompute", False)
@@ -172,7 +170,9 @@ def _check(hidden_states, top_k_index, top_k_weights, module) -> None:
         raise ValueError(f"top_k_index is {top_k_index.dtype}: expert ids are integers, convert them with .long().")
     hidden = module.down_proj.shape[2 if module.is_transposed else 1]
     if hidden_states.shape[1] != hidden:
-        raise ValueError(f"hidden_states has width {hidden_states.shape[1]} and the experts {hidden}: they must agree.")
+        raise ValueError(
+            f"hidden_states has width {hidden_states.shape[1]} and the experts {hidden}: they must agree."
+        )
 
 
 def _by_transformers(module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:

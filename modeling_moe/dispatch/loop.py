@@ -5,6 +5,7 @@
 """
 
 import ctypes
+import itertools
 import sys
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def _chunks(slots: Slots) -> list[_Chunk]:
     offsets = slots.offsets.tolist()
     return [
         _Chunk(expert, min(CHUNK, end - row), row == start, row + CHUNK >= end)
-        for expert, (start, end) in enumerate(zip(offsets, offsets[1:]))
+        for expert, (start, end) in enumerate(itertools.pairwise(offsets))
         for row in range(start, end, CHUNK)
     ]
 
@@ -127,7 +128,7 @@ def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, kee
     order = slots.order[: sum(sizes)]
     tokens, weights = (order // weight.shape[1]).split(sizes), weight.flatten()[order].to(dtype)[:, None].split(sizes)
     kept = h[: sum(sizes)].split(sizes) if keep_h else [None] * len(sizes)
-    for chunk, token, factor, keep in zip(chunks, tokens, weights, kept):
+    for chunk, token, factor, keep in zip(chunks, tokens, weights, kept, strict=True):
         up_matrix, down_matrix, up_row, down_row = experts[chunk.expert]
         direct = keep is not None and keep.dtype == dtype
         before = keep if direct else scratch.take("h", chunk.rows, columns)
@@ -191,7 +192,7 @@ def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, cons
     tokens, weights = (order // weight.shape[1]).split(sizes), weight.flatten()[order].to(dtype)[:, None].split(sizes)
     kept = h[: sum(sizes)].split(sizes) if len(h) else [None] * len(sizes)
     slopes = torch.zeros_like(order, dtype=weight.dtype)
-    for chunk, token, factor, keep, slope in zip(chunks, tokens, weights, kept, slopes.split(sizes)):
+    for chunk, token, factor, keep, slope in zip(chunks, tokens, weights, kept, slopes.split(sizes), strict=True):
         up_matrix, down_matrix, up_row, down_row = experts[chunk.expert]
         states = scratch.gather("states", x, token) if need_up or keep is None else None
         if keep is not None:
@@ -221,7 +222,9 @@ def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, cons
             grad_down_bias[chunk.expert] += grad_y.T @ factor[:, 0]
     return [
         grad_x.to(x.dtype) if need_x else None,
-        torch.zeros_like(weight).view(-1).index_copy_(0, order.long(), slopes).view_as(weight) if need_weight else None,
+        torch.zeros_like(weight).view(-1).index_copy_(0, order.long(), slopes).view_as(weight)
+        if need_weight
+        else None,
         grad_up.total if need_up else None,
         grad_down.total if need_down else None,
         grad_up_bias.to(up_bias.dtype) if need_up_bias else None,
@@ -243,14 +246,24 @@ def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants):
     slots = torch.tensor(served, dtype=torch.long)
     tokens = slots // index.shape[1]
     bounds = [row for row, slot in enumerate(served) if row == 0 or ids[slot] != ids[served[row - 1]]] + [len(served)]
-    groups = [(ids[served[start]], slice(start, end)) for start, end in zip(bounds, bounds[1:])]
+    groups = [(ids[served[start]], slice(start, end)) for start, end in itertools.pairwise(bounds)]
 
     states = x[tokens]
     h, acted = x.new_empty(len(served), up.shape[1]), x.new_empty(len(served), down.shape[2])
     for expert, rows in groups:
-        _project(states[rows], up[expert], None if up_bias is None else up_bias[expert], h[rows])
+        _project_few(states[rows], up[expert], None if up_bias is None else up_bias[expert], h[rows])
     GATES[gate].forward(h, constants, acted)
     for expert, rows in groups:
-        _project(acted[rows], down[expert], None if down_bias is None else down_bias[expert], states[rows])
+        _project_few(acted[rows], down[expert], None if down_bias is None else down_bias[expert], states[rows])
     weighted = states.to(weight.dtype) * weight.flatten()[slots][:, None]
     return torch.zeros_like(x, dtype=weight.dtype).index_add_(0, tokens, weighted).to(x.dtype)
+
+
+def _project_few(states: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """As `_project`, bound by reading the matrix: for 2 to some rows, BLAS reads it faster as the left factor."""
+    if len(states) == 1:
+        _project(states, matrix, bias, out)
+    else:
+        out.copy_((matrix @ states.T).T)
+        if bias is not None:
+            out += bias

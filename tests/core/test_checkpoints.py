@@ -102,9 +102,9 @@ def test_meta(saved):
     assert model(IDS.to("meta")).logits.shape == (2, 9, 99)
 
 
-def test_default_dispatch_is_grouped(saved):
+def test_default_dispatch(saved):
     _, folder = saved
-    assert AutoModelForCausalLM.from_pretrained(folder).config._experts_implementation == "grouped_mm"
+    assert AutoModelForCausalLM.from_pretrained(folder).config._experts_implementation == "moe"
     eager = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
     assert eager.config._experts_implementation == "eager"
     eager.set_experts_implementation("batched_mm")

@@ -1,0 +1,464 @@
+"""Every back end against the eager loop in float64, outputs and gradients: this package's experts and transformers'."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from modeling_moe import MoEForCausalLM
+from modeling_moe.dispatch import backend_of, function, loop
+from modeling_moe.dispatch.slots import group_slots
+from modeling_moe.modeling_moe import MoEExperts
+from tests.conftest import tiny_config
+
+
+OURS = {
+    "gated": {},
+    "gated-bias": {"mlp_bias": True},
+    "plain": {"gated_experts": False},
+    "relu-bias": {"gated_experts": False, "mlp_bias": True, "hidden_act": "relu"},
+    "relu2": {"hidden_act": "relu2"},
+    "gelu": {"hidden_act": "gelu"},
+    "gelu-tanh": {"hidden_act": "gelu_pytorch_tanh"},
+}
+THEIRS = {
+    "mixtral": (MixtralExperts, "mixtral"),
+    "qwen3_moe": (Qwen3MoeExperts, "qwen3_moe"),
+    "olmoe": (OlmoeExperts, "olmoe"),
+    "deepseek_v3": (DeepseekV3Experts, "deepseek_v3"),
+    "gpt_oss": (GptOssExperts, "gpt_oss"),
+}
+HIDDEN, WIDTH = 32, 24
+
+
+def make(kind: str, implementation: str, experts=5, hidden=HIDDEN, width=WIDTH, dtype=torch.float64, **fields):
+    """Experts of `kind` with random weights, the same for every implementation."""
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": width, "intermediate_size": width}
+    if kind in OURS:
+        config, build = (
+            tiny_config(num_experts=experts, num_experts_per_tok=1, **sizes, **OURS[kind], **fields),
+            MoEExperts,
+        )
+    else:
+        build, model_type = THEIRS[kind]
+        name = "n_routed_experts" if kind == "deepseek_v3" else "num_local_experts"
+        config = AutoConfig.for_model(model_type, **sizes, **{name: experts, "num_experts": experts}, **fields)
+    config._experts_implementation = implementation
+    torch.manual_seed(1)
+    module = build(config).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.5)
+    return module
+
+
+def draw(tokens, experts, top_k, dtype=torch.float64, hidden=HIDDEN):
+    """States, ids of distinct experts, weights, and the gradient of the output."""
+    states = torch.randn(tokens, hidden, dtype=dtype)
+    index = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
+    return states, index, torch.rand(tokens, top_k, dtype=dtype), torch.randn(tokens, hidden, dtype=dtype)
+
+
+def run(module, states, index, weight, direction):
+    """The output, and the gradients of states, weights and parameters."""
+    states, weight = states.detach().requires_grad_(), weight.detach().requires_grad_()
+    output = module(states, index, weight)
+    return [output, *torch.autograd.grad((output * direction).sum(), [states, weight, *module.parameters()])]
+
+
+def oracle(module, states, index, weight, direction):
+    """As `run`, by the class's own loop over the experts, in float64."""
+    module = copy.deepcopy(module).double()
+    module.config._experts_implementation = "eager"
+    return run(module, states.double(), index, weight.double(), direction.double())
+
+
+def assert_close(got, expected, tolerance):
+    """Each tensor to `tolerance` of its own largest value."""
+    for mine, theirs in zip(got, expected, strict=True):
+        assert not mine.isnan().any()
+        scale = max(theirs.abs().max().item(), 1e-30)
+        torch.testing.assert_close(mine.double(), theirs, atol=tolerance * scale, rtol=0)
+
+
+SHAPES = {
+    "several": {"tokens": 9, "experts": 5, "top_k": 3},
+    "one token": {"tokens": 1, "experts": 5, "top_k": 3},
+    "one expert": {"tokens": 7, "experts": 1, "top_k": 1},
+    "all experts": {"tokens": 6, "experts": 4, "top_k": 4},
+    "more rows than a chunk": {"tokens": 23, "experts": 2, "top_k": 1},
+    "mostly idle": {"tokens": 3, "experts": 16, "top_k": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(loop, "CHUNK", 4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_loop(kind, shape, recompute):
+    sizes = SHAPES[shape]
+    module = make(kind, "moe_loop", sizes["experts"])
+    module.config.experts_recompute = recompute
+    inputs = draw(**sizes)
+    assert_close(run(module, *inputs), oracle(module, *inputs), 1e-13)
+
+
+@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_grouped_mm(kind, recompute):
+    module = make(kind, "moe_grouped_mm", dtype=torch.float32)
+    module.config.experts_recompute = recompute
+    inputs = draw(9, 5, 3, torch.float32)
+    assert backend_of(module, *inputs[:2], backend="grouped_mm") == "grouped_mm"
+    assert_close(run(module, *inputs), oracle(module, *inputs), 2e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
+def test_decode(kind, shape):
+    sizes = SHAPES[shape] | {"tokens": min(SHAPES[shape]["tokens"], 16)}
+    module = make(kind, "moe", sizes["experts"])
+    states, index, weight, direction = draw(**sizes)
+    with torch.no_grad():
+        assert backend_of(module, states, index) == "loop (decode)"
+        output = module(states, index, weight)
+    assert_close([output], oracle(module, states, index, weight, direction)[:1], 1e-13)
+
+
+@pytest.mark.parametrize("backend", ["moe", "moe_grouped_mm"])
+@pytest.mark.parametrize(("hidden", "width"), [(10, 6), (7, 3), (1, 1)])
+def test_odd_sizes(hidden, width, backend):
+    module = make("gated", backend, hidden=hidden, width=width, dtype=torch.float32, head_dim=2)
+    inputs = draw(9, 5, 3, torch.float32, hidden)
+    assert_close(run(module, *inputs), oracle(module, *inputs), 2e-5)
+
+
+@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
+def test_half_precision(backend, dtype, tolerance, native, monkeypatch):
+    if native:
+        monkeypatch.setattr(loop, "math_dtype", lambda x: x.dtype)
+    else:
+        monkeypatch.setattr(loop, "math_dtype", lambda x: torch.float32)
+    module = make("gated-bias", backend, dtype=dtype)
+    states, index, weight, direction = draw(40, 5, 3, dtype)
+    weight = weight.float()
+    got = run(module, states, index, weight, direction)
+    assert [tensor.dtype for tensor in got] == [dtype, dtype, torch.float32] + [dtype] * 4
+    assert_close(got, oracle(module, states, index, weight, direction), tolerance)
+    with torch.no_grad():
+        assert_close([module(states[:5], index[:5], weight[:5])], [got[0][:5].double()], tolerance)
+
+
+def test_combine_is_fp32():
+    """1 + 255 * 2**-9: in bf16 each of the small terms would be lost."""
+    module = make("gated", "moe", experts=256, hidden=8, width=8, dtype=torch.bfloat16, head_dim=2)
+    with torch.no_grad():
+        module.gate_up_proj.fill_(1)
+        module.down_proj.fill_(1)
+    states, index = torch.ones(1, 8, dtype=torch.bfloat16), torch.arange(256)[None]
+    weight = torch.full((1, 256), 2.0**-9)
+    weight[0, 0] = 1
+    single = module(states, index[:, :1], torch.ones(1, 1)).double()
+    expected = single * (1 + 255 * 2.0**-9)
+    for tokens in (1, 40):
+        output = module(states.expand(tokens, -1), index.expand(tokens, -1), weight.expand(tokens, -1)).double()
+        torch.testing.assert_close(output, expected.expand(tokens, -1), atol=0, rtol=2**-7)
+
+
+@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+@pytest.mark.parametrize("kind", ["gated-bias", "gated"])
+def test_empty_slots(backend, kind):
+    module = make(kind, backend, dtype=torch.float32)
+    states, index, weight, direction = draw(9, 5, 3, torch.float32)
+    index[1, 2], index[4], index[5, 0], index[6, 1] = 5, 5, -1, 1000
+    reference = index.clone().masked_fill_(index < 0, 5)
+    got = run(module, states, index, weight, direction)
+    assert_close(got, oracle(module, states, reference.clamp(max=5), weight, direction), 2e-5)
+    empty = (index < 0) | (index >= 5)
+    assert not got[2][empty].any()
+    assert not got[0][4].any()
+    assert not got[1][4].any()
+    with torch.no_grad():
+        assert_close([module(states, index, weight)], [got[0].double()], 2e-5)
+
+
+@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+def test_nothing_but_empty_slots(backend):
+    module = make("gated", backend, dtype=torch.float32)
+    states, _, weight, direction = draw(4, 5, 3, torch.float32)
+    index = torch.full((4, 3), 5)
+    assert not any(tensor.any() for tensor in run(module, states, index, weight, direction))
+    with torch.no_grad():
+        assert not module(states, index, weight).any()
+
+
+def test_no_tokens():
+    module = make("gated", "moe")
+    states = torch.zeros(0, HIDDEN, dtype=torch.float64, requires_grad=True)
+    weight = torch.zeros(0, 3, dtype=torch.float64, requires_grad=True)
+    output = module(states, torch.zeros(0, 3, dtype=torch.long), weight)
+    assert output.shape == (0, HIDDEN)
+    output.sum().backward()
+    assert states.grad.shape == (0, HIDDEN)
+    assert all(not parameter.grad.any() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+def test_idle_experts_get_zeros(backend):
+    module = make("gated-bias", backend, dtype=torch.float32)
+    states, _, weight, direction = draw(6, 5, 1, torch.float32)
+    gradients = run(module, states, torch.full((6, 1), 2), weight, direction)[3:]
+    for gradient in gradients:
+        assert gradient[2].any()
+        assert not gradient[[0, 1, 3, 4]].any()
+
+
+def test_an_expert_chosen_twice_by_a_token():
+    module = make("gated", "moe_loop")
+    states, _, weight, direction = draw(6, 5, 3)
+    inputs = states, torch.randint(5, (6, 3)), weight, direction
+    assert_close(run(module, *inputs), oracle(module, *inputs), 1e-13)
+
+
+def test_layouts():
+    """Top-1 ids of expert parallelism, int32 ids, strided inputs, a half-precision stream beside other weights."""
+    module = make("gated", "moe_loop")
+    states, index, _, direction = draw(9, 5, 1)
+    ones = torch.ones(9, 1, dtype=torch.float64)
+    expected = oracle(module, states, index, ones, direction)
+    assert_close(run(module, states, index.int(), ones, direction), expected, 1e-13)
+    strided = states.T.contiguous().T
+    assert not strided.is_contiguous()
+    assert_close(run(module, strided, index, ones, direction), expected, 1e-13)
+    low = make("gated", "moe_loop", dtype=torch.bfloat16)
+    output = low(states.float(), index, ones.float())
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output.double(), expected[0], atol=0.2, rtol=0.05)
+
+
+@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+def test_frozen_experts_cost_no_weight_gradient(backend, monkeypatch):
+    module = make("gated-bias", backend, dtype=torch.float32)
+    states, index, weight, direction = draw(9, 5, 3, torch.float32)
+    expected = run(module, states, index, weight, direction)
+    module.requires_grad_(False)
+    name = "_WeightGradient" if backend == "moe_loop" else "_weight_gradient"
+    target = loop if backend == "moe_loop" else function.grouped
+    monkeypatch.delattr(target, name)
+    states, weight = states.requires_grad_(), weight.requires_grad_()
+    output = module(states, index, weight)
+    (output * direction).sum().backward()
+    assert all(parameter.grad is None for parameter in module.parameters())
+    torch.testing.assert_close(states.grad, expected[1])
+    torch.testing.assert_close(weight.grad, expected[2])
+
+
+def test_one_trained_parameter():
+    module = make("gated-bias", "moe_loop")
+    states, index, weight, direction = draw(9, 5, 3)
+    names = [name for name, _ in module.named_parameters()]
+    expected = dict(zip(names, oracle(module, states, index, weight, direction)[3:], strict=True))
+    for name, parameter in module.named_parameters():
+        module.requires_grad_(False)
+        parameter.requires_grad_()
+        (gradient,) = torch.autograd.grad((module(states, index, weight) * direction).sum(), [parameter])
+        assert_close([gradient], [expected[name]], 1e-13)
+
+
+def saved_bytes(call, *known: torch.Tensor) -> int:
+    """Bytes that autograd keeps in the forward pass, beyond those of the `known` tensors."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call()
+    for tensor in known:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    del output
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+def test_saved_for_backward(backend):
+    module = make("gated", backend, dtype=torch.float32)
+    states, index, weight, _ = draw(40, 5, 3, torch.float32)
+    known = [states, weight, *module.parameters()]
+    states.requires_grad_()
+    weight.requires_grad_()
+    grouping = 4 * (40 * 3 + 5 + 1)
+    assert saved_bytes(lambda: module(states, index, weight), *known) == 4 * 40 * 3 * 2 * WIDTH + grouping
+    module.config.experts_recompute = True
+    assert saved_bytes(lambda: module(states, index, weight), *known) == grouping
+
+
+def test_retained_graph_and_second_derivative():
+    module = make("gated", "moe")
+    states, index, weight, direction = draw(9, 5, 3)
+    states.requires_grad_()
+    loss = (module(states, index, weight) * direction).sum()
+    first = torch.autograd.grad(loss, states, retain_graph=True)
+    second = torch.autograd.grad(loss, states, retain_graph=True)
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    (once,) = torch.autograd.grad(loss, states, create_graph=True)
+    with pytest.raises(NotImplementedError, match="experts_implementation='eager'"):
+        torch.autograd.grad(once.sum(), states)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant):
+    module = make("gated", "moe")
+    states, index, weight, direction = draw(40, 5, 3)
+    expected = run(module, states, index, weight, direction)
+    states.requires_grad_()
+    output = checkpoint(module, states, index, weight, use_reentrant=reentrant)
+    (output * direction).sum().backward()
+    gradients = [parameter.grad for parameter in module.parameters()]
+    got = [output, states.grad, *gradients]
+    torch.testing.assert_close(got, expected[:2] + expected[3:], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+def test_autocast(backend):
+    module = make("gated-bias", backend, dtype=torch.float32)
+    inputs = draw(40, 5, 3, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(module, *inputs)
+    assert {tensor.dtype for tensor in got} == {torch.float32}
+    assert_close(got, oracle(module, *inputs), 3e-2)
+    low = make("gated-bias", backend, dtype=torch.bfloat16)
+    states, index, weight, direction = inputs
+    expected = run(low, states.bfloat16(), index, weight, direction)
+    torch.testing.assert_close(got[0], expected[0].float(), atol=0, rtol=0)
+
+
+def test_deterministic():
+    module = make("gated", "moe", dtype=torch.float32)
+    inputs = draw(200, 5, 3, torch.float32)
+    torch.testing.assert_close(run(module, *inputs), run(module, *inputs), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k_index": torch.zeros(4, 3)}, "integers"),
+        ({"top_k_index": torch.zeros(5, 3, dtype=torch.long)}, "flatten the batch"),
+        ({"hidden_states": torch.zeros(2, 2, HIDDEN)}, "flatten the batch"),
+        ({"top_k_weights": torch.zeros(4, 2)}, "one weight for each slot"),
+        ({"hidden_states": torch.zeros(4, HIDDEN + 1)}, "has width 33 and the experts 32"),
+    ],
+)
+def test_bad_input(change, message):
+    inputs = {
+        "hidden_states": torch.zeros(4, HIDDEN),
+        "top_k_index": torch.zeros(4, 3, dtype=torch.long),
+        "top_k_weights": torch.zeros(4, 3),
+    }
+    with pytest.raises(ValueError, match=message):
+        make("gated", "moe", dtype=torch.float32)(**(inputs | change))
+
+
+def test_left_to_transformers():
+    """A gate without a derivative here: transformers' functions, with empty slots all the same."""
+    states, index, weight, direction = draw(9, 5, 3)
+    index[1, 2], index[3, 0] = 5, -1
+    reference = index.clone().masked_fill_(index < 0, 5)
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2e-5)):
+        config = tiny_config(hidden_act="quick_gelu", experts_implementation="moe")
+        module = MoEExperts(config).to(dtype)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.normal_()
+        assert backend_of(module, states, index).startswith("transformers: its gate or activation (QuickGELU")
+        got = run(
+            module, states.to(dtype), reference if dtype == torch.float64 else index, weight.to(dtype), direction
+        )
+        assert_close(got, oracle(module, states, reference, weight, direction), tolerance)
+
+
+def test_norm_after_experts_is_left_to_transformers():
+    config = AutoConfig.for_model("muse_spark").get_text_config()
+    config._experts_implementation = "moe"
+    with torch.device("meta"):
+        module = MuseSparkExperts(config)
+    assert backend_of(module, torch.zeros(1), torch.zeros(1)) == "transformers: it has a norm after each expert"
+
+
+def test_choice_by_name(tmp_path):
+    """`experts_implementation` of from_pretrained, for a model of transformers' own."""
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, vocab_size=99,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(3, 39).view(2, 18)
+    expected = model(ids).logits
+    for name in ("moe", "moe_loop", "moe_grouped_mm"):
+        chosen = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=name)
+        assert chosen.config._experts_implementation == name
+        torch.testing.assert_close(chosen(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert (
+        chosen.generate(ids[:, :5], max_new_tokens=8).tolist() == model.generate(ids[:, :5], max_new_tokens=8).tolist()
+    )
+
+
+def test_default_of_our_model():
+    model = MoEForCausalLM(tiny_config())
+    assert model.config._experts_implementation == "moe"
+    experts = model.model.layers[0].mlp.experts
+    index = torch.zeros(40, 3, dtype=torch.long)
+    assert backend_of(experts, torch.zeros(40, 32), index) == "loop"
+    assert backend_of(experts, torch.zeros(40, 32), index, backend="grouped_mm") == "grouped_mm"
+
+
+@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+def test_compiles_whole(backend):
+    module = make("gated-bias", backend, dtype=torch.float32)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    inputs = draw(40, 5, 3, torch.float32)
+    torch.testing.assert_close(run_compiled(compiled, module, *inputs), run(module, *inputs), atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        few = inputs[0][:4], inputs[1][:4], inputs[2][:4]
+        torch.testing.assert_close(compiled(*few), module(*few), atol=1e-6, rtol=1e-5)
+
+
+def run_compiled(compiled, module, states, index, weight, direction):
+    states, weight = states.detach().requires_grad_(), weight.detach().requires_grad_()
+    output = compiled(states, index, weight)
+    return [output, *torch.autograd.grad((output * direction).sum(), [states, weight, *module.parameters()])]
+
+
+def test_operators_keep_torchs_rules():
+    module = make("gated-bias", "moe", dtype=torch.float32)
+    states, index, weight, _ = draw(9, 5, 3, torch.float32)
+    weights = [module.gate_up_proj, module.down_proj, module.gate_up_proj_bias, module.down_proj_bias]
+    arguments = (states.requires_grad_(), index, weight.requires_grad_(), *weights, "silu_gated", [], "loop", True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(function.experts, arguments, test_utils=checks)
+    torch.library.opcheck(
+        function.experts_decode, tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments[:-1])
+    )
+
+
+def test_slots_by_hand():
+    slots = group_slots(torch.tensor([[2, 0], [3, -1], [0, 2]]), 3)
+    assert slots.order.tolist() == [1, 4, 0, 5, 2, 3]
+    assert slots.offsets.tolist() == [0, 2, 2, 4]
+    assert slots.order.dtype == slots.offsets.dtype == torch.int32

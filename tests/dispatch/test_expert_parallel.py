@@ -1,0 +1,75 @@
+"""Experts on two gloo processes, under both of transformers' exchanges, against one process that holds them all."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import modeling_moe.dispatch.interface as interface
+from modeling_moe import MoEForCausalLM
+from tests.conftest import tiny_config
+
+
+RANKS = 2
+IDS = torch.arange(3, 39).view(4, 9)
+
+
+def build(kind: str):
+    torch.manual_seed(0)
+    if kind == "moe":
+        return MoEForCausalLM(tiny_config(num_experts=6, router_aux_loss_coef=0.0, router_z_loss_coef=0.0))
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=6, vocab_size=99, num_experts_per_tok=3,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, experts_implementation="moe")
+
+
+def logits_and_gradients(model) -> dict[str, torch.Tensor]:
+    output = model(IDS, labels=IDS)
+    output.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"logits": output.logits.detach()} | {
+        name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients.items()
+    }
+
+
+def rank_main(rank: int, port: int, folder: str, implementation: str) -> None:
+    from transformers.distributed import DistributedConfig
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    plan = DistributedConfig(tp_size=RANKS, ep_size=RANKS, ep_implementation=implementation)
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, experts_implementation="moe")
+    calls = []
+    operator = interface.experts
+
+    def spy(*arguments):
+        calls.append(len(arguments[3]))
+        return operator(*arguments)
+
+    interface.experts = spy
+    result = logits_and_gradients(model)
+    # the operator ran, on this rank's half of the experts
+    assert calls
+    assert set(calls) == {3}, calls
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("implementation", ["all_reduce", "all_to_all"])
+@pytest.mark.parametrize("kind", ["moe", "mixtral"])
+def test_two_ranks_equal_one(kind, implementation, tmp_path):
+    build(kind).save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(rank_main, args=(port, str(tmp_path), implementation), nprocs=RANKS)
+    expected = logits_and_gradients(AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager"))
+    for rank in range(RANKS):
+        got = torch.load(tmp_path / f"{rank}.pt")
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(got[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
