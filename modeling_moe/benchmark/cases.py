@@ -4,6 +4,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from .presets import EXPERT_SWEEP, GPU_PRESETS, PRESETS
 
 
@@ -32,6 +34,11 @@ class Case:
     tokens: int
     routing: str
     mode: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """That of `dtype`."""
+        return getattr(torch, self.dtype)
 
     def __str__(self) -> str:
         return f"{self.level} {self.preset} {self.dtype} T={self.tokens} {self.routing} {self.mode}"
@@ -94,6 +101,7 @@ def make_cases(
     """
     many = (32768, 4096) if device == "cuda" else (2048,)
     presets = presets or (list(GPU_PRESETS) if device == "cuda" else ["cpu_fine", "cpu_coarse"])
+    presets = [preset for preset in presets if level == "experts" or PRESETS[preset].family == "gated"]
     dtypes = dtypes or (["bfloat16"] if device == "cuda" else ["float32", "bfloat16"])
     routings = ["router"] if level != "experts" else routings or ["balanced"]
     pairs = [

@@ -15,7 +15,8 @@ MAX_ROUNDS = 50
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that the device or the host has no memory left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    messages = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in messages)
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,15 @@ def interleave(
                 failed[contestant.name] = "out of memory"
                 del times[contestant.name]
 
-    start = time.perf_counter()
+    start, done = time.perf_counter(), 1
     turn()
     if rounds is not None or time.perf_counter() - start < seconds / 4:
         for measured in times.values():
             measured.clear()
-    start, done = time.perf_counter(), 0
-    while done < (MAX_ROUNDS if rounds is None else rounds):
-        enough = any(times.values()) and time.perf_counter() - start > seconds
-        if rounds is None and (enough or (done == 0 and all(times.values()))):
-            break
+        start, done = time.perf_counter(), 0
+    while done == 0 or (
+        done < MAX_ROUNDS and time.perf_counter() - start < seconds if rounds is None else done < rounds
+    ):
         turn()
         done += 1
     return times, failed

@@ -74,8 +74,9 @@ def load_columns(pointers, columns, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def swizzle(program, num_m, num_n, GROUP: tl.constexpr):
+def swizzle(program, num_m, num_n):
     """The tile (m, n) of a program: m runs first, in groups, so that few tiles of either operand are in use at once."""
+    GROUP: tl.constexpr = 8
     first = program // (GROUP * num_n) * GROUP
     size = tl.minimum(num_m - first, GROUP)
     place = program % (GROUP * num_n)
@@ -120,38 +121,18 @@ def store_columns(pointers, values, rows_exist, columns, COLUMNS: tl.constexpr):
 
 @triton.jit
 def project_up(
-    x,
-    order,
-    offsets,
-    tiles,
-    num_tiles,
-    up,
-    stride_e,
-    stride_c,
-    stride_h,
-    bias,
-    h,
-    a,
-    alpha,
-    limit,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    TOP_K: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr = 8,
-):
-    """h (S, C) = x[token] up_e^T + bias_e and, unless `a` is None, a (S, I) = gate(h)."""
+    x, order, offsets, tiles, num_tiles, up, stride_e, stride_c, stride_h, bias, h, a, alpha, limit,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """h (S, C) = x[token] up_e^T + bias_e and a (S, I) = gate(h), each unless it is None."""
     # pairs come as one tile of twice the width, halves as two: both read whole stretches of memory
     WIDTH: tl.constexpr = BLOCK_N * 2 if LAYOUT == "pairs" else BLOCK_N
     LIMIT: tl.constexpr = INNER * 2 if LAYOUT == "pairs" else INNER
     C: tl.constexpr = INNER if LAYOUT == "plain" else INNER * 2
     EVEN_K: tl.constexpr = HIDDEN % BLOCK_K == 0
     EVEN: tl.constexpr = (HIDDEN % BLOCK_K == 0) and (LIMIT % WIDTH == 0)
-    tile, n = swizzle(tl.program_id(0), num_tiles, (INNER + BLOCK_N - 1) // BLOCK_N, GROUP)
+    tile, n = swizzle(tl.program_id(0), num_tiles, (INNER + BLOCK_N - 1) // BLOCK_N)
     expert, rows, exist = find_rows(tiles, num_tiles, tile, offsets, BLOCK_M)
     if expert < 0:
         return
@@ -176,10 +157,11 @@ def project_up(
         first += tl.load(bias_pointers, mask=columns < LIMIT, other=0.0).to(tl.float32)[None, :]
         if LAYOUT == "halves":
             second += tl.load(bias_pointers + INNER, mask=columns < LIMIT, other=0.0).to(tl.float32)[None, :]
-    h_pointers = h + rows[:, None] * C + columns[None, :]
-    store_columns(h_pointers, first, exist, columns, LIMIT)
-    if LAYOUT == "halves":
-        store_columns(h_pointers + INNER, second, exist, columns, LIMIT)
+    if h is not None:
+        h_pointers = h + rows[:, None] * C + columns[None, :]
+        store_columns(h_pointers, first, exist, columns, LIMIT)
+        if LAYOUT == "halves":
+            store_columns(h_pointers + INNER, second, exist, columns, LIMIT)
     if a is not None:
         if LAYOUT == "pairs":
             first, second = tl.split(tl.reshape(first, (BLOCK_M, BLOCK_N, 2)))
@@ -190,27 +172,13 @@ def project_up(
 
 @triton.jit
 def multiply(
-    left,
-    offsets,
-    tiles,
-    num_tiles,
-    weight,
-    stride_e,
-    stride_n,
-    stride_k,
-    bias,
-    out,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr = 8,
-):
+    left, offsets, tiles, num_tiles, weight, stride_e, stride_n, stride_k, bias, out,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """out (S, N) = left (S, K) weight_e (N, K)^T + bias_e (N,)."""
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
     EVEN: tl.constexpr = (K % BLOCK_K == 0) and (N % BLOCK_N == 0)
-    tile, n = swizzle(tl.program_id(0), num_tiles, (N + BLOCK_N - 1) // BLOCK_N, GROUP)
+    tile, n = swizzle(tl.program_id(0), num_tiles, (N + BLOCK_N - 1) // BLOCK_N)
     expert, rows, exist = find_rows(tiles, num_tiles, tile, offsets, BLOCK_M)
     if expert < 0:
         return
@@ -240,9 +208,8 @@ def combine(y, inverse, total, weight, out, HIDDEN: tl.constexpr, TOP_K: tl.cons
     result = tl.full((BLOCK_N,), 0.0, tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(inverse + token * TOP_K + k).to(tl.int64)
-        values = tl.load(y + row * HIDDEN + columns, mask=(row < served) & (columns < HIDDEN), other=0.0).to(
-            tl.float32
-        )
+        width = tl.where(row < served, HIDDEN, 0)
+        values = tl.load(y + row * HIDDEN + columns, mask=columns < width, other=0.0).to(tl.float32)
         if weight is not None:
             values *= tl.load(weight + token * TOP_K + k, mask=row < served, other=0.0)
         result += values
@@ -250,42 +217,57 @@ def combine(y, inverse, total, weight, out, HIDDEN: tl.constexpr, TOP_K: tl.cons
 
 
 @triton.jit
+def finish_gate_backward(
+    total, column, rows, exist, factor, h, grad_h, scaled, alpha, limit,
+    INNER: tl.constexpr, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What `gate_backward` does with a tile of grad down_e, columns from `column` on; its part of grad_weight."""
+    C: tl.constexpr = INNER if LAYOUT == "plain" else INNER * 2
+    EVEN: tl.constexpr = INNER % BLOCK_N == 0
+    columns = column + tl.arange(0, BLOCK_N)
+    wide = column * 2 + tl.arange(0, BLOCK_N * 2)
+    places = rows[:, None] * C + columns[None, :]
+    if LAYOUT == "pairs":
+        pairs = load_columns(h + rows[:, None] * C + wide[None, :], wide, C, EVEN)
+        g, u = tl.split(tl.reshape(pairs, (BLOCK_M, BLOCK_N, 2)))
+    else:
+        g = load_columns(h + places, columns, INNER, EVEN)
+        u = g
+        if LAYOUT == "halves":
+            u = load_columns(h + INNER + places, columns, INNER, EVEN)
+    acted, slope_g, slope_u = gate(g.to(tl.float32), u.to(tl.float32), alpha, limit, ACTIVATION, LAYOUT)
+    # columns beyond INNER have a total of 0
+    partial = tl.sum(total * acted, axis=1)
+    if scaled is not None:
+        values = factor[:, None] * acted
+        store_columns(scaled + rows[:, None] * INNER + columns[None, :], values, exist, columns, INNER)
+    if grad_h is not None:
+        total *= factor[:, None]
+        if LAYOUT == "pairs":
+            pairs = tl.join((total * slope_g).to(h.dtype.element_ty), (total * slope_u).to(h.dtype.element_ty))
+            pairs = tl.reshape(pairs, (BLOCK_M, BLOCK_N * 2))
+            store_columns(grad_h + rows[:, None] * C + wide[None, :], pairs, exist, wide, C)
+        else:
+            store_columns(grad_h + places, total * slope_g, exist, columns, INNER)
+            if LAYOUT == "halves":
+                store_columns(grad_h + INNER + places, total * slope_u, exist, columns, INNER)
+    return partial
+
+
+@triton.jit
 def gate_backward(
-    grad,
-    order,
-    offsets,
-    tiles,
-    num_tiles,
-    down,
-    stride_e,
-    stride_h,
-    stride_i,
-    h,
-    weight,
-    grad_h,
-    scaled,
-    grad_weight,
-    num_slots,
-    alpha,
-    limit,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    TOP_K: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr = 8,
-):
+    grad, order, offsets, tiles, num_tiles, down, stride_e, stride_h, stride_i, h, weight, grad_h, scaled, grad_weight,
+    num_slots, alpha, limit,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """From grad[token] down_e (S, I) and h (S, C), those of these which are not None:
 
     grad_h (S, C), the gradient of h; scaled (S, I), weight * a; grad_weight (I tiles, S), sums to a . (grad down_e).
     """
-    C: tl.constexpr = INNER if LAYOUT == "plain" else INNER * 2
     EVEN_K: tl.constexpr = HIDDEN % BLOCK_K == 0
     EVEN: tl.constexpr = (HIDDEN % BLOCK_K == 0) and (INNER % BLOCK_N == 0)
-    tile, n = swizzle(tl.program_id(0), num_tiles, (INNER + BLOCK_N - 1) // BLOCK_N, GROUP)
+    tile, n = swizzle(tl.program_id(0), num_tiles, (INNER + BLOCK_N - 1) // BLOCK_N)
     expert, rows, exist = find_rows(tiles, num_tiles, tile, offsets, BLOCK_M)
     if expert < 0:
         return
@@ -301,50 +283,27 @@ def gate_backward(
         weights = load_tile(down_pointers + k * stride_h, k + depth, columns, HIDDEN, INNER, EVEN)
         total = tl.dot(taken, weights, total, input_precision="ieee")
 
-    if LAYOUT == "pairs":
-        wide = n * BLOCK_N * 2 + tl.arange(0, BLOCK_N * 2)
-        pairs = load_columns(h + rows[:, None] * C + wide[None, :], wide, C, C % (BLOCK_N * 2) == 0)
-        g, u = tl.split(tl.reshape(pairs.to(tl.float32), (BLOCK_M, BLOCK_N, 2)))
-    else:
-        h_pointers = h + rows[:, None] * C + columns[None, :]
-        g = load_columns(h_pointers, columns, INNER, INNER % BLOCK_N == 0).to(tl.float32)
-        u = g
-        if LAYOUT == "halves":
-            u = load_columns(h_pointers + INNER, columns, INNER, INNER % BLOCK_N == 0).to(tl.float32)
-    acted, slope_g, slope_u = gate(g, u, alpha, limit, ACTIVATION, LAYOUT)
+    factor = tl.load(weight + slots)
+    column = n * BLOCK_N
+    # the rest in two halves, or the registers do not suffice
+    HALF: tl.constexpr = BLOCK_N // 2
+    left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    partial = finish_gate_backward(
+        left, column, rows, exist, factor, h, grad_h, scaled, alpha, limit, INNER, ACTIVATION, LAYOUT, BLOCK_M, HALF
+    )
+    column += HALF
+    partial += finish_gate_backward(
+        right, column, rows, exist, factor, h, grad_h, scaled, alpha, limit, INNER, ACTIVATION, LAYOUT, BLOCK_M, HALF
+    )
     if grad_weight is not None:
-        # columns beyond INNER have a total of 0
-        partial = tl.sum(total * acted, axis=1)
         tl.store(grad_weight + n.to(tl.int64) * num_slots + rows, partial, mask=exist)
-    factor = tl.load(weight + slots)[:, None]
-    if scaled is not None:
-        store_columns(scaled + rows[:, None] * INNER + columns[None, :], factor * acted, exist, columns, INNER)
-    if grad_h is not None:
-        total *= factor
-        if LAYOUT == "pairs":
-            pairs = tl.reshape(tl.join(total * slope_g, total * slope_u), (BLOCK_M, BLOCK_N * 2))
-            store_columns(grad_h + rows[:, None] * C + wide[None, :], pairs, exist, wide, C)
-        else:
-            grad_pointers = grad_h + rows[:, None] * C + columns[None, :]
-            store_columns(grad_pointers, total * slope_g, exist, columns, INNER)
-            if LAYOUT == "halves":
-                store_columns(grad_pointers + INNER, total * slope_u, exist, columns, INNER)
 
 
 @triton.jit
 def dot_bias(
-    grad,
-    order,
-    offsets,
-    tiles,
-    num_tiles,
-    bias,
-    out,
-    HIDDEN: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    grad, order, offsets, tiles, num_tiles, bias, out,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """out (S,) = grad[token] . bias_e (H,), what the bias adds to the gradient of the weights."""
     expert, rows, exist = find_rows(tiles, num_tiles, tl.program_id(0), offsets, BLOCK_M)
     if expert < 0:
@@ -363,23 +322,10 @@ def dot_bias(
 
 @triton.jit
 def weight_gradient(
-    left,
-    right,
-    order,
-    offsets,
-    out,
-    stride_e,
-    stride_m,
-    stride_n,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TOP_K: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr = 8,
-):
+    left, right, order, offsets, out, stride_e, stride_m, stride_n,
+    M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """out_e (M, N) = sum over expert e's rows of left (., M)^T right (., N), 0 if it has none.
 
     One of the two is (T, .) and gathered by token: left if GATHER_LEFT, else right; the other is (S, .).
@@ -387,7 +333,7 @@ def weight_gradient(
     num_m = (M + BLOCK_M - 1) // BLOCK_M
     num_n = (N + BLOCK_N - 1) // BLOCK_N
     expert = tl.program_id(0) // (num_m * num_n)
-    tile_m, tile_n = swizzle(tl.program_id(0) % (num_m * num_n), num_m, num_n, GROUP)
+    tile_m, tile_n = swizzle(tl.program_id(0) % (num_m * num_n), num_m, num_n)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.load(offsets + expert + 1)
@@ -413,16 +359,9 @@ def weight_gradient(
 
 @triton.jit
 def bias_gradient(
-    values,
-    order,
-    offsets,
-    weight,
-    out,
-    N: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    values, order, offsets, weight, out,
+    N: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """out (E, N) = each expert's sum of values (S, N), or of weight (T, K) * values[token] (T, N)."""
     expert = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -446,25 +385,10 @@ def bias_gradient(
 
 @triton.jit
 def decode_up(
-    x,
-    index,
-    up,
-    stride_e,
-    stride_c,
-    stride_h,
-    bias,
-    a,
-    num_experts,
-    alpha,
-    limit,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    TOP_K: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x, index, up, stride_e, stride_c, stride_h, bias, a, num_experts, alpha, limit,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """a (S, I) = gate(up_e x[token] + bias_e), one slot per program; an empty slot's row is left as it is."""
     WIDTH: tl.constexpr = BLOCK_N * 2 if LAYOUT == "pairs" else BLOCK_N
     LIMIT: tl.constexpr = INNER * 2 if LAYOUT == "pairs" else INNER
@@ -504,22 +428,9 @@ def decode_up(
 
 @triton.jit
 def decode_down(
-    a,
-    index,
-    weight,
-    down,
-    stride_e,
-    stride_h,
-    stride_i,
-    bias,
-    out,
-    num_experts,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    a, index, weight, down, stride_e, stride_h, stride_i, bias, out, num_experts,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """out (T, H) = sum over a token's slots of weight * (down_e a + bias_e), one token per program."""
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -528,20 +439,20 @@ def decode_down(
     for choice in range(TOP_K):
         slot = token * TOP_K + choice
         expert = tl.load(index + slot).to(tl.int64)
-        # no branch: an empty slot reads nothing
+        # no branch: of an empty slot no column and no depth is read
         served = (expert >= 0) & (expert < num_experts)
+        width = tl.where(served, HIDDEN, 0)
+        length = tl.where(served, INNER, 0)
         factor = tl.load(weight + slot, mask=served, other=0.0)
         down_pointers = down + expert * stride_e + columns[:, None] * stride_h + depth[None, :] * stride_i
         total = tl.full((BLOCK_N, BLOCK_K), 0.0, tl.float32)
         for k in range(0, INNER, BLOCK_K):
-            inside = served & (k + depth < INNER)
+            inside = k + depth < length
             taken = tl.load(a + slot * INNER + k + depth, mask=inside, other=0.0)
-            mask = inside[None, :] & (columns < HIDDEN)[:, None]
+            mask = inside[None, :] & (columns < width)[:, None]
             total += taken[None, :] * tl.load(down_pointers + k * stride_i, mask=mask, other=0.0).to(tl.float32)
         values = tl.sum(total, axis=1)
         if bias is not None:
-            values += tl.load(bias + expert * HIDDEN + columns, mask=served & (columns < HIDDEN), other=0.0).to(
-                tl.float32
-            )
+            values += tl.load(bias + expert * HIDDEN + columns, mask=columns < width, other=0.0).to(tl.float32)
         result += factor * values
     tl.store(out + token * HIDDEN + columns, result.to(out.dtype.element_ty), mask=columns < HIDDEN)

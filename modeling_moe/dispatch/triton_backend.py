@@ -46,40 +46,68 @@ class Config(NamedTuple):
 
 
 # bytes per element -> (the most rows an expert has on average, the tiles)
+# a stage is a buffer, save that `gradient`, which fetches its rows' numbers ahead, has two fewer; without wgmma all have
+# one fewer, so that the largest, 147 KiB on an H100, fit into the 99 KiB of an Ada or RTX Blackwell GPU
 CONFIGS: dict[int, list[tuple[float, Config]]] = {
     2: [
         (
             16,
             Config(
-                Tile(16, 64, 128, 4, 3), Tile(16, 64, 128, 4, 4), Tile(16, 64, 128, 4, 3), Tile(128, 128, 16, 8, 3)
+                up=Tile(16, 64, 128, 4, 3),
+                down=Tile(16, 64, 128, 4, 4),
+                gate=Tile(16, 64, 128, 4, 3),
+                gradient=Tile(128, 128, 16, 8, 5),
             ),
         ),
         (
             32,
             Config(
-                Tile(32, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4), Tile(32, 64, 128, 4, 3), Tile(128, 128, 32, 8, 3)
+                up=Tile(32, 64, 128, 4, 3),
+                down=Tile(32, 64, 128, 4, 4),
+                gate=Tile(32, 64, 128, 4, 3),
+                gradient=Tile(128, 128, 32, 8, 5),
             ),
         ),
         (
             256,
-            Config(Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)),
+            Config(
+                up=Tile(64, 64, 64, 4, 4),
+                down=Tile(64, 128, 64, 4, 4),
+                gate=Tile(64, 64, 64, 4, 4),
+                gradient=Tile(128, 128, 64, 8, 5),
+            ),
         ),
         (
             math.inf,
             Config(
-                Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4)
+                up=Tile(128, 128, 64, 8, 3),
+                down=Tile(128, 256, 64, 8, 3),
+                gate=Tile(128, 128, 64, 8, 3),
+                gradient=Tile(128, 128, 64, 8, 5),
             ),
         ),
     ],
     4: [
-        (16, Config(Tile(16, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2), Tile(16, 32, 32, 4, 2), Tile(64, 64, 16, 4, 2))),
+        (
+            16,
+            Config(
+                up=Tile(16, 32, 32, 4, 2),
+                down=Tile(16, 32, 32, 4, 2),
+                gate=Tile(16, 32, 32, 4, 2),
+                gradient=Tile(64, 64, 16, 4, 3),
+            ),
+        ),
         (
             math.inf,
-            Config(Tile(64, 32, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
+            Config(
+                up=Tile(64, 32, 32, 4, 2),
+                down=Tile(64, 64, 32, 4, 2),
+                gate=Tile(64, 64, 32, 4, 2),
+                gradient=Tile(64, 64, 32, 4, 3),
+            ),
         ),
     ],
 }
-
 INTERPRETED = not isinstance(kernels.combine, triton.JITFunction)
 
 
@@ -97,9 +125,15 @@ def choose_config(num_slots: int, num_experts: int, element_size: int) -> Config
 
 
 def _gate_options(gate: str, constants: list[float]) -> dict:
-    alpha, limit = constants or (0.0, 0.0)
+    alpha, limit = (float(constant) for constant in constants or (0, 0))
     layout = "pairs" if gate == "clamped_swiglu" else "halves" if gate.endswith("_gated") else "plain"
     return {"alpha": alpha, "limit": limit, "ACTIVATION": gate.removesuffix("_gated"), "LAYOUT": layout}
+
+
+def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+    """Nothing, where there is nothing to do."""
+    if 0 not in grid:
+        kernel[grid](*arguments, **options)
 
 
 def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -121,20 +155,24 @@ class _Rows:
         self.number = min(self.num_slots, triton.cdiv(self.num_slots, block) + self.num_experts)
         self.tiles = torch.empty(2, self.number, dtype=torch.int32, device=slots.order.device)
         experts = triton.next_power_of_2(self.num_experts)
-        kernels.map_tiles[(self.num_experts + 1,)](
-            slots.offsets, self.tiles, self.num_experts, self.number, BLOCK_M=block, EXPERTS=experts
-        )
+        _launch(
+            kernels.map_tiles, (self.num_experts + 1,),
+            slots.offsets, self.tiles, self.num_experts, self.number, BLOCK_M=block, EXPERTS=experts,
+        )  # fmt: skip
 
     def grid(self, columns: int, tile: Tile) -> tuple[int]:
         return (self.number * triton.cdiv(columns, tile.BLOCK_N),)
 
-    def project_up(self, x, up, up_bias, gate, constants, acted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """h (S, C), and a (S, I) if `acted`; else the gate, which decides what I is, should be a plain one."""
+    def project_up(
+        self, x, up, up_bias, gate, constants, kept: bool, acted: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """h (S, C) if `kept`, and a (S, I) if `acted`; else the gate, which decides what I is, should be a plain one."""
         options, tile = _gate_options(gate, constants), self.config.up if acted else self.config.down
         inner = up.shape[1] // (1 if options["LAYOUT"] == "plain" else 2)
-        h = x.new_empty(self.num_slots, up.shape[1])
+        h = x.new_empty(self.num_slots, up.shape[1]) if kept else None
         a = x.new_empty(self.num_slots, inner) if acted else None
-        kernels.project_up[self.grid(inner, tile)](
+        _launch(
+            kernels.project_up, self.grid(inner, tile),
             x, *self.slots, self.tiles, self.number, up, *up.stride(), _contiguous(up_bias), h, a,
             HIDDEN=x.shape[1], INNER=inner, TOP_K=self.top_k, **options, **tile._asdict(),
         )  # fmt: skip
@@ -143,7 +181,8 @@ class _Rows:
     def multiply(self, left, weight, bias) -> torch.Tensor:
         """left (S, N) times each expert's weight (E, M, N), plus bias (E, M): (S, M)."""
         out = left.new_empty(self.num_slots, weight.shape[1])
-        kernels.multiply[self.grid(weight.shape[1], self.config.down)](
+        _launch(
+            kernels.multiply, self.grid(weight.shape[1], self.config.down),
             left, self.slots.offsets, self.tiles, self.number, weight, *weight.stride(), _contiguous(bias), out,
             N=weight.shape[1], K=weight.shape[2], **self.config.down._asdict(),
         )  # fmt: skip
@@ -153,13 +192,16 @@ class _Rows:
         """y (S, H) -> (T, H), each token's rows times weight (T, K), or once if it is None, added up in float32."""
         out = y.new_empty(self.num_slots // self.top_k, y.shape[1])
         block = min(1024, triton.next_power_of_2(y.shape[1]))
-        kernels.combine[(len(out), triton.cdiv(y.shape[1], block))](
-            y, inverse, self.slots.offsets[-1:], weight, out, HIDDEN=y.shape[1], TOP_K=self.top_k, BLOCK_N=block
-        )
+        _launch(
+            kernels.combine, (len(out), triton.cdiv(y.shape[1], block)),
+            y, inverse, self.slots.offsets[-1:], weight, out, HIDDEN=y.shape[1], TOP_K=self.top_k, BLOCK_N=block,
+        )  # fmt: skip
         return out
 
-    def gate_backward(self, grad, h, weight, down, down_bias, gate, constants, wants) -> list[torch.Tensor | None]:
+    def gate_backward(self, grad, h, weight, down, down_bias, gate, constants, wants) -> list:
         """What is wanted of: h's gradient (S, C), weight * a (S, I), and the gradient of each row's weight (S,)."""
+        if not any(wants):
+            return [None] * 3
         inner, tile = down.shape[2], self.config.gate
         partials = triton.cdiv(inner, tile.BLOCK_N)
         grad_h = torch.empty_like(h) if wants[0] else None
@@ -169,22 +211,25 @@ class _Rows:
             shape = (partials + (down_bias is not None), self.num_slots)
             grad_weight = torch.empty(shape, dtype=torch.float32, device=h.device)
         rows = (grad, *self.slots, self.tiles, self.number)
-        kernels.gate_backward[self.grid(inner, tile)](
+        _launch(
+            kernels.gate_backward, self.grid(inner, tile),
             *rows, down, *down.stride(), h, weight, grad_h, scaled, grad_weight, self.num_slots,
             HIDDEN=grad.shape[1], INNER=inner, TOP_K=self.top_k, **_gate_options(gate, constants), **tile._asdict(),
         )  # fmt: skip
-        if wants[2] and down_bias is not None:
-            kernels.dot_bias[(self.number,)](
+        if grad_weight is not None and down_bias is not None:
+            _launch(
+                kernels.dot_bias, (self.number,),
                 *rows, _contiguous(down_bias), grad_weight[partials:],
                 HIDDEN=grad.shape[1], TOP_K=self.top_k, BLOCK_M=tile.BLOCK_M, BLOCK_K=64,
             )  # fmt: skip
-        return [grad_h, scaled, grad_weight.sum(0) if wants[2] else None]
+        return [grad_h, scaled, None if grad_weight is None else grad_weight.sum(0)]
 
     def weight_gradient(self, left, right, parameter, gather_left: bool) -> torch.Tensor:
         """Each expert's left^T right, like `parameter` (E, M, N); one of left and right is (T, .), the other (S, .)."""
         out, tile = torch.empty_like(parameter), self.config.gradient
         _, m, n = parameter.shape
-        kernels.weight_gradient[(len(out) * triton.cdiv(m, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),)](
+        _launch(
+            kernels.weight_gradient, (len(out) * triton.cdiv(m, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),),
             left, right, *self.slots, out, *out.stride(),
             M=m, N=n, TOP_K=self.top_k, GATHER_LEFT=gather_left, **tile._asdict(),
         )  # fmt: skip
@@ -193,58 +238,44 @@ class _Rows:
     def bias_gradient(self, values, weight, parameter) -> torch.Tensor:
         """Each expert's sum of values (S, N), or of weight (T, K) times values (T, N), like `parameter` (E, N)."""
         out = torch.empty_like(parameter, memory_format=torch.contiguous_format)
-        kernels.bias_gradient[(len(out), triton.cdiv(out.shape[1], 64))](
-            values, *self.slots, weight, out, N=out.shape[1], TOP_K=self.top_k, BLOCK_M=32, BLOCK_N=64
-        )
+        _launch(
+            kernels.bias_gradient, (len(out), triton.cdiv(out.shape[1], 64)),
+            values, *self.slots, weight, out, N=out.shape[1], TOP_K=self.top_k, BLOCK_M=32, BLOCK_N=64,
+        )  # fmt: skip
         return out
 
 
 def forward(
-    x, slots: Slots, weight, up, down, up_bias, down_bias, gate: str, constants, config: Config | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts' weighted sum (T, H), added up in float32, and h."""
+    x, slots: Slots, weight, up, down, up_bias, down_bias, gate: str, constants, keep_h: bool,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The experts' weighted sum (T, H), added up in float32, and h, or (0, C) if it is not kept."""
     with torch.cuda.device_of(x):
         rows = _Rows(slots, weight.shape[1], x.element_size(), config)
-        h, a = rows.project_up(x.contiguous(), up, up_bias, gate, constants, acted=True)
+        h, a = rows.project_up(x.contiguous(), up, up_bias, gate, constants, kept=keep_h, acted=True)
         y = rows.multiply(a, down, down_bias)
-        return rows.combine(y, weight.contiguous(), invert(slots.order)), h
-
-
-def up_projection(x, slots: Slots, up, up_bias, config: Config | None = None) -> torch.Tensor:
-    """h once more."""
-    with torch.cuda.device_of(x):
-        rows = _Rows(slots, len(slots.order) // max(1, len(x)), x.element_size(), config)
-        return rows.project_up(x.contiguous(), up, up_bias, "silu", [], acted=False)[0]
+        out = rows.combine(y, weight.contiguous(), invert(slots.order))
+    return out, x.new_empty(0, up.shape[1]) if h is None else h
 
 
 def backward(
-    grad,
-    x,
-    h,
-    slots: Slots,
-    weight,
-    up,
-    down,
-    up_bias,
-    down_bias,
-    gate: str,
-    constants,
-    needs: list[bool],
+    grad, x, h, slots: Slots, weight, up, down, up_bias, down_bias, gate: str, constants, needs: list[bool],
     config: Config | None = None,
-) -> list[torch.Tensor | None]:
+) -> list[torch.Tensor | None]:  # fmt: skip
     """From grad, the gradients of x, weight, up, down, up_bias and down_bias, None where `needs` is False.
 
-    Those of idle experts and of the weights of empty slots are 0.
+    Those of idle experts and of the weights of empty slots are 0. An h that was not kept is computed again.
     """
     grads: list[torch.Tensor | None] = [None] * 6
     needs_x, needs_weight, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
     with torch.cuda.device_of(x):
         x, grad, weight = x.contiguous(), grad.contiguous(), weight.contiguous()
         rows = _Rows(slots, weight.shape[1], x.element_size(), config)
-        inverse = invert(slots.order) if needs_x or needs_weight else None
+        inverse = invert(slots.order)
+        if not len(h):
+            h, _ = rows.project_up(x, up, up_bias, "silu", [], kept=True, acted=False)
         wants = [needs_x or needs_up or needs_up_bias, needs_down, needs_weight]
-        if any(wants):
-            grad_h, scaled, grad_weight = rows.gate_backward(grad, h, weight, down, down_bias, gate, constants, wants)
+        grad_h, scaled, grad_weight = rows.gate_backward(grad, h, weight, down, down_bias, gate, constants, wants)
         if needs_weight:
             served = inverse < slots.offsets[-1]
             grads[1] = torch.where(served, grad_weight.index_select(0, inverse), 0.0).view_as(weight)
@@ -262,9 +293,10 @@ def backward(
     return grads
 
 
-def _decode_blocks(contiguous: bool, columns: int, depth: int) -> dict[str, int]:
-    """Blocks whose loads run along the matrix's stretches of memory: along the depth, or else along the columns."""
-    block_n, block_k = (columns, min(256, triton.next_power_of_2(depth))) if contiguous else (64, 32)
+def _decode_blocks(contiguous: bool, columns: int, depth: int, products: int) -> dict[str, int]:
+    """Blocks of 8192 products, to have enough loads in flight, which run along the matrix's stretches of memory."""
+    block_n = columns if contiguous else 32
+    block_k = min(8192 // (block_n * products), triton.next_power_of_2(depth))
     return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
 
 
@@ -279,13 +311,15 @@ def decode(x, index, weight, up, down, up_bias, down_bias, gate: str, constants)
     with torch.cuda.device_of(x):
         index = index.contiguous()
         a = torch.empty(num_tokens * top_k, inner, dtype=torch.float32, device=x.device)
-        blocks = _decode_blocks(up.stride(2) == 1, 16, hidden)
-        kernels.decode_up[(len(a), triton.cdiv(inner, blocks["BLOCK_N"]))](
+        blocks = _decode_blocks(up.stride(2) == 1, 16, hidden, up.shape[1] // inner)
+        _launch(
+            kernels.decode_up, (len(a), triton.cdiv(inner, blocks["BLOCK_N"])),
             x.contiguous(), index, up, *up.stride(), _contiguous(up_bias), a, num_experts,
             **shape, **_gate_options(gate, constants), **blocks,
         )  # fmt: skip
-        blocks = _decode_blocks(down.stride(2) == 1, 8 if num_tokens <= 4 else 16, inner)
-        kernels.decode_down[(num_tokens, triton.cdiv(hidden, blocks["BLOCK_N"]))](
+        blocks = _decode_blocks(down.stride(2) == 1, 8 if num_tokens <= 4 else 16, inner, 1)
+        _launch(
+            kernels.decode_down, (num_tokens, triton.cdiv(hidden, blocks["BLOCK_N"])),
             a, index, weight.contiguous(), down, *down.stride(), _contiguous(down_bias), out, num_experts,
             **shape, **blocks,
         )  # fmt: skip

@@ -1,0 +1,245 @@
+"""The Triton back end against a loop over the slots in float64; without a GPU, in Triton's interpreter."""
+
+import pytest
+import torch
+
+
+# without a GPU, tests/conftest.py has Triton interpret its functions
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from modeling_moe.dispatch import triton_backend
+from modeling_moe.dispatch.gates import GATES
+from modeling_moe.dispatch.slots import group_slots
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(not triton_backend.available(DEVICE), reason="needs a GPU or TRITON_INTERPRET=1")
+NAMES = ["x", "weight", "up", "down", "up_bias", "down_bias"]
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-2, 2e-2), torch.bfloat16: (5e-2, 1e-1)}
+
+
+class Problem:
+    """Random inputs; `transposed` gives the matrices gpt-oss's strides."""
+
+    def __init__(
+        self,
+        index,
+        hidden=20,
+        inner=12,
+        experts=3,
+        gate="silu_gated",
+        bias=False,
+        transposed=False,
+        dtype=torch.float32,
+    ):
+        self.index = torch.as_tensor(index, device=DEVICE)
+        self.gate, self.constants = gate, [1.702, 0.9] if gate == "clamped_swiglu" else []
+        columns = GATES[gate].columns * inner
+
+        def random(*shape, dtype=dtype):
+            return torch.randn(shape, device=DEVICE).to(dtype)
+
+        def matrices(rows, columns):
+            if transposed:
+                return random(experts, columns, rows).div_(columns**0.5).transpose(1, 2)
+            return random(experts, rows, columns).div_(columns**0.5)
+
+        self.inputs = [
+            random(len(self.index), hidden),
+            random(*self.index.shape, dtype=torch.float32),
+            matrices(columns, hidden),
+            matrices(hidden, inner),
+            random(experts, columns) if bias else None,
+            random(experts, hidden) if bias else None,
+        ]
+        self.grad = random(len(self.index), hidden)
+        self.slots = group_slots(self.index, experts)
+
+    def run(self, needs=None, recompute=False, config=None):
+        """The output, and the gradients by name."""
+        x, weight, *parameters = self.inputs
+        settings = (*parameters, self.gate, self.constants)
+        out, h = triton_backend.forward(x, self.slots, weight, *settings, keep_h=not recompute, config=config)
+        assert len(h) == (0 if recompute else len(self.slots.order))
+        needs = needs or [value is not None for value in self.inputs]
+        grads = triton_backend.backward(self.grad, x, h, self.slots, weight, *settings, needs=needs, config=config)
+        return out, dict(zip(NAMES, grads, strict=True))
+
+    def oracle(self):
+        """`run` in float64, one slot at a time."""
+        leaves = [None if t is None else t.detach().double().requires_grad_() for t in self.inputs]
+        x, weight, up, down, up_bias, down_bias = leaves
+        out = 0 * x
+        for t, ids in enumerate(self.index.tolist()):
+            for k, e in enumerate(ids):
+                if not 0 <= e < len(up):
+                    continue
+                h = up[e] @ x[t] + (0 if up_bias is None else up_bias[e])
+                y = down[e] @ act(h, self.gate, self.constants) + (0 if down_bias is None else down_bias[e])
+                out = out.index_add(0, torch.tensor([t], device=DEVICE), (weight[t, k] * y)[None])
+        given = [leaf for leaf in leaves if leaf is not None]
+        grads = iter(torch.autograd.grad(out, given, self.grad.double(), materialize_grads=True))
+        return out.detach(), {
+            name: None if leaf is None else next(grads) for name, leaf in zip(NAMES, leaves, strict=True)
+        }
+
+    def check(self, **settings):
+        (out, grads), (expected, expected_grads) = self.run(**settings), self.oracle()
+        dtype = self.grad.dtype
+        rtol, atol = TOLERANCES[dtype]
+        for name, actual, reference in [("out", out, expected)] + [(n, grads[n], expected_grads[n]) for n in NAMES]:
+            if reference is None:
+                assert actual is None, name
+                continue
+            assert actual.dtype == (torch.float32 if name == "weight" else dtype), name
+            atol_here = atol * max(1.0, reference.abs().max().item())
+            torch.testing.assert_close(
+                actual.double(), reference, rtol=rtol, atol=atol_here, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        return grads
+
+
+def act(h, gate, constants):
+    """a (I,) from h (C,), written for autograd."""
+    if gate == "clamped_swiglu":
+        alpha, limit = constants
+        g, u = h[::2].clamp(max=limit), h[1::2].clamp(-limit, limit)
+        return g * torch.sigmoid(alpha * g) * (u + 1)
+    functions = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        "relu": torch.relu,
+        "relu2": lambda x: torch.relu(x) ** 2,
+    }
+    if gate.endswith("_gated"):
+        g, u = h.chunk(2)
+        return functions[gate.removesuffix("_gated")](g) * u
+    return functions[gate](h)
+
+
+INDEX = [[0, 2], [2, 1], [1, 0], [2, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate(gate):
+    Problem(INDEX, gate=gate).check()
+
+
+@pytest.mark.parametrize("gate", ["clamped_swiglu", "silu_gated", "gelu"])
+def test_biases_and_strides_of_gpt_oss(gate):
+    problem = Problem(INDEX, gate=gate, bias=True, transposed=True)
+    grads = problem.check()
+    assert grads["up"].stride() == problem.inputs[2].stride()
+    assert grads["down"].stride() == problem.inputs[3].stride()
+
+
+@pytest.mark.parametrize(
+    ("index", "shape"),
+    [
+        pytest.param(INDEX, {"hidden": 10, "inner": 6}, id="odd widths"),
+        pytest.param(INDEX, {"hidden": 70, "inner": 37, "gate": "clamped_swiglu", "bias": True}, id="several blocks"),
+        pytest.param([[1, 2]], {}, id="one token"),
+        pytest.param([[0], [0], [0]], {"experts": 1}, id="one expert"),
+        pytest.param([[2, 0, 1], [0, 1, 2]], {}, id="every expert"),
+        pytest.param([[1]] * 35, {"hidden": 12, "inner": 8}, id="all to one expert"),
+        pytest.param(
+            [[i % 2, 2] for i in range(40)], {"hidden": 12, "inner": 8, "bias": True}, id="more rows than a block"
+        ),
+        pytest.param([[3, 0], [-1, 3], [1, -1], [7, 2], [2, 1]], {"bias": True}, id="empty slots"),
+        pytest.param([[-1, 3], [3, 3]], {"bias": True, "gate": "clamped_swiglu"}, id="only empty slots"),
+    ],
+)
+def test_shapes_and_routing(index, shape):
+    Problem(index, **shape).check()
+
+
+def test_idle_expert_has_a_gradient_of_exactly_zero():
+    grads = Problem([[0, 2], [2, 0], [0, 2]], bias=True).check()
+    for name in NAMES[2:]:
+        assert not grads[name][1].any()
+        assert grads[name][0].all()
+
+
+def test_no_tokens():
+    out, grads = Problem(torch.zeros(0, 2, dtype=torch.long), bias=True).run()
+    assert out.shape == grads["x"].shape == (0, 20)
+    assert not any(grads[name].any() for name in NAMES[2:])
+
+
+def test_more_tiles_than_a_group():
+    index = torch.randint(0, 3, (60, 3)).tolist()
+    Problem(index, hidden=40, inner=40).check()
+
+
+@pytest.mark.parametrize("gate", ["clamped_swiglu", "silu_gated"])
+def test_the_up_projection_is_recomputed(gate):
+    Problem(INDEX, gate=gate, bias=True).check(recompute=True)
+
+
+@pytest.mark.parametrize("needed", [["x"], ["weight"], ["up"], ["down"], ["up_bias"], ["down_bias"], ["x", "weight"]])
+def test_frozen_inputs_have_no_gradient(needed):
+    problem = Problem(INDEX, bias=True)
+    _, everything = problem.run()
+    _, grads = problem.run(needs=[name in needed for name in NAMES])
+    for name in NAMES:
+        if name in needed:
+            assert torch.equal(grads[name], everything[name])
+        else:
+            assert grads[name] is None
+
+
+@pytest.mark.parametrize("gate", ["clamped_swiglu", "gelu_tanh_gated", "relu2"])
+def test_half_precision(gate):
+    Problem(INDEX, gate=gate, bias=True, dtype=torch.float16).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the interpreter's bfloat16 is not reliable")
+def test_bfloat16():
+    Problem(torch.randint(0, 3, (300, 2)).tolist(), hidden=136, inner=72, bias=True, dtype=torch.bfloat16).check()
+
+
+@pytest.mark.parametrize("size", triton_backend.CONFIGS)
+def test_every_config(size):
+    dtype = {2: torch.float16, 4: torch.float32}[size]
+    problem = Problem(INDEX, gate="clamped_swiglu", bias=True, dtype=dtype)
+    for _, config in triton_backend.CONFIGS[size]:
+        problem.check(config=config)
+
+
+def test_strided_and_expanded_inputs():
+    problem = Problem(INDEX)
+    x, weight = problem.inputs[:2]
+    problem.inputs[0] = x.repeat(1, 2)[:, ::2]
+    problem.inputs[1] = weight.t().contiguous().t()
+    problem.grad = problem.grad[:1, :1].expand(problem.grad.shape)
+    problem.check()
+
+
+@pytest.mark.parametrize(
+    ("index", "shape"),
+    [
+        pytest.param(INDEX, {}, id="plain"),
+        pytest.param([[3, 0], [-1, 3], [1, -1], [7, 2]], {"bias": True}, id="empty slots"),
+        pytest.param(INDEX, {"gate": "clamped_swiglu", "bias": True, "transposed": True}, id="gpt-oss"),
+        pytest.param(INDEX, {"gate": "gelu", "hidden": 10, "inner": 70}, id="odd widths"),
+        pytest.param([[0, 1]], {"gate": "clamped_swiglu", "hidden": 300, "dtype": torch.float16}, id="one token"),
+    ],
+)
+def test_decode(index, shape):
+    problem = Problem(index, **shape)
+    x, weight, *parameters = problem.inputs
+    out = triton_backend.decode(x, problem.index, weight, *parameters, problem.gate, problem.constants)
+    rtol, atol = TOLERANCES[x.dtype]
+    assert out.dtype == x.dtype
+    torch.testing.assert_close(out, problem.run()[0], rtol=rtol, atol=atol)
+    torch.testing.assert_close(out.double(), problem.oracle()[0], rtol=rtol, atol=atol)
+
+
+def test_config_follows_the_rows_of_an_expert():
+    rows = [triton_backend.choose_config(8 * average, 8, 2).up.BLOCK_M for average in (1, 16, 17, 100, 255, 257, 9999)]
+    assert rows == [16, 16, 32, 64, 64, 128, 128]
+    for configs in triton_backend.CONFIGS.values():
+        for _, config in configs:
+            assert config.up.BLOCK_M == config.down.BLOCK_M == config.gate.BLOCK_M
