@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """From transformers' experts interface to the operator: which back end serves a module, and what none can."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
@@ -27,9 +29,10 @@ DECODE_SLOTS = 256
 def gate_of(module: nn.Module) -> tuple[str, list[float]] | None:
     """Key in [`~modeling_moe.dispatch.gates.GATES`] and constants of what `module` does between its two matrices, or
     None if that has no derivative here."""
-    if module.has_gate and type(module)._apply_gate is GptOssExperts._apply_gate:
+    apply_gate = getattr(type(module), "_apply_gate", None)
+    if module.has_gate and apply_gate is GptOssExperts._apply_gate:
         return "clamped_swiglu", [float(module.alpha), float(module.limit)]
-    if module.has_gate and type(module)._apply_gate is not _default_apply_gate:
+    if module.has_gate and apply_gate is not _default_apply_gate:
         return None
     activation = ACTIVATION_NAMES.get(type(module.act_fn))
     if activation is None:
@@ -37,7 +40,7 @@ def gate_of(module: nn.Module) -> tuple[str, list[float]] | None:
     return (f"{activation}_gated" if module.has_gate else activation), []
 
 
-def _weights(module: nn.Module) -> list[torch.Tensor | None]:
+def _weights(module: nn.Module) -> list[Any]:
     """(E, C, H), (E, H, I), (E, C) or None, (E, H) or None, whichever way `module` lays them out."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
     matrices = [getattr(module, up), module.down_proj]

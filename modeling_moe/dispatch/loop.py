@@ -4,63 +4,22 @@
 # T tokens, K experts per token, S = T*K slots, H hidden, I expert width, C columns of the first projection, E experts
 """
 
-import ctypes
 import itertools
-import sys
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
+from .decode import decode
 from .gates import GATES
+from .memory import Scratch, in_huge_pages, math_dtype
 from .slots import Slots
 
 
+__all__ = ["backward", "decode", "forward"]
+
 # rows that pass an expert at once: bounds the temporaries when every token chooses the same expert
 CHUNK = 1024
-# of Linux, bytes and advice
-PAGE, MADV_HUGEPAGE = 4096, 14
-
-
-def math_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype to multiply in: that of `x`, or fp32 on a CPU without instructions for it, where its GEMM is emulated
-    and several times slower than casting to fp32 and back."""
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if x.device.type == "cpu" and x.dtype in native and not native[x.dtype]():
-        return torch.float32
-    return x.dtype
-
-
-def _in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Asks Linux to back fresh memory by huge pages: the faults of ordinary ones take a tenth of the time that a
-    training step's products do."""
-    if sys.platform == "linux" and tensor.device.type == "cpu" and tensor.nbytes >= 1 << 22:
-        start = -(-tensor.data_ptr() // PAGE) * PAGE
-        size = tensor.data_ptr() + tensor.nbytes - start
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE)
-    return tensor
-
-
-class _Scratch:
-    """Memory for the temporaries of one chunk, used by one chunk after another: it stays in the cache."""
-
-    def __init__(self, like: torch.Tensor, dtype: torch.dtype, rows: int):
-        self.like, self.dtype, self.rows = like, dtype, rows
-        self.buffers: dict[str, torch.Tensor] = {}
-
-    def take(self, name: str, rows: int, columns: int) -> torch.Tensor:
-        """(rows, columns), whatever the last chunk left there."""
-        if name not in self.buffers:
-            self.buffers[name] = self.like.new_empty(self.rows, columns, dtype=self.dtype)
-        return self.buffers[name][:rows]
-
-    def gather(self, name: str, source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Rows `index` of `source`, in the dtype of the products."""
-        if source.dtype != self.dtype:
-            return source.index_select(0, index).to(self.dtype)
-        return torch.index_select(source, 0, index, out=self.take(name, len(index), source.shape[1]))
 
 
 class _Chunk(NamedTuple):
@@ -86,18 +45,35 @@ def _project(states: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | No
     return torch.mm(states, matrix.T, out=out) if bias is None else torch.addmm(bias, states, matrix.T, out=out)
 
 
-class _Experts:
-    """Matrices and biases in the dtype of the products, one expert at a time."""
+class _Sweep:
+    """One pass over the served rows, chunk by chunk.
 
-    def __init__(self, dtype: torch.dtype, *tensors: torch.Tensor | None):
-        self.dtype, self.expert = dtype, None
-        self.tensors = [None if tensor is None else tensor.unbind(0) for tensor in tensors]
+    Attributes:
+        order: the served slots, in the order of their experts.
+        sizes: rows of each chunk.
+        scratch: memory that each chunk uses again.
+    """
 
-    def __getitem__(self, expert: int) -> list[torch.Tensor | None]:
-        if expert != self.expert:
-            self.current = [None if each is None else each[expert].to(self.dtype) for each in self.tensors]
-            self.expert = expert
-        return self.current
+    def __init__(self, x: torch.Tensor, slots: Slots, weight: torch.Tensor, *experts: torch.Tensor | None):
+        self.dtype, self.chunks = math_dtype(x), _chunks(slots)
+        self.sizes = [chunk.rows for chunk in self.chunks]
+        self.order = slots.order[: sum(self.sizes)]
+        self.scratch = Scratch(x, self.dtype, max(self.sizes, default=0))
+        self.tokens = (self.order // weight.shape[1]).split(self.sizes)
+        self.factors = weight.flatten()[self.order].to(self.dtype)[:, None].split(self.sizes)
+        self.experts = [None if tensor is None else tensor.unbind(0) for tensor in experts]
+
+    def __iter__(self) -> Iterator[tuple[_Chunk, torch.Tensor, torch.Tensor, list[Any]]]:
+        """Yields chunk, tokens (R,), weights (R, 1), and the expert's matrices and biases in the products' dtype."""
+        current: list[Any] = []
+        for chunk, token, factor in zip(self.chunks, self.tokens, self.factors, strict=True):
+            if chunk.first:
+                current = [None if each is None else each[chunk.expert].to(self.dtype) for each in self.experts]
+            yield chunk, token, factor, current
+
+    def rows_of(self, tensor: torch.Tensor) -> Any:
+        """Each chunk's rows of a tensor (S, ...), None for one that is empty."""
+        return tensor[: len(self.order)].split(self.sizes) if len(tensor) else [None] * len(self.sizes)
 
 
 def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, keep_h):
@@ -118,19 +94,14 @@ def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, kee
     Returns:
         (T, H), and h (S, C) in the order of `slots`, or (0, C) if it is not kept.
     """
-    dtype, chunks = math_dtype(x), _chunks(slots)
     (_, columns, hidden), width = up.shape, down.shape[2]
     output = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    h = _in_huge_pages(x.new_empty(len(slots.order) if keep_h else 0, columns))
-    scratch = _Scratch(x, dtype, max((chunk.rows for chunk in chunks), default=0))
-    experts = _Experts(dtype, up, down, up_bias, down_bias)
-    sizes = [chunk.rows for chunk in chunks]
-    order = slots.order[: sum(sizes)]
-    tokens, weights = (order // weight.shape[1]).split(sizes), weight.flatten()[order].to(dtype)[:, None].split(sizes)
-    kept = h[: sum(sizes)].split(sizes) if keep_h else [None] * len(sizes)
-    for chunk, token, factor, keep in zip(chunks, tokens, weights, kept, strict=True):
-        up_matrix, down_matrix, up_row, down_row = experts[chunk.expert]
-        direct = keep is not None and keep.dtype == dtype
+    h = in_huge_pages(x.new_empty(len(slots.order) if keep_h else 0, columns))
+    sweep = _Sweep(x, slots, weight, up, down, up_bias, down_bias)
+    scratch = sweep.scratch
+    for (chunk, token, factor, current), keep in zip(sweep, sweep.rows_of(h), strict=True):
+        up_matrix, down_matrix, up_row, down_row = current
+        direct = keep is not None and keep.dtype == sweep.dtype
         before = keep if direct else scratch.take("h", chunk.rows, columns)
         _project(scratch.gather("states", x, token), up_matrix, up_row, before)
         if keep is not None and not direct:
@@ -149,11 +120,11 @@ class _WeightGradient:
     """Gradient of one kind of expert matrix, summed over an expert's chunks in the dtype of the products."""
 
     def __init__(self, weights: torch.Tensor, dtype: torch.dtype, offsets: torch.Tensor):
-        self.total = _in_huge_pages(torch.empty_like(weights))
+        self.total = in_huge_pages(torch.empty_like(weights))
         self.parts = self.total.unbind(0)
         for expert in torch.where(offsets[1:] == offsets[:-1])[0].tolist():
             self.parts[expert].zero_()
-        self.scratch = None if weights.dtype == dtype else torch.empty_like(weights[0], dtype=dtype)
+        self.scratch: Any = None if weights.dtype == dtype else torch.empty_like(weights[0], dtype=dtype)
 
     def add(self, chunk: _Chunk, left: torch.Tensor, right: torch.Tensor) -> None:
         """Adds leftᵀ right, of one chunk."""
@@ -164,6 +135,10 @@ class _WeightGradient:
             into.addmm_(left.T, right)
         if chunk.last and self.scratch is not None:
             self.parts[chunk.expert].copy_(self.scratch)
+
+
+def _if(needed: bool, make: Callable[[], Any]) -> Any:
+    return make() if needed else None
 
 
 def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, constants, needs):
@@ -177,33 +152,28 @@ def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, cons
     Returns:
         A list of the six, None where not wanted. An idle expert's are zeros, and so are an empty slot's weight's.
     """
-    dtype, chunks, wide = math_dtype(x), _chunks(slots), torch.promote_types(x.dtype, torch.float32)
-    (_, columns, hidden), width = up.shape, down.shape[2]
     need_x, need_weight, need_up, need_down, need_up_bias, need_down_bias = needs
-    grad_x = torch.zeros_like(x, dtype=wide) if need_x else None
-    grad_up = _WeightGradient(up, dtype, slots.offsets) if need_up else None
-    grad_down = _WeightGradient(down, dtype, slots.offsets) if need_down else None
-    grad_up_bias = torch.zeros_like(up_bias, dtype=wide) if need_up_bias else None
-    grad_down_bias = torch.zeros_like(down_bias, dtype=wide) if need_down_bias else None
-    scratch = _Scratch(x, dtype, max((chunk.rows for chunk in chunks), default=0))
-    experts = _Experts(dtype, up, down, up_bias, down_bias)
-    sizes = [chunk.rows for chunk in chunks]
-    order = slots.order[: sum(sizes)]
-    tokens, weights = (order // weight.shape[1]).split(sizes), weight.flatten()[order].to(dtype)[:, None].split(sizes)
-    kept = h[: sum(sizes)].split(sizes) if len(h) else [None] * len(sizes)
-    slopes = torch.zeros_like(order, dtype=weight.dtype)
-    for chunk, token, factor, keep, slope in zip(chunks, tokens, weights, kept, slopes.split(sizes), strict=True):
-        up_matrix, down_matrix, up_row, down_row = experts[chunk.expert]
-        states = scratch.gather("states", x, token) if need_up or keep is None else None
-        if keep is not None:
-            before = keep.to(dtype)
-        else:
-            before = _project(states, up_matrix, up_row, scratch.take("h", chunk.rows, columns))
+    (_, columns, hidden), width = up.shape, down.shape[2]
+    sweep = _Sweep(x, slots, weight, up, down, up_bias, down_bias)
+    scratch, dtype, wide = sweep.scratch, sweep.dtype, torch.promote_types(x.dtype, torch.float32)
+    grad_x = _if(need_x, lambda: torch.zeros_like(x, dtype=wide))
+    grad_up = _if(need_up, lambda: _WeightGradient(up, dtype, slots.offsets))
+    grad_down = _if(need_down, lambda: _WeightGradient(down, dtype, slots.offsets))
+    grad_up_bias = _if(need_up_bias, lambda: torch.zeros_like(up_bias, dtype=wide))
+    grad_down_bias = _if(need_down_bias, lambda: torch.zeros_like(down_bias, dtype=wide))
+    slopes = torch.zeros_like(sweep.order, dtype=weight.dtype)
+    for (chunk, token, factor, current), keep, slope in zip(
+        sweep, sweep.rows_of(h), slopes.split(sweep.sizes), strict=True
+    ):
+        up_matrix, down_matrix, up_row, down_row = current
+        states: Any = scratch.gather("states", x, token) if need_up or keep is None else None
+        if keep is None:
+            keep = _project(states, up_matrix, up_row, scratch.take("h", chunk.rows, columns))
         grad_y = scratch.gather("grad_y", grad, token)
         back = torch.mm(grad_y, down_matrix, out=scratch.take("back", chunk.rows, width))  # without the weight
         grad_a = torch.mul(back, factor, out=scratch.take("grad_a", chunk.rows, width))
         acted, grad_h = scratch.take("acted", chunk.rows, width), scratch.take("grad_h", chunk.rows, columns)
-        GATES[gate].backward(before, grad_a, constants, acted, grad_h)
+        GATES[gate].backward(keep.to(dtype), grad_a, constants, acted, grad_h)
         if need_weight:
             # <dO, a W> = <dO Wᵀ, a>: the expert's output is not needed
             torch.sum(back.mul_(acted), dim=-1, dtype=slope.dtype, out=slope)
@@ -221,49 +191,13 @@ def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, cons
         if need_down_bias:
             grad_down_bias[chunk.expert] += grad_y.T @ factor[:, 0]
     return [
-        grad_x.to(x.dtype) if need_x else None,
-        torch.zeros_like(weight).view(-1).index_copy_(0, order.long(), slopes).view_as(weight)
-        if need_weight
-        else None,
-        grad_up.total if need_up else None,
-        grad_down.total if need_down else None,
-        grad_up_bias.to(up_bias.dtype) if need_up_bias else None,
-        grad_down_bias.to(down_bias.dtype) if need_down_bias else None,
+        _if(need_x, lambda: grad_x.to(x.dtype)),
+        _if(
+            need_weight,
+            lambda: weight.new_zeros(weight.numel()).index_copy_(0, sweep.order.long(), slopes).view_as(weight),
+        ),
+        _if(need_up, lambda: grad_up.total),
+        _if(need_down, lambda: grad_down.total),
+        _if(need_up_bias, lambda: grad_up_bias.to(up_bias.dtype)),
+        _if(need_down_bias, lambda: grad_down_bias.to(down_bias.dtype)),
     ]
-
-
-def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants):
-    """[`forward`] for a few tokens: nothing is sorted on the device, and only the chosen experts' weights are read.
-
-    Args:
-        index: (T, K), on the CPU.
-
-    Returns:
-        (T, H).
-    """
-    ids, num_experts = index.flatten().tolist(), len(up)
-    served = sorted((slot for slot, expert in enumerate(ids) if 0 <= expert < num_experts), key=ids.__getitem__)
-    slots = torch.tensor(served, dtype=torch.long)
-    tokens = slots // index.shape[1]
-    bounds = [row for row, slot in enumerate(served) if row == 0 or ids[slot] != ids[served[row - 1]]] + [len(served)]
-    groups = [(ids[served[start]], slice(start, end)) for start, end in itertools.pairwise(bounds)]
-
-    states = x[tokens]
-    h, acted = x.new_empty(len(served), up.shape[1]), x.new_empty(len(served), down.shape[2])
-    for expert, rows in groups:
-        _project_few(states[rows], up[expert], None if up_bias is None else up_bias[expert], h[rows])
-    GATES[gate].forward(h, constants, acted)
-    for expert, rows in groups:
-        _project_few(acted[rows], down[expert], None if down_bias is None else down_bias[expert], states[rows])
-    weighted = states.to(weight.dtype) * weight.flatten()[slots][:, None]
-    return torch.zeros_like(x, dtype=weight.dtype).index_add_(0, tokens, weighted).to(x.dtype)
-
-
-def _project_few(states: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """As `_project`, bound by reading the matrix: for 2 to some rows, BLAS reads it faster as the left factor."""
-    if len(states) == 1:
-        _project(states, matrix, bias, out)
-    else:
-        out.copy_((matrix @ states.T).T)
-        if bias is not None:
-            out += bias

@@ -1,0 +1,53 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""What a CPU's experts compute in, and where: the dtype of products, memory in huge pages, memory used again."""
+
+import ctypes
+import sys
+
+import torch
+
+
+# of Linux: bytes, and the advice
+PAGE, MADV_HUGEPAGE = 4096, 14
+
+
+def math_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype to multiply in: that of `x`, or fp32 on a CPU without instructions for it, where its GEMM is emulated
+    and several times slower than casting to fp32 and back."""
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if x.device.type == "cpu" and x.dtype in native and not native[x.dtype]():
+        return torch.float32
+    return x.dtype
+
+
+def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Asks Linux to back fresh memory by huge pages: the faults of ordinary ones take a tenth of the time that a
+    training step's products do."""
+    if sys.platform == "linux" and tensor.device.type == "cpu" and tensor.nbytes >= 1 << 22:
+        start = -(-tensor.data_ptr() // PAGE) * PAGE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE)
+    return tensor
+
+
+class Scratch:
+    """Memory for the temporaries of one chunk, used by one chunk after another: it stays in the cache."""
+
+    def __init__(self, like: torch.Tensor, dtype: torch.dtype, rows: int):
+        self.like, self.dtype, self.rows = like, dtype, rows
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        """(rows, columns), whatever the last chunk left there."""
+        if name not in self.buffers:
+            self.buffers[name] = self.like.new_empty(self.rows, columns, dtype=self.dtype)
+        return self.buffers[name][:rows]
+
+    def gather(self, name: str, source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Rows `index` of `source`, in the dtype of the products."""
+        if source.dtype != self.dtype:
+            return source.index_select(0, index).to(self.dtype)
+        return torch.index_select(source, 0, index, out=self.take(name, len(index), source.shape[1]))
