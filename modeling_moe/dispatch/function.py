@@ -145,8 +145,7 @@ experts.register_autograd(_differentiate, setup_context=_save)
 experts_backward.register_autograd(_refuse)
 
 
-@torch.library.custom_op("modeling_moe::experts_decode", mutates_args=())
-def experts_decode(
+def decode(
     x: torch.Tensor,
     index: torch.Tensor,
     weight: torch.Tensor,
@@ -158,11 +157,17 @@ def experts_decode(
     constants: list[float],
     backend: str,
 ) -> torch.Tensor:
-    """[`experts`] for a few tokens and without gradient: reads the weights of the chosen experts, and nothing else."""
+    """[`experts`] for a few tokens and without gradient: reads the weights of the chosen experts, and nothing else.
+
+    `experts_decode` is the same as an operator, which `torch.compile` wants and which costs as much as a small expert.
+    """
     if not index.numel():
         return torch.zeros_like(x)
     with torch.autocast(x.device.type, enabled=False):
         return BACKENDS[backend].decode(x, index, weight, up, down, up_bias, down_bias, gate, constants)
+
+
+experts_decode = torch.library.custom_op("modeling_moe::experts_decode", decode, mutates_args=())
 
 
 @experts_decode.register_fake

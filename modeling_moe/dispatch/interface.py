@@ -9,7 +9,7 @@ from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActiva
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from .function import BACKENDS, experts, experts_decode
+from .function import BACKENDS, decode, experts, experts_decode
 
 
 # module -> activation in `ACTIVATIONS`
@@ -151,7 +151,8 @@ def experts_forward(
     name = _choose(backend, x, weights[0])
     gradient = _has_gradient(x, factors, *weights)
     if _decodes(name, x, top_k_index, gradient):
-        output = experts_decode(x, top_k_index, factors, *weights, gate, constants, name)
+        function = experts_decode if torch.compiler.is_compiling() else decode
+        output = function(x, top_k_index, factors, *weights, gate, constants, name)
     else:
         keep_h = gradient and not getattr(module.config, "experts_recompute", False)
         output = experts(x, top_k_index, factors, *weights, gate, constants, name, keep_h)[0]

@@ -111,9 +111,9 @@ CONFIGS: dict[int, list[tuple[float, Config]]] = {
 INTERPRETED = not isinstance(kernels.combine, triton.JITFunction)
 
 
-def available(device: torch.device | str) -> bool:
+@torch.compiler.assume_constant_result
+def available(device: torch.device) -> bool:
     """Whether the kernels run on `device`: a GPU that multiplies bfloat16, or anything if Triton is interpreted."""
-    device = torch.device(device)
     if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
         return INTERPRETED
     return torch.cuda.get_device_capability(device) >= (8, 0)

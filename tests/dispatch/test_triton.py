@@ -13,7 +13,9 @@ from modeling_moe.dispatch.slots import group_slots
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(not triton_backend.available(DEVICE), reason="needs a GPU or TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    not triton_backend.available(torch.device(DEVICE)), reason="needs a GPU or TRITON_INTERPRET=1"
+)
 NAMES = ["x", "weight", "up", "down", "up_bias", "down_bias"]
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-2, 2e-2), torch.bfloat16: (5e-2, 1e-1)}
 
