@@ -8,6 +8,7 @@ from torch import nn
 from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.utils.import_utils import is_tracing
 
 from .function import BACKENDS, decode, experts, experts_decode
 
@@ -59,21 +60,21 @@ def unserved(module: nn.Module) -> str | None:
     return None
 
 
-def _served_by(backend: str, x: torch.Tensor, up: torch.Tensor) -> bool:
-    """Whether `backend` can compute in the dtype of `x` on its device with matrices as large as `up` (E, C, H)."""
+def _served_by(backend: str, x: torch.Tensor, weights: list[Any]) -> bool:
+    """Whether `backend` can compute in the dtype of `x` on its device with matrices of the sizes of `weights`."""
     if backend == "triton":
         return "triton" in BACKENDS and BACKENDS["triton"].available(x.device) and x.dtype != torch.float64
     if backend == "grouped_mm":
         # rows of a multiple of 16 bytes
-        sizes = (up.shape[2], up.shape[1] // 2)
+        sizes = (*weights[0].shape[1:], *weights[1].shape[1:])
         return x.dtype != torch.float64 and all(size * x.element_size() % 16 == 0 for size in sizes)
     return True
 
 
-def _choose(backend: str | None, x: torch.Tensor, up: torch.Tensor) -> str:
+def _choose(backend: str | None, x: torch.Tensor, weights: list[Any]) -> str:
     """The back end asked for, if it can serve; else the fastest for the device that can."""
     preference = ("triton", "grouped_mm", "loop") if x.device.type == "cuda" else ("loop",)
-    return next(name for name in (backend, *preference) if name is not None and _served_by(name, x, up))
+    return next(name for name in (backend, *preference) if name is not None and _served_by(name, x, weights))
 
 
 def _decodes(backend: str, x: torch.Tensor, index: torch.Tensor, gradient: bool) -> bool:
@@ -110,7 +111,7 @@ def backend_of(
     if reason := unserved(module):
         return f"transformers: {reason}"
     weights = _weights(module)
-    name = _choose(backend, hidden_states.to(weights[0].dtype), weights[0])
+    name = _choose(backend, hidden_states.to(weights[0].dtype), weights)
     decodes = _decodes(name, hidden_states, top_k_index, _has_gradient(hidden_states, *weights))
     return f"{name} (decode)" if decodes else name
 
@@ -148,14 +149,15 @@ def experts_forward(
     x = hidden_states.to(dtype).contiguous()
     factors = top_k_weights.to(torch.promote_types(dtype, torch.float32)).contiguous()
     gate, constants = gate_of(module)
-    name = _choose(backend, x, weights[0])
+    name = _choose(backend, x, weights)
     gradient = _has_gradient(x, factors, *weights)
+    up, down, up_bias, down_bias = weights
     if _decodes(name, x, top_k_index, gradient):
-        function = experts_decode if torch.compiler.is_compiling() else decode
-        output = function(x, top_k_index, factors, *weights, gate, constants, name)
+        function = experts_decode if is_tracing(x) or x.is_meta else decode
+        output = function(x, top_k_index, factors, up, down, up_bias, down_bias, gate, constants, name)
     else:
         keep_h = gradient and not getattr(module.config, "experts_recompute", False)
-        output = experts(x, top_k_index, factors, *weights, gate, constants, name, keep_h)[0]
+        output = experts(x, top_k_index, factors, up, down, up_bias, down_bias, gate, constants, name, keep_h)[0]
     return output.to(hidden_states.dtype)
 
 
