@@ -46,7 +46,7 @@ def test_python_blocks(tmp_path, monkeypatch, uploads, capsys):
     MoEForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained("outputs/demo/model")
     tokenizer.save_pretrained("outputs/demo/model")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     exec("\n".join(blocks), {})
     assert "tensor" in capsys.readouterr().out
     assert {"model.safetensors", "config.json", "modeling_moe.py", "routing.py", "tokenizer.json"} <= uploads[
@@ -63,7 +63,7 @@ def test_every_command_and_module_exists():
         assert (README.parent / "modeling_moe" / name).exists(), name
 
 
-@pytest.mark.parametrize("module", ["configuration_moe", "training.evaluation"])
+@pytest.mark.parametrize("module", ["configuration_moe", "dispatch.interface", "training.evaluation"])
 def test_docstring_examples(module):
     result = doctest.testmod(import_module(f"modeling_moe.{module}"))
     assert result.attempted > 0

@@ -143,7 +143,7 @@ def experts_forward(
         return _by_transformers(module, hidden_states, top_k_index, top_k_weights)
     weights = _weights(module)
     dtype, device = weights[0].dtype, hidden_states.device.type
-    if torch.is_autocast_enabled(device):
+    if not hidden_states.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         weights = [None if weight is None else weight.to(dtype) for weight in weights]
     x = hidden_states.to(dtype).contiguous()
