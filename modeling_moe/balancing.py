@@ -1,32 +1,252 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Balancing without gradient: controllers that move the routers' buffers once per optimizer step."""
+"""Balancing without gradient: controllers that move the routers' buffers once per optimizer step.
 
+A controller measures each forward pass in training, in sums that add up over micro-batches and ranks, and is stepped by
+[`update_routers`] with their total. What is recomputed for checkpointing is not counted again.
+
+# T tokens, E experts, Z experts without weights, K experts per token, L layers
+"""
+
+from collections.abc import Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
+
+from .routing import Router, Routing, expert_load
+
+
+logger = logging.get_logger(__name__)
+
+
+class Controller:
+    """What moves a buffer of the routers. Subclasses measure and step; the state is the routers' own."""
+
+    def size(self, num_outputs: int) -> int:
+        """Length n of what is measured, for E + Z outputs."""
+        return num_outputs
+
+    def measure(self, router: Router, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        """Sums (n,) over the tokens that count."""
+        return expert_load(routing, token_mask)
+
+    def step(self, routers: list[Router], totals: torch.Tensor) -> None:
+        """Moves the routers of all layers by their totals (L, n)."""
+        for router, total in zip(routers, totals, strict=True):
+            self.step_layer(router, total)
+
+    def step_layer(self, router: Router, total: torch.Tensor) -> None:
+        """Moves one router by its total (n,)."""
+        raise NotImplementedError
+
+
+class BiasController(Controller):
+    """`b_i += rate * sign(mean(load) - load_i)`: auxiliary-loss-free balancing (arXiv:2408.15664, algorithm 1)."""
+
+    def step_layer(self, router: Any, total: torch.Tensor) -> None:
+        router.e_score_correction_bias += router.bias_update_rate * torch.sign(total.mean() - total)
+
+
+class ProportionalController(Controller):
+    """`b_i += rate * (K_e / (K E) - load_i / (K T))` for experts with weights, so that a token uses
+    `expected_experts_per_tok` (K_e) of them on average (LongCat-Flash, arXiv:2509.01322, eq. 3)."""
+
+    def step_layer(self, router: Any, total: torch.Tensor) -> None:
+        real = router.num_experts
+        target = router.expected_experts / (router.top_k * real)
+        error = target - total[:real] / total.sum().clamp(min=1)
+        router.e_score_correction_bias[:real] += router.bias_update_rate * error
+
+
+def column_quantile(values: torch.Tensor, share: float, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """What `share` of the tokens that count exceed or reach, for each column, times their number; then that number.
+
+    Args:
+        values: (T, N).
+        share: from 0 to 1.
+        token_mask: (T,).
+
+    Returns:
+        (N + 1,).
+    """
+    count = values.new_tensor(len(values)) if token_mask is None else (token_mask > 0).sum().to(values.dtype)
+    if token_mask is not None:
+        values = values.masked_fill((token_mask == 0)[:, None], float("-inf"))
+    place = ((count * share).round().long() - 1).clamp(min=0, max=len(values) - 1)
+    quantile = values.sort(dim=0, descending=True).values.index_select(0, place[None])[0]
+    return torch.cat([torch.where(count > 0, quantile * count, 0.0), count[None]])
+
+
+class QuantileController(Controller):
+    """`b` follows minus the score by which an expert has to exceed the others' threshold to get K / E of the tokens.
+
+    Quantile balancing as in Megatron-LM: with alpha_t the K-th largest of `score + b` of a token, beta_i is what K / E of
+    the tokens exceed in `score_i - alpha`; `b = ema(b, -beta)` with `router_ema_decay`, re-centred to mean 0. beta is the
+    mean of the micro-batches' quantiles, weighted by their tokens.
+    """
+
+    def size(self, num_outputs: int) -> int:
+        return num_outputs + 1
+
+    def measure(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        scores, _ = router.score(routing.logits)
+        alpha = (scores + router.e_score_correction_bias).topk(router.top_k, dim=-1).values[:, -1:]
+        return column_quantile(scores - alpha, router.top_k / router.num_outputs, token_mask)
+
+    def step_layer(self, router: Any, total: torch.Tensor) -> None:
+        if total[-1] > 0:
+            bias = router.e_score_correction_bias
+            bias.lerp_(-total[:-1] / total[-1], 1 - router.ema_decay)
+            bias -= bias.mean()
+
+
+class ThresholdController(Controller):
+    """`threshold` follows the score that K / E of the tokens reach, by a moving average with `router_ema_decay` that begins
+    with the first measurement (Expert Threshold, arXiv:2603.11535).
+
+    The measurement is the mean of the micro-batches' quantiles, weighted by their tokens.
+    """
+
+    def size(self, num_outputs: int) -> int:
+        return num_outputs + 1
+
+    def measure(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        scores, _ = router.score(routing.logits)
+        return column_quantile(scores, router.top_k / router.num_experts, token_mask)
+
+    def step_layer(self, router: Any, total: torch.Tensor) -> None:
+        if total[-1] > 0:
+            decay = router.ema_decay if router.threshold_steps > 0 else 0.0
+            router.threshold.lerp_(total[:-1] / total[-1], 1 - decay)
+            router.threshold_steps += 1
+
+
+class SparsityController(Controller):
+    """Multiplies `sparsity_coef` by `router_sparsity_step` if tokens use more than K experts, averaged over the layers,
+    and divides it by that if they use fewer (ReMoE, arXiv:2412.14711, eq. 9)."""
+
+    def size(self, num_outputs: int) -> int:
+        return 2
+
+    def measure(self, router: Router, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        tokens = routing.logits.new_tensor(len(routing.index)) if token_mask is None else (token_mask > 0).sum()
+        return torch.stack([expert_load(routing, token_mask).sum(), tokens.to(routing.logits.dtype)])
+
+    def step(self, routers: list[Any], totals: torch.Tensor) -> None:
+        used = (totals[:, 0] / totals[:, 1].clamp(min=1)).mean()
+        for router in routers:
+            router.sparsity_coef *= router.sparsity_step ** torch.sign(used - router.top_k).to(
+                router.sparsity_coef.device
+            )
+
+
+# router_controller, or a router's own -> controller
+CONTROLLERS: dict[str, Controller] = {
+    "bias": BiasController(),
+    "pid": ProportionalController(),
+    "quantile": QuantileController(),
+    "threshold": ThresholdController(),
+    "sparsity": SparsityController(),
+}
+
+
+def _decoders(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "router_totals")]
+
+
+def all_ranks(total: torch.Tensor) -> torch.Tensor:
+    """Sum over all processes, in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total
 
 
 @torch.no_grad()
-def update_expert_bias(model: nn.Module) -> None:
-    """Moves every selection bias by `router_bias_update_rate` towards balance and starts a new count.
+def update_routers(model: nn.Module) -> None:
+    """Steps the routers' controllers and begins a new optimizer step: call it once after each.
 
-    `b_i += rate * sign(mean(load) - load_i)`, auxiliary-loss-free balancing (arXiv:2408.15664, algorithm 1). `load`
-    is what the layer's router sent to expert i in training since the last call, over all micro-batches and all ranks.
-    Call it once after every optimizer step; [`~modeling_moe.training.MoECallback`] does so in a `Trainer`. Does
-    nothing for layers without a selection bias.
+    [`~modeling_moe.training.MoECallback`] does so in a `Trainer`. Sums what was measured over all ranks, so all must call
+    it. Warns, once, if more than 10 % of the assignments of a step were dropped for want of capacity. Does nothing to a
+    model that has no such thing.
 
     Args:
-        model: any model that holds sparse blocks, wrapped or not.
+        model: any model that holds a [`MoEModel`], wrapped or not.
     """
-    blocks: list[Any] = [m for m in model.modules() if getattr(m, "expert_load", None) is not None]
-    if not blocks:
-        return
-    device = blocks[0].expert_load.device
-    load = torch.stack([block.expert_load.to(device) for block in blocks])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(load)
-    for block, counts in zip(blocks, load, strict=True):
-        bias = block.gate.e_score_correction_bias
-        bias += block.bias_update_rate * torch.sign(counts.mean() - counts).to(bias.device)
-        block.expert_load.zero_()
+    for decoder in _decoders(model):
+        totals = decoder.router_totals
+        if totals.statistics is not None and totals.statistics.numel():
+            controlled = [i for i, block in enumerate(decoder.sparse_blocks()) if block.controller is not None]
+            routers = [decoder.sparse_blocks()[i].gate for i in controlled]
+            statistics = all_ranks(totals.statistics)[controlled]
+            decoder.sparse_blocks()[controlled[0]].controller.step(routers, statistics)
+        if totals.dropped is not None:
+            dropped, assigned = all_ranks(totals.dropped).tolist()
+            if dropped > 0.1 * assigned:
+                logger.warning_once(
+                    f"{dropped / assigned:.0%} of the experts' assignments were dropped: raise the capacity, or balance "
+                    "the load (router_aux_loss_coef, router_controller)."
+                )
+        totals.reset()
+
+
+class RouterTotals(nn.Module):
+    """What the sparse layers have measured since the last optimizer step; buffers that no checkpoint holds.
+
+    Attributes:
+        statistics: (L, n) of the controllers; None without one.
+        load: (L, E + Z), tokens that each expert received on all ranks; None unless the balance loss is global.
+        dropped: (2,), assignments dropped and made; None without capacity.
+        load_of_step: (L, E + Z), the load of the whole optimizer step, where it is known beforehand; see
+            [`exact_global_balance`].
+    """
+
+    def __init__(self, layers: int, statistics: int, load: int, drops: bool):
+        super().__init__()
+        new = {"statistics": (layers, statistics), "load": (layers, load), "dropped": (2,)}
+        wanted = {"statistics": statistics > 0, "load": load > 0, "dropped": drops}
+        for name, shape in new.items():
+            buffer = torch.zeros(shape, dtype=torch.float32) if wanted[name] else None
+            self.register_buffer(name, buffer, persistent=False)
+        self.load_of_step = None
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Sets all to 0."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+
+@contextmanager
+def exact_global_balance(model: nn.Module, batches: Iterable[dict]):
+    """Makes the gradients of the balance loss of scope `"global"` add up over micro-batches to the whole batch's, exactly.
+
+    The shares f of the whole optimizer step have to be known before the first backward. Outside, a micro-batch knows its
+    own and earlier ones; this runs all of them once without gradient to count. Enter it at the beginning of a step,
+    on all ranks.
+
+    Args:
+        model: in training mode.
+        batches: keyword arguments of `model` for each micro-batch of the step.
+
+    Example:
+        >>> with exact_global_balance(model, micro_batches):
+        ...     for batch in micro_batches:
+        ...         model(**batch, num_items_in_batch=labels).loss.backward()
+        >>> optimizer.step()
+        >>> update_routers(model)
+    """
+    decoders = _decoders(model)
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for decoder in decoders:
+        totals = decoder.router_totals
+        totals.load_of_step = None if totals.load is None else totals.load.clone()
+        totals.reset()
+    try:
+        yield
+    finally:
+        for decoder in decoders:
+            decoder.router_totals.load_of_step = None

@@ -4,13 +4,16 @@
 import difflib
 from typing import Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
-from .routing import ROUTERS, SCORING_FUNCS
+from .losses import LOSSES
+from .routers import ROUTERS, router_class
+from .routing import SCORING_FUNCS, Router
 
 
 logger = logging.get_logger(__name__)
@@ -58,19 +61,59 @@ class MoEConfig(PreTrainedConfig):
         shared_expert_gate: scale the shared experts by a sigmoid of a learned projection (Qwen2-MoE).
         experts_recompute: compute the experts' first projection again in backward rather than keep it: no activation
             of a routed expert is kept then, for 22% more arithmetic in their training (by this package's dispatch alone).
-        router_type: how experts are chosen; a key of `modeling_moe.routing.ROUTERS`.
-        scoring_func: `"softmax"`, or `"sigmoid"` (DeepSeek-V3).
-        norm_topk_prob: divide a token's K weights by their sum.
+        router_type: how experts are chosen; a key of `modeling_moe.routers.ROUTERS`, whose classes give paper and equation.
+        allow_noncausal: permit routing in which a token's experts depend on later tokens (`expert_choice`, `soft`; `base`
+            and `sinkhorn` in training; capacity by probability or choice). A causal language model learns to cheat by it.
+        scoring_func: `"softmax"`, `"sigmoid"` (DeepSeek-V3) or `"sqrtsoftplus"` (DeepSeek-V4).
+        norm_topk_prob: divide a token's K weights by their sum; if not given, as the router's paper does (`topk`: True).
         routed_scaling_factor: factor on the weights, after the division.
         n_group: groups of experts of which `topk_group` stay eligible for a token (DeepSeek-V3); 1 switches it off.
+            The outer level of `router_type="hierarchical"`.
         topk_group: eligible groups.
+        group_score: strength of a group: its two best experts together (`"top2sum"`, DeepSeek-V3) or the best (`"max"`, V2).
+        num_null_experts: further outputs of the router that do nothing, so that tokens use fewer real experts.
+        num_copy_experts: further outputs of the router that return the token.
+        expected_experts_per_tok: real experts of a token that `router_controller="pid"` aims at; all K if not given.
         router_selection_bias: add the fp32 buffer `e_score_correction_bias` to the scores that choose the experts, not
             to those that weigh them (DeepSeek-V3, arXiv:2408.15664).
-        router_bias_update_rate: step by which that bias moves towards balance, once per optimizer step.
-        router_jitter_noise: multiply the router's input, and nothing else, by U[1 - noise, 1 + noise] in training.
+        router_controller: what moves that bias once per optimizer step: `"bias"` by the sign of the imbalance (DeepSeek-V3),
+            `"pid"` in proportion to it (LongCat-Flash), `"quantile"` to where it would vanish (Megatron-LM).
+        router_bias_update_rate: step of `"bias"` (the controller, if this is positive and none is named) and of `"pid"`.
+        router_ema_decay: decay of the moving averages of `"quantile"` and of `router_type="expert_threshold"`.
+        router_jitter_noise: multiply the router's input, and nothing else, by U[1 - noise, 1 + noise] in training (Switch).
+        router_gradient: `"topk"` through the chosen experts' weights; `"dense"`, from all experts at the cost of computing
+            them (DenseMixer); `"sparsemixer"`, which draws the experts (see `SparseMixerRouter`; `router_type="topk"`).
+        router_temperature: of the draw of `gumbel_topk`, and of the gate of `continuous`.
+        router_top_p: probability that the experts of `top_p` sum to.
+        max_experts_per_tok: most experts of a token where the number varies; all if not given.
+        router_threshold: `continuous`: tau, fixed or where it begins.
+        router_threshold_mode: `continuous`: `"fixed"`, `"learned"`, or `"budget"`, a tau for each token at which its weights
+            sum to `num_experts_per_tok`.
+        router_cutoff: `continuous`: weights up to this are left out.
+        router_sparsity_coef: `relu`: where the coefficient of its loss begins.
+        router_sparsity_step: `relu`: factor by which the coefficient moves, once per optimizer step.
+        hash_seed: `hash`: seed of the tables.
+        num_hash_layers: so many first layers have `router_type="hash_scored"` (DeepSeek-V4).
+        num_tasks: `task` and `task_gate`: tasks that `task_ids` may name.
+        slots_per_expert: `soft`: means of tokens that an expert processes.
+        segment_length: `segment`: tokens that share a merged expert.
+        capacity_factor: in training, an expert takes `ceil(factor * n * K / E)` of a sequence's n tokens; no limit if not
+            given. Dropped tokens pass on their residual.
+        eval_capacity_factor: the same in evaluation; no limit if not given.
+        expert_capacity: tokens of a sequence that an expert takes, in training and evaluation, in the place of the factors.
+        capacity_running: the factors count the tokens so far, so that decoding equals one pass.
+        capacity_includes_k: whether the factor is on `n * K` (Megatron-LM) or on n (Switch).
+        capacity_priority: who finds room: `"token"`, in the order of the sequence; `"k_major"`, all first choices before all
+            second ones (GShard); `"probability"`, the surest tokens first (V-MoE). The last two are not causal.
         router_aux_loss_coef: weight of the load-balancing loss, in training (Switch, arXiv:2101.03961, eq. 4).
             transformers' loss of the same name is `num_experts_per_tok` times larger.
+        router_aux_loss_scope: balance of what: each `"sequence"`, the `"batch"`, or `"global"`: all ranks and micro-batches of
+            an optimizer step so far (arXiv:2501.11873).
         router_z_loss_coef: weight of the router's z-loss, in training (ST-MoE, arXiv:2202.08906, eq. 5).
+        router_seq_aux_loss_coef: weight of DeepSeek-V3's sequence-wise balance loss; 1e-4 there.
+        router_importance_loss_coef: weight of Shazeer's importance loss (arXiv:1701.06538); 0.1 there.
+        router_load_loss_coef: weight of Shazeer's load loss, which has a gradient with `router_type="noisy_topk"`.
+        router_entropy_loss_coef: weight of the entropy of a token's probabilities (with `top_p`, 1e-4).
         output_router_logits: return the router's logits and the balance loss. It does not switch any loss on or off.
 
     Raises:
@@ -87,7 +130,7 @@ class MoEConfig(PreTrainedConfig):
 
     model_type = "moe"
     _auto_class = "AutoConfig"
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "expert_load"]
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "expert_load", "dropped_share"]
     attribute_map = {
         "num_local_experts": "num_experts",
         "n_routed_experts": "num_experts",
@@ -142,16 +185,48 @@ class MoEConfig(PreTrainedConfig):
     shared_expert_gate: bool = False
     experts_recompute: bool = False
     router_type: str = "topk"
+    allow_noncausal: bool = False
     scoring_func: str = "softmax"
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: float | int = 1.0
     n_group: int = 1
     topk_group: int = 1
+    group_score: Literal["top2sum", "max"] = "top2sum"
+    num_null_experts: int = 0
+    num_copy_experts: int = 0
+    expected_experts_per_tok: float | int | None = None
     router_selection_bias: bool = False
-    router_bias_update_rate: float = 0.0
-    router_jitter_noise: float = 0.0
-    router_aux_loss_coef: float = 0.01
-    router_z_loss_coef: float = 0.001
+    router_controller: Literal["bias", "pid", "quantile"] | None = None
+    router_bias_update_rate: float | int = 0.0
+    router_ema_decay: float | int = 0.99
+    router_jitter_noise: float | int = 0.0
+    router_gradient: Literal["topk", "dense", "sparsemixer"] = "topk"
+    router_temperature: float | int = 1.0
+    router_top_p: float | int = 0.4
+    max_experts_per_tok: int | None = None
+    router_threshold: float | int = 0.0
+    router_threshold_mode: Literal["fixed", "learned", "budget"] = "budget"
+    router_cutoff: float | int = 0.01
+    router_sparsity_coef: float | int = 1e-8
+    router_sparsity_step: float | int = 1.2
+    hash_seed: int = 0
+    num_hash_layers: int = 0
+    num_tasks: int = 1
+    slots_per_expert: int = 1
+    segment_length: int = 256
+    capacity_factor: float | int | None = None
+    eval_capacity_factor: float | int | None = None
+    expert_capacity: int | None = None
+    capacity_running: bool = False
+    capacity_includes_k: bool = True
+    capacity_priority: Literal["token", "k_major", "probability"] = "token"
+    router_aux_loss_coef: float | int = 0.01
+    router_aux_loss_scope: Literal["sequence", "batch", "global"] = "batch"
+    router_z_loss_coef: float | int = 0.001
+    router_seq_aux_loss_coef: float | int = 0.0
+    router_importance_loss_coef: float | int = 0.0
+    router_load_loss_coef: float | int = 0.0
+    router_entropy_loss_coef: float | int = 0.0
     output_router_logits: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -163,6 +238,7 @@ class MoEConfig(PreTrainedConfig):
             if alias in kwargs:
                 setattr(self, alias, kwargs.pop(alias))
         self._fill_defaults()
+        self._fill_router_defaults()
         # `@strict` runs the checks too, but wraps what they say in an error of its own that is no ValueError
         self.validate_moe()
         self.validate_routing()
@@ -198,6 +274,14 @@ class MoEConfig(PreTrainedConfig):
             self.gated_experts = self.gated_mlp
         if self.shared_expert_intermediate_size is None:
             self.shared_expert_intermediate_size = self.num_shared_experts * self.moe_intermediate_size
+
+    def _fill_router_defaults(self) -> None:
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = router_class(self).norm_topk_prob_default
+        if self.router_controller is None and self.router_bias_update_rate:
+            self.router_controller = "bias"
+        if self.expected_experts_per_tok is None:
+            self.expected_experts_per_tok = self.num_experts_per_tok
 
     @classmethod
     def _refuse_misspelt(cls, kwargs: dict) -> None:
@@ -250,42 +334,128 @@ class MoEConfig(PreTrainedConfig):
                 )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention but sliding_window is not set: set it, in tokens.")
+        self._validate_ranges()
+
+    def _validate_ranges(self) -> None:
         for name in (
-            "router_aux_loss_coef",
-            "router_z_loss_coef",
+            *LOSSES,
             "router_bias_update_rate",
             "router_jitter_noise",
             "attention_dropout",
             "num_shared_experts",
             "shared_expert_intermediate_size",
+            "num_null_experts",
+            "num_copy_experts",
+            "num_hash_layers",
+            "router_cutoff",
+            "router_sparsity_coef",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 (off) or positive.")
+        for name in (
+            "router_temperature",
+            "router_top_p",
+            "router_sparsity_step",
+            "num_tasks",
+            "slots_per_expert",
+            "segment_length",
+            "capacity_factor",
+            "eval_capacity_factor",
+            "expert_capacity",
+        ):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} is {value}: it must be positive.")
 
     def validate_routing(self):
         """Checks the fields of the router; run as `validate_moe` is."""
-        experts, top_k = self.num_experts, self.num_experts_per_tok
-        if self.router_type not in ROUTERS:
-            raise ValueError(f"router_type {self.router_type!r} is unknown: choose one of {', '.join(ROUTERS)}.")
+        experts, top_k, outputs = self.num_experts, self.num_experts_per_tok, self.num_router_outputs
+        router = router_class(self)
         if self.scoring_func not in SCORING_FUNCS:
             raise ValueError(
                 f"scoring_func {self.scoring_func!r} is unknown: choose one of {', '.join(SCORING_FUNCS)}."
             )
         if experts < 1:
             raise ValueError(f"num_experts is {experts}: a sparse layer needs at least 1.")
-        if not 1 <= top_k <= experts:
-            raise ValueError(f"num_experts_per_tok is {top_k}: it must lie between 1 and num_experts ({experts}).")
+        if not 1 <= top_k <= outputs:
+            raise ValueError(f"num_experts_per_tok is {top_k}: it must lie between 1 and num_experts ({outputs}).")
         if self.n_group < 1 or experts % self.n_group:
             raise ValueError(f"n_group ({self.n_group}) does not divide num_experts ({experts}): choose a divisor.")
         if not 1 <= self.topk_group <= self.n_group:
             raise ValueError(f"topk_group is {self.topk_group}: it must lie between 1 and n_group ({self.n_group}).")
-        if top_k > self.topk_group * (experts // self.n_group):
+        if self.n_group > 1 and top_k > self.topk_group * (experts // self.n_group):
             raise ValueError(
                 f"num_experts_per_tok ({top_k}) exceeds the experts of topk_group={self.topk_group} groups of "
                 f"{experts // self.n_group}: raise topk_group or lower num_experts_per_tok."
             )
-        if self.router_bias_update_rate and not self.router_selection_bias:
-            raise ValueError("router_bias_update_rate moves a bias that is not there: set router_selection_bias=True.")
+        if self.max_experts_per_tok is not None and not 1 <= self.max_experts_per_tok <= experts:
+            raise ValueError(
+                f"max_experts_per_tok is {self.max_experts_per_tok}: it must lie between 1 and num_experts ({experts})."
+            )
+        self._refuse_noncausal(router)
+        self._refuse_unused(router)
+        router.validate(self)
+
+    def _refuse_noncausal(self, router: type[Router]) -> None:
+        reason = None
+        if not router.causal:
+            reason = (
+                f"router_type={self.router_type!r}: {router.__name__} chooses among all tokens of a sequence or batch"
+            )
+        elif self.capacity_priority != "token":
+            reason = f"capacity_priority={self.capacity_priority!r}: a later token can take an earlier one's place"
+        if reason is not None and not self.allow_noncausal:
+            raise ValueError(
+                f"{reason}, so that a token's experts tell of later tokens, which a causal language model must not see: set "
+                "allow_noncausal=True if that is meant."
+            )
+
+    def _refuse_unused(self, router: type[Router]) -> None:
+        """Fields that would be ignored together are refused."""
+        plain = ROUTERS["topk"]
+        if self.router_gradient == "sparsemixer" and (self.router_type != "topk" or self.router_jitter_noise <= 0):
+            raise ValueError(
+                "router_gradient='sparsemixer' draws the experts itself, among those within router_jitter_noise: set "
+                "router_type='topk' and a positive router_jitter_noise (0.01)."
+            )
+        if self.num_null_experts + self.num_copy_experts > 0 and (
+            router is not plain or self.n_group > 1 or self.num_hash_layers
+        ):
+            raise ValueError(
+                "num_null_experts and num_copy_experts need router_type='topk' without n_group or num_hash_layers: set them "
+                "to 0 or change these."
+            )
+        if self.num_copy_experts and self.router_gradient == "dense":
+            raise ValueError("router_gradient='dense' cannot compute copy experts: set num_copy_experts=0 or 'topk'.")
+        if self.router_selection_bias and not issubclass(router, plain):
+            raise ValueError(f"router_selection_bias has no effect with {router.__name__}: set it to False.")
+        if self.router_controller is not None and not self.router_selection_bias:
+            raise ValueError(
+                "router_controller and router_bias_update_rate move a bias that is not there: set router_selection_bias=True."
+            )
+        if self.router_controller in ("bias", "pid") and not self.router_bias_update_rate:
+            raise ValueError(
+                f"router_controller={self.router_controller!r} needs a step: set router_bias_update_rate."
+            )
+        if self.capacity_running and self.capacity_priority != "token":
+            raise ValueError("capacity_running follows the order of the tokens: set capacity_priority='token'.")
+        if self.has_capacity and self.router_type in ("soft", "segment"):
+            raise ValueError(f"router_type={self.router_type!r} drops no token: leave the capacity fields unset.")
+
+    @property
+    def num_router_outputs(self) -> int:
+        """Experts that a router chooses among, those without weights included."""
+        return self.num_experts + self.num_null_experts + self.num_copy_experts
+
+    @property
+    def has_capacity(self) -> bool:
+        """Whether an expert can be full."""
+        limits = (self.capacity_factor, self.eval_capacity_factor, self.expert_capacity)
+        return any(limit is not None for limit in limits)
+
+    @property
+    def controller(self) -> str | None:
+        """Key in `modeling_moe.balancing.CONTROLLERS` of what moves the routers' buffers, if anything does."""
+        return self.router_controller or router_class(self).own_controller
 
     @property
     def has_shared_experts(self) -> bool:
@@ -324,15 +494,20 @@ class MoEConfig(PreTrainedConfig):
             params += self.hidden_size
         return params + {None: 0, "head": 2 * self.head_dim, "full": queries + keys}[self.qk_norm]
 
+    def _router_params(self, layer_idx: int) -> int:
+        with torch.device("meta"):
+            router = router_class(self, layer_idx)(self, layer_idx)
+        return sum(parameter.numel() for parameter in router.parameters())
+
     def _params_with(self, experts: int) -> int:
         """Parameters of the causal LM if a sparse layer had `experts` routed experts and its router all of them."""
         dense = self._mlp_params(self.intermediate_size, self.gated_mlp)
-        sparse = self.num_experts * self.hidden_size
-        sparse += experts * self._mlp_params(self.moe_intermediate_size, self.gated_experts)
+        sparse = experts * self._mlp_params(self.moe_intermediate_size, self.gated_experts)
         if self.has_shared_experts:
             sparse += self._mlp_params(self.shared_expert_intermediate_size, self.gated_experts)
             sparse += self.shared_expert_gate * self.hidden_size
         layers = sum({"dense": dense, "sparse": sparse}[kind] for kind in self.mlp_layer_types)
+        layers += sum(self._router_params(i) for i, kind in enumerate(self.mlp_layer_types) if kind == "sparse")
         layers += self.num_hidden_layers * (self._attention_params() + 2 * self.hidden_size)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + layers + self.hidden_size
@@ -343,7 +518,7 @@ class MoEConfig(PreTrainedConfig):
 
     def num_active_params(self) -> int:
         """Number of parameters that one token uses: all but the routed experts it is not sent to."""
-        return self._params_with(self.num_experts_per_tok)
+        return self._params_with(min(self.num_experts_per_tok, self.num_experts))
 
 
 __all__ = ["MoEConfig"]

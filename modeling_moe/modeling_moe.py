@@ -4,7 +4,7 @@
 # B batch, S sequence, T = B*S tokens, H hidden, I expert width, E experts, K experts per token
 ids -> embed -> [decoder layer] x L -> norm -> lm_head
 decoder layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))     mlp: MoEBlock or MoEMLP, by config.mlp_layer_types
-MoEBlock:       routing = gate(tokens);  y = experts(tokens, routing.index, routing.weight) + shared_experts(tokens)
+MoEBlock:       routing = capacity(gate(tokens));  y = experts(tokens, routing.index, routing.weight) + shared_experts(tokens)
 training:       loss = cross entropy + sum of (coefficient * router loss), the mean over sparse layers
 """
 
@@ -39,12 +39,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .balancing import update_expert_bias
+from .balancing import CONTROLLERS, RouterTotals, all_ranks, update_routers
+from .capacity import Capacity, count_dropped
 from .checkpoints import fuse_experts, refuse_incomplete, register_expert_layout
 from .configuration_moe import MoEConfig
-from .losses import LOSSES, AttachLoss, loss_share
-from .outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
-from .routing import ROUTERS, TopKRouter, expert_load
+from .losses import LOSSES, AttachLoss, balance, loss_share, mean_probs, router_losses
+from .outputs import MoECausalLMOutput, MoEModelOutput, RouterSignals, detach_router_logits
+from .routers import router_class
+from .routing import Router, Routing, RoutingContext, expert_load
 
 
 class MoEAttention(nn.Module):
@@ -193,49 +195,65 @@ class MoEExperts(ExpertsBase):
         super().__init__(config)
         # transformers' decorator sets these for the class; here they are the config's
         self.has_gate, self.has_bias = config.gated_experts, config.mlp_bias
+        # transformers' functions skip ids beyond the last expert under this flag alone
+        self._is_expert_parallel = True
 
 
 class MoEBlock(nn.Module):
-    """Sparse feed-forward network: each token passes K of E experts, and the shared ones."""
+    """Sparse feed-forward network: each token passes the experts its router chooses, and the shared ones."""
 
-    def __init__(self, config: MoEConfig):
+    def __init__(self, config: MoEConfig, layer_idx: int = 0):
         super().__init__()
-        self.gate = ROUTERS[config.router_type](config)
+        self.config = config
+        self.gate = router_class(config, layer_idx)(config, layer_idx)
+        self.capacity = Capacity(config, layer_idx)
         self.experts = MoEExperts(config)
         self.shared_experts = self.shared_expert_gate = None
         if config.has_shared_experts:
             self.shared_experts = MoEMLP(config, config.shared_expert_intermediate_size, config.gated_experts)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
-        self.bias_update_rate = config.router_bias_update_rate
-        if self.bias_update_rate:
-            # tokens sent to each expert since the last step of the bias
-            self.expert_load = nn.Buffer(torch.zeros(config.num_experts, dtype=torch.float32), persistent=False)
-        else:
-            self.expert_load = None
+        controlled = config.controller is not None and layer_idx >= config.num_hash_layers
+        self.controller = CONTROLLERS[config.controller] if controlled else None
 
     def forward(
         self,
         hidden_states: torch.Tensor,
+        context: RoutingContext | None = None,
         signals: list[torch.Tensor] | None = None,
-        token_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Maps (B, S, H) to (B, S, H).
-
-        A list given as `signals` receives the router losses (len(LOSSES),) and the load (E,), both over the tokens
-        that `token_mask` (T,) keeps.
-        """
+        """Maps (B, S, H) to (B, S, H); a list given as `signals` receives what [`RouterSignals`] names."""
+        context = context or RoutingContext(hidden_states.shape[0])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        routing = self.gate(tokens)
-        output = self.experts(tokens, routing.index, routing.weight)
+        chosen = self.gate(tokens, context)
+        routing = self.capacity(chosen, context, self.training)
+        output = self.gate.mix(self.experts, tokens, routing, context)
         if self.shared_expert_gate is not None:
             output = output + self.shared_expert_gate(tokens).sigmoid() * self.shared_experts(tokens)
         elif self.shared_experts is not None:
             output = output + self.shared_experts(tokens)
         if signals is not None:
-            losses = torch.stack([loss(routing, token_mask) for loss in LOSSES.values()])
-            signals += [losses, expert_load(routing, token_mask)]
+            signals += self.signals(chosen, routing, context)
         return output.view_as(hidden_states)
+
+    def signals(self, chosen: Routing, routing: Routing, context: RoutingContext) -> RouterSignals:
+        """What the model makes losses and statistics of, from the routing before and after capacity."""
+        mask = context.token_mask
+        own_loss = self.gate.own_loss(chosen, mask)
+        losses = router_losses(chosen, context, self.config)
+        with torch.no_grad():
+            statistics = losses.new_zeros(0)
+            if self.controller is not None:
+                statistics = self.controller.measure(self.gate, chosen, mask)
+            elif self.config.controller is not None:
+                statistics = losses.new_zeros(CONTROLLERS[self.config.controller].size(self.gate.num_outputs))
+        return RouterSignals(
+            losses=torch.cat([losses, losses.new_zeros(1) if own_loss is None else own_loss[None]]),
+            load=expert_load(chosen, mask),
+            probs=mean_probs(chosen, mask)[0],
+            statistics=statistics,
+            dropped=count_dropped(chosen, routing, mask),
+        )
 
 
 class MoEDecoderLayer(GradientCheckpointingLayer):
@@ -245,7 +263,11 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.self_attn = MoEAttention(config, layer_idx)
-        self.mlp = MoEBlock(config) if self.is_sparse else MoEMLP(config, config.intermediate_size, config.gated_mlp)
+        self.mlp = (
+            MoEBlock(config, layer_idx)
+            if self.is_sparse
+            else MoEMLP(config, config.intermediate_size, config.gated_mlp)
+        )
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -257,8 +279,8 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        routing_context: RoutingContext | None = None,
         collect_signals: bool = False,
-        token_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Maps (B, S, H) to (B, S, H); with `collect_signals` the router's signals follow it in a tuple.
@@ -278,14 +300,15 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         hidden_states = residual + hidden_states
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
-        if not collect_signals:
-            return residual + self.mlp(hidden_states)
-        signals: list[torch.Tensor] = []
+        signals: list[torch.Tensor] | None = [] if collect_signals else None
         if self.is_sparse:
-            hidden_states = self.mlp(hidden_states, signals=signals, token_mask=token_mask)
+            # the layer's own argument: checkpointing in training takes the cache away
+            context = (routing_context or RoutingContext(len(hidden_states)))._replace(cache=past_key_values)
+            hidden_states = self.mlp(hidden_states, context, signals)
         else:
             hidden_states = self.mlp(hidden_states)
-        return residual + hidden_states, *signals
+        hidden_states = residual + hidden_states
+        return hidden_states if signals is None else (hidden_states, *signals)
 
 
 class MoEPreTrainedModel(PreTrainedModel):
@@ -302,16 +325,21 @@ class MoEPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
-        "router_logits": OutputRecorder(TopKRouter, index=0),
+        "router_logits": OutputRecorder(Router, index=0),
         "hidden_states": MoEDecoderLayer,
         "attentions": MoEAttention,
     }
 
     def __init__(self, config: MoEConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        if config.router_selection_bias and "sparse" in config.mlp_layer_types:
-            # in bf16 the bias would swallow its own update, 0.5 + 0.001 = 0.5
-            self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}
+        buffers = {
+            name
+            for i, kind in enumerate(config.mlp_layer_types)
+            for name in (router_class(config, i).fp32_buffers if kind == "sparse" else ())
+            if name != "e_score_correction_bias" or config.router_selection_bias
+        }
+        if buffers:
+            self._keep_in_fp32_modules_strict = buffers
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -323,12 +351,11 @@ class MoEPreTrainedModel(PreTrainedModel):
                     init.zeros_(parameter)
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
-        elif isinstance(module, TopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-            if module.e_score_correction_bias is not None:
-                init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, MoEBlock) and module.expert_load is not None:
-            init.zeros_(module.expert_load)
+        elif isinstance(module, Router):
+            module.init_weights(std)
+        elif isinstance(module, RouterTotals):
+            for buffer in module.buffers():
+                init.zeros_(buffer)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As transformers' own, but the default is this package's dispatch wherever the package is imported."""
@@ -356,9 +383,9 @@ class MoEPreTrainedModel(PreTrainedModel):
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def update_expert_bias(self) -> None:
-        """See [`~modeling_moe.balancing.update_expert_bias`]; call it once after each optimizer step."""
-        update_expert_bias(self)
+    def update_routers(self) -> None:
+        """See [`~modeling_moe.balancing.update_routers`]; call it once after each optimizer step."""
+        update_routers(self)
 
 
 class MoEModel(MoEPreTrainedModel):
@@ -375,6 +402,13 @@ class MoEModel(MoEPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        outputs, layers = config.num_router_outputs, config.mlp_layer_types.count("sparse")
+        self.router_totals = RouterTotals(
+            layers,
+            statistics=CONTROLLERS[config.controller].size(outputs) if config.controller is not None else 0,
+            load=outputs if config.router_aux_loss_scope == "global" else 0,
+            drops=config.has_capacity,
+        )
         # 1 / gradient accumulation steps, where the trainer computes the loss and the router losses attach themselves
         self.router_loss_scale = 1.0
         self.post_init()
@@ -382,7 +416,12 @@ class MoEModel(MoEPreTrainedModel):
     @property
     def has_router_losses(self) -> bool:
         """Whether any router loss has a weight."""
-        return "sparse" in self.config.mlp_layer_types and any(getattr(self.config, name) > 0 for name in LOSSES)
+        own = router_class(self.config).own_loss is not Router.own_loss
+        return bool(self.sparse_blocks()) and (own or any(getattr(self.config, name) > 0 for name in LOSSES))
+
+    def sparse_blocks(self) -> list[MoEBlock]:
+        """The sparse feed-forward networks, from the first layer to the last."""
+        return [layer.mlp for layer in self.layers if layer.is_sparse]
 
     @detach_router_logits
     @merge_with_config_defaults
@@ -397,6 +436,7 @@ class MoEModel(MoEPreTrainedModel):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         attach_router_loss: bool = True,
+        task_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoEModelOutput:
         """Runs the decoder.
@@ -412,6 +452,7 @@ class MoEModel(MoEPreTrainedModel):
             output_router_logits: return the routers' logits (T, E), the balance loss and the experts' load.
             attach_router_loss: in training, let the router losses reach the gradient through the hidden states,
                 whatever loss is computed from them; a caller that adds `router_loss` itself sets it to False.
+            task_ids: (B,) or (B, S), the task of each sequence or token, for the routers that ask for it.
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or the latter holds a NaN.
@@ -434,9 +475,8 @@ class MoEModel(MoEPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        collect = {}
-        if self.training or output_router_logits:
-            collect = {"collect_signals": True, "token_mask": self._token_mask(attention_mask, inputs_embeds)}
+        collect = self.training or output_router_logits
+        context = self._routing_context(inputs_embeds, input_ids, attention_mask, task_ids)
 
         signals = []
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
@@ -447,12 +487,13 @@ class MoEModel(MoEPreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
-                **collect,
+                routing_context=context,
+                collect_signals=collect,
                 **kwargs,
             )
             hidden_states, *signal = output if collect else (output,)
             if signal:
-                signals.append(signal)
+                signals.append(RouterSignals(*signal))
 
         hidden_states = self.norm(hidden_states)
         router_outputs = self._router_outputs(signals, hidden_states.device)
@@ -490,31 +531,45 @@ class MoEModel(MoEPreTrainedModel):
             for layer_type in set(self.config.layer_types)
         }
 
-    @staticmethod
-    def _token_mask(attention_mask, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
-        """(T,), 0 at padding; a mask over cached tokens too is cut to the last S."""
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-            return None
-        return attention_mask[:, -inputs_embeds.shape[1] :].reshape(-1)
+    def _routing_context(self, inputs_embeds, input_ids, attention_mask, task_ids) -> RoutingContext:
+        """What the routers may know of this batch; a mask over cached tokens too is cut to the last S."""
+        batch_size, length = inputs_embeds.shape[:2]
+        token_mask = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -length:].reshape(-1)
+        if task_ids is not None:
+            task_ids = (task_ids if task_ids.dim() == 2 else task_ids[:, None]).expand(-1, length).reshape(-1)
+        if input_ids is not None:
+            input_ids = input_ids.reshape(-1)
+        return RoutingContext(batch_size, token_mask, input_ids, task_ids)
 
-    def _router_outputs(self, signals: list, device: torch.device) -> dict[str, torch.Tensor]:
-        """What the sparse layers' signals add to the output; in training also counts the load for the controllers."""
+    def _router_outputs(self, signals: list[RouterSignals], device: torch.device) -> dict[str, torch.Tensor]:
+        """What the sparse layers' signals add to the output; in training also counts for the controllers."""
         if not signals:
             return {}
-        losses = torch.stack([loss.to(device) for loss, _ in signals]).mean(dim=0)  # (len(LOSSES),)
-        outputs = {
-            "aux_loss": losses[list(LOSSES).index("router_aux_loss_coef")].detach(),
-            "expert_load": torch.stack([load.detach().to(device) for _, load in signals]),
-        }
+        signals = RouterSignals(
+            *(torch.stack([x.to(device) for x in layers]) for layers in zip(*signals, strict=True))
+        )
+        losses, name = signals.losses.mean(dim=0), "router_aux_loss_coef"
+        totals = self.router_totals
+        if self.training and totals.load is not None:
+            load = totals.load_of_step
+            if load is None:
+                load = totals.load.add_(all_ranks(signals.load.detach().to(totals.load))).to(signals.probs)
+            global_balance = balance(load, signals.probs, self.config.num_experts).mean()
+            losses = torch.cat([global_balance[None], losses[1:]])
+        outputs = {"aux_loss": losses[list(LOSSES).index(name)].detach(), "expert_load": signals.load.detach()}
+        if self.config.has_capacity:
+            outputs["dropped_share"] = signals.dropped[:, 0] / signals.dropped[:, 1].clamp(min=1)
         if not self.training:
             return outputs
         if self.has_router_losses:
-            coefficients = losses.new_tensor([getattr(self.config, name) for name in LOSSES])
+            coefficients = losses.new_tensor([*(getattr(self.config, name) for name in LOSSES), 1.0])
             outputs["router_loss"] = (coefficients * losses).sum()
-        if self.config.router_bias_update_rate:
-            blocks = [module for module in self.modules() if isinstance(module, MoEBlock)]
-            for block, (_, load) in zip(blocks, signals, strict=True):
-                block.expert_load += load.detach()
+        if totals.statistics is not None:
+            totals.statistics += signals.statistics.detach().to(totals.statistics)
+        if totals.dropped is not None:
+            totals.dropped += signals.dropped.sum(dim=0).to(totals.dropped)
         return outputs
 
 
@@ -550,6 +605,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        task_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoECausalLMOutput:
         """Runs decoder and head; arguments as of [`MoEModel`], and:
@@ -570,6 +626,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 self.config.output_router_logits if output_router_logits is None else output_router_logits
             ),
             attach_router_loss=labels is None,
+            task_ids=task_ids,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -590,6 +647,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             expert_load=outputs.expert_load,
+            dropped_share=outputs.dropped_share,
         )
 
 

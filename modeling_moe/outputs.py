@@ -3,9 +3,28 @@
 
 from dataclasses import dataclass
 from functools import wraps
+from typing import NamedTuple
 
 import torch
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+
+class RouterSignals(NamedTuple):
+    """What a sparse layer tells the model beside its output; tensors, so that checkpointing recomputes them.
+
+    Attributes:
+        losses: (losses,), the router losses and last the router's own.
+        load: (E + Z,), tokens sent to each expert.
+        probs: (E + Z,), mean probabilities.
+        statistics: (n,), what the controller measures; nothing without one.
+        dropped: (2,), assignments dropped and made.
+    """
+
+    losses: torch.Tensor
+    load: torch.Tensor
+    probs: torch.Tensor
+    statistics: torch.Tensor
+    dropped: torch.Tensor
 
 
 @dataclass
@@ -15,19 +34,22 @@ class MoEModelOutput(MoeModelOutputWithPast):
     Attributes:
         router_loss: scalar, weighted sum of the router losses; only if the caller adds it to the loss itself.
         aux_loss: scalar without gradient, the load-balancing loss averaged over the sparse layers.
-        expert_load: (sparse layers, E), tokens that each expert received.
+        expert_load: (sparse layers, E + Z), tokens sent to each expert, before any is dropped.
+        dropped_share: (sparse layers,), share of these assignments that found no room; only with a capacity.
     """
 
     router_loss: torch.FloatTensor | None = None
     aux_loss: torch.FloatTensor | None = None
     expert_load: torch.FloatTensor | None = None
+    dropped_share: torch.FloatTensor | None = None
 
 
 @dataclass
 class MoECausalLMOutput(MoeCausalLMOutputWithPast):
-    """Output of [`MoEForCausalLM`]: transformers' own and `expert_load`, see [`MoEModelOutput`]."""
+    """Output of [`MoEForCausalLM`]: transformers' own, `expert_load` and `dropped_share`, see [`MoEModelOutput`]."""
 
     expert_load: torch.FloatTensor | None = None
+    dropped_share: torch.FloatTensor | None = None
 
 
 def detach_router_logits(forward):

@@ -1,16 +1,18 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""How a token chooses its experts.
+"""How a token chooses its experts: the contract, and the frame that every router fills.
 
-A router is `score -> select -> weigh` and returns a [`Routing`]; a new router overrides one of the three and adds its
-name to `ROUTERS`, a new score adds its name to `SCORING_FUNCS`. Router arithmetic is fp32 whatever the model's dtype (fp64 for an fp64 model).
+A router is `score -> select -> weigh` and returns a [`Routing`]; a new one overrides one of the three and adds its name to
+`modeling_moe.routers.ROUTERS`. Router arithmetic is fp32 whatever the model's dtype (fp64 for an fp64 model).
 
-# T tokens, H hidden, E experts, K experts per token
+# B sequences, T tokens, H hidden, E experts, Z experts without weights (null and copy), K slots per token
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import DynamicLayer
 from transformers.utils.generic import maybe_autocast
 
 
@@ -18,33 +20,93 @@ class Routing(NamedTuple):
     """What a router decides for T tokens.
 
     Attributes:
-        logits: (T, E) fp32, the router's raw scores; transformers records them as `router_logits`.
+        logits: (T, E + Z) fp32, the router's raw scores; transformers records them as `router_logits`.
         weight: (T, K) fp32, factor on each chosen expert's output; carries the gradient, 0 in an empty slot.
-        index: (T, K) int64, the chosen experts; `E` marks an empty slot.
-        probs: (T, E) fp32, scores normalised to sum 1 over the experts.
+        index: (T, K) int64, the chosen experts: below E routed ones, then null experts, then copy experts; `E + Z` marks
+            an empty slot (dropped or unused). The experts skip all that is E or more.
+        probs: (T, E + Z) fp32, scores normalised to sum 1.
+        chance: (T, E + Z) fp32, probability that the noise selects an expert, differentiable; None without noise.
     """
 
     logits: torch.Tensor
     weight: torch.Tensor
     index: torch.Tensor
     probs: torch.Tensor
+    chance: torch.Tensor | None = None
 
 
-def expert_load(routing: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+class RoutingContext(NamedTuple):
+    """What a router may know beside the tokens; all that has T entries is in the tokens' order, row after row.
+
+    Attributes:
+        batch_size: number B of sequences the T tokens belong to.
+        token_mask: (T,), 0 for tokens that do not count (padding); None if all count.
+        input_ids: (T,) int64, None if the model was given embeddings.
+        task_ids: (T,) int64, None if the batch names no task.
+        cache: the model's key-value cache, in which a router keeps what later tokens of a sequence need; None without.
+    """
+
+    batch_size: int = 1
+    token_mask: torch.Tensor | None = None
+    input_ids: torch.Tensor | None = None
+    task_ids: torch.Tensor | None = None
+    cache: object | None = None
+
+
+def expert_load(routing: Routing, token_mask: torch.Tensor | None = None, batch_size: int = 1) -> torch.Tensor:
     """Number of tokens sent to each expert, without gradient.
 
     Args:
         routing: of T tokens.
         token_mask: (T,), 0 for tokens that do not count (padding).
+        batch_size: number B of equally long sequences to count apart.
 
     Returns:
-        (E,) in the dtype of the logits. Empty slots count for no expert.
+        (E + Z,), or (B, E + Z) for more than one sequence, in the dtype of the logits. Empty slots count for no expert.
     """
-    num_experts = routing.probs.shape[-1]
+    outputs = routing.probs.shape[-1]
     ones = torch.ones_like(routing.weight) if token_mask is None else token_mask[:, None].expand_as(routing.weight)
-    counts = routing.probs.new_zeros(num_experts + 1)
-    counts = counts.scatter_add(0, routing.index.flatten(), ones.to(counts.dtype).flatten())
-    return counts[:num_experts].detach()
+    counts = routing.probs.new_zeros(batch_size, outputs + 1)
+    index, ones = (x.reshape(batch_size, -1) for x in (routing.index, ones.to(counts.dtype)))
+    counts = counts.scatter_add(1, index, ones)[:, :outputs].detach()
+    return counts[0] if batch_size == 1 else counts
+
+
+def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the tokens (dimension 0 of `values`) that count; 0 if none does."""
+    if token_mask is None:
+        return values.mean(dim=0)
+    mask = token_mask.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+    # no matrix product: autocast would run it in bf16
+    return (mask * values).sum(dim=0) / mask.sum().clamp(min=1)
+
+
+def extend_history(cache, slot: int, states: torch.Tensor) -> torch.Tensor:
+    """Keeps `states` (B, S, N) of the newest tokens in the cache, after those of earlier ones, and returns all.
+
+    They lie in a layer of their own of transformers' cache, which so reorders, repeats and crops them with the keys.
+
+    Args:
+        cache: as `generate` makes it; None for a sequence that begins here.
+        slot: index of that layer, beyond the model's own.
+        states: (B, S, N).
+
+    Returns:
+        (B, S', N) with S' the tokens that the cache then holds.
+
+    Raises:
+        ValueError: for a cache of fixed size, which has no such layers.
+    """
+    if cache is None:
+        return states
+    if cache.is_compileable:
+        raise ValueError(
+            "this routing keeps what earlier tokens chose, which a static cache has no room for: use a dynamic cache "
+            "(leave cache_implementation unset)."
+        )
+    while len(cache.layers) <= slot:
+        cache.layers.append(DynamicLayer())
+    return cache.layers[slot].update(states[:, None], states[:, None, :, :0])[0][:, 0]
 
 
 def softmax_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,80 +116,148 @@ def softmax_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def sigmoid_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A sigmoid of each logit (T, E), and the same normalised to sum 1 (arXiv:2412.19437, eq. 15)."""
+    """A sigmoid of each logit (T, E), and the same normalised to sum 1 (DeepSeek-V3, arXiv:2412.19437, eq. 15)."""
     scores = logits.sigmoid()
     return scores, scores / scores.sum(dim=-1, keepdim=True)
 
 
+def sqrt_softplus_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sqrt(softplus(logit))` (T, E), and the same normalised to sum 1 (DeepSeek-V4)."""
+    scores = nn.functional.softplus(logits).sqrt()
+    return scores, scores / scores.sum(dim=-1, keepdim=True)
+
+
 # scoring_func -> logits (T, E) to scores (T, E) and probs (T, E)
-SCORING_FUNCS = {"softmax": softmax_scores, "sigmoid": sigmoid_scores}
+SCORING_FUNCS = {"softmax": softmax_scores, "sigmoid": sigmoid_scores, "sqrtsoftplus": sqrt_softplus_scores}
 
 
-class TopKRouter(nn.Module):
-    """Sends each token to the K experts with the highest scores.
+def fp32_linear(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`tokens @ weight.T` in fp32 at least, under autocast too."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    with maybe_autocast(tokens.device.type, enabled=False):
+        return nn.functional.linear(tokens.to(dtype), weight.to(dtype))
 
-    With `scoring_func="softmax"` this is the router of Mixtral (`norm_topk_prob`), OLMoE and Qwen-MoE; with
-    `"sigmoid"`, `router_selection_bias` and groups that of DeepSeek-V3 (arXiv:2412.19437, eq. 12-16).
+
+def renormalise(weight: torch.Tensor) -> torch.Tensor:
+    """Weights (T, K) divided by their sum; all 0 stays 0, to which sigmoid scores can underflow."""
+    return weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
+
+
+def dense_gradient(experts: nn.Module, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Zeros (T, H) whose gradient reaches the weights (T, E) as if every expert had been computed, and nothing else.
+
+    DenseMixer's straight-through estimator (Yao et al. 2025, "DenseMixer: improving MoE post-training with precise
+    router gradient"), at the cost of E / K times the experts' forward.
+    """
+    frozen = {name: parameter.detach() for name, parameter in experts.named_parameters()}
+    index = torch.arange(weight.shape[-1], device=weight.device).expand_as(weight)
+    output = torch.func.functional_call(experts, frozen, (hidden_states.detach(), index, weight))
+    return output - output.detach()
+
+
+class Router(nn.Module):
+    """A linear gate (E + Z, H), scored by `scoring_func`; what it leaves open is `select`.
+
+    A subclass overrides what differs, and declares in the class variables what the configuration has to know.
     """
 
-    def __init__(self, config):
+    # the routing of a token depends on no later token and no other sequence, in training and in evaluation
+    causal: ClassVar[bool] = True
+    # number of experts differs from token to token
+    variable_k: ClassVar[bool] = False
+    # value of `norm_topk_prob` where the configuration gives none
+    norm_topk_prob_default: ClassVar[bool] = True
+    # controller that the router cannot do without, a key of `modeling_moe.balancing.CONTROLLERS`
+    own_controller: ClassVar[str | None] = None
+    # buffers that stay fp32 when the model is cast
+    fp32_buffers: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config, layer_idx: int = 0):
         super().__init__()
+        self.layer_idx = layer_idx
         self.num_experts = config.num_experts
+        self.num_null = config.num_null_experts
+        self.num_copies = config.num_copy_experts
+        self.num_outputs = self.num_experts + self.num_null + self.num_copies
         self.top_k = config.num_experts_per_tok
         self.scoring_func = config.scoring_func
         self.norm_topk_prob = config.norm_topk_prob
         self.scaling = config.routed_scaling_factor
-        self.n_group = config.n_group
-        self.topk_group = config.topk_group
         self.jitter_noise = config.router_jitter_noise
-        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
-        if config.router_selection_bias:
-            self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
-        else:
-            self.e_score_correction_bias = None
+        self.gradient = config.router_gradient
+        self.weight = nn.Parameter(torch.empty(self.num_outputs, config.hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor) -> Routing:
+    @classmethod
+    def validate(cls, config) -> None:
+        """Raises ValueError, naming field and remedy, for a configuration that this router cannot serve."""
+
+    def init_weights(self, std: float) -> None:
+        """Fills the parameters and buffers of a new model."""
+        init.normal_(self.weight, mean=0.0, std=std)
+
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext | None = None) -> Routing:
         """Routes tokens (T, H)."""
+        context = context or RoutingContext()
+        return self.route(self.logits(hidden_states, context), context)
+
+    def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        """Raw scores (T, E + Z) of tokens (T, H)."""
         if self.training and self.jitter_noise > 0:
             noise = torch.empty_like(hidden_states).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             hidden_states = hidden_states * noise
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        # under autocast a linear in fp32 would run in bf16
-        with maybe_autocast(hidden_states.device.type, enabled=False):
-            logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))  # (T, E)
+        return fp32_linear(hidden_states, self.weight)
+
+    def route(self, logits: torch.Tensor, context: RoutingContext) -> Routing:
+        """From raw scores (T, E + Z) to the routing."""
         scores, probs = self.score(logits)
         with torch.no_grad():
-            index = self.select(scores)  # (T, K)
+            index = self.select(scores, context)  # (T, K)
         return Routing(logits, self.weigh(scores, index), index, probs)
 
     def score(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (T, E) that choose and weigh the experts, and the same normalised to sum 1."""
+        """Scores (T, E + Z) that choose and weigh the experts, and the same normalised to sum 1."""
         return SCORING_FUNCS[self.scoring_func](logits)
 
-    def select(self, scores: torch.Tensor) -> torch.Tensor:
-        """Experts (T, K) chosen by scores (T, E)."""
-        if self.e_score_correction_bias is not None:
-            scores = scores + self.e_score_correction_bias
-        if self.n_group > 1:
-            scores = self.mask_groups(scores)
-        return scores.topk(self.top_k, dim=-1).indices
-
-    def mask_groups(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (T, E) with -inf outside the `topk_group` groups whose two best experts sum highest."""
-        grouped = scores.unflatten(-1, (self.n_group, -1))  # (T, groups, E / groups)
-        strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
-        best = strength.topk(self.topk_group, dim=-1).indices
-        eligible = torch.zeros_like(strength, dtype=torch.bool).scatter(-1, best, True)
-        return grouped.masked_fill(~eligible[..., None], float("-inf")).flatten(-2)
+    def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        """Experts (T, K) chosen by scores (T, E + Z); `num_outputs` leaves a slot empty."""
+        raise NotImplementedError
 
     def weigh(self, scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Weights (T, K) of the chosen experts."""
-        weight = scores.gather(-1, index)
+        """Weights (T, K) of the chosen experts, 0 in an empty slot and for a null expert."""
+        weight = scores.gather(-1, index.clamp(max=self.num_outputs - 1))
+        if self.variable_k or self.num_null:
+            copies = (index >= self.num_experts + self.num_null) & (index < self.num_outputs)
+            weight = weight.where((index < self.num_experts) | copies, 0.0)
         if self.norm_topk_prob:
-            # sigmoid scores can all underflow to 0
-            weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
+            weight = renormalise(weight)
         return weight * self.scaling
 
+    def mix(self, experts: nn.Module, hidden_states: torch.Tensor, routing: Routing, context: RoutingContext):
+        """Output (T, H) for tokens (T, H): the weighted sum of the chosen experts', a copy expert's being the token."""
+        index, weight = routing.index, routing.weight
+        if experts.num_experts < self.num_experts:
+            # transformers' exchange between processes knows no empty slot: an expert gets the token, with weight 0
+            real = index < self.num_experts
+            index, weight = index.where(real, 0), weight.where(real, 0.0)
+        if self.training and self.gradient == "dense":
+            dense = dense_gradient(experts, hidden_states, routing.probs * self.scaling)
+            return experts(hidden_states, index, weight.detach()) + dense
+        output = experts(hidden_states, index, weight)
+        if self.num_copies:
+            copies = (routing.index >= self.num_experts + self.num_null) & (routing.index < self.num_outputs)
+            share = (routing.weight * copies).sum(dim=-1, keepdim=True)  # (T, 1)
+            output = output + (share * hidden_states).to(output.dtype)
+        return output
 
-# router_type -> class
-ROUTERS = {"topk": TopKRouter}
+    def own_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """A scalar that this router adds to the training loss, its weight included; None if it has none."""
+
+    def _apply(self, fn, recurse=True):
+        # a cast to bf16 would make a buffer swallow its own updates, 0.5 + 0.001 = 0.5
+        before = {name: getattr(self, name) for name in self.fp32_buffers if getattr(self, name) is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.dtype.itemsize < buffer.dtype.itemsize:
+                setattr(self, name, after.to(buffer.dtype) if buffer.is_meta else buffer.to(after.device))
+        return self

@@ -4,7 +4,7 @@
 from torch import nn
 from transformers import TrainerCallback
 
-from ..balancing import update_expert_bias
+from ..balancing import update_routers
 
 
 def _set_router_loss_scale(model: nn.Module, scale: float) -> None:
@@ -16,7 +16,7 @@ def _set_router_loss_scale(model: nn.Module, scale: float) -> None:
 class MoECallback(TrainerCallback):
     """Balances the experts' load without gradient and keeps the router losses' weight under gradient accumulation.
 
-    After each optimizer step it moves the routers' selection biases ([`~modeling_moe.balancing.update_expert_bias`]).
+    After each optimizer step it moves the routers' selection biases ([`~modeling_moe.balancing.update_routers`]).
     During training it divides router losses that attach themselves, where the trainer computes the loss without our
     head (label smoothing, TRL), by the gradient accumulation steps. Both reach through PEFT, DDP and FSDP wrappers,
     and do nothing to a model without experts.
@@ -31,7 +31,7 @@ class MoECallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Moves the selection biases."""
-        update_expert_bias(kwargs["model"])
+        update_routers(kwargs["model"])
 
     def on_train_end(self, args, state, control, **kwargs):
         """Takes the scale back."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.balancing import update_expert_bias
+from modeling_moe.balancing import update_routers
 from tests.conftest import tiny_config
 
 
@@ -25,7 +25,7 @@ def blocks(model):
 def test_step_by_hand():
     model = MoEForCausalLM(tiny_config(**FIELDS))
     blocks(model)[0].expert_load.copy_(torch.tensor([4.0, 0.0, 2.0, 2.0, 2.0]))
-    model.update_expert_bias()
+    model.update_routers()
     expected = torch.tensor([-0.001, 0.001, 0.0, 0.0, 0.0])
     torch.testing.assert_close(blocks(model)[0].gate.e_score_correction_bias, expected)
     assert not blocks(model)[0].expert_load.any()
@@ -63,14 +63,14 @@ def test_it_balances():
     before = violation()
     for _ in range(60):
         violation()
-        model.update_expert_bias()
+        model.update_routers()
     assert violation() < 0.3 * before
 
 
 def test_models_without_bias_are_left_alone():
     model = MoEForCausalLM(tiny_config())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    update_expert_bias(model)
+    update_routers(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 

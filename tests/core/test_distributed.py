@@ -33,7 +33,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     model = build()
     # uneven: one row here, three there
     one_step(DistributedDataParallel(model), slice(0, 1) if rank == 0 else slice(1, 4), RANKS)
-    model.update_expert_bias()
+    model.update_routers()
     result = {name: parameter.grad for name, parameter in model.named_parameters()}
     result |= {name: buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")}
     torch.save(result, f"{folder}/{rank}.pt")
@@ -47,7 +47,7 @@ def test_two_ranks_equal_one(tmp_path):
     multiprocessing.spawn(rank_main, args=(port, str(tmp_path)), nprocs=RANKS)
     model = build()
     one_step(model, slice(0, 4), 1)
-    model.update_expert_bias()
+    model.update_routers()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     expected |= {name: buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")}
     assert any(bias.any() for name, bias in expected.items() if name.endswith("correction_bias"))

@@ -8,7 +8,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from modeling_moe.modeling_moe import MoEBlock
-from modeling_moe.routing import Routing, TopKRouter, expert_load
+from modeling_moe.routing import Routing, expert_load
+from modeling_moe.token_choice import TopKRouter
 from tests.conftest import tiny_config
 
 

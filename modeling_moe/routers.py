@@ -1,0 +1,59 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""The catalogue: what `router_type` may be. A router of one's own is added to it by its name."""
+
+from .batch_choice import BaseRouter, ExpertChoiceRouter, ExpertThresholdRouter, SinkhornRouter
+from .dynamic_k import ContinuousRouter, ReLURouter, TopPRouter
+from .routing import Router
+from .soft_mixture import SegmentRouter, SoftRouter
+from .token_choice import (
+    FixedRouter,
+    GShardRouter,
+    GumbelTopKRouter,
+    HashRouter,
+    HierarchicalRouter,
+    NoisyTopKRouter,
+    ScoredHashRouter,
+    SparseMixerRouter,
+    TaskGateRouter,
+    TaskRouter,
+    TopKRouter,
+)
+
+
+# router_type -> class
+ROUTERS: dict[str, type[Router]] = {
+    "topk": TopKRouter,
+    "noisy_topk": NoisyTopKRouter,
+    "gumbel_topk": GumbelTopKRouter,
+    "gshard": GShardRouter,
+    "sparsemixer": SparseMixerRouter,
+    "hierarchical": HierarchicalRouter,
+    "hash": HashRouter,
+    "hash_scored": ScoredHashRouter,
+    "task": TaskRouter,
+    "task_gate": TaskGateRouter,
+    "fixed": FixedRouter,
+    "top_p": TopPRouter,
+    "continuous": ContinuousRouter,
+    "relu": ReLURouter,
+    "expert_choice": ExpertChoiceRouter,
+    "expert_threshold": ExpertThresholdRouter,
+    "sinkhorn": SinkhornRouter,
+    "base": BaseRouter,
+    "soft": SoftRouter,
+    "segment": SegmentRouter,
+}
+
+
+def router_class(config, layer_idx: int | None = None) -> type[Router]:
+    """The router of a sparse layer (None: of those that are not among the first `num_hash_layers`).
+
+    Raises:
+        ValueError: for a `router_type` that is not in the catalogue.
+    """
+    name = "sparsemixer" if config.router_gradient == "sparsemixer" else config.router_type
+    if layer_idx is not None and layer_idx < config.num_hash_layers:
+        name = "hash_scored"
+    if name not in ROUTERS:
+        raise ValueError(f"router_type {name!r} is unknown: choose one of {', '.join(ROUTERS)}.")
+    return ROUTERS[name]
