@@ -46,7 +46,8 @@ class BiasController(Controller):
     """`b_i += rate * sign(mean(load) - load_i)`: auxiliary-loss-free balancing (arXiv:2408.15664, algorithm 1)."""
 
     def step_layer(self, router: Any, total: torch.Tensor) -> None:
-        router.e_score_correction_bias += router.bias_update_rate * torch.sign(total.mean() - total)
+        # in place: the router may be wrapped, and hand on what is read alone
+        router.e_score_correction_bias.add_(torch.sign(total.mean() - total), alpha=router.bias_update_rate)
 
 
 class ProportionalController(Controller):
@@ -57,7 +58,7 @@ class ProportionalController(Controller):
         real = router.num_experts
         target = router.expected_experts / (router.top_k * real)
         error = target - total[:real] / total.sum().clamp(min=1)
-        router.e_score_correction_bias[:real] += router.bias_update_rate * error
+        router.e_score_correction_bias[:real].add_(error, alpha=router.bias_update_rate)
 
 
 def column_quantile(values: torch.Tensor, share: float, token_mask: torch.Tensor | None) -> torch.Tensor:
@@ -99,7 +100,7 @@ class QuantileController(Controller):
         if total[-1] > 0:
             bias = router.e_score_correction_bias
             bias.lerp_(-total[:-1] / total[-1], 1 - router.ema_decay)
-            bias -= bias.mean()
+            bias.sub_(bias.mean())
 
 
 class ThresholdController(Controller):
@@ -120,7 +121,7 @@ class ThresholdController(Controller):
         if total[-1] > 0:
             decay = router.ema_decay if router.threshold_steps > 0 else 0.0
             router.threshold.lerp_(total[:-1] / total[-1], 1 - decay)
-            router.threshold_steps += 1
+            router.threshold_steps.add_(1)
 
 
 class SparsityController(Controller):
@@ -137,9 +138,8 @@ class SparsityController(Controller):
     def step(self, routers: list[Any], totals: torch.Tensor) -> None:
         used = (totals[:, 0] / totals[:, 1].clamp(min=1)).mean()
         for router in routers:
-            router.sparsity_coef *= router.sparsity_step ** torch.sign(used - router.top_k).to(
-                router.sparsity_coef.device
-            )
+            factor = router.sparsity_step ** torch.sign(used - router.top_k)
+            router.sparsity_coef.mul_(factor.to(router.sparsity_coef.device))
 
 
 # router_controller, or a router's own -> controller

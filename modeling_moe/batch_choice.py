@@ -140,21 +140,38 @@ def balanced_assignment(scores: torch.Tensor, tolerance: float = 1e-3) -> torch.
     """Expert (T,) of each token so that none has more than `ceil(T / E)` and the scores' sum is highest.
 
     Bertsekas's auction: tokens without a place bid for the expert that they gain most from, by what they gain over the
-    next best; an expert keeps its highest bidders and its price is the lowest bid it keeps. The sum is within
-    `T * step` of the best possible, `step` being `tolerance` of the scores' range.
+    next best, and a step; an expert keeps its highest bidders and its price is the lowest bid it keeps. It is repeated
+    from the prices found, with ever smaller steps, lest equal tokens outbid each other by small ones for long. The sum is
+    within `T * tolerance` of the best possible, in units of the widest range of a token's scores.
 
     Args:
-        scores: (T, E).
-        tolerance: of the range of the scores.
+        scores: (T, E); what is not finite counts as 0.
+        tolerance: in units of that range.
     """
     tokens, experts = scores.shape
     if tokens == 0 or experts == 1:
         return torch.zeros(tokens, dtype=torch.long, device=scores.device)
     places = math.ceil(tokens / experts)
-    step = tolerance * (scores.max() - scores.min()).clamp(min=1e-6)
-    index = torch.full((tokens,), experts, device=scores.device)
-    bids = scores.new_full((tokens,), float("-inf"))
+    scores = scores.double().nan_to_num(0.0, 0.0, 0.0)
+    scores = scores - scores.amin(dim=-1, keepdim=True)
+    scores = scores / scores.max().clamp(min=1e-30)
+    # tokens that gain nothing anywhere fill the last places: prices that begin above 0 are right only if none stays free
+    scores = nn.functional.pad(scores, (0, 0, 0, places * experts - tokens))
     price = scores.new_zeros(experts)
+    last = tolerance * tokens / len(scores)
+    step = max(0.25, last)
+    index = auction(scores, price, places, step)
+    while step > last:
+        step = max(step / 4, last)
+        index = auction(scores, price, places, step)
+    return index[:tokens]
+
+
+def auction(scores: torch.Tensor, price: torch.Tensor, places: int, step: float) -> torch.Tensor:
+    """Expert (T,) of each token, from scores (T, E) with `T = E * places`; raises the prices (E,) in place."""
+    experts = len(price)
+    index = torch.full((len(scores),), experts, device=scores.device)
+    bids = scores.new_full((len(scores),), float("-inf"))
     while (waiting := (index == experts).nonzero().flatten()).numel():
         gain, best = (scores[waiting] - price).topk(2, dim=-1)
         index[waiting] = best[:, 0]

@@ -44,12 +44,11 @@ class Capacity:
         index = routing.index.unflatten(0, real.shape)  # (B, S, K)
         counted = (index < self.num_experts) & (real[..., None] > 0)
         index = index.where(counted, self.num_experts)
-        if self.absolute is not None or self.running:
-            kept = self._in_order(index, real, factor, context.cache)
-        elif self.priority == "token":
-            kept = self._in_order(index, real, factor, None)
-        else:
+        if self.priority != "token":
             kept = self._by_priority(index, self._limit(real.sum(dim=1), factor), routing.weight.detach())
+        else:
+            remembers = self.absolute is not None or self.running
+            kept = self._in_order(index, real, factor, context.cache if remembers else None)
         kept = (kept | ~counted).flatten(0, 1)
         empty = routing.logits.shape[-1]
         return routing._replace(index=routing.index.where(kept, empty), weight=routing.weight.where(kept, 0.0))
@@ -58,8 +57,9 @@ class Capacity:
         """Places of each expert for so many tokens of a sequence."""
         if self.absolute is not None:
             return torch.full_like(tokens, self.absolute)
-        # in fp64, where no product of such numbers is rounded over the next integer
-        return (factor * (tokens.double() * self.per_token / self.num_experts)).ceil().to(tokens.dtype)
+        # 0.55 * 100 is 55.00000000000001, which is no 56 places
+        places = factor * (tokens.double() * self.per_token / self.num_experts)
+        return (places - 1e-9).ceil().to(tokens.dtype)
 
     def _in_order(self, index: torch.Tensor, real: torch.Tensor, factor: float | None, cache) -> torch.Tensor:
         """Slots (B, S, K) that find room if tokens come one after another, with all their experts.

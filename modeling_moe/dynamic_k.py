@@ -59,8 +59,9 @@ class TopPRouter(VariableRouter):
 
     def active(self, scores: torch.Tensor) -> torch.Tensor:
         values, order = scores.sort(dim=-1, descending=True, stable=True)
-        # an expert is needed as long as those before it sum to less
-        needed = values.cumsum(dim=-1) - values < self.top_p
+        # an expert is needed as long as those before it sum to less; rounded, a few can sum to 1
+        before = nn.functional.pad(values.cumsum(dim=-1)[:, :-1], (1, 0))
+        needed = (before < self.top_p) | (self.top_p >= 1)
         return torch.zeros_like(needed).scatter(-1, order, needed)
 
 

@@ -59,7 +59,7 @@ def router_z_loss(routing: Routing, token_mask: torch.Tensor | None = None, **_)
 
 
 def sequence_balance_loss(
-    routing: Routing, token_mask: torch.Tensor | None = None, batch_size: int = 1, **_
+    routing: Routing, token_mask: torch.Tensor | None = None, batch_size: int = 1, num_experts: int | None = None
 ) -> torch.Tensor:
     """DeepSeek-V3's complementary loss (arXiv:2412.19437, eq. 17-20): [`balance`] of each sequence, averaged.
 
@@ -67,7 +67,7 @@ def sequence_balance_loss(
     """
     best = routing.probs.detach().topk(min(routing.index.shape[1], routing.probs.shape[1]), dim=-1).indices
     unbiased = routing._replace(index=best, weight=torch.ones_like(best, dtype=routing.probs.dtype))
-    return load_balancing_loss(unbiased, token_mask, batch_size)
+    return load_balancing_loss(unbiased, token_mask, batch_size, num_experts)
 
 
 def coefficient_of_variation_squared(values: torch.Tensor) -> torch.Tensor:
@@ -75,23 +75,28 @@ def coefficient_of_variation_squared(values: torch.Tensor) -> torch.Tensor:
     return values.var(correction=0) / (values.mean().square() + 1e-10)
 
 
-def importance_loss(routing: Routing, token_mask: torch.Tensor | None = None, **_) -> torch.Tensor:
-    """`CV(sum_t weight_t)^2` over the experts (Shazeer et al., arXiv:1701.06538, eq. 6-7)."""
+def importance_loss(
+    routing: Routing, token_mask: torch.Tensor | None = None, num_experts: int | None = None, **_
+) -> torch.Tensor:
+    """`CV(sum_t weight_t)^2` over the experts with weights (Shazeer et al., arXiv:1701.06538, eq. 6-7)."""
     weight = routing.weight if token_mask is None else routing.weight * token_mask[:, None].to(routing.weight.dtype)
     outputs = routing.probs.shape[-1]
     importance = weight.new_zeros(outputs + 1).scatter_add(0, routing.index.flatten(), weight.flatten())
-    return coefficient_of_variation_squared(importance[:outputs])
+    return coefficient_of_variation_squared(importance[: num_experts or outputs])
 
 
-def load_loss(routing: Routing, token_mask: torch.Tensor | None = None, **_) -> torch.Tensor:
-    """`CV(sum_t P(t, i))^2` with P the chance that expert i is chosen for token t (arXiv:1701.06538, eq. 8-11).
+def load_loss(
+    routing: Routing, token_mask: torch.Tensor | None = None, num_experts: int | None = None, **_
+) -> torch.Tensor:
+    """`CV(sum_t P(t, i))^2` over the experts with weights, P the chance that token t chooses expert i
+    (arXiv:1701.06538, eq. 8-11).
 
     Without noise (in evaluation) P is 1 or 0, and the loss has no gradient.
     """
     if routing.chance is None:
-        return coefficient_of_variation_squared(expert_load(routing, token_mask))
+        return coefficient_of_variation_squared(expert_load(routing, token_mask)[:num_experts])
     mask = 1.0 if token_mask is None else token_mask[:, None].to(routing.chance.dtype)
-    return coefficient_of_variation_squared((routing.chance * mask).sum(dim=0))
+    return coefficient_of_variation_squared((routing.chance * mask).sum(dim=0)[:num_experts])
 
 
 def router_entropy_loss(routing: Routing, token_mask: torch.Tensor | None = None, **_) -> torch.Tensor:

@@ -232,6 +232,11 @@ class Router(nn.Module):
             weight = renormalise(weight)
         return weight * self.scaling
 
+    def dense_weight(self, routing: Routing) -> torch.Tensor:
+        """Weights (T, E + Z) that `router_gradient="dense"` differentiates: those of a token that chose every expert."""
+        scores = routing.probs if self.norm_topk_prob else self.score(routing.logits)[0]
+        return scores * self.scaling
+
     def mix(self, experts: nn.Module, hidden_states: torch.Tensor, routing: Routing, context: RoutingContext):
         """Output (T, H) for tokens (T, H): the weighted sum of the chosen experts', a copy expert's being the token."""
         index, weight = routing.index, routing.weight
@@ -240,7 +245,7 @@ class Router(nn.Module):
             real = index < self.num_experts
             index, weight = index.where(real, 0), weight.where(real, 0.0)
         if self.training and self.gradient == "dense":
-            dense = dense_gradient(experts, hidden_states, routing.probs * self.scaling)
+            dense = dense_gradient(experts, hidden_states, self.dense_weight(routing))
             return experts(hidden_states, index, weight.detach()) + dense
         output = experts(hidden_states, index, weight)
         if self.num_copies:

@@ -39,7 +39,7 @@ class SoftRouter(Router):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         normalize = nn.functional.normalize
         return self.scale.to(dtype) * fp32_linear(
-            normalize(hidden_states.to(dtype), dim=-1), normalize(self.weight, dim=-1)
+            normalize(hidden_states.to(dtype), dim=-1), normalize(self.weight.to(dtype), dim=-1)
         )
 
     def route(self, logits: torch.Tensor, context: RoutingContext) -> Routing:
@@ -101,10 +101,11 @@ class SegmentRouter(Router):
 
     def mix(self, experts: nn.Module, hidden_states: torch.Tensor, routing: Routing, context: RoutingContext):
         gates = routing.weight
-        # tokens with the same gates share a merged expert
-        _, group = torch.unique(gates.detach(), dim=0, return_inverse=True)
-        counts = torch.bincount(group).to(gates.dtype)
-        gates = gates.new_zeros(len(counts), gates.shape[-1]).index_add(0, group, gates) / counts[:, None]
+        # tokens with the same gates share a merged expert, and its gradient
+        rows, group, counts = torch.unique(gates.detach(), dim=0, return_inverse=True, return_counts=True)
+        mean = torch.zeros_like(rows).index_add(0, group, gates) / counts[:, None]
+        # the value is the rows', which a mean of thousands would round
+        gates = rows + (mean - mean.detach())
         return merge_experts(experts, gates)(hidden_states, group[:, None], torch.ones_like(routing.weight[:, :1]))
 
 

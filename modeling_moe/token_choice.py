@@ -77,6 +77,11 @@ class NoisyTopKRouter(TopKRouter):
                 f"num_experts_per_tok ({config.num_experts_per_tok}) leaves the noise of noisy_topk no expert to choose "
                 f"from: take fewer than all {config.num_router_outputs}."
             )
+        if config.router_selection_bias or config.n_group > 1:
+            raise ValueError(
+                "router_type='noisy_topk' takes the chance of an expert from its logits alone: set "
+                "router_selection_bias=False and n_group=1."
+            )
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)
@@ -136,8 +141,7 @@ class GShardRouter(TopKRouter):
         routing = super().route(logits, context)
         if not self.training:
             return routing
-        weight = routing.weight if self.norm_topk_prob else renormalise(routing.weight)
-        kept = torch.rand_like(weight) < 2 * weight / self.scaling
+        kept = torch.rand_like(routing.weight) < 2 * renormalise(routing.weight)
         kept[:, 0] = True
         return routing._replace(
             index=routing.index.where(kept, self.num_outputs), weight=routing.weight.where(kept, 0.0)
@@ -153,6 +157,19 @@ class SparseMixerRouter(TopKRouter):
     """
 
     norm_topk_prob_default = False
+
+    @classmethod
+    def validate(cls, config) -> None:
+        if (
+            config.scoring_func != "softmax"
+            or config.norm_topk_prob
+            or config.router_selection_bias
+            or config.n_group > 1
+        ):
+            raise ValueError(
+                "router_gradient='sparsemixer' draws from a softmax over all experts and does not renormalise: set "
+                "scoring_func='softmax', norm_topk_prob=False, router_selection_bias=False and n_group=1."
+            )
 
     def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         return fp32_linear(hidden_states, self.weight)
@@ -231,6 +248,10 @@ class HierarchicalRouter(Router):
         logits = spread(outer.gather(-1, group)[..., None] + inner, float("-inf"))
         return Routing(logits, weight.flatten(1) * self.scaling, index, probs)
 
+    def dense_weight(self, routing: Routing) -> torch.Tensor:
+        """Weights (T, E) if every expert of the chosen groups were chosen."""
+        return routing.probs * self.scaling
+
     def inner_logits(self, hidden_states: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         """Logits (T, k1, E / G) of the experts in groups (T, k1)."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -254,7 +275,12 @@ def hash_table(vocab_size: int, num_experts: int, top_k: int, seed: int, counts:
 
     Returns:
         (V, K) int64 on the CPU.
+
+    Raises:
+        ValueError: if `counts` has not one entry for each token id.
     """
+    if counts is not None and counts.shape != (vocab_size,):
+        raise ValueError(f"counts has shape {tuple(counts.shape)}: give one for each of the {vocab_size} token ids.")
     generator = torch.Generator().manual_seed(seed)
     draw = torch.rand(vocab_size, num_experts, generator=generator)
     if counts is None:
@@ -392,3 +418,7 @@ class FixedRouter(Router):
         weight = self.weight.to(dtype).expand(len(hidden_states), -1)
         index = torch.arange(self.num_experts, device=weight.device).expand_as(weight)
         return Routing(weight, weight, index, renormalise(weight))
+
+    def dense_weight(self, routing: Routing) -> torch.Tensor:
+        """The weights (T, E): every expert is chosen."""
+        return routing.weight

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..cli import UserError
 from ..files import load_source, load_tokenizer
-from ..routing import TopKRouter
+from ..routing import Router
 from .callbacks import MoECallback
 from .data import DataArguments, load_and_pack
 
@@ -180,11 +180,11 @@ def _load_for_training(
     model = load_source(model_args.model_name_or_path, dtype=model_args.dtype or "auto")
     if model_args.method == "full":
         return model
-    moves_bias = getattr(model.config, "router_bias_update_rate", 0)
-    if moves_bias and not (lora_args.lora_router or lora_args.merge_lora):
-        raise UserError("merge_lora false would lose the selection bias that moves in training: set lora_router true")
+    moves_buffers = getattr(model.config, "controller", None)
+    if moves_buffers and not (lora_args.lora_router or lora_args.merge_lora):
+        raise UserError("merge_lora false would lose what the routers' controller moves in training: set lora_router true")
     for module in model.modules():
-        if isinstance(module, TopKRouter):
+        if isinstance(module, Router):
             module.float()  # PEFT does so for its own weights only
     model = get_peft_model(model, moe_lora_config(model, lora_args))
     if checkpointing:

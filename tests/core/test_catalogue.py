@@ -1,0 +1,288 @@
+"""What every router promises, whatever it chooses by: causality, decoding, empty slots, precision, saving, compilation."""
+
+import logging
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from modeling_moe import MoEForCausalLM
+from modeling_moe.balancing import CONTROLLERS, exact_global_balance
+from modeling_moe.modeling_moe import MoEBlock
+from modeling_moe.routers import ROUTERS
+from modeling_moe.routing import RoutingContext
+from tests.conftest import tiny_config
+
+
+SIGMOID_BIAS = {"scoring_func": "sigmoid", "router_selection_bias": True, "router_bias_update_rate": 0.01}
+# name -> fields; every router of the catalogue, and the variants that are fields of one
+CAUSAL = {
+    "softmax": {},
+    "softmax_norm_off": {"norm_topk_prob": False},
+    "switch": {"num_experts_per_tok": 1, "norm_topk_prob": False},
+    "deepseek_v2": {"num_experts": 6, "n_group": 3, "topk_group": 2, "group_score": "max"},
+    "deepseek_v3": {"num_experts": 6, "n_group": 3, "topk_group": 2, **SIGMOID_BIAS},
+    "deepseek_v4": {"scoring_func": "sqrtsoftplus", "router_selection_bias": True, "num_hash_layers": 1},
+    "quantile": {"router_selection_bias": True, "router_controller": "quantile"},
+    "jitter": {"router_jitter_noise": 0.1},
+    "noisy_topk": {"router_type": "noisy_topk", "router_importance_loss_coef": 0.1, "router_load_loss_coef": 0.1},
+    "gumbel_topk": {"router_type": "gumbel_topk"},
+    "gshard": {"router_type": "gshard", "num_experts_per_tok": 2},
+    "sparsemixer": {"router_gradient": "sparsemixer", "router_jitter_noise": 0.1, "num_experts_per_tok": 2},
+    "dense_gradient": {"router_gradient": "dense"},
+    "hierarchical": {"router_type": "hierarchical", "num_experts": 6, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 2},
+    "hash": {"router_type": "hash"},
+    "hash_scored": {"router_type": "hash_scored"},
+    "task": {"router_type": "task", "num_tasks": 3},
+    "task_gate": {"router_type": "task_gate", "num_tasks": 3, "num_experts_per_tok": 5},
+    "fixed": {"router_type": "fixed", "num_experts_per_tok": 5},
+    "null": {"num_null_experts": 3},
+    "null_and_copy": {"num_null_experts": 2, "num_copy_experts": 2, "norm_topk_prob": False,
+                      "router_selection_bias": True, "router_controller": "pid", "router_bias_update_rate": 0.1,
+                      "expected_experts_per_tok": 2},
+    "top_p": {"router_type": "top_p", "router_entropy_loss_coef": 1e-4},
+    "continuous": {"router_type": "continuous"},
+    "continuous_learned": {"router_type": "continuous", "router_threshold_mode": "learned", "max_experts_per_tok": 4},
+    "relu": {"router_type": "relu", "router_sparsity_coef": 0.01},
+    "expert_threshold": {"router_type": "expert_threshold"},
+    "segment": {"router_type": "segment", "segment_length": 3},
+    "absolute_capacity": {"expert_capacity": 4},
+    "running_capacity": {"capacity_factor": 0.7, "eval_capacity_factor": 0.7, "capacity_running": True},
+    "token_capacity": {"capacity_factor": 0.7, "eval_capacity_factor": 0.7},
+}  # fmt: skip
+# name -> fields, and whether evaluation is causal
+NONCAUSAL = {
+    "expert_choice": ({"router_type": "expert_choice"}, False),
+    "soft": ({"router_type": "soft"}, False),
+    "k_major": ({"capacity_factor": 0.5, "eval_capacity_factor": 0.5, "capacity_priority": "k_major"}, False),
+    "probability": ({"capacity_factor": 0.5, "eval_capacity_factor": 0.5, "capacity_priority": "probability"}, False),
+    "sinkhorn": ({"router_type": "sinkhorn"}, True),
+    "base": ({"router_type": "base", "num_experts_per_tok": 1, "scoring_func": "sigmoid"}, True),
+}
+ALL = CAUSAL | {name: {"allow_noncausal": True, **fields} for name, (fields, _) in NONCAUSAL.items()}
+IDS = torch.randint(3, 99, (3, 12), generator=torch.Generator().manual_seed(1))
+TASKS = torch.tensor([0, 2, 1])
+CAUSAL_NAMES = pytest.mark.parametrize("name", CAUSAL)
+ALL_NAMES = pytest.mark.parametrize("name", ALL)
+
+
+def model_of(name: str, **fields) -> MoEForCausalLM:
+    model = MoEForCausalLM(tiny_config(**(ALL[name] | fields)))
+    with torch.no_grad():
+        for block in model.model.sparse_blocks():
+            for parameter in block.gate.parameters():
+                parameter.normal_(std=0.5)  # some start at 0, which says nothing
+    return model
+
+
+def batch_of(name: str, ids=IDS) -> dict:
+    tasks = {"task_ids": TASKS[: len(ids)]} if "task" in ALL[name].get("router_type", "") else {}
+    return {"input_ids": ids, **tasks}
+
+
+def logits_of(model, name, ids=IDS):
+    torch.manual_seed(7)  # the same noise for each call
+    return model(**batch_of(name, ids)).logits.detach()
+
+
+def leaks(name: str, training: bool) -> bool:
+    """Whether earlier tokens or other rows notice a change, which has no effect on what they see otherwise."""
+    model = model_of(name).double().train(training)
+    noticed = False
+    for _ in range(3):
+        torch.manual_seed(int(torch.randint(1000, ())))
+        before = logits_of(model, name)
+        changed = IDS.clone()
+        changed[:, -1] = torch.randint(3, 99, (3,))
+        noticed |= not torch.equal(logits_of(model, name, changed)[:, :-1], before[:, :-1])
+        changed = IDS.clone()
+        changed[2] = torch.randint(3, 99, (12,))
+        noticed |= not torch.equal(logits_of(model, name, changed)[:2], before[:2])
+    return noticed
+
+
+def test_the_list_is_the_catalogue():
+    listed = {fields.get("router_type", "topk") for fields in ALL.values()} | {"sparsemixer"}
+    assert listed == set(ROUTERS)
+    classes = {
+        fields.get("router_type"): ROUTERS[fields["router_type"]] for fields in ALL.values() if "router_type" in fields
+    }
+    refused = {"expert_choice", "soft", "sinkhorn", "base"}
+    assert {name for name, router in classes.items() if not router.causal} == refused
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@CAUSAL_NAMES
+def test_no_token_sees_a_later_one_or_another_row(name, training):
+    assert not leaks(name, training)
+
+
+@pytest.mark.parametrize("name", NONCAUSAL)
+def test_what_is_refused_does_leak(name):
+    fields, causal_evaluation = NONCAUSAL[name]
+    with pytest.raises(ValueError, match="allow_noncausal=True if that is meant"):
+        tiny_config(**fields)
+    assert leaks(name, training=True)
+    assert leaks(name, training=False) != causal_evaluation
+
+
+@CAUSAL_NAMES
+def test_decoding_equals_one_pass(name):
+    if name == "token_capacity":
+        pytest.skip("its limit depends on the length: capacity_running or expert_capacity are for decoding")
+    model = model_of(name).double().eval()
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    mask[0, :3] = 0
+    tasks = {key: value for key, value in batch_of(name).items() if key == "task_ids"}
+    expected = model(ids, attention_mask=mask, **tasks).logits
+    cache, got = None, []
+    for start, end in ((0, 5), (5, 7), *((i, i + 1) for i in range(7, 12))):
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
+        out = model(
+            ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True,
+            position_ids=position_ids, **tasks,
+        )  # fmt: skip
+        cache, got = out.past_key_values, [*got, out.logits]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=mask, position_ids=positions, **tasks).logits
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(got, dim=1)[real], expected[real], atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["segment", "absolute_capacity", "running_capacity"])
+def test_beams_and_speculation_carry_the_history(name):
+    model = model_of(name).eval()
+    ids = IDS[:1]
+    length = {"min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False}
+    for fields in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 2}):
+        cached = model.generate(ids, **length, **fields)
+        plain = model.generate(ids, **length, use_cache=False, **({} if "prompt" in next(iter(fields)) else fields))
+        assert torch.equal(cached, plain)
+    with pytest.raises(ValueError, match="use a dynamic cache"):
+        model.generate(ids, **length, cache_implementation="static", disable_compile=True)
+
+
+@ALL_NAMES
+def test_empty_slots_cost_nothing_and_get_no_gradient(name):
+    """Experts that no token chose have a gradient of exactly 0, and an empty slot weighs 0."""
+    if name in ("soft", "segment", "dense_gradient"):
+        pytest.skip("all experts take part")
+    model = model_of(name).train()
+    routings = []
+    for block in model.model.sparse_blocks():
+        block.gate.register_forward_hook(lambda module, args, routing: routings.append(routing))
+    model(**batch_of(name, IDS[:, :3]), labels=IDS[:, :3]).loss.backward()
+    for block, routing in zip(model.model.sparse_blocks(), routings, strict=True):
+        empty = (routing.index < 0) | (routing.index >= routing.logits.shape[-1])
+        assert not routing.weight[empty].any()
+        unused = [e for e in range(block.gate.num_experts) if not (routing.index == e).any()]
+        assert not block.experts.gate_up_proj.grad[unused].any()
+        assert block.experts.gate_up_proj.grad.isfinite().all()
+
+
+@ALL_NAMES
+def test_routing_and_its_buffers_are_fp32_in_a_bf16_model(name, tmp_path):
+    model_of(name).save_pretrained(tmp_path)
+    loaded = MoEForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for model in (loaded, model_of(name).to(torch.bfloat16)):
+        for block in model.model.sparse_blocks():
+            for buffer in (getattr(block.gate, field) for field in block.gate.fp32_buffers):
+                assert buffer is None or buffer.dtype == torch.float32
+        routings = []
+        hooks = [
+            block.gate.register_forward_hook(lambda module, args, routing: routings.append(routing))
+            for block in model.model.sparse_blocks()
+        ]
+        model(**batch_of(name))
+        for hook in hooks:
+            hook.remove()
+        assert {t.dtype for r in routings for t in (r.logits, r.weight, r.probs)} == {torch.float32}
+        for routing in routings:
+            torch.testing.assert_close(routing.probs.sum(-1), torch.ones(len(routing.probs)))
+
+
+@ALL_NAMES
+def test_saved_and_loaded_with_its_state(name, tmp_path):
+    model = model_of(name).train()
+    for _ in range(2):
+        model(**batch_of(name), labels=IDS).loss.backward()
+        model.update_routers()
+    model.save_pretrained(tmp_path)
+    loaded = MoEForCausalLM.from_pretrained(tmp_path)
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    if (controller := model.config.controller) is not None:
+        fresh = model_of(name).state_dict()
+        moved = [key for key in before if not torch.equal(before[key], fresh[key])]
+        assert moved, controller
+    assert torch.equal(logits_of(loaded.eval(), name), logits_of(model.eval(), name))
+
+
+def test_every_controller_is_used_above():
+    assert {tiny_config(**fields).controller for fields in ALL.values()} - {None} == set(CONTROLLERS)
+
+
+COMPILED = [n for n in CAUSAL if n not in ("segment", "absolute_capacity")]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_in_one_graph(name):
+    torch.compiler.reset()
+    block = MoEBlock(tiny_config(**CAUSAL[name])).eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    if hasattr(block.gate, "init_weights"):
+        block.gate.init_weights(0.5)
+    context = RoutingContext(2, None, torch.arange(10), torch.tensor([0] * 5 + [1] * 5) if "task" in name else None)
+    states = torch.randn(2, 5, 32)
+    expected = block(states, context)
+    got = torch.compile(block, fullgraph=True, backend="aot_eager")(states, context)
+    torch.testing.assert_close(got, expected)
+
+
+def test_global_balance_of_micro_batches_is_exact():
+    fields = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 0.0, "router_aux_loss_scope": "global"}
+    model = model_of("softmax", **fields).double().train()
+    gates = [block.gate.weight for block in model.model.sparse_blocks()]
+    count = IDS[:, 1:].numel()
+
+    def gradients(batches):
+        with exact_global_balance(model, batches):
+            for batch in batches:
+                model(**batch, labels=batch["input_ids"], num_items_in_batch=count).loss.backward()
+        model.update_routers()
+        grads = [gate.grad.clone() for gate in gates]
+        model.zero_grad()
+        return grads
+
+    whole, split = gradients([{"input_ids": IDS}]), gradients([{"input_ids": IDS[:1]}, {"input_ids": IDS[1:]}])
+    for a, b in zip(whole, split, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+    # without counting first, a micro-batch knows the earlier ones alone
+    for batch in (IDS[:1], IDS[1:]):
+        model(batch, labels=batch, num_items_in_batch=count).loss.backward()
+    assert not torch.allclose(gates[0].grad, whole[0], atol=1e-12)
+    model.update_routers()
+    assert not model.model.router_totals.load.any()
+
+
+def test_many_drops_are_told_once(caplog, monkeypatch):
+    transformers_logging.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = model_of("softmax", capacity_factor=0.3).train()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            share = model(IDS, labels=IDS).dropped_share
+            model.update_routers()
+    assert ((share > 0.1) & (share < 1)).all()
+    assert sum("assignments were dropped: raise the capacity" in record.message for record in caplog.records) == 1
+    assert model.eval()(IDS, output_router_logits=True).dropped_share.tolist() == [0, 0]
+
+
+def test_dropped_tokens_pass_on_their_residual():
+    model = model_of("softmax", expert_capacity=1).eval()
+    block, states = model.model.sparse_blocks()[0], torch.randn(1, 9, 32)
+    output = block(states)
+    assert (output.abs().sum(-1) == 0).any()
+    assert (output.abs().sum(-1) > 0).any()
