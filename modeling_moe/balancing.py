@@ -138,7 +138,7 @@ class SparsityController(Controller):
     def step(self, routers: list[Any], totals: torch.Tensor) -> None:
         used = (totals[:, 0] / totals[:, 1].clamp(min=1)).mean()
         for router in routers:
-            factor = router.sparsity_step ** torch.sign(used - router.top_k)
+            factor = router.sparsity_step ** (torch.sign(used - router.top_k) * totals[:, 1].any())
             router.sparsity_coef.mul_(factor.to(router.sparsity_coef.device))
 
 

@@ -555,8 +555,8 @@ class MoEModel(MoEPreTrainedModel):
         if self.training and totals.load is not None:
             load = totals.load_of_step
             if load is None:
-                load = totals.load.add_(all_ranks(signals.load.detach().to(totals.load))).to(signals.probs)
-            global_balance = balance(load, signals.probs, self.config.num_experts).mean()
+                load = totals.load.add_(all_ranks(signals.load.detach().to(totals.load)))
+            global_balance = balance(load.to(signals.probs), signals.probs, self.config.num_experts).mean()
             losses = torch.cat([global_balance[None], losses[1:]])
         outputs = {"aux_loss": losses[list(LOSSES).index(name)].detach(), "expert_load": signals.load.detach()}
         if self.config.has_capacity:

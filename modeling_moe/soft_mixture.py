@@ -101,11 +101,15 @@ class SegmentRouter(Router):
 
     def mix(self, experts: nn.Module, hidden_states: torch.Tensor, routing: Routing, context: RoutingContext):
         gates = routing.weight
-        # tokens with the same gates share a merged expert, and its gradient
-        rows, group, counts = torch.unique(gates.detach(), dim=0, return_inverse=True, return_counts=True)
-        mean = torch.zeros_like(rows).index_add(0, group, gates) / counts[:, None]
+        # tokens of a sequence with the same gates share a merged expert, and its gradient
+        sequence = torch.arange(context.batch_size, device=gates.device).repeat_interleave(
+            len(gates) // context.batch_size
+        )
+        keys = torch.cat([sequence[:, None].to(gates.dtype), gates.detach()], dim=-1)
+        rows, group, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
+        mean = gates.new_zeros(len(rows), self.num_experts).index_add(0, group, gates) / counts[:, None]
         # the value is the rows', which a mean of thousands would round
-        gates = rows + (mean - mean.detach())
+        gates = rows[:, 1:] + (mean - mean.detach())
         return merge_experts(experts, gates)(hidden_states, group[:, None], torch.ones_like(routing.weight[:, :1]))
 
 

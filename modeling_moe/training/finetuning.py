@@ -182,7 +182,9 @@ def _load_for_training(
         return model
     moves_buffers = getattr(model.config, "controller", None)
     if moves_buffers and not (lora_args.lora_router or lora_args.merge_lora):
-        raise UserError("merge_lora false would lose what the routers' controller moves in training: set lora_router true")
+        raise UserError(
+            "merge_lora false would lose what the routers' controller moves in training: set lora_router true"
+        )
     for module in model.modules():
         if isinstance(module, Router):
             module.float()  # PEFT does so for its own weights only

@@ -216,7 +216,8 @@ def test_saved_and_loaded_with_its_state(name, tmp_path):
         fresh = model_of(name).state_dict()
         moved = [key for key in before if not torch.equal(before[key], fresh[key])]
         assert moved, controller
-    assert torch.equal(logits_of(loaded.eval(), name), logits_of(model.eval(), name))
+    # matrices lie at other addresses, where BLAS may round otherwise
+    torch.testing.assert_close(logits_of(loaded.eval(), name), logits_of(model.eval(), name), atol=1e-5, rtol=1e-5)
 
 
 def test_every_controller_is_used_above():
@@ -229,7 +230,7 @@ COMPILED = [n for n in CAUSAL if n not in ("segment", "absolute_capacity")]
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_in_one_graph(name):
     torch.compiler.reset()
-    block = MoEBlock(tiny_config(**CAUSAL[name])).eval()
+    block = MoEBlock(tiny_config(**CAUSAL[name], experts_implementation="moe")).eval()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     if hasattr(block.gate, "init_weights"):
@@ -245,7 +246,8 @@ def test_global_balance_of_micro_batches_is_exact():
     fields = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 0.0, "router_aux_loss_scope": "global"}
     model = model_of("softmax", **fields).double().train()
     gates = [block.gate.weight for block in model.model.sparse_blocks()]
-    count = IDS[:, 1:].numel()
+    ids = torch.randint(3, 99, (4, 12))  # a quarter and three quarters are exact in binary
+    count = ids[:, 1:].numel()
 
     def gradients(batches):
         with exact_global_balance(model, batches):
@@ -256,11 +258,11 @@ def test_global_balance_of_micro_batches_is_exact():
         model.zero_grad()
         return grads
 
-    whole, split = gradients([{"input_ids": IDS}]), gradients([{"input_ids": IDS[:1]}, {"input_ids": IDS[1:]}])
+    whole, split = gradients([{"input_ids": ids}]), gradients([{"input_ids": ids[:1]}, {"input_ids": ids[1:]}])
     for a, b in zip(whole, split, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
     # without counting first, a micro-batch knows the earlier ones alone
-    for batch in (IDS[:1], IDS[1:]):
+    for batch in (ids[:1], ids[1:]):
         model(batch, labels=batch, num_items_in_batch=count).loss.backward()
     assert not torch.allclose(gates[0].grad, whole[0], atol=1e-12)
     model.update_routers()
