@@ -26,6 +26,7 @@ class ExpertChoiceRouter(VariableRouter):
     """
 
     causal = False
+    bounded = False
 
     def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         scores = scores.unflatten(0, (context.batch_size, -1))  # (B, S, E)
@@ -51,7 +52,7 @@ class ExpertThresholdRouter(VariableRouter):
     """
 
     own_controller = "threshold"
-    fp32_buffers = ("threshold", "threshold_steps")
+    fp32_tensors = ("threshold", "threshold_steps")
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)

@@ -411,35 +411,62 @@ class MoEConfig(PreTrainedConfig):
 
     def _refuse_unused(self, router: type[Router]) -> None:
         """Fields that would be ignored together are refused."""
-        plain = ROUTERS["topk"]
-        if self.router_gradient == "sparsemixer" and (self.router_type != "topk" or self.router_jitter_noise <= 0):
-            raise ValueError(
+        name, topk = router.__name__, issubclass(router, ROUTERS["topk"])
+        idle = self.num_null_experts + self.num_copy_experts
+        rules = [
+            (
+                self.router_gradient == "sparsemixer"
+                and (self.router_type != "topk" or self.router_jitter_noise <= 0),
                 "router_gradient='sparsemixer' draws the experts itself, among those within router_jitter_noise: set "
-                "router_type='topk' and a positive router_jitter_noise (0.01)."
-            )
-        if self.num_null_experts + self.num_copy_experts > 0 and (
-            router is not plain or self.n_group > 1 or self.num_hash_layers
-        ):
-            raise ValueError(
-                "num_null_experts and num_copy_experts need router_type='topk' without n_group or num_hash_layers: set them "
-                "to 0 or change these."
-            )
-        if self.num_copy_experts and self.router_gradient == "dense":
-            raise ValueError("router_gradient='dense' cannot compute copy experts: set num_copy_experts=0 or 'topk'.")
-        if self.router_selection_bias and not issubclass(router, plain):
-            raise ValueError(f"router_selection_bias has no effect with {router.__name__}: set it to False.")
-        if self.router_controller is not None and not self.router_selection_bias:
-            raise ValueError(
-                "router_controller and router_bias_update_rate move a bias that is not there: set router_selection_bias=True."
-            )
-        if self.router_controller in ("bias", "pid") and not self.router_bias_update_rate:
-            raise ValueError(
-                f"router_controller={self.router_controller!r} needs a step: set router_bias_update_rate."
-            )
-        if self.capacity_running and self.capacity_priority != "token":
-            raise ValueError("capacity_running follows the order of the tokens: set capacity_priority='token'.")
-        if self.has_capacity and self.router_type in ("soft", "segment"):
-            raise ValueError(f"router_type={self.router_type!r} drops no token: leave the capacity fields unset.")
+                "router_type='topk' and a positive router_jitter_noise (0.01).",
+            ),
+            (
+                idle and (router is not ROUTERS["topk"] or self.n_group > 1 or self.num_hash_layers),
+                "num_null_experts and num_copy_experts need router_type='topk' without n_group or num_hash_layers: set "
+                "them to 0 or change these.",
+            ),
+            (
+                self.router_gradient == "dense" and (self.num_copy_experts or router.mix is not Router.mix),
+                f"router_gradient='dense' cannot compute copy experts, nor {name}: set it to 'topk'.",
+            ),
+            (
+                self.router_selection_bias and not topk,
+                f"router_selection_bias has no effect with {name}: set it to False.",
+            ),
+            (
+                self.n_group > 1 and not (topk or self.router_type == "hierarchical"),
+                f"n_group has no effect with {name}: set it to 1.",
+            ),
+            (
+                self.max_experts_per_tok is not None and not router.bounded,
+                f"max_experts_per_tok has no effect with {name}: leave it unset.",
+            ),
+            (
+                self.router_seq_aux_loss_coef and router.variable_k,
+                f"router_seq_aux_loss_coef counts a fixed number of experts, which {name} has not: set it to 0, and "
+                "router_aux_loss_scope='sequence' for a balance of each sequence.",
+            ),
+            (
+                self.router_controller is not None and not self.router_selection_bias,
+                "router_controller and router_bias_update_rate move a bias that is not there: set "
+                "router_selection_bias=True.",
+            ),
+            (
+                self.router_controller in ("bias", "pid") and not self.router_bias_update_rate,
+                f"router_controller={self.router_controller!r} needs a step: set router_bias_update_rate.",
+            ),
+            (
+                self.capacity_running and self.capacity_priority != "token",
+                "capacity_running follows the order of the tokens: set capacity_priority='token'.",
+            ),
+            (
+                self.has_capacity and router.mix is not Router.mix,
+                f"{name} drops no token: leave the capacity fields unset.",
+            ),
+        ]
+        for refused, message in rules:
+            if refused:
+                raise ValueError(message)
 
     @property
     def num_router_outputs(self) -> int:

@@ -17,6 +17,7 @@ class VariableRouter(Router):
     """Uses the experts that `active` says; weights are the scores, not renormalised by default."""
 
     variable_k = True
+    bounded = True
     norm_topk_prob_default = False
 
     def __init__(self, config, layer_idx: int = 0):
@@ -132,7 +133,7 @@ class ReLURouter(VariableRouter):
     """
 
     own_controller = "sparsity"
-    fp32_buffers = ("sparsity_coef",)
+    fp32_tensors = ("sparsity_coef",)
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)

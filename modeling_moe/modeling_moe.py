@@ -335,7 +335,7 @@ class MoEPreTrainedModel(PreTrainedModel):
         buffers = {
             name
             for i, kind in enumerate(config.mlp_layer_types)
-            for name in (router_class(config, i).fp32_buffers if kind == "sparse" else ())
+            for name in (router_class(config, i).fp32_tensors if kind == "sparse" else ())
             if name != "e_score_correction_bias" or config.router_selection_bias
         }
         if buffers:

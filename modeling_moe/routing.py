@@ -165,12 +165,14 @@ class Router(nn.Module):
     causal: ClassVar[bool] = True
     # number of experts differs from token to token
     variable_k: ClassVar[bool] = False
+    # `max_experts_per_tok` has an effect
+    bounded: ClassVar[bool] = False
     # value of `norm_topk_prob` where the configuration gives none
     norm_topk_prob_default: ClassVar[bool] = True
     # controller that the router cannot do without, a key of `modeling_moe.balancing.CONTROLLERS`
     own_controller: ClassVar[str | None] = None
-    # buffers that stay fp32 when the model is cast
-    fp32_buffers: ClassVar[tuple[str, ...]] = ()
+    # buffers and parameters that stay fp32 when the model is cast
+    fp32_tensors: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__()
@@ -259,10 +261,11 @@ class Router(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # a cast to bf16 would make a buffer swallow its own updates, 0.5 + 0.001 = 0.5
-        before = {name: getattr(self, name) for name in self.fp32_buffers if getattr(self, name) is not None}
+        before = {name: getattr(self, name) for name in self.fp32_tensors if getattr(self, name) is not None}
+        before = {name: tensor.data for name, tensor in before.items()}
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
+        for name, tensor in before.items():
             after = getattr(self, name)
-            if after.dtype.itemsize < buffer.dtype.itemsize:
-                setattr(self, name, after.to(buffer.dtype) if buffer.is_meta else buffer.to(after.device))
+            if after.dtype.itemsize < tensor.dtype.itemsize:
+                after.data = after.data.to(tensor.dtype) if tensor.is_meta else tensor.to(after.device)
         return self

@@ -22,7 +22,7 @@ class TopKRouter(Router):
     is LongCat-Flash's (arXiv:2509.01322), with both kinds MoE++'s (arXiv:2410.07348) without its constant experts.
     """
 
-    fp32_buffers = ("e_score_correction_bias",)
+    fp32_tensors = ("e_score_correction_bias",)
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -398,11 +398,17 @@ class TaskGateRouter(TopKRouter):
 
 
 class FixedRouter(Router):
-    """Every token to every expert, with one weight for each expert that no token changes: what remains of a task."""
+    """Every token to every expert, with one weight for each expert that no token changes: what remains of a task.
+
+    The weights are `expert_weight` (E,), a parameter that stays fp32 in a model of another dtype, as all routing is.
+    """
+
+    fp32_tensors = ("expert_weight",)
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
-        self.weight = nn.Parameter(torch.empty(self.num_experts))
+        self.weight = None
+        self.expert_weight = nn.Parameter(torch.empty(self.num_experts, dtype=torch.float32))
 
     @classmethod
     def validate(cls, config) -> None:
@@ -410,12 +416,12 @@ class FixedRouter(Router):
             raise ValueError("router_type='fixed' uses all experts: set num_experts_per_tok to num_experts.")
 
     def init_weights(self, std: float) -> None:
-        init.constant_(self.weight, 1 / self.num_experts)
+        init.constant_(self.expert_weight, 1 / self.num_experts)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext | None = None) -> Routing:
         """Routes tokens (T, H)."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        weight = self.weight.to(dtype).expand(len(hidden_states), -1)
+        weight = self.expert_weight.to(dtype).expand(len(hidden_states), -1)
         index = torch.arange(self.num_experts, device=weight.device).expand_as(weight)
         return Routing(weight, weight, index, renormalise(weight))
 

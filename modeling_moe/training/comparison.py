@@ -422,11 +422,11 @@ def write_json(path: str, args: ComparisonArguments, results: list[RouterResult]
 
 def markdown_table(results: list[RouterResult]) -> str:
     """The table for a README."""
-    columns = ["router", "config line", "causal", "source", "held-out loss", "MaxVio", "H token / H marginal"]
-    lines = [columns, ["---"] * 4 + ["---:"] * 3]
+    columns = ["router", "config line", "causal", "source", "held-out", "experts", "MaxVio", "H token / marginal"]
+    lines = [columns, ["---"] * 4 + ["---:"] * 4]
     for result in results:
         row = [result.name, f"`{result.config_line}`", "yes" if result.causal else "no", result.source]
-        row += [f"{result.held_out_loss:.3f}", f"{result.max_vio:.2f}"]
+        row += [f"{result.held_out_loss:.3f}", f"{result.mean_experts:.1f}", f"{result.max_vio:.2f}"]
         row += [f"{result.token_entropy:.2f} / {result.marginal_entropy:.2f}"]
         lines.append([cell.replace("|", "\\|") for cell in row])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

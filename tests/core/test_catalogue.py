@@ -85,6 +85,19 @@ def logits_of(model, name, ids=IDS):
     return model(**batch_of(name, ids)).logits.detach()
 
 
+def routings_of(model, name, ids=IDS) -> list:
+    """What each sparse layer's router returned in one pass."""
+    routings = []
+    hooks = [
+        block.gate.register_forward_hook(lambda module, args, routing: routings.append(routing))
+        for block in model.model.sparse_blocks()
+    ]
+    model(**batch_of(name, ids))
+    for hook in hooks:
+        hook.remove()
+    return routings
+
+
 def leaks(name: str, training: bool) -> bool:
     """Whether earlier tokens or other rows notice a change, which has no effect on what they see otherwise."""
     model = model_of(name).double().train(training)
@@ -186,16 +199,9 @@ def test_routing_and_its_buffers_are_fp32_in_a_bf16_model(name, tmp_path):
     loaded = MoEForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for model in (loaded, model_of(name).to(torch.bfloat16)):
         for block in model.model.sparse_blocks():
-            for buffer in (getattr(block.gate, field) for field in block.gate.fp32_buffers):
+            for buffer in (getattr(block.gate, field) for field in block.gate.fp32_tensors):
                 assert buffer is None or buffer.dtype == torch.float32
-        routings = []
-        hooks = [
-            block.gate.register_forward_hook(lambda module, args, routing: routings.append(routing))
-            for block in model.model.sparse_blocks()
-        ]
-        model(**batch_of(name))
-        for hook in hooks:
-            hook.remove()
+        routings = routings_of(model, name)
         assert {t.dtype for r in routings for t in (r.logits, r.weight, r.probs)} == {torch.float32}
         for routing in routings:
             torch.testing.assert_close(routing.probs.sum(-1), torch.ones(len(routing.probs)))
@@ -288,3 +294,18 @@ def test_dropped_tokens_pass_on_their_residual():
     output = block(states)
     assert (output.abs().sum(-1) == 0).any()
     assert (output.abs().sum(-1) > 0).any()
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "moe", "moe_grouped_mm"])
+@pytest.mark.parametrize("name", ["null_and_copy", "top_p", "running_capacity", "expert_choice"])
+def test_transformers_experts_skip_empty_slots_too(name, implementation):
+    """As where this package is not installed; outputs and gradients of the eager loop."""
+    model, results = model_of(name).train(), []
+    for experts in ("eager", implementation):
+        model.set_experts_implementation(experts)
+        model.zero_grad()
+        logits = model(**batch_of(name)).logits
+        (logits.square().sum() / 1000).backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)

@@ -1,58 +1,84 @@
-"""Two gloo processes against one: gradients of a data-parallel step, and the load that moves the bias."""
+"""Two gloo processes against one that sees the same micro-batches: gradients, and what the controllers move."""
 
 import socket
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_moe import MoEForCausalLM
+from modeling_moe.balancing import exact_global_balance
 from tests.conftest import tiny_config
 
 
 RANKS = 2
 IDS = torch.arange(3, 39).view(4, 9)
+# uneven: one row here, three there
+ROWS = (slice(0, 1), slice(1, 4))
+BIAS = {"router_selection_bias": True, "router_bias_update_rate": 0.01}
+KINDS = {
+    "bias": {"scoring_func": "sigmoid", **BIAS},
+    "pid": {"num_null_experts": 3, "router_controller": "pid", "expected_experts_per_tok": 2, **BIAS},
+    "quantile": {"router_selection_bias": True, "router_controller": "quantile"},
+    "threshold": {"router_type": "expert_threshold"},
+    "sparsity": {"router_type": "relu", "router_sparsity_coef": 0.01},
+    "global_balance": {"router_aux_loss_coef": 1.0, "router_aux_loss_scope": "global"},
+}
 
 
-def build() -> MoEForCausalLM:
-    """The same weights on every rank; the balance loss is off, which is no sum over tokens."""
+def build(kind: str) -> MoEForCausalLM:
+    """The same weights on every rank; balance losses that are no sum over tokens are off."""
     torch.manual_seed(0)
     fields = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.5}
-    bias = {"scoring_func": "sigmoid", "router_selection_bias": True, "router_bias_update_rate": 0.01}
-    return MoEForCausalLM(tiny_config(**fields, **bias)).train()
+    return MoEForCausalLM(tiny_config(**(fields | KINDS[kind]))).train()
 
 
-def one_step(model, rows: slice, ranks: int) -> None:
+def backward(model, rows: slice, ranks: int) -> None:
     loss = model(IDS[rows], labels=IDS[rows], num_items_in_batch=IDS[:, 1:].numel()).loss
     (loss * ranks).backward()  # as `Trainer` does, since the ranks' gradients are averaged
 
 
+def state_after_step(model) -> dict[str, torch.Tensor]:
+    """Gradients and buffers."""
+    model.update_routers()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return gradients | dict(model.named_buffers())
+
+
 def rank_main(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
-    model = build()
-    # uneven: one row here, three there
-    one_step(DistributedDataParallel(model), slice(0, 1) if rank == 0 else slice(1, 4), RANKS)
-    model.update_routers()
-    result = {name: parameter.grad for name, parameter in model.named_parameters()}
-    result |= {name: buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")}
-    torch.save(result, f"{folder}/{rank}.pt")
+    for kind in KINDS:
+        model = build(kind)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=kind == "sparsity")
+        backward(wrapped, ROWS[rank], RANKS)
+        torch.save(state_after_step(model), f"{folder}/{kind}{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_equal_one(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What each rank has after one step of each kind."""
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(rank_main, args=(port, str(tmp_path)), nprocs=RANKS)
-    model = build()
-    one_step(model, slice(0, 4), 1)
-    model.update_routers()
-    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    expected |= {name: buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")}
-    assert any(bias.any() for name, bias in expected.items() if name.endswith("correction_bias"))
+    multiprocessing.spawn(rank_main, args=(port, str(folder)), nprocs=RANKS)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_equal_one(kind, folder):
+    model = build(kind)
+    with exact_global_balance(model, [{"input_ids": IDS[rows]} for rows in ROWS]):
+        for rows in ROWS:
+            backward(model, rows, 1)
+    expected, fresh = state_after_step(model), dict(build(kind).named_buffers())
+    if kind != "global_balance":
+        assert any(not torch.equal(buffer, fresh[name]) for name, buffer in expected.items() if name in fresh)
     for rank in range(RANKS):
-        got = torch.load(tmp_path / f"{rank}.pt")
+        got = torch.load(folder / f"{kind}{rank}.pt")
         assert got.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(got[name], tensor, atol=1e-6, rtol=1e-4, msg=name)

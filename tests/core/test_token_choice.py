@@ -597,10 +597,10 @@ def test_fixed_weights_mix_all_experts():
     block = block_of(router_type="fixed", num_experts=4, num_experts_per_tok=4)
     tokens = double(6, 8)
     expected = torch.stack(
-        [sum(block.gate.weight[i] * expert_output(block, i, token) for i in range(4)) for token in tokens]
+        [sum(block.gate.expert_weight[i] * expert_output(block, i, token) for i in range(4)) for token in tokens]
     )
     torch.testing.assert_close(block(tokens[None])[0], expected)
-    gradients_agree(block(tokens[None])[0], expected, [block.gate.weight], 1e-10)
+    gradients_agree(block(tokens[None])[0], expected, [block.gate.expert_weight], 1e-10)
     with pytest.raises(ValueError, match="num_experts_per_tok"):
         tiny_config(router_type="fixed")
 

@@ -19,8 +19,10 @@ IDS = torch.arange(3, 39).view(4, 9)
 
 def build(kind: str):
     torch.manual_seed(0)
-    if kind == "moe":
-        return MoEForCausalLM(tiny_config(num_experts=6, router_aux_loss_coef=0.0, router_z_loss_coef=0.0))
+    if kind.startswith("moe"):
+        # null experts leave slots empty, copy experts need no exchange
+        empty = {"num_null_experts": 2, "num_copy_experts": 1} if kind == "moe_with_empty_slots" else {}
+        return MoEForCausalLM(tiny_config(num_experts=6, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, **empty))
     config = AutoConfig.for_model(
         "mixtral", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=6, vocab_size=99, num_experts_per_tok=3,
@@ -60,7 +62,7 @@ def rank_main(rank: int, port: int, folder: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["all_reduce", "all_to_all"])
-@pytest.mark.parametrize("kind", ["moe", "mixtral"])
+@pytest.mark.parametrize("kind", ["moe", "moe_with_empty_slots", "mixtral"])
 def test_two_ranks_equal_one(kind, implementation, tmp_path):
     build(kind).save_pretrained(tmp_path)
     with socket.socket() as free:

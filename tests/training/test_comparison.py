@@ -86,10 +86,10 @@ def test_json_png_markdown_and_table(flags, tmp_path, monkeypatch, capsys):
         assert 0 < router["token_entropy"] <= router["marginal_entropy"] + 1e-6 <= math.log(4) + 2e-6
     assert files["plot"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     header, rule, first, second = files["markdown"].read_text().splitlines()
-    assert header == "| router | config line | causal | source | held-out loss | MaxVio | H token / H marginal |"
-    assert rule.count("---") == 7
+    assert header == "| router | config line | causal | source | held-out | experts | MaxVio | H token / marginal |"
+    assert rule.count("---") == 8
     assert first.startswith(r"| plain | `router_type='topk', capacity_factor=1.0` | yes | a\|b | ")
-    assert f"| no | c | {soft['held_out_loss']:.3f} | {soft['max_vio']:.2f} |" in second
+    assert f"| no | c | {soft['held_out_loss']:.3f} | {soft['mean_experts']:.1f} | {soft['max_vio']:.2f} |" in second
     assert f"{plain['train_loss']:.3f}" in capsys.readouterr().out
 
 
