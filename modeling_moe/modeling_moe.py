@@ -39,14 +39,15 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .balancing import CONTROLLERS, RouterTotals, all_ranks, update_routers
-from .capacity import Capacity, count_dropped
+from .balancing import CONTROLLERS, RouterTotals, update_routers
+from .capacity import Capacity
 from .checkpoints import fuse_experts, refuse_incomplete, register_expert_layout
 from .configuration_moe import MoEConfig
-from .losses import LOSSES, AttachLoss, balance, loss_share, mean_probs, router_losses
-from .outputs import MoECausalLMOutput, MoEModelOutput, RouterSignals, detach_router_logits
+from .losses import LOSSES, AttachLoss, loss_share
+from .outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
+from .router_signals import RouterSignals, collect, measure
 from .routers import router_class
-from .routing import Router, Routing, RoutingContext, expert_load
+from .routing import Router, RoutingContext
 
 
 class MoEAttention(nn.Module):
@@ -213,8 +214,8 @@ class MoEBlock(nn.Module):
             self.shared_experts = MoEMLP(config, config.shared_expert_intermediate_size, config.gated_experts)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
-        controlled = config.controller is not None and layer_idx >= config.num_hash_layers
-        self.controller = CONTROLLERS[config.controller] if controlled else None
+        name = config.controller
+        self.controller = None if name is None or layer_idx < config.num_hash_layers else CONTROLLERS[name]
 
     def forward(
         self,
@@ -233,27 +234,8 @@ class MoEBlock(nn.Module):
         elif self.shared_experts is not None:
             output = output + self.shared_experts(tokens)
         if signals is not None:
-            signals += self.signals(chosen, routing, context)
+            signals += measure(self, chosen, routing, context)
         return output.view_as(hidden_states)
-
-    def signals(self, chosen: Routing, routing: Routing, context: RoutingContext) -> RouterSignals:
-        """What the model makes losses and statistics of, from the routing before and after capacity."""
-        mask = context.token_mask
-        own_loss = self.gate.own_loss(chosen, mask)
-        losses = router_losses(chosen, context, self.config)
-        with torch.no_grad():
-            statistics = losses.new_zeros(0)
-            if self.controller is not None:
-                statistics = self.controller.measure(self.gate, chosen, mask)
-            elif self.config.controller is not None:
-                statistics = losses.new_zeros(CONTROLLERS[self.config.controller].size(self.gate.num_outputs))
-        return RouterSignals(
-            losses=torch.cat([losses, losses.new_zeros(1) if own_loss is None else own_loss[None]]),
-            load=expert_load(chosen, mask),
-            probs=mean_probs(chosen, mask)[0],
-            statistics=statistics,
-            dropped=count_dropped(chosen, routing, mask),
-        )
 
 
 class MoEDecoderLayer(GradientCheckpointingLayer):
@@ -283,10 +265,7 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         collect_signals: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Maps (B, S, H) to (B, S, H); with `collect_signals` the router's signals follow it in a tuple.
-
-        They are outputs, and not kept on the side, because that is what every kind of checkpointing differentiates.
-        """
+        """Maps (B, S, H) to (B, S, H); with `collect_signals` the router's signals follow it in a tuple."""
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
@@ -402,9 +381,9 @@ class MoEModel(MoEPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        outputs, layers = config.num_router_outputs, config.mlp_layer_types.count("sparse")
+        outputs = config.num_router_outputs
         self.router_totals = RouterTotals(
-            layers,
+            len(self.sparse_blocks()),
             statistics=CONTROLLERS[config.controller].size(outputs) if config.controller is not None else 0,
             load=outputs if config.router_aux_loss_scope == "global" else 0,
             drops=config.has_capacity,
@@ -475,7 +454,7 @@ class MoEModel(MoEPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        collect = self.training or output_router_logits
+        wants_signals = self.training or output_router_logits
         context = self._routing_context(inputs_embeds, input_ids, attention_mask, task_ids)
 
         signals = []
@@ -488,15 +467,15 @@ class MoEModel(MoEPreTrainedModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 routing_context=context,
-                collect_signals=collect,
+                collect_signals=wants_signals,
                 **kwargs,
             )
-            hidden_states, *signal = output if collect else (output,)
+            hidden_states, *signal = output if wants_signals else (output,)
             if signal:
                 signals.append(RouterSignals(*signal))
 
         hidden_states = self.norm(hidden_states)
-        router_outputs = self._router_outputs(signals, hidden_states.device)
+        router_outputs = collect(self, signals) if signals else {}
         if attach_router_loss and "router_loss" in router_outputs:
             router_loss = self.router_loss_scale * router_outputs.pop("router_loss")
             hidden_states = AttachLoss.apply(hidden_states, router_loss)
@@ -542,35 +521,6 @@ class MoEModel(MoEPreTrainedModel):
         if input_ids is not None:
             input_ids = input_ids.reshape(-1)
         return RoutingContext(batch_size, token_mask, input_ids, task_ids)
-
-    def _router_outputs(self, signals: list[RouterSignals], device: torch.device) -> dict[str, torch.Tensor]:
-        """What the sparse layers' signals add to the output; in training also counts for the controllers."""
-        if not signals:
-            return {}
-        signals = RouterSignals(
-            *(torch.stack([x.to(device) for x in layers]) for layers in zip(*signals, strict=True))
-        )
-        losses, name = signals.losses.mean(dim=0), "router_aux_loss_coef"
-        totals = self.router_totals
-        if self.training and totals.load is not None:
-            load = totals.load_of_step
-            if load is None:
-                load = totals.load.add_(all_ranks(signals.load.detach().to(totals.load)))
-            global_balance = balance(load.to(signals.probs), signals.probs, self.config.num_experts).mean()
-            losses = torch.cat([global_balance[None], losses[1:]])
-        outputs = {"aux_loss": losses[list(LOSSES).index(name)].detach(), "expert_load": signals.load.detach()}
-        if self.config.has_capacity:
-            outputs["dropped_share"] = signals.dropped[:, 0] / signals.dropped[:, 1].clamp(min=1)
-        if not self.training:
-            return outputs
-        if self.has_router_losses:
-            coefficients = losses.new_tensor([*(getattr(self.config, name) for name in LOSSES), 1.0])
-            outputs["router_loss"] = (coefficients * losses).sum()
-        if totals.statistics is not None:
-            totals.statistics += signals.statistics.detach().to(totals.statistics)
-        if totals.dropped is not None:
-            totals.dropped += signals.dropped.sum(dim=0).to(totals.dropped)
-        return outputs
 
 
 class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):

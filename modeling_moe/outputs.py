@@ -3,28 +3,9 @@
 
 from dataclasses import dataclass
 from functools import wraps
-from typing import NamedTuple
 
 import torch
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-
-
-class RouterSignals(NamedTuple):
-    """What a sparse layer tells the model beside its output; tensors, so that checkpointing recomputes them.
-
-    Attributes:
-        losses: (losses,), the router losses and last the router's own.
-        load: (E + Z,), tokens sent to each expert.
-        probs: (E + Z,), mean probabilities.
-        statistics: (n,), what the controller measures; nothing without one.
-        dropped: (2,), assignments dropped and made.
-    """
-
-    losses: torch.Tensor
-    load: torch.Tensor
-    probs: torch.Tensor
-    statistics: torch.Tensor
-    dropped: torch.Tensor
 
 
 @dataclass

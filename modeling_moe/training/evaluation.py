@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..cli import UserError
 from ..files import load_source, load_tokenizer
+from ..metrics import max_violation
 from .data import DataArguments, pack
 
 
@@ -99,8 +100,7 @@ def balance(load: torch.Tensor) -> tuple[list[float], float]:
     """
     load = load.double()
     share = load / load.sum(dim=-1, keepdim=True).clamp(min=1)
-    max_vio = share.amax(dim=-1) * load.shape[-1] - 1
-    return share.mean(dim=0).tolist(), max_vio.mean().item()
+    return share.mean(dim=0).tolist(), max_violation(load).mean().item()
 
 
 @torch.no_grad()

@@ -164,6 +164,7 @@ SHIPPED = {
     "losses.py",
     "modeling_moe.py",
     "outputs.py",
+    "router_signals.py",
     "routers.py",
     "routing.py",
     "soft_mixture.py",
