@@ -123,6 +123,8 @@ class BaseRouter(TopKRouter):
             raise ValueError(
                 f"num_experts_per_tok is {config.num_experts_per_tok}: router_type='base' assigns each token to 1 expert."
             )
+        if config.router_selection_bias or config.n_group > 1:
+            raise ValueError("router_type='base' balances by itself: set router_selection_bias=False and n_group=1.")
 
     def route(self, logits: torch.Tensor, context: RoutingContext):
         if not self.training:

