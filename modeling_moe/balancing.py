@@ -52,7 +52,7 @@ class BiasController(Controller):
 
 class ProportionalController(Controller):
     """`b_i += rate * (K_e / (K E) - load_i / (K T))` for experts with weights, so that a token uses
-    `expected_experts_per_tok` (K_e) of them on average (LongCat-Flash, arXiv:2509.01322, eq. 3)."""
+    `expected_experts_per_tok` (K_e) of them on average (LongCat-Flash, arXiv:2509.01322)."""
 
     def step_layer(self, router: Any, total: torch.Tensor) -> None:
         real = router.num_experts
@@ -126,7 +126,7 @@ class ThresholdController(Controller):
 
 class SparsityController(Controller):
     """Multiplies `sparsity_coef` by `router_sparsity_step` if tokens use more than K experts, averaged over the layers,
-    and divides it by that if they use fewer (ReMoE, arXiv:2412.14711, eq. 9)."""
+    and divides it by that if they use fewer (ReMoE, arXiv:2412.14711)."""
 
     def size(self, num_outputs: int) -> int:
         return 2

@@ -2,7 +2,7 @@
 """Routers that look at many tokens at once, and what makes one of them fit for a causal language model.
 
 In a causal model a token's experts must not depend on later tokens: choosing among all tokens of a sequence tells each
-one which experts the later ones did not take (arXiv:2408.15664, section 4.2). Such routers say so by `causal = False` and
+one which experts the later ones did not take (arXiv:2408.15664). Such routers say so by `causal = False` and
 the configuration refuses them unless `allow_noncausal` is set.
 
 # B sequences, S tokens of each, T = B*S, E experts, K slots per token
@@ -20,7 +20,7 @@ from .token_choice import TopKRouter
 
 
 class ExpertChoiceRouter(VariableRouter):
-    """Each expert takes its `ceil(n K / E)` best of a sequence's n tokens (Zhou et al., arXiv:2202.09368, eq. 1-3).
+    """Each expert takes its `ceil(n K / E)` best of a sequence's n tokens (Zhou et al., arXiv:2202.09368).
 
     Within each sequence, so that sequences do not depend on each other; padding is never taken. Not causal.
     """
@@ -75,7 +75,7 @@ class SinkhornRouter(TopKRouter):
     """In training, the K experts with the most of a token in a transport plan that fills all experts evenly; in
     evaluation the K highest scores.
 
-    The plan is the Sinkhorn scaling of the scores (Clark et al., arXiv:2202.01169, section 3.1): rows sum to 1 / T, columns
+    The plan is the Sinkhorn scaling of the scores (Clark et al., arXiv:2202.01169): rows sum to 1 / T, columns
     to 1 / E. It couples all tokens of the batch, so training is not causal.
     """
 
@@ -108,7 +108,7 @@ def sinkhorn(scores: torch.Tensor, iterations: int, token_mask: torch.Tensor | N
 
 class BaseRouter(TopKRouter):
     """In training, the assignment of tokens to experts with the highest total score in which every expert gets
-    `ceil(T / E)` tokens at most; in evaluation each token's best expert (BASE layers, arXiv:2103.16716, eq. 1-3).
+    `ceil(T / E)` tokens at most; in evaluation each token's best expert (BASE layers, arXiv:2103.16716).
 
     `num_experts_per_tok=1`, `norm_topk_prob=False`; the paper's weight is the sigmoid: `scoring_func="sigmoid"`. The
     assignment couples all tokens of the batch, so training is not causal.

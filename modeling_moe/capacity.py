@@ -18,8 +18,8 @@ class Capacity:
 
     The limit is `ceil(factor * A / E)` with A the assignments `n K` of a sequence's n tokens (Megatron, DeepSpeed), or n
     without `capacity_includes_k` (Switch, arXiv:2101.03961, eq. 3); or the same with the tokens so far in the place of n
-    (`capacity_running`); or `expert_capacity`. Only the last two give a token the same experts whatever follows it, in
-    decoding as in one pass.
+    (`capacity_running`); or `expert_capacity`. The last two, with tokens in their order, give a token the same experts
+    whatever follows it, in decoding as in one pass.
     """
 
     def __init__(self, config, layer_idx: int = 0):
@@ -88,8 +88,7 @@ class Capacity:
 
     def _by_priority(self, index: torch.Tensor, limit: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Slots (B, S, K) that find room if all first choices come before all second ones (GShard, arXiv:2006.16668), and
-        with `capacity_priority="probability"` tokens in the order of their largest weight (V-MoE, arXiv:2106.05974,
-        algorithm 2)."""
+        with `capacity_priority="probability"` tokens in the order of their largest weight (V-MoE, arXiv:2106.05974)."""
         batch, sequence, slots = index.shape
         order = torch.arange(sequence, device=index.device).expand(batch, -1)
         if self.priority == "probability":

@@ -46,7 +46,7 @@ class VariableRouter(Router):
 
 
 class TopPRouter(VariableRouter):
-    """The fewest experts whose probabilities sum to `router_top_p` (Huang et al., arXiv:2403.07652, eq. 3-4).
+    """The fewest experts whose probabilities sum to `router_top_p` (Huang et al., arXiv:2403.07652).
 
     The paper also adds the entropy of the probabilities to the loss: `router_entropy_loss_coef`, 1e-4 there.
     """
@@ -125,7 +125,7 @@ class ContinuousRouter(VariableRouter):
 
 
 class ReLURouter(VariableRouter):
-    """`weight = relu(logit)`: a token uses the experts with a positive one (ReMoE, arXiv:2412.14711, eq. 6-10).
+    """`weight = relu(logit)`: a token uses the experts with a positive one (ReMoE, arXiv:2412.14711).
 
     Its own loss `lambda * mean_t sum_i f_i weight_ti`, with `f_i = E * c_i / (K T)`, makes the weights sparse and balanced;
     the buffer `sparsity_coef` is lambda, which a controller multiplies by `router_sparsity_step` (1.2) or divides by it once
@@ -161,7 +161,7 @@ class ReLURouter(VariableRouter):
 def relu_loss(routing: Routing, top_k: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """`mean_t sum_i f_i w_ti` with `f_i = E * c_i / (K T)`: the weights' L1 norm, more of it for busy experts.
 
-    ReMoE (arXiv:2412.14711), eq. 10.
+    ReMoE (arXiv:2412.14711).
 
     Args:
         routing: of T tokens.

@@ -26,7 +26,7 @@ def balance(load: torch.Tensor, probs: torch.Tensor, num_experts: int | None = N
     """`sum_i N f_i P_i` with f_i expert i's share of the load, P_i its mean probability, N their number: (...).
 
     Experts beyond the first `num_experts`, which have no weights, each count with the mean share of all of them: which one
-    a token takes makes no difference (AdaMoE, arXiv:2406.13233, section 3.3).
+    a token takes makes no difference (AdaMoE, arXiv:2406.13233).
 
     Args:
         load: (..., N), without gradient.
@@ -100,7 +100,7 @@ def load_loss(
 
 
 def router_entropy_loss(routing: Routing, token_mask: torch.Tensor | None = None, **_) -> torch.Tensor:
-    """Mean entropy of the tokens' probabilities, in nats: low when the router is sure (arXiv:2403.07652, eq. 6)."""
+    """Mean entropy of the tokens' probabilities, in nats: low when the router is sure (arXiv:2403.07652)."""
     return masked_mean(torch.special.entr(routing.probs).sum(dim=-1), token_mask)
 
 

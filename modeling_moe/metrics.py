@@ -68,7 +68,7 @@ class Entropies(NamedTuple):
 
 @torch.no_grad()
 def entropies(routing: Routing, token_mask: torch.Tensor | None = None) -> Entropies:
-    """The three entropies of T tokens, which a single one confuses (token: arXiv:2403.07652, eq. 6; difference: as
+    """The three entropies of T tokens, which a single one confuses (token: arXiv:2403.07652; difference: as
     Mod-Squad's of task and expert, arXiv:2212.08066)."""
     token = masked_mean(torch.special.entr(routing.probs).sum(dim=-1), token_mask)
     marginal = torch.special.entr(masked_mean(routing.probs, token_mask)).sum(dim=-1)
@@ -92,7 +92,7 @@ def gate_margin(routing: Routing, token_mask: torch.Tensor | None = None) -> tor
 def co_activation(routing: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Share of the tokens that use both of two experts: (E + Z, E + Z), with that of each expert on the diagonal.
 
-    A row divided by its diagonal is OLMoE's co-activation (arXiv:2409.02060, section 5.2).
+    A row divided by its diagonal is OLMoE's co-activation (arXiv:2409.02060).
     """
     tokens, outputs = routing.probs.shape
     used = routing.probs.new_zeros(tokens, outputs + 1).scatter(-1, routing.index, 1.0)[:, :outputs]
@@ -109,7 +109,7 @@ def expert_domain_share(
 ) -> torch.Tensor:
     """Share of each domain's assignments that go to each expert; 0 for a domain without any.
 
-    With K slots per token it is OLMoE's domain specialisation (arXiv:2409.02060, section 5.3) over K.
+    With K slots per token it is OLMoE's domain specialisation (arXiv:2409.02060) over K.
 
     Args:
         routing: of T tokens.

@@ -63,8 +63,7 @@ class SoftRouter(Router):
 
 
 class SegmentRouter(Router):
-    """One merged expert for each segment of a sequence, its weights mixed by the segment before (Lory, arXiv:2405.03133,
-    section 3.2).
+    """One merged expert for each segment of a sequence, its weights mixed by the segment before (Lory, arXiv:2405.03133).
 
     The gate is a softmax of the mean of the `segment_length` tokens before the segment. The paper lets the first segment
     see itself; here it mixes all experts evenly, so that no token sees a later one, nor does a prompt's length matter.

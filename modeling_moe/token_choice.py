@@ -151,7 +151,7 @@ class GShardRouter(TopKRouter):
 class SparseMixerRouter(TopKRouter):
     """K experts drawn one after another, with a gradient for the draw: `router_gradient="sparsemixer"`.
 
-    SparseMixer-v2 (GRIN, arXiv:2409.12136, section 3): each draw is from the softmax over the logits within
+    SparseMixer-v2 (GRIN, arXiv:2409.12136): each draw is from the softmax over the logits within
     `2 * router_jitter_noise` (relative) of the largest; its probability is the weight, times 1/3 in three of four draws
     that miss the largest (Heun's third-order method), which the gradient does not see. Weights are not renormalised.
     """
@@ -271,7 +271,7 @@ def hash_table(vocab_size: int, num_experts: int, top_k: int, seed: int, counts:
         vocab_size, num_experts, top_k: V, E and K.
         seed: of the random choice.
         counts: (V,), how often each id occurs: then ids go, most frequent first, to the experts that have received the
-            fewest tokens so far ("balanced" hashing, arXiv:2106.04426, section 3.2); None draws at random.
+            fewest tokens so far ("balanced" hashing, arXiv:2106.04426); None draws at random.
 
     Returns:
         (V, K) int64 on the CPU.
@@ -362,7 +362,7 @@ def task_of(context: RoutingContext) -> torch.Tensor:
 class TaskRouter(TopKRouter):
     """Routes whole sequences by their task: the gate sees a learned embedding of it in the place of the token.
 
-    Task-level routing (Kudugunta et al., arXiv:2110.03742, section 3): all tokens of a task share K experts, which
+    Task-level routing (Kudugunta et al., arXiv:2110.03742): all tokens of a task share K experts, which
     [`~modeling_moe.upcycling.extract_task`] takes out as a model of its own.
     """
 
@@ -381,7 +381,7 @@ class TaskRouter(TopKRouter):
 
 
 class TaskGateRouter(TopKRouter):
-    """A gate for each task over shared experts (MMoE, Ma et al., KDD 2018, eq. 6-7).
+    """A gate for each task over shared experts (MMoE, Ma et al., KDD 2018).
 
     The paper mixes all experts: `num_experts_per_tok=num_experts`; fewer make it sparse.
     """

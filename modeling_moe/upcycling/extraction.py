@@ -32,7 +32,7 @@ def extract_task(model: MoEForCausalLM, task: int) -> MoEForCausalLM:
     """The model of one task, with the experts that it uses and no other; its logits are the same to the last bit.
 
     Task-level routing sends all tokens of a task to the same K experts of a layer with the same weights, so that they can
-    be served alone (Kudugunta et al., arXiv:2110.03742, section 3.3).
+    be served alone (Kudugunta et al., arXiv:2110.03742).
 
     Args:
         model: with `router_type="task"`, on any device; it is left as it is.
