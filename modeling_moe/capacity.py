@@ -9,7 +9,7 @@ Each sequence of the batch is counted by itself, padding counts for nothing, and
 
 import torch
 
-from .routing import Routing, RoutingContext, extend_history
+from .routing import Routing, RoutingContext, extend_history, history_slot
 
 
 class Capacity:
@@ -28,7 +28,7 @@ class Capacity:
         self.absolute, self.running = config.expert_capacity, config.capacity_running
         self.per_token = self.top_k if config.capacity_includes_k else 1
         self.priority = config.capacity_priority
-        self.history = config.num_hidden_layers + layer_idx
+        self.history = history_slot(config, layer_idx)
 
     def __call__(self, routing: Routing, context: RoutingContext, training: bool) -> Routing:
         """The routing of T tokens with the slots that found no room emptied.

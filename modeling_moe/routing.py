@@ -81,6 +81,11 @@ def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.
     return (mask * values).sum(dim=0) / mask.sum().clamp(min=1)
 
 
+def history_slot(config, layer_idx: int) -> int:
+    """Index of the layer in the cache that holds what a sparse layer keeps of earlier tokens; the layers leave no gap."""
+    return config.num_hidden_layers + config.mlp_layer_types[:layer_idx].count("sparse")
+
+
 def extend_history(cache, slot: int, states: torch.Tensor) -> torch.Tensor:
     """Keeps `states` (B, S, N) of the newest tokens in the cache, after those of earlier ones, and returns all.
 
@@ -88,7 +93,7 @@ def extend_history(cache, slot: int, states: torch.Tensor) -> torch.Tensor:
 
     Args:
         cache: as `generate` makes it; None for a sequence that begins here.
-        slot: index of that layer, beyond the model's own.
+        slot: index of that layer, see [`history_slot`].
         states: (B, S, N).
 
     Returns:
@@ -242,9 +247,12 @@ class Router(nn.Module):
     def mix(self, experts: nn.Module, hidden_states: torch.Tensor, routing: Routing, context: RoutingContext):
         """Output (T, H) for tokens (T, H): the weighted sum of the chosen experts', a copy expert's being the token."""
         index, weight = routing.index, routing.weight
+        real = index < self.num_experts
+        if self.num_copies:
+            # some of transformers' functions tell an empty slot by its weight
+            weight = weight.where(real, 0.0)
         if experts.num_experts < self.num_experts:
             # transformers' exchange between processes knows no empty slot: an expert gets the token, with weight 0
-            real = index < self.num_experts
             index, weight = index.where(real, 0), weight.where(real, 0.0)
         if self.training and self.gradient == "dense":
             dense = dense_gradient(experts, hidden_states, self.dense_weight(routing))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .routing import Router, Routing, RoutingContext, extend_history, fp32_linear
+from .routing import Router, Routing, RoutingContext, extend_history, fp32_linear, history_slot
 
 
 class SoftRouter(Router):
@@ -72,7 +72,7 @@ class SegmentRouter(Router):
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
         self.segment_length = config.segment_length
-        self.history = config.num_hidden_layers + layer_idx
+        self.history = history_slot(config, layer_idx)
 
     def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         tokens = hidden_states.unflatten(0, (context.batch_size, -1))

@@ -4,6 +4,8 @@ import logging
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from transformers.utils import logging as transformers_logging
 
 from modeling_moe import MoEForCausalLM
@@ -228,7 +230,9 @@ def test_every_controller_is_used_above():
     assert {tiny_config(**fields).controller for fields in ALL.values()} - {None} == set(CONTROLLERS)
 
 
-COMPILED = [n for n in CAUSAL if n not in ("segment", "absolute_capacity")]
+# transformers before 5.23 cannot trace the backward of the product that `hierarchical` takes from it
+OLD = version.parse(transformers.__version__) < version.parse("5.23")
+COMPILED = [n for n in CAUSAL if n != "segment" and not (n == "hierarchical" and OLD)]
 
 
 @pytest.mark.parametrize("name", COMPILED)
