@@ -223,7 +223,7 @@ def exact_global_balance(model: nn.Module, batches: Iterable[dict]):
     """Makes the gradients of the balance loss of scope `"global"` add up over micro-batches to the whole batch's, exactly.
 
     The shares f of the whole optimizer step have to be known before the first backward. Outside, a micro-batch knows its
-    own and earlier ones; this runs all of them once without gradient to count. Enter it at the beginning of a step,
+    own and earlier ones; this runs all of them once without gradient to count (a router with noise draws other noise then). Enter it at the beginning of a step,
     on all ranks.
 
     Args:

@@ -108,7 +108,7 @@ class MoEConfig(PreTrainedConfig):
         router_aux_loss_coef: weight of the load-balancing loss, in training (Switch, arXiv:2101.03961, eq. 4).
             transformers' loss of the same name is `num_experts_per_tok` times larger.
         router_aux_loss_scope: balance of what: each `"sequence"`, the `"batch"`, or `"global"`: all ranks and micro-batches of
-            an optimizer step so far (arXiv:2501.11873).
+            an optimizer step so far (arXiv:2501.11873); steps end with `update_routers`, which `MoECallback` calls.
         router_z_loss_coef: weight of the router's z-loss, in training (ST-MoE, arXiv:2202.08906, eq. 5).
         router_seq_aux_loss_coef: weight of DeepSeek-V3's sequence-wise balance loss; 1e-4 there.
         router_importance_loss_coef: weight of Shazeer's importance loss (arXiv:1701.06538); 0.1 there.
@@ -478,6 +478,11 @@ class MoEConfig(PreTrainedConfig):
         """Whether an expert can be full."""
         limits = (self.capacity_factor, self.eval_capacity_factor, self.expert_capacity)
         return any(limit is not None for limit in limits)
+
+    @property
+    def leaves_slots_empty(self) -> bool:
+        """Whether a token may have fewer than K experts with weights."""
+        return self.num_router_outputs > self.num_experts or self.has_capacity or router_class(self).variable_k
 
     @property
     def controller(self) -> str | None:

@@ -24,14 +24,6 @@ class VariableRouter(Router):
         super().__init__(config, layer_idx)
         self.max_experts = config.max_experts_per_tok
 
-    @classmethod
-    def validate(cls, config) -> None:
-        if config.num_null_experts or config.num_copy_experts:
-            raise ValueError(
-                f"router_type={config.router_type!r} varies the number of experts by itself: set num_null_experts and "
-                "num_copy_experts to 0, or router_type='topk'."
-            )
-
     def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         active = self.active(scores)
         slots = torch.arange(self.num_outputs, device=scores.device).expand_as(scores)
@@ -83,7 +75,6 @@ class ContinuousRouter(VariableRouter):
 
     @classmethod
     def validate(cls, config) -> None:
-        super().validate(config)
         if config.router_threshold_mode == "budget" and config.num_experts_per_tok >= config.num_experts:
             raise ValueError(
                 f"num_experts_per_tok ({config.num_experts_per_tok}) is no budget for {config.num_experts} experts: "

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from .capacity import count_dropped
 from .routing import Routing, expert_load, fp32_linear, masked_mean
 
 
@@ -45,11 +46,8 @@ def mean_experts(
 @torch.no_grad()
 def dropped_share(before: Routing, after: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Share of the assignments `before` the capacity that are empty `after` it, a scalar; 0 if there were none."""
-    had = before.index < before.probs.shape[-1]
-    if token_mask is not None:
-        had = had & (token_mask > 0)[:, None]
-    lost = had & (after.index >= after.probs.shape[-1])
-    return lost.sum().to(before.probs.dtype) / had.sum().clamp(min=1)
+    dropped, assigned = count_dropped(before, after, token_mask)
+    return dropped / assigned.clamp(min=1)
 
 
 class Entropies(NamedTuple):

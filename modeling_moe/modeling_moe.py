@@ -196,8 +196,8 @@ class MoEExperts(ExpertsBase):
         super().__init__(config)
         # transformers' decorator sets these for the class; here they are the config's
         self.has_gate, self.has_bias = config.gated_experts, config.mlp_bias
-        # transformers' functions skip ids beyond the last expert under this flag alone
-        self._is_expert_parallel = True
+        # under this flag alone transformers' functions skip ids beyond the last expert, at some cost
+        self._is_expert_parallel = config.leaves_slots_empty
 
 
 class MoEBlock(nn.Module):

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Routers that send every token to the same number of experts, chosen by the token alone.
+"""Routers that give every token the same number of slots, filled by the token, its id or its task alone.
 
 # T tokens, H hidden, E experts, Z experts without weights (null and copy), K slots per token, G groups, N tasks
 """
@@ -84,7 +84,6 @@ class NoisyTopKRouter(TopKRouter):
             )
 
     def init_weights(self, std: float) -> None:
-        super().init_weights(std)
         init.zeros_(self.weight)
         init.zeros_(self.noise_weight)
 
@@ -307,21 +306,19 @@ class HashRouter(Router):
         super().__init__(config, layer_idx)
         if not self.scored:
             self.weight = None
-        self.seed = config.hash_seed
+        # one table for each layer
+        self.seed = config.hash_seed * 10007 + layer_idx
         self.table = nn.Buffer(torch.zeros(config.vocab_size, self.top_k, dtype=torch.long))
 
     def init_weights(self, std: float) -> None:
         if self.scored:
             super().init_weights(std)
-        # one table for each layer
-        seed = self.seed * 10007 + self.layer_idx
-        init.copy_(self.table, hash_table(len(self.table), self.num_experts, self.top_k, seed))
+        init.copy_(self.table, hash_table(len(self.table), self.num_experts, self.top_k, self.seed))
 
     @torch.no_grad()
     def set_counts(self, counts: torch.Tensor) -> None:
         """Balances the table for token ids that occur `counts` (V,) times."""
-        seed = self.seed * 10007 + self.layer_idx
-        self.table.copy_(hash_table(len(self.table), self.num_experts, self.top_k, seed, counts.cpu()))
+        self.table.copy_(hash_table(len(self.table), self.num_experts, self.top_k, self.seed, counts.cpu()))
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext | None = None) -> Routing:
         """Routes tokens (T, H).
