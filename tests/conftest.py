@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from modeling_moe import MoEConfig
+from modeling_moe.modeling_moe import MoEBlock
+from modeling_moe.routers import router_class
 
 
 def tiny_config(**fields) -> MoEConfig:
@@ -34,6 +36,29 @@ def tiny_config(**fields) -> MoEConfig:
         "initializer_range": 0.2,
     }
     return MoEConfig(**(defaults | fields))
+
+
+def router_of_logits(num_experts: int, **fields):
+    """A float64 router whose logits are the tokens (T, E) themselves."""
+    config = tiny_config(
+        **({"num_experts": num_experts, "hidden_size": num_experts, "num_experts_per_tok": 2} | fields)
+    )
+    router = router_class(config)(config)
+    router.init_weights(0.0)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(num_experts))
+    return router.double()
+
+
+def eager_block(**fields) -> MoEBlock:
+    """A float64 sparse block with the eager loop over its experts, all its weights random."""
+    config = tiny_config(**fields)
+    config._experts_implementation = "eager"
+    block = MoEBlock(config)
+    block.gate.init_weights(0.5)
+    for parameter in block.experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return block.double()
 
 
 @pytest.fixture(autouse=True)

@@ -9,31 +9,8 @@ import torch
 from modeling_moe.balancing import CONTROLLERS, column_quantile
 from modeling_moe.batch_choice import balanced_assignment, sinkhorn
 from modeling_moe.modeling_moe import MoEBlock
-from modeling_moe.routers import router_class
 from modeling_moe.routing import RoutingContext, expert_load
-from tests.conftest import tiny_config
-
-
-def router_of(num_experts: int, **fields):
-    """A float64 router whose logits are the tokens (T, E) themselves."""
-    config = tiny_config(
-        **({"num_experts": num_experts, "hidden_size": num_experts, "num_experts_per_tok": 2} | fields)
-    )
-    router = router_class(config)(config)
-    router.init_weights(0.0)
-    with torch.no_grad():
-        router.weight.copy_(torch.eye(num_experts))
-    return router.double()
-
-
-def block_of(**fields) -> MoEBlock:
-    config = tiny_config(**fields)
-    config._experts_implementation = "eager"
-    block = MoEBlock(config)
-    block.gate.init_weights(0.5)
-    for parameter in block.experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return block.double()
+from tests.conftest import eager_block, router_of_logits, tiny_config
 
 
 def expert_output(block: MoEBlock, expert: int, token: torch.Tensor) -> torch.Tensor:
@@ -64,7 +41,7 @@ MASKS = {
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_expert_choice_against_the_paper(mask, top_k):
     """S = softmax(X W); G, I = TopK(S^T, C); y_t = sum of G_ej f_e(x_t) over the experts that chose t."""
-    block = block_of(router_type="expert_choice", allow_noncausal=True, num_experts_per_tok=top_k)
+    block = eager_block(router_type="expert_choice", allow_noncausal=True, num_experts_per_tok=top_k)
     states = torch.randn(2, 7, 32).double()
     expected, load = torch.zeros_like(states), torch.zeros(5)
     for row in range(2):
@@ -81,13 +58,13 @@ def test_expert_choice_against_the_paper(mask, top_k):
 
 
 def test_expert_choice_takes_the_earlier_of_equal_tokens():
-    router = router_of(4, router_type="expert_choice", allow_noncausal=True)
+    router = router_of_logits(4, router_type="expert_choice", allow_noncausal=True)
     assert used(router(torch.zeros(6, 4).double())) == [{0, 1, 2, 3}] * 3 + [set()] * 3
 
 
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
 def test_expert_threshold_takes_what_exceeds_it(scoring_func):
-    router = router_of(4, router_type="expert_threshold", scoring_func=scoring_func)
+    router = router_of_logits(4, router_type="expert_threshold", scoring_func=scoring_func)
     router.threshold.copy_(torch.tensor([0.1, 0.25, 0.5, 0.9]))
     logits = torch.randn(30, 4).double()
     scores = logits.softmax(-1) if scoring_func == "softmax" else 1 / (1 + torch.exp(-logits))
@@ -100,7 +77,7 @@ def test_expert_threshold_takes_what_exceeds_it(scoring_func):
 
 
 def test_threshold_average_by_hand():
-    router = router_of(2, router_type="expert_threshold", num_experts_per_tok=1, router_ema_decay=0.9)
+    router = router_of_logits(2, router_type="expert_threshold", num_experts_per_tok=1, router_ema_decay=0.9)
     controller = CONTROLLERS["threshold"]
     # sums of quantile times tokens, then tokens
     expected = {(2.0, 4.0, 10.0): [0.2, 0.4], (5.0, 1.0, 10.0): [0.23, 0.37], (0.0, 0.0, 0.0): [0.23, 0.37]}
@@ -111,7 +88,7 @@ def test_threshold_average_by_hand():
 
 
 def test_threshold_fills_the_experts_evenly():
-    router = router_of(8, router_type="expert_threshold", router_ema_decay=0.9)
+    router = router_of_logits(8, router_type="expert_threshold", router_ema_decay=0.9)
     controller = CONTROLLERS["threshold"]
     preference = torch.randn(8).double()
     for _ in range(200):
@@ -166,7 +143,7 @@ def sinkhorn_by_loop(scores: list[list[float]], iterations: int) -> list[list[fl
 
 
 def test_sinkhorn_chooses_by_the_plan_in_training_and_by_the_scores_in_evaluation():
-    router = router_of(4, router_type="sinkhorn", allow_noncausal=True, norm_topk_prob=False)
+    router = router_of_logits(4, router_type="sinkhorn", allow_noncausal=True, norm_topk_prob=False)
     logits = torch.randn(16, 4).double() + torch.tensor([2.0, 0.0, 0.0, -2.0]).double()
     scores = logits.softmax(-1)
     best = {True: sinkhorn_by_loop(scores.tolist(), 500), False: scores.tolist()}
@@ -224,7 +201,7 @@ def test_assignment_ends(crowd):
 
 
 def test_base_balances_in_training_and_takes_the_best_in_evaluation():
-    router = router_of(
+    router = router_of_logits(
         3, router_type="base", allow_noncausal=True, num_experts_per_tok=1, scoring_func="sigmoid"
     ).train()
     logits = torch.randn(8, 3).double() + torch.tensor([3.0, 0.0, 0.0]).double()

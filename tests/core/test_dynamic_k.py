@@ -7,21 +7,8 @@ import torch
 
 from modeling_moe.balancing import CONTROLLERS
 from modeling_moe.dynamic_k import relu_loss
-from modeling_moe.routers import router_class
 from modeling_moe.routing import RoutingContext
-from tests.conftest import tiny_config
-
-
-def router_of(num_experts: int, **fields):
-    """A float64 router whose logits are the tokens (T, E) themselves."""
-    config = tiny_config(
-        **({"num_experts": num_experts, "hidden_size": num_experts, "num_experts_per_tok": 2} | fields)
-    )
-    router = router_class(config)(config)
-    router.init_weights(0.0)
-    with torch.no_grad():
-        router.weight.copy_(torch.eye(num_experts))
-    return router.double().eval()
+from tests.conftest import router_of_logits, tiny_config
 
 
 def dense(routing) -> torch.Tensor:
@@ -49,7 +36,7 @@ def top_p_by_definition(logits: list[float], top_p: float) -> set[int]:
 @pytest.mark.parametrize("top_p", [0.05, 0.4, 0.7, 0.95])
 def test_top_p_takes_the_smallest_set(top_p):
     logits = 2 * torch.randn(50, 7).double()
-    routing = router_of(7, router_type="top_p", router_top_p=top_p)(logits)
+    routing = router_of_logits(7, router_type="top_p", router_top_p=top_p).eval()(logits)
     assert used(routing) == [top_p_by_definition(row, top_p) for row in logits.tolist()]
 
 
@@ -60,7 +47,7 @@ def test_top_p_takes_the_smallest_set(top_p):
 def test_top_p_by_hand(top_p, experts, weights):
     logits = torch.tensor([[2.0, 1.0, 4.0, 1.0]]).double().log()
     # rounding apart: half of the mass is reached by the best expert alone
-    routing = router_of(4, router_type="top_p", router_top_p=top_p - 1e-9)(logits)
+    routing = router_of_logits(4, router_type="top_p", router_top_p=top_p - 1e-9).eval()(logits)
     assert used(routing) == [experts]
     torch.testing.assert_close(dense(routing), torch.tensor([weights]).double())
 
@@ -68,11 +55,11 @@ def test_top_p_by_hand(top_p, experts, weights):
 @pytest.mark.parametrize("top_p", [1.0, 1.5])
 def test_top_p_of_one_uses_all_even_if_one_is_certain(top_p):
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [100.0, 0.0, 0.0, 0.0]]).double()
-    assert used(router_of(4, router_type="top_p", router_top_p=top_p)(logits)) == [{0, 1, 2, 3}] * 2
+    assert used(router_of_logits(4, router_type="top_p", router_top_p=top_p).eval()(logits)) == [{0, 1, 2, 3}] * 2
 
 
 def test_top_p_renormalises_when_told():
-    router = router_of(4, router_type="top_p", router_top_p=0.6, norm_topk_prob=True)
+    router = router_of_logits(4, router_type="top_p", router_top_p=0.6, norm_topk_prob=True).eval()
     weight = dense(router(torch.tensor([[2.0, 1.0, 4.0, 1.0]]).double().log()))
     torch.testing.assert_close(weight, torch.tensor([[1 / 3, 0, 2 / 3, 0]]).double())
 
@@ -89,8 +76,8 @@ def test_top_p_renormalises_when_told():
 )
 def test_at_most_the_best_experts(fields):
     logits = torch.randn(40, 7).double()
-    everyone = used(router_of(7, **fields)(logits))
-    limited = router_of(7, max_experts_per_tok=2, **fields)(logits)
+    everyone = used(router_of_logits(7, **fields).eval()(logits))
+    limited = router_of_logits(7, max_experts_per_tok=2, **fields).eval()(logits)
     assert limited.index.shape == (40, 2)
     expected = [
         set(sorted(chosen, key=lambda i: -row[i])[:2]) for chosen, row in zip(everyone, logits.tolist(), strict=True)
@@ -100,14 +87,14 @@ def test_at_most_the_best_experts(fields):
 
 
 def test_fixed_threshold_by_hand():
-    router = router_of(
+    router = router_of_logits(
         3,
         router_type="continuous",
         router_threshold_mode="fixed",
         router_threshold=1.0,
         router_temperature=0.5,
         router_cutoff=0.2,
-    )
+    ).eval()
     routing = router(torch.tensor([[1.0, 2.0, 0.0]]).double())
     # sigmoid(0), sigmoid(2), and sigmoid(-2) = 0.119 below the cutoff
     torch.testing.assert_close(dense(routing), torch.tensor([[0.5, 0.8807970779778823, 0.0]]).double())
@@ -115,9 +102,9 @@ def test_fixed_threshold_by_hand():
 
 
 def test_learned_threshold_starts_where_told_and_gets_the_formulas_gradient():
-    router = router_of(
+    router = router_of_logits(
         4, router_type="continuous", router_threshold_mode="learned", router_threshold=0.3, router_cutoff=0.0
-    )
+    ).eval()
     logits, factor = torch.randn(6, 4).double(), torch.randn(6, 4).double()
     (factor * router(logits).weight).sum().backward()
     tau = torch.tensor([0.3]).double().requires_grad_()
@@ -126,9 +113,9 @@ def test_learned_threshold_starts_where_told_and_gets_the_formulas_gradient():
 
 
 def budget(**fields):
-    return router_of(
+    return router_of_logits(
         6, **({"router_type": "continuous", "router_threshold_mode": "budget", "router_cutoff": 0} | fields)
-    )
+    ).eval()
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.3, 1.0, 10.0])
@@ -165,7 +152,9 @@ def test_budget_of_all_experts_is_refused():
 
 
 def test_relu_by_hand():
-    routing = router_of(3, router_type="relu")(torch.tensor([[1.5, -2.0, 0.25], [-1.0, -0.1, 0.0]]).double())
+    routing = router_of_logits(3, router_type="relu").eval()(
+        torch.tensor([[1.5, -2.0, 0.25], [-1.0, -0.1, 0.0]]).double()
+    )
     torch.testing.assert_close(dense(routing), torch.tensor([[1.5, 0.0, 0.25], [0.0, 0.0, 0.0]]).double())
     assert used(routing) == [{0, 2}, set()]
     torch.testing.assert_close(routing.probs.sum(-1), torch.ones(2).double())
@@ -174,7 +163,7 @@ def test_relu_by_hand():
 @pytest.mark.parametrize("masked", [False, True])
 def test_relu_loss_against_the_paper(masked):
     """Equation 10: mean over the tokens of `sum_e f_e w_te`, `f_e = E / (K T) sum_t [w_te > 0]`."""
-    router = router_of(5, router_type="relu", router_sparsity_coef=0.5)
+    router = router_of_logits(5, router_type="relu", router_sparsity_coef=0.5).eval()
     logits = torch.randn(12, 5).double().requires_grad_()
     mask = torch.tensor([1, 1, 0, 1] * 3) if masked else None
     loss = router.own_loss(router(logits), mask)
@@ -191,14 +180,14 @@ def test_relu_loss_against_the_paper(masked):
 
 
 def test_relu_loss_of_no_token_is_zero():
-    routing = router_of(5, router_type="relu")(torch.randn(4, 5).double())
+    routing = router_of_logits(5, router_type="relu").eval()(torch.randn(4, 5).double())
     assert relu_loss(routing, 2, torch.zeros(4)) == 0
 
 
 @pytest.mark.parametrize(("used_per_layer", "factor"), [((3, 2), 1.2), ((3, 1), 1.0), ((2, 1), 1 / 1.2)])
 def test_sparsity_by_hand(used_per_layer, factor):
     """Per layer so many experts of 4 tokens, at a target of 2."""
-    routers = [router_of(5, router_type="relu", router_sparsity_coef=0.01) for _ in used_per_layer]
+    routers = [router_of_logits(5, router_type="relu", router_sparsity_coef=0.01).eval() for _ in used_per_layer]
     controller = CONTROLLERS["sparsity"]
     totals = []
     for router, active in zip(routers, used_per_layer, strict=True):
@@ -213,7 +202,7 @@ def test_sparsity_by_hand(used_per_layer, factor):
 
 @pytest.mark.parametrize("router_type", ["top_p", "continuous", "relu", "expert_threshold"])
 def test_a_token_is_routed_by_itself(router_type):
-    router = router_of(5, router_type=router_type).train()
+    router = router_of_logits(5, router_type=router_type).eval().train()
     logits = torch.randn(8, 5).double()
     alone = torch.cat([dense(router(row[None], RoutingContext())) for row in logits])
     torch.testing.assert_close(dense(router(logits, RoutingContext(2))), alone)

@@ -7,23 +7,13 @@ from transformers import DynamicCache
 from modeling_moe import MoEForCausalLM
 from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.routing import RoutingContext
-from tests.conftest import tiny_config
+from tests.conftest import eager_block, tiny_config
 
 
 MASK = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 11])
 # norms and rotary embedding are fp32 in a float64 model too
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
 SEGMENTS = {"router_type": "segment", "segment_length": 3}
-
-
-def block_of(**fields) -> MoEBlock:
-    config = tiny_config(**fields)
-    config._experts_implementation = "eager"
-    block = MoEBlock(config)
-    block.gate.init_weights(0.5)
-    for parameter in block.experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return block.double()
 
 
 def network(up: torch.Tensor, down: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -46,7 +36,7 @@ def soft_moe(block: MoEBlock, x: torch.Tensor, slots: int) -> torch.Tensor:
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "padding"])
 @pytest.mark.parametrize("slots", [1, 2])
 def test_soft_against_the_paper(slots, mask):
-    block = block_of(router_type="soft", allow_noncausal=True, slots_per_expert=slots)
+    block = eager_block(router_type="soft", allow_noncausal=True, slots_per_expert=slots)
     torch.nn.init.constant_(block.gate.scale, 3.0)
     states = torch.randn(2, 11, 32).double()
     output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))
@@ -57,7 +47,7 @@ def test_soft_against_the_paper(slots, mask):
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_soft_gradients_against_the_paper(slots):
-    block = block_of(router_type="soft", allow_noncausal=True, slots_per_expert=slots)
+    block = eager_block(router_type="soft", allow_noncausal=True, slots_per_expert=slots)
     states, factor = torch.randn(2, 11, 32).double(), torch.randn(2, 11, 32).double()
     expected = torch.stack([soft_moe(block, row, slots) for row in states])
     gradients = [torch.autograd.grad((factor * y).sum(), list(block.parameters())) for y in (block(states), expected)]
@@ -66,7 +56,7 @@ def test_soft_gradients_against_the_paper(slots):
 
 
 def test_soft_routing_tells_the_experts_shares():
-    block = block_of(router_type="soft", allow_noncausal=True, slots_per_expert=2)
+    block = eager_block(router_type="soft", allow_noncausal=True, slots_per_expert=2)
     routing = block.gate(torch.randn(6, 32).double(), RoutingContext(1))
     torch.testing.assert_close(routing.probs.sum(-1), torch.ones(6).double())
     torch.testing.assert_close(routing.logits.softmax(-1), routing.probs)
@@ -93,7 +83,7 @@ def lory(block: MoEBlock, x: torch.Tensor, length: int = 3) -> torch.Tensor:
 
 @pytest.mark.parametrize("mask", [None, MASK, MASK.flip(1)], ids=["all", "left padding", "right padding"])
 def test_segments_against_the_paper(mask):
-    block = block_of(**SEGMENTS)
+    block = eager_block(**SEGMENTS)
     states = torch.randn(2, 11, 32).double()
     output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))
     for row in range(2):
@@ -103,7 +93,7 @@ def test_segments_against_the_paper(mask):
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "left padding"])
 def test_segment_gradients_against_the_paper(mask):
-    block = block_of(**SEGMENTS).train()
+    block = eager_block(**SEGMENTS).train()
     states = torch.randn(2, 11, 32).double().requires_grad_()
     real = torch.ones(2, 11, dtype=torch.bool) if mask is None else mask > 0
     factor = torch.randn(2, 11, 32).double() * real[..., None]
@@ -116,7 +106,7 @@ def test_segment_gradients_against_the_paper(mask):
 
 
 def test_a_segment_is_gated_by_the_one_before_alone():
-    block = block_of(**SEGMENTS)
+    block = eager_block(**SEGMENTS)
     states = torch.randn(9, 32).double()
     gates = block.gate(states).weight
     torch.testing.assert_close(gates[:3], torch.full((3, 5), 1 / 5).double())
