@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
 from .losses import LOSSES
+from .normalization import PLACEMENTS
 from .routers import ROUTERS, router_class
 from .routing import SCORING_FUNCS, Router
 
@@ -37,14 +38,39 @@ class MoEConfig(PreTrainedConfig):
         hidden_act: activation of all feed-forward networks, a name in transformers' `ACT2FN`.
         max_position_embeddings: longest sequence the rotary embedding is meant for.
         initializer_range: standard deviation of new weights.
-        rms_norm_eps: epsilon of every norm.
+        rms_norm_eps: epsilon of every norm but those of latents (1e-6).
+        norm_type: `"rms"` (Llama), `"rms_fp32"` (OLMo2: multiplied before the cast), `"rms_plus_one"` (Gemma: by 1 + weight) or
+            `"layer"` (a layer norm with bias: GPT-2, GPT-NeoX).
+        norm_placement: norms `"pre"` attention and feed-forward network; `"post"` them, before the sum (OLMo2); both
+            (`"sandwich"`, Gemma 2 and 3); or before two networks that both see the layer's input (`"parallel"`, GPT-NeoX).
         tie_word_embeddings: whether the head shares the embedding's weight.
         rope_parameters: rotary embedding as transformers defines it, `rope_theta` and `rope_type` included.
+        position_embedding_type: `"rope"`, or `"learned"` vectors added to the embedding (GPT-2).
+        rope_fp32: rotate queries and keys in fp32 (OLMo2), which tells in bf16.
+        no_rope_layers: for each layer 1 if it rotates queries and keys and 0 if not (SmolLM3); all do if not given.
+        scale_embeddings: multiply the embedding by sqrt(hidden_size), rounded to its dtype (Gemma).
+        embedding_multiplier: factor on what enters the first layer (Granite).
+        residual_multiplier: factor on what attention and feed-forward networks add to the stream (Granite).
+        logits_scaling: divisor of the logits (Granite).
+        final_logit_softcapping: bound of the logits, by tanh (Gemma 2).
+        embd_pdrop: dropout of what enters the first layer.
+        resid_pdrop: dropout of what attention and feed-forward networks add to the stream.
         attention_bias: biases on the query, key, value and output projections (Llama's switch).
         qkv_bias: biases on query, key and value only (Qwen2).
         qk_norm: RMS norm of queries and keys: `"head"` per head (Qwen3), `"full"` over all heads (OLMoE), or none.
         clip_qkv: clamp queries, keys and values to [-clip_qkv, clip_qkv] (OLMoE).
         attention_dropout: dropout of the attention probabilities.
+        attention_multiplier: factor on the products of queries and keys; 1 / sqrt(their width) if not given.
+        scale_attn_by_inverse_layer_idx: divide that factor by the layer's number, counted from 1 (GPT-2).
+        attn_logit_softcapping: bound of those products, by tanh (Gemma 2); sdpa cannot compute it.
+        attention_sinks: a learned logit for each head that takes part in the softmax and nothing else (gpt-oss); sdpa cannot
+            compute it.
+        kv_lora_rank: width to which keys and values are compressed together: multi-head latent attention (DeepSeek-V2,
+            arXiv:2405.04434). Plain attention if not given. Its rotary part is not interleaved here.
+        q_lora_rank: the same for queries, which are not compressed if not given.
+        qk_nope_head_dim: width of a head's queries and keys that does not rotate, in latent attention.
+        qk_rope_head_dim: width that does; `head_dim` is this then.
+        v_head_dim: width of a head's values.
         sliding_window: window in tokens of the layers whose type is `"sliding_attention"`.
         use_sliding_window: False ignores `sliding_window` (Qwen's switch).
         layer_types: `"full_attention"` or `"sliding_attention"` for each layer; all sliding if there is a window.
@@ -56,6 +82,9 @@ class MoEConfig(PreTrainedConfig):
         num_experts_per_tok: experts K that a token is sent to.
         moe_intermediate_size: width of a routed expert; `intermediate_size` if not given.
         gated_experts: as `gated_mlp`, for routed and shared experts; `gated_mlp` if not given.
+        swiglu_limit: experts compute `(up + 1) * gate * sigmoid(swiglu_alpha * gate)` with gate and up clamped to this limit
+            (gpt-oss).
+        swiglu_alpha: see there.
         num_shared_experts: experts every token passes through (also `n_shared_experts`), computed as one network.
         shared_expert_intermediate_size: its width; `num_shared_experts * moe_intermediate_size` if not given.
         shared_expert_gate: scale the shared experts by a sigmoid of a learned projection (Qwen2-MoE).
@@ -65,6 +94,7 @@ class MoEConfig(PreTrainedConfig):
         allow_noncausal: permit routing in which a token's experts depend on later tokens (`expert_choice`, `soft`; `base`
             and `sinkhorn` in training; capacity by probability or choice). A causal language model learns to cheat by it.
         scoring_func: `"softmax"`, `"sigmoid"` (DeepSeek-V3) or `"sqrtsoftplus"` (DeepSeek-V4).
+        router_bias: a bias on the router's logits (gpt-oss).
         norm_topk_prob: divide a token's K weights by their sum; if not given, as the router's paper does (`topk`: True).
         routed_scaling_factor: factor on the weights, after the division.
         n_group: groups of experts of which `topk_group` stay eligible for a token (DeepSeek-V3); 1 switches it off.
@@ -162,14 +192,35 @@ class MoEConfig(PreTrainedConfig):
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
+    norm_type: Literal["rms", "rms_fp32", "rms_plus_one", "layer"] = "rms"
+    norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
     use_cache: bool = True
     tie_word_embeddings: bool = False
     rope_parameters: RopeParameters | dict | None = None
+    position_embedding_type: Literal["rope", "learned"] = "rope"
+    rope_fp32: bool = False
+    no_rope_layers: list[int] | None = None
+    scale_embeddings: bool = False
+    embedding_multiplier: float | int = 1.0
+    residual_multiplier: float | int = 1.0
+    logits_scaling: float | int = 1.0
+    final_logit_softcapping: float | int | None = None
+    embd_pdrop: float | int = 0.0
+    resid_pdrop: float | int = 0.0
     attention_bias: bool = False
     qkv_bias: bool = False
     qk_norm: Literal["head", "full"] | None = None
     clip_qkv: float | None = None
     attention_dropout: float | int = 0.0
+    attention_multiplier: float | int | None = None
+    scale_attn_by_inverse_layer_idx: bool = False
+    attn_logit_softcapping: float | int | None = None
+    attention_sinks: bool = False
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
     sliding_window: int | None = None
     use_sliding_window: bool = True
     layer_types: list[str] | None = None
@@ -180,6 +231,8 @@ class MoEConfig(PreTrainedConfig):
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
     gated_experts: bool | None = None
+    swiglu_limit: float | int | None = None
+    swiglu_alpha: float | int = 1.702
     num_shared_experts: int = 0
     shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool = False
@@ -187,6 +240,7 @@ class MoEConfig(PreTrainedConfig):
     router_type: str = "topk"
     allow_noncausal: bool = False
     scoring_func: str = "softmax"
+    router_bias: bool = False
     norm_topk_prob: bool | None = None
     routed_scaling_factor: float | int = 1.0
     n_group: int = 1
@@ -250,17 +304,20 @@ class MoEConfig(PreTrainedConfig):
                 "gradient from the task. Set norm_topk_prob=False unless the router is meant to stay as it is."
             )
 
+    def convert_rope_params_to_dict(self, **kwargs):
+        """As transformers' own, which in 5.17 puts a theta beside the parameters of each kind of attention."""
+        if not set(self.layer_types).intersection(self.rope_parameters or ()):
+            return super().convert_rope_params_to_dict(**kwargs)
+        self.standardize_rope_params()
+        return kwargs
+
     def _fill_defaults(self) -> None:
         """Gives the fields left None the value that others imply."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                    f"({self.num_attention_heads}): change one of them or set head_dim."
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.kv_lora_rank is not None:
+            self.head_dim = self.qk_rope_head_dim
+        self._fill_head_dim()
         if not self.use_sliding_window:
             self.sliding_window = None
         if self.layer_types is None:
@@ -274,6 +331,16 @@ class MoEConfig(PreTrainedConfig):
             self.gated_experts = self.gated_mlp
         if self.shared_expert_intermediate_size is None:
             self.shared_expert_intermediate_size = self.num_shared_experts * self.moe_intermediate_size
+
+    def _fill_head_dim(self) -> None:
+        if self.head_dim is not None:
+            return
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                f"({self.num_attention_heads}): change one of them or set head_dim."
+            )
+        self.head_dim = self.hidden_size // self.num_attention_heads
 
     def _fill_router_defaults(self) -> None:
         if self.norm_topk_prob is None:
@@ -299,8 +366,13 @@ class MoEConfig(PreTrainedConfig):
         colwise, rowwise = "colwise", "rowwise"
         if self.qk_norm == "full":
             colwise, rowwise = "colwise_gather_output", "rowwise_split_input"
-        plan = {f"layers.*.self_attn.{name}_proj": colwise for name in "qkv"}
-        plan["layers.*.self_attn.o_proj"] = rowwise
+        plan = {"layers.*.self_attn.o_proj": rowwise}
+        if self.kv_lora_rank is None:
+            plan |= {f"layers.*.self_attn.{name}_proj": colwise for name in "qkv"}
+        else:
+            queries = "q_proj" if self.q_lora_rank is None else "q_b_proj"
+            plan |= {f"layers.*.self_attn.{name}": colwise for name in (queries, "kv_b_proj")}
+            plan["layers.*.self_attn.kv_a_proj_with_mqa"] = "mla_kv_a_proj"
         if self.qk_norm == "head":
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         networks = [("mlp", self.gated_mlp)] * ("dense" in self.mlp_layer_types)
@@ -326,15 +398,38 @@ class MoEConfig(PreTrainedConfig):
             raise ValueError(f"head_dim is {self.head_dim}: the rotary embedding needs an even number of at least 2.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
-        for name in ("layer_types", "mlp_layer_types"):
-            if len(getattr(self, name)) != self.num_hidden_layers:
+        for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+            if getattr(self, name) is not None and len(getattr(self, name)) != self.num_hidden_layers:
                 raise ValueError(
                     f"{name} names {len(getattr(self, name))} layers and num_hidden_layers is "
                     f"{self.num_hidden_layers}: give one entry for each layer."
                 )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention but sliding_window is not set: set it, in tokens.")
+        if self.attention_sinks and self.attn_logit_softcapping is not None:
+            raise ValueError("attention_sinks and attn_logit_softcapping exclude each other: unset one of them.")
+        if self.swiglu_limit is not None and not self.gated_experts:
+            raise ValueError("swiglu_limit clamps the gate of gated experts: set gated_experts=True or unset it.")
+        self._validate_latent_attention()
         self._validate_ranges()
+
+    def _validate_latent_attention(self) -> None:
+        if self.kv_lora_rank is None:
+            return
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            if (getattr(self, name) or 0) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}: kv_lora_rank (latent attention) needs it positive."
+                )
+        plain = {"qkv_bias": False, "qk_norm": None, "clip_qkv": None, "attention_sinks": False}
+        plain |= {"position_embedding_type": "rope", "no_rope_layers": None, "rope_fp32": False}
+        plain |= {"scale_attn_by_inverse_layer_idx": False, "attn_logit_softcapping": None}
+        plain |= {"num_key_value_heads": self.num_attention_heads}
+        for name, value in plain.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}: latent attention (kv_lora_rank) holds {value!r} alone."
+                )
 
     def _validate_ranges(self) -> None:
         for name in (
@@ -349,6 +444,8 @@ class MoEConfig(PreTrainedConfig):
             "num_hash_layers",
             "router_cutoff",
             "router_sparsity_coef",
+            "embd_pdrop",
+            "resid_pdrop",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 (off) or positive.")
@@ -362,6 +459,10 @@ class MoEConfig(PreTrainedConfig):
             "capacity_factor",
             "eval_capacity_factor",
             "expert_capacity",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "logits_scaling",
+            "swiglu_limit",
         ):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} is {value}: it must be positive.")
@@ -430,6 +531,10 @@ class MoEConfig(PreTrainedConfig):
                 f"router_gradient='dense' cannot compute copy experts, nor {name}: set it to 'topk'.",
             ),
             (
+                self.router_bias and router.logits is not Router.logits,
+                f"router_bias has no effect with {name}: set it to False.",
+            ),
+            (
                 self.router_selection_bias and not topk,
                 f"router_selection_bias has no effect with {name}: set it to False.",
             ),
@@ -467,6 +572,17 @@ class MoEConfig(PreTrainedConfig):
         for refused, message in rules:
             if refused:
                 raise ValueError(message)
+
+    def rotates(self, layer_idx: int) -> bool:
+        """Whether the queries and keys of a layer carry a rotary embedding."""
+        return self.position_embedding_type == "rope" and (
+            self.no_rope_layers is None or bool(self.no_rope_layers[layer_idx])
+        )
+
+    @property
+    def qk_head_dim(self) -> int | None:
+        """Width of a head's queries and keys in latent attention, by which transformers knows that values differ."""
+        return None if self.kv_lora_rank is None else self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def num_router_outputs(self) -> int:
@@ -517,13 +633,29 @@ class MoEConfig(PreTrainedConfig):
         weights = self.hidden_size * width * (3 if gated else 2)
         return weights + self.mlp_bias * (width * (2 if gated else 1) + self.hidden_size)
 
+    def _norm_params(self) -> int:
+        return self.hidden_size * (2 if self.norm_type == "layer" else 1)
+
+    def _latent_attention_params(self) -> int:
+        heads, hidden = self.num_attention_heads, self.hidden_size
+        latents = self.kv_lora_rank + (self.q_lora_rank or 0)
+        queries = heads * self.qk_head_dim * (self.q_lora_rank or hidden)
+        keys = self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
+        compressions = hidden * (latents + self.qk_rope_head_dim) + latents
+        biases = (latents + self.qk_rope_head_dim + hidden) * self.attention_bias
+        return queries + keys + compressions + biases + heads * self.v_head_dim * hidden
+
     def _attention_params(self) -> int:
+        if self.kv_lora_rank is not None:
+            return self._latent_attention_params()
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         params = 2 * self.hidden_size * (queries + keys)
         if self.attention_bias or self.qkv_bias:
             params += queries + 2 * keys
         if self.attention_bias:
             params += self.hidden_size
+        if self.attention_sinks:
+            params += self.num_attention_heads
         return params + {None: 0, "head": 2 * self.head_dim, "full": queries + keys}[self.qk_norm]
 
     def _router_params(self, layer_idx: int) -> int:
@@ -540,9 +672,12 @@ class MoEConfig(PreTrainedConfig):
             sparse += self.shared_expert_gate * self.hidden_size
         layers = sum({"dense": dense, "sparse": sparse}[kind] for kind in self.mlp_layer_types)
         layers += sum(self._router_params(i) for i, kind in enumerate(self.mlp_layer_types) if kind == "sparse")
-        layers += self.num_hidden_layers * (self._attention_params() + 2 * self.hidden_size)
+        norms = sum(name is not None for name in PLACEMENTS[self.norm_placement]) * self._norm_params()
+        layers += self.num_hidden_layers * (self._attention_params() + norms)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + layers + self.hidden_size
+        if self.position_embedding_type == "learned":
+            embeddings += self.max_position_embeddings * self.hidden_size
+        return embeddings + layers + self._norm_params()
 
     def num_params(self) -> int:
         """Number of parameters of `MoEForCausalLM`, a tied head counted once."""

@@ -20,6 +20,7 @@ COMPANIONS = (
     "added_tokens.json",
     "chat_template*",
     "*.model",
+    "generation_config.json",
 )
 
 

@@ -8,8 +8,6 @@ MoEBlock:       routing = capacity(gate(tokens));  y = experts(tokens, routing.i
 training:       loss = cross entropy + sum of (coefficient * router loss), the mean over sparse layers
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -25,96 +23,27 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.llama.modeling_llama import (
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention import MoEAttention
 from .balancing import CONTROLLERS, RouterTotals, update_routers
 from .capacity import Capacity
 from .checkpoints import fuse_experts, refuse_incomplete, register_expert_layout
 from .configuration_moe import MoEConfig
+from .embeddings import RotaryEmbeddings, ScaledEmbedding
+from .latent_attention import MoELatentAttention
 from .losses import LOSSES, AttachLoss, loss_share
+from .normalization import PLACEMENTS, init_norm, make_norm
 from .outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
 from .router_signals import RouterSignals, collect, measure
 from .routers import router_class
 from .routing import Router, RoutingContext
-
-
-class MoEAttention(nn.Module):
-    """Multi-head attention of the Llama family, with the switches that its members differ in."""
-
-    def __init__(self, config: MoEConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.clip_qkv = config.clip_qkv
-        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        qkv_bias = config.attention_bias or config.qkv_bias
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=qkv_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
-        self.norm_per_head = config.qk_norm == "head"
-        if config.qk_norm is None:
-            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
-        else:
-            self.q_norm = LlamaRMSNorm(self.head_dim if self.norm_per_head else queries, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim if self.norm_per_head else keys, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends within (B, S, H); returns the same shape and, from eager attention, the probabilities."""
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if self.norm_per_head:
-            query, key = query.view(hidden_shape), key.view(hidden_shape)
-        query, key = self.q_norm(query), self.k_norm(key)
-        if self.clip_qkv is not None:
-            query, key, value = (x.clamp(-self.clip_qkv, self.clip_qkv) for x in (query, key, value))
-        query, key, value = (x.view(hidden_shape).transpose(1, 2) for x in (query, key, value))  # (B, heads, S, D)
-
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
 
 
 class MoEMLP(nn.Module):
@@ -196,8 +125,19 @@ class MoEExperts(ExpertsBase):
         super().__init__(config)
         # transformers' decorator sets these for the class; here they are the config's
         self.has_gate, self.has_bias = config.gated_experts, config.mlp_bias
+        limit = config.swiglu_limit
+        self.gate_clamp = None if limit is None else (float(config.swiglu_alpha), float(limit))
         # under this flag alone transformers' functions skip ids beyond the last expert, at some cost
         self._is_expert_parallel = config.leaves_slots_empty
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """From (R, 2I), the gate first, to (R, I): `act(gate) * up`, or gpt-oss's clamped gate."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        if self.gate_clamp is None:
+            return self.act_fn(gate) * up
+        alpha, limit = self.gate_clamp
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
 class MoEBlock(nn.Module):
@@ -239,19 +179,28 @@ class MoEBlock(nn.Module):
 
 
 class MoEDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then a dense or a sparse feed-forward network, each on the normed stream and added to it."""
+    """Attention, then a dense or a sparse feed-forward network, each added to the stream.
+
+    The norms stand before or after them, or both, by `config.norm_placement`; with `"parallel"` both networks see the
+    layer's input.
+    """
 
     def __init__(self, config: MoEConfig, layer_idx: int):
         super().__init__()
         self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
-        self.self_attn = MoEAttention(config, layer_idx)
+        attention = MoEAttention if config.kv_lora_rank is None else MoELatentAttention
+        self.self_attn = attention(config, layer_idx)
         self.mlp = (
             MoEBlock(config, layer_idx)
             if self.is_sparse
             else MoEMLP(config, config.intermediate_size, config.gated_mlp)
         )
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.parallel = config.norm_placement == "parallel"
+        self.norm_names = PLACEMENTS[config.norm_placement]
+        for name in self.norm_names:
+            if name is not None:
+                setattr(self, name, make_norm(config))
+        self.resid_pdrop, self.residual_multiplier = config.resid_pdrop, config.residual_multiplier
 
     def forward(
         self,
@@ -266,9 +215,9 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Maps (B, S, H) to (B, S, H); with `collect_signals` the router's signals follow it in a tuple."""
-        residual = hidden_states
-        hidden_states, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
+        before_attention, after_attention, before_mlp, after_mlp = self.norm_names
+        attended, _ = self.self_attn(
+            hidden_states=self._normed(before_attention, hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -276,18 +225,29 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             **kwargs,
         )
-        hidden_states = residual + hidden_states
-        residual = hidden_states
-        hidden_states = self.post_attention_layernorm(hidden_states)
+        attended = self._update(self._normed(after_attention, attended))
+        residual = hidden_states if self.parallel else hidden_states + attended
         signals: list[torch.Tensor] | None = [] if collect_signals else None
+        states = self._normed(before_mlp, residual)
         if self.is_sparse:
             # the layer's own argument: checkpointing in training takes the cache away
-            context = (routing_context or RoutingContext(len(hidden_states)))._replace(cache=past_key_values)
-            hidden_states = self.mlp(hidden_states, context, signals)
+            context = (routing_context or RoutingContext(len(states)))._replace(cache=past_key_values)
+            states = self.mlp(states, context, signals)
         else:
-            hidden_states = self.mlp(hidden_states)
-        hidden_states = residual + hidden_states
+            states = self.mlp(states)
+        states = self._update(self._normed(after_mlp, states))
+        # in GPT-NeoX's order, which tells in bf16
+        hidden_states = (states + attended) + residual if self.parallel else residual + states
         return hidden_states if signals is None else (hidden_states, *signals)
+
+    def _normed(self, name: str | None, states: torch.Tensor) -> torch.Tensor:
+        return states if name is None else getattr(self, name)(states)
+
+    def _update(self, states: torch.Tensor) -> torch.Tensor:
+        """What a network adds to the stream."""
+        if self.resid_pdrop:
+            states = nn.functional.dropout(states, self.resid_pdrop, self.training)
+        return states if self.residual_multiplier == 1.0 else states * self.residual_multiplier
 
 
 class MoEPreTrainedModel(PreTrainedModel):
@@ -306,10 +266,12 @@ class MoEPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {
         "router_logits": OutputRecorder(Router, index=0),
         "hidden_states": MoEDecoderLayer,
-        "attentions": MoEAttention,
+        "attentions": [MoEAttention, MoELatentAttention],
     }
 
     def __init__(self, config: MoEConfig, *args, **kwargs):
+        # torch's own attention function knows neither
+        self._supports_sdpa = config.attn_logit_softcapping is None and not config.attention_sinks
         super().__init__(config, *args, **kwargs)
         buffers = {
             name
@@ -322,6 +284,8 @@ class MoEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
+        if init_norm(module):
+            return
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, ExpertsBase):
@@ -332,6 +296,8 @@ class MoEPreTrainedModel(PreTrainedModel):
                     init.normal_(parameter, mean=0.0, std=std)
         elif isinstance(module, Router):
             module.init_weights(std)
+        elif isinstance(module, MoEAttention) and module.sinks is not None:
+            init.normal_(module.sinks, mean=0.0, std=std)
         elif isinstance(module, RouterTotals):
             for buffer in module.buffers():
                 init.zeros_(buffer)
@@ -376,10 +342,14 @@ class MoEModel(MoEPreTrainedModel):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        embedding = ScaledEmbedding if config.scale_embeddings else nn.Embedding
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_positions = None
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(MoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.norm = make_norm(config)
+        self.rotary_emb = RotaryEmbeddings(config)
         self.gradient_checkpointing = False
         outputs = config.num_router_outputs
         self.router_totals = RouterTotals(
@@ -450,8 +420,8 @@ class MoEModel(MoEPreTrainedModel):
             position_ids = positions[None]
 
         causal_masks = self._causal_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        hidden_states = self._embed(inputs_embeds, position_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         wants_signals = self.training or output_router_logits
@@ -465,7 +435,7 @@ class MoEModel(MoEPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                position_embeddings=position_embeddings,
+                position_embeddings=position_embeddings[layer_type],
                 routing_context=context,
                 collect_signals=wants_signals,
                 **kwargs,
@@ -480,6 +450,17 @@ class MoEModel(MoEPreTrainedModel):
             router_loss = self.router_loss_scale * router_outputs.pop("router_loss")
             hidden_states = AttachLoss.apply(hidden_states, router_loss)
         return MoEModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values, **router_outputs)
+
+    def _embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What enters the first layer, (B, S, H)."""
+        states = inputs_embeds
+        if self.config.embedding_multiplier != 1.0:
+            states = states * self.config.embedding_multiplier
+        if self.embed_positions is not None:
+            states = states + self.embed_positions(position_ids)
+        if self.config.embd_pdrop:
+            states = nn.functional.dropout(states, self.config.embd_pdrop, self.training)
+        return states
 
     def _refuse_nan(self, inputs_embeds: torch.Tensor) -> None:
         # on an accelerator the look costs a synchronisation, which decoding cannot afford
@@ -580,7 +561,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self._head(outputs.last_hidden_state[:, kept])
 
         loss = None
         if labels is not None:
@@ -599,6 +580,26 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             expert_load=outputs.expert_load,
             dropped_share=outputs.dropped_share,
         )
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        """As transformers' own; a text that outgrows the short factors of a LongRoPE is read again with the long ones."""
+        rope: dict = self.config.rope_parameters or {}
+        if (
+            past_key_values
+            and rope.get("rope_type") == "longrope"
+            and past_key_values.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]
+        ):
+            past_key_values, kwargs["next_sequence_length"] = None, None
+        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+
+    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits (B, S, V) of states (B, S, H)."""
+        logits = self.lm_head(hidden_states)
+        if self.config.logits_scaling != 1.0:
+            logits = logits / self.config.logits_scaling
+        if (softcap := self.config.final_logit_softcapping) is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        return logits
 
 
 # The heads below build MoEModel themselves: transformers' generic ones look it up in the auto classes, which a process

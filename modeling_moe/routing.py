@@ -136,11 +136,11 @@ def sqrt_softplus_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 SCORING_FUNCS = {"softmax": softmax_scores, "sigmoid": sigmoid_scores, "sqrtsoftplus": sqrt_softplus_scores}
 
 
-def fp32_linear(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`tokens @ weight.T` in fp32 at least, under autocast too."""
+def fp32_linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`tokens @ weight.T + bias` in fp32 at least, under autocast too."""
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with maybe_autocast(tokens.device.type, enabled=False):
-        return nn.functional.linear(tokens.to(dtype), weight.to(dtype))
+        return nn.functional.linear(tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def renormalise(weight: torch.Tensor) -> torch.Tensor:
@@ -193,6 +193,7 @@ class Router(nn.Module):
         self.jitter_noise = config.router_jitter_noise
         self.gradient = config.router_gradient
         self.weight = nn.Parameter(torch.empty(self.num_outputs, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(self.num_outputs)) if config.router_bias else None
 
     @classmethod
     def validate(cls, config) -> None:
@@ -201,6 +202,8 @@ class Router(nn.Module):
     def init_weights(self, std: float) -> None:
         """Fills the parameters and buffers of a new model."""
         init.normal_(self.weight, mean=0.0, std=std)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext | None = None) -> Routing:
         """Routes tokens (T, H)."""
@@ -212,7 +215,7 @@ class Router(nn.Module):
         if self.training and self.jitter_noise > 0:
             noise = torch.empty_like(hidden_states).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             hidden_states = hidden_states * noise
-        return fp32_linear(hidden_states, self.weight)
+        return fp32_linear(hidden_states, self.weight, self.bias)
 
     def route(self, logits: torch.Tensor, context: RoutingContext) -> Routing:
         """From raw scores (T, E + Z) to the routing."""

@@ -1,8 +1,29 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""transformers' own checkpoints, dense and sparse, as MoE models with the same logits."""
+"""transformers' own checkpoints, dense and sparse, to MoE checkpoints with the same logits, and back."""
 
-from .families import DENSE_FAMILIES, FAMILIES, moe_config
-from .importer import convert_checkpoint, to_moe
+from .checkpoint import Checkpoint, convert_checkpoint, open_checkpoint, save_checkpoint
+from .dense_families import DENSE_FAMILIES
+from .families import FAMILIES, moe_config
+from .importer import import_state, load_state, tensors_on_disk, to_moe
+from .sparse_families import SPARSE_FAMILIES
+from .targets import TARGETS
+from .verification import Verification, verify
 
 
-__all__ = ["DENSE_FAMILIES", "FAMILIES", "convert_checkpoint", "moe_config", "to_moe"]
+__all__ = [
+    "Checkpoint",
+    "DENSE_FAMILIES",
+    "FAMILIES",
+    "SPARSE_FAMILIES",
+    "TARGETS",
+    "Verification",
+    "convert_checkpoint",
+    "import_state",
+    "load_state",
+    "moe_config",
+    "open_checkpoint",
+    "save_checkpoint",
+    "tensors_on_disk",
+    "to_moe",
+    "verify",
+]

@@ -1,73 +1,89 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""transformers' weights into ours: the fused tensors are laid out alike, so that names are all that changes."""
-
-from pathlib import Path
+"""A source's tensors as those of a MoE checkpoint, checked against its configuration before any is read."""
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
-from ..files import copy_companions, load_source, whole_folder
+from ..cli import UserError
+from ..configuration_moe import MoEConfig
+from ..embeddings import RotaryEmbeddings
 from ..modeling_moe import MoEForCausalLM
-from .families import moe_config
+from ..streaming import LazyTensor, State, refuse_quantised
+from .families import family_of, moe_config
 
 
-# Qwen2-MoE writes one shared expert in the singular; its gate keeps that name here too
-RENAMED = {".shared_expert.": ".shared_experts."}
+def tensors_on_disk(config: MoEConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a MoE checkpoint's tensors, one for each expert."""
+    with torch.device("meta"):
+        model = MoEForCausalLM(config)
+    shapes = {
+        name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()
+    }
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def import_state(state: State, source: PreTrainedConfig, config: MoEConfig) -> State:
+    """The tensors of a checkpoint under our names, in the order of the model; nothing is read.
+
+    Args:
+        state: as on disk, or as transformers holds it in memory.
+        source: its configuration.
+        config: the same in our words, see [`moe_config`].
+
+    Raises:
+        UserError: names a tensor that is missing, left over, of another shape than the configuration asks for, or
+            quantised.
+    """
+    if source.model_type != MoEConfig.model_type:
+        state = family_of(source).tensors(state, config)
+    shapes = tensors_on_disk(config)
+    if config.tie_word_embeddings:
+        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    for name in state:
+        if name not in shapes:
+            raise UserError(f"the source has a tensor {name} that its config.json does not account for: check both")
+    for name, shape in shapes.items():
+        if name not in state:
+            remedy = "set tie_word_embeddings if it is tied" if name == "lm_head.weight" else "restore it"
+            raise UserError(f"the source has no tensor for {name}: {remedy}")
+        if state[name].shape != shape:
+            raise UserError(
+                f"the source's tensor for {name} has shape {state[name].shape} where its config.json asks for {shape}"
+            )
+    refuse_quantised(state)
+    return {name: state[name] for name in shapes}
+
+
+def load_state(config: MoEConfig, state: State) -> MoEForCausalLM:
+    """A model in memory, in evaluation mode, with the tensors of a MoE checkpoint in their own dtypes."""
+    with torch.device("meta"):
+        model = MoEForCausalLM(config)
+    # rotary frequencies are computed, not loaded
+    model.model.rotary_emb = RotaryEmbeddings(config)
+    weights = {name: tensor.read() for name, tensor in state.items()}
+    model.load_state_dict(weights, assign=True, strict=not config.tie_word_embeddings)
+    model.tie_weights()
+    return model.eval()
 
 
 def to_moe(source: PreTrainedModel) -> MoEForCausalLM:
     """The same function as a MoE model.
 
     Args:
-        source: causal LM of one of [`FAMILIES`]; its weights are shared with the result, not copied.
+        source: causal LM of one of [`FAMILIES`]; its weights are shared with the result where their layout is the same.
 
     Returns:
         In evaluation mode, in the source's dtypes, with its generation config.
 
     Raises:
-        UserError: if the family has no conversion.
+        UserError: if the family has no conversion, or the model something that cannot be held.
     """
     config = moe_config(source.config)
-    with torch.device("meta"):
-        model = MoEForCausalLM(config)
-    # rotary frequencies are computed, not loaded
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    weights = {}
-    for name, tensor in source.state_dict().items():
-        for old, new in RENAMED.items():
-            name = name.replace(old, new)
-        weights[name] = tensor
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
+    state = {name: LazyTensor.of(tensor) for name, tensor in source.state_dict().items()}
+    model = load_state(config, import_state(state, source.config, config))
     if source.generation_config is not None:
         model.generation_config = GenerationConfig(**source.generation_config.to_diff_dict())
-    return model.eval()
-
-
-def convert_checkpoint(
-    name_or_path: str,
-    output_dir: str | Path,
-    gguf_file: str | None = None,
-    dtype: str = "auto",
-    overwrite: bool = False,
-) -> MoEForCausalLM:
-    """Writes a checkpoint of transformers' as a MoE checkpoint, tokenizer and chat template included.
-
-    Args:
-        name_or_path: folder or Hub name of a model of one of [`FAMILIES`].
-        output_dir: written whole or not at all.
-        gguf_file: name of the GGUF file in that folder.
-        dtype: of the result; `auto` keeps the source's.
-        overwrite: replace `output_dir`.
-
-    Returns:
-        The converted model.
-
-    Raises:
-        UserError: if the source cannot be loaded, its family has no conversion, or `output_dir` is not empty.
-    """
-    with whole_folder(output_dir, overwrite) as folder:
-        model = to_moe(load_source(name_or_path, gguf_file, dtype))
-        model.save_pretrained(folder)
-        copy_companions(name_or_path, folder, gguf_file)
     return model

@@ -92,30 +92,42 @@ def _gated(activation, derivative) -> Gate:
     return Gate(2, forward, backward)
 
 
-def _clamped(h: torch.Tensor, constants: list[float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """gpt-oss's gate, linear part and sigmoid(alpha * gate)."""
-    alpha, limit = constants
-    gate, up = h[..., ::2].clamp(max=limit), h[..., 1::2].clamp(-limit, limit)
-    return gate, up + 1, torch.sigmoid(alpha * gate)
+def _halves(h: torch.Tensor) -> list[torch.Tensor]:
+    return list(h.chunk(2, dim=-1))
 
 
-def _clamped_forward(h, constants, a) -> None:
-    gate, linear, sigmoid = _clamped(h, constants)
-    torch.mul(gate.mul_(sigmoid), linear, out=a)
+def _pairs(h: torch.Tensor) -> list[torch.Tensor]:
+    return [h[..., ::2], h[..., 1::2]]
 
 
-def _clamped_backward(h, grad_a, constants, a, grad_h) -> None:
-    alpha, limit = constants
-    gate, linear, sigmoid = _clamped(h, constants)
-    slope = sigmoid * (1 + alpha * gate * (1 - sigmoid))
-    grad_h[..., ::2] = grad_a * linear * slope * (h[..., ::2] <= limit)
-    grad_h[..., 1::2] = grad_a * gate * sigmoid * (h[..., 1::2].abs() <= limit)
-    torch.mul(gate.mul_(sigmoid), linear, out=a)
+def _clamped(split: Callable[[torch.Tensor], list[torch.Tensor]]) -> Gate:
+    """gpt-oss's a = g * sigmoid(alpha * g) * (u + 1), with g and u clamped."""
+
+    def parts(h, constants) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        (alpha, limit), (gate, up) = constants, split(h)
+        gate = gate.clamp(max=limit)
+        return gate, up.clamp(-limit, limit).add_(1), torch.sigmoid(alpha * gate)
+
+    def forward(h, constants, a) -> None:
+        gate, linear, sigmoid = parts(h, constants)
+        torch.mul(gate.mul_(sigmoid), linear, out=a)
+
+    def backward(h, grad_a, constants, a, grad_h) -> None:
+        (alpha, limit), (gate_h, up_h), (grad_gate, grad_up) = constants, split(h), split(grad_h)
+        gate, linear, sigmoid = parts(h, constants)
+        slope = sigmoid * (1 + alpha * gate * (1 - sigmoid))
+        grad_gate.copy_(grad_a * linear * slope * (gate_h <= limit))
+        grad_up.copy_(grad_a * gate * sigmoid * (up_h.abs() <= limit))
+        torch.mul(gate.mul_(sigmoid), linear, out=a)
+
+    return Gate(2, forward, backward)
 
 
-# "silu" is f(h), "silu_gated" f(g) * u; "clamped_swiglu" is gpt-oss's interleaved gate, its constants alpha and limit
+# "silu" is f(h), "silu_gated" f(g) * u with h = [g | u]; "clamped_swiglu" is gpt-oss's gate, in pairs g0, u0, g1, u1, ...
+# as in transformers' model or in halves; its constants are alpha and limit
 GATES: dict[str, Gate] = {
     **{name: _plain(*functions) for name, functions in ACTIVATIONS.items()},
     **{f"{name}_gated": _gated(*functions) for name, functions in ACTIVATIONS.items()},
-    "clamped_swiglu": Gate(2, _clamped_forward, _clamped_backward),
+    "clamped_swiglu_pairs": _clamped(_pairs),
+    "clamped_swiglu_gated": _clamped(_halves),
 }

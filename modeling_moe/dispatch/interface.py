@@ -32,8 +32,12 @@ def gate_of(module: nn.Module) -> tuple[str, list[float]] | None:
     None if that has no derivative here."""
     apply_gate = getattr(type(module), "_apply_gate", None)
     if module.has_gate and apply_gate is GptOssExperts._apply_gate:
-        return "clamped_swiglu", [float(module.alpha), float(module.limit)]
-    if module.has_gate and apply_gate is not _default_apply_gate:
+        return "clamped_swiglu_pairs", [float(module.alpha), float(module.limit)]
+    # this model's experts, whose class is another one where a checkpoint brings its code
+    if module.has_gate and hasattr(module, "gate_clamp"):
+        if module.gate_clamp is not None:
+            return "clamped_swiglu_gated", list(module.gate_clamp)
+    elif module.has_gate and apply_gate is not _default_apply_gate:
         return None
     activation = ACTIVATION_NAMES.get(type(module.act_fn))
     if activation is None:

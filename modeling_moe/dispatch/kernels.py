@@ -41,7 +41,7 @@ def activation(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def gate(g, u, alpha, limit, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr):
     """g, u -> a and the slopes da/dg, da/du, all of one shape; the compiler drops the slopes a caller ignores."""
-    if LAYOUT == "pairs":
+    if ACTIVATION == "clamped_swiglu":
         kept_g = tl.where(g > limit, limit, g)
         kept_u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
         sigmoid = tl.sigmoid(alpha * kept_g)

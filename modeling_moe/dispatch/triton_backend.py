@@ -4,7 +4,7 @@
 # T tokens, K experts per token, S = T*K slots; E experts; H hidden, I expert width, C = I or 2I columns of h
 # x, grad (T, H); h (S, C), in the order of slots.order, where rows of empty slots are neither written nor read
 # weight (T, K) float32; up (E, C, H), down (E, H, I) of any strides; up_bias (E, C), down_bias (E, H) or None
-# gate: a key of gates.GATES; constants: what it takes, [alpha, limit] for "clamped_swiglu", else []
+# gate: a key of gates.GATES; constants: what it takes, [alpha, limit] for the clamped ones, else []
 
 Nothing waits for the device and nothing is added atomically: the same input gives the same bits.
 """
@@ -126,8 +126,9 @@ def choose_config(num_slots: int, num_experts: int, element_size: int) -> Config
 
 def _gate_options(gate: str, constants: list[float]) -> dict:
     alpha, limit = (float(constant) for constant in constants or (0, 0))
-    layout = "pairs" if gate == "clamped_swiglu" else "halves" if gate.endswith("_gated") else "plain"
-    return {"alpha": alpha, "limit": limit, "ACTIVATION": gate.removesuffix("_gated"), "LAYOUT": layout}
+    layout = "pairs" if gate.endswith("_pairs") else "halves" if gate.endswith("_gated") else "plain"
+    activation = gate.removesuffix("_gated").removesuffix("_pairs")
+    return {"alpha": alpha, "limit": limit, "ACTIVATION": activation, "LAYOUT": layout}
 
 
 def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:

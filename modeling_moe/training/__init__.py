@@ -15,6 +15,7 @@ from .finetuning import (
     finetune,
     moe_lora_config,
 )
+from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
 
 
 __all__ = [
@@ -34,4 +35,7 @@ __all__ = [
     "ModelArguments",
     "finetune",
     "moe_lora_config",
+    "FreezeExpertsCallback",
+    "FrozenExperts",
+    "freeze_experts",
 ]

@@ -1,21 +1,40 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Dense checkpoints into Mixture-of-Experts checkpoints that start where the dense model ended."""
+"""Dense checkpoints into Mixture-of-Experts checkpoints that start where the dense model ended, and these into others
+with more or fewer experts."""
 
 from .extraction import extract_task
-from .methods import METHODS, upcycle
+from .growth import GrowthOptions, grow, release_experts
+from .layers import refuse_mismatch, upcycle
+from .methods import METHODS, inexactness
 from .options import UpcyclingOptions
-from .plan import UpcyclingPlan, make_plan
-from .run import Verification, upcycle_checkpoint, verify
+from .plan import UpcyclingPlan, make_plan, sparse_config
+from .pruning import PruningOptions, merge, prune
+from .resize import ResizeOptions, resize_checkpoint
+from .run import open_sources, plan_upcycling, upcycle_checkpoint
+from .usage import Usage, measure_usage
 
 
 __all__ = [
     "METHODS",
+    "GrowthOptions",
+    "PruningOptions",
+    "ResizeOptions",
     "UpcyclingOptions",
     "UpcyclingPlan",
-    "Verification",
+    "Usage",
     "extract_task",
+    "grow",
+    "inexactness",
     "make_plan",
+    "measure_usage",
+    "merge",
+    "open_sources",
+    "plan_upcycling",
+    "prune",
+    "refuse_mismatch",
+    "release_experts",
+    "resize_checkpoint",
+    "sparse_config",
     "upcycle",
     "upcycle_checkpoint",
-    "verify",
 ]

@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What an upcycling will make, known before any weight is read."""
+"""What an upcycling will make and cost, known before any weight is read."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +11,40 @@ from transformers import PreTrainedConfig
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..conversion import DENSE_FAMILIES, moe_config
-from .methods import METHODS
+from ..modeling_moe import MoEForCausalLM
+from .layers import refuse_mismatch
+from .methods import inexactness
 from .options import UpcyclingOptions
+
+
+# group of parameters -> the start of their names up to what is counted; the first match wins
+GROUPS = {
+    "embedding": r".*\.embed_\w+\.",
+    "output head": r"lm_head\.",
+    "attention": r".*\.self_attn\.",
+    "routers": r".*\.mlp\.gate\.",
+    "routed experts": r".*\.mlp\.experts\.",
+    "shared experts": r".*\.mlp\.shared_expert",
+    "dense networks": r".*\.mlp\.",
+    "norms": r".*norm\.",
+}
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """A line of the plan's table.
+
+    Attributes:
+        name: of the group, a key of `GROUPS`.
+        count: how many of them there are; of routed experts, layers x experts.
+        params: parameters of all of them.
+        nbytes: of these.
+    """
+
+    name: str
+    count: str
+    params: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -19,48 +53,126 @@ class UpcyclingPlan:
 
     Attributes:
         config: of the result.
-        dense_params: parameters of the source.
-        bytes_on_disk: of the result's weights.
+        dtype: of its weights.
+        dense_params: parameters of the (first) source.
+        params: parameters of the result.
+        active_params: those of them that a token uses.
+        groups: what the parameters are.
         inexactness: why the function changes; empty if it does not.
     """
 
     config: MoEConfig
+    dtype: torch.dtype
     dense_params: int
-    bytes_on_disk: int
+    params: int
+    active_params: int
+    groups: tuple[TensorGroup, ...]
     inexactness: str
 
+    @property
+    def bytes_on_disk(self) -> int:
+        """Of the weights; as many in memory, to serve them."""
+        return sum(group.nbytes for group in self.groups)
 
-def make_plan(source: PreTrainedConfig, options: UpcyclingOptions, dtype: torch.dtype) -> UpcyclingPlan:
-    """Plans the upcycling of a dense model.
+    @property
+    def bytes_to_train(self) -> int:
+        """Weights and gradients in the dtype of the weights and AdamW's two moments in fp32, without activations.
+
+        16 bytes for each parameter in fp32, 12 in bf16.
+        """
+        return 2 * self.bytes_on_disk + 8 * self.params
+
+    def cache_bytes(self, tokens: int = 1000) -> int:
+        """Keys and values of one sequence of so many tokens, in the dtype of the weights; a window holds no more than its own."""
+        config = self.config
+        window = min(tokens, config.sliding_window or tokens)
+        held = sum(window if kind == "sliding_attention" else tokens for kind in config.layer_types)
+        return 2 * held * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
+
+
+def sparse_config(dense: MoEConfig, options: UpcyclingOptions, dtype: torch.dtype) -> MoEConfig:
+    """The configuration of the result.
+
+    Args:
+        dense: of the (first) source.
+        options: how to upcycle.
+        dtype: of the result's weights.
+
+    Raises:
+        UserError: if an option makes no model of this source.
+    """
+    options.check(dense)
+    sparse = options.sparse_layers(dense.num_hidden_layers)
+    parts = options.num_experts if options.method == "split" else options.granularity
+    changes = {
+        "num_experts": options.num_experts,
+        "num_experts_per_tok": options.num_experts_per_tok,
+        "moe_intermediate_size": dense.intermediate_size // parts,
+        "norm_topk_prob": options.norm_topk_prob,
+        "router_aux_loss_coef": options.router_aux_loss_coef,
+        "router_z_loss_coef": options.router_z_loss_coef,
+        "mlp_layer_types": ["sparse" if i in sparse else "dense" for i in range(dense.num_hidden_layers)],
+        "num_shared_experts": int(options.shared_expert),
+        "shared_expert_intermediate_size": options.shared_expert * dense.intermediate_size,
+        "dtype": dtype,
+    }
+    return MoEConfig(**(dense.to_dict() | changes))
+
+
+def tensor_groups(config: MoEConfig, dtype: torch.dtype) -> tuple[TensorGroup, ...]:
+    """What the parameters of a model are, in the order of `GROUPS`; groups that it lacks are left out."""
+    with torch.device("meta"):
+        model = MoEForCausalLM(config)
+    counted = {group: set() for group in GROUPS}
+    params = dict.fromkeys(GROUPS, 0)
+    for name, parameter in model.named_parameters():
+        group, owner = next((g, match.group()) for g, start in GROUPS.items() if (match := re.match(start, name)))
+        counted[group].add(owner)
+        params[group] += parameter.numel()
+    counts = {group: str(len(owners)) for group, owners in counted.items() if owners}
+    return tuple(
+        TensorGroup(
+            group,
+            f"{count} x {config.num_experts}" if group == "routed experts" else count,
+            params[group],
+            params[group] * dtype.itemsize,
+        )
+        for group, count in counts.items()
+    )
+
+
+def make_plan(
+    source: PreTrainedConfig,
+    options: UpcyclingOptions,
+    dtype: torch.dtype,
+    further: Sequence[PreTrainedConfig] = (),
+) -> UpcyclingPlan:
+    """Plans the upcycling of dense models.
 
     Args:
         source: the dense model's configuration, of one of `conversion.DENSE_FAMILIES`.
         options: how to upcycle.
         dtype: of the result's weights.
+        further: configurations of `options.sources`.
 
     Raises:
-        UserError: if the source is not of those families, or an option makes no model.
+        UserError: if a source is not of those families, the sources differ in architecture, or an option makes no model.
     """
-    if source.model_type not in DENSE_FAMILIES:
-        raise UserError(
-            f"model_type {source.model_type!r} cannot be upcycled: it must be one of {', '.join(sorted(DENSE_FAMILIES))}"
-        )
-    if options.method not in METHODS:
-        raise UserError(f"method {options.method!r} is unknown: it must be one of {', '.join(sorted(METHODS))}")
-    for name in ("noise", "router_std"):
-        if getattr(options, name) < 0:
-            raise UserError(f"{name} is {getattr(options, name)}: it must be 0 or positive")
-    dense = moe_config(source)
-    changes = {
-        "num_experts": options.num_experts,
-        "num_experts_per_tok": options.num_experts_per_tok,
-        "norm_topk_prob": options.norm_topk_prob,
-        "router_aux_loss_coef": options.router_aux_loss_coef,
-        "router_z_loss_coef": options.router_z_loss_coef,
-        "mlp_layer_types": ["sparse"] * dense.num_hidden_layers,
-        "num_shared_experts": int(options.shared_expert),
-        "shared_expert_intermediate_size": None,
-        "dtype": dtype,
-    }
-    config = MoEConfig(**(dense.to_dict() | changes))
-    return UpcyclingPlan(config, dense.num_params(), config.num_params() * dtype.itemsize, options.inexactness())
+    for config in (source, *further):
+        if config.model_type not in DENSE_FAMILIES:
+            raise UserError(
+                f"model_type {config.model_type!r} cannot be upcycled: it must be one of "
+                f"{', '.join(sorted(DENSE_FAMILIES))}"
+            )
+    dense, *others = (moe_config(config) for config in (source, *further))
+    refuse_mismatch([dense, *others], ["the first source", *(options.sources or [])])
+    config = sparse_config(dense, options, dtype)
+    return UpcyclingPlan(
+        config=config,
+        dtype=dtype,
+        dense_params=dense.num_params(),
+        params=config.num_params(),
+        active_params=config.num_active_params(),
+        groups=tensor_groups(config, dtype),
+        inexactness=inexactness(options, config),
+    )

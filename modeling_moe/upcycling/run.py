@@ -1,49 +1,73 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Upcycling from folder to folder, and the look at what came out."""
+"""Upcycling from folder to folder."""
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from ..cli import UserError
-from ..conversion import to_moe
-from ..files import copy_companions, load_source, load_tokenizer, whole_folder
-from ..modeling_moe import MoEForCausalLM
-from .methods import upcycle
+from ..conversion import Checkpoint, Verification, load_state, open_checkpoint, save_checkpoint, verify
+from ..files import load_tokenizer
+from .calibration import load_domains, measure, needs_text
+from .layers import average, upcycle
 from .options import UpcyclingOptions
 from .plan import UpcyclingPlan, make_plan
 
 
-VERIFICATION_TEXT = (
-    "A mixture of experts sends each token through a few of many small networks. A router decides which. At first all "
-    "of them are the same, so the model writes what the dense one would have written; training then tells them apart."
-)
+# difference of logits in fp32 above which a result that should equal its source does not
+TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
-class Verification:
-    """Source and result on the same text.
+def open_sources(
+    name_or_path: str, options: UpcyclingOptions, gguf_file: str | None = None, dtype: str = "auto"
+) -> list[Checkpoint]:
+    """The dense checkpoint and `options.sources`, none of them read; arguments as [`upcycle_checkpoint`]'s."""
+    first = open_checkpoint(name_or_path, gguf_file, dtype)
+    return [first, *(open_checkpoint(source, dtype=dtype) for source in options.sources or [])]
 
-    Attributes:
-        dense_loss: of the source, nats per token.
-        moe_loss: of the result, nats per token.
-        largest_difference: between any two of their logits, compared in fp32.
+
+def plan_upcycling(checkpoints: Sequence[Checkpoint], options: UpcyclingOptions) -> UpcyclingPlan:
+    """What upcycling these checkpoints will make.
+
+    Raises:
+        UserError: if they do not fit together, or an option makes no model.
     """
-
-    dense_loss: float
-    moe_loss: float
-    largest_difference: float
+    first, *further = (checkpoint.source_config for checkpoint in checkpoints)
+    return make_plan(first, options, checkpoints[0].config.dtype, further)
 
 
-@torch.no_grad()
-def verify(dense: PreTrainedModel, moe: MoEForCausalLM, input_ids: torch.Tensor) -> Verification:
-    """Runs both models on token ids (1, S)."""
-    expected = dense(input_ids, labels=input_ids)
-    got = moe(input_ids, labels=input_ids)
-    difference = (expected.logits.float() - got.logits.float()).abs().max().item()
-    return Verification(expected.loss.item(), got.loss.item(), difference)
+def measure_sources(
+    checkpoints: Sequence[Checkpoint], plan: UpcyclingPlan, options: UpcyclingOptions
+) -> dict[str, torch.Tensor]:
+    """What routers and neuron groups take from `options.calibration_data`; empty if they take nothing.
+
+    It runs the dense model, of several sources their average, and so holds it in memory.
+
+    Raises:
+        UserError: if the texts or the tokenizer cannot be read.
+    """
+    if not needs_text(options):
+        return {}
+    domains = load_domains(options.calibration_data or [])
+    tokenizer = load_tokenizer(str(checkpoints[0].source.folder), checkpoints[0].source.gguf_file)
+    states = [checkpoint.state for checkpoint in checkpoints]
+    merged = {name: average([state[name] for state in states], options.source_weights) for name in states[0]}
+    return measure(load_state(checkpoints[0].config, merged), tokenizer, domains, plan.config, options)
+
+
+def recipe(checkpoints: Sequence[Checkpoint], options: UpcyclingOptions, measured: Mapping[str, torch.Tensor]) -> dict:
+    """All that a byte of the result depends on."""
+    digests = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in measured.items()}
+    return {
+        "method": "upcycle",
+        "sources": [checkpoint.identity() for checkpoint in checkpoints],
+        "options": asdict(options),
+        "measured": digests,
+        "dtype": str(checkpoints[0].config.dtype),
+    }
 
 
 def upcycle_checkpoint(
@@ -55,7 +79,10 @@ def upcycle_checkpoint(
     overwrite: bool = False,
     check: bool = False,
 ) -> tuple[UpcyclingPlan, Verification | None]:
-    """Writes a dense checkpoint as a Mixture of Experts, tokenizer, chat template and code included.
+    """Writes dense checkpoints as a Mixture of Experts, tokenizer, chat template and code included.
+
+    Tensor by tensor, so that memory does not grow with the model unless something is measured or checked on text. An
+    interrupted run goes on where it was when called again.
 
     Args:
         name_or_path: folder or Hub name of a model of one of `conversion.DENSE_FAMILIES`.
@@ -64,27 +91,37 @@ def upcycle_checkpoint(
         gguf_file: name of the GGUF file in that folder.
         dtype: of the result; `auto` keeps the source's.
         overwrite: replace `output_dir`.
-        check: run source and result on a short text.
+        check: run source and result on a short text before the result takes its place.
 
     Returns:
         What was made, and how it compares with the source if `check` is set.
 
     Raises:
-        UserError: if the source cannot be loaded or upcycled, or `output_dir` is not empty.
+        UserError: if a source cannot be read or upcycled, `output_dir` cannot be written, or the check fails.
     """
-    with whole_folder(output_dir, overwrite) as folder:
-        source = load_source(name_or_path, gguf_file, dtype).eval()
-        plan = make_plan(source.config, options, source.dtype)
-        model = upcycle(to_moe(source), plan.config, options)
-        verification = None
-        if check:
-            tokenizer = load_tokenizer(name_or_path, gguf_file)
-            verification = verify(source, model, tokenizer(VERIFICATION_TEXT, return_tensors="pt").input_ids)
-            if not plan.inexactness and source.dtype == torch.float32 and verification.largest_difference > 1e-3:
-                raise UserError(
-                    f"the result differs from {name_or_path} by {verification.largest_difference:.1e} in its logits "
-                    "where it should equal it: nothing was written, please report the source's config.json"
-                )
-        model.save_pretrained(folder)
-        copy_companions(name_or_path, folder, gguf_file)
+    checkpoints = open_sources(name_or_path, options, gguf_file, dtype)
+    plan = plan_upcycling(checkpoints, options)
+    measured = measure_sources(checkpoints, plan, options)
+    state = upcycle([checkpoint.state for checkpoint in checkpoints], plan.config, options, measured)
+    verification = None
+
+    def compare(folder: Path) -> None:
+        nonlocal verification
+        verification = verify(name_or_path, folder, gguf_file, dtype)
+        inexact = plan.inexactness or plan.dtype != torch.float32
+        if not inexact and not verification.largest_difference <= TOLERANCE:
+            raise UserError(
+                f"the result differs from {name_or_path} by {verification.largest_difference:.1e} in its logits where it "
+                "should equal it: please report the source's config.json"
+            )
+
+    save_checkpoint(
+        output_dir,
+        plan.config,
+        state,
+        checkpoints[0],
+        recipe(checkpoints, options, measured),
+        overwrite=overwrite,
+        check=compare if check else None,
+    )
     return plan, verification

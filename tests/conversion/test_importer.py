@@ -156,10 +156,10 @@ def test_bf16_is_bitwise_the_dense_model(tmp_path):
 
 
 def test_unknown_family_is_named(tmp_path):
-    from transformers import GPT2Config
+    from transformers import BloomConfig
 
-    with pytest.raises(UserError, match="model_type 'gpt2' has no conversion: it must be one of llama, mistral"):
-        moe_config(GPT2Config())
+    with pytest.raises(UserError, match="model_type 'bloom' has no conversion: it must be one of deepseek, "):
+        moe_config(BloomConfig())
 
 
 def test_failure_leaves_nothing(tmp_path):

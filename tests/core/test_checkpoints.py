@@ -155,14 +155,18 @@ def test_too_few_experts_in_the_config(saved):
 
 
 SHIPPED = {
+    "attention.py",
     "balancing.py",
     "batch_choice.py",
     "capacity.py",
     "checkpoints.py",
     "configuration_moe.py",
     "dynamic_k.py",
+    "embeddings.py",
+    "latent_attention.py",
     "losses.py",
     "modeling_moe.py",
+    "normalization.py",
     "outputs.py",
     "router_signals.py",
     "routers.py",

@@ -35,7 +35,7 @@ class Problem:
         dtype=torch.float32,
     ):
         self.index = torch.as_tensor(index, device=DEVICE)
-        self.gate, self.constants = gate, [1.702, 0.9] if gate == "clamped_swiglu" else []
+        self.gate, self.constants = gate, [1.702, 0.9] if gate.startswith("clamped") else []
         columns = GATES[gate].columns * inner
 
         def random(*shape, dtype=dtype):
@@ -103,9 +103,10 @@ class Problem:
 
 def act(h, gate, constants):
     """a (I,) from h (C,), written for autograd."""
-    if gate == "clamped_swiglu":
+    if gate.startswith("clamped"):
         alpha, limit = constants
-        g, u = h[::2].clamp(max=limit), h[1::2].clamp(-limit, limit)
+        g, u = (h[::2], h[1::2]) if gate.endswith("_pairs") else h.chunk(2)
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
         return g * torch.sigmoid(alpha * g) * (u + 1)
     functions = {
         "silu": torch.nn.functional.silu,
@@ -128,7 +129,7 @@ def test_every_gate(gate):
     Problem(INDEX, gate=gate).check()
 
 
-@pytest.mark.parametrize("gate", ["clamped_swiglu", "silu_gated", "gelu"])
+@pytest.mark.parametrize("gate", ["clamped_swiglu_pairs", "silu_gated", "gelu"])
 def test_biases_and_strides_of_gpt_oss(gate):
     problem = Problem(INDEX, gate=gate, bias=True, transposed=True)
     grads = problem.check()
@@ -140,7 +141,9 @@ def test_biases_and_strides_of_gpt_oss(gate):
     ("index", "shape"),
     [
         pytest.param(INDEX, {"hidden": 10, "inner": 6}, id="odd widths"),
-        pytest.param(INDEX, {"hidden": 70, "inner": 37, "gate": "clamped_swiglu", "bias": True}, id="several blocks"),
+        pytest.param(
+            INDEX, {"hidden": 70, "inner": 37, "gate": "clamped_swiglu_pairs", "bias": True}, id="several blocks"
+        ),
         pytest.param([[1, 2]], {}, id="one token"),
         pytest.param([[0], [0], [0]], {"experts": 1}, id="one expert"),
         pytest.param([[2, 0, 1], [0, 1, 2]], {}, id="every expert"),
@@ -149,7 +152,7 @@ def test_biases_and_strides_of_gpt_oss(gate):
             [[i % 2, 2] for i in range(40)], {"hidden": 12, "inner": 8, "bias": True}, id="more rows than a block"
         ),
         pytest.param([[3, 0], [-1, 3], [1, -1], [7, 2], [2, 1]], {"bias": True}, id="empty slots"),
-        pytest.param([[-1, 3], [3, 3]], {"bias": True, "gate": "clamped_swiglu"}, id="only empty slots"),
+        pytest.param([[-1, 3], [3, 3]], {"bias": True, "gate": "clamped_swiglu_pairs"}, id="only empty slots"),
     ],
 )
 def test_shapes_and_routing(index, shape):
@@ -174,7 +177,7 @@ def test_more_tiles_than_a_group():
     Problem(index, hidden=40, inner=40).check()
 
 
-@pytest.mark.parametrize("gate", ["clamped_swiglu", "silu_gated"])
+@pytest.mark.parametrize("gate", ["clamped_swiglu_pairs", "silu_gated"])
 def test_the_up_projection_is_recomputed(gate):
     Problem(INDEX, gate=gate, bias=True).check(recompute=True)
 
@@ -191,7 +194,7 @@ def test_frozen_inputs_have_no_gradient(needed):
             assert grads[name] is None
 
 
-@pytest.mark.parametrize("gate", ["clamped_swiglu", "gelu_tanh_gated", "relu2"])
+@pytest.mark.parametrize("gate", ["clamped_swiglu_pairs", "gelu_tanh_gated", "relu2"])
 def test_half_precision(gate):
     Problem(INDEX, gate=gate, bias=True, dtype=torch.float16).check()
 
@@ -205,7 +208,7 @@ def test_bfloat16():
 @pytest.mark.parametrize("size", triton_backend.CONFIGS)
 def test_every_config(size):
     dtype = {2: torch.float16, 4: torch.float32}[size]
-    problem = Problem(INDEX, gate="clamped_swiglu", bias=True, dtype=dtype)
+    problem = Problem(INDEX, gate="clamped_swiglu_pairs", bias=True, dtype=dtype)
     for _, config in triton_backend.CONFIGS[size]:
         problem.check(config=config)
 
@@ -224,9 +227,11 @@ def test_strided_and_expanded_inputs():
     [
         pytest.param(INDEX, {}, id="plain"),
         pytest.param([[3, 0], [-1, 3], [1, -1], [7, 2]], {"bias": True}, id="empty slots"),
-        pytest.param(INDEX, {"gate": "clamped_swiglu", "bias": True, "transposed": True}, id="gpt-oss"),
+        pytest.param(INDEX, {"gate": "clamped_swiglu_pairs", "bias": True, "transposed": True}, id="gpt-oss"),
         pytest.param(INDEX, {"gate": "gelu", "hidden": 10, "inner": 70}, id="odd widths"),
-        pytest.param([[0, 1]], {"gate": "clamped_swiglu", "hidden": 300, "dtype": torch.float16}, id="one token"),
+        pytest.param(
+            [[0, 1]], {"gate": "clamped_swiglu_pairs", "hidden": 300, "dtype": torch.float16}, id="one token"
+        ),
     ],
 )
 def test_decode(index, shape):

@@ -1,0 +1,97 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Multi-head attention of the Llama family, with the switches that its members differ in."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_attention_with_sinks
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .normalization import make_norm
+
+
+class MoEAttention(nn.Module):
+    """Attention by queries, keys and values of equal width."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scaling /= layer_idx + 1
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.rotates = config.rotates(layer_idx)
+        self.clip_qkv = config.clip_qkv
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        qkv_bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.norm_per_head = config.qk_norm == "head"
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.qk_norm is not None:
+            self.q_norm = make_norm(config, self.head_dim if self.norm_per_head else queries)
+            self.k_norm = make_norm(config, self.head_dim if self.norm_per_head else keys)
+        # what only some attention functions take, and only where the model has it
+        self.extras = {}
+        if config.attn_logit_softcapping is not None:
+            self.extras["softcap"] = config.attn_logit_softcapping
+        self.sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None
+        self.eager = eager_attention_with_sinks if config.attention_sinks else eager_attention_forward
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends within (B, S, H); returns the same shape and, from eager attention, the probabilities."""
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.norm_per_head:
+            query, key = query.view(hidden_shape), key.view(hidden_shape)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if self.clip_qkv is not None:
+            query, key, value = (x.clamp(-self.clip_qkv, self.clip_qkv) for x in (query, key, value))
+        query, key, value = (x.view(hidden_shape).transpose(1, 2) for x in (query, key, value))  # (B, heads, S, D)
+
+        if self.rotates:
+            partial = position_embeddings[0].shape[-1] < self.head_dim
+            rotate = apply_partial_rotary_pos_emb if partial else apply_rotary_pos_emb
+            query, key = (x.to(value.dtype) for x in rotate(query, key, *position_embeddings))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, self.eager
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **self.extras,
+            **({} if self.sinks is None else {"s_aux": self.sinks}),
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights

@@ -1,0 +1,110 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""What a model family is to a conversion: its configuration in our words, its tensors under our names."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..cli import UserError
+from ..configuration_moe import MoEConfig
+from ..streaming import State
+
+
+# what every configuration carries and no model computes with; or bookkeeping of the tools that wrote it
+IGNORED = {*PreTrainedConfig().to_dict(), "model_type", "_name_or_path", "_attn_implementation", "auto_map"} | {
+    "_attn_implementation_autoset",
+    "cache_implementation",
+    "pretraining_tp",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers.js_config",
+    "unsloth_fixed",
+    "unsloth_version",
+}
+# fields that mean the same in (nearly) every family
+COMMON = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+class SourceFields:
+    """A source's configuration, read field by field, so that a field that nobody read can be refused.
+
+    Args:
+        config: of the source.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        self.model_type = config.model_type
+        self.dtype = config.dtype
+        self._values = config.to_dict()
+        # read through the config's own properties too: a layer type list that a pattern implies, for one
+        self._config = config
+        self._taken = set(IGNORED)
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """The field's value; `default` if the source has no such field."""
+        self._taken.add(name)
+        return getattr(self._config, name, default)
+
+    def same(self, *names: str) -> dict[str, Any]:
+        """Fields whose name and meaning are the same here."""
+        return {name: self.take(name) for name in names}
+
+    def require(self, name: str, *allowed: Any) -> None:
+        """Reads a field that can be held at these values alone.
+
+        Raises:
+            UserError: if it has another one.
+        """
+        if (value := self.take(name, allowed[0])) not in allowed:
+            raise UserError(
+                f"{name} is {value!r} in the config.json of this {self.model_type} model, which cannot be held: only "
+                f"{' or '.join(map(repr, allowed))} can."
+            )
+
+    def refuse_unread(self) -> None:
+        """Refuses a field that nobody read: what it does to the model is not known.
+
+        Raises:
+            UserError: names the field.
+        """
+        for name, value in self._values.items():
+            if name not in self._taken and value is not None:
+                raise UserError(
+                    f"{name} ({value!r}) in the config.json of this {self.model_type} model is unknown, so that equality "
+                    "cannot be promised: remove the field if the model does not compute with it."
+                )
+
+
+@dataclass(frozen=True)
+class Family:
+    """One of transformers' model types.
+
+    Attributes:
+        fields: the [`MoEConfig`] fields of a source.
+        tensors: the source's tensors under the names and in the layout of a MoE checkpoint on disk.
+        sparse: whether the source is a Mixture of Experts itself.
+    """
+
+    fields: Callable[[SourceFields], dict[str, Any]]
+    tensors: Callable[[State, MoEConfig], State] = lambda state, config: state
+    sparse: bool = False

@@ -1,0 +1,44 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""What a token's id and position become before the first layer.
+
+# B batch, S sequence, H hidden, D width of a head that rotates
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embedding times sqrt(H), the factor rounded to the weight's dtype (Gemma)."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Maps (B, S) to (B, S, H)."""
+        states = super().forward(input_ids)
+        return states * states.new_full((), self.embedding_dim**0.5)
+
+
+class RotaryEmbeddings(nn.Module):
+    """Angles of the rotary embedding, one for each kind of attention if `rope_parameters` are given by kind (Gemma 3).
+
+    Without a rotary embedding (`position_embedding_type="learned"`) there are none.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.layer_types, self.fp32 = sorted(set(config.layer_types)), config.rope_fp32
+        self.by_type = any(kind in config.rope_parameters for kind in self.layer_types)
+        self.kinds = nn.ModuleDict()
+        if config.position_embedding_type == "rope":
+            for kind in self.layer_types if self.by_type else ["all"]:
+                view = copy.copy(config)
+                view.rope_parameters = config.rope_parameters[kind] if self.by_type else config.rope_parameters
+                self.kinds[kind] = Phi3RotaryEmbedding(view)
+
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> dict[str, tuple | None]:
+        """Cosines and sines (B, S, D) for each kind of attention in use; None for a model that does not rotate."""
+        hidden_states = hidden_states.float() if self.fp32 else hidden_states
+        angles = {kind: rotary(hidden_states, position_ids) for kind, rotary in self.kinds.items()}
+        return angles if self.by_type else dict.fromkeys(self.layer_types, angles.get("all"))

@@ -1,0 +1,45 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""The norms that model families differ in, and where in a decoder layer they stand."""
+
+from torch import nn
+from transformers import initialization as init
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+
+# norm_type -> class; they round at different places, which tells in bf16: w * cast(x), cast(w * x), cast((1 + w) * x)
+NORMS: dict[str, type[nn.Module]] = {
+    "rms": LlamaRMSNorm,
+    "rms_fp32": Olmo2RMSNorm,
+    "rms_plus_one": Gemma2RMSNorm,
+    "layer": nn.LayerNorm,
+}
+
+# norm_placement -> names of the norms before and after the attention, before and after the feed-forward network
+PLACEMENTS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "parallel": ("input_layernorm", None, "post_attention_layernorm", None),
+}
+
+
+def make_norm(config, width: int | None = None) -> nn.Module:
+    """The configuration's norm over `width` (the hidden size if not given) features."""
+    return NORMS[config.norm_type](config.hidden_size if width is None else width, eps=config.rms_norm_eps)
+
+
+def init_norm(norm: nn.Module) -> bool:
+    """Fills a new norm's parameters so that it scales by 1; says whether `norm` is one."""
+    if not isinstance(norm, tuple(NORMS.values())):
+        return False
+    (init.zeros_ if isinstance(norm, Gemma2RMSNorm) else init.ones_)(norm.weight)
+    if getattr(norm, "bias", None) is not None:
+        init.zeros_(norm.bias)
+    return True

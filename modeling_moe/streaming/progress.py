@@ -1,0 +1,17 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""A progress bar over bytes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+
+@contextmanager
+def byte_progress(description: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """Shows bytes done, speed and time left on stderr; yields a function that takes the number of bytes just done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not show) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count: bar.advance(task, count)

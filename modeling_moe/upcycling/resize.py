@@ -1,0 +1,129 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""A sparse checkpoint with more or fewer experts, from folder to folder."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..cli import UserError
+from ..configuration_moe import MoEConfig
+from ..conversion import Checkpoint, load_state, open_checkpoint, save_checkpoint
+from ..files import load_tokenizer
+from ..streaming import LazyTensor, State
+from .calibration import load_domains, token_ids
+from .extraction import extract_task
+from .growth import GrowthOptions, grow
+from .pruning import PruningOptions, merge, prune
+from .usage import Usage, measure_usage
+
+
+BLOCK = 512
+
+
+@dataclass
+class ResizeOptions:
+    """What happens to the experts, and the text that tells which of them matter."""
+
+    method: str = field(
+        default="grow",
+        metadata={
+            "help": "grow: more experts, the same function; prune: keep those that the text uses most; merge: the others "
+            "into these; extract: the experts of one task, of a model with router_type='task'"
+        },
+    )
+    data: list[str] | None = field(
+        default=None, metadata={"help": "prune, merge, grow by use: domain=file, text to measure the use on"}
+    )
+    tokens: int = field(default=8192, metadata={"help": "tokens of each domain that are measured"})
+    task: int | None = field(default=None, metadata={"help": "extract: the task to keep"})
+
+
+def _grow(checkpoint: Checkpoint, growth: GrowthOptions, pruning: PruningOptions, usage: Usage | None):
+    return *grow(checkpoint.state, checkpoint.config, growth, usage), growth.inexactness()
+
+
+def _prune(checkpoint: Checkpoint, growth: GrowthOptions, pruning: PruningOptions, usage: Usage | None):
+    return *prune(checkpoint.state, checkpoint.config, usage, pruning), pruning.inexactness(checkpoint.config)
+
+
+def _merge(checkpoint: Checkpoint, growth: GrowthOptions, pruning: PruningOptions, usage: Usage | None):
+    return *merge(checkpoint.state, checkpoint.config, usage, pruning), pruning.inexactness(checkpoint.config)
+
+
+# method -> from checkpoint, options and usage to state, configuration and why it is not exact
+METHODS: dict[str, Callable[..., tuple[State, MoEConfig, str]]] = {"grow": _grow, "prune": _prune, "merge": _merge}
+
+
+def usage_on(checkpoint: Checkpoint, data: list[str], tokens: int) -> Usage:
+    """What texts use of a checkpoint's experts; it runs the model, and so holds it in memory.
+
+    Args:
+        checkpoint: of a sparse model.
+        data: `domain=file` each.
+        tokens: of each domain.
+
+    Raises:
+        UserError: if a text or the tokenizer cannot be read, or a domain has fewer tokens.
+    """
+    tokenizer = load_tokenizer(str(checkpoint.source.folder), checkpoint.source.gguf_file)
+    blocks = [
+        {"input_ids": block[None]}
+        for name, documents in load_domains(data).items()
+        for block in token_ids(documents, tokenizer, tokens, name).split(BLOCK)
+    ]
+    return measure_usage(load_state(checkpoint.config, checkpoint.state), blocks)
+
+
+def _extract(checkpoint: Checkpoint, task: int) -> tuple[State, MoEConfig]:
+    model = extract_task(load_state(checkpoint.config, checkpoint.state), task)
+    return {name: LazyTensor.of(tensor) for name, tensor in model.state_dict().items()}, model.config
+
+
+def resize_checkpoint(
+    name_or_path: str,
+    output_dir: str | Path,
+    options: ResizeOptions,
+    growth: GrowthOptions,
+    pruning: PruningOptions,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> tuple[MoEConfig, MoEConfig, str]:
+    """Writes a sparse checkpoint with other experts, tokenizer, chat template and code included.
+
+    Args:
+        name_or_path: folder or Hub name of a model of this package, or of a sparse family of `conversion.FAMILIES`.
+        output_dir: written whole or not at all; an interrupted run goes on where it was.
+        options: what happens.
+        growth: how, if they grow.
+        pruning: how, if they become fewer.
+        dtype: of the result; `auto` keeps the source's.
+        overwrite: replace `output_dir`.
+
+    Returns:
+        The configurations of source and result, and why the function changes; empty if it does not.
+
+    Raises:
+        UserError: if the source cannot be read, the options make no model of it, or `output_dir` cannot be written.
+    """
+    if options.method not in (*METHODS, "extract"):
+        raise UserError(f"method {options.method!r} is unknown: it must be one of {', '.join(METHODS)}, extract")
+    checkpoint = open_checkpoint(name_or_path, dtype=dtype)
+    usage = usage_on(checkpoint, options.data, options.tokens) if options.data else None
+    if options.method == "extract":
+        if options.task is None:
+            raise UserError("method 'extract' keeps the experts of one task: give task")
+        (state, config), inexactness = _extract(checkpoint, options.task), ""
+    elif usage is None and options.method != "grow":
+        raise UserError(f"method {options.method!r} ranks the experts by what a text uses: give data")
+    else:
+        state, config, inexactness = METHODS[options.method](checkpoint, growth, pruning, usage)
+    config.dtype = checkpoint.config.dtype
+    scores = None if usage is None else {i: layer.load.tolist() for i, layer in usage.layers.items()}
+    recipe = {
+        "source": checkpoint.identity(),
+        "options": asdict(options) | asdict(growth) | asdict(pruning),
+        "load": scores,
+        "dtype": str(checkpoint.config.dtype),
+    }
+    save_checkpoint(output_dir, config, state, checkpoint, recipe, overwrite=overwrite)
+    return checkpoint.config, config, inexactness

@@ -1,0 +1,183 @@
+"""Frozen experts stay the same to the last bit, and all else trains."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, default_data_collator
+
+from modeling_moe import MoEForCausalLM
+from modeling_moe.cli import UserError
+from modeling_moe.training import MoECallback
+from modeling_moe.training.freezing import FreezeExpertsCallback, freeze_experts
+from tests.conftest import tiny_config
+from tests.training.conftest import tiny_model, training_arguments
+
+
+IDS = torch.randint(3, 300, (8, 11), generator=torch.Generator().manual_seed(3))
+FROZEN = [0, 1, 3]
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.5),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=0.1, weight_decay=0.1),
+}
+
+
+def snapshot(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def moved(model, before) -> tuple[set[str], set[str]]:
+    """Names of parameters in which a frozen expert's row moved, and in which all others did, or what has no rows.
+
+    Router rows count as the experts' own.
+    """
+    frozen, free = set(), set()
+    for name, parameter in model.named_parameters():
+        changed = parameter.detach() != before[name]
+        if ".experts." in name or ".gate." in name:
+            rows = changed.flatten(1).any(dim=-1)
+            frozen |= {name} if rows[FROZEN].any() else set()
+            free |= {name} if rows[[2, 4]].all() else set()
+        elif changed.any():
+            free.add(name)
+    return frozen, free
+
+
+def step(model, optimizer, frozen=None) -> None:
+    model(IDS, labels=IDS).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    if frozen is not None:
+        frozen.restore()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("router", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_stays_under_decay_and_old_momentum(optimizer, dtype, router):
+    model = tiny_model(mlp_bias=True).to(dtype)
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    for _ in range(3):
+        step(model, optimizer)
+    before = snapshot(model)
+    frozen = freeze_experts(model, FROZEN, router)
+    for _ in range(5):
+        step(model, optimizer, frozen)
+    rows, free = moved(model, before)
+    gates = {f"model.layers.{i}.mlp.gate.weight" for i in (0, 2)}
+    assert rows == (set() if router else gates)
+    assert free == set(before)
+    frozen.release()
+    step(model, optimizer)
+    experts = {name for name in before if ".mlp.experts." in name}
+    assert moved(model, before)[0] == experts | gates
+
+
+def test_frozen_rows_do_not_count_in_the_gradient():
+    model = tiny_model()
+    model(IDS, labels=IDS).loss.backward()
+    free = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    freeze_experts(model, FROZEN)
+    for rows in IDS.chunk(2):
+        # accumulated, as two halves of the mean
+        (model(rows, labels=rows).loss / 2).backward()
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            assert not parameter.grad[FROZEN].any()
+            assert free[name][FROZEN].any()
+            assert parameter.grad[[2, 4]].any()
+
+
+def trainer_of(model, folder, callbacks, **fields) -> Trainer:
+    rows = Dataset.from_dict({"input_ids": IDS.tolist(), "labels": IDS.tolist()})
+    fields = {"optim": "adamw_torch", "learning_rate": 0.01, "weight_decay": 0.5, "max_grad_norm": 1.0} | fields
+    args = training_arguments(
+        folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=5, **fields
+    )
+    return Trainer(
+        model=model, args=args, train_dataset=rows, data_collator=default_data_collator, callbacks=callbacks
+    )
+
+
+def test_trainer_keeps_them_and_resumes(tmp_path):
+    model = tiny_model(router_selection_bias=True, router_bias_update_rate=0.01)
+    before = snapshot(model)
+    callbacks = [MoECallback(), FreezeExpertsCallback(FROZEN, router=True)]
+    trainer_of(model, tmp_path, callbacks, save_strategy="steps", save_steps=3).train()
+    assert moved(model, before) == (set(), set(before))
+    assert model.model.layers[0].mlp.gate.e_score_correction_bias.any()
+
+    saved = MoEForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+    assert moved(saved, before)[0] == set()
+    # a model of other weights: what counts is the checkpoint
+    torch.manual_seed(1)
+    resumed = MoEForCausalLM(model.config)
+    callbacks = [MoECallback(), FreezeExpertsCallback(FROZEN, router=True)]
+    trainer_of(resumed, tmp_path, callbacks).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert moved(resumed, before) == (set(), set(before))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(resumed.get_parameter(name), parameter)
+
+
+def test_trainer_lets_them_go_at_the_end(tmp_path):
+    model = tiny_model()
+    trainer_of(model, tmp_path, [FreezeExpertsCallback(FROZEN)]).train()
+    model(IDS, labels=IDS).loss.backward()
+    assert model.model.layers[0].mlp.experts.down_proj.grad[FROZEN].any()
+
+
+def test_experts_of_other_models():
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=300, num_hidden_layers=2, num_local_experts=5, **sizes))
+    before = snapshot(model)
+    frozen = freeze_experts(model, FROZEN, router=True)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    step(model, optimizer, frozen)
+    assert moved(model, before) == (set(), set(before))
+
+
+@pytest.fixture
+def one_process():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_under_ddp(one_process):
+    model = tiny_model()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    before = snapshot(model)
+    frozen = freeze_experts(wrapped, FROZEN, router=True)
+    step(wrapped, OPTIMIZERS["adamw"](model.parameters()), frozen)
+    assert moved(model, before) == (set(), set(before))
+
+
+def test_experts_that_are_split_are_refused(one_process):
+    model = tiny_model()
+    experts = model.model.layers[0].mlp.experts
+    mesh = dist.init_device_mesh("cpu", (1,))
+    experts.down_proj = torch.nn.Parameter(distribute_tensor(experts.down_proj.detach(), mesh, [Shard(0)]))
+    with pytest.raises(UserError, match="train with DDP"):
+        freeze_experts(model, FROZEN)
+
+
+@pytest.mark.parametrize(
+    ("fields", "experts", "router", "message"),
+    [
+        ({}, [5], False, "name some of the 5"),
+        ({}, [-1], False, "name some of the 5"),
+        ({}, [], False, "name some of the 5"),
+        ({"mlp_layer_types": ["dense"] * 3}, [0], False, "needs sparse layers"),
+        ({"router_type": "task_gate", "num_tasks": 2}, [0], True, "set router=False"),
+        ({"router_type": "hash"}, [0], True, "set router=False"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_frozen(fields, experts, router, message):
+    with pytest.raises(UserError, match=message):
+        freeze_experts(MoEForCausalLM(tiny_config(**fields)), experts, router)
