@@ -31,6 +31,7 @@ class Arguments:
     gguf_file: str | None = field(default=None, metadata={"help": "name of the GGUF file in the source's folder"})
     dtype: str = field(default="auto", metadata={"help": "auto (the source's), float32, bfloat16 or float16"})
     overwrite: bool = field(default=False, metadata={"help": "replace output_dir"})
+    max_shard_size: str = field(default="5GB", metadata={"help": "largest file; what an interruption costs at most"})
     dry_run: bool = field(default=False, metadata={"help": "print the plan, read no weights, write nothing"})
     verify: bool = field(default=False, metadata={"help": "run source and result on a text and compare"})
 
@@ -69,7 +70,14 @@ def main() -> None:
         print_plan(plan_upcycling(sources, options), None, "plan, nothing written")
         return
     plan, verification = upcycle_checkpoint(
-        args.model_name_or_path, args.output_dir, options, args.gguf_file, args.dtype, args.overwrite, args.verify
+        args.model_name_or_path,
+        args.output_dir,
+        options,
+        args.gguf_file,
+        args.dtype,
+        args.overwrite,
+        args.verify,
+        args.max_shard_size,
     )
     print_plan(plan, verification, args.output_dir)
 

@@ -98,6 +98,7 @@ def save_checkpoint(
     recipe: dict,
     target: str = "moe",
     overwrite: bool = False,
+    max_shard_size: str = "5GB",
     check: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a checkpoint, tokenizer, chat template, generation config and code included.
@@ -110,6 +111,7 @@ def save_checkpoint(
         recipe: all that was chosen; it is kept in conversion.json.
         target: format to write: `moe`, or a key of `TARGETS`.
         overwrite: replace `output_dir`.
+        max_shard_size: largest file, unless a tensor is larger.
         check: looks at the finished folder before it takes its place, and raises if it will not do.
 
     Raises:
@@ -131,7 +133,8 @@ def save_checkpoint(
         if check is not None:
             check(folder)
 
-    write_checkpoint(output_dir, state, json.loads(json.dumps(recipe, default=str)), finish, overwrite)
+    recipe = json.loads(json.dumps(recipe, default=str))
+    write_checkpoint(output_dir, state, recipe, finish, overwrite, max_shard_size)
 
 
 def convert_checkpoint(

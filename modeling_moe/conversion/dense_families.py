@@ -5,22 +5,12 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-import torch
-
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..streaming import LazyTensor, State
-from .family import COMMON, Family, SourceFields
+from .family import COMMON, Family, SourceFields, parameters
 
 
-# old checkpoints hold what is computed: the causal mask, its fill value, the rotary frequencies
-BUFFERS = (
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.bias",
-    ".attention.masked_bias",
-    ".rotary_emb.inv_freq",
-)
 GPT2_NAMES = {
     "wte.": "embed_tokens.",
     "wpe.": "embed_positions.",
@@ -204,24 +194,6 @@ def _gpt_neox(fields: SourceFields) -> dict[str, Any]:
     }
 
 
-def _tied(embedding: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    if not torch.equal(embedding, head):
-        raise UserError(
-            "tie_word_embeddings is true in config.json, but the checkpoint's head differs from its embedding: set the "
-            "field to false."
-        )
-    return embedding
-
-
-def _parameters(state: State, config: MoEConfig) -> State:
-    """A state under our names, without buffers and without the second copy of a tied head."""
-    state = {name: tensor for name, tensor in state.items() if not name.endswith(BUFFERS)}
-    if config.tie_word_embeddings and (head := state.pop("lm_head.weight", None)) is not None:
-        embedding = state.get("model.embed_tokens.weight")
-        state["model.embed_tokens.weight"] = head if embedding is None else LazyTensor.combine(_tied, embedding, head)
-    return state
-
-
 def _cut(tensor: LazyTensor, sizes: Sequence[int], dim: int = 0) -> list[LazyTensor]:
     """Blocks of these sizes along `dim`, and the rest."""
     edges = [0, *accumulate(sizes), None]
@@ -248,7 +220,7 @@ def _phi3_tensors(state: State, config: MoEConfig) -> State:
             result |= _named(name, "gate_up_proj", "gate_proj up_proj", _cut(tensor, [config.intermediate_size]))
         else:
             result[name] = tensor
-    return _parameters(result, config)
+    return parameters(result, config)
 
 
 def _gpt2_tensors(state: State, config: MoEConfig) -> State:
@@ -267,7 +239,7 @@ def _gpt2_tensors(state: State, config: MoEConfig) -> State:
             result |= _named(name, "qkv_proj", "q_proj k_proj v_proj", [turn(part) for part in parts])
         else:
             result[name] = turn(tensor)
-    return _parameters(result, config)
+    return parameters(result, config)
 
 
 def _gpt_neox_tensors(state: State, config: MoEConfig) -> State:
@@ -283,21 +255,21 @@ def _gpt_neox_tensors(state: State, config: MoEConfig) -> State:
             result |= _named(name, "qkv_proj", "q_proj k_proj v_proj", parts)
         else:
             result[name] = tensor
-    return _parameters(result, config)
+    return parameters(result, config)
 
 
 DENSE_FAMILIES: dict[str, Family] = {
-    "llama": Family(_llama, _parameters),
-    "mistral": Family(_mistral, _parameters),
-    "qwen2": Family(_qwen2, _parameters),
-    "qwen3": Family(_qwen3, _parameters),
-    "smollm3": Family(_smollm3, _parameters),
-    "olmo2": Family(_olmo2, _parameters),
-    "olmo3": Family(_olmo3, _parameters),
+    "llama": Family(_llama, parameters),
+    "mistral": Family(_mistral, parameters),
+    "qwen2": Family(_qwen2, parameters),
+    "qwen3": Family(_qwen3, parameters),
+    "smollm3": Family(_smollm3, parameters),
+    "olmo2": Family(_olmo2, parameters),
+    "olmo3": Family(_olmo3, parameters),
     "phi3": Family(_phi3, _phi3_tensors),
-    "gemma2": Family(_gemma2, _parameters),
-    "gemma3_text": Family(_gemma3_text, _parameters),
-    "granite": Family(_granite, _parameters),
+    "gemma2": Family(_gemma2, parameters),
+    "gemma3_text": Family(_gemma3_text, parameters),
+    "granite": Family(_granite, parameters),
     "gpt2": Family(_gpt2, _gpt2_tensors),
     "gpt_neox": Family(_gpt_neox, _gpt_neox_tensors),
 }

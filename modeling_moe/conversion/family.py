@@ -5,11 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
-from ..streaming import State
+from ..streaming import LazyTensor, State
 
 
 # what every configuration carries and no model computes with; or bookkeeping of the tools that wrote it
@@ -42,6 +43,15 @@ COMMON = (
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
+)
+
+# old checkpoints hold what is computed: the causal mask, its fill value, the rotary frequencies
+BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".rotary_emb.inv_freq",
 )
 
 
@@ -87,6 +97,10 @@ class SourceFields:
         Raises:
             UserError: names the field.
         """
+        if self._values.get("quantization_config") is not None and "quantization_config" not in self._taken:
+            raise UserError(
+                f"quantization_config is set in the config.json of this {self.model_type} model: dequantise the source first"
+            )
         for name, value in self._values.items():
             if name not in self._taken and value is not None:
                 raise UserError(
@@ -108,3 +122,21 @@ class Family:
     fields: Callable[[SourceFields], dict[str, Any]]
     tensors: Callable[[State, MoEConfig], State] = lambda state, config: state
     sparse: bool = False
+
+
+def _tied(embedding: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    if not torch.equal(embedding, head):
+        raise UserError(
+            "tie_word_embeddings is true in config.json, but the checkpoint's head differs from its embedding: set the "
+            "field to false."
+        )
+    return embedding
+
+
+def parameters(state: State, config: MoEConfig) -> State:
+    """A state under our names, without buffers and without the second copy of a tied head."""
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(BUFFERS)}
+    if config.tie_word_embeddings and (head := state.pop("lm_head.weight", None)) is not None:
+        embedding = state.get("model.embed_tokens.weight")
+        state["model.embed_tokens.weight"] = head if embedding is None else LazyTensor.combine(_tied, embedding, head)
+    return state

@@ -14,7 +14,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..streaming import LazyTensor, State
-from .family import COMMON, Family, SourceFields
+from .family import COMMON, Family, SourceFields, parameters
 
 
 # part of a source's name -> ours; no family uses one of them for anything else
@@ -36,7 +36,7 @@ def _sparse(fields: SourceFields) -> dict[str, Any]:
     # configurations of one family call the number by its own name or by transformers' standard one
     counts = [fields.take(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")]
     return common | {
-        "num_experts": next(count for count in counts if count is not None),
+        "num_experts": next((count for count in counts if count is not None), None),
         "num_experts_per_tok": fields.take("num_experts_per_tok"),
         "output_router_logits": fields.take("output_router_logits", False),
         "router_z_loss_coef": 0.0,
@@ -85,22 +85,18 @@ def _gpt_oss(fields: SourceFields) -> dict[str, Any]:
     # other names for num_experts_per_tok and for a number in rope_parameters
     fields.require("experts_per_token", None, fields.take("num_experts_per_tok"))
     fields.take("initial_context_length")
-    same = fields.same("attention_bias", "sliding_window", "layer_types")
-    return (
-        _standard(fields)
-        | same
-        | {
-            "norm_type": "rms_fp32",
-            "attention_sinks": True,
-            "moe_intermediate_size": fields.take("intermediate_size"),
-            "mlp_bias": True,
-            # older releases of transformers have these two as constants
-            "swiglu_limit": fields.take("swiglu_limit", 7.0),
-            "swiglu_alpha": fields.take("swiglu_alpha", 1.702),
-            "router_bias": True,
-            "norm_topk_prob": True,
-        }
-    )
+    same = _standard(fields) | fields.same("attention_bias", "sliding_window", "layer_types")
+    return same | {
+        "norm_type": "rms_fp32",
+        "attention_sinks": True,
+        "moe_intermediate_size": fields.take("intermediate_size"),
+        "mlp_bias": True,
+        # older releases of transformers have these two as constants
+        "swiglu_limit": fields.take("swiglu_limit", 7.0),
+        "swiglu_alpha": fields.take("swiglu_alpha", 1.702),
+        "router_bias": True,
+        "norm_topk_prob": True,
+    }
 
 
 def _deepseek_sparse(fields: SourceFields) -> dict[str, Any]:
@@ -167,18 +163,14 @@ def _deepseek_v3(fields: SourceFields) -> dict[str, Any]:
     # the layers that predict further tokens are left out
     fields.same("num_nextn_predict_layers", "num_mtp_layers")
     router = fields.same("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
-    return (
-        _deepseek_sparse(fields)
-        | _latent_attention(fields)
-        | router
-        | {
-            "scoring_func": "sigmoid",
-            "group_score": "top2sum",
-            "router_selection_bias": True,
-            "router_aux_loss_coef": 0.0,
-            "router_seq_aux_loss_coef": fields.take("aux_loss_alpha", 0.0),
-        }
-    )
+    router |= {
+        "scoring_func": "sigmoid",
+        "group_score": "top2sum",
+        "router_selection_bias": True,
+        "router_aux_loss_coef": 0.0,
+        "router_seq_aux_loss_coef": fields.take("aux_loss_alpha", 0.0),
+    }
+    return _deepseek_sparse(fields) | _latent_attention(fields) | router
 
 
 def _require_quantization(fields: SourceFields, method: str, **settings: Any) -> None:
@@ -206,20 +198,18 @@ def _unfused(name: str, tensor: LazyTensor) -> State:
     if kind == "down_proj":
         parts = {kind: slice(None)}
     return {
-        f"{prefix}.{e}.{part}.weight": tensor[e][rows] for e in range(tensor.shape[0]) for part, rows in parts.items()
+        f"{prefix}.{e}.{part}.weight": tensor[e, rows] for e in range(tensor.shape[0]) for part, rows in parts.items()
     }
 
 
 def _moe_tensors(state: State, config: MoEConfig) -> State:
     """The tensors of any family but gpt-oss."""
     tensors = {}
-    for name, tensor in state.items():
+    for name, tensor in parameters(state, config).items():
         for old, new in RENAMED.items():
             name = name.replace(old, new)
         fused = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
         tensors |= _unfused(name, tensor) if fused else {name: tensor}
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
     return tensors
 
 

@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
+from transformers.activations import (
+    GELUActivation,
+    GELUTanh,
+    NewGELUActivation,
+    ReLUSquaredActivation,
+    SiLUActivation,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.utils.import_utils import is_tracing
@@ -19,6 +25,7 @@ ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     GELUActivation: "gelu",
     GELUTanh: "gelu_tanh",
+    NewGELUActivation: "gelu_tanh",
     nn.ReLU: "relu",
     ReLUSquaredActivation: "relu2",
 }
@@ -186,8 +193,8 @@ def _check(hidden_states, top_k_index, top_k_weights, module) -> None:
 
 
 def _by_transformers(module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
-    """transformers' grouped_mm, or its eager loop in float64, which that cannot do."""
-    if hidden_states.dtype == torch.float64:
+    """transformers' grouped_mm, or its eager loop for the dtype and the sizes that this cannot do."""
+    if not _served_by("grouped_mm", hidden_states, _weights(module)):
         return type(module).forward.__wrapped__(module, hidden_states, top_k_index, top_k_weights)
     # grouped_mm expects empty slots under expert parallelism alone
     empty = (top_k_index < 0) | (top_k_index >= module.num_experts)

@@ -79,7 +79,7 @@ class LazyTensor:
         """Bytes of the elements."""
         return self.numel * self.dtype.itemsize
 
-    def __getitem__(self, index: slice | int | Index) -> "LazyTensor":
+    def __getitem__(self, index: slice | int | tuple[slice | int, ...]) -> "LazyTensor":
         """The part `tensor[index]`, of slices with step 1 and integers; of a tensor in a file only it is read."""
         index = index if isinstance(index, tuple) else (index,)
         ranges, kept = [], []

@@ -280,11 +280,6 @@ def group_neurons(active: torch.Tensor, groups: int, generator: torch.Generator)
     return clusters.argsort(stable=True)
 
 
-def needs_text(options: UpcyclingOptions) -> bool:
-    """Whether something must be measured on `calibration_data`."""
-    return options.router_init in MEASURED_ROUTERS or options.split == "clustered"
-
-
 def _check_domains(num_domains: int, options: UpcyclingOptions) -> None:
     if options.router_init in ("text", "ridge") and (num_domains < 2 or options.num_replicas % num_domains):
         raise UserError(
@@ -319,7 +314,7 @@ def measure(
     Raises:
         UserError: if the text is too short, does not fit the number of experts, or holds nothing to tell apart.
     """
-    if not needs_text(options):
+    if not options.needs_text:
         return {}
     _check_domains(len(domains), options)
     routed, split = options.router_init in MEASURED_ROUTERS, options.split == "clustered"

@@ -52,7 +52,16 @@ def refuse_mismatch(configs: Sequence[MoEConfig], names: Sequence[str]) -> None:
                 )
 
 
-def _refuse_different_tensors(sources: Sequence[State], names: Sequence[str]) -> None:
+def refuse_different_tensors(sources: Sequence[State], names: Sequence[str]) -> None:
+    """Refuses checkpoints whose tensors have not the same names and shapes.
+
+    Args:
+        sources: under our names.
+        names: of the sources after the first, for the message.
+
+    Raises:
+        UserError: names the tensor and the source.
+    """
     for source, name in zip(sources[1:], names, strict=True):
         for tensor in sorted(sources[0].keys() ^ source.keys()):
             raise UserError(
@@ -129,13 +138,13 @@ def upcycle(
             `split="clustered"` `layers.{i}.neurons` (I,) int64, an order in which neurons of an expert stand together.
 
     Returns:
-        The checkpoint as it lies on disk, in the first source's dtypes, the routers in `config.dtype`; everything but the networks of sparse layers is
-        the sources' average.
+        The checkpoint as it lies on disk, in the first source's dtypes, the routers in `config.dtype`; everything but the
+        networks of sparse layers is the sources' average.
 
     Raises:
         UserError: if the sources have not the same tensors.
     """
-    _refuse_different_tensors(sources, options.sources or [])
+    refuse_different_tensors(sources, options.sources or [])
     layers = {f"model.layers.{i}.mlp.": i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"}
     state: State = {}
     for name in sources[0]:

@@ -243,7 +243,7 @@ def inexactness(options: UpcyclingOptions, config: MoEConfig) -> str:
         "weight that it has in the whole)": split and not every,
         "split: the router weighs the parts of the network unequally": split and every and not equal,
         f"num_experts_per_tok ({top_k}) is not a multiple of granularity ({shards}): a token meets parts of networks": (
-            not split and top_k % shards
+            top_k % shards
         ),
         "replicas tie in the router: a token may meet shards of different networks": (
             shards > 1 and options.replicas_tie and not every

@@ -95,6 +95,11 @@ class UpcyclingOptions:
         shared = self.router_init in ("text", "ridge") and self.num_replicas > len(self.calibration_data or [])
         return self.zero_router or (shared and self.router_std == 0)
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether something must be measured on `calibration_data`."""
+        return self.router_init in ("text", "kmeans", "ridge") or self.split == "clustered"
+
     def num_dropped(self, width: int) -> int:
         """Neurons that `drop` draws anew in an expert of that width."""
         return round(self.drop_ratio * width)
@@ -131,8 +136,7 @@ class UpcyclingOptions:
         self._check_division(dense.intermediate_size)
         self._check_sources()
         self.sparse_layers(dense.num_hidden_layers)
-        measures = self.router_init in ("text", "kmeans", "ridge") or self.split == "clustered"
-        if measures and not self.calibration_data:
+        if self.needs_text and not self.calibration_data:
             name = "split" if self.split == "clustered" else "router_init"
             raise UserError(f"{name}={getattr(self, name)!r} measures the dense model on text: give calibration_data")
 

@@ -108,6 +108,8 @@ def resize_checkpoint(
     if options.method not in (*METHODS, "extract"):
         raise UserError(f"method {options.method!r} is unknown: it must be one of {', '.join(METHODS)}, extract")
     checkpoint = open_checkpoint(name_or_path, dtype=dtype)
+    if len(checkpoint.config.mlp_only_layers) == checkpoint.config.num_hidden_layers:
+        raise UserError(f"{name_or_path} has no sparse layer: upcycle it first")
     usage = usage_on(checkpoint, options.data, options.tokens) if options.data else None
     if options.method == "extract":
         if options.task is None:

@@ -11,8 +11,8 @@ import torch
 from ..cli import UserError
 from ..conversion import Checkpoint, Verification, load_state, open_checkpoint, save_checkpoint, verify
 from ..files import load_tokenizer
-from .calibration import load_domains, measure, needs_text
-from .layers import average, upcycle
+from .calibration import load_domains, measure
+from .layers import average, refuse_different_tensors, upcycle
 from .options import UpcyclingOptions
 from .plan import UpcyclingPlan, make_plan
 
@@ -49,11 +49,12 @@ def measure_sources(
     Raises:
         UserError: if the texts or the tokenizer cannot be read.
     """
-    if not needs_text(options):
+    if not options.needs_text:
         return {}
     domains = load_domains(options.calibration_data or [])
     tokenizer = load_tokenizer(str(checkpoints[0].source.folder), checkpoints[0].source.gguf_file)
     states = [checkpoint.state for checkpoint in checkpoints]
+    refuse_different_tensors(states, options.sources or [])
     merged = {name: average([state[name] for state in states], options.source_weights) for name in states[0]}
     return measure(load_state(checkpoints[0].config, merged), tokenizer, domains, plan.config, options)
 
@@ -78,6 +79,7 @@ def upcycle_checkpoint(
     dtype: str = "auto",
     overwrite: bool = False,
     check: bool = False,
+    max_shard_size: str = "5GB",
 ) -> tuple[UpcyclingPlan, Verification | None]:
     """Writes dense checkpoints as a Mixture of Experts, tokenizer, chat template and code included.
 
@@ -92,6 +94,7 @@ def upcycle_checkpoint(
         dtype: of the result; `auto` keeps the source's.
         overwrite: replace `output_dir`.
         check: run source and result on a short text before the result takes its place.
+        max_shard_size: largest file; what an interruption costs at most.
 
     Returns:
         What was made, and how it compares with the source if `check` is set.
@@ -122,6 +125,7 @@ def upcycle_checkpoint(
         checkpoints[0],
         recipe(checkpoints, options, measured),
         overwrite=overwrite,
+        max_shard_size=max_shard_size,
         check=compare if check else None,
     )
     return plan, verification

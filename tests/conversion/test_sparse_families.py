@@ -314,7 +314,21 @@ def test_balance_losses():
     config.aux_loss_alpha, config.seq_aux = 0.001, True
     third = moe_config(config)
     assert (third.router_aux_loss_coef, third.router_seq_aux_loss_coef) == (0.0, 0.001)
-    assert moe_config(mixtral.MixtralConfig(router_aux_loss_coef=0.02)).router_aux_loss_coef == 0.02
+    plain = moe_config(mixtral.MixtralConfig(router_aux_loss_coef=0.02))
+    assert (plain.router_aux_loss_coef, plain.router_z_loss_coef) == (0.02, 0.0)
+
+
+@pytest.mark.parametrize(("experts", "renormalised"), [(3, True), (1, False)])
+def test_deepseek_renormalises_more_than_one_weight(experts, renormalised):
+    config = PreTrainedConfig.from_dict(DEEPSEEK | {"norm_topk_prob": True, "num_experts_per_tok": experts})
+    assert moe_config(config).norm_topk_prob is renormalised
+
+
+def test_correction_bias_stays_fp32():
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    state = lazy({name: torch.randn(6).to(torch.bfloat16)})
+    bias = SPARSE_FAMILIES["deepseek_v3"].tensors(state, moe_config(CONFIGS["deepseek_v3"]))[name]
+    assert bias.dtype == bias.read().dtype == torch.float32
 
 
 def test_prediction_layers_are_left_out():
@@ -467,3 +481,10 @@ def test_what_cannot_be_held_is_refused(name, field, value):
     setattr(config, field, value)
     with pytest.raises(UserError, match=field):
         moe_config(config)
+
+
+def test_head_that_differs_from_the_embedding_is_refused():
+    source, config = random_source("mixtral-tied")
+    tensors = source.state_dict() | {"lm_head.weight": torch.zeros(99, 32)}
+    with pytest.raises(UserError, match="tie_word_embeddings is true"):
+        imported(config, lazy(tensors))

@@ -27,6 +27,8 @@ OURS = {
     "relu2": {"hidden_act": "relu2"},
     "gelu": {"hidden_act": "gelu"},
     "gelu-tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "gelu-new": {"hidden_act": "gelu_new", "gated_experts": False, "mlp_bias": True},
+    "clamped": {"swiglu_limit": 0.9, "mlp_bias": True},
 }
 THEIRS = {
     "mixtral": (MixtralExperts, "mixtral"),

@@ -209,6 +209,10 @@ def test_other_scales_round_once():
     assert torch.equal(made["up_proj.weight"], (5 * mlp["up_proj.weight"][block].double()).bfloat16())
     assert torch.equal(made["down_proj.weight"], mlp["down_proj.weight"][:, block])
     assert torch.equal(made["gate_proj.weight"], mlp["gate_proj.weight"][block])
+    # 4 / 3, which bf16 does not have
+    state, _, _ = upcycled(dense, num_experts_per_tok=3, **LOOSE)
+    expected = (4 / 3 * mlp["up_proj.weight"].double()).bfloat16()
+    assert torch.equal(expert_of(state, 0, 1)["up_proj.weight"], expected)
 
 
 @pytest.mark.parametrize(
