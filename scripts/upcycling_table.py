@@ -28,7 +28,7 @@ from modeling_moe.upcycling.step_zero import (
 def print_table(table: StepZeroTable) -> None:
     """Prints one row for each method."""
     printed = Table(title=f"step 0, dense loss {table.dense_loss:.4f}")
-    for column in ("method", "formula", "options", "exact"):
+    for column in ("method", "formula", "options", "claims exactness"):
         printed.add_column(column)
     for column in ("delta loss", "largest difference"):
         printed.add_column(column, justify="right")

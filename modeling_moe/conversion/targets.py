@@ -294,7 +294,7 @@ def export_plan(config: MoEConfig, target: str) -> PreTrainedConfig:
             and the targets that can hold it or else the one that comes nearest.
     """
     if target not in TARGETS:
-        raise UserError(f"target {target!r} is unknown: it must be one of {', '.join(TARGETS)}")
+        raise UserError(f"target {target!r} is unknown: it must be moe or one of {', '.join(TARGETS)}")
     reasons = {name: candidate.reasons(config) for name, candidate in TARGETS.items()}
     if not reasons[target]:
         return TARGETS[target].config(config)

@@ -86,7 +86,9 @@ def _download(name: str, gguf_file: str | None) -> Path:
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} is neither a folder nor a model that the Hub gives: {error}") from error
+        raise UserError(
+            f"model_name_or_path {name} is neither a folder nor a model that the Hub gives: {error}"
+        ) from error
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -226,13 +226,10 @@ class CapacityResult:
     comparisons: list[Comparison]
 
 
-# the data
-
-
-def make_names(count: int, seed: int) -> Iterator[str]:
-    """Names of two words, all different, an endless stream if `count` is not reached by chance."""
+def make_names(seed: int) -> Iterator[str]:
+    """Names of two words without end, all different."""
     rng, seen = random.Random(seed), set()
-    while len(seen) < count:
+    while True:
         first, last = ("".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2)) for _ in "ab")
         name = f"{first.title()} {last.title()}"
         if name not in seen:
@@ -257,7 +254,7 @@ def make_facts(tokenizer: PreTrainedTokenizerBase, facts: int, sets: int, seed: 
             "the tokenizer has not one token for each digit, by which recall is measured: use another model"
         )
     begin = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    names = make_names(200_000, seed)
+    names = make_names(seed)
 
     def prompt() -> list[int]:
         return begin + tokenizer(f"{next(names)}:", add_special_tokens=False).input_ids
@@ -294,9 +291,6 @@ def prose_rows(
             raise UserError(f"{name} is {count}, but the text has {len(rows)} rows of {length} tokens: lower it")
         parts.append(rows[torch.randperm(len(rows), generator=generator_for(seed, name))[:count]])
     return parts
-
-
-# the model in two
 
 
 def cut(config: MoEConfig, state: State, first: int, last: int) -> tuple[MoEConfig, State]:
@@ -361,6 +355,9 @@ def prepare(args: CapacityArguments) -> dict[str, Any]:
         raise UserError(
             f"layers is {args.layers}: it must be less than the {config.num_hidden_layers} of a model that is dense"
         )
+    for arm in args.arms:
+        # refuses, before anything is computed, an arm that this width cannot be cut for
+        arm_model(arm, config, checkpoint.state, args.seed)
     tokenizer = load_tokenizer(str(checkpoint.source.folder), args.gguf_file)
     facts = make_facts(tokenizer, args.facts, 1 + args.seeds, args.seed)  # (1 + seeds, N, M)
     length = args.facts_per_row * facts.shape[-1]
@@ -382,9 +379,6 @@ def prepare(args: CapacityArguments) -> dict[str, Any]:
     tail_config, tail_state = tail_model(config, checkpoint.state, first, kept)
     weights = {name: tensor.read() for name, tensor in tail_state.items()}
     return {"config": tail_config.to_dict(), "weights": weights, "states": states, "labels": labels}
-
-
-# a run
 
 
 def arm_model(arm: str, config: MoEConfig, state: State, seed: int) -> tuple[MoEConfig, State]:
@@ -522,9 +516,6 @@ def train_from_file(job: Job, path: str, args: CapacityArguments) -> Run:
         torch.set_num_threads(threads)
 
 
-# all runs
-
-
 def settings_of(args: CapacityArguments) -> dict[str, Any]:
     """The arguments that a run depends on, beside its job."""
     return {
@@ -607,10 +598,13 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
 
 def best_rates(sweeps: Sequence[Run]) -> dict[str, float]:
     """The learning rate with the most recall, by arm; a run that diverged comes last."""
+
+    def worth(run: Run) -> float:
+        return run.recall_bits if math.isfinite(run.recall_bits) else -math.inf
+
     best: dict[str, Run] = {}
     for run in sweeps:
-        worth = run.recall_bits if math.isfinite(run.recall_bits) else -math.inf
-        if run.arm not in best or worth > best[run.arm].recall_bits:
+        if run.arm not in best or worth(run) > worth(best[run.arm]):
             best[run.arm] = run
     return {arm: run.learning_rate for arm, run in best.items()}
 

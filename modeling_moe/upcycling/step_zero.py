@@ -130,12 +130,11 @@ METHODS = (
     Method("clustered split, 4 of 8", "LLaMA-MoE", _SPLIT | {"num_experts_per_tok": 4, "split": "clustered"}),
     Method("clustered split, 6 of 8", "LLaMA-MoE", _SPLIT | {"num_experts_per_tok": 6, "split": "clustered"}),
     Method("every second layer", "Sparse Upcycling, renormalised", {"layers": "every:2"}),
-    Method("text router", "mergekit's hidden gates, at the MoE's input", {"router_init": "text"}),
+    Method("text router", "mergekit's hidden gates, of the MoE's input", {"router_init": "text"}),
     Method("k-means router", "ours", {"router_init": "kmeans"}),
     Method("ridge router", "DUME", {"router_init": "ridge"}),
     Method("grown, clones", "Orthogonal Growth", _GROWN, {"mode": "clone", "factor": 2}),
     Method("grown, masked", "ours", _GROWN, {"mode": "masked", "factor": 2}),
-    Method("grown, same top-k", "Expert Upcycling", _GROWN, {"mode": "clone", "factor": 2, "keep_top_k": True}),
 )
 
 

@@ -301,7 +301,7 @@ def test_refusal_names_field_and_nearest_target(target, fields, message):
 
 
 def test_unknown_target_is_refused():
-    with pytest.raises(UserError, match="target 'grok' is unknown: it must be one of mixtral, qwen2_moe"):
+    with pytest.raises(UserError, match="target 'grok' is unknown: it must be moe or one of mixtral, qwen2_moe"):
         export_plan(MoEConfig(**MOE), "grok")
 
 

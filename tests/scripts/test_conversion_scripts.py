@@ -86,8 +86,9 @@ def test_convert(run, tmp_path):
         ("upcycle.py", ["--num_experts", "many"], "invalid int value: 'many'"),
         ("upcycle.py", ["--num_expert", "4"], "--num_expert"),
         ("upcycle.py", ["--dtype", "int3"], "dtype 'int3' is unknown"),
-        ("upcycle.py", ["--model_name_or_path", "/nowhere"], "model_name_or_path /nowhere cannot be loaded"),
-        ("convert.py", ["--target", "gguf"], "target 'gguf' is unknown: it must be moe"),
+        ("upcycle.py", ["--model_name_or_path", "/nowhere"], "model_name_or_path /nowhere is neither a folder nor"),
+        ("convert.py", ["--target", "gguf"], "target 'gguf' is unknown: it must be moe or one of mixtral"),
+        ("resize.py", [], "has no sparse layer: upcycle it first"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(run, dense, tmp_path, script, flags, message):
