@@ -24,6 +24,26 @@ COMPANIONS = (
 )
 
 
+def refuse_occupied(output_dir: Path, overwrite: bool) -> None:
+    """Raises UserError if `output_dir` exists, is not empty and may not be replaced."""
+    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite):
+        raise UserError(f"output_dir {output_dir} is not empty: choose another, or pass --overwrite to replace it")
+
+
+def put_in_place(partial: Path, output_dir: Path) -> None:
+    """Renames a finished folder; the one that it replaces is put aside until it is there."""
+    replaced = output_dir.with_name(f".{output_dir.name}.replaced")
+    try:
+        if output_dir.exists():
+            shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed
+            output_dir.rename(replaced)
+        partial.rename(output_dir)
+    finally:
+        if replaced.exists() and not output_dir.exists():
+            replaced.rename(output_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 @contextmanager
 def whole_folder(output_dir: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling of `output_dir` that takes its place if the block succeeds and is removed if not.
@@ -32,22 +52,15 @@ def whole_folder(output_dir: str | Path, overwrite: bool = False) -> Iterator[Pa
         UserError: if `output_dir` exists, is not empty and may not be replaced.
     """
     output_dir = Path(output_dir)
-    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite):
-        raise UserError(f"output_dir {output_dir} is not empty: choose another, or pass --overwrite to replace it")
-    partial, replaced = (output_dir.with_name(f".{output_dir.name}.{name}") for name in ("partial", "replaced"))
+    refuse_occupied(output_dir, overwrite)
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        if output_dir.exists():
-            shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed
-            output_dir.rename(replaced)
-        partial.rename(output_dir)
+        put_in_place(partial, output_dir)
     finally:
-        if replaced.exists() and not output_dir.exists():
-            replaced.rename(output_dir)
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

@@ -16,6 +16,7 @@ from ..streaming import LazyTensor, State
 # what every configuration carries and no model computes with; or bookkeeping of the tools that wrote it
 IGNORED = {*PreTrainedConfig().to_dict(), "model_type", "_name_or_path", "_attn_implementation", "auto_map"} | {
     "_attn_implementation_autoset",
+    "_model_name_or_path",
     "cache_implementation",
     "pretraining_tp",
     "task_specific_params",
@@ -102,7 +103,8 @@ class SourceFields:
                 f"quantization_config is set in the config.json of this {self.model_type} model: dequantise the source first"
             )
         for name, value in self._values.items():
-            if name not in self._taken and value is not None:
+            bookkeeping = name.endswith("_token_id") or name in self._taken
+            if not bookkeeping and value is not None:
                 raise UserError(
                     f"{name} ({value!r}) in the config.json of this {self.model_type} model is unknown, so that equality "
                     "cannot be promised: remove the field if the model does not compute with it."

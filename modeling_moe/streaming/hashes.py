@@ -57,5 +57,8 @@ def check_hashes(folder: str | Path, progress: bool = True) -> list[str]:
     with byte_progress("checking", sum((folder / name).stat().st_size for name in sums), progress) as advance:
         for name, expected in sums.items():
             if hash_file(folder / name, advance) != expected:
-                raise UserError(f"{folder / name} differs from its hash in {SUMS_NAME}: download it again")
+                raise UserError(
+                    f"{folder / name} differs from its hash in {SUMS_NAME}: download it again, or remove {SUMS_NAME} "
+                    "if it was changed on purpose"
+                )
     return list(sums)

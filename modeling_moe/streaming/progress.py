@@ -10,8 +10,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 @contextmanager
 def byte_progress(description: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
-    """Shows bytes done, speed and time left on stderr; yields a function that takes the number of bytes just done."""
+    """Shows bytes done, speed and time left on stderr; yields a function that takes the number of bytes just done.
+
+    Without any byte there is nothing to show.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not show) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not (show and total)) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)

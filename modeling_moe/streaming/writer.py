@@ -18,6 +18,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from .. import __version__
 from ..cli import UserError
+from ..files import put_in_place, refuse_occupied
 from .hashes import SUMS_NAME, hash_file, read_sums
 from .progress import byte_progress
 from .safetensors_format import make_header
@@ -79,8 +80,7 @@ def write_checkpoint(
         UserError: if `output_dir` is not empty, an interrupted run had another recipe, or the disk is or becomes full.
     """
     output_dir = Path(output_dir)
-    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite):
-        raise UserError(f"output_dir {output_dir} is not empty: choose another, or pass --overwrite to replace it")
+    refuse_occupied(output_dir, overwrite)
     shards, index = _plan(state, max_shard_size)
     description = _describe(recipe, shards)
     partial = output_dir.with_name(f".{output_dir.name}.partial")
@@ -105,7 +105,7 @@ def write_checkpoint(
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise _disk_full(output_dir, shards, sums) from error
             raise
-    _put_in_place(partial, output_dir)
+    put_in_place(partial, output_dir)
 
 
 def _plan(state: State, max_shard_size: int | str) -> tuple[list[_Shard], str]:
@@ -244,17 +244,3 @@ def _sync(folder: Path) -> None:
         if file.is_file():
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
-
-
-def _put_in_place(partial: Path, output_dir: Path) -> None:
-    """Renames a finished folder; the one that it replaces is put aside until it is there."""
-    replaced = output_dir.with_name(f".{output_dir.name}.replaced")
-    try:
-        if output_dir.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            output_dir.rename(replaced)
-        partial.rename(output_dir)
-    finally:
-        if replaced.exists() and not output_dir.exists():
-            replaced.rename(output_dir)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,12 +1,10 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """How well a causal LM predicts a text, and how evenly its routers spread it over the experts."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
-import evaluate
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
@@ -14,8 +12,8 @@ from transformers import PreTrainedModel
 
 from ..cli import UserError
 from ..files import load_source, load_tokenizer
-from ..metrics import max_violation
 from .data import DataArguments, pack
+from .measures import BitsPerByte, RouterBalance
 
 
 @dataclass
@@ -34,41 +32,6 @@ class EvaluationArguments:
             raise UserError(f"batch_size is {self.batch_size}: it must be at least 1")
 
 
-class BitsPerByte(evaluate.Metric):
-    """Loss, perplexity and bits per byte from sums over batches; needs no download.
-
-    Example:
-        >>> metric = BitsPerByte(keep_in_memory=True)
-        >>> metric.add_batch(nll_sum=[6.0, 2.0], tokens=[3, 1], bytes=[10, 2])
-        >>> metric.compute()["loss"]
-        2.0
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Loss in nats per token, perplexity, and bits per UTF-8 byte of the text predicted.",
-            citation="",
-            inputs_description="nll_sum: nats of a batch; tokens: tokens predicted in it; bytes: UTF-8 bytes they are.",
-            features=datasets.Features(
-                {
-                    "nll_sum": datasets.Value("float64"),
-                    "tokens": datasets.Value("int64"),
-                    "bytes": datasets.Value("int64"),
-                }
-            ),
-        )
-
-    def _compute(self, nll_sum, tokens, bytes) -> dict[str, float | int]:
-        nats, tokens, bytes = math.fsum(nll_sum), sum(tokens), sum(bytes)
-        return {
-            "loss": nats / tokens,
-            "perplexity": math.exp(min(nats / tokens, 700.0)),
-            "bits_per_byte": nats / math.log(2) / bytes if bytes else math.nan,
-            "tokens": tokens,
-            "bytes": bytes,
-        }
-
-
 @dataclass(frozen=True)
 class DomainScore:
     """What a model makes of one domain's text.
@@ -81,6 +44,8 @@ class DomainScore:
         bytes: UTF-8 bytes they stand for.
         expert_share: share of the assignments that each of E experts got, the mean over sparse layers; None without.
         max_vio: largest load over mean load, less 1, the mean over sparse layers (0 is balanced); None without.
+        load_entropy: nats of the load's shares, the mean over sparse layers (log(E) is balanced); None without.
+        dead_experts: share of the experts that got no token; None without.
     """
 
     loss: float
@@ -90,22 +55,22 @@ class DomainScore:
     bytes: int
     expert_share: list[float] | None = None
     max_vio: float | None = None
+    load_entropy: float | None = None
+    dead_experts: float | None = None
 
 
-def balance(load: torch.Tensor) -> tuple[list[float], float]:
-    """Share of each expert and MaxVio (arXiv:2408.15664), both averaged over layers.
-
-    Args:
-        load: (sparse layers, E), tokens that each expert received.
-    """
-    load = load.double()
-    share = load / load.sum(dim=-1, keepdim=True).clamp(min=1)
-    return share.mean(dim=0).tolist(), max_violation(load).mean().item()
+def _batches(blocks: datasets.Dataset, batch_size: int) -> list[range]:
+    """Rows of each batch; a block shorter than the others runs alone, so that none is padded."""
+    full = sum(len(ids) == len(blocks[0]["input_ids"]) for ids in blocks["input_ids"])
+    batches = [range(start, min(start + batch_size, full)) for start in range(0, full, batch_size)]
+    return batches + [range(row, row + 1) for row in range(full, len(blocks))]
 
 
 @torch.no_grad()
 def score(model: PreTrainedModel, blocks: datasets.Dataset, batch_size: int = 8, desc: str = "scoring") -> DomainScore:
     """Scores blocks of tokens, each on its own: all tokens but a block's first, which only is context.
+
+    Several processes share the batches, and all get the whole result: all must call it.
 
     Args:
         model: any causal LM, on the device to run on; its mode is left at evaluation.
@@ -115,26 +80,32 @@ def score(model: PreTrainedModel, blocks: datasets.Dataset, batch_size: int = 8,
         desc: text of the progress bar.
     """
     model.eval()
-    metric, load = BitsPerByte(keep_in_memory=True), None
+    state = PartialState()
+    metric, balance = BitsPerByte(keep_in_memory=True), RouterBalance(keep_in_memory=True)
     asks = {"output_router_logits": True} if hasattr(model.config, "output_router_logits") else {}
-    full = sum(len(ids) == len(blocks[0]["input_ids"]) for ids in blocks["input_ids"])
-    # a shorter block runs alone, so that none is padded
-    starts = [*range(0, full, batch_size), *range(full, len(blocks))]
-    for start in tqdm(starts, desc=desc):
-        rows = blocks[start : min(start + batch_size, full) if start < full else start + 1]
-        ids = torch.tensor(rows["input_ids"], device=model.device)
+    batches = _batches(blocks, batch_size)
+    # a rank beyond the number of batches scores the first one and counts nothing
+    own = batches[state.process_index :: state.num_processes] or [range(0)]
+    load = None
+    for rows in tqdm(own, desc=desc, disable=not state.is_local_main_process):
+        batch = blocks[rows]
+        ids = torch.tensor(batch["input_ids"] or blocks[:1]["input_ids"], device=model.device)
         outputs = model(input_ids=ids, use_cache=False, **asks)
         logits = outputs.logits[:, :-1].flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll_sum = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
-        tokens, size = ids[:, 1:].numel(), sum(sum(sizes[1:]) for sizes in rows["num_bytes"])
-        metric.add_batch(nll_sum=[nll_sum], tokens=[tokens], bytes=[size])
-        batch_load = getattr(outputs, "expert_load", None)
-        if batch_load is not None:
-            load = batch_load.double() + (0 if load is None else load)
-    share, max_vio = (None, None) if load is None else balance(load)
-    scores: Any = metric.compute()
-    return DomainScore(**scores, expert_share=share, max_vio=max_vio)
+        size = sum(sum(sizes[1:]) for sizes in batch["num_bytes"])
+        counts = bool(len(rows))
+        metric.add_batch(nll_sum=[nll_sum * counts], tokens=[ids[:, 1:].numel() * counts], bytes=[size])
+        load = getattr(outputs, "expert_load", None)
+        if load is not None:
+            load = load[:, : model.config.num_experts].double() * counts
+            balance.add_batch(load=[load.tolist()])
+    scores: Any = metric.compute(gather=True)
+    if load is None:
+        return DomainScore(**scores)
+    routers: Any = balance.compute(gather=True)
+    return DomainScore(**scores, max_vio=routers.pop("max_violation"), **routers)
 
 
 def evaluate_lm(args: EvaluationArguments, data_args: DataArguments) -> dict[str, DomainScore]:

@@ -85,18 +85,18 @@ class CapacityArguments:
     model_name_or_path: str = field(metadata={"help": "folder or Hub name of a dense model"})
     gguf_file: str | None = field(default=None, metadata={"help": "name of the GGUF file in the model's folder"})
     layers: int = field(default=4, metadata={"help": "last layers, whose feed-forward networks are trained"})
-    facts: int = field(default=256, metadata={"help": "facts to learn, other ones for each seed"})
+    facts: int = field(default=512, metadata={"help": "facts to learn, other ones for each seed"})
     facts_per_row: int = field(default=8, metadata={"help": "facts in a row, which do not see each other"})
     fact_rows: int = field(default=4, metadata={"help": "rows of facts in a step"})
     prose_rows: int = field(default=2, metadata={"help": "rows of prose in a step"})
     prose_pool: int = field(default=128, metadata={"help": "rows of prose to train on, in turns"})
     held_out_rows: int = field(default=40, metadata={"help": "rows of held-out prose"})
     steps: int = field(
-        default=120, metadata={"help": "optimizer steps of a run; fewer for arms of more compute a token"}
+        default=190, metadata={"help": "optimizer steps of a run; fewer for arms of more compute a token"}
     )
-    sweep_steps: int = field(default=40, metadata={"help": "steps of the short runs that find an arm's learning rate"})
+    sweep_steps: int = field(default=60, metadata={"help": "steps of the short runs that find an arm's learning rate"})
     rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "learning rates of AdamW to choose from"}
+        default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "learning rates of AdamW to choose from"}
     )
     seeds: int = field(default=3, metadata={"help": "runs of each arm, with a seed of its own each"})
     only: list[str] | None = field(default=None, metadata={"help": "names of the arms to train; all if not given"})
