@@ -165,10 +165,10 @@ def all_ranks(total: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def update_routers(model: nn.Module) -> None:
-    """Steps the routers' controllers and begins a new optimizer step: call it once after each.
+    """Steps the routers' controllers and begins a new optimizer step: call it once after each `optimizer.step()`.
 
     [`~modeling_moe.training.MoECallback`] does so in a `Trainer`. Sums what was measured over all ranks, so all must call
-    it. Warns, once, if more than 10 % of the assignments of a step were dropped for want of capacity. Does nothing to a
+    it. A second call before the next forward pass does nothing. Warns, once, if more than 10 % of the assignments of a step were dropped for want of capacity. Does nothing to a
     model that has no such thing.
 
     Args:
@@ -180,7 +180,8 @@ def update_routers(model: nn.Module) -> None:
             controlled = [i for i, block in enumerate(decoder.sparse_blocks()) if block.controller is not None]
             routers = [decoder.sparse_blocks()[i].gate for i in controlled]
             statistics = all_ranks(totals.statistics)[controlled]
-            decoder.sparse_blocks()[controlled[0]].controller.step(routers, statistics)
+            if statistics.any():
+                decoder.sparse_blocks()[controlled[0]].controller.step(routers, statistics)
         if totals.dropped is not None:
             dropped, assigned = all_ranks(totals.dropped).tolist()
             if dropped > 0.1 * assigned:
@@ -200,6 +201,7 @@ class RouterTotals(nn.Module):
         dropped: (2,), assignments dropped and made; None without capacity.
         load_of_step: (L, E + Z), the load of the whole optimizer step, where it is known beforehand; see
             [`exact_global_balance`].
+        counting: whether a pass without gradient counts too.
     """
 
     def __init__(self, layers: int, statistics: int, load: int, drops: bool):
@@ -210,6 +212,7 @@ class RouterTotals(nn.Module):
             buffer = torch.zeros(shape, dtype=torch.float32) if wanted[name] else None
             self.register_buffer(name, buffer, persistent=False)
         self.load_of_step = None
+        self.counting = False
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -223,8 +226,9 @@ def exact_global_balance(model: nn.Module, batches: Iterable[dict]):
     """Makes the gradients of the balance loss of scope `"global"` add up over micro-batches to the whole batch's, exactly.
 
     The shares f of the whole optimizer step have to be known before the first backward. Outside, a micro-batch knows its
-    own and earlier ones; this runs all of them once without gradient to count (a router with noise draws other noise then). Enter it at the beginning of a step,
-    on all ranks.
+    own and earlier ones; this runs all of them once without gradient to count (a router with noise draws other noise
+    then). Enter it at the beginning of a step, on all ranks; in a `Trainer`, where `get_batch_samples` returns the step's
+    micro-batches.
 
     Args:
         model: in training mode.
@@ -238,15 +242,19 @@ def exact_global_balance(model: nn.Module, batches: Iterable[dict]):
         >>> update_routers(model)
     """
     decoders = _decoders(model)
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
     for decoder in decoders:
-        totals = decoder.router_totals
-        totals.load_of_step = None if totals.load is None else totals.load.clone()
-        totals.reset()
+        decoder.router_totals.counting = True
     try:
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+        for decoder in decoders:
+            totals = decoder.router_totals
+            totals.counting = False
+            totals.load_of_step = None if totals.load is None else totals.load.clone()
+            totals.reset()
         yield
     finally:
         for decoder in decoders:
+            decoder.router_totals.counting = False
             decoder.router_totals.load_of_step = None

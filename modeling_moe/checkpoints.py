@@ -21,13 +21,16 @@ def register_expert_layout(model_type: str) -> None:
     Servers and older tools know only these names. What they cannot run anyway, biases and the first layer of experts
     that are not gated, stays fused on disk.
     """
+    # the lookahead: before 5.23 transformers takes the biases, whose names go on, for the matrices when it saves
     gate, up, down = (f"mlp.experts.*.{name}_proj.weight" for name in ("gate", "up", "down"))
     # every copy of this file registers: the installed one and those that checkpoints bring
     register_checkpoint_conversion_mapping(
         model_type,
         [
-            WeightConverter([gate, up], "mlp.experts.gate_up_proj", [MergeModulelist(dim=0), Concatenate(dim=1)]),
-            WeightConverter(down, "mlp.experts.down_proj", [MergeModulelist(dim=0)]),
+            WeightConverter(
+                [gate, up], "mlp.experts.gate_up_proj(?!_bias)", [MergeModulelist(dim=0), Concatenate(dim=1)]
+            ),
+            WeightConverter(down, "mlp.experts.down_proj(?!_bias)", [MergeModulelist(dim=0)]),
         ],
         overwrite=True,
     )

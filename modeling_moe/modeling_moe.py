@@ -38,7 +38,7 @@ from .checkpoints import fuse_experts, refuse_incomplete, register_expert_layout
 from .configuration_moe import MoEConfig
 from .embeddings import RotaryEmbeddings, ScaledEmbedding
 from .latent_attention import MoELatentAttention
-from .losses import LOSSES, AttachLoss, loss_share
+from .losses import LOSSES, AttachLoss, TokenWeights, loss_share, predicts_label, weigh_tokens
 from .normalization import PLACEMENTS, init_norm, make_norm
 from .outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
 from .router_signals import RouterSignals, collect, measure
@@ -162,8 +162,10 @@ class MoEBlock(nn.Module):
         hidden_states: torch.Tensor,
         context: RoutingContext | None = None,
         signals: list[torch.Tensor] | None = None,
+        token_weights: TokenWeights | None = None,
     ) -> torch.Tensor:
-        """Maps (B, S, H) to (B, S, H); a list given as `signals` receives what [`RouterSignals`] names."""
+        """Maps (B, S, H) to (B, S, H); a list given as `signals` receives what [`RouterSignals`] names, in which the
+        losses weigh the tokens by `token_weights`."""
         context = context or RoutingContext(hidden_states.shape[0])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         chosen = self.gate(tokens, context)
@@ -174,7 +176,7 @@ class MoEBlock(nn.Module):
         elif self.shared_experts is not None:
             output = output + self.shared_experts(tokens)
         if signals is not None:
-            signals += measure(self, chosen, routing, context)
+            signals += measure(self, chosen, routing, context, token_weights)
         return output.view_as(hidden_states)
 
 
@@ -211,10 +213,10 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         routing_context: RoutingContext | None = None,
-        collect_signals: bool = False,
+        token_weights: TokenWeights | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Maps (B, S, H) to (B, S, H); with `collect_signals` the router's signals follow it in a tuple."""
+        """Maps (B, S, H) to (B, S, H); with `token_weights` the router's signals follow it in a tuple."""
         before_attention, after_attention, before_mlp, after_mlp = self.norm_names
         attended, _ = self.self_attn(
             hidden_states=self._normed(before_attention, hidden_states),
@@ -227,12 +229,12 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         )
         attended = self._update(self._normed(after_attention, attended))
         residual = hidden_states if self.parallel else hidden_states + attended
-        signals: list[torch.Tensor] | None = [] if collect_signals else None
+        signals: list[torch.Tensor] | None = None if token_weights is None else []
         states = self._normed(before_mlp, residual)
         if self.is_sparse:
             # the layer's own argument: checkpointing in training takes the cache away
             context = (routing_context or RoutingContext(len(states)))._replace(cache=past_key_values)
-            states = self.mlp(states, context, signals)
+            states = self.mlp(states, context, signals, token_weights)
         else:
             states = self.mlp(states)
         states = self._update(self._normed(after_mlp, states))
@@ -358,7 +360,7 @@ class MoEModel(MoEPreTrainedModel):
             load=outputs if config.router_aux_loss_scope == "global" else 0,
             drops=config.has_capacity,
         )
-        # 1 / gradient accumulation steps, where the trainer computes the loss and the router losses attach themselves
+        # factor on router losses that attach themselves: the trainer's own, such as 1 / gradient accumulation steps
         self.router_loss_scale = 1.0
         self.post_init()
 
@@ -385,6 +387,7 @@ class MoEModel(MoEPreTrainedModel):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         attach_router_loss: bool = True,
+        label_mask: torch.Tensor | None = None,
         task_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoEModelOutput:
@@ -401,6 +404,8 @@ class MoEModel(MoEPreTrainedModel):
             output_router_logits: return the routers' logits (T, E), the balance loss and the experts' load.
             attach_router_loss: in training, let the router losses reach the gradient through the hidden states,
                 whatever loss is computed from them; a caller that adds `router_loss` itself sets it to False.
+            label_mask: (B, S), true where a token predicts a label: in the router losses a sequence weighs as many as it
+                has; without, all weigh the same.
             task_ids: (B,) or (B, S), the task of each sequence or token, for the routers that ask for it.
 
         Raises:
@@ -414,6 +419,7 @@ class MoEModel(MoEPreTrainedModel):
             self._refuse_nan(inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        packing = position_ids
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
@@ -424,8 +430,10 @@ class MoEModel(MoEPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        wants_signals = self.training or output_router_logits
         context = self._routing_context(inputs_embeds, input_ids, attention_mask, task_ids)
+        token_weights = None
+        if self.training or output_router_logits:
+            token_weights = self._token_weights(inputs_embeds, context, packing, label_mask)
 
         signals = []
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
@@ -437,10 +445,10 @@ class MoEModel(MoEPreTrainedModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings[layer_type],
                 routing_context=context,
-                collect_signals=wants_signals,
+                token_weights=token_weights,
                 **kwargs,
             )
-            hidden_states, *signal = output if wants_signals else (output,)
+            hidden_states, *signal = (output,) if token_weights is None else output
             if signal:
                 signals.append(RouterSignals(*signal))
 
@@ -503,6 +511,14 @@ class MoEModel(MoEPreTrainedModel):
             input_ids = input_ids.reshape(-1)
         return RoutingContext(batch_size, token_mask, input_ids, task_ids)
 
+    def _token_weights(self, inputs_embeds, context, position_ids, label_mask) -> TokenWeights:
+        """What each token counts in the router losses, in fp32 at least."""
+        dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
+        mask = torch.ones(inputs_embeds.shape[:2], dtype=dtype, device=inputs_embeds.device)
+        if context.token_mask is not None:
+            mask = context.token_mask.view(mask.shape).to(mask)
+        return weigh_tokens(mask, position_ids, label_mask)
+
 
 class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head.
@@ -557,6 +573,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
                 self.config.output_router_logits if output_router_logits is None else output_router_logits
             ),
             attach_router_loss=labels is None,
+            label_mask=None if labels is None else predicts_label(labels, **kwargs),
             task_ids=task_ids,
             **kwargs,
         )

@@ -12,7 +12,7 @@ import torch
 
 from .balancing import CONTROLLERS, all_ranks
 from .capacity import count_dropped
-from .losses import LOSSES, balance, mean_probs, router_losses
+from .losses import LOSSES, TokenWeights, balance, mean_probs, router_losses
 from .routing import Routing, RoutingContext, expert_load
 
 
@@ -22,7 +22,7 @@ class RouterSignals(NamedTuple):
     Attributes:
         losses: (losses,), the router losses and last the router's own.
         load: (E + Z,), tokens sent to each expert.
-        probs: (E + Z,), mean probabilities.
+        probs: (E + Z,), mean probabilities of the weighted tokens.
         statistics: (n,), what the controller measures; nothing without one.
         dropped: (2,), assignments dropped and made.
     """
@@ -34,10 +34,12 @@ class RouterSignals(NamedTuple):
     dropped: torch.Tensor
 
 
-def measure(block: Any, chosen: Routing, routing: Routing, context: RoutingContext) -> RouterSignals:
+def measure(
+    block: Any, chosen: Routing, routing: Routing, context: RoutingContext, weights: TokenWeights
+) -> RouterSignals:
     """The signals of a sparse block, from its routing before and after capacity."""
     mask = context.token_mask
-    losses = router_losses(chosen, context, block.config)
+    losses = router_losses(chosen, context, block.config, weights)
     own_loss = block.gate.own_loss(chosen, mask)
     with torch.no_grad():
         statistics = losses.new_zeros(0)
@@ -48,35 +50,39 @@ def measure(block: Any, chosen: Routing, routing: Routing, context: RoutingConte
     return RouterSignals(
         losses=torch.cat([losses, losses.new_zeros(1) if own_loss is None else own_loss[None]]),
         load=expert_load(chosen, mask),
-        probs=mean_probs(chosen, mask)[0],
+        probs=mean_probs(chosen, weights.weight)[0],
         statistics=statistics,
         dropped=count_dropped(chosen, routing, mask),
     )
 
 
 def collect(decoder: Any, layers: list[RouterSignals]) -> dict[str, torch.Tensor]:
-    """What the layers' signals add to the output of a [`MoEModel`]; in training also counts for the controllers."""
+    """What the layers' signals add to the output of a [`MoEModel`]; in training also counts for the controllers.
+
+    A pass without gradient, such as that of a reference model which is this one without its adapter, does not count.
+    """
     config, totals = decoder.config, decoder.router_totals
     device = layers[-1].losses.device
     signals = RouterSignals(*(torch.stack([x.to(device) for x in field]) for field in zip(*layers, strict=True)))
     losses = signals.losses.mean(dim=0)
+    counts = decoder.training and (torch.is_grad_enabled() or totals.counting)
     if decoder.training and totals.load is not None:
         load = totals.load_of_step
         if load is None:
-            load = totals.load.add_(all_ranks(signals.load.detach().to(totals.load)))
+            load = totals.load + all_ranks(signals.load.detach().to(totals.load))
+            if counts:
+                totals.load.copy_(load)
         # `LOSSES` begins with the balance loss
         global_balance = balance(load.to(signals.probs), signals.probs, config.num_experts).mean()
         losses = torch.cat([global_balance[None], losses[1:]])
     outputs = {"aux_loss": losses[0].detach(), "expert_load": signals.load.detach()}
     if config.has_capacity:
         outputs["dropped_share"] = signals.dropped[:, 0] / signals.dropped[:, 1].clamp(min=1)
-    if not decoder.training:
-        return outputs
-    if decoder.has_router_losses:
+    if decoder.training and decoder.has_router_losses:
         coefficients = losses.new_tensor([*(getattr(config, name) for name in LOSSES), 1.0])
         outputs["router_loss"] = (coefficients * losses).sum()
-    if totals.statistics is not None:
+    if counts and totals.statistics is not None:
         totals.statistics += signals.statistics.detach().to(totals.statistics)
-    if totals.dropped is not None:
+    if counts and totals.dropped is not None:
         totals.dropped += signals.dropped.sum(dim=0).to(totals.dropped)
     return outputs

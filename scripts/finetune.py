@@ -1,16 +1,24 @@
 #!/usr/bin/env python
-"""Fine-tune a causal LM on text, sparse or dense: all weights, or LoRA that is merged when it is saved.
+"""Fine-tune a causal LM on text or conversations, sparse or dense: all weights, routers, attention, or LoRA.
 
     python scripts/finetune.py configuration/recipes/sft_lora.yaml --model_name_or_path ./moe --data wiki=wiki.txt
     python scripts/finetune.py --model_name_or_path ./moe --data wiki=wiki.txt code=code.jsonl --output_dir outputs/moe \\
-        --method full --learning_rate 1e-4 --max_steps 200 --gradient_checkpointing true
+        --method full --freeze_experts 0-7 --learning_rate 1e-4 --max_steps 200 --report_to tensorboard
+    python scripts/finetune.py configuration/recipes/sft_router.yaml --model_name_or_path ./moe --data chat=chats/ \\
+        --resume_from_checkpoint true
     accelerate launch --config_file configuration/accelerate/ddp.yaml scripts/finetune.py RECIPE.yaml
 
-The first argument may be a recipe, whose keys are the flags below; flags after it win.
+The first argument may be a recipe, whose keys are the flags below; flags after it win. Rows with `messages` go through the
+tokenizer's chat template, with the loss on what the assistant says if the template marks it. LoRA is merged when it is saved
+(--merge_lora false: not). A run that was cut short goes on, with --resume_from_checkpoint true, as if it had not been. A loss
+or gradient that is not finite stops the run and names the layer.
 """
+
+import sys
 
 from rich.console import Console
 from rich.table import Table
+from transformers import TrainerCallback
 
 from modeling_moe.cli import parse, run
 from modeling_moe.training import (
@@ -21,6 +29,23 @@ from modeling_moe.training import (
     ModelArguments,
     finetune,
 )
+from modeling_moe.training.finetuning import trained_parameters
+from modeling_moe.training.nan_stop import NonFiniteError
+
+
+class PrintTrained(TrainerCallback):
+    """Prints what is trained, before it is."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Prints a row for each part of the model."""
+        if not state.is_world_process_zero:
+            return
+        counts = trained_parameters(kwargs["model"])
+        table = Table("parameters", "trained", "of", "%")
+        totals = {"all": tuple(map(sum, zip(*counts.values(), strict=True)))}
+        for part, (trained, total) in (counts | totals).items():
+            table.add_row(part, f"{trained:,}", f"{total:,}", f"{100 * trained / total:.2f}")
+        Console().print(table)
 
 
 def print_result(result: FinetuneResult, title: str) -> None:
@@ -41,7 +66,12 @@ def main() -> None:
     model_args, data_args, lora_args, args = parse(
         [ModelArguments, DataArguments, LoraArguments, FinetuneArguments], __doc__
     )
-    result = finetune(model_args, data_args, lora_args, args)
+    try:
+        result = finetune(model_args, data_args, lora_args, args, [PrintTrained()])
+    except NonFiniteError:
+        if args.process_index == 0:
+            raise
+        sys.exit(2)  # one line is enough
     if args.process_index == 0:
         print_result(result, args.output_dir)
 

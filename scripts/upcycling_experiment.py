@@ -8,7 +8,7 @@
 The states that enter the last --layers layers are computed once; then the feed-forward networks and routers of those
 layers are trained on facts (a name, six random digits) and prose (Python's language reference). Attention is computed but
 frozen, and the head knows the tokens of this data alone. All arms meet the same number of neurons a token; one that meets
-more trains for fewer steps. Each arm has a learning rate of its own, found by short runs on a seed of their own, and then
+more trains for fewer steps. Each arm has a learning rate of its own, found by short runs on facts of their own, and then
 --seeds runs. A difference is claimed only if the 95% interval over paired seeds (Student's t) leaves out 0; recall is the
 measure that the experiment was made for. The intervals are not corrected for their number: of 20 true zeros one is left out.
 """

@@ -5,6 +5,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..checkpoints import fuse_experts
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..embeddings import RotaryEmbeddings
@@ -64,6 +65,9 @@ def load_state(config: MoEConfig, state: State) -> MoEForCausalLM:
     # rotary frequencies are computed, not loaded
     model.model.rotary_emb = RotaryEmbeddings(config)
     weights = {name: tensor.read() for name, tensor in state.items()}
+    for layer in range(config.num_hidden_layers):
+        # here, so that no more than one layer's experts are held twice
+        fuse_experts(weights, f"model.layers.{layer}.mlp.experts.", config.num_experts)
     model.load_state_dict(weights, assign=True, strict=not config.tie_word_embeddings)
     model.tie_weights()
     return model.eval()

@@ -10,9 +10,10 @@ import torch
 from torch.nn.functional import grouped_mm
 
 from .gates import GATES
+from .low_rank import LowRank
 
 
-def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants):
+def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants, low_rank=None):
     """[`~modeling_moe.dispatch.loop.forward`] from `index` (T, K) rather than slots, and without h: nothing is sorted,
     and nothing but the chosen experts' weights is read.
 
@@ -25,12 +26,18 @@ def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants):
     experts, slots = [expert for expert, _ in chosen], torch.tensor([slot for _, slot in chosen], device=x.device)
     tokens = slots // index.shape[1]
 
-    h = _project_few(x[tokens], up, experts)
+    up_update, down_update = low_rank or (None, None)
+    states = x[tokens]
+    h = _project_few(states, up, experts)
+    if up_update is not None:
+        h += _update_few(states, up_update, experts)
     if up_bias is not None:
         h += up_bias[experts]
     acted = x.new_empty(len(slots), down.shape[2])
     GATES[gate].forward(h, constants, acted)
     rows = _project_few(acted, down, experts)
+    if down_update is not None:
+        rows += _update_few(acted, down_update, experts)
     if down_bias is not None:
         rows += down_bias[experts]
     weighted = rows.to(weight.dtype) * weight.flatten()[slots][:, None]
@@ -47,6 +54,19 @@ def _project_few(states: torch.Tensor, matrices: torch.Tensor, experts: list[int
         return grouped_mm(states, matrices.transpose(1, 2), offs=ends)
     parts = states.split(list(counts.values()))
     return torch.cat([(matrices[expert] @ rows.T).T for expert, rows in zip(counts, parts, strict=True)])
+
+
+def _update_few(states: torch.Tensor, update: LowRank, experts: list[int]) -> torch.Tensor:
+    """Rows (R, M), each with its expert's update: (R, N)."""
+    counts = Counter(experts)
+    chosen = list(counts)
+    a, b = update.a[chosen].to(states.dtype), update.b[chosen].to(states.dtype)
+    if len(chosen) == len(experts):
+        rows = torch.bmm(b, torch.bmm(a, states[..., None]))[..., 0]
+    else:
+        parts = states.split(list(counts.values()))
+        rows = torch.cat([part @ a.T @ b.T for part, a, b in zip(parts, a, b, strict=True)])
+    return rows.mul_(update.scaling)
 
 
 def _fits_grouped_mm(matrices: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.utils.import_utils import is_tracing
 
 from .function import BACKENDS, decode, experts, experts_decode
+from .low_rank import LowRankPair, arguments
 
 
 # module -> activation in `ACTIVATIONS`
@@ -62,6 +63,14 @@ def _weights(module: nn.Module) -> list[Any]:
     return matrices + biases
 
 
+def _low_rank(module: nn.Module) -> LowRankPair | None:
+    """What `module.low_rank` (parameter -> [`LowRank`]) adds to the matrices, if anything."""
+    updates = getattr(module, "low_rank", None)
+    if not updates:
+        return None
+    return LowRankPair(updates.get("gate_up_proj" if module.has_gate else "up_proj"), updates.get("down_proj"))
+
+
 def unserved(module: nn.Module) -> str | None:
     """Why the operator cannot compute `module`, or None if it can."""
     if getattr(module, "has_post_expert_norm", False):
@@ -88,8 +97,10 @@ def _choose(backend: str | None, x: torch.Tensor, weights: list[Any]) -> str:
     return next(name for name in (backend, *preference) if name is not None and _served_by(name, x, weights))
 
 
-def _decodes(backend: str, x: torch.Tensor, index: torch.Tensor, gradient: bool) -> bool:
+def _decodes(backend: str, x: torch.Tensor, index: torch.Tensor, gradient: bool, low_rank: LowRankPair | None) -> bool:
     few = len(x) <= DECODE_TOKENS and index.numel() <= DECODE_SLOTS
+    if low_rank is not None and (backend != "loop" or any(update and update.dropout for update in low_rank)):
+        return False
     return few and not gradient and hasattr(BACKENDS[backend], "decode")
 
 
@@ -121,9 +132,10 @@ def backend_of(
     """
     if reason := unserved(module):
         return f"transformers: {reason}"
-    weights = _weights(module)
+    weights, low_rank = _weights(module), _low_rank(module)
     name = _choose(backend, hidden_states.to(weights[0].dtype), weights)
-    decodes = _decodes(name, hidden_states, top_k_index, _has_gradient(hidden_states, *weights))
+    gradient = _has_gradient(hidden_states, *weights, *(low_rank.factors if low_rank else ()))
+    decodes = _decodes(name, hidden_states, top_k_index, gradient, low_rank)
     return f"{name} (decode)" if decodes else name
 
 
@@ -137,7 +149,8 @@ def experts_forward(
     """transformers' contract for experts, by the operator of this package.
 
     Args:
-        module: holds the experts' weights, as transformers' `use_experts_implementation` describes them.
+        module: holds the experts' weights, as transformers' `use_experts_implementation` describes them; what its
+            `low_rank`, if any, maps their names to is added: [`~modeling_moe.dispatch.low_rank.LowRank`].
         hidden_states: (T, H).
         top_k_index: (T, K) integer; an id outside [0, E) marks an empty slot.
         top_k_weights: (T, K) factors on the experts' outputs.
@@ -150,25 +163,31 @@ def experts_forward(
         ValueError: for inputs whose shapes or dtypes do not fit.
     """
     _check(hidden_states, top_k_index, top_k_weights, module)
-    if unserved(module):
+    weights, low_rank = _weights(module), _low_rank(module)
+    if reason := unserved(module):
+        if low_rank is not None:
+            raise ValueError(f"the experts cannot have low-rank updates here: {reason}")
         return _by_transformers(module, hidden_states, top_k_index, top_k_weights)
-    weights = _weights(module)
     dtype, device = weights[0].dtype, hidden_states.device.type
     if not hidden_states.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         weights = [None if weight is None else weight.to(dtype) for weight in weights]
+    if low_rank is not None and any(len(factor) != len(weights[0]) for factor in low_rank.factors):
+        raise ValueError(f"low_rank has factors for other than the {len(weights[0])} experts here: slice them")
     x = hidden_states.to(dtype).contiguous()
     factors = top_k_weights.to(torch.promote_types(dtype, torch.float32)).contiguous()
     gate, constants = gate_of(module)
     name = _choose(backend, x, weights)
-    gradient = _has_gradient(x, factors, *weights)
     up, down, up_bias, down_bias = weights
-    if _decodes(name, x, top_k_index, gradient):
+    call = (x, top_k_index, factors, up, down, up_bias, down_bias, gate, constants, name)
+    gradient = _has_gradient(x, factors, *weights, *(low_rank.factors if low_rank else ()))
+    if _decodes(name, x, top_k_index, gradient, low_rank):
         function = experts_decode if is_tracing(x) or x.is_meta else decode
-        output = function(x, top_k_index, factors, up, down, up_bias, down_bias, gate, constants, name)
+        output = function(*call, *arguments(low_rank))
     else:
         keep_h = gradient and not getattr(module.config, "experts_recompute", False)
-        output = experts(x, top_k_index, factors, up, down, up_bias, down_bias, gate, constants, name, keep_h)[0]
+        dropped = low_rank and low_rank.drop(len(x), top_k_index.numel())
+        output = experts(*call, keep_h, *arguments(dropped))[0]
     return output.to(hidden_states.dtype)
 
 

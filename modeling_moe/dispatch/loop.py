@@ -5,13 +5,16 @@
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
+from .chunks import Chunk, Update
+from .chunks import WeightGradient as _WeightGradient
 from .decode import decode
 from .gates import GATES
+from .low_rank import LowRankPair
 from .memory import Scratch, in_huge_pages, math_dtype
 from .slots import Slots
 
@@ -22,23 +25,14 @@ __all__ = ["backward", "decode", "forward"]
 CHUNK = 1024
 
 
-class _Chunk(NamedTuple):
-    """Rows of one expert: how many, and whether they are its first and its last."""
-
-    expert: int
-    rows: int
-    first: bool
-    last: bool
-
-
-def _chunks(slots: Slots) -> list[_Chunk]:
+def _chunks(slots: Slots) -> list[Chunk]:
     """The served rows of `slots`, in their order."""
-    offsets = slots.offsets.tolist()
-    return [
-        _Chunk(expert, min(CHUNK, end - row), row == start, row + CHUNK >= end)
-        for expert, (start, end) in enumerate(itertools.pairwise(offsets))
+    pieces = (
+        (expert, min(CHUNK, end - row), row == start, row + CHUNK >= end)
+        for expert, (start, end) in enumerate(itertools.pairwise(slots.offsets.tolist()))
         for row in range(start, end, CHUNK)
-    ]
+    )
+    return [Chunk(number, *piece) for number, piece in enumerate(pieces)]
 
 
 def _project(states: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
@@ -57,13 +51,13 @@ class _Sweep:
     def __init__(self, x: torch.Tensor, slots: Slots, weight: torch.Tensor, *experts: torch.Tensor | None):
         self.dtype, self.chunks = math_dtype(x), _chunks(slots)
         self.sizes = [chunk.rows for chunk in self.chunks]
-        self.order = slots.order[: sum(self.sizes)]
+        self.order, self.offsets = slots.order[: sum(self.sizes)], slots.offsets
         self.scratch = Scratch(x, self.dtype, max(self.sizes, default=0))
         self.tokens = (self.order // weight.shape[1]).split(self.sizes)
         self.factors = weight.flatten()[self.order].to(self.dtype)[:, None].split(self.sizes)
         self.experts = [None if tensor is None else tensor.unbind(0) for tensor in experts]
 
-    def __iter__(self) -> Iterator[tuple[_Chunk, torch.Tensor, torch.Tensor, list[Any]]]:
+    def __iter__(self) -> Iterator[tuple[Chunk, torch.Tensor, torch.Tensor, list[Any]]]:
         """Yields chunk, tokens (R,), weights (R, 1), and the expert's matrices and biases in the products' dtype."""
         current: list[Any] = []
         for chunk, token, factor in zip(self.chunks, self.tokens, self.factors, strict=True):
@@ -71,12 +65,20 @@ class _Sweep:
                 current = [None if each is None else each[chunk.expert].to(self.dtype) for each in self.experts]
             yield chunk, token, factor, current
 
+    def updates(self, low_rank: LowRankPair | None, needs: Sequence[bool] = ()) -> tuple[Update, Update]:
+        """Of the first matrix and of the second; `needs` as [`backward`] has it for their factors."""
+        up, down = low_rank or (None, None)
+        return (
+            Update(up, self.dtype, self.tokens, needs[:2], self.offsets),
+            Update(down, self.dtype, self.order.split(self.sizes), needs[2:], self.offsets),
+        )
+
     def rows_of(self, tensor: torch.Tensor) -> Any:
         """Each chunk's rows of a tensor (S, ...), None for one that is empty."""
         return tensor[: len(self.order)].split(self.sizes) if len(tensor) else [None] * len(self.sizes)
 
 
-def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, keep_h):
+def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, keep_h, low_rank=None):
     """Sums over each token's experts, in fp32.
 
     Args:
@@ -90,6 +92,7 @@ def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, kee
         gate: key of `GATES`.
         constants: of the gate.
         keep_h: whether backward wants h.
+        low_rank: [`~modeling_moe.dispatch.low_rank.LowRankPair`] of updates, or None.
 
     Returns:
         (T, H), and h (S, C) in the order of `slots`, or (0, C) if it is not kept.
@@ -98,61 +101,44 @@ def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, kee
     output = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     h = in_huge_pages(x.new_empty(len(slots.order) if keep_h else 0, columns))
     sweep = _Sweep(x, slots, weight, up, down, up_bias, down_bias)
-    scratch = sweep.scratch
+    scratch, (up_update, down_update) = sweep.scratch, sweep.updates(low_rank)
     for (chunk, token, factor, current), keep in zip(sweep, sweep.rows_of(h), strict=True):
         up_matrix, down_matrix, up_row, down_row = current
         direct = keep is not None and keep.dtype == sweep.dtype
         before = keep if direct else scratch.take("h", chunk.rows, columns)
-        _project(scratch.gather("states", x, token), up_matrix, up_row, before)
+        gathered = scratch.gather("states", x, token)
+        _project(gathered, up_matrix, up_row, before)
+        up_update.add(chunk, gathered, before)
         if keep is not None and not direct:
             keep.copy_(before)
         acted = scratch.take("acted", chunk.rows, width)
         GATES[gate].forward(before, constants, acted)
         # the weight goes onto the narrow side: w (a W) = (w a) W
         states = torch.mm(acted.mul_(factor), down_matrix.T, out=scratch.take("output", chunk.rows, hidden))
+        down_update.add(chunk, acted, states)
         if down_row is not None:
             states.addr_(factor[:, 0], down_row)
         output.index_add_(0, token, states.to(output.dtype))
     return output.to(x.dtype), h
 
 
-class _WeightGradient:
-    """Gradient of one kind of expert matrix, summed over an expert's chunks in the dtype of the products."""
-
-    def __init__(self, weights: torch.Tensor, dtype: torch.dtype, offsets: torch.Tensor):
-        self.total = in_huge_pages(torch.empty_like(weights))
-        self.parts = self.total.unbind(0)
-        for expert in torch.where(offsets[1:] == offsets[:-1])[0].tolist():
-            self.parts[expert].zero_()
-        self.scratch: Any = None if weights.dtype == dtype else torch.empty_like(weights[0], dtype=dtype)
-
-    def add(self, chunk: _Chunk, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Adds leftᵀ right, of one chunk."""
-        into = self.parts[chunk.expert] if self.scratch is None else self.scratch
-        if chunk.first:
-            torch.mm(left.T, right, out=into)
-        else:
-            into.addmm_(left.T, right)
-        if chunk.last and self.scratch is not None:
-            self.parts[chunk.expert].copy_(self.scratch)
-
-
 def _if(needed: bool, make: Callable[[], Any]) -> Any:
     return make() if needed else None
 
 
-def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, constants, needs):
+def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, constants, needs, low_rank=None):
     """Gradients of [`forward`].
 
     Args:
         grad: (T, H), of the output.
         h: as `forward` returned it; recomputed if it was not kept.
-        needs: which gradients are wanted, of x, weight, up, down, up_bias and down_bias.
+        needs: which gradients are wanted, of x, weight, up, down, up_bias and down_bias, and with `low_rank` of its a
+            and b for up, then for down.
 
     Returns:
-        A list of the six, None where not wanted. An idle expert's are zeros, and so are an empty slot's weight's.
+        A list of them, None where not wanted. An idle expert's are zeros, and so are an empty slot's weight's.
     """
-    need_x, need_weight, need_up, need_down, need_up_bias, need_down_bias = needs
+    need_x, need_weight, need_up, need_down, need_up_bias, need_down_bias, *need_factors = needs
     (_, columns, hidden), width = up.shape, down.shape[2]
     sweep = _Sweep(x, slots, weight, up, down, up_bias, down_bias)
     scratch, dtype, wide = sweep.scratch, sweep.dtype, torch.promote_types(x.dtype, torch.float32)
@@ -162,15 +148,19 @@ def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, cons
     grad_up_bias = _if(need_up_bias, lambda: torch.zeros_like(up_bias, dtype=wide))
     grad_down_bias = _if(need_down_bias, lambda: torch.zeros_like(down_bias, dtype=wide))
     slopes = torch.zeros_like(sweep.order, dtype=weight.dtype)
+    up_update, down_update = sweep.updates(low_rank, need_factors)
+    need_states = need_up or up_update.trained
     for (chunk, token, factor, current), keep, slope in zip(
         sweep, sweep.rows_of(h), slopes.split(sweep.sizes), strict=True
     ):
         up_matrix, down_matrix, up_row, down_row = current
-        states: Any = scratch.gather("states", x, token) if need_up or keep is None else None
+        states: Any = scratch.gather("states", x, token) if need_states or keep is None else None
         if keep is None:
             keep = _project(states, up_matrix, up_row, scratch.take("h", chunk.rows, columns))
+            up_update.add(chunk, states, keep)
         grad_y = scratch.gather("grad_y", grad, token)
         back = torch.mm(grad_y, down_matrix, out=scratch.take("back", chunk.rows, width))  # without the weight
+        narrow_down, narrow_up = down_update.add_back(chunk, grad_y, back), None
         grad_a = torch.mul(back, factor, out=scratch.take("grad_a", chunk.rows, width))
         acted, grad_h = scratch.take("acted", chunk.rows, width), scratch.take("grad_h", chunk.rows, columns)
         GATES[gate].backward(keep.to(dtype), grad_a, constants, acted, grad_h)
@@ -181,11 +171,15 @@ def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, cons
                 slope += grad_y @ down_row
         if need_x:
             grad_states = torch.mm(grad_h, up_matrix, out=scratch.take("grad_states", chunk.rows, hidden))
+            narrow_up = up_update.add_back(chunk, grad_h, grad_states)
             grad_x.index_add_(0, token, grad_states.to(wide))
         if need_up:
             grad_up.add(chunk, grad_h, states)
+        up_update.add_gradients(chunk, narrow_up, grad_h, states)
+        acted.mul_(factor)
         if need_down:
-            grad_down.add(chunk, grad_y, acted.mul_(factor))
+            grad_down.add(chunk, grad_y, acted)
+        down_update.add_gradients(chunk, narrow_down, grad_y, acted)
         if need_up_bias:
             grad_up_bias[chunk.expert] += grad_h.sum(dim=0)
         if need_down_bias:
@@ -200,4 +194,6 @@ def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, cons
         _if(need_down, lambda: grad_down.total),
         _if(need_up_bias, lambda: grad_up_bias.to(up_bias.dtype)),
         _if(need_down_bias, lambda: grad_down_bias.to(down_bias.dtype)),
+        *up_update.gradients(),
+        *down_update.gradients(),
     ]

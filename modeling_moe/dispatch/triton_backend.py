@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from . import kernels
+from . import composed, kernels
 from .slots import Slots, invert
 
 
@@ -225,14 +225,17 @@ class _Rows:
             )  # fmt: skip
         return [grad_h, scaled, None if grad_weight is None else grad_weight.sum(0)]
 
-    def weight_gradient(self, left, right, parameter, gather_left: bool) -> torch.Tensor:
-        """Each expert's left^T right, like `parameter` (E, M, N); one of left and right is (T, .), the other (S, .)."""
+    def weight_gradient(self, left, right, parameter, gather_left: bool, top_k: int | None = None) -> torch.Tensor:
+        """Each expert's left^T right, like `parameter` (E, M, N); one of left and right is (T, .), the other (S, .).
+
+        `top_k` says of how many slots the gathered one has a row, if not of K.
+        """
         out, tile = torch.empty_like(parameter), self.config.gradient
         _, m, n = parameter.shape
         _launch(
             kernels.weight_gradient, (len(out) * triton.cdiv(m, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),),
             left, right, *self.slots, out, *out.stride(),
-            M=m, N=n, TOP_K=self.top_k, GATHER_LEFT=gather_left, **tile._asdict(),
+            M=m, N=n, TOP_K=top_k or self.top_k, GATHER_LEFT=gather_left, **tile._asdict(),
         )  # fmt: skip
         return out
 
@@ -246,13 +249,43 @@ class _Rows:
         return out
 
 
+class _Products:
+    """[`~modeling_moe.dispatch.composed.Products`] by the kernels, where an update stands between those that fuse."""
+
+    def __init__(self, rows: _Rows):
+        self.kernels, self.slots = rows, rows.slots
+        self.inverse = invert(rows.slots.order)
+
+    def gathered(self, source, matrices, bias):
+        source = source.contiguous()
+        return self.kernels.project_up(source, matrices, bias, "silu", [], kept=True, acted=False)[0]
+
+    def rows(self, left, matrices, bias):
+        return self.kernels.multiply(left, matrices, bias)
+
+    def outer(self, left, right, like, gather):
+        if gather == "neither":
+            # the kernel gathers one of them: by slot, then
+            return self.kernels.weight_gradient(left, right[self.inverse], like, gather_left=False, top_k=1)
+        return self.kernels.weight_gradient(left.contiguous(), right.contiguous(), like, gather_left=gather == "left")
+
+    def bias_gradient(self, rows, weight, like):
+        return self.kernels.bias_gradient(rows, weight, like)
+
+    def combine(self, rows, weight):
+        return self.kernels.combine(rows, weight, self.inverse)
+
+
 def forward(
-    x, slots: Slots, weight, up, down, up_bias, down_bias, gate: str, constants, keep_h: bool,
+    x, slots: Slots, weight, up, down, up_bias, down_bias, gate: str, constants, keep_h: bool, low_rank=None,
     config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The experts' weighted sum (T, H), added up in float32, and h, or (0, C) if it is not kept."""
     with torch.cuda.device_of(x):
         rows = _Rows(slots, weight.shape[1], x.element_size(), config)
+        if low_rank is not None:
+            arguments = (weight.contiguous(), up, down, up_bias, down_bias, gate, constants, keep_h, low_rank)
+            return composed.forward(_Products(rows), x.contiguous(), *arguments)
         h, a = rows.project_up(x.contiguous(), up, up_bias, gate, constants, kept=keep_h, acted=True)
         y = rows.multiply(a, down, down_bias)
         out = rows.combine(y, weight.contiguous(), invert(slots.order))
@@ -261,17 +294,21 @@ def forward(
 
 def backward(
     grad, x, h, slots: Slots, weight, up, down, up_bias, down_bias, gate: str, constants, needs: list[bool],
-    config: Config | None = None,
+    low_rank=None, config: Config | None = None,
 ) -> list[torch.Tensor | None]:  # fmt: skip
-    """From grad, the gradients of x, weight, up, down, up_bias and down_bias, None where `needs` is False.
+    """From grad, the gradients of x, weight, up, down, up_bias and down_bias, None where `needs` is False; with
+    `low_rank` then those of its factors, as [`~modeling_moe.dispatch.loop.backward`] has them.
 
     Those of idle experts and of the weights of empty slots are 0. An h that was not kept is computed again.
     """
     grads: list[torch.Tensor | None] = [None] * 6
-    needs_x, needs_weight, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
+    needs_x, needs_weight, needs_up, needs_down, needs_up_bias, needs_down_bias = needs[:6]
     with torch.cuda.device_of(x):
         x, grad, weight = x.contiguous(), grad.contiguous(), weight.contiguous()
         rows = _Rows(slots, weight.shape[1], x.element_size(), config)
+        if low_rank is not None:
+            arguments = (weight, up, down, up_bias, down_bias, gate, constants, needs, low_rank)
+            return composed.backward(_Products(rows), grad, x, h, *arguments)
         inverse = invert(slots.order)
         if not len(h):
             h, _ = rows.project_up(x, up, up_bias, "silu", [], kept=True, acted=False)

@@ -1,8 +1,11 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a `Trainer` has to do for a Mixture of Experts beyond computing the loss."""
+"""What a `Trainer` has to do for a Mixture of Experts beyond computing the loss, done by a callback that every `Trainer`
+has once this module is imported."""
 
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer import DEFAULT_CALLBACKS
+from transformers.trainer_utils import has_length
 
 from ..balancing import update_routers
 
@@ -13,22 +16,49 @@ def _set_router_loss_scale(model: nn.Module, scale: float) -> None:
             vars(module)["router_loss_scale"] = scale
 
 
+def micro_batches(accumulation_steps: int, step: int, batches: int | None) -> int:
+    """Micro-batches of a `Trainer`'s optimizer step: an epoch's last step takes what is left.
+
+    Args:
+        accumulation_steps: micro-batches of any other step.
+        step: number of optimizer steps before, over all epochs.
+        batches: micro-batches of an epoch; None if nobody knows.
+    """
+    if not batches:
+        return accumulation_steps
+    steps_in_epoch = -(-batches // accumulation_steps)
+    left = batches - (steps_in_epoch - 1) * accumulation_steps
+    return left if step % steps_in_epoch == steps_in_epoch - 1 else accumulation_steps
+
+
 class MoECallback(TrainerCallback):
-    """Balances the experts' load without gradient and keeps the router losses' weight under gradient accumulation.
+    """Balances the experts' load without gradient, and gives router losses that attach themselves the trainer's factors.
 
     After each optimizer step it steps the routers' controllers, which move selection biases, thresholds and the like
     ([`~modeling_moe.balancing.update_routers`]).
-    During training it divides router losses that attach themselves, where the trainer computes the loss without our
-    head (label smoothing, TRL), by the gradient accumulation steps. Both reach through PEFT, DDP and FSDP wrappers,
-    and do nothing to a model without experts.
+    Router losses attach themselves where the trainer computes the loss without our head (label smoothing, TRL). What a
+    trainer multiplies its own loss by does not reach them, so it is set before each step: 1 over the step's number of
+    micro-batches, and the scale of fp16 training (not DeepSpeed's own). So a step's gradient is the mean over its
+    sequences, however micro-batches of equally many sequences split it.
+    Both reach through PEFT, DDP and FSDP wrappers, and do nothing to a model without experts.
+
+    `import modeling_moe.training` gives one to each `Trainer` made after, TRL's included. To pass one by hand changes
+    nothing.
 
     Example:
-        >>> trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[MoECallback()])
+        >>> import modeling_moe.training
+        >>> trainer = Trainer(model=model, args=args, train_dataset=dataset)
     """
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, **kwargs):
         """Scales the router losses of one micro-batch."""
-        _set_router_loss_scale(kwargs["model"], 1 / args.gradient_accumulation_steps)
+        loader = kwargs["train_dataloader"]
+        batches = len(loader) if has_length(loader) else None
+        scale = 1 / micro_batches(args.gradient_accumulation_steps, state.global_step, batches)
+        scaler = getattr(kwargs["optimizer"], "scaler", None)
+        if scaler is not None:
+            scale *= scaler.get_scale()
+        _set_router_loss_scale(kwargs["model"], scale)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Steps the controllers."""
@@ -37,3 +67,11 @@ class MoECallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Takes the scale back."""
         _set_router_loss_scale(kwargs["model"], 1.0)
+
+
+class DefaultMoECallback(MoECallback):
+    """The one that every `Trainer` has; `Trainer.remove_callback` takes it away."""
+
+
+if DefaultMoECallback not in DEFAULT_CALLBACKS:
+    DEFAULT_CALLBACKS.append(DefaultMoECallback)

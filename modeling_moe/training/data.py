@@ -1,9 +1,12 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Text to blocks of tokens.
+"""Text and conversations to blocks of tokens.
 
 domains -> documents (rows of `text`) -> pieces (rows of `text` and `end`) -> training and held-out pieces -> blocks
+domains -> conversations (rows of `messages`) -> training and held-out conversations -> blocks
 """
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -11,10 +14,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..cli import UserError
 
+
+logger = logging.get_logger(__name__)
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 PIECE_CHARS = 4096
@@ -26,10 +33,17 @@ class DataArguments:
 
     data: list[str] = field(
         metadata={
-            "help": "domain=source ..., a source being a .txt, .json, .jsonl or .parquet file or name[:config] on the Hub"
+            "help": "domain=source ..., a source being a .txt, .json, .jsonl or .parquet file, a folder of files of one of "
+            "these kinds, or name[:config] on the Hub"
         }
     )
-    text_column: str = field(default="text", metadata={"help": "column that holds the text (not for .txt)"})
+    text_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "column that holds the text (not for .txt); if not given, fine-tuning takes the conversations in "
+            "'messages' if there are any, and else 'text'"
+        },
+    )
     split: str = field(default="train", metadata={"help": "split of the Hub's datasets"})
     max_length: int = field(default=512, metadata={"help": "tokens of a block"})
 
@@ -54,49 +68,78 @@ class DataArguments:
             domains[name] = source
         return domains
 
-    def load(self) -> dict[str, datasets.Dataset]:
+    def load(self, conversations: bool = False) -> dict[str, datasets.Dataset]:
         """Documents of each domain, see [`load_documents`]."""
-        return {name: load_documents(source, self.text_column, self.split) for name, source in self.domains().items()}
+        return {
+            name: load_documents(source, self.text_column, self.split, conversations)
+            for name, source in self.domains().items()
+        }
 
 
-def load_documents(source: str, text_column: str = "text", split: str = "train") -> datasets.Dataset:
+def _local_files(path: Path) -> list[str]:
+    """Files of a source on disk, all of one kind."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in BUILDERS and file.is_file())
+    kinds = {BUILDERS.get(file.suffix.lower()) for file in files}
+    if not files or None in kinds:
+        where = ", and holds no such file" if path.is_dir() else ""
+        raise UserError(f"data {path} is none of {', '.join(BUILDERS)}{where}: convert it, or name what is")
+    if len(kinds) > 1:
+        raise UserError(f"data {path} holds files of several kinds: give each kind a folder, and a domain, of its own")
+    return [str(file) for file in files]
+
+
+def _read(source: str, text_column: str, split: str) -> datasets.Dataset:
+    """Rows of a source with all their columns; those of text files have only `text_column`."""
+    path = Path(source)
+    if not path.exists() and path.suffix.lower() in BUILDERS:
+        raise UserError(f"data {source} does not exist: correct the path")
+    try:
+        if not path.exists():
+            name, _, config = source.partition(":")
+            return datasets.load_dataset(name, config or None, split=split)
+        files = _local_files(path)
+        builder = BUILDERS[Path(files[0]).suffix.lower()]
+        if builder == "text":
+            return datasets.Dataset.from_dict({text_column: [Path(file).read_text("utf-8") for file in files]})
+        return datasets.load_dataset(builder, data_files=files, split="train")
+    except UserError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"data {source} cannot be read as files or a dataset on the Hub: {error}") from error
+
+
+def load_documents(
+    source: str, text_column: str | None = None, split: str = "train", conversations: bool = False
+) -> datasets.Dataset:
     """Documents of a source: a .txt file is one, elsewhere each row is one.
 
     Args:
-        source: path of a .txt, .json, .jsonl or .parquet file, or `name` or `name:config` of a dataset on the Hub.
-        text_column: column that holds the text, not for .txt.
+        source: path of a .txt, .json, .jsonl or .parquet file or of a folder of files of one of these kinds, or `name`
+            or `name:config` of a dataset on the Hub.
+        text_column: column that holds the text, not for .txt; `text` if not given.
         split: split of a dataset on the Hub.
+        conversations: take the column `messages`, if there is one, unless `text_column` is given.
 
     Returns:
-        Rows with one column, `text`; none is empty.
+        Rows with one column: `text`, none of which is empty, or `messages`, each a list of dicts with `role` and
+        `content`, as a chat template takes it.
 
     Raises:
         UserError: if there is no such source, it has no such column, or no text.
     """
-    builder = BUILDERS.get(Path(source).suffix.lower())
-    if builder is not None and not Path(source).is_file():
-        raise UserError(f"data {source} does not exist: correct the path")
-    if builder is None and Path(source).exists():
-        raise UserError(f"data {source} is none of {', '.join(BUILDERS)}: convert it, or name a file in it")
-    documents: Any
-    try:
-        if builder == "text":
-            documents, text_column = datasets.Dataset.from_dict({"text": [Path(source).read_text("utf-8")]}), "text"
-        elif builder is not None:
-            documents = datasets.load_dataset(builder, data_files=source, split="train")
-        else:
-            name, _, config = source.partition(":")
-            documents = datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"data {source} cannot be read as a file or a dataset on the Hub: {error}") from error
+    prefers_messages, text_column = conversations and text_column is None, text_column or "text"
+    documents = _read(source, text_column, split)
+    if prefers_messages and "messages" in documents.column_names:
+        return documents.select_columns("messages")
     if text_column not in documents.column_names:
         columns = ", ".join(documents.column_names)
         raise UserError(f"text_column {text_column!r} is not in {source}: choose one of {columns}")
-    features = documents.features
+    feature = documents.features[text_column]
     documents = documents.select_columns(text_column)
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
-    feature = features[text_column]
     if getattr(feature, "dtype", None) not in ("string", "large_string"):
         raise UserError(f"text_column {text_column!r} of {source} holds {feature}: choose a text one")
     documents = documents.filter(lambda text: bool(text), input_columns="text")
@@ -206,6 +249,84 @@ def pack(
     )
 
 
+def _has_assistant_mask(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template marks what the assistant says.
+
+    Raises:
+        UserError: if there is no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the model's tokenizer has no chat template, which 'messages' need: save chat_template.jinja beside it, or "
+            "name a text_column"
+        )
+    marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
+    return marked and tokenizer.is_fast
+
+
+def pack_conversations(
+    conversations: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> datasets.Dataset:
+    """Renders conversations by the tokenizer's chat template, joins them and cuts into blocks of `max_length` tokens.
+
+    The loss is on what the assistant says, where the template marks that by `{% generation %}` and the tokenizer is a fast
+    one. Otherwise it is on all tokens, with a warning.
+
+    Args:
+        conversations: rows of `messages`.
+        tokenizer: one with a chat template.
+        max_length: tokens of a block.
+
+    Returns:
+        Rows of `input_ids` and `labels`, -100 where there is no loss. Every 1000 conversations are joined on their own;
+        what does not fill a block is dropped, and so is a block without any loss.
+
+    Raises:
+        UserError: if there is no chat template, or it cannot render a conversation.
+    """
+    masked = _has_assistant_mask(tokenizer)
+    if not masked:
+        logger.warning(
+            "The loss is on ALL tokens of the conversations, the user's too: the tokenizer's chat template does not mark "
+            "what the assistant says. Put {% generation %} ... {% endgeneration %} around it for a loss on that alone."
+        )
+
+    def tokenise(batch):
+        ids, labels = [], []
+        for messages in batch["messages"]:
+            try:
+                encoded: Any = tokenizer.apply_chat_template(
+                    messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=masked
+                )
+            except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+                raise UserError(f"the chat template cannot render the messages {messages!r:.200}: {error}") from error
+            tokens = encoded["input_ids"]
+            mask = encoded["assistant_masks"] if masked else [1] * len(tokens)
+            ids += tokens
+            labels += [token if counts else -100 for token, counts in zip(tokens, mask, strict=True)]
+        starts = range(0, len(ids) - max_length + 1, max_length)
+        # a block's first token is predicted from nothing
+        starts = [i for i in starts if any(label != -100 for label in labels[i + 1 : i + max_length])]
+        return {
+            name: [row[i : i + max_length] for i in starts] for name, row in [("input_ids", ids), ("labels", labels)]
+        }
+
+    return conversations.map(
+        tokenise, batched=True, remove_columns=conversations.column_names, desc="rendering conversations"
+    )
+
+
+def _parts(
+    documents: datasets.Dataset, eval_fraction: float, seed: int
+) -> tuple[dict[str, datasets.Dataset], Callable[..., datasets.Dataset]]:
+    """What to train on and what to hold out, and what packs it."""
+    packer = pack_conversations if "messages" in documents.column_names else pack
+    pieces = documents if packer is pack_conversations else cut_documents(documents)
+    if not eval_fraction:
+        return {"training": pieces}, packer
+    return dict(zip(("training", "held-out"), hold_out(pieces, eval_fraction, seed), strict=True)), packer
+
+
 def load_and_pack(
     args: DataArguments, tokenizer: PreTrainedTokenizerBase, eval_fraction: float, seed: int
 ) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
@@ -215,15 +336,14 @@ def load_and_pack(
         UserError: if a part of a domain does not fill a block.
     """
     train, held_out = [], {}
-    for name, documents in args.load().items():
-        parts = {"training": cut_documents(documents)}
-        if eval_fraction:
-            parts["training"], parts["held-out"] = hold_out(parts["training"], eval_fraction, seed)
-        blocks = {part: pack(pieces, tokenizer, args.max_length) for part, pieces in parts.items()}
+    for name, documents in args.load(conversations=True).items():
+        parts, packer = _parts(documents, eval_fraction, seed)
+        blocks = {part: packer(pieces, tokenizer, args.max_length) for part, pieces in parts.items()}
         for part, rows in blocks.items():
             if len(rows) == 0:
                 raise UserError(
-                    f"max_length {args.max_length} is more than the {part} text of domain {name!r} has tokens: lower it"
+                    f"max_length {args.max_length} is more than the {part} text of domain {name!r} has tokens to learn: "
+                    "lower it"
                 )
         train.append(blocks["training"])
         held_out |= {name: blocks["held-out"]} if eval_fraction else {}

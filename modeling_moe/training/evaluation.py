@@ -84,19 +84,18 @@ def score(model: PreTrainedModel, blocks: datasets.Dataset, batch_size: int = 8,
     metric, balance = BitsPerByte(keep_in_memory=True), RouterBalance(keep_in_memory=True)
     asks = {"output_router_logits": True} if hasattr(model.config, "output_router_logits") else {}
     batches = _batches(blocks, batch_size)
-    # a rank beyond the number of batches scores the first one and counts nothing
-    own = batches[state.process_index :: state.num_processes] or [range(0)]
-    load = None
-    for rows in tqdm(own, desc=desc, disable=not state.is_local_main_process):
+    own = batches[state.process_index :: state.num_processes]
+    counts, load = bool(own), None
+    # a rank without a batch of its own feeds zeros
+    for rows in tqdm(own or batches[:1], desc=desc, disable=not state.is_local_main_process):
         batch = blocks[rows]
-        ids = torch.tensor(batch["input_ids"] or blocks[:1]["input_ids"], device=model.device)
+        ids = torch.tensor(batch["input_ids"], device=model.device)
         outputs = model(input_ids=ids, use_cache=False, **asks)
         logits = outputs.logits[:, :-1].flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll_sum = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
-        size = sum(sum(sizes[1:]) for sizes in batch["num_bytes"])
-        counts = bool(len(rows))
-        metric.add_batch(nll_sum=[nll_sum * counts], tokens=[ids[:, 1:].numel() * counts], bytes=[size])
+        tokens, size = ids[:, 1:].numel(), sum(sum(sizes[1:]) for sizes in batch["num_bytes"])
+        metric.add_batch(nll_sum=[nll_sum * counts], tokens=[tokens * counts], bytes=[size * counts])
         load = getattr(outputs, "expert_load", None)
         if load is not None:
             load = load[:, : model.config.num_experts].double() * counts

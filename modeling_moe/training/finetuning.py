@@ -1,9 +1,12 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Fine-tuning by transformers' `Trainer`: all weights, or LoRA by PEFT."""
+"""Fine-tuning by transformers' `Trainer`: all weights, some of them, or LoRA by PEFT."""
 
+import json
 import math
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -14,20 +17,31 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..cli import UserError
 from ..files import load_source, load_tokenizer
 from ..routing import Router
 from .callbacks import MoECallback
 from .data import DataArguments, load_and_pack
+from .freezing import FreezeExpertsCallback
+from .nan_stop import NanStopMixin
 
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+# part of a model -> names of its parameters
+PARTS = {
+    "router": re.compile(r"\.(gate|router)\."),
+    "attention": re.compile(r"\.(self_attn|self_attention|attention|attn)\."),
+    "experts": re.compile(r"\.experts\."),
+}
+METHODS = ("full", "lora", "router", "attention")
+STATE_FILE = "trainer_state.json"
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 
 
@@ -36,22 +50,47 @@ class ModelArguments:
     """What to train."""
 
     model_name_or_path: str = field(metadata={"help": "folder or Hub name of a causal LM, sparse or dense"})
-    method: str = field(default="full", metadata={"help": "full or lora"})
+    method: str = field(default="full", metadata={"help": f"what to train: {', '.join(METHODS)}"})
+    freeze_experts: str | None = field(
+        default=None, metadata={"help": "experts to leave as they are, such as 0-7 or 0,2,5-6; with method full"}
+    )
     dtype: str | None = field(
         default=None,
-        metadata={"help": "float32, bfloat16, float16 or auto (the checkpoint's); float32 for full, auto for lora"},
+        metadata={"help": "float32, bfloat16, float16 or auto (the checkpoint's); auto for lora, else float32"},
     )
     eval_fraction: float = field(default=0.05, metadata={"help": "part of each domain held out for the eval loss"})
-    overwrite: bool = field(default=False, metadata={"help": "write into an output_dir that is not empty"})
+    overwrite: bool = field(
+        default=False, metadata={"help": "write into an output_dir that is not empty; its checkpoints are deleted"}
+    )
 
     def __post_init__(self):
         if self.dtype is None:
             # an update is often smaller than the last bit of a 16-bit weight
-            self.dtype = "float32" if self.method == "full" else "auto"
-        if self.method not in ("full", "lora"):
-            raise UserError(f"method is {self.method!r}: choose full or lora")
+            self.dtype = "auto" if self.method == "lora" else "float32"
+        if self.method not in METHODS:
+            raise UserError(f"method is {self.method!r}: choose one of {', '.join(METHODS)}")
+        if self.freeze_experts is not None and self.method != "full":
+            raise UserError(
+                f"freeze_experts goes with method full: {self.method} trains no single expert, leave it away"
+            )
+        self.frozen_experts()
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction is {self.eval_fraction}: choose a number from 0 (none) to below 1")
+
+    def frozen_experts(self) -> list[int]:
+        """Ids of the experts to freeze.
+
+        Raises:
+            UserError: if `freeze_experts` is no list of ids and ranges of them.
+        """
+        ids = []
+        for part in self.freeze_experts.split(",") if self.freeze_experts is not None else []:
+            ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+            new = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
+            if not new:
+                raise UserError(f"freeze_experts {self.freeze_experts!r} is no list of experts: write 0-7 or 0,2,5-6")
+            ids += new
+        return ids
 
 
 @dataclass
@@ -78,6 +117,7 @@ class FinetuneArguments(TrainingArguments):
 
     logging_first_step: bool = field(default=True, metadata={"help": "log the first step's loss"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two log lines"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "log the mean loss in place of NaN"})
 
 
 @dataclass(frozen=True)
@@ -131,23 +171,40 @@ def moe_lora_config(model: nn.Module, args: LoraArguments) -> LoraConfig:
     )
 
 
-def _check_output_dir(args: TrainingArguments, overwrite: bool) -> str | None:
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the trainer's state comes last."""
+    try:
+        return isinstance(json.loads((checkpoint / STATE_FILE).read_text()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The checkpoint that was finished last, not one in whose writing a run was killed."""
+    whole = [checkpoint for checkpoint in folder.glob("checkpoint-*") if _is_whole(checkpoint)]
+    return str(max(whole, key=lambda checkpoint: (checkpoint / STATE_FILE).stat().st_mtime_ns)) if whole else None
+
+
+def _check_output_dir(args: TrainingArguments, model_args: ModelArguments) -> str | None:
     """Checkpoint to resume from, if any."""
     folder = Path(args.output_dir)
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() == "true":
-        resume = get_last_checkpoint(args.output_dir) if folder.is_dir() else None
+        resume = _last_checkpoint(folder)
         if resume is None:
-            raise UserError(f"resume_from_checkpoint: {folder} holds no checkpoint, leave the flag away to start anew")
-    if resume is not None and not Path(resume).is_dir():
-        raise UserError(
-            f"resume_from_checkpoint {resume} is not a folder: name a checkpoint, or true for the last one"
-        )
+            raise UserError(
+                f"resume_from_checkpoint: {folder} holds no checkpoint that is whole, leave the flag away to start anew"
+            )
+    if resume is not None and not _is_whole(Path(resume)):
+        raise UserError(f"resume_from_checkpoint {resume} is no whole checkpoint: name one, or true for the last one")
     occupied = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if occupied and resume is None and not overwrite:
+    if occupied and resume is None and not model_args.overwrite:
         raise UserError(
             f"output_dir {folder} is not empty: choose another, or pass --overwrite or --resume_from_checkpoint true"
         )
+    source = Path(model_args.model_name_or_path).resolve()
+    if resume is None and source in [checkpoint.resolve() for checkpoint in folder.glob("checkpoint-*")]:
+        raise UserError(f"model_name_or_path {source} is a checkpoint in output_dir, which overwrite deletes: move it")
     return resume
 
 
@@ -174,65 +231,87 @@ def _save(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge: bool) -> 
     trainer.accelerator.wait_for_everyone()
 
 
-def _load_for_training(
-    model_args: ModelArguments, lora_args: LoraArguments, checkpointing: bool
-) -> PreTrainedModel | PeftModel:
-    model = load_source(model_args.model_name_or_path, dtype=model_args.dtype or "auto")
-    if model_args.method == "full":
-        return model
-    moves_buffers = getattr(model.config, "controller", None)
-    if moves_buffers and not (lora_args.lora_router or lora_args.merge_lora):
+class _WholeCheckpoints(Trainer):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model; a checkpoint that it is part of is not whole until its state is written."""
+        if _internal_call and output_dir is not None and self.args.should_save:
+            (Path(output_dir) / STATE_FILE).unlink(missing_ok=True)
+        super().save_model(output_dir, _internal_call)
+
+
+class FinetuneTrainer(NanStopMixin, _WholeCheckpoints):
+    """transformers' `Trainer` that stops at NaN, and whose checkpoints tell whether they are whole."""
+
+
+class LogAtCheckpoints(TrainerCallback):
+    """Logs the loss whenever a checkpoint is saved, for the mean since the last log line is not in it."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Logs before the checkpoint is saved."""
+        control.should_log = control.should_log or control.should_save
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Logs before the checkpoint is saved."""
+        control.should_log = control.should_log or control.should_save
+
+
+def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """How many parameters are trained and how many there are, by the part of the model that they belong to."""
+    counts = {}
+    for name, parameter in model.named_parameters():
+        group = next((part for part, pattern in PARTS.items() if pattern.search(name)), "others")
+        trained, total = counts.get(group, (0, 0))
+        counts[group] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+    return counts
+
+
+def _train_only(model: nn.Module, part: str) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(PARTS[part].search(name) is not None)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"method {part} finds no {part} in this model: choose another")
+
+
+def _add_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
+    if getattr(model.config, "controller", None) and not args.lora_router:
         raise UserError(
-            "merge_lora false would lose what the routers' controller moves in training: set lora_router true"
+            "lora_router false would lose what the routers' controller moves in training: set lora_router true"
         )
     for module in model.modules():
         if isinstance(module, Router):
             module.float()  # PEFT does so for its own weights only
-    model = get_peft_model(model, moe_lora_config(model, lora_args))
-    if checkpointing:
+    return get_peft_model(model, moe_lora_config(model, args))
+
+
+def _load_for_training(
+    model_args: ModelArguments, lora_args: LoraArguments, checkpointing: bool, resume: str | None
+) -> PreTrainedModel | PeftModel:
+    source = model_args.model_name_or_path
+    if resume is not None and (Path(resume) / "config.json").is_file():
+        # `Trainer` looks for fused experts, and transformers' own models have one tensor for each in the checkpoint
+        source = resume
+    model = load_source(source, dtype=model_args.dtype or "auto")
+    if model_args.method == "lora":
+        model = _add_lora(model, lora_args)
+    elif model_args.method != "full":
+        _train_only(model, model_args.method)
+    if checkpointing and model_args.method != "full":
         # reentrant checkpointing needs an input with a gradient, and the embedding is frozen
         model.enable_input_require_grads()
     return model
 
 
-def finetune(
-    model_args: ModelArguments, data_args: DataArguments, lora_args: LoraArguments, args: TrainingArguments
-) -> FinetuneResult:
-    """Trains, and saves the model with its tokenizer in `args.output_dir`; the same result for the same seed.
+def _check_report_to(args: TrainingArguments) -> None:
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"report_to {args.report_to}: {error}") from error
 
-    Raises:
-        UserError: for an argument that cannot work, before anything is written.
-    """
-    resume = _check_output_dir(args, model_args.overwrite)
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
-    with args.main_process_first(desc="data"):
-        train, held_out = load_and_pack(data_args, tokenizer, model_args.eval_fraction, args.data_seed or args.seed)
-    set_seed(args.seed)
-    model = _load_for_training(model_args, lora_args, bool(args.gradient_checkpointing))
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: match them"
-        )
-    merge = model_args.method == "lora" and lora_args.merge_lora
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=held_out or None,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        callbacks=[MoECallback()],
-    )
-    if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise UserError("merge_lora true cannot merge a model that is split over ranks: set merge_lora false")
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    metrics = trainer.train(resume_from_checkpoint=resume).metrics
-    eval_loss = {}
-    for name, blocks in held_out.items():
-        eval_loss[name] = trainer.evaluate(blocks, metric_key_prefix=f"eval_{name}")[f"eval_{name}_loss"]
+
+def _result(trainer: Trainer, trained: int, eval_loss: dict[str, float], max_length: int, metrics) -> FinetuneResult:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] or [math.nan]
     quarter = max(1, len(losses) // 4)
-    _save(trainer, tokenizer, merge)
     return FinetuneResult(
         steps=trainer.state.global_step,
         trained_params=trained,
@@ -240,5 +319,70 @@ def finetune(
         last_loss=fmean(losses[-quarter:]),
         eval_loss=eval_loss,
         seconds=metrics["train_runtime"],
-        tokens_per_second=metrics["train_samples_per_second"] * data_args.max_length,
+        tokens_per_second=metrics["train_samples_per_second"] * max_length,
     )
+
+
+def finetune(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    lora_args: LoraArguments,
+    args: TrainingArguments,
+    callbacks: Iterable[TrainerCallback] = (),
+) -> FinetuneResult:
+    """Trains, and saves the model with its tokenizer in `args.output_dir`; the same result for the same seed.
+
+    A run that was cut short goes on from its last whole checkpoint as if it had not been: the same losses and weights, to
+    the last bit where the device's kernels give the same result twice.
+
+    Args:
+        model_args: what to train.
+        data_args: on what.
+        lora_args: for `method="lora"`.
+        args: how; `resume_from_checkpoint="true"` resumes from the last checkpoint.
+        callbacks: more callbacks for the trainer.
+
+    Raises:
+        UserError: for an argument that cannot work, before anything is written.
+        NonFiniteError: at the first loss or gradient that is not finite, a `UserError` too.
+    """
+    resume = _check_output_dir(args, model_args)
+    _check_report_to(args)
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    with args.main_process_first(desc="data"):
+        train, held_out = load_and_pack(data_args, tokenizer, model_args.eval_fraction, args.data_seed or args.seed)
+    set_seed(args.seed)
+    model = _load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume)
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: match them"
+        )
+    merge = model_args.method == "lora" and lora_args.merge_lora
+    frozen = model_args.frozen_experts()
+    trainer = FinetuneTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out or None,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[
+            MoECallback(),
+            LogAtCheckpoints(),
+            *callbacks,
+            *([FreezeExpertsCallback(frozen)] if frozen else []),
+        ],
+    )
+    if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise UserError("merge_lora true cannot merge a model that is split over ranks: set merge_lora false")
+    if resume is None and args.should_save:
+        for stale in Path(args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(stale)  # a run that resumes here must not find another's
+    trained = sum(trained for trained, _ in trained_parameters(model).values())
+    metrics = trainer.train(resume_from_checkpoint=resume).metrics
+    trainer.check_weights()
+    eval_loss = {}
+    for name, blocks in held_out.items():
+        eval_loss[name] = trainer.evaluate(blocks, metric_key_prefix=f"eval_{name}")[f"eval_{name}_loss"]
+    _save(trainer, tokenizer, merge)
+    return _result(trainer, trained, eval_loss, data_args.max_length, metrics)

@@ -7,23 +7,23 @@ Both are fed sums, batch by batch. Over several processes there are two ways, wi
 """
 
 import math
+from itertools import chain
 
 import datasets
 import evaluate
-import numpy as np
 import torch
 from torch import distributed
 
 from ..metrics import dead_experts, max_violation
 
 
-def _all_ranks(column: np.ndarray) -> np.ndarray:
+def _all_ranks(rows: list) -> list:
     """Rows of all ranks, in their order."""
     if not (distributed.is_available() and distributed.is_initialized()):
-        return column
-    columns = [column] * distributed.get_world_size()
-    distributed.all_gather_object(columns, column)
-    return np.concatenate(columns)
+        return rows
+    parts = [rows] * distributed.get_world_size()
+    distributed.all_gather_object(parts, rows)
+    return list(chain.from_iterable(parts))
 
 
 class BitsPerByte(evaluate.Metric):
@@ -49,14 +49,13 @@ class BitsPerByte(evaluate.Metric):
                     "bytes": datasets.Value("int64"),
                 }
             ),
-            format="numpy",
         )
 
     def _compute(self, nll_sum, tokens, bytes, gather: bool = False) -> dict[str, float | int]:
         columns = (nll_sum, tokens, bytes)
         nll_sum, tokens, bytes = [_all_ranks(column) if gather else column for column in columns]
         # rounded once, so that the order of the batches does not matter
-        nats, tokens, bytes = math.fsum(nll_sum), int(tokens.sum()), int(bytes.sum())
+        nats, tokens, bytes = math.fsum(nll_sum), sum(tokens), sum(bytes)
         loss = nats / tokens if tokens else math.nan
         return {
             "loss": loss,
@@ -88,12 +87,12 @@ class RouterBalance(evaluate.Metric):
             citation="",
             inputs_description="load: (sparse layers, E) for each batch, tokens that each expert received.",
             features=datasets.Features({"load": datasets.List(datasets.List(datasets.Value("float64")))}),
-            format="numpy",
         )
 
     def _compute(self, load, gather: bool = False) -> dict[str, float | list[float]]:
-        total = np.asarray(load).sum(axis=0)
-        total = torch.from_numpy(_all_ranks(total[None]).sum(axis=0) if gather else total)
+        total = torch.tensor(load, dtype=torch.float64).sum(dim=0)  # (layers, E)
+        if gather:
+            total = torch.stack(_all_ranks([total])).sum(dim=0)
         share = total / total.sum(dim=-1, keepdim=True).clamp(min=1)
         return {
             "max_violation": max_violation(total).mean().item(),

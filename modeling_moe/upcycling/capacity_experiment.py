@@ -89,7 +89,7 @@ class CapacityArguments:
     facts_per_row: int = field(default=8, metadata={"help": "facts in a row, which do not see each other"})
     fact_rows: int = field(default=4, metadata={"help": "rows of facts in a step"})
     prose_rows: int = field(default=2, metadata={"help": "rows of prose in a step"})
-    prose_pool: int = field(default=128, metadata={"help": "rows of prose to train on, in turns"})
+    prose_pool: int = field(default=384, metadata={"help": "rows of prose to train on, in turns"})
     held_out_rows: int = field(default=40, metadata={"help": "rows of held-out prose"})
     steps: int = field(
         default=190, metadata={"help": "optimizer steps of a run; fewer for arms of more compute a token"}
@@ -141,12 +141,13 @@ class CapacityArguments:
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `seed` is 0 in the search for a learning rate, and 1 and above in the runs that are compared."""
+    """One run, on the first `facts` of its seed's; the seed is 0 in the search for a learning rate, above it elsewhere."""
 
     arm: str
     seed: int
     learning_rate: float
     steps: int
+    facts: int
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Run:
     """What came of a [`Job`].
 
     Attributes:
-        arm, seed, learning_rate, steps: of the job.
+        arm, seed, learning_rate, steps, facts: of the job.
         initial_prose_loss: nats per token of held-out prose before training.
         prose_loss: the same after it.
         recall_bits: log2(10) less the bits that a digit of a trained fact costs: 3.32 if all are known, 0 for a guess.
@@ -166,6 +167,7 @@ class Run:
     seed: int
     learning_rate: float
     steps: int
+    facts: int
     initial_prose_loss: float
     prose_loss: float
     recall_bits: float
@@ -175,7 +177,7 @@ class Run:
     @property
     def job(self) -> Job:
         """What was asked for."""
-        return Job(self.arm, self.seed, self.learning_rate, self.steps)
+        return Job(self.arm, self.seed, self.learning_rate, self.steps, self.facts)
 
 
 @dataclass(frozen=True)
@@ -421,19 +423,19 @@ def positions(rows: int, length: int, facts_per_row: int) -> torch.Tensor:
     return torch.arange(length // facts_per_row).repeat(rows, facts_per_row)
 
 
-def batches(data: dict[str, Any], args: CapacityArguments, seed: int, steps: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(data: dict[str, Any], args: CapacityArguments, job: Job) -> Iterator[dict[str, torch.Tensor]]:
     """Arguments of the model for each step: rows of facts, then rows of prose; the same for all arms of a seed."""
     states, labels = data["states"], data["labels"]
     count = args.fact_rows * args.facts_per_row
-    facts = shuffled(args.facts, count, generator_for(args.seed, "facts", seed))
-    prose = shuffled(args.prose_pool, args.prose_rows, generator_for(args.seed, "prose", seed))
+    facts = shuffled(job.facts, count, generator_for(args.seed, "facts", job.seed))
+    prose = shuffled(args.prose_pool, args.prose_rows, generator_for(args.seed, "prose", job.seed))
     length = states["prose"].shape[1]
     at = torch.cat(
         [positions(args.fact_rows, length, args.facts_per_row), torch.arange(length).expand(args.prose_rows, -1)]
     )
-    for _, some, rows in zip(range(steps), facts, prose, strict=False):
-        fact_states = states["facts"][seed, some].reshape(args.fact_rows, length, -1)
-        fact_labels = labels["facts"][seed, some].reshape(args.fact_rows, length)
+    for _, some, rows in zip(range(job.steps), facts, prose, strict=False):
+        fact_states = states["facts"][job.seed, some].reshape(args.fact_rows, length, -1)
+        fact_labels = labels["facts"][job.seed, some].reshape(args.fact_rows, length)
         yield {
             "inputs_embeds": torch.cat([fact_states, states["prose"][rows]]),
             "labels": torch.cat([fact_labels, labels["prose"][rows]]),
@@ -455,13 +457,12 @@ def prose_loss(model: MoEForCausalLM, data: dict[str, Any]) -> float:
 
 
 @torch.no_grad()
-def recall(model: MoEForCausalLM, data: dict[str, Any], seed: int) -> tuple[float, float]:
-    """Bits recalled of a digit, and the share of facts whose digits are each the likeliest token; of a seed's facts."""
+def recall(model: MoEForCausalLM, data: dict[str, Any], seed: int, facts: int) -> tuple[float, float]:
+    """Bits recalled of a digit, and the share of facts whose digits are each the likeliest token; of the first `facts` of a seed's."""
     model.eval()
     bits, exact = [], []
-    for states, labels in zip(
-        data["states"]["facts"][seed].split(64), data["labels"]["facts"][seed].split(64), strict=True
-    ):
+    parts = (data[kind]["facts"][seed, :facts].split(64) for kind in ("states", "labels"))
+    for states, labels in zip(*parts, strict=True):
         logits = model(inputs_embeds=states, use_cache=False).logits[:, -DIGITS - 1 : -1]  # (N, DIGITS, V)
         digits = labels[:, -DIGITS:]
         bits.append(nn.functional.cross_entropy(logits.transpose(1, 2), digits, reduction="none") / math.log(2))
@@ -488,13 +489,13 @@ def train(job: Job, data: dict[str, Any], args: CapacityArguments) -> Run:
     optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * job.steps), job.steps)
     model.train()
-    for batch in batches(data, args, job.seed, job.steps):
+    for batch in batches(data, args, job):
         model(**batch, use_cache=False).loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    bits, exact = recall(model, data, job.seed)
+    bits, exact = recall(model, data, job.seed, job.facts)
     final = prose_loss(model, data)
     return Run(
         **asdict(job),
@@ -623,11 +624,17 @@ def capacity_experiment(args: CapacityArguments) -> CapacityResult:
         path = str(Path(folder) / "data.pt")
         torch.save(data, path)
         del data
-        short = [Job(arm, 0, rate, steps_of(arm, args.sweep_steps, width)) for arm in args.arms for rate in args.rates]
+        # as few facts as steps, so that each is met as often as in the long runs
+        least = args.fact_rows * args.facts_per_row
+        some = min(args.facts, max(least, round(args.facts * args.sweep_steps / args.steps)))
+        short = [
+            Job(arm, 0, rate, steps_of(arm, args.sweep_steps, width), some) for arm in args.arms for rate in args.rates
+        ]
         sweeps = run_jobs(short, path, args, done, "search for rates")
         rates = best_rates(sweeps)
         steps = {arm: steps_of(arm, args.steps, width) for arm in args.arms}
-        jobs = [Job(arm, seed, rates[arm], steps[arm]) for seed in range(1, args.seeds + 1) for arm in args.arms]
+        seeds = range(1, args.seeds + 1)
+        jobs = [Job(arm, seed, rates[arm], steps[arm], args.facts) for seed in seeds for arm in args.arms]
         runs = run_jobs(jobs, path, args, done, "runs")
     return CapacityResult(
         tokens=args.steps * (args.fact_rows + args.prose_rows) * row,

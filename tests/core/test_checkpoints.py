@@ -62,6 +62,14 @@ def test_experts_lie_one_by_one_on_disk(saved):
     assert not any("gate_up_proj" in name for name in tensors)
 
 
+def test_biases_stay_fused_on_disk(tmp_path):
+    MoEForCausalLM(tiny_config(mlp_bias=True)).save_pretrained(tmp_path)
+    names = {name for name in load_file(tmp_path / "model.safetensors") if ".0.mlp.experts." in name}
+    assert {"model.layers.0.mlp.experts.gate_up_proj_bias", "model.layers.0.mlp.experts.down_proj_bias"} == {
+        name for name in names if "bias" in name
+    }
+
+
 def test_sharded(saved, tmp_path):
     model, _ = saved
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")

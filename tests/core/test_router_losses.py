@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.losses import load_balancing_loss, router_z_loss
+from modeling_moe.losses import balance
+from modeling_moe.routing import expert_load
 from tests.conftest import tiny_config
 
 
@@ -12,6 +13,7 @@ IDS = torch.arange(3, 39).view(4, 9)
 MASK = torch.ones_like(IDS)
 MASK[0, :4] = 0
 LABELS = IDS.masked_fill(MASK == 0, -100)
+LABELS_OF_ROW = (LABELS[:, 1:] != -100).sum(dim=1, keepdim=True)
 ROUTER = "model.layers.2.mlp.gate.weight"
 
 
@@ -20,7 +22,7 @@ def model_of(**fields) -> MoEForCausalLM:
     return MoEForCausalLM(tiny_config(**(coefficients | fields))).train()
 
 
-def losses_by_hand(model, ids=IDS, mask=MASK):
+def losses_by_hand(model, weight_of_row=LABELS_OF_ROW):
     """Mean over the sparse layers of the weighted losses, from what the routers return."""
     routings = []
     hooks = [
@@ -28,11 +30,15 @@ def losses_by_hand(model, ids=IDS, mask=MASK):
         for layer in model.model.layers
         if layer.is_sparse
     ]
-    model(ids, attention_mask=mask)
+    model(IDS, attention_mask=MASK)
     for hook in hooks:
         hook.remove()
-    flat = mask.flatten()
-    return sum(0.7 * load_balancing_loss(r, flat) + 0.3 * router_z_loss(r, flat) for r in routings) / len(routings)
+    share = (MASK / MASK.sum(dim=1, keepdim=True) * weight_of_row / weight_of_row.sum()).flatten()
+    total = 0
+    for routing in routings:
+        total += 0.7 * balance(expert_load(routing, MASK.flatten()), (share[:, None] * routing.probs).sum(dim=0))
+        total += 0.3 * (share * routing.logits.logsumexp(dim=-1).square()).sum()
+    return total / len(routings)
 
 
 def gradient(model, loss):
@@ -94,9 +100,9 @@ def test_checkpointing_changes_no_gradient(reentrant):
 
 
 def test_micro_batches_sum_to_the_whole_batch():
-    """The z-loss is a mean over tokens, so its split is exact; the cross entropy's split is by labels."""
+    """The z-loss is a sum over tokens, each weighted by its sequence's labels, so its split is exact."""
     model = model_of(router_aux_loss_coef=0.0)
-    labels = IDS  # no padding: as many tokens as labels in each half
+    labels = LABELS
     count = (labels[:, 1:] != -100).sum()
     whole = gradient(model, model(IDS, labels=labels, num_items_in_batch=count).loss)
     halves = sum(
@@ -125,7 +131,7 @@ def test_balance_loss_is_not_multiplied_by_micro_batches():
 def test_losses_arrive_when_the_head_is_bypassed(reentrant):
     """A trainer that takes the decoder's states and computes its own loss still trains the routers, once."""
     model = model_of()
-    expected = gradient(model, losses_by_hand(model))
+    expected = gradient(model, losses_by_hand(model, torch.ones(4, 1)))
     if reentrant is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.model(IDS, attention_mask=MASK).last_hidden_state.mul(0).sum().backward()

@@ -1,7 +1,10 @@
 """scripts/finetune.py on a tiny model: it learns, and what it saves is what it trained."""
 # ruff: noqa: F401, F811 (fixtures)
 
+import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +14,11 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from modeling_moe.hub import check_without_package
-from tests.training.conftest import checkpoint, text_file, tiny_model, tokenizer
+from tests.training.conftest import checkpoint, text_file, tiny_model, tokenizer, train_tokenizer
+from tests.training.test_data import MARKED
 
 
 ROOT = Path(__file__).parents[2]
@@ -82,15 +86,199 @@ def test_adapter(checkpoint, text_file, tmp_path, monkeypatch):
     )
 
 
-def test_resumed_run_ends_where_a_whole_one_does(checkpoint, text_file, tmp_path, monkeypatch):
-    flags = ["--method", "full", "--lr_scheduler_type", "constant", "--eval_fraction", "0"]
-    finetune(monkeypatch, *small(checkpoint, text_file, tmp_path / "whole"), *flags)
-    finetune(monkeypatch, *small(checkpoint, text_file, tmp_path / "parts", steps=6), *flags)
-    finetune(
-        monkeypatch, *small(checkpoint, text_file, tmp_path / "parts"), *flags, "--resume_from_checkpoint", "true"
+# stops a process as `kill -9` does, where it would call a method of `Trainer` at a step
+KILL = """
+import os, runpy, signal, sys
+from transformers import Trainer
+method, step, script, *sys.argv[1:] = sys.argv[1:]
+original = getattr(Trainer, method)
+def last(self, *args, **kwargs):
+    if self.state.global_step == int(step):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args, **kwargs)
+setattr(Trainer, method, last)
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
+"""
+RANDOM = {
+    "router_selection_bias": True,
+    "router_bias_update_rate": 0.01,
+    "router_jitter_noise": 0.1,
+    "attention_dropout": 0.1,
+}
+
+
+def history(output: Path, checkpoint: str) -> list[dict]:
+    """What was logged of the loss, with all digits."""
+    log = json.loads((output / checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [
+        {name: row[name] for name in ("step", "loss", "grad_norm", "learning_rate")} for row in log if "loss" in row
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "killed_in", "step"),
+    # between two checkpoints, and in the middle of writing one; in the second epoch
+    [("full", "training_step", 15), ("lora", "_save_rng_state", 16)],
+)
+def test_killed_run_resumes_exactly(method, killed_in, step, text_file, tokenizer, tmp_path, monkeypatch, capsys):
+    torch.use_deterministic_algorithms(False)  # as in the process that is killed
+    tiny_model(**RANDOM).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = f"--method {method} --max_length 128 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    flags += " --max_steps 20 --save_steps 4 --logging_steps 5 --eval_fraction 0 --use_cpu --disable_tqdm true"
+    flags += " --learning_rate 1e-2 --save_strategy steps"
+    shared = ["--model_name_or_path", tmp_path / "model", "--data", f"wiki={text_file}", *flags.split()]
+    finetune(monkeypatch, *shared, "--output_dir", tmp_path / "whole")
+    flags = [*shared, "--output_dir", tmp_path / "killed"]
+    command = [sys.executable, "-c", KILL, killed_in, step, ROOT / "scripts" / "finetune.py", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([str(part) for part in command], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = {path.name for path in (tmp_path / "killed").glob("checkpoint-*")}
+    assert "checkpoint-12" in left
+    assert ("checkpoint-16" in left) == (killed_in == "_save_rng_state")
+    finetune(monkeypatch, *flags, "--resume_from_checkpoint", "true")
+    whole, resumed = (history(tmp_path / name, "checkpoint-20") for name in ("whole", "killed"))
+    assert resumed == whole
+    assert [row["step"] for row in whole] == [1, 4, 5, 8, 10, 12, 15, 16, 20]
+    expected, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert any(weights[name].any() for name in weights if name.endswith("e_score_correction_bias"))
+
+
+def test_resumes_transformers_own_experts(text_file, tokenizer, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = MixtralConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
     )
-    whole, parts = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
-    torch.testing.assert_close(logits(parts), logits(whole))
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--eval_fraction", "0", "--save_steps", "2", "--lr_scheduler_type", "constant"]
+    for name, steps, more in [("whole", 4, []), ("parts", 2, []), ("parts", 4, ["--resume_from_checkpoint", "true"])]:
+        paths = small(tmp_path / "model", text_file, tmp_path / name, steps=steps)
+        finetune(monkeypatch, *paths, *flags, *more)
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_overwrite_deletes_another_runs_checkpoints(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    finetune(monkeypatch, *small(checkpoint, text_file, output, steps=6))
+    finetune(monkeypatch, *small(checkpoint, text_file, output, steps=1), "--overwrite", "--save_steps", "1")
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
+    with pytest.raises(SystemExit):
+        finetune(monkeypatch, *small(output / "checkpoint-1", text_file, output), "--overwrite")
+    assert "is a checkpoint in output_dir, which overwrite deletes" in capsys.readouterr().err
+    assert (output / "checkpoint-1" / "config.json").is_file()
+
+
+def changed(checkpoint: Path, output: Path) -> set[str]:
+    """Names of the parameters that differ."""
+    before = dict(AutoModelForCausalLM.from_pretrained(checkpoint).named_parameters())
+    after = AutoModelForCausalLM.from_pretrained(output).named_parameters()
+    return {name for name, parameter in after if not torch.equal(parameter, before[name])}
+
+
+@pytest.mark.parametrize(("method", "part"), [("router", ".mlp.gate."), ("attention", ".self_attn.")])
+def test_a_method_trains_its_part(method, part, checkpoint, text_file, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    recipe = RECIPES / f"sft_{method}.yaml"
+    finetune(monkeypatch, recipe, *small(checkpoint, text_file, output, steps=2))
+    names = {name for name, _ in AutoModelForCausalLM.from_pretrained(checkpoint).named_parameters() if part in name}
+    assert changed(checkpoint, output) == names
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ all")]
+    size = sum(tiny_model().get_parameter(name).numel() for name in names)
+    assert line.split("│")[2].strip() == f"{size:,}"
+
+
+def test_method_without_its_part(text_file, tokenizer, tmp_path, monkeypatch, capsys):
+    tiny_model(mlp_layer_types=["dense"] * 3).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    with pytest.raises(SystemExit) as exit_info:
+        finetune(monkeypatch, *small(tmp_path / "dense", text_file, tmp_path / "out"), "--method", "router")
+    assert exit_info.value.code == 2
+    assert "method router finds no router in this model" in capsys.readouterr().err
+
+
+def test_frozen_experts_stay(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+    output, experts = tmp_path / "out", (0, 1, 3)
+    finetune(monkeypatch, *small(checkpoint, text_file, output, steps=3), "--freeze_experts", "0-1,3")
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (checkpoint, output))
+    for name, tensor in after.items():
+        if ".experts." in name:
+            same = [expert for expert in range(5) if torch.equal(tensor[expert], before[name][expert])]
+            assert tuple(same) == experts
+    with pytest.raises(SystemExit) as exit_info:
+        finetune(monkeypatch, *small(checkpoint, text_file, tmp_path / "two"), "--freeze_experts", "4-5")
+    assert exit_info.value.code == 2
+    assert "cannot be frozen: name some of the 5 there" in capsys.readouterr().err
+
+
+def test_nan_stops_and_keeps_the_checkpoint(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    flags = ["--save_steps", "1", "--learning_rate", "1e30", "--lr_scheduler_type", "constant"]
+    with pytest.raises(SystemExit) as exit_info:
+        finetune(monkeypatch, *small(checkpoint, text_file, output), *flags)
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("finetune.py: step 2: ")
+    assert " model." in error
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert len(history(output, "checkpoint-1")) == 1
+    assert not (output / "model.safetensors").exists()
+
+
+def test_bad_weights_are_not_saved(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    flags = ["--save_steps", "1", "--learning_rate", "1e38", "--lr_scheduler_type", "constant"]  # 1e39 / 10 overflows
+    with pytest.raises(SystemExit) as exit_info:
+        finetune(monkeypatch, *small(checkpoint, text_file, output), *flags)
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("finetune.py: step 1: the weight model.embed_tokens.weight is not finite; ")
+    assert not list(output.glob("checkpoint-*"))
+
+
+def test_conversations(text_file, tmp_path, monkeypatch, capsys, tokenizer):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer = train_tokenizer()
+    tokenizer.chat_template = MARKED
+    tokenizer.save_pretrained(tmp_path / "model")
+    turns = [{"role": "user", "content": "to the mill"}, {"role": "assistant", "content": "der Weg über die Brücke"}]
+    (tmp_path / "chats").mkdir()
+    for name in ("a", "b"):
+        rows = "".join(json.dumps({"id": i, "messages": turns}) + "\n" for i in range(60))
+        (tmp_path / "chats" / f"{name}.jsonl").write_text(rows)
+    output = tmp_path / "out"
+    finetune(
+        monkeypatch,
+        *small(tmp_path / "model", text_file, output),
+        *["--data", f"chat={tmp_path / 'chats'}", f"wiki={text_file}", "--eval_fraction", "0.2"],
+    )
+    printed = capsys.readouterr()
+    assert "held-out loss, chat" in printed.out
+    assert "The loss is on ALL tokens" not in printed.err
+    assert AutoTokenizer.from_pretrained(output).chat_template == MARKED
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio"])
+def test_report_to_what_is_not_installed(name, checkpoint, text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(f"transformers.integrations.integration_utils.is_{name}_available", lambda: False)
+    with pytest.raises(SystemExit) as exit_info:
+        finetune(monkeypatch, *small(checkpoint, text_file, tmp_path / "out"), "--report_to", name)
+    assert exit_info.value.code == 2
+    assert f"requires {name} to be installed" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_report_to_tensorboard(checkpoint, text_file, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    output = tmp_path / "out"
+    finetune(monkeypatch, *small(checkpoint, text_file, output, steps=1), "--report_to", "tensorboard")
+    assert list(output.glob("runs/*/events.out.tfevents.*"))
 
 
 def test_same_seed_same_model(checkpoint, text_file, tmp_path, monkeypatch):
@@ -98,6 +286,16 @@ def test_same_seed_same_model(checkpoint, text_file, tmp_path, monkeypatch):
         finetune(monkeypatch, *small(checkpoint, text_file, tmp_path / name, steps=2), "--method", "lora")
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
     torch.testing.assert_close(logits(one), logits(two), rtol=0, atol=0)
+
+
+def test_lora_without_the_routers_loses_no_bias(text_file, tokenizer, tmp_path, monkeypatch, capsys):
+    tiny_model(**RANDOM).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--method", "lora", "--lora_router", "false"]
+    with pytest.raises(SystemExit) as exit_info:
+        finetune(monkeypatch, *small(tmp_path / "model", text_file, tmp_path / "out"), *flags)
+    assert exit_info.value.code == 2
+    assert "lora_router false would lose what the routers' controller moves" in capsys.readouterr().err
 
 
 def test_overwritten_adapter_leaves_nothing_behind(checkpoint, text_file, tmp_path, monkeypatch):
@@ -119,7 +317,12 @@ def test_reloads_without_the_package(checkpoint, text_file, tmp_path, monkeypatc
     [
         (["--data", "wiki"], "write domain=source"),
         (["--data", "wiki=missing.txt"], "missing.txt does not exist"),
-        (["--method", "qlora"], "choose full or lora"),
+        (["--method", "qlora"], "choose one of full, lora, router, attention"),
+        (["--method", "router", "--freeze_experts", "0"], "freeze_experts goes with method full"),
+        (["--freeze_experts", "3-1"], "freeze_experts '3-1' is no list of experts"),
+        (["--freeze_experts", "0,x"], "freeze_experts '0,x' is no list of experts"),
+        (["--resume_from_checkpoint", "missing"], "missing is no whole checkpoint"),
+        (["--report_to", "paper"], "paper is not supported"),
         (["--eval_fraction", "1.5"], "eval_fraction is 1.5"),
         (["--max_length", "100000"], "lower it"),
         (["--method", "lora", "--lora_target_modules", "wqkv"], "lora_target_modules wqkv match no layer"),

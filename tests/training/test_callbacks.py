@@ -1,12 +1,15 @@
 """MoECallback in a real Trainer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, default_data_collator
 
-from modeling_moe.balancing import RouterTotals
+from modeling_moe.balancing import RouterTotals, update_routers
 from modeling_moe.training import MoECallback
 from tests.training.conftest import tiny_model, training_arguments
 
@@ -25,16 +28,19 @@ def statistics(model) -> torch.Tensor:
 
 
 class LoadRecorder(TrainerCallback):
-    """Keeps what the sparse layers have counted when the optimizer steps."""
+    """Keeps what the sparse layers have counted when the optimizer steps, and the scales of the attached losses."""
+
+    def __init__(self):
+        self.scales = []
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        """Copies the counts (sparse layers, E) and the scale of the attached losses."""
+        """Copies the counts (sparse layers, E) and the scale."""
         self.load = statistics(model).clone()
-        self.scale = next(m.router_loss_scale for m in model.modules() if "router_loss_scale" in vars(m))
+        self.scales += [m.router_loss_scale for m in model.modules() if "router_loss_scale" in vars(m)]
 
 
-def biased_model():
-    return tiny_model(router_selection_bias=True, router_bias_update_rate=RATE, router_aux_loss_coef=0.0)
+def biased_model(**fields):
+    return tiny_model(router_selection_bias=True, router_bias_update_rate=RATE, router_aux_loss_coef=0.0, **fields)
 
 
 def biases(model) -> torch.Tensor:
@@ -43,7 +49,7 @@ def biases(model) -> torch.Tensor:
     return torch.stack([model.state_dict()[name] for name in names if "original_module" not in name])
 
 
-def train(model, ids: torch.Tensor, tmp_path, **fields) -> LoadRecorder:
+def train(model, ids: torch.Tensor, tmp_path, callbacks=(), **fields) -> LoadRecorder:
     rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
     recorder = LoadRecorder()
     trainer = Trainer(
@@ -51,7 +57,7 @@ def train(model, ids: torch.Tensor, tmp_path, **fields) -> LoadRecorder:
         args=training_arguments(tmp_path, **fields),
         train_dataset=rows,
         data_collator=default_data_collator,
-        callbacks=[MoECallback(), recorder],
+        callbacks=[*callbacks, recorder],
     )
     trainer.train()
     return recorder
@@ -91,15 +97,68 @@ def test_attached_losses_are_scaled_while_training_only(peft, tmp_path):
     model, ids = biased_model(), torch.randint(3, 300, (8, 11))
     trained = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if peft else model
     recorder = train(trained, ids, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    assert recorder.scale == 0.25
+    assert recorder.scales == [0.25]
     assert model.model.router_loss_scale == 1.0
+
+
+def test_the_last_step_of_an_epoch_has_what_is_left(tmp_path):
+    fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 3}
+    recorder = train(biased_model(), torch.randint(3, 300, (12, 11)), tmp_path, **fields)
+    assert recorder.scales == [0.25, 0.5, 0.25]
+
+
+def test_passing_the_callback_too_steps_once(tmp_path):
+    """This controller moves the biases by a target less the load, so also for a load of nothing."""
+    ids, after = torch.randint(3, 300, (8, 11)), []
+    for callbacks in ((), (MoECallback(),)):
+        model = biased_model(router_controller="pid", num_null_experts=3, expected_experts_per_tok=2)
+        train(model, ids, tmp_path, callbacks)
+        after.append(biases(model))
+    assert after[0].any()
+    assert torch.equal(*after)
+
+
+def test_attached_losses_survive_the_scale_of_fp16(tmp_path):
+    ids = torch.randint(3, 300, (4, 11))
+    gradients = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = tiny_model(router_z_loss_coef=1.0).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        MoECallback().on_step_begin(
+            training_arguments(tmp_path),
+            SimpleNamespace(global_step=0),
+            None,
+            model=model,
+            optimizer=SimpleNamespace(scaler=scaler),
+            train_dataloader=[None],
+        )
+        loss = model(ids).logits.logsumexp(-1).mean()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        gradients.append(model.model.sparse_blocks()[0].gate.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_accelerate_loop_needs_one_call():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, ids = biased_model(), torch.randint(3, 300, (8, 11))
+    load = model.eval()(ids, output_router_logits=True).expert_load
+    model.train()
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    for batch in ids.split(4):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(batch, labels=batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            update_routers(prepared)
+    torch.testing.assert_close(biases(model), RATE * torch.sign(load.mean(dim=-1, keepdim=True) - load))
 
 
 def test_dense_model_is_left_alone(tmp_path):
     model, ids = tiny_model(mlp_layer_types=["dense"] * 3), torch.randint(3, 300, (8, 11))
     rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
     args = training_arguments(tmp_path)
-    trainer = Trainer(
-        model=model, args=args, train_dataset=rows, data_collator=default_data_collator, callbacks=[MoECallback()]
-    )
+    trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=default_data_collator)
     assert trainer.train().global_step == 1

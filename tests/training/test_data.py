@@ -5,14 +5,22 @@ from itertools import chain
 
 import pytest
 from datasets import Dataset
+from transformers.utils import logging
 
 from modeling_moe.cli import UserError
 from modeling_moe.training import DataArguments, load_and_pack, load_documents, pack
-from modeling_moe.training.data import cut_documents, hold_out
-from tests.training.conftest import sample_text
+from modeling_moe.training.data import cut_documents, hold_out, pack_conversations
+from tests.training.conftest import sample_text, train_tokenizer
 
 
 EOS = 2
+# what the assistant says is marked in the first, with its end
+MARKED = (
+    "{% for message in messages %}<bos>{{ message.role }}:"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<eos>{% endgeneration %}"
+    "{% else %}{{ message.content }}<eos>{% endif %}{% endfor %}"
+)
+PLAIN = "{% for message in messages %}<bos>{{ message.role }}:{{ message.content }}<eos>{% endfor %}"
 
 
 def documents(*texts: str) -> Dataset:
@@ -67,9 +75,11 @@ def test_refused_sources(tmp_path):
     rows.write_text(json.dumps({"body": "one", "n": 1, "chat": [{"role": "user"}], "meta": {"id": 1}}))
     empty.write_text("")
     table.write_text("a,b")
+    (tmp_path / "nothing").mkdir()
     for source, column, message in [
         (tmp_path / "missing.txt", "text", "does not exist"),
-        (tmp_path, "text", "is none of .txt"),
+        (tmp_path, "text", "holds files of several kinds"),
+        (tmp_path / "nothing", "text", "is none of .txt.* holds no such file"),
         (table, "text", "is none of .txt"),
         (rows, "text", "text_column 'text' is not in .* choose one of body, n, chat, meta"),
         (rows, "n", "choose a text one"),
@@ -169,3 +179,99 @@ def test_text_shorter_than_a_block(tokenizer, text_file):
     args = DataArguments(data=[f"a={text_file}"], max_length=100_000)
     with pytest.raises(UserError, match="max_length 100000 is more than"):
         load_and_pack(args, tokenizer, eval_fraction=0.0, seed=0)
+
+
+TURNS = [
+    [("user", "to the mill"), ("assistant", "der Weg"), ("user", "the old"), ("assistant", "über die Brücke")],
+    [("system", "mill"), ("user", "der"), ("assistant", "the 日本")],
+]
+
+
+def messages(turns) -> list[dict]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def write_chats(path, count: int = 2, **columns):
+    rows = [{"messages": messages(TURNS[i % 2])} | columns for i in range(count)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def chatting(template: str | None):
+    tokenizer = train_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversations(count: int) -> Dataset:
+    return Dataset.from_dict({"messages": [messages(TURNS[i % 2]) for i in range(count)]})
+
+
+def test_a_folder_is_all_its_files(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name, text in [("b.txt", "two\n"), ("a.txt", "one\n"), ("more/c.txt", "three")]:
+        (tmp_path / name).write_text(text)
+    (tmp_path / "README.md").write_text("not data")
+    assert load_documents(str(tmp_path))["text"][:] == ["one\n", "two\n", "three"]
+
+
+def test_messages_or_text(tmp_path):
+    both = str(write_chats(tmp_path / "a.jsonl", text="one"))
+    assert load_documents(both, conversations=True)["messages"][0] == messages(TURNS[0])
+    assert load_documents(both)["text"][:] == ["one", "one"]
+    assert load_documents(both, "text", conversations=True)["text"][:] == ["one", "one"]
+
+
+def test_loss_is_on_what_the_assistant_says():
+    tokenizer = chatting(MARKED)
+    packed = pack_conversations(conversations(2), tokenizer, max_length=5)
+    ids, labels = joined(packed["input_ids"]), joined(packed["labels"])
+    pieces = []
+    for turns in TURNS:
+        for role, content in turns:
+            counts = role == "assistant"
+            pieces += [(token, False) for token in tokenizer(f"<bos>{role}:")["input_ids"]]
+            pieces += [(token, counts) for token in tokenizer(f"{content}<eos>")["input_ids"]]
+    blocks = [pieces[i : i + 5] for i in range(0, len(pieces) - 4, 5)]
+    learnt = [block for block in blocks if any(counts for _, counts in block[1:])]
+    assert len(learnt) < len(blocks)
+    assert ids == [token for token, _ in joined(learnt)]
+    assert labels == [token if counts else -100 for token, counts in joined(learnt)]
+
+
+def test_unmarked_template_learns_all_and_says_so():
+    logger = logging.get_logger("modeling_moe.training.data")
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr(logger, "warning", said.append)
+        packed = pack_conversations(conversations(40), chatting(PLAIN), max_length=16)
+        marked = pack_conversations(conversations(40), chatting(MARKED), max_length=16)
+    (warning,) = said
+    assert "loss is on ALL tokens" in warning
+    assert packed["labels"][:] == packed["input_ids"][:]
+    assert -100 in joined(marked["labels"])
+
+
+@pytest.mark.parametrize(
+    "rows", [[{"messages": "hello"}], [{"messages": [{"from": "user", "value": "hi"}]}], [{"messages": None}]]
+)
+def test_messages_that_no_template_renders(rows):
+    template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match="the chat template cannot render the messages"):
+        pack_conversations(Dataset.from_list(rows), chatting(template), max_length=4)
+
+
+def test_messages_need_a_chat_template():
+    with pytest.raises(UserError, match="has no chat template"):
+        pack_conversations(conversations(2), chatting(None), max_length=4)
+
+
+def test_text_and_conversations_together(text_file, tmp_path):
+    chats = write_chats(tmp_path / "chats.jsonl", count=60)
+    args = DataArguments(data=[f"a={text_file}", f"b={chats}"], max_length=16)
+    train, held_out = load_and_pack(args, chatting(MARKED), eval_fraction=0.2, seed=0)
+    assert set(held_out) == {"a", "b"}
+    assert {len(ids) for ids in train["input_ids"]} == {16}
+    assert -100 in joined(held_out["b"]["labels"])
+    assert -100 not in joined(held_out["a"]["labels"])
+    assert -100 in joined(train["labels"])

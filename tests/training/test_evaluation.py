@@ -1,33 +1,20 @@
 """Perplexity and bits per byte by hand, and the experts' load."""
 
 import math
+import multiprocessing
+import os
+import socket
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_moe.cli import UserError
-from modeling_moe.training import BitsPerByte, DataArguments, EvaluationArguments, evaluate_lm, pack, score
-from modeling_moe.training.evaluation import balance
+from modeling_moe.training import DataArguments, EvaluationArguments, evaluate_lm, pack, score
+from modeling_moe.training.measures import RouterBalance
 from tests.training.conftest import sample_text, tiny_model
-
-
-def test_metric_by_hand():
-    metric = BitsPerByte(keep_in_memory=True)
-    metric.add_batch(nll_sum=[6.0], tokens=[3], bytes=[10])
-    metric.add_batch(nll_sum=[2.0], tokens=[1], bytes=[2])
-    result = metric.compute()
-    assert result["loss"] == 2.0
-    assert result["perplexity"] == pytest.approx(math.e**2)
-    assert result["bits_per_byte"] == pytest.approx(8 / 12 / math.log(2))
-    assert (result["tokens"], result["bytes"]) == (4, 12)
-
-
-def test_balance_by_hand():
-    share, max_vio = balance(torch.tensor([[4, 0, 4, 0], [2, 2, 2, 2]]))
-    assert share == [0.375, 0.125, 0.375, 0.125]
-    assert max_vio == 0.5
 
 
 @pytest.fixture
@@ -73,9 +60,11 @@ def test_expert_load_is_the_models(blocks):
     )
     result = score(model, blocks, batch_size=4)
     assert (load.sum(dim=-1) == 3 * sum(len(row["input_ids"]) for row in blocks)).all()
-    expected, max_vio = balance(load)
-    assert result.expert_share == pytest.approx(expected)
-    assert result.max_vio == pytest.approx(max_vio)
+    expected = RouterBalance(keep_in_memory=True).compute(load=[load.tolist()])
+    assert result.expert_share == pytest.approx(expected["expert_share"])
+    assert result.max_vio == pytest.approx(expected["max_violation"])
+    assert result.load_entropy == pytest.approx(expected["load_entropy"])
+    assert result.dead_experts == expected["dead_experts"]
     assert sum(result.expert_share) == pytest.approx(1)
 
 
@@ -87,7 +76,7 @@ def test_dense_models_have_no_load(blocks):
     for model in (ours, llama):
         result = score(model, blocks)
         assert result.expert_share is None
-        assert result.max_vio is None
+        assert result.max_vio is result.load_entropy is result.dead_experts is None
         assert math.isfinite(result.loss)
 
 
@@ -97,3 +86,35 @@ def test_max_tokens_takes_whole_blocks(checkpoint, text_file):
     assert result.tokens == 2 * 31
     with pytest.raises(UserError, match="max_tokens 70 is less than a block"):
         evaluate_lm(args, DataArguments(data=[f"a={text_file}"], max_length=71))
+
+
+def rank_main(rank: int, port: int, blocks: Dataset, queue) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    PartialState._reset_state()
+    PartialState(cpu=True, backend="gloo")
+    # an odd number of batches, then a single one, of which a rank has none
+    queue.put((rank, [score(tiny_model(), blocks, 4), score(tiny_model(), blocks.select([0]), 4)]))
+    torch.distributed.barrier()
+
+
+def test_two_processes_are_one(blocks):
+    expected = [score(tiny_model(), blocks, 4), score(tiny_model(), blocks.select([0]), 4)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    workers = [context.Process(target=rank_main, args=(rank, port, blocks, queue)) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    results = dict(queue.get(timeout=100) for _ in workers)
+    for worker in workers:
+        worker.join(timeout=100)
+        assert worker.exitcode == 0
+    for result in results.values():
+        for one, two in zip(expected, result, strict=True):
+            assert (two.tokens, two.bytes, two.expert_share) == (one.tokens, one.bytes, one.expert_share)
+            assert two.loss == pytest.approx(one.loss, rel=1e-6)
+            assert two.max_vio == one.max_vio

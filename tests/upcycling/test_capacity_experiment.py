@@ -47,7 +47,7 @@ from tests.training.conftest import train_tokenizer
 
 
 DENSE = {"mlp_layer_types": ["dense"] * 3}
-RUN = Run("dense", 1, 1e-3, 4, 3.0, 2.0, 0.5, 0.1, 1.0)
+RUN = Run("dense", 1, 1e-3, 4, 8, 3.0, 2.0, 0.5, 0.1, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_all_arms_have_the_same_active_parameters_or_fewer_steps(data):
 
 
 def test_exact_arms_start_as_the_dense_model_and_others_do_not(data, arguments):
-    runs = {arm: train(Job(arm, 1, 1e-3, 1), data, arguments) for arm in ARMS}
+    runs = {arm: train(Job(arm, 1, 1e-3, 1, 8), data, arguments) for arm in ARMS}
     loss = {arm: run.initial_prose_loss for arm, run in runs.items()}
     for arm in ("virtual groups, exact", "drop .1 and shared expert"):
         assert loss[arm] == pytest.approx(loss["dense"], abs=1e-5)
@@ -147,7 +147,7 @@ def test_exact_arms_start_as_the_dense_model_and_others_do_not(data, arguments):
 
 def test_facts_in_a_row_do_not_see_each_other(data, arguments):
     model = load_state(MoEConfig(**data["config"]), {name: LazyTensor.of(t) for name, t in data["weights"].items()})
-    batch = next(batches(data, arguments, 1, 1))
+    batch = next(batches(data, arguments, Job("dense", 1, 1e-3, 1, 8)))
     length = data["states"]["facts"].shape[2]
     with torch.no_grad():
         packed = model(
@@ -160,7 +160,7 @@ def test_facts_in_a_row_do_not_see_each_other(data, arguments):
 
 
 def test_labels_are_the_digits_and_the_prose(data, arguments):
-    batch = next(batches(data, arguments, 1, 1))
+    batch = next(batches(data, arguments, Job("dense", 1, 1e-3, 1, 8)))
     length = data["states"]["facts"].shape[2]
     facts = batch["labels"][:2].unflatten(1, (2, length))
     assert (facts[..., :-DIGITS] == -100).all()
@@ -170,10 +170,17 @@ def test_labels_are_the_digits_and_the_prose(data, arguments):
 
 
 def test_batches_are_the_same_for_all_arms_of_a_seed_and_differ_between_seeds(data, arguments):
-    first, again, other = (list(batches(data, arguments, seed, 2)) for seed in (1, 1, 2))
+    first, again, other = (list(batches(data, arguments, Job("dense", seed, 1e-3, 2, 8))) for seed in (1, 1, 2))
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a["inputs_embeds"], b["inputs_embeds"])
     assert not torch.equal(first[0]["labels"], other[0]["labels"])
+
+
+def test_a_short_run_meets_the_first_facts_alone(data, arguments):
+    first = data["labels"]["facts"][0, :5, -DIGITS:]
+    for batch in batches(data, arguments, Job("dense", 0, 1e-3, 6, 5)):
+        met = batch["labels"][:2].unflatten(1, (2, -1)).flatten(0, 1)[:, -DIGITS:]
+        assert (met[:, None] == first).all(dim=-1).any(dim=1).all()
 
 
 def test_every_index_comes_before_one_comes_again():
@@ -186,7 +193,9 @@ def test_every_index_comes_before_one_comes_again():
 def test_the_same_job_gives_the_same_run(data, arguments):
     before = {name: tensor.clone() for name, tensor in data["weights"].items()}
     for arm in ("dense", "drop .5"):
-        a, b, c = (replace(train(Job(arm, seed, 1e-2, 3), data, arguments), seconds=0.0, seed=0) for seed in (1, 1, 2))
+        a, b, c = (
+            replace(train(Job(arm, seed, 1e-2, 3, 8), data, arguments), seconds=0.0, seed=0) for seed in (1, 1, 2)
+        )
         assert a == b
         assert a.recall_bits != c.recall_bits
     for name, tensor in data["weights"].items():
@@ -194,7 +203,7 @@ def test_the_same_job_gives_the_same_run(data, arguments):
 
 
 def test_training_teaches_facts(data, arguments):
-    short, long = (train(Job("virtual groups, exact", 1, 1e-2, steps), data, arguments) for steps in (1, 60))
+    short, long = (train(Job("virtual groups, exact", 1, 1e-2, steps, 8), data, arguments) for steps in (1, 60))
     assert long.recall_bits > short.recall_bits + 1
     assert long.exact_match > short.exact_match
 
@@ -220,7 +229,7 @@ def test_recall():
             return type("Output", (), {"logits": logits})
 
     data = {"states": {"facts": torch.zeros(1, 2, 8, 4)}, "labels": {"facts": labels[None]}}
-    bits, exact = recall(Fixed(), data, 0)
+    bits, exact = recall(Fixed(), data, 0, 2)
     assert bits == pytest.approx(math.log2(10) / 2, abs=1e-4)
     assert exact == 0.5
 
@@ -292,6 +301,8 @@ def test_whole_experiment_and_its_second_part_after_an_interruption(arguments, t
     assert [(run.arm, run.seed) for run in result.runs] == [(arm, seed) for seed in (1, 2) for arm in args.arms]
     assert all(run.learning_rate == result.rates[run.arm] for run in result.runs)
     assert len(result.sweeps) == 4
+    assert {run.facts for run in result.sweeps} == {4}
+    assert {run.facts for run in result.runs} == {8}
     assert {comparison.first for comparison in result.comparisons} == {"drop .1 and shared expert"}
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
     assert len(lines) == 8

@@ -1,0 +1,61 @@
+"""Small models of transformers' own with weights by formula, and what PEFT alone makes of them. Run as a script in a
+process where this package is not imported."""
+
+import sys
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+IDS = torch.arange(3, 39).view(2, 18)
+
+
+def build(model_type: str, **kwargs):
+    """Every weight is a sine, so that no random number generator has a say."""
+    config = AutoConfig.for_model(
+        model_type, hidden_size=16, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts=4,
+        num_experts_per_tok=2, vocab_size=64, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs)
+    fill(model, 0.3)
+    return model
+
+
+@torch.no_grad()
+def fill(model, scale: float, only: str = "") -> None:
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if only in name:
+            steps = torch.arange(parameter.numel(), dtype=torch.float64) * (1 + number / 7) + number
+            parameter.copy_((steps.sin() * scale).view(parameter.shape))
+
+
+def train(model, steps: int = 3) -> None:
+    """A few steps of plain gradient descent."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for _ in range(steps):
+        gradients = torch.autograd.grad(model(IDS, labels=IDS).loss, parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= 0.5 * gradient
+
+
+def main(base: str, trained_elsewhere: str, trained_here: str, results: str) -> None:
+    """Logits of an adapter that was trained elsewhere; then trains and saves one of its own, with its logits."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), trained_elsewhere)
+    logits = {"elsewhere": model(IDS).logits}
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=TARGETS)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    fill(model, 0.2, only="lora_")
+    train(model)
+    model.save_pretrained(trained_here)
+    logits["here"] = model(IDS).logits
+    torch.save({name: tensor.detach() for name, tensor in logits.items()}, results)
+    assert not any(name.partition(".")[0] == "modeling_moe" for name in sys.modules)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

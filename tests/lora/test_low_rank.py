@@ -1,0 +1,249 @@
+"""Low-rank updates in the operator, against experts whose weights are W + s B A, in float64: outputs and gradients."""
+
+import copy
+
+import pytest
+import torch
+
+from modeling_moe.dispatch import backend_of, function, loop
+from modeling_moe.dispatch.low_rank import LowRank, LowRankPair, arguments
+from tests.dispatch.test_dispatch import (
+    NEEDS_TRITON,
+    OURS,
+    SHAPES,
+    THEIRS,
+    assert_close,
+    draw,
+    make,
+    run_compiled,
+    saved_bytes,
+)
+
+
+RANK = 3
+DOWN, UPS = "down_proj", ("gate_up_proj", "up_proj")
+BACKENDS = ["moe_loop", "moe_grouped_mm", pytest.param("moe_triton", marks=NEEDS_TRITON)]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(loop, "CHUNK", 4)
+
+
+def up_of(module) -> str:
+    return next(name for name in UPS if isinstance(getattr(module, name, None), torch.nn.Parameter))
+
+
+def factors_for(module, names=None, rank=RANK, dtype=None, packed=True) -> dict[str, LowRank]:
+    """Random factors for the matrices of `module`, b laid out as PEFT has it if `packed`."""
+    torch.manual_seed(2)
+    updates = {}
+    for scaling, name in enumerate(names or (up_of(module), DOWN), start=2):
+        weight = getattr(module, name)
+        experts, rows, columns = weight.transpose(1, 2).shape if module.is_transposed else weight.shape
+        a = torch.randn(experts, rank, columns, dtype=torch.float64) * 0.3
+        b = torch.randn(rows, rank, experts, dtype=torch.float64).permute(2, 0, 1) * 0.3
+        b = b if packed else b.contiguous()
+        a, b = (factor.to(dtype or weight.dtype).requires_grad_() for factor in (a, b))
+        updates[name] = LowRank(a, b, scaling / 2)
+    return updates
+
+
+def leaves(module, updates) -> list[torch.Tensor]:
+    return [*module.parameters(), *(factor for update in updates.values() for factor in (update.a, update.b))]
+
+
+def run(module, updates, states, index, weight, direction):
+    """Output, and gradients of states, weights, parameters and factors."""
+    module.low_rank = updates
+    states, weight = states.detach().requires_grad_(), weight.detach().requires_grad_()
+    output = module(states, index, weight)
+    wanted = [tensor for tensor in [states, weight, *leaves(module, updates)] if tensor.requires_grad]
+    return [output, *torch.autograd.grad((output * direction).sum(), wanted)]
+
+
+def oracle(module, updates, states, index, weight, direction):
+    """As `run`, by the class's own loop with the updated matrices, in float64; `kept` is applied by hand elsewhere."""
+    module = copy.deepcopy(module).double()
+    module.config._experts_implementation = "eager"
+    updates = {
+        name: update._replace(
+            a=update.a.detach().double().requires_grad_(), b=update.b.detach().double().requires_grad_()
+        )
+        for name, update in updates.items()
+    }
+    parameters = dict(module.named_parameters())
+    changed = dict(parameters)
+    for name, update in updates.items():
+        delta = update.scaling * update.b @ update.a
+        changed[name] = parameters[name] + (delta.transpose(1, 2) if module.is_transposed else delta)
+    states, weight = states.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    output = torch.func.functional_call(module, changed, (states, index, weight))
+    wanted = [tensor for tensor in [states, weight, *leaves(module, updates)] if tensor.requires_grad]
+    return [output, *torch.autograd.grad((output * direction.double()).sum(), wanted)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_loop(kind, shape, recompute):
+    sizes = SHAPES[shape]
+    module = make(kind, "moe_loop", sizes["experts"])
+    module.config.experts_recompute = recompute
+    inputs, updates = draw(**sizes), factors_for(module)
+    assert_close(run(module, updates, *inputs), oracle(module, updates, *inputs), 1e-12)
+    module.requires_grad_(False)
+    assert_close(run(module, updates, *inputs), oracle(module, updates, *inputs), 1e-12)
+
+
+@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("backend", ["grouped_mm", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_gpu_backends(backend, kind, recompute):
+    module = make(kind, f"moe_{backend}", dtype=torch.float32)
+    module.config.experts_recompute = recompute
+    inputs, updates = draw(9, 5, 3, torch.float32), factors_for(module)
+    if kind in OURS:
+        inputs[1][1, 2] = 5
+    if backend == "grouped_mm":
+        module.low_rank = updates
+        assert backend_of(module, *inputs[:2], backend=backend) == backend
+    assert_close(run(module, updates, *inputs), oracle(module, updates, *inputs), 3e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("packed", [True, False], ids=["PEFT's layout", "contiguous"])
+def test_one_matrix(backend, name, packed):
+    module = make("gated-bias", backend, dtype=torch.float32)
+    inputs, updates = draw(9, 5, 3, torch.float32), factors_for(module, [name], packed=packed)
+    assert_close(run(module, updates, *inputs), oracle(module, updates, *inputs), 3e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
+def test_decode(kind, shape):
+    sizes = SHAPES[shape] | {"tokens": min(SHAPES[shape]["tokens"], 16)}
+    module = make(kind, "moe", sizes["experts"])
+    states, index, weight, direction = draw(**sizes)
+    updates = factors_for(module)
+    expected = oracle(module, updates, states, index, weight, direction)[:1]
+    module.low_rank = updates
+    with torch.no_grad():
+        assert backend_of(module, states, index) == "loop (decode)"
+        assert_close([module(states, index, weight)], expected, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_slots(backend):
+    module = make("gated", backend, dtype=torch.float32)
+    states, index, weight, direction = draw(9, 5, 3, torch.float32)
+    index[1, 2], index[4], index[5, 0] = 5, 5, -1
+    updates, reference = factors_for(module), index.clone().masked_fill_(index < 0, 5)
+    got = run(module, updates, states, index, weight, direction)
+    assert_close(got, oracle(module, updates, states, reference, weight, direction), 3e-5)
+    assert not got[0][4].any()
+    with torch.no_grad():
+        assert_close([module(states, index, weight)], [got[0].double()], 3e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_and_idle_experts(backend):
+    module = make("gated", backend, dtype=torch.float32)
+    updates = factors_for(module)
+    empty = torch.zeros(0, 32), torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3), torch.zeros(0, 32)
+    output, *gradients = run(module, updates, *empty)
+    assert output.shape == (0, 32)
+    assert not any(gradient.any() for gradient in gradients)
+    states, _, weight, direction = draw(6, 5, 1, torch.float32)
+    for gradient in run(module, updates, states, torch.full((6, 1), 2), weight, direction)[-4:]:
+        assert gradient[2].any()
+        assert not gradient[[0, 1, 3, 4]].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp32_factors_on_bf16_experts(backend):
+    if backend == "moe_triton":
+        pytest.skip("Triton's interpreter has no bfloat16")
+    module = make("gated-bias", backend, dtype=torch.bfloat16).requires_grad_(False)
+    states, index, weight, direction = draw(40, 5, 3, torch.bfloat16)
+    updates = factors_for(module, dtype=torch.float32)
+    got = run(module, updates, states, index, weight.float(), direction)
+    assert [tensor.dtype for tensor in got[-4:]] == [torch.float32] * 4
+    assert_close(got, oracle(module, updates, states, index, weight.float(), direction), 3e-2)
+    with torch.no_grad():
+        assert_close([module(states[:5], index[:5], weight[:5].float())], [got[0][:5].double()], 3e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout(backend, monkeypatch):
+    """Against the same masks applied by hand; none is drawn without dropout."""
+    module = make("gated", backend, dtype=torch.float32)
+    states, index, weight, direction = draw(40, 5, 3, torch.float32)
+    updates = {name: update._replace(dropout=0.3) for name, update in factors_for(module).items()}
+    masks, rand = [], torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **kw: masks.append(rand(*size, **kw)) or masks[-1])
+    got = run(module, updates, states, index, weight, direction)
+    up_kept, down_kept = (mask >= 0.3 for mask in masks)
+    assert up_kept.shape == states.shape
+    assert down_kept.shape == (40 * 3, 24)
+    leaf = [tensor.detach().double().requires_grad_() for tensor in (states, weight, *leaves(module, updates))]
+    x, w, gate_up, down, up_a, up_b, down_a, down_b = leaf
+    total = 0
+    for k in range(3):
+        expert = index[:, k]
+        low = ((x * up_kept / 0.7)[:, None] @ up_a[expert].mT @ up_b[expert].mT)[:, 0]
+        h = (x[:, None] @ gate_up[expert].mT)[:, 0] + low
+        gate, up = h.chunk(2, dim=-1)
+        a = torch.nn.functional.silu(gate) * up
+        low = ((a * down_kept.view(40, 3, 24)[:, k] / 0.7)[:, None] @ down_a[expert].mT @ down_b[expert].mT)[:, 0]
+        total = total + w[:, k, None] * ((a[:, None] @ down[expert].mT)[:, 0] + low * updates["down_proj"].scaling)
+    assert updates["gate_up_proj"].scaling == 1
+    gradients = torch.autograd.grad((total * direction).sum(), leaf)
+    assert_close(got, [total, *gradients], 3e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saved_for_backward(backend):
+    """h and the grouping, as without updates: no matrix of an expert, and no copy of a factor."""
+    module = make("gated", backend, dtype=torch.float32).requires_grad_(False)
+    states, index, weight, _ = draw(40, 5, 3, torch.float32)
+    module.low_rank = factors_for(module)
+    known = [states, weight, *leaves(module, module.low_rank)]
+    states.requires_grad_()
+    grouping = 4 * (40 * 3 + 5 + 1)
+    assert saved_bytes(lambda: module(states, index, weight), *known) == 4 * 40 * 3 * 2 * 24 + grouping
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_whole(backend):
+    module = make("gated-bias", backend, dtype=torch.float32)
+    updates = factors_for(module)
+    inputs = draw(40, 5, 3, torch.float32)
+    expected = run(module, updates, *inputs)[:-4]
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run_compiled(compiled, module, *inputs), expected, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        few = inputs[0][:4], inputs[1][:4], inputs[2][:4]
+        torch.testing.assert_close(compiled(*few), module(*few), atol=1e-6, rtol=1e-5)
+
+
+def test_operator_keeps_torchs_rules():
+    module = make("gated-bias", "moe", dtype=torch.float32)
+    states, index, weight, _ = draw(9, 5, 3, torch.float32)
+    weights = [module.gate_up_proj, module.down_proj, module.gate_up_proj_bias, module.down_proj_bias]
+    base = (states.requires_grad_(), index, weight.requires_grad_(), *weights, "silu_gated", [], "loop")
+    updates = factors_for(module)
+    low_rank = arguments(LowRankPair(updates["gate_up_proj"], updates["down_proj"]))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(function.experts, (*base, True, *low_rank), test_utils=checks)
+    detached = tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in (*base, *low_rank))
+    torch.library.opcheck(function.experts_decode, detached)
+
+
+def test_factors_for_other_experts():
+    module = make("gated", "moe")
+    other = make("gated", "moe", experts=4)
+    module.low_rank = factors_for(other)
+    with pytest.raises(ValueError, match="other than the 5 experts"):
+        module(*draw(9, 5, 3)[:3])

@@ -1,0 +1,375 @@
+"""PEFT's API on experts: our path against PEFT's own, its files, its adapters; transformers' experts and ours."""
+
+import inspect
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import layer as peft_layer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from modeling_moe import MoEForCausalLM
+from modeling_moe.cli import UserError
+from modeling_moe.dispatch import interface
+from modeling_moe.lora import MoELoraConfig, layers, moe_lora_config, trainable_parameters
+from tests.conftest import tiny_config
+from tests.lora.checkpoints import IDS, TARGETS, build, fill, train
+
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = ["moe", "mixtral", "qwen3_moe", "olmoe", "gpt_oss"]
+
+
+def model_of(family: str, **fields):
+    if family != "moe":
+        return build(family)
+    model = MoEForCausalLM(tiny_config(router_aux_loss_coef=0.0, router_z_loss_coef=0.0, **fields))
+    fill(model, 0.3)
+    return model
+
+
+def adapted(family: str = "moe", config=None, **fields):
+    config = config or LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=TARGETS)
+    model = get_peft_model(model_of(family, **fields), config)
+    fill(model, 0.2, only="lora_")
+    return model
+
+
+def results(model, alone: bool = False) -> dict[str, torch.Tensor]:
+    with layers.peft_alone() if alone else nullcontext():
+        output = model(IDS, labels=IDS)
+        output.loss.backward()
+    named = {"logits": output.logits.detach()}
+    named |= {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
+    model.zero_grad()
+    return named
+
+
+def assert_same(got, expected, tolerance=2e-5):
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        scale = tensor.abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(got[name], tensor, atol=tolerance * scale, rtol=0, msg=name)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Whether each call of the operator had updates."""
+    seen, operator = [], interface.experts
+
+    def spy(*arguments):
+        seen.append(len(arguments) > 11)
+        return operator(*arguments)
+
+    monkeypatch.setattr(interface, "experts", spy)
+    return seen
+
+
+def test_private_interface_of_peft():
+    """What layers.py relies on: look there when a release of PEFT changes one of these."""
+    say = f"PEFT {peft.__version__} changed ParamWrapper"
+    stock = layers._stock_activation
+    assert stock is not None, say
+    assert peft_layer.ParamWrapper._activate_lora is layers._activate_lora, say
+    assert list(inspect.signature(stock).parameters) == ["self", "active_adapters"], say
+    wrapper = adapted().base_model.model.model.layers[0].mlp.experts
+    assert type(wrapper) is peft_layer.ParamWrapper, say
+    for name in ("parameter_name", "num_experts", "lora_A", "lora_B", "lora_dropout", "scaling"):
+        assert hasattr(wrapper, name), f"{say}: {name}"
+    lhs, rhs, scaling = wrapper.get_delta_factors("default")
+    ours = layers.low_rank(wrapper, ["default"])
+    torch.testing.assert_close(ours.b @ ours.a * ours.scaling, lhs @ rhs * scaling, msg=say)
+
+
+@pytest.mark.parametrize("first", ["peft", "modeling_moe.lora"])
+def test_import_order(first):
+    """PEFT is not imported by us, and is taught whichever comes first."""
+    lines = [
+        f"import sys, {first}",
+        f"assert ('peft' in sys.modules) == ({first == 'peft'})",
+        "import modeling_moe.lora, peft",
+        "from peft.tuners.lora.layer import ParamWrapper",
+        "assert ParamWrapper._activate_lora.__module__ == 'modeling_moe.lora.layers'",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_peft(family, calls):
+    model = adapted(family)
+    got = results(model)
+    assert calls
+    assert all(calls)
+    assert_same(got, results(model, alone=True))
+
+
+@pytest.mark.parametrize("fields", [{"gated_experts": False, "mlp_bias": True}, {"num_null_experts": 2}])
+def test_our_other_experts(fields, calls):
+    targets = TARGETS if fields.get("gated_experts", True) else ["mlp.experts.up_proj", "mlp.experts.down_proj"]
+    model = adapted(config=LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=targets), **fields)
+    got = results(model)
+    assert all(calls)
+    assert_same(got, results(model, alone=True))
+
+
+def test_one_matrix_and_a_bias():
+    """A bias is no matrix: PEFT's way for it, ours for the other."""
+    targets = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj_bias"]
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=targets)
+    model = adapted(config=config, mlp_bias=True)
+    assert_same(results(model), results(model, alone=True))
+
+
+def test_rslora_and_bf16():
+    config = LoraConfig(r=2, lora_alpha=3, use_rslora=True, target_modules=[], target_parameters=TARGETS)
+    model = adapted(config=config)
+    expected = results(model, alone=True)
+    assert_same(results(model), expected)
+    model = get_peft_model(model_of("moe").bfloat16(), config)
+    fill(model, 0.2, only="lora_")
+    got = results(model)
+    assert {tensor.dtype for name, tensor in got.items() if name != "logits"} == {torch.float32}
+    # one bf16 router decision that flips changes a gradient by far more than rounding does
+    torch.testing.assert_close(got["logits"].float(), expected["logits"], atol=0.3, rtol=0.1)
+
+
+def test_adapters(calls):
+    """Two, one after the other, both at once, and none."""
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=TARGETS)
+    other = LoraConfig(r=3, lora_alpha=2, target_modules=["q_proj"], target_parameters=TARGETS)
+    model = adapted(config=config)
+    model.add_adapter("other", other)
+    fill(model, 0.25, only="lora_")
+    base = model_of("moe")(IDS).logits
+    seen = []
+    for active in ("default", "other", ["default", "other"]):
+        model.base_model.set_adapter(active)
+        calls.clear()
+        got = results(model)
+        assert all(calls)
+        assert_same(got, results(model, alone=True))
+        seen.append(got["logits"])
+        with model.disable_adapter():
+            torch.testing.assert_close(model(IDS).logits, base)
+    assert all((first - second).abs().max() > 1e-3 for first, second in zip(seen, seen[1:] + seen[:1], strict=True))
+
+
+def test_merging():
+    model = adapted()
+    expected, weight = model(IDS).logits, model.base_model.model.model.layers[0].mlp.experts.get_param().clone()
+    model.merge_adapter()
+    torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.base_model.model.model.layers[0].mlp.experts.get_param(), weight)
+    merged = model.merge_and_unload()
+    assert type(merged.model.layers[0].mlp.experts).__name__ == "MoEExperts"
+    torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_decoding_equals_prefill():
+    model = adapted().eval()
+    prompt = IDS[:, :4]
+    tokens = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
+    plain = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert tokens.tolist() == plain.tolist()
+    with torch.no_grad():
+        output = model(IDS[:, :4], use_cache=True)
+        step = model(IDS[:, 4:5], past_key_values=output.past_key_values).logits
+        torch.testing.assert_close(step, model(IDS[:, :5]).logits[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant):
+    model = adapted().train()
+    expected = results(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert_same(results(model), expected)
+
+
+def test_compiles_whole():
+    model = adapted("mixtral")
+    expected = results(model)
+    results(model)  # the implementation is chosen in the first forward
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    output = compiled(IDS, labels=IDS)
+    output.loss.backward()
+    got = {"logits": output.logits.detach()}
+    got |= {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
+    assert_same(got, expected)
+
+
+def test_nothing_stays_on_the_experts():
+    model = adapted()
+    results(model)
+    assert not any(getattr(module, "low_rank", None) for module in model.modules())
+
+
+def test_left_to_peft_with_a_warning(monkeypatch):
+    said = []
+    monkeypatch.setattr(layers.logger, "warning_once", said.append)
+    model = adapted("mixtral")
+    model.base_model.model.set_experts_implementation("eager")
+    assert_same(results(model), results(model, alone=True))
+    assert "experts_implementation is 'eager'" in said[0]
+    said.clear()
+    model = adapted(hidden_act="quick_gelu")
+    assert_same(results(model), results(model, alone=True))
+    assert "has no derivative here" in said[0]
+
+
+def test_dropout_by_our_config(tmp_path):
+    config = MoELoraConfig(r=2, lora_alpha=3, lora_dropout=0.5, target_modules=["q_proj"], target_parameters=TARGETS)
+    model = adapted(config=config).eval()
+    expected = model(IDS).logits
+    assert_same({"x": expected}, {"x": adapted()(IDS).logits})
+    model.train()
+    torch.manual_seed(0)
+    first, second = model(IDS).logits, model(IDS).logits
+    assert (first - second).abs().max() > 1e-3
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(IDS).logits, first, atol=0, rtol=0)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    assert (model(IDS).logits - model(IDS).logits).abs().max() > 1e-3
+    # what is saved loads without it
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    again = PeftModel.from_pretrained(model_of("moe"), tmp_path)
+    assert again.peft_config["default"].lora_dropout == 0
+    torch.testing.assert_close(again(IDS).logits, expected)
+    model.base_model.set_adapter("default")
+    model.base_model.model.set_experts_implementation("eager")
+    with pytest.raises(UserError, match="lora_dropout on down_proj"):
+        model(IDS)
+
+
+def test_dropouts_that_differ():
+    fields = {"r": 2, "target_modules": [], "target_parameters": TARGETS}
+    model = adapted(config=MoELoraConfig(lora_dropout=0.5, **fields))
+    model.add_adapter("other", MoELoraConfig(lora_dropout=0.25, **fields))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(UserError, match="differ in lora_dropout"):
+        model.train()(IDS)
+    model.eval()(IDS)
+    with pytest.raises(UserError, match="lora_dropout is 1"):
+        MoELoraConfig(lora_dropout=1.0)
+
+
+def test_layout_by_hand():
+    """lora_A: expert after expert; lora_B: of each rank, all experts."""
+    model = get_peft_model(build("mixtral"), LoraConfig(r=2, target_modules=[], target_parameters=TARGETS))
+    wrapper = model.base_model.model.model.layers[0].mlp.experts
+    a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
+    assert wrapper.parameter_name == "down_proj"
+    assert a.shape == (4 * 2, 8)
+    assert b.shape == (16, 2 * 4)
+    update = layers.low_rank(wrapper, ["default"])
+    for expert in range(4):
+        assert update.a[expert].equal(a[2 * expert : 2 * expert + 2])
+        assert update.b[expert].equal(b[:, [expert, 4 + expert]])
+
+
+def test_golden_file():
+    """An adapter that PEFT 0.21.2 alone trained and saved, with its logits."""
+    model = PeftModel.from_pretrained(build("mixtral"), GOLDEN, is_trainable=True)
+    assert_same({"x": model(IDS).logits.detach()}, {"x": load_file(GOLDEN / "logits.safetensors")["logits"]}, 1e-4)
+
+
+def test_training_writes_the_golden_file(tmp_path):
+    model = adapted("mixtral")
+    train(model)
+    model.save_pretrained(tmp_path)
+    saved, golden = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, GOLDEN))
+    assert_same(saved, golden, 1e-3)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_with_peft_alone(family, tmp_path, calls):
+    """An adapter trained here gives the same logits in a process without this package, and the other way round."""
+    base, ours, theirs, logits = (str(tmp_path / name) for name in ("base", "ours", "theirs", "logits.pt"))
+    build(family).save_pretrained(base)
+    config = MoELoraConfig(
+        r=2, lora_alpha=3, lora_dropout=0.1, target_modules=["q_proj"], target_parameters=TARGETS, use_rslora=True
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    fill(model, 0.2, only="lora_")
+    train(model.train())
+    model.save_pretrained(ours)
+    script = Path(__file__).parent / "checkpoints.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, str(script), base, ours, theirs, logits], check=True, env=environment, cwd=tmp_path
+    )
+    expected = torch.load(logits)
+    assert all(calls)
+    assert_same({"x": model.eval()(IDS).logits.detach()}, {"x": expected["elsewhere"]})
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), theirs)
+    assert_same({"x": loaded(IDS).logits.detach()}, {"x": expected["here"]})
+
+
+@pytest.mark.parametrize("rank_per", ["expert", "token"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moe_lora_config(family, rank_per, calls):
+    model = model_of(family)
+    config = moe_lora_config(model, r=6, rank_per=rank_per, lora_alpha=4)
+    counted = trainable_parameters(model, config)
+    model = get_peft_model(model, config)
+    assert sum(counted.values()) == sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert set(counted) == {"experts", "linear layers", "routers"}
+    wrapper = model.base_model.model.model.layers[0].mlp.experts
+    top_k = model.config.num_experts_per_tok
+    assert wrapper.r["default"] == (6 if rank_per == "expert" else 6 // top_k)
+    assert wrapper.scaling["default"] == pytest.approx(4 / 6)
+    query = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert (query.r["default"], query.scaling["default"]) == (6, pytest.approx(4 / 6))
+    fill(model, 0.2, only="lora_")
+    got = results(model)
+    assert all(calls)
+    assert_same(got, results(model, alone=True), 1e-4)
+
+
+def test_moe_lora_config_by_name(capsys):
+    shared = {"num_shared_experts": 1}
+    model = model_of("moe", **shared)
+    config = moe_lora_config(model, r=3, experts=False, router=False, attention=False, shared=True)
+    assert config.target_modules == {f"shared_experts.{name}_proj" for name in ("gate", "up", "down")}
+    assert config.target_parameters is None
+    printed = capsys.readouterr().err
+    assert f"LoRA trains {sum(trainable_parameters(model, config).values()):,} parameters" in printed
+    model = get_peft_model(model, config)
+    assert model.base_model.model.model.layers[0].mlp.shared_experts.up_proj.r == {"default": 3}
+    config = moe_lora_config(model_of("moe"), experts=False, router=False, attention=["k_proj"])
+    assert config.target_modules == {"k_proj"}
+    rs = moe_lora_config(model_of("moe"), r=6, rank_per="token", use_rslora=True)
+    wrapper = get_peft_model(model_of("moe"), rs).base_model.model.model.layers[0].mlp.experts
+    assert wrapper.scaling["default"] == pytest.approx(12 / 6**0.5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"r": 0}, "r is 0"),
+        ({"r": 2, "rank_per": "token"}, "less than the 3 experts"),
+        ({"rank_per": "layer"}, "choose expert or token"),
+        ({"attention": ["nowhere"]}, "nowhere matches no linear layer"),
+        ({"experts": False, "router": False, "attention": False}, "nothing to train"),
+        ({"lora_dropout": -0.1}, "lora_dropout is -0.1"),
+    ],
+)
+def test_moe_lora_config_mistakes(asked, message):
+    with pytest.raises(UserError, match=message):
+        moe_lora_config(model_of("moe"), **asked)
+
+
+def test_shared_experts_that_peft_mistakes():
+    with pytest.raises(UserError, match="set shared=False"):
+        moe_lora_config(build("qwen2_moe"), shared=True)

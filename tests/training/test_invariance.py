@@ -1,0 +1,205 @@
+"""One optimizer step's gradient, whatever split the batch: accumulation x ranks x checkpointing, in transformers' `Trainer`.
+
+A table of cells, each one step of a Trainer on the same 16 sequences of unequal lengths, prompts and label counts. Nothing
+but `import modeling_moe.training` prepares the Trainer.
+"""
+
+import gc
+import os
+import socket
+from contextlib import ExitStack
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from torch import multiprocessing
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, default_data_collator
+
+import modeling_moe.training  # noqa: F401, gives each Trainer its MoECallback
+from modeling_moe.balancing import exact_global_balance
+from tests.training.conftest import tiny_model, training_arguments
+
+
+SEQUENCES, RANKS = 16, (1, 2)
+SPLITS = (1, 2, 4, 8)  # micro-batches; of 8, 4, 2 and 1 sequences with 2 ranks
+CHECKPOINTING = {
+    "none": {},
+    "non_reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+}
+BIAS = {"router_selection_bias": True, "router_bias_update_rate": 0.125}
+SUMS = {
+    "router_z_loss_coef": 0.3,
+    "router_entropy_loss_coef": 2.0,
+    "router_seq_aux_loss_coef": 4.0,
+    "router_aux_loss_coef": 4.0,
+    "router_aux_loss_scope": "sequence",
+} | BIAS
+GLOBAL = {"router_aux_loss_coef": 8.0, "router_aux_loss_scope": "global"}
+BATCH = {"router_aux_loss_coef": 100.0, "router_aux_loss_scope": "batch"}
+# kind of batch -> router losses, how the sequences are batched, fields of TrainingArguments
+KINDS = {
+    "padded": (SUMS, "padded", {}),
+    "padding_free": (SUMS, "padding_free", {}),
+    "packed": (SUMS, "packed", {}),
+    "label_smoothing": (SUMS, "padded", {"label_smoothing_factor": 0.1}),
+    "label_smoothing_padding_free": (SUMS, "padding_free", {"label_smoothing_factor": 0.1}),
+    "global": (GLOBAL, "padded", {}),
+    "batch": (BATCH, "padded", {}),
+}
+CELLS = [("padded", *cell) for cell in product(SPLITS, CHECKPOINTING)]
+CELLS += [(kind, split, "none") for kind in KINDS if kind != "padded" for split in (1, 8)]
+CELLS += [(kind, 4, "reentrant") for kind in KINDS if kind not in ("padded", "batch")]
+
+
+def sequences() -> list[dict]:
+    """Token ids with labels on what follows a prompt, the last a prompt only."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(SEQUENCES):
+        length = 6 + int(torch.randint(16, (), generator=generator))
+        prompt = length if i == SEQUENCES - 1 else int(torch.randint(1, length - 1, (), generator=generator))
+        ids = torch.randint(3, 300, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def packed() -> list[dict]:
+    """Each sequence with another one behind it in a row of 40 tokens, the rest of which is a third."""
+    rows = []
+    for first, second in zip(sequences(), reversed(sequences()), strict=True):
+        rest = [5] * (43 - len(first["input_ids"]) - len(second["input_ids"]))
+        parts = [first, second, {"input_ids": rest, "labels": [-100, *rest[1:]]}]
+        row = {name: [x for part in parts for x in part[name]] for name in ("input_ids", "labels")}
+        rows.append(row | {"position_ids": [i for part in parts for i in range(len(part["labels"]))]})
+    return rows
+
+
+def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Right-padded to the longest of the micro-batch."""
+    columns = {name: [torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels")}
+    columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+    values = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    return {name: pad_sequence(columns[name], True, value) for name, value in values.items()}
+
+
+BATCHINGS = {
+    "padded": (sequences, pad),
+    "padding_free": (sequences, DataCollatorWithFlattening(return_tensors="pt")),
+    "packed": (packed, default_data_collator),
+}
+
+
+class Recorder(TrainerCallback):
+    """Keeps all gradients of the step, and the buffers that it moved."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        """Copies the gradients."""
+        self.step = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        """Copies the selection biases."""
+        self.step |= {name: x.clone() for name, x in model.named_buffers() if name.endswith("correction_bias")}
+
+
+class ExactTrainer(Trainer):
+    """Counts the load of the step's micro-batches before the first of them."""
+
+    def get_batch_samples(self, *args):
+        """Enters [`exact_global_balance`] until training ends, after one step."""
+        batches, items = super().get_batch_samples(*args)
+        self.model.train()
+        self.stack.enter_context(exact_global_balance(self.model, [self._prepare_inputs(dict(b)) for b in batches]))
+        return batches, items
+
+
+def run(kind: str, split: int, checkpointing: str, ranks: int, folder: Path) -> dict[str, torch.Tensor]:
+    """Gradients and biases of one step."""
+    coefficients, batching, fields = KINDS[kind]
+    rows, collator = BATCHINGS[batching]
+    args = training_arguments(
+        folder,
+        per_device_train_batch_size=SEQUENCES // split // ranks,
+        gradient_accumulation_steps=split,
+        **fields,
+        **CHECKPOINTING[checkpointing],
+    )
+    recorder = Recorder()
+    trainer = (ExactTrainer if kind == "global" else Trainer)(
+        model=tiny_model(**({"router_aux_loss_coef": 0.0} | coefficients)),
+        args=args,
+        train_dataset=Dataset.from_list(rows()),
+        data_collator=collator,
+        callbacks=[recorder],
+    )
+    with ExitStack() as trainer.stack:
+        trainer.train()
+    return recorder.step
+
+
+def rank_main(rank: int, port: int, folder: str) -> None:
+    """All cells on one of two ranks, which Accelerate finds in the environment."""
+    torch.set_num_threads(1)
+    gc.freeze()  # Trainer's collections after each training would look at all that was imported
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in address.items()})
+    steps = {cell: run(*cell, 2, Path(folder)) for cell in CELLS}
+    torch.save(steps, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """(kind, split, checkpointing, ranks) -> gradients and biases."""
+    folder = tmp_path_factory.mktemp("cells")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.spawn(rank_main, args=(port, str(folder)), nprocs=2, join=False)
+    gc.freeze()
+    steps = {(*cell, 1): run(*cell, 1, folder) for cell in CELLS}
+    gc.unfreeze()
+    while not context.join():
+        pass
+    for rank in range(2):
+        of_rank = torch.load(folder / f"rank{rank}.pt")
+        steps |= {(*cell, 2 if rank == 0 else "other rank"): step for cell, step in of_rank.items()}
+    return steps
+
+
+def assert_same_step(got: dict, expected: dict) -> None:
+    """Each tensor to 1e-5 of its largest entry; the biases exactly."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        limit = 0.0 if name.endswith("bias") else 1e-5 * tensor.abs().max().item()
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=limit, msg=lambda text, name=name: f"{name} {text}")
+
+
+def routers(step: dict) -> torch.Tensor:
+    """The routers' gradients as one vector."""
+    return torch.cat([gradient.flatten() for name, gradient in step.items() if name.endswith("gate.weight")])
+
+
+@pytest.mark.parametrize("ranks", [*RANKS, "other rank"])
+@pytest.mark.parametrize(
+    "cell", [cell for cell in CELLS if cell[0] != "batch"], ids=lambda cell: "-".join(map(str, cell))
+)
+def test_gradient_of_a_step_is_that_of_the_whole_batch(cell, ranks, table):
+    assert_same_step(table[(*cell, ranks)], table[cell[0], 1, "none", 1])
+
+
+@pytest.mark.parametrize("prefix", ["", "label_smoothing_"], ids=["labels", "label_smoothing"])
+def test_padding_free_is_padded(prefix, table):
+    padded = "label_smoothing" if prefix else "padded"
+    assert_same_step(table[f"{prefix}padding_free", 1, "none", 1], table[padded, 1, "none", 1])
+
+
+@pytest.mark.parametrize("cell", [(1, 2), (8, 1), (8, 2)], ids=str)
+def test_balance_of_the_batch_keeps_its_size(cell, table):
+    """f * P of a few short sequences points elsewhere; what all add along the whole's gradient is no multiple of it."""
+    whole, got = (routers(table["batch", split, "none", ranks]) for split, ranks in ((1, 1), cell))
+    assert 0.1 < (got @ whole / (whole @ whole)).item() < 1.3
