@@ -598,7 +598,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             dropped_share=outputs.dropped_share,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
         """As transformers' own; a text that outgrows the short factors of a LongRoPE is read again with the long ones."""
         rope: dict = self.config.rope_parameters or {}
         if (
@@ -607,7 +607,9 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             and past_key_values.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]
         ):
             past_key_values, kwargs["next_sequence_length"] = None, None
-        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        # by name: transformers asks the signature whether a prompt may be embeddings
+        arguments = {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds} | kwargs
+        return super().prepare_inputs_for_generation(input_ids, **arguments)
 
     def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits (B, S, V) of states (B, S, H)."""

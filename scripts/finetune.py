@@ -16,6 +16,7 @@ or gradient that is not finite stops the run and names the layer.
 
 import sys
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
@@ -68,10 +69,11 @@ def main() -> None:
     )
     try:
         result = finetune(model_args, data_args, lora_args, args, [PrintTrained()])
-    except NonFiniteError:
+    except NonFiniteError as error:
         if args.process_index == 0:
-            raise
-        sys.exit(2)  # one line is enough
+            print(f"finetune.py: {error}", file=sys.stderr, flush=True)
+        PartialState().wait_for_everyone()  # the launcher ends all ranks when the first one exits
+        sys.exit(2)
     if args.process_index == 0:
         print_result(result, args.output_dir)
 

@@ -65,7 +65,14 @@ def left_to_peft(module: Any) -> str | None:
     implementation = module.config._experts_implementation
     if implementation != REPLACED_IMPLEMENTATION and not implementation.startswith(IMPLEMENTATION):
         return f"experts_implementation is {implementation!r}, load the model with {IMPLEMENTATION!r}"
+    if any(_splits_experts(parameter) for parameter in module.parameters(recurse=False)):
+        return "tensor parallelism splits each expert, split them by expert with ep_size"
     return unserved(module)
+
+
+def _splits_experts(parameter: torch.Tensor) -> bool:
+    placements = parameter.placements if isinstance(parameter, DTensor) else ()
+    return any(placement.is_shard() and not placement.is_shard(0) for placement in placements)
 
 
 def _serves(wrapper: Stock) -> bool:
@@ -172,4 +179,7 @@ def wrap(target: nn.Module, adapter_name: str, parameter_name: str | None = None
     module = target.get_base_layer() if isinstance(target, Stock) else target
     if parameter_name not in MATRICES or not is_experts(module) or left_to_peft(module) is not None:
         return None
+    if hasattr(target, "_hf_tp_plan"):
+        # PEFT looks the experts up in the plan of tensor parallelism, which another one has replaced
+        del target._hf_tp_plan
     return ParamWrapper(target, adapter_name, parameter_name, **kwargs)

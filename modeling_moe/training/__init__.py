@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """Fine-tuning with transformers' `Trainer`, and evaluation of what came out.
 
-`MoECallback` is all that a `Trainer` of one's own needs, TRL's included.
+Importing it gives each `Trainer` made after, TRL's included, a [`MoECallback`], which is all that it needs.
 """
 
 from .callbacks import MoECallback

@@ -309,6 +309,19 @@ def _check_report_to(args: TrainingArguments) -> None:
         raise UserError(f"report_to {args.report_to}: {error}") from error
 
 
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel) -> None:
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: match them"
+        )
+
+
+def _discard_checkpoints(output_dir: Path) -> None:
+    """Deletes those of another run, for one that resumes here must not find them."""
+    for checkpoint in output_dir.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
 def _result(trainer: Trainer, trained: int, eval_loss: dict[str, float], max_length: int, metrics) -> FinetuneResult:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] or [math.nan]
     quarter = max(1, len(losses) // 4)
@@ -353,12 +366,9 @@ def finetune(
         train, held_out = load_and_pack(data_args, tokenizer, model_args.eval_fraction, args.data_seed or args.seed)
     set_seed(args.seed)
     model = _load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume)
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: match them"
-        )
+    _check_vocabulary(tokenizer, model)
     merge = model_args.method == "lora" and lora_args.merge_lora
-    frozen = model_args.frozen_experts()
+    frozen = [FreezeExpertsCallback(model_args.frozen_experts())] if model_args.freeze_experts else []
     trainer = FinetuneTrainer(
         model=model,
         args=args,
@@ -366,18 +376,12 @@ def finetune(
         eval_dataset=held_out or None,
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[
-            MoECallback(),
-            LogAtCheckpoints(),
-            *callbacks,
-            *([FreezeExpertsCallback(frozen)] if frozen else []),
-        ],
+        callbacks=[MoECallback(), LogAtCheckpoints(), *callbacks, *frozen],
     )
     if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise UserError("merge_lora true cannot merge a model that is split over ranks: set merge_lora false")
     if resume is None and args.should_save:
-        for stale in Path(args.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(stale)  # a run that resumes here must not find another's
+        _discard_checkpoints(Path(args.output_dir))
     trained = sum(trained for trained, _ in trained_parameters(model).values())
     metrics = trainer.train(resume_from_checkpoint=resume).metrics
     trainer.check_weights()

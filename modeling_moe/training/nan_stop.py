@@ -103,7 +103,7 @@ class NanStopMixin:
     Looks once per optimizer step, before clipping and with one wait for the device: at the losses of its micro-batches
     and, unless a gradient scaler does (fp16), at the gradients. At the first that is not finite, all ranks run the step's
     forward passes again, with hooks on all modules and the same random numbers, and raise [`NonFiniteError`]. The
-    optimizer has not stepped then, and checkpoints are as they were. Weights are looked at before they are saved.
+    optimizer has not stepped then, and checkpoints are as they were. Weights are looked at before a checkpoint is saved.
 
     Example:
         >>> class MyTrainer(NanStopMixin, SFTTrainer):
@@ -136,8 +136,9 @@ class NanStopMixin:
             )
 
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers' own, after [`check_weights`]."""
-        self.check_weights()
+        """As transformers' own; no checkpoint of weights that are not finite."""
+        if _internal_call:  # on all ranks, which others need not be
+            self.check_weights()
         trainer: Any = super()
         trainer.save_model(output_dir, _internal_call)
 
@@ -146,7 +147,7 @@ class NanStopMixin:
         bad = self._bad
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if self.accelerator.scaler is None and gradients:
-            bad = bad | ~nn.utils.get_total_norm(map(_local, gradients), float("inf")).isfinite()
+            bad = bad | ~nn.utils.get_total_norm([_local(grad) for grad in gradients], float("inf")).isfinite()
         bad = bad.to(torch.float32)
         if _distributed():
             distributed.all_reduce(bad)

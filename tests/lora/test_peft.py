@@ -370,6 +370,9 @@ def test_moe_lora_config_mistakes(asked, message):
         moe_lora_config(model_of("moe"), **asked)
 
 
-def test_shared_experts_that_peft_mistakes():
+def test_shared_experts_of_transformers():
+    config = moe_lora_config(build("qwen2_moe"), experts=False, router=False, attention=False, shared=True)
+    assert config.target_modules == {f"shared_expert.{name}_proj" for name in ("gate", "up", "down")}
+    # PEFT would turn the same names into the routed experts' here
     with pytest.raises(UserError, match="set shared=False"):
-        moe_lora_config(build("qwen2_moe"), shared=True)
+        moe_lora_config(build("glm4_moe"), shared=True)

@@ -37,6 +37,14 @@ def small(checkpoint, text_file, output_dir, steps=12):
     return [*paths, *flags.split()]
 
 
+def mistake(monkeypatch, capsys, *flags) -> str:
+    """The one line that a run with these flags ends with."""
+    with pytest.raises(SystemExit) as exit_info:
+        finetune(monkeypatch, *flags)
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     return model.eval()(torch.arange(3, 40)[None]).logits
@@ -169,9 +177,8 @@ def test_overwrite_deletes_another_runs_checkpoints(checkpoint, text_file, tmp_p
     finetune(monkeypatch, *small(checkpoint, text_file, output, steps=6))
     finetune(monkeypatch, *small(checkpoint, text_file, output, steps=1), "--overwrite", "--save_steps", "1")
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
-    with pytest.raises(SystemExit):
-        finetune(monkeypatch, *small(output / "checkpoint-1", text_file, output), "--overwrite")
-    assert "is a checkpoint in output_dir, which overwrite deletes" in capsys.readouterr().err
+    error = mistake(monkeypatch, capsys, *small(output / "checkpoint-1", text_file, output), "--overwrite")
+    assert "is a checkpoint in output_dir, which overwrite deletes" in error
     assert (output / "checkpoint-1" / "config.json").is_file()
 
 
@@ -197,10 +204,8 @@ def test_a_method_trains_its_part(method, part, checkpoint, text_file, tmp_path,
 def test_method_without_its_part(text_file, tokenizer, tmp_path, monkeypatch, capsys):
     tiny_model(mlp_layer_types=["dense"] * 3).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
-    with pytest.raises(SystemExit) as exit_info:
-        finetune(monkeypatch, *small(tmp_path / "dense", text_file, tmp_path / "out"), "--method", "router")
-    assert exit_info.value.code == 2
-    assert "method router finds no router in this model" in capsys.readouterr().err
+    error = mistake(monkeypatch, capsys, *small(tmp_path / "dense", text_file, tmp_path / "out"), "--method", "router")
+    assert "method router finds no router in this model" in error
 
 
 def test_frozen_experts_stay(checkpoint, text_file, tmp_path, monkeypatch, capsys):
@@ -211,19 +216,14 @@ def test_frozen_experts_stay(checkpoint, text_file, tmp_path, monkeypatch, capsy
         if ".experts." in name:
             same = [expert for expert in range(5) if torch.equal(tensor[expert], before[name][expert])]
             assert tuple(same) == experts
-    with pytest.raises(SystemExit) as exit_info:
-        finetune(monkeypatch, *small(checkpoint, text_file, tmp_path / "two"), "--freeze_experts", "4-5")
-    assert exit_info.value.code == 2
-    assert "cannot be frozen: name some of the 5 there" in capsys.readouterr().err
+    error = mistake(monkeypatch, capsys, *small(checkpoint, text_file, tmp_path / "two"), "--freeze_experts", "4-5")
+    assert "cannot be frozen: name some of the 5 there" in error
 
 
 def test_nan_stops_and_keeps_the_checkpoint(checkpoint, text_file, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     flags = ["--save_steps", "1", "--learning_rate", "1e30", "--lr_scheduler_type", "constant"]
-    with pytest.raises(SystemExit) as exit_info:
-        finetune(monkeypatch, *small(checkpoint, text_file, output), *flags)
-    assert exit_info.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    error = mistake(monkeypatch, capsys, *small(checkpoint, text_file, output), *flags)
     assert error.startswith("finetune.py: step 2: ")
     assert " model." in error
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
@@ -234,10 +234,7 @@ def test_nan_stops_and_keeps_the_checkpoint(checkpoint, text_file, tmp_path, mon
 def test_bad_weights_are_not_saved(checkpoint, text_file, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     flags = ["--save_steps", "1", "--learning_rate", "1e38", "--lr_scheduler_type", "constant"]  # 1e39 / 10 overflows
-    with pytest.raises(SystemExit) as exit_info:
-        finetune(monkeypatch, *small(checkpoint, text_file, output), *flags)
-    assert exit_info.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    error = mistake(monkeypatch, capsys, *small(checkpoint, text_file, output), *flags)
     assert error.startswith("finetune.py: step 1: the weight model.embed_tokens.weight is not finite; ")
     assert not list(output.glob("checkpoint-*"))
 
@@ -267,10 +264,8 @@ def test_conversations(text_file, tmp_path, monkeypatch, capsys, tokenizer):
 @pytest.mark.parametrize("name", ["tensorboard", "trackio"])
 def test_report_to_what_is_not_installed(name, checkpoint, text_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(f"transformers.integrations.integration_utils.is_{name}_available", lambda: False)
-    with pytest.raises(SystemExit) as exit_info:
-        finetune(monkeypatch, *small(checkpoint, text_file, tmp_path / "out"), "--report_to", name)
-    assert exit_info.value.code == 2
-    assert f"requires {name} to be installed" in capsys.readouterr().err.strip().splitlines()[-1]
+    error = mistake(monkeypatch, capsys, *small(checkpoint, text_file, tmp_path / "out"), "--report_to", name)
+    assert f"requires {name} to be installed" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -292,10 +287,8 @@ def test_lora_without_the_routers_loses_no_bias(text_file, tokenizer, tmp_path, 
     tiny_model(**RANDOM).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     flags = ["--method", "lora", "--lora_router", "false"]
-    with pytest.raises(SystemExit) as exit_info:
-        finetune(monkeypatch, *small(tmp_path / "model", text_file, tmp_path / "out"), *flags)
-    assert exit_info.value.code == 2
-    assert "lora_router false would lose what the routers' controller moves" in capsys.readouterr().err
+    error = mistake(monkeypatch, capsys, *small(tmp_path / "model", text_file, tmp_path / "out"), *flags)
+    assert "lora_router false would lose what the routers' controller moves" in error
 
 
 def test_overwritten_adapter_leaves_nothing_behind(checkpoint, text_file, tmp_path, monkeypatch):

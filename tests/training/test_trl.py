@@ -26,9 +26,9 @@ COMMON = ("output_dir", "use_cpu", "max_steps", "max_grad_norm", "optim", "save_
 LENGTHS = (5, 9, 17, 6, 12, 8, 20, 7)
 
 
-def rows(column: str = "input_ids") -> list[dict]:
+def rows() -> list[dict]:
     """Eight texts of unequal lengths."""
-    return [{column: torch.randint(3, 300, (length,)).tolist()} for length in LENGTHS]
+    return [{"input_ids": torch.randint(3, 300, (length,)).tolist()} for length in LENGTHS]
 
 
 def arguments(config, tmp_path, **fields):
