@@ -15,6 +15,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -56,6 +57,8 @@ def main() -> None:
     if output is not None and not output.parent.is_dir():
         raise UserError(f"output_json {output}: make the folder {output.parent} first")
     scores = evaluate_lm(args, data_args)
+    if not PartialState().is_main_process:
+        return
     if output is not None:
         partial = output.with_name(f".{output.name}.partial")
         partial.write_text(json.dumps({domain: asdict(score) for domain, score in scores.items()}, indent=2) + "\n")

@@ -4,6 +4,7 @@
 from .arguments import BenchmarkArguments
 from .cases import Case
 from .check import Disagreement
+from .lora import LORA_ROUNDS, compare_lora, print_lora
 from .report import machine_facts, print_report, write_json
 from .results import Result
 from .runner import Runner
@@ -13,9 +14,12 @@ __all__ = [
     "BenchmarkArguments",
     "Case",
     "Disagreement",
+    "LORA_ROUNDS",
     "Result",
     "Runner",
+    "compare_lora",
     "machine_facts",
+    "print_lora",
     "print_report",
     "write_json",
 ]

@@ -14,6 +14,7 @@ from .presets import PRESETS
 from .routing import ROUTINGS
 
 
+WHAT = ("experts", "lora")
 DTYPES = ("float32", "bfloat16", "float16")
 # seconds: of a whole run, and of a case without its checks
 BUDGET_S = {"cpu": 720.0, "cuda": 450.0}
@@ -29,6 +30,7 @@ class BenchmarkArguments:
     """Without presets, tokens, dtypes, routing or modes the device's usual cases are measured."""
 
     device: str = field(default="cpu", metadata=_help("cpu or cuda"))
+    what: str = field(default="experts", metadata=_help("experts, or lora: LoRA on experts against PEFT's own"))
     level: str = field(default="experts", metadata=_help("experts, block (with its router) or model (two layers)"))
     presets: list[str] = field(default_factory=list, metadata=_help(f"shapes: {', '.join(PRESETS)}"))
     tokens: list[int] = field(default_factory=list, metadata=_help("tokens of a call; without --modes, <= 16 decode"))
@@ -55,6 +57,7 @@ class BenchmarkArguments:
 
     def _mistakes(self) -> Iterator[str]:
         yield from _unknown("device", [self.device], BUDGET_S)
+        yield from _unknown("what", [self.what], WHAT)
         yield from _unknown("level", [self.level], LEVELS)
         yield from _unknown("presets", self.presets, PRESETS)
         yield from _unknown("dtypes", self.dtypes, DTYPES)

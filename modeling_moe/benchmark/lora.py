@@ -22,6 +22,7 @@ ATTENTION, EXPERTS = ["q_proj", "v_proj"], ["mlp.experts.gate_up_proj", "mlp.exp
 TOKENS = (1, 64, 512)
 OURS, STOCK = "ours", "PEFT"
 TOLERANCE = 1e-4
+LORA_ROUNDS = 15
 # contestant -> targets in the attention, in the experts (None: all weights are trained), experts' implementation
 CONTESTANTS = {
     OURS: (ATTENTION, EXPERTS, "moe"),
@@ -92,7 +93,7 @@ def _check(passes: dict[str, _Pass]) -> None:
             raise Disagreement(f"LoRA here and PEFT's differ by {error:.1e} of the largest element")
 
 
-def compare_lora(device: str = "cpu", rounds: int = 15) -> list[dict[str, float | str]]:
+def compare_lora(device: str = "cpu", rounds: int = LORA_ROUNDS) -> list[dict[str, float | str]]:
     """Measures, all contestants in turn.
 
     Args:

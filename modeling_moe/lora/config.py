@@ -168,9 +168,8 @@ def _linear_layers(model: nn.Module, parents: Sequence[str]) -> list[str]:
 
 def _named(model: nn.Module, targets: Sequence[str]) -> list[str]:
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        if not any(name.endswith(f".{target}") for name in linear):
-            raise UserError(f"attention: {target} matches no linear layer of the model, name one that it has")
+    if not any(_matches(name, tuple(targets)) for name in linear):
+        raise UserError(f"attention: {' '.join(targets)} match no linear layer, name those that the model has")
     return list(targets)
 
 

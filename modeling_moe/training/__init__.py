@@ -6,7 +6,7 @@ Importing it gives each `Trainer` made after, TRL's included, a [`MoECallback`],
 
 from .callbacks import MoECallback
 from .data import DataArguments, load_and_pack, load_documents, pack
-from .evaluation import BitsPerByte, DomainScore, EvaluationArguments, evaluate_lm, score
+from .evaluation import DomainScore, EvaluationArguments, evaluate_lm, score
 from .finetuning import (
     FinetuneArguments,
     FinetuneResult,
@@ -14,8 +14,11 @@ from .finetuning import (
     ModelArguments,
     finetune,
     moe_lora_config,
+    trained_parameters,
 )
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
+from .measures import BitsPerByte, RouterBalance
+from .nan_stop import NanStopMixin, NonFiniteError
 
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "load_and_pack",
     "pack",
     "BitsPerByte",
+    "RouterBalance",
     "DomainScore",
     "EvaluationArguments",
     "evaluate_lm",
@@ -35,6 +39,9 @@ __all__ = [
     "ModelArguments",
     "finetune",
     "moe_lora_config",
+    "trained_parameters",
+    "NanStopMixin",
+    "NonFiniteError",
     "FreezeExpertsCallback",
     "FrozenExperts",
     "freeze_experts",

@@ -26,6 +26,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..cli import UserError
 from ..files import load_source, load_tokenizer
+from ..lora import moe_lora_config
 from ..routing import Router
 from .callbacks import MoECallback
 from .data import DataArguments, load_and_pack
@@ -33,7 +34,6 @@ from .freezing import FreezeExpertsCallback
 from .nan_stop import NanStopMixin
 
 
-EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 # part of a model -> names of its parameters
 PARTS = {
     "router": re.compile(r"\.(gate|router)\."),
@@ -97,18 +97,43 @@ class ModelArguments:
 class LoraArguments:
     """Which weights get a low-rank update, for `--method lora`."""
 
-    lora_r: int = field(default=16, metadata={"help": "rank; of each expert on its own"})
+    lora_r: int = field(default=16, metadata={"help": "rank"})
+    lora_rank_per: str = field(
+        default="expert", metadata={"help": "expert: each has that rank; token: a token's experts have it together"}
+    )
     lora_alpha: int = field(default=32, metadata={"help": "the update is scaled by lora_alpha / lora_r"})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], metadata={"help": "linear layers"}
     )
+    lora_dropout: float = field(default=0.0, metadata={"help": "on the input of each update, the experts' included"})
+    use_rslora: bool = field(default=False, metadata={"help": "scale by lora_alpha / sqrt(lora_r) instead"})
     lora_experts: bool = field(default=True, metadata={"help": "update the routed experts"})
+    lora_shared: bool = field(default=False, metadata={"help": "update the shared experts"})
     lora_router: bool = field(default=True, metadata={"help": "train the routers, in full: they are small"})
     merge_lora: bool = field(default=True, metadata={"help": "save the merged model rather than the adapter"})
 
     def __post_init__(self):
         if self.lora_r < 1:
             raise UserError(f"lora_r is {self.lora_r}: it must be at least 1")
+
+    def config(self, model: nn.Module) -> LoraConfig:
+        """PEFT's configuration for `model`: [`~modeling_moe.lora.moe_lora_config`]."""
+        targets = tuple(f".{target}" for target in self.lora_target_modules)
+        if targets and not any(name.endswith(targets) for name, _ in model.named_modules()):
+            names = " ".join(self.lora_target_modules)
+            raise UserError(f"lora_target_modules {names} match no layer: name linear layers")
+        return moe_lora_config(
+            model,
+            r=self.lora_r,
+            experts=self.lora_experts,
+            router=self.lora_router,
+            attention=self.lora_target_modules,
+            shared=self.lora_shared,
+            rank_per=self.lora_rank_per,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+        )
 
 
 @dataclass
@@ -142,33 +167,6 @@ class FinetuneResult:
     eval_loss: dict[str, float]
     seconds: float
     tokens_per_second: float
-
-
-def moe_lora_config(model: nn.Module, args: LoraArguments) -> LoraConfig:
-    """PEFT's own configuration: LoRA on linear layers and expert tensors, and the routers as modules to save.
-
-    Args:
-        model: any causal LM; experts and routers are looked for by transformers' names.
-        args: what to update.
-
-    Raises:
-        UserError: if the model has none of `lora_target_modules`.
-    """
-    names = [name for name, _ in model.named_modules()]
-    if not any(name.endswith(tuple(f".{target}" for target in args.lora_target_modules)) for name in names):
-        raise UserError(f"lora_target_modules {' '.join(args.lora_target_modules)} match no layer: name linear layers")
-    parameters = {name for name, _ in model.named_parameters()}
-    experts = [f"mlp.experts.{name}" for name in EXPERT_PARAMETERS]
-    experts = [target for target in experts if any(name.endswith(f".{target}") for name in parameters)]
-    has_router = any(name.endswith(".mlp.gate") for name in names)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        target_modules=args.lora_target_modules,
-        target_parameters=experts if experts and args.lora_experts else None,
-        modules_to_save=["mlp.gate"] if has_router and args.lora_router else None,
-    )
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -280,7 +278,7 @@ def _add_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
     for module in model.modules():
         if isinstance(module, Router):
             module.float()  # PEFT does so for its own weights only
-    return get_peft_model(model, moe_lora_config(model, args))
+    return get_peft_model(model, args.config(model))
 
 
 def _load_for_training(

@@ -360,7 +360,7 @@ def test_moe_lora_config_by_name(capsys):
         ({"r": 0}, "r is 0"),
         ({"r": 2, "rank_per": "token"}, "less than the 3 experts"),
         ({"rank_per": "layer"}, "choose expert or token"),
-        ({"attention": ["nowhere"]}, "nowhere matches no linear layer"),
+        ({"attention": ["nowhere"]}, "nowhere match no linear layer"),
         ({"experts": False, "router": False, "attention": False}, "nothing to train"),
         ({"lora_dropout": -0.1}, "lora_dropout is -0.1"),
     ],
