@@ -14,7 +14,7 @@ from .memory import in_huge_pages
 
 
 class Chunk(NamedTuple):
-    """Rows of one expert: the how manieth chunk, how many rows, and whether they are its first and its last."""
+    """Rows of one expert: which chunk of all it is, how many rows, and whether they are the first and the last ones."""
 
     number: int
     expert: int
@@ -97,7 +97,8 @@ class Update:
             output.addmm_(narrow.T, self.b[chunk.expert], alpha=self.scaling)
 
     def add_back(self, chunk: Chunk, grad: torch.Tensor, grad_states: torch.Tensor) -> torch.Tensor | None:
-        """From the gradient of the output (rows, N) adds to that of the states (rows, M); returns that of a x, (R, rows)."""
+        """From the gradient of the output (rows, N) adds to that of the states (rows, M); returns that of a x, (R, rows),
+        without the scaling."""
         if self.low_rank is None:
             return None
         narrow, kept = self.b[chunk.expert] @ grad.T, self._kept(chunk)
