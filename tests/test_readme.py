@@ -47,7 +47,7 @@ def test_python_blocks(tmp_path, monkeypatch, uploads, capsys):
     MoEForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained("outputs/demo/model")
     tokenizer.save_pretrained("outputs/demo/model")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     monkeypatch.setitem(ROUTERS, "epsilon_greedy", None)  # so that it is taken out again
     exec("\n".join(blocks), {})
     assert "tensor" in capsys.readouterr().out
