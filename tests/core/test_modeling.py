@@ -118,6 +118,7 @@ def test_compiles_without_graph_breaks_into_a_static_cache(implementation):
     arguments = {"past_key_values": cache, "position_ids": torch.zeros(1, 1, dtype=torch.long)}
     expected = model(ids, **arguments).logits
     cache.reset()
+    torch.compiler.reset()
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids, **arguments).logits, expected, atol=1e-5, rtol=1e-5)
 
@@ -131,6 +132,7 @@ def test_training_step_compiles_without_graph_breaks():
     model(ids, labels=ids).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
+    torch.compiler.reset()
     torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)

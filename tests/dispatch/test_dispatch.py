@@ -435,6 +435,7 @@ def test_default_of_our_model():
 @pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm", pytest.param("moe_triton", marks=NEEDS_TRITON)])
 def test_compiles_whole(backend):
     module = make("gated-bias", backend, dtype=torch.float32)
+    torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     inputs = draw(40, 5, 3, torch.float32)
     torch.testing.assert_close(run_compiled(compiled, module, *inputs), run(module, *inputs), atol=1e-6, rtol=1e-5)

@@ -217,6 +217,7 @@ def test_saved_for_backward(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_whole(backend):
+    torch.compiler.reset()
     module = make("gated-bias", backend, dtype=torch.float32)
     updates = factors_for(module)
     inputs = draw(40, 5, 3, torch.float32)
