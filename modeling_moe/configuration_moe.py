@@ -24,8 +24,8 @@ logger = logging.get_logger(__name__)
 class MoEConfig(PreTrainedConfig):
     r"""Configuration of a [`MoEModel`]: a decoder whose feed-forward networks are, layer by layer, dense or sparse.
 
-    The names are transformers' own. With every layer dense it holds Llama, Mistral, Qwen2 and Qwen3 exactly; with
-    sparse layers Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE, and DeepSeek-V3's sparse block.
+    The names are transformers' own. It holds every family of `modeling_moe.conversion.FAMILIES` exactly: with all layers
+    dense Llama, Qwen, Phi, Gemma, GPT-2 and others, with sparse ones Mixtral, Qwen-MoE, OLMoE, DeepSeek and gpt-oss.
 
     Args:
         vocab_size: entries of the embedding.

@@ -4,6 +4,7 @@
 # B batch, S sequence, T = B*S tokens, H hidden, I expert width, E experts, K experts per token
 ids -> embed -> [decoder layer] x L -> norm -> lm_head
 decoder layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))     mlp: MoEBlock or MoEMLP, by config.mlp_layer_types
+                (norms before, after or both, by config.norm_placement)
 MoEBlock:       routing = capacity(gate(tokens));  y = experts(tokens, routing.index, routing.weight) + shared_experts(tokens)
 training:       loss = cross entropy + sum of (coefficient * router loss), the mean over sparse layers
 """
