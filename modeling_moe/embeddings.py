@@ -37,8 +37,17 @@ class RotaryEmbeddings(nn.Module):
                 view.rope_parameters = config.rope_parameters[kind] if self.by_type else config.rope_parameters
                 self.kinds[kind] = Phi3RotaryEmbedding(view)
 
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> dict[str, tuple | None]:
-        """Cosines and sines (B, S, D) for each kind of attention in use; None for a model that does not rotate."""
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines (B, S, D) for a kind of attention; None for a model that does not rotate."""
+        if not self.kinds:
+            return None
         hidden_states = hidden_states.float() if self.fp32 else hidden_states
-        angles = {kind: rotary(hidden_states, position_ids) for kind, rotary in self.kinds.items()}
-        return angles if self.by_type else dict.fromkeys(self.layer_types, angles.get("all"))
+        return self.kinds[layer_type if self.by_type else "all"](hidden_states, position_ids)
+
+    def for_each_type(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> dict[str, tuple | None]:
+        """What `forward` gives, for each kind of attention in use."""
+        if not self.by_type:
+            return dict.fromkeys(self.layer_types, self(hidden_states, position_ids))
+        return {kind: self(hidden_states, position_ids, kind) for kind in self.layer_types}

@@ -428,7 +428,7 @@ class MoEModel(MoEPreTrainedModel):
 
         causal_masks = self._causal_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
         hidden_states = self._embed(inputs_embeds, position_ids)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        position_embeddings = self.rotary_emb.for_each_type(hidden_states, position_ids)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         context = self._routing_context(inputs_embeds, input_ids, attention_mask, task_ids)
