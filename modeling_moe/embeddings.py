@@ -37,6 +37,11 @@ class RotaryEmbeddings(nn.Module):
                 view.rope_parameters = config.rope_parameters[kind] if self.by_type else config.rope_parameters
                 self.kinds[kind] = Phi3RotaryEmbedding(view)
 
+    @property
+    def inv_freq(self) -> torch.Tensor:
+        """Frequencies (D / 2,) where all kinds of attention share them, as transformers' own has them."""
+        return self.kinds["all"].inv_freq
+
     def forward(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
