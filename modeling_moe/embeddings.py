@@ -40,7 +40,7 @@ class RotaryEmbeddings(nn.Module):
     @property
     def inv_freq(self) -> torch.Tensor:
         """Frequencies (D / 2,) where all kinds of attention share them, as transformers' own has them."""
-        return self.kinds["all"].inv_freq
+        return self.kinds["all"].get_buffer("inv_freq")
 
     def forward(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
