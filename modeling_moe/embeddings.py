@@ -49,7 +49,8 @@ class RotaryEmbeddings(nn.Module):
         if not self.kinds:
             return None
         hidden_states = hidden_states.float() if self.fp32 else hidden_states
-        return self.kinds[layer_type if self.by_type else "all"](hidden_states, position_ids)
+        kind = layer_type if self.by_type and layer_type is not None else "all"
+        return self.kinds[kind](hidden_states, position_ids)
 
     def for_each_type(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> dict[str, tuple | None]:
         """What `forward` gives, for each kind of attention in use."""
