@@ -141,7 +141,14 @@ def _factors(wrapper: Stock, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
     a = a.view(experts, -1, a.shape[1])
     b = b.view(len(b), -1, experts).permute(2, 0, 1)
     first, count = local_experts(wrapper.get_param())
-    return (a, b) if count == experts else (a.narrow(0, first, count), b.narrow(0, first, count))
+    if count == experts:
+        return a, b
+    if wrapper.training and torch.is_grad_enabled():
+        logger.warning_once(
+            "LoRA on experts that are split over processes: each has the gradients of its own experts' factors alone. "
+            "Reduce them over the processes before the optimizer's step."
+        )
+    return a.narrow(0, first, count), b.narrow(0, first, count)
 
 
 def local_experts(parameter: torch.Tensor) -> tuple[int, int]:
