@@ -63,6 +63,9 @@ class BenchmarkArguments:
         yield from _unknown("dtypes", self.dtypes, DTYPES)
         yield from _unknown("routing", self.routing, ROUTINGS)
         yield from _unknown("modes", self.modes, MODES)
+        chosen = ("presets", "tokens", "dtypes", "routing", "modes", "output")
+        if self.what == "lora" and any(getattr(self, name) for name in chosen):
+            yield f"what lora measures one model: leave {', '.join(chosen)} out"
         for name in ("rounds", "case_s", "budget_s", "threads"):
             value = getattr(self, name)
             if value is not None and value <= 0:

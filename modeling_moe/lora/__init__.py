@@ -18,12 +18,12 @@ def _install() -> None:
 
 when_imported("peft", _install)
 
-__all__ = ["MoELoraConfig", "moe_lora_config", "trainable_parameters"]
+__all__ = ["MoELoraConfig", "moe_lora_config", "quantize_experts", "trainable_parameters"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import config
+    from . import config, quantization
 
-    return getattr(config, name)
+    return getattr(quantization if name == "quantize_experts" else config, name)

@@ -8,6 +8,7 @@ from typing import Any
 from peft import LoraConfig
 from rich.console import Console
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import conversion_mapping
 
 from ..cli import UserError
@@ -84,6 +85,7 @@ def moe_lora_config(
     if attention is True:
         modules = sorted({name.rsplit(".", 1)[1] for name in _linear_layers(model, ("self_attn",))})
     modules = modules + (_shared_layers(model) if shared else [])
+    _check_split(model, modules)
     rank = _expert_rank(model, r, rank_per) if parameters else r
     others = modules if rank != r else []
     config = MoELoraConfig(
@@ -140,6 +142,10 @@ def _experts_of(model: nn.Module) -> list[tuple[str, str, nn.Module]]:
 
 
 def _expert_parameters(model: nn.Module) -> list[str]:
+    if any(is_parametrized(module) for *_, module in _experts_of(model)):
+        raise UserError(
+            "experts are in 4 bits already: call quantize_experts after get_peft_model, or set experts=False"
+        )
     return sorted(
         {
             f"{block}.{name}.{matrix}"
@@ -179,6 +185,15 @@ def _shared_layers(model: nn.Module) -> list[str]:
     if names and model_type in conversion_mapping._MODEL_TO_CONVERSION_PATTERN:
         raise UserError(f"shared: PEFT takes {names[0]} of a {model_type} model for routed experts, set shared=False")
     return sorted({".".join(name.rsplit(".", 2)[1:]) for name in names})
+
+
+def _check_split(model: Any, modules: list[str]) -> None:
+    distributed = getattr(model.config, "distributed_config", None)
+    if modules and distributed is not None and distributed.tp_size > 1 and distributed.dp_size > 1:
+        raise UserError(
+            "attention, shared: with tp_size and fsdp_size above 1 nobody averages PEFT's factors of linear layers, set "
+            "one of the sizes to 1, or leave these layers out"
+        )
 
 
 def _expert_rank(model: Any, r: int, rank_per: str) -> int:

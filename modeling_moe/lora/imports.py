@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 
 
 class _Watcher(MetaPathFinder):
-    """Stands first among Python's finders until the package is looked for."""
+    """Stands first among Python's finders until the package is imported."""
 
     def __init__(self, name: str, then: Callable[[], None]):
         self.name, self.then = name, then
@@ -18,14 +18,19 @@ class _Watcher(MetaPathFinder):
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)  # who only asks whether the package is there does not import it
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module) -> None:
             execute(module)
-            self.then()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.then()
 
         spec.loader.exec_module = exec_module
         return spec

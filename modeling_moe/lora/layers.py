@@ -16,12 +16,13 @@ import peft
 import torch
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from ..cli import UserError
 from ..dispatch.interface import unserved
 from ..dispatch.low_rank import LowRank
+from . import sharding
+from .sharding import of_local_experts, splits_experts
 
 
 logger = logging.get_logger(__name__)
@@ -42,6 +43,7 @@ def install() -> None:
         )
     else:
         Stock._activate_lora = _activate_lora
+    sharding.install()
 
 
 @contextmanager
@@ -61,18 +63,17 @@ def is_experts(module: Any) -> bool:
 
 
 def left_to_peft(module: Any) -> str | None:
-    """Why experts are updated the way PEFT does it, or None if they are served here."""
+    """Why experts are updated the way PEFT does it, or None if they are served here.
+
+    Raises:
+        UserError: if nobody can, since a process holds a part of each expert.
+    """
+    if any(splits_experts(parameter) for parameter in module.parameters(recurse=False)):
+        raise UserError("LoRA on experts: tp_size splits each of them, set ep_size too to split them by expert")
     implementation = module.config._experts_implementation
     if implementation != REPLACED_IMPLEMENTATION and not implementation.startswith(IMPLEMENTATION):
         return f"experts_implementation is {implementation!r}, load the model with {IMPLEMENTATION!r}"
-    if any(_splits_experts(parameter) for parameter in module.parameters(recurse=False)):
-        return "tensor parallelism splits each expert, split them by expert with ep_size"
     return unserved(module)
-
-
-def _splits_experts(parameter: torch.Tensor) -> bool:
-    placements = parameter.placements if isinstance(parameter, DTensor) else ()
-    return any(placement.is_shard() and not placement.is_shard(0) for placement in placements)
 
 
 def _serves(wrapper: Stock) -> bool:
@@ -140,27 +141,10 @@ def _factors(wrapper: Stock, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
     experts = wrapper.num_experts
     a = a.view(experts, -1, a.shape[1])
     b = b.view(len(b), -1, experts).permute(2, 0, 1)
-    first, count = local_experts(wrapper.get_param())
-    if count == experts:
-        return a, b
-    if wrapper.training and torch.is_grad_enabled():
-        logger.warning_once(
-            "LoRA on experts that are split over processes: each has the gradients of its own experts' factors alone. "
-            "Reduce them over the processes before the optimizer's step."
-        )
-    return a.narrow(0, first, count), b.narrow(0, first, count)
-
-
-def local_experts(parameter: torch.Tensor) -> tuple[int, int]:
-    """The first expert of (E, ...) that this process holds, and how many: not all of them under expert parallelism."""
-    first, count = 0, len(parameter)
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        for size, place, placement in zip(mesh.shape, mesh.get_coordinate(), parameter.placements, strict=True):
-            if placement.is_shard(0):
-                count //= size
-                first += place * count
-    return first, count
+    distributed = getattr(wrapper.get_base_layer().config, "distributed_config", None)
+    tp_size = distributed.tp_size if distributed is not None else 1
+    a, b = of_local_experts([a, b], wrapper.get_param(), tp_size)
+    return a, b
 
 
 def _without_dropout(config: peft.LoraConfig) -> peft.LoraConfig:
@@ -186,7 +170,4 @@ def wrap(target: nn.Module, adapter_name: str, parameter_name: str | None = None
     module = target.get_base_layer() if isinstance(target, Stock) else target
     if parameter_name not in MATRICES or not is_experts(module) or left_to_peft(module) is not None:
         return None
-    if hasattr(target, "_hf_tp_plan"):
-        # PEFT looks the experts up in the plan of tensor parallelism, which another one has replaced
-        del target._hf_tp_plan
     return ParamWrapper(target, adapter_name, parameter_name, **kwargs)

@@ -144,6 +144,11 @@ class FinetuneArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "steps between two log lines"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "log the mean loss in place of NaN"})
 
+    def __post_init__(self):
+        super().__post_init__()
+        # a tracker takes the evaluation after training for another run, unless both have a name
+        self.run_name = self.run_name or self.output_dir
+
 
 @dataclass(frozen=True)
 class FinetuneResult:
@@ -191,7 +196,7 @@ def _check_output_dir(args: TrainingArguments, model_args: ModelArguments) -> st
         resume = _last_checkpoint(folder)
         if resume is None:
             raise UserError(
-                f"resume_from_checkpoint: {folder} holds no checkpoint that is whole, leave the flag away to start anew"
+                f"resume_from_checkpoint: {folder} holds no checkpoint that is whole, pass --overwrite instead to start anew"
             )
     if resume is not None and not _is_whole(Path(resume)):
         raise UserError(f"resume_from_checkpoint {resume} is no whole checkpoint: name one, or true for the last one")
@@ -304,7 +309,7 @@ def _check_report_to(args: TrainingArguments) -> None:
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"report_to {args.report_to}: {error}") from error
+        raise UserError(f"report_to: {error}") from error
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel) -> None:

@@ -1,16 +1,13 @@
 """Two gloo processes against one that sees the same micro-batches: gradients, and what the controllers move."""
 
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.balancing import exact_global_balance
 from tests.conftest import tiny_config
+from tests.ranks import run_ranks
 
 
 RANKS = 2
@@ -47,24 +44,19 @@ def state_after_step(model) -> dict[str, torch.Tensor]:
     return gradients | dict(model.named_buffers())
 
 
-def rank_main(rank: int, port: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+def rank_main(rank: int, folder: str) -> None:
     for kind in KINDS:
         model = build(kind)
         wrapped = DistributedDataParallel(model, find_unused_parameters=kind == "sparsity")
         backward(wrapped, ROWS[rank], RANKS)
         torch.save(state_after_step(model), f"{folder}/{kind}{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What each rank has after one step of each kind."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(rank_main, args=(port, str(folder)), nprocs=RANKS)
+    run_ranks(rank_main, RANKS, str(folder))
     return folder
 
 

@@ -1,31 +1,30 @@
 """Experts on two gloo processes, under both of transformers' exchanges, against one process that holds them all."""
 
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-from torch import multiprocessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_moe.dispatch.interface as interface
 from modeling_moe import MoEForCausalLM
 from tests.conftest import tiny_config
+from tests.ranks import run_ranks
 
 
 RANKS = 2
 IDS = torch.arange(3, 39).view(4, 9)
 
 
-def build(kind: str):
+def build(kind: str, num_experts: int = 6):
     torch.manual_seed(0)
     if kind.startswith("moe"):
         # null experts leave slots empty, copy experts need no exchange
         empty = {"num_null_experts": 2, "num_copy_experts": 1} if kind == "moe_with_empty_slots" else {}
-        return MoEForCausalLM(tiny_config(num_experts=6, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, **empty))
+        return MoEForCausalLM(
+            tiny_config(num_experts=num_experts, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, **empty)
+        )
     config = AutoConfig.for_model(
         "mixtral", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=6, vocab_size=99, num_experts_per_tok=3,
+        num_key_value_heads=2, num_local_experts=num_experts, vocab_size=99, num_experts_per_tok=3,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, experts_implementation="moe")
 
@@ -39,10 +38,9 @@ def logits_and_gradients(model) -> dict[str, torch.Tensor]:
     }
 
 
-def rank_main(rank: int, port: int, folder: str, implementation: str) -> None:
+def rank_main(rank: int, folder: str, implementation: str) -> None:
     from transformers.distributed import DistributedConfig
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     plan = DistributedConfig(tp_size=RANKS, ep_size=RANKS, ep_implementation=implementation)
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, experts_implementation="moe")
     calls = []
@@ -58,17 +56,13 @@ def rank_main(rank: int, port: int, folder: str, implementation: str) -> None:
     assert calls
     assert set(calls) == {3}, calls
     torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("implementation", ["all_reduce", "all_to_all"])
 @pytest.mark.parametrize("kind", ["moe", "moe_with_empty_slots", "mixtral"])
 def test_two_ranks_equal_one(kind, implementation, tmp_path):
     build(kind).save_pretrained(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(rank_main, args=(port, str(tmp_path), implementation), nprocs=RANKS)
+    run_ranks(rank_main, RANKS, str(tmp_path), implementation)
     expected = logits_and_gradients(AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager"))
     for rank in range(RANKS):
         got = torch.load(tmp_path / f"{rank}.pt")

@@ -269,13 +269,6 @@ def test_report_to_what_is_not_installed(name, checkpoint, text_file, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_report_to_tensorboard(checkpoint, text_file, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    output = tmp_path / "out"
-    finetune(monkeypatch, *small(checkpoint, text_file, output, steps=1), "--report_to", "tensorboard")
-    assert list(output.glob("runs/*/events.out.tfevents.*"))
-
-
 def test_same_seed_same_model(checkpoint, text_file, tmp_path, monkeypatch):
     for name in ("one", "two"):
         finetune(monkeypatch, *small(checkpoint, text_file, tmp_path / name, steps=2), "--method", "lora")

@@ -10,6 +10,7 @@ import socket
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, default_data_collator
 
 import modeling_moe.training  # noqa: F401, gives each Trainer its MoECallback
+from modeling_moe import MoEForCausalLM
 from modeling_moe.balancing import exact_global_balance
+from modeling_moe.token_choice import NoisyTopKRouter
 from tests.training.conftest import tiny_model, training_arguments
 
 
@@ -41,6 +44,8 @@ SUMS = {
 } | BIAS
 GLOBAL = {"router_aux_loss_coef": 8.0, "router_aux_loss_scope": "global"}
 BATCH = {"router_aux_loss_coef": 100.0, "router_aux_loss_scope": "batch"}
+# the gradient of either is some 25 times the cross entropy's
+IMPORTANCE = {"router_type": "noisy_topk", "router_importance_loss_coef": 25.0, "router_load_loss_coef": 100.0}
 # kind of batch -> router losses, how the sequences are batched, fields of TrainingArguments
 KINDS = {
     "padded": (SUMS, "padded", {}),
@@ -50,10 +55,14 @@ KINDS = {
     "label_smoothing_padding_free": (SUMS, "padding_free", {"label_smoothing_factor": 0.1}),
     "global": (GLOBAL, "padded", {}),
     "batch": (BATCH, "padded", {}),
+    "batch_importance": (IMPORTANCE, "padded", {}),
+    "same_importance": (IMPORTANCE, "same", {}),
+    "same_importance_label_smoothing": (IMPORTANCE, "same", {"label_smoothing_factor": 0.1}),
 }
+OWN_SIZE = ("batch", "batch_importance")  # kinds whose router losses no split adds up to the whole batch's
 CELLS = [("padded", *cell) for cell in product(SPLITS, CHECKPOINTING)]
 CELLS += [(kind, split, "none") for kind in KINDS if kind != "padded" for split in (1, 8)]
-CELLS += [(kind, 4, "reentrant") for kind in KINDS if kind not in ("padded", "batch")]
+CELLS += [(kind, 4, "reentrant") for kind in KINDS if kind not in ("padded", *OWN_SIZE)]
 
 
 def sequences() -> list[dict]:
@@ -66,6 +75,11 @@ def sequences() -> list[dict]:
         ids = torch.randint(3, 300, (length,), generator=generator).tolist()
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return rows
+
+
+def same() -> list[dict]:
+    """One sequence, again and again."""
+    return sequences()[:1] * SEQUENCES
 
 
 def packed() -> list[dict]:
@@ -91,6 +105,7 @@ BATCHINGS = {
     "padded": (sequences, pad),
     "padding_free": (sequences, DataCollatorWithFlattening(return_tensors="pt")),
     "packed": (packed, default_data_collator),
+    "same": (same, pad),
 }
 
 
@@ -117,6 +132,16 @@ class ExactTrainer(Trainer):
         return batches, items
 
 
+def model_of(coefficients: dict[str, float | str | bool]) -> MoEForCausalLM:
+    """The tiny model; its routers at random where `router_type="noisy_topk"` starts them at 0, all experts alike."""
+    model = tiny_model(**({"router_aux_loss_coef": 0.0} | coefficients))
+    for router in model.modules():
+        if isinstance(router, NoisyTopKRouter):
+            torch.nn.init.normal_(router.weight, std=0.2)
+            torch.nn.init.normal_(router.noise_weight, std=0.2)
+    return model
+
+
 def run(kind: str, split: int, checkpointing: str, ranks: int, folder: Path) -> dict[str, torch.Tensor]:
     """Gradients and biases of one step."""
     coefficients, batching, fields = KINDS[kind]
@@ -130,13 +155,15 @@ def run(kind: str, split: int, checkpointing: str, ranks: int, folder: Path) -> 
     )
     recorder = Recorder()
     trainer = (ExactTrainer if kind == "global" else Trainer)(
-        model=tiny_model(**({"router_aux_loss_coef": 0.0} | coefficients)),
+        model=model_of(coefficients),
         args=args,
         train_dataset=Dataset.from_list(rows()),
         data_collator=collator,
         callbacks=[recorder],
     )
-    with ExitStack() as trainer.stack:
+    # a token's noise would be another in another split; the load loss has a gradient without it too
+    without_noise = mock.patch.object(torch, "randn_like", torch.zeros_like)
+    with ExitStack() as trainer.stack, without_noise:
         trainer.train()
     return recorder.step
 
@@ -186,7 +213,7 @@ def routers(step: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("ranks", [*RANKS, "other rank"])
 @pytest.mark.parametrize(
-    "cell", [cell for cell in CELLS if cell[0] != "batch"], ids=lambda cell: "-".join(map(str, cell))
+    "cell", [cell for cell in CELLS if cell[0] not in OWN_SIZE], ids=lambda cell: "-".join(map(str, cell))
 )
 def test_gradient_of_a_step_is_that_of_the_whole_batch(cell, ranks, table):
     assert_same_step(table[(*cell, ranks)], table[cell[0], 1, "none", 1])
@@ -199,7 +226,9 @@ def test_padding_free_is_padded(prefix, table):
 
 
 @pytest.mark.parametrize("cell", [(1, 2), (8, 1), (8, 2)], ids=str)
-def test_balance_of_the_batch_keeps_its_size(cell, table):
-    """f * P of a few short sequences points elsewhere; what all add along the whole's gradient is no multiple of it."""
-    whole, got = (routers(table["batch", split, "none", ranks]) for split, ranks in ((1, 1), cell))
+@pytest.mark.parametrize("kind", OWN_SIZE)
+def test_losses_of_the_batch_keep_their_size(kind, cell, table):
+    """Those of a few short sequences point elsewhere, so along the whole's gradient their mean is 0.2 to 1 of it; their
+    sum over ranks or micro-batches would be 1.7 of it or more."""
+    whole, got = (routers(table[kind, split, "none", ranks]) for split, ranks in ((1, 1), cell))
     assert 0.1 < (got @ whole / (whole @ whole)).item() < 1.3

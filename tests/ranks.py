@@ -1,0 +1,31 @@
+"""Several processes on this machine that talk by gloo."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+
+def _start(rank: int, main: Callable, ranks: int, port: int, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    # where Accelerate looks too
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in address.items()})
+    dist.init_process_group("gloo")
+    main(rank, *arguments)
+    dist.destroy_process_group()
+
+
+def run_ranks(main: Callable, ranks: int, *arguments: Any, join: bool = True) -> Any:
+    """Calls `main(rank, *arguments)` in each of `ranks` processes of one group; an exception in any is raised here.
+
+    With `join=False` they run on, until the `join()` of what is returned says True.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return multiprocessing.spawn(_start, args=(main, ranks, port, arguments), nprocs=ranks, join=join)

@@ -1,0 +1,47 @@
+"""scripts/finetune.py --report_to: what a run logs is read back from what it wrote."""
+# ruff: noqa: F401, F811 (fixtures)
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing import event_accumulator
+
+from tests.scripts.test_finetune import finetune, small
+from tests.training.conftest import checkpoint, text_file, tokenizer
+
+
+def scalars(output: Path) -> dict[str, dict[int, float]]:
+    """Tag -> step -> value, of all event files of all runs."""
+    found: dict[str, dict[int, float]] = {}
+    for file in output.glob("runs/*/events.out.tfevents.*"):
+        events = event_accumulator.EventAccumulator(str(file)).Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
+    return found
+
+
+def printed_loss(output: str) -> float:
+    """The held-out loss of the last table."""
+    return float([line for line in output.splitlines() if "held-out loss, wiki" in line][-1].split("│")[2])
+
+
+def test_tensorboard(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+    """A resumed run's events join those of the run that it goes on from."""
+    output = tmp_path / "out"
+    flags = ["--report_to", "tensorboard", "--logging_steps", "2", "--save_steps", "2"]
+    finetune(monkeypatch, *small(checkpoint, text_file, output, steps=2), *flags)
+    first = scalars(output)
+    assert list(first["train/loss"]) == [1, 2]
+    flags += ["--resume_from_checkpoint", "true"]
+    finetune(monkeypatch, *small(checkpoint, text_file, output, steps=4), *flags)
+    both = scalars(output)
+    log = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        expected = {row["step"]: row[name] for row in log if name in row}
+        assert list(expected) == [1, 2, 4]
+        assert both[f"train/{name}"] == pytest.approx(expected, rel=1e-6)  # events are float32
+        assert first[f"train/{name}"].items() <= both[f"train/{name}"].items()
+    held_out = both["eval/wiki_loss"]
+    assert sorted(held_out) == [2, 4]
+    assert held_out[4] == pytest.approx(printed_loss(capsys.readouterr().out), abs=6e-5)
