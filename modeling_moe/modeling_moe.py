@@ -162,11 +162,10 @@ class MoEBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         context: RoutingContext | None = None,
-        signals: list[torch.Tensor] | None = None,
         token_weights: TokenWeights | None = None,
-    ) -> torch.Tensor:
-        """Maps (B, S, H) to (B, S, H); a list given as `signals` receives what [`RouterSignals`] names, in which the
-        losses weigh the tokens by `token_weights`."""
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Maps (B, S, H) to (B, S, H); with `token_weights`, by which the router losses weigh the tokens, what
+        [`RouterSignals`] names follows it in a tuple."""
         context = context or RoutingContext(hidden_states.shape[0])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         chosen = self.gate(tokens, context)
@@ -176,9 +175,8 @@ class MoEBlock(nn.Module):
             output = output + self.shared_expert_gate(tokens).sigmoid() * self.shared_experts(tokens)
         elif self.shared_experts is not None:
             output = output + self.shared_experts(tokens)
-        if signals is not None:
-            signals += measure(self, chosen, routing, context, token_weights)
-        return output.view_as(hidden_states)
+        output = output.view_as(hidden_states)
+        return output if token_weights is None else (output, *measure(self, chosen, routing, context, token_weights))
 
 
 class MoEDecoderLayer(GradientCheckpointingLayer):
@@ -230,18 +228,20 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         )
         attended = self._update(self._normed(after_attention, attended))
         residual = hidden_states if self.parallel else hidden_states + attended
-        signals: list[torch.Tensor] | None = None if token_weights is None else []
+        signals: tuple[torch.Tensor, ...] = ()
         states = self._normed(before_mlp, residual)
         if self.is_sparse:
             # the layer's own argument: checkpointing in training takes the cache away
             context = (routing_context or RoutingContext(len(states)))._replace(cache=past_key_values)
-            states = self.mlp(states, context, signals, token_weights)
+            states = self.mlp(states, context, token_weights)
+            if token_weights is not None:
+                states, signals = states[0], states[1:]
         else:
             states = self.mlp(states)
         states = self._update(self._normed(after_mlp, states))
         # in GPT-NeoX's order, which tells in bf16
         hidden_states = (states + attended) + residual if self.parallel else residual + states
-        return hidden_states if signals is None else (hidden_states, *signals)
+        return hidden_states if token_weights is None else (hidden_states, *signals)
 
     def _normed(self, name: str | None, states: torch.Tensor) -> torch.Tensor:
         return states if name is None else getattr(self, name)(states)

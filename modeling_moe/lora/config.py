@@ -13,6 +13,7 @@ from transformers import conversion_mapping
 
 from ..cli import UserError
 from .layers import MATRICES, is_experts, wrap
+from .sharding import full_shape
 
 
 RANKS = ("expert", "token")
@@ -104,7 +105,7 @@ def moe_lora_config(
     trained = trainable_parameters(model, config)
     if not trained:
         raise UserError("nothing to train: the model has none of the experts, router, attention and shared asked for")
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(full_shape(parameter).numel() for parameter in model.parameters())
     parts = ", ".join(f"{name} {count:,}" for name, count in trained.items())
     count = sum(trained.values())
     Console(stderr=True).print(f"LoRA trains {count:,} parameters, {count / total:.2%} of the model's: {parts}")
@@ -117,12 +118,13 @@ def trainable_parameters(model: nn.Module, config: LoraConfig) -> dict[str, int]
     targets = tuple(config.target_parameters or ())
     for name, parameter in model.named_parameters():
         if _matches(name, targets):
-            counts["experts"] += _rank(config, name) * len(parameter) * (parameter.shape[1] + parameter.shape[2])
+            experts, rows, columns = full_shape(parameter)
+            counts["experts"] += _rank(config, name) * experts * (rows + columns)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and _matches(name, tuple(config.target_modules or ())):
             counts["linear layers"] += _rank(config, name) * (module.in_features + module.out_features)
         if _matches(name, tuple(config.modules_to_save or ())):
-            counts["routers"] += sum(parameter.numel() for parameter in module.parameters())
+            counts["routers"] += sum(full_shape(parameter).numel() for parameter in module.parameters())
     return {name: count for name, count in counts.items() if count}
 
 

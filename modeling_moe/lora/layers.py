@@ -16,6 +16,7 @@ import peft
 import torch
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.utils import logging
 
 from ..cli import UserError
@@ -83,6 +84,8 @@ def _serves(wrapper: Stock) -> bool:
         return False
     reason = left_to_peft(module)
     if reason is not None:
+        if parametrize.is_parametrized(module, wrapper.parameter_name):
+            raise UserError(f"LoRA on {wrapper.parameter_name} in 4 bits: {reason}")
         logger.warning_once(f"LoRA on {type(module).__name__} builds every expert's updated weight: {reason}.")
         return False
     if module.config._experts_implementation == REPLACED_IMPLEMENTATION:
@@ -92,7 +95,13 @@ def _serves(wrapper: Stock) -> bool:
 
 @contextmanager
 def _activate_lora(wrapper: Stock, active_adapters: list[str]) -> Iterator[None]:
-    """PEFT's `ParamWrapper._activate_lora`."""
+    """PEFT's `ParamWrapper._activate_lora`; a matrix in 4 bits is dequantized once, however often it is looked at."""
+    with parametrize.cached(), _activated(wrapper, active_adapters):
+        yield
+
+
+@contextmanager
+def _activated(wrapper: Stock, active_adapters: list[str]) -> Iterator[None]:
     adapters = [name for name in active_adapters if name in wrapper.lora_A]
     if not adapters or not _serves(wrapper):
         if any(_dropout(wrapper, name) for name in adapters):

@@ -28,6 +28,11 @@ _stock_tp_hooks: Any = getattr(peft_model, "add_lora_tp_hooks_dtensor", None)
 _stock_tp_plan: Any = getattr(peft_model, "get_tp_plan_and_mesh", None)
 
 
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """Its shape when it is whole: DeepSpeed's ZeRO-3 leaves an empty tensor."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def splits_experts(parameter: torch.Tensor) -> bool:
     """Whether a process holds a part of each expert of (E, ...), as under tensor parallelism."""
     placements = parameter.placements if isinstance(parameter, DTensor) else ()

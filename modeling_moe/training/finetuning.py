@@ -27,6 +27,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..cli import UserError
 from ..files import load_source, load_tokenizer
 from ..lora import moe_lora_config
+from ..lora.sharding import full_shape
 from ..routing import Router
 from .callbacks import MoECallback
 from .data import DataArguments, load_and_pack
@@ -264,7 +265,8 @@ def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         group = next((part for part, pattern in PARTS.items() if pattern.search(name)), "others")
         trained, total = counts.get(group, (0, 0))
-        counts[group] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+        size = full_shape(parameter).numel()
+        counts[group] = (trained + size * parameter.requires_grad, total + size)
     return counts
 
 
@@ -280,10 +282,11 @@ def _add_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
         raise UserError(
             "lora_router false would lose what the routers' controller moves in training: set lora_router true"
         )
-    for module in model.modules():
+    adapted = get_peft_model(model, args.config(model))
+    for module in adapted.modules():
         if isinstance(module, Router):
             module.float()  # PEFT does so for its own weights only
-    return get_peft_model(model, args.config(model))
+    return adapted
 
 
 def _load_for_training(

@@ -63,8 +63,8 @@ def freeze_experts(model: nn.Module, experts: Iterable[int], router: bool = Fals
         Call its `restore` after each `optimizer.step()`. In a `Trainer` [`FreezeExpertsCallback`] does all of this.
 
     Raises:
-        UserError: if there is no such expert, FSDP has split the experts, or `router=True` meets a router that has not
-            one row for each expert.
+        UserError: if there is no such expert, FSDP or ZeRO-3 has split the experts, or `router=True` meets a router that
+            has not one row for each expert.
 
     Example:
         >>> frozen = freeze_experts(model, range(8))
@@ -80,8 +80,8 @@ def freeze_experts(model: nn.Module, experts: Iterable[int], router: bool = Fals
     for block in blocks:
         if isinstance(getattr(block, "experts", None), nn.Module) and hasattr(block, "gate"):
             weights = list(block.experts.parameters(recurse=False))
-            if any(isinstance(weight, DTensor) for weight in weights):
-                raise UserError("experts that FSDP has split cannot be frozen one by one: train with DDP")
+            if any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights):
+                raise UserError("experts that FSDP or DeepSpeed has split cannot be frozen one by one: train with DDP")
             if not weights or not experts or not 0 <= experts[0] <= experts[-1] < len(weights[0]):
                 raise UserError(
                     f"experts {experts} cannot be frozen: name some of the {len(weights[0]) if weights else 0} there"

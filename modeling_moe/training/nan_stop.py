@@ -94,7 +94,9 @@ def _of_all_ranks(found: list) -> list[list]:
 
 
 def _bad_weights(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if not _finite(parameter)]
+    # of what DeepSpeed's ZeRO-3 has split, this process's part
+    parts = ((name, getattr(parameter, "ds_tensor", parameter)) for name, parameter in model.named_parameters())
+    return [name for name, part in parts if not _finite(part)]
 
 
 class NanStopMixin:

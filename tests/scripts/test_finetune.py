@@ -347,11 +347,11 @@ def test_occupied_output_dir(checkpoint, text_file, tmp_path, monkeypatch, capsy
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("name", ["cpu", "single_gpu", "ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["cpu", "single_gpu", "ddp", "fsdp2", "deepspeed_zero3"])
 def test_accelerate_reads_its_configuration(name):
     path = ROOT / "configuration" / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(path))
-    assert config.num_processes == (8 if name in ("ddp", "fsdp2") else 1)
+    assert config.num_processes == (8 if name in ("ddp", "fsdp2", "deepspeed_zero3") else 1)
 
 
 @pytest.mark.slow
