@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 
 from .cli import UserError
 
@@ -75,16 +77,22 @@ def parse_dtype(name: str) -> torch.dtype | None:
     return dtypes[name]
 
 
-def load_source(name_or_path: str, gguf_file: str | None = None, dtype: str = "auto") -> PreTrainedModel:
-    """Loads a causal LM by path or Hub name on the CPU, GGUF included.
+def load_source(
+    name_or_path: str,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    distributed_config: DistributedConfig | None = None,
+) -> PreTrainedModel:
+    """Loads a causal LM by path or Hub name, GGUF included: on the CPU, or split over processes.
 
     Raises:
         UserError: if transformers cannot load it; the message is transformers' own.
     """
-    gguf = {"gguf_file": gguf_file} if gguf_file else {}
-    torch_dtype = parse_dtype(dtype) or "auto"
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    if distributed_config is not None:
+        options["distributed_config"] = distributed_config
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch_dtype, **gguf)
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=parse_dtype(dtype) or "auto", **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"model_name_or_path {name_or_path} cannot be loaded: {error}") from error
 

@@ -22,6 +22,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.distributed import DistributedConfig
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..cli import UserError
@@ -33,6 +34,7 @@ from .callbacks import MoECallback
 from .data import DataArguments, load_and_pack
 from .freezing import FreezeExpertsCallback
 from .nan_stop import NanStopMixin
+from .sharded import ShardedResumeMixin, is_split
 
 
 # part of a model -> names of its parameters
@@ -60,6 +62,9 @@ class ModelArguments:
         metadata={"help": "float32, bfloat16, float16 or auto (the checkpoint's); auto for lora, else float32"},
     )
     eval_fraction: float = field(default=0.05, metadata={"help": "part of each domain held out for the eval loss"})
+    fsdp_size: int = field(default=1, metadata={"help": "processes that weights are split over, each with its batch"})
+    tp_size: int = field(default=1, metadata={"help": "processes that layers are split over, with one batch"})
+    ep_size: int = field(default=1, metadata={"help": "processes that experts are divided among; of the above"})
     overwrite: bool = field(
         default=False, metadata={"help": "write into an output_dir that is not empty; its checkpoints are deleted"}
     )
@@ -75,8 +80,21 @@ class ModelArguments:
                 f"freeze_experts goes with method full: {self.method} trains no single expert, leave it away"
             )
         self.frozen_experts()
+        self.distributed_config()
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction is {self.eval_fraction}: choose a number from 0 (none) to below 1")
+
+    def distributed_config(self) -> DistributedConfig | None:
+        """How transformers splits the model when it loads it, None if it does not.
+
+        Raises:
+            UserError: if the sizes do not fit each other; the message is transformers' own.
+        """
+        sizes = {"fsdp_size": self.fsdp_size, "tp_size": self.tp_size, "ep_size": self.ep_size}
+        try:
+            return DistributedConfig(**sizes) if max(sizes.values()) > 1 else None
+        except ValueError as error:
+            raise UserError(f"fsdp_size, tp_size, ep_size: {error}") from error
 
     def frozen_experts(self) -> list[int]:
         """Ids of the experts to freeze.
@@ -243,8 +261,9 @@ class _WholeCheckpoints(Trainer):
         super().save_model(output_dir, _internal_call)
 
 
-class FinetuneTrainer(NanStopMixin, _WholeCheckpoints):
-    """transformers' `Trainer` that stops at NaN, and whose checkpoints tell whether they are whole."""
+class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, _WholeCheckpoints):
+    """transformers' `Trainer` that stops at NaN, and whose checkpoints are enough to resume and tell whether they are
+    whole."""
 
 
 class LogAtCheckpoints(TrainerCallback):
@@ -296,7 +315,9 @@ def _load_for_training(
     if resume is not None and (Path(resume) / "config.json").is_file():
         # `Trainer` looks for fused experts, and transformers' own models have one tensor for each in the checkpoint
         source = resume
-    model = load_source(source, dtype=model_args.dtype or "auto")
+    model = load_source(
+        source, dtype=model_args.dtype or "auto", distributed_config=model_args.distributed_config()
+    )
     if model_args.method == "lora":
         model = _add_lora(model, lora_args)
     elif model_args.method != "full":
@@ -373,7 +394,6 @@ def finetune(
     set_seed(args.seed)
     model = _load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume)
     _check_vocabulary(tokenizer, model)
-    merge = model_args.method == "lora" and lora_args.merge_lora
     frozen = [FreezeExpertsCallback(model_args.frozen_experts())] if model_args.freeze_experts else []
     trainer = FinetuneTrainer(
         model=model,
@@ -384,7 +404,8 @@ def finetune(
         data_collator=default_data_collator,
         callbacks=[MoECallback(), LogAtCheckpoints(), *callbacks, *frozen],
     )
-    if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    merge = model_args.method == "lora" and lora_args.merge_lora
+    if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_split(model)):
         raise UserError("merge_lora true cannot merge a model that is split over ranks: set merge_lora false")
     if resume is None and args.should_save:
         _discard_checkpoints(Path(args.output_dir))

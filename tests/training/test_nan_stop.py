@@ -59,8 +59,9 @@ def spoil_gradient(model, layer: str) -> None:
     """Makes the gradient of a layer's output NaN."""
 
     def hook(module, args, output):
-        if output.requires_grad:
-            output.register_hook(lambda gradient: gradient * NAN)
+        states = output[0] if isinstance(output, tuple) else output  # a block's router signals follow
+        if states.requires_grad:
+            states.register_hook(lambda gradient: gradient * NAN)
 
     model.get_submodule(layer).register_forward_hook(hook)
 

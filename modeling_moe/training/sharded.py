@@ -1,0 +1,80 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints to resume from, of a model that transformers' `DistributedConfig` has split over processes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers.trainer import SCHEDULER_NAME
+
+from ..cli import UserError
+
+
+try:
+    from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+except ImportError:  # transformers 5.19 to 5.22
+    from transformers.distributed.utils import load_optimizer_distributed, save_optimizer_distributed
+
+OPTIMIZER_FOLDER = "optimizer"
+
+
+def is_split(model: Any) -> bool:
+    """Whether `from_pretrained(..., distributed_config=...)` has split the model, with an adapter on it or not."""
+    return getattr(model, "is_distributed_loading_by_transformers", False)
+
+
+class ShardedResumeMixin:
+    """Put it before a `Trainer` class: its checkpoints of a split model hold the optimizer's state too.
+
+    transformers saves the weights of such a model, gathered, and refuses the rest. Here each process writes its part of the
+    optimizer's state (`torch.distributed.checkpoint`), which another number of processes can read as well. The weights
+    come from the checkpoint by `from_pretrained`, and adapters by PEFT, before training goes on.
+
+    Raises:
+        UserError: in resuming, if the model was not loaded from the checkpoint.
+    """
+
+    def __init__(self: Any, *args, **kwargs):
+        trainer: Any = super()
+        training_args, model = kwargs["args"], kwargs["model"]
+        only_model = training_args.save_only_model
+        # else transformers raises, for want of what is below
+        training_args.save_only_model = only_model or is_split(model)
+        try:
+            trainer.__init__(*args, **kwargs)
+        finally:
+            training_args.save_only_model = only_model
+
+    def create_optimizer(self: Any, *args, **kwargs) -> torch.optim.Optimizer:
+        """transformers' own."""
+        trainer: Any = super()
+        optimizer = trainer.create_optimizer(*args, **kwargs)
+        if is_split(self.model):
+            # torch.distributed.checkpoint looks at each group's first parameter
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        trainer: Any = super()
+        if not is_split(self.model):
+            trainer._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer_distributed(self.model, self.optimizer.optimizer, str(Path(output_dir) / OPTIMIZER_FOLDER))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        trainer: Any = super()
+        if checkpoint is None or not is_split(self.model):
+            trainer._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer_distributed(self.model, self.optimizer.optimizer, str(Path(checkpoint) / OPTIMIZER_FOLDER))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        trainer: Any = super()
+        if not is_split(self.model) or isinstance(self.model, PeftModel):
+            trainer._load_from_checkpoint(resume_from_checkpoint, model)
+        elif Path(self.model.name_or_path).resolve() != Path(resume_from_checkpoint).resolve():
+            raise UserError(f"resume_from_checkpoint: load the split model from {resume_from_checkpoint}")

@@ -1,0 +1,110 @@
+"""`finetune` with a model that `DistributedConfig` splits over two processes, against one process; and resumed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
+
+from modeling_moe.cli import UserError
+from modeling_moe.training import DataArguments, FinetuneArguments, LoraArguments, ModelArguments, finetune
+from modeling_moe.training.sharded import ShardedResumeMixin
+from tests.ranks import run_ranks
+from tests.training.conftest import sample_text, tiny_model, train_tokenizer
+
+
+IDS = torch.arange(3, 39).view(4, 9)
+PLANS = {"fsdp": {"fsdp_size": 2}, "fsdp_ep": {"fsdp_size": 2, "ep_size": 2}}
+METHODS = ("full", "lora", "router")
+
+
+def run(folder: Path, output: Path, method: str, ranks: int, resume: str | None = None, **plan: int) -> None:
+    """Four steps of eight blocks."""
+    args = FinetuneArguments(
+        output_dir=str(output),
+        use_cpu=True,
+        max_steps=4,
+        save_steps=2,
+        logging_steps=1,
+        learning_rate=1e-2,
+        per_device_train_batch_size=4 // ranks,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=method == "lora",
+        resume_from_checkpoint=resume,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    model_args = ModelArguments(str(folder / "model"), method=method, eval_fraction=0.1, **plan)
+    data_args = DataArguments(data=[f"a={folder / 'text.txt'}"], max_length=32)
+    finetune(model_args, data_args, LoraArguments(lora_r=2, merge_lora=False), args)
+
+
+def rank_main(rank: int, folder: str) -> None:
+    """All plans and methods; each once more from its second step."""
+    root = Path(folder)
+    for name, plan in PLANS.items():
+        for method in METHODS:
+            whole, resumed = root / f"{name}_{method}", root / f"{name}_{method}_resumed"
+            run(root, whole, method, 2, **plan)
+            torch.distributed.barrier()
+            if rank == 0:
+                shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+            torch.distributed.barrier()
+            run(root, resumed, method, 2, resume="true", **plan)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What one process and two make of the same checkpoint and text."""
+    folder = tmp_path_factory.mktemp("sharded_training")
+    # six experts, which two processes can share; no loss of the batch, which depends on how it is split
+    model = tiny_model(
+        num_experts=6, router_aux_loss_coef=0.0, router_z_loss_coef=0.1,
+        scoring_func="sigmoid", router_selection_bias=True, router_bias_update_rate=0.125,
+    )  # fmt: skip
+    model.save_pretrained(folder / "model")
+    train_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(sample_text(), encoding="utf-8")
+    run_ranks(rank_main, 2, str(folder))
+    for method in METHODS:
+        run(folder, folder / f"one_{method}", method, 1)
+    return folder
+
+
+def losses(output: Path, name: str = "loss") -> list[float]:
+    log = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    return [row[name] for row in log if name in row]
+
+
+@torch.no_grad()
+def logits(output: Path, method: str) -> torch.Tensor:
+    """Of the model that was saved, loaded whole."""
+    loader = AutoPeftModelForCausalLM if method == "lora" else AutoModelForCausalLM
+    return loader.from_pretrained(output).eval()(IDS).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_two_processes_equal_one(plan, method, folder):
+    got, expected = folder / f"{plan}_{method}", folder / f"one_{method}"
+    assert len(losses(got)) == 4
+    torch.testing.assert_close(losses(got), losses(expected), rtol=0, atol=1e-4)
+    torch.testing.assert_close(losses(got, "grad_norm"), losses(expected, "grad_norm"), rtol=1e-3, atol=0)
+    torch.testing.assert_close(logits(got, method), logits(expected, method), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_resumes_exactly(plan, method, folder):
+    whole, resumed = folder / f"{plan}_{method}", folder / f"{plan}_{method}_resumed"
+    assert losses(resumed) == losses(whole)
+    assert torch.equal(logits(resumed, method), logits(whole, method))
+    assert not (resumed / "checkpoint-2" / "optimizer.pt").exists()
+
+
+def test_sizes_that_do_not_fit(folder):
+    with pytest.raises(UserError, match="fsdp_size, tp_size, ep_size: .*ep_size"):
+        ModelArguments("model", fsdp_size=2, ep_size=3)
