@@ -315,9 +315,7 @@ def _load_for_training(
     if resume is not None and (Path(resume) / "config.json").is_file():
         # `Trainer` looks for fused experts, and transformers' own models have one tensor for each in the checkpoint
         source = resume
-    model = load_source(
-        source, dtype=model_args.dtype or "auto", distributed_config=model_args.distributed_config()
-    )
+    model = load_source(source, dtype=model_args.dtype or "auto", distributed_config=model_args.distributed_config())
     if model_args.method == "lora":
         model = _add_lora(model, lora_args)
     elif model_args.method != "full":
@@ -395,15 +393,19 @@ def finetune(
     model = _load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume)
     _check_vocabulary(tokenizer, model)
     frozen = [FreezeExpertsCallback(model_args.frozen_experts())] if model_args.freeze_experts else []
-    trainer = FinetuneTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=held_out or None,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        callbacks=[MoECallback(), LogAtCheckpoints(), *callbacks, *frozen],
-    )
+    try:
+        trainer = FinetuneTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out or None,
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+            callbacks=[MoECallback(), LogAtCheckpoints(), *callbacks, *frozen],
+        )
+    except ValueError as error:
+        # arguments that do not go together; the message is transformers' own
+        raise UserError(str(error)) from error
     merge = model_args.method == "lora" and lora_args.merge_lora
     if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_split(model)):
         raise UserError("merge_lora true cannot merge a model that is split over ranks: set merge_lora false")

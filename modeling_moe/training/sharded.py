@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints to resume from, of a model that transformers' `DistributedConfig` has split over processes."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from ..cli import UserError
 
 
 try:
-    from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
-except ImportError:  # transformers 5.19 to 5.22
-    from transformers.distributed.utils import load_optimizer_distributed, save_optimizer_distributed
-
+    _checkpoint: Any = import_module("transformers.distributed.checkpoint")
+except ImportError:  # transformers before it had a module for them
+    _checkpoint: Any = import_module("transformers.distributed.utils")
 OPTIMIZER_FOLDER = "optimizer"
 
 
@@ -60,7 +60,8 @@ class ShardedResumeMixin:
         if not is_split(self.model):
             trainer._save_optimizer_and_scheduler(output_dir)
             return
-        save_optimizer_distributed(self.model, self.optimizer.optimizer, str(Path(output_dir) / OPTIMIZER_FOLDER))
+        folder = str(Path(output_dir) / OPTIMIZER_FOLDER)
+        _checkpoint.save_optimizer_distributed(self.model, self.optimizer.optimizer, folder)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -69,7 +70,8 @@ class ShardedResumeMixin:
         if checkpoint is None or not is_split(self.model):
             trainer._load_optimizer_and_scheduler(checkpoint)
             return
-        load_optimizer_distributed(self.model, self.optimizer.optimizer, str(Path(checkpoint) / OPTIMIZER_FOLDER))
+        folder = str(Path(checkpoint) / OPTIMIZER_FOLDER)
+        _checkpoint.load_optimizer_distributed(self.model, self.optimizer.optimizer, folder)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -4,6 +4,7 @@ process where this package is not imported."""
 import sys
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -28,7 +29,10 @@ def fill(model, scale: float, only: str = "") -> None:
     for number, (name, parameter) in enumerate(model.named_parameters()):
         if only in name:
             steps = torch.arange(parameter.numel(), dtype=torch.float64) * (1 + number / 7) + number
-            parameter.copy_((steps.sin() * scale).view(parameter.shape))
+            values = (steps.sin() * scale).view(parameter.shape).to(parameter.dtype)
+            if isinstance(parameter, DTensor):
+                values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+            parameter.copy_(values)
 
 
 def train(model, steps: int = 3) -> None:
