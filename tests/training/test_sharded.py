@@ -1,4 +1,5 @@
-"""`finetune` with a model that `DistributedConfig` splits over two processes, against one process; and resumed."""
+"""`finetune` with a model that is split over two processes, by `DistributedConfig` or by Accelerate's FSDP2, against one
+process; and resumed."""
 
 import json
 import shutil
@@ -6,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import ParallelismConfig
+from accelerate import DistributedType, ParallelismConfig, PartialState
+from accelerate.state import AcceleratorState
 from peft import AutoPeftModelForCausalLM
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from modeling_moe.cli import UserError
@@ -19,13 +22,24 @@ from tests.training.conftest import sample_text, tiny_model, train_tokenizer
 
 IDS = torch.arange(3, 39).view(4, 9)
 PLANS = {
-    "fsdp": {"fsdp_size": 2},
-    "fsdp_ep": {"fsdp_size": 2, "ep_size": 2},
+    "fsdp": {"fsdp_size": 2, "batches": 2},
+    "fsdp_ep": {"fsdp_size": 2, "ep_size": 2, "batches": 2},
     "tp_ep": {"tp_size": 2, "ep_size": 2},
+    "accelerate": {"accelerate": True, "batches": 2},
+}
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "state_dict_type": "FULL_STATE_DICT",
+        "reshard_after_forward": True,
+        "cpu_ram_efficient_loading": False,
+    },
 }
 METHODS = ("full", "lora", "router")
 CELLS = [("fsdp", "full"), ("fsdp", "router")]
-CELLS += [(plan, method) for plan in ("fsdp_ep", "tp_ep") for method in ("full", "lora")]
+CELLS += [(plan, method) for plan in ("fsdp_ep", "tp_ep", "accelerate") for method in ("full", "lora")]
 
 
 class SameFactors(TrainerCallback):
@@ -33,11 +47,20 @@ class SameFactors(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         """Fills them, unless a checkpoint has."""
+        assert any(isinstance(parameter, DTensor) for parameter in model.parameters()) == (args.world_size > 1)
         if state.global_step == 0:
             fill(model, 0.2, only=".lora_A.")
 
 
-def run(folder: Path, output: Path, method: str, batches: int, resume: str | None = None, **plan: int) -> None:
+def run(
+    folder: Path,
+    output: Path,
+    method: str,
+    batches: int = 1,
+    resume: str | None = None,
+    accelerate: bool = False,
+    **plan: int,
+) -> None:
     """Four steps of eight blocks."""
     args = FinetuneArguments(
         output_dir=str(output),
@@ -52,25 +75,39 @@ def run(folder: Path, output: Path, method: str, batches: int, resume: str | Non
         resume_from_checkpoint=resume,
         disable_tqdm=True,
         report_to="none",
+        **(FSDP2 if accelerate else {}),
     )
     model_args = ModelArguments(str(folder / "model"), method=method, eval_fraction=0.1, **plan)
     data_args = DataArguments(data=[f"a={folder / 'text.txt'}"], max_length=32)
     finetune(model_args, data_args, LoraArguments(lora_r=2, merge_lora=False), args, [SameFactors()])
 
 
+def let_accelerate_split_on_cpus() -> None:
+    """It runs DDP where FSDP2 is asked for on CPUs; with the name of another device it does what it does there."""
+    init = AcceleratorState.__init__
+
+    def of_gpus(state, *args, fsdp_plugin=None, **kwargs) -> None:
+        if fsdp_plugin is not None and not AcceleratorState._shared_state:
+            PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        init(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+
+    AcceleratorState.__init__ = of_gpus
+
+
 def rank_main(rank: int, folder: str) -> None:
     """All plans and methods; each once more from its second step."""
     # Accelerate wants GPUs for tensor parallelism, which transformers does by itself
     ParallelismConfig._validate_accelerator = lambda *_: None
+    let_accelerate_split_on_cpus()
     root = Path(folder)
     for name, method in CELLS:
-        plan, whole, resumed = PLANS[name], root / f"{name}_{method}", root / f"{name}_{method}_resumed"
-        run(root, whole, method, plan.get("fsdp_size", 1), **plan)
+        whole, resumed = root / f"{name}_{method}", root / f"{name}_{method}_resumed"
+        run(root, whole, method, **PLANS[name])
         torch.distributed.barrier()
         if rank == 0:
             shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
         torch.distributed.barrier()
-        run(root, resumed, method, plan.get("fsdp_size", 1), resume="true", **plan)
+        run(root, resumed, method, resume="true", **PLANS[name])
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +124,7 @@ def folder(tmp_path_factory):
     (folder / "text.txt").write_text(sample_text(), encoding="utf-8")
     run_ranks(rank_main, 2, str(folder))
     for method in METHODS:
-        run(folder, folder / f"one_{method}", method, 1)
+        run(folder, folder / f"one_{method}", method)
     return folder
 
 
