@@ -5,25 +5,29 @@ With this package imported, PEFT's `target_parameters` on experts that [`~modeli
 products on the tokens, in place of an updated copy of every expert's weight. PEFT is imported when it is used.
 """
 
+from importlib import import_module
 from typing import Any
 
 from .imports import when_imported
 
 
 def _install() -> None:
-    from . import layers
-
-    layers.install()
+    from . import layers  # noqa: F401, teaches PEFT
 
 
 when_imported("peft", _install)
 
-__all__ = ["MoELoraConfig", "moe_lora_config", "quantize_experts", "trainable_parameters"]
+_MODULES = {
+    "MoELoraConfig": "config",
+    "moe_lora_config": "config",
+    "trainable_parameters": "config",
+    "synchronize_adapters": "sharding",
+    "quantize_experts": "quantization",
+}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import config, quantization
-
-    return getattr(quantization if name == "quantize_experts" else config, name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -23,7 +23,6 @@ from ..cli import UserError
 from ..dispatch.interface import unserved
 from ..dispatch.low_rank import LowRank
 from . import sharding
-from .sharding import of_local_experts, splits_experts
 
 
 logger = logging.get_logger(__name__)
@@ -44,7 +43,6 @@ def install() -> None:
         )
     else:
         Stock._activate_lora = _activate_lora
-    sharding.install()
 
 
 @contextmanager
@@ -152,7 +150,7 @@ def _factors(wrapper: Stock, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
     b = b.view(len(b), -1, experts).permute(2, 0, 1)
     distributed = getattr(wrapper.get_base_layer().config, "distributed_config", None)
     tp_size = distributed.tp_size if distributed is not None else 1
-    a, b = of_local_experts([a, b], wrapper.get_param(), tp_size)
+    a, b = sharding.of_local_experts([a, b], wrapper.get_param(), tp_size)
     return a, b
 
 
@@ -180,3 +178,6 @@ def wrap(target: nn.Module, adapter_name: str, parameter_name: str | None = None
     if parameter_name not in MATRICES or not is_experts(module) or left_to_peft(module) is not None:
         return None
     return ParamWrapper(target, adapter_name, parameter_name, **kwargs)
+
+
+install()

@@ -157,3 +157,6 @@ def synchronize_adapters(model: nn.Module) -> None:
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             dist.broadcast(parameter.data, src=0)
             parameter.register_post_accumulate_grad_hook(average)
+
+
+install()

@@ -89,13 +89,15 @@ def test_private_interface_of_peft():
     torch.testing.assert_close(ours.b @ ours.a * ours.scaling, lhs @ rhs * scaling, msg=say)
 
 
-@pytest.mark.parametrize("first", ["peft", "modeling_moe.lora", "modeling_moe.lora, importlib.util"])
+@pytest.mark.parametrize(
+    "first", ["peft", "modeling_moe.lora", "modeling_moe.lora.layers", "modeling_moe.lora.sharding"]
+)
 def test_import_order(first):
     """PEFT is not imported by us, and is taught whichever comes first, also if someone has asked whether it is there."""
     lines = [
         f"import sys, {first}",
-        f"assert ('peft' in sys.modules) == ({first == 'peft'})",
-        "'importlib.util' in sys.modules and sys.modules['importlib.util'].find_spec('peft')",
+        f"assert ('peft' in sys.modules) == ({first != 'modeling_moe.lora'})",
+        "import importlib.util; importlib.util.find_spec('peft')",
         "import modeling_moe.lora, peft",
         "from peft.tuners.lora.layer import ParamWrapper",
         "assert ParamWrapper._activate_lora.__module__ == 'modeling_moe.lora.layers'",

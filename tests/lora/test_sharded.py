@@ -1,4 +1,4 @@
-"""LoRA on a model that `DistributedConfig` has split over two processes, against one process that holds it all."""
+"""A model that `DistributedConfig` has split over processes, with LoRA and without, against one that holds it all."""
 
 from functools import cache
 
@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from modeling_moe.cli import UserError
-from modeling_moe.lora import moe_lora_config
-from modeling_moe.lora.sharding import synchronize_adapters
+from modeling_moe.lora import moe_lora_config, synchronize_adapters
 from tests.dispatch.test_expert_parallel import build
 from tests.lora.checkpoints import fill
 from tests.ranks import run_ranks
@@ -22,6 +21,7 @@ from tests.ranks import run_ranks
 IDS = torch.arange(3, 39).view(4, 9)
 PLANS = {
     "fsdp": {"fsdp_size": 2},
+    "tp": {"tp_size": 2},
     "fsdp_ep": {"fsdp_size": 2, "ep_size": 2},
     "tp_ep": {"tp_size": 2, "ep_size": 2},
     "tp_ep_all_reduce": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_reduce"},
@@ -32,12 +32,10 @@ FOUR = {
     "all_three": {"fsdp_size": 2, "tp_size": 2, "ep_size": 4},
     "tp_inside_ep": {"fsdp_size": 2, "tp_size": 2, "ep_size": 2},
 }
+# PEFT's factors of attention are right with one kind of splitting alone, those of the experts with all
+TWO_CELLS = [(plan, "adapter") for plan in PLANS if plan != "tp"] + [(plan, "all_weights") for plan in PLANS]
+FOUR_CELLS = [(plan, "adapter" if plan == "experts_split_twice" else "no_attention") for plan in FOUR]
 KINDS = ("moe", "mixtral")
-
-
-def adapter_of(plan: DistributedConfig) -> str:
-    """PEFT's factors of attention are right with one kind of splitting alone, those of the experts with all."""
-    return "no_attention" if plan.fsdp_size > 1 and (plan.tp_size > 1 or plan.dp_replicate_size > 1) else "adapter"
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,21 +64,31 @@ def learn(model, rows: torch.Tensor, folder: str, writes: bool = True) -> dict:
     return result
 
 
-def rank_main(rank: int, folder: str, plans: dict) -> None:
-    """All plans, one after the other."""
+def load(folder, kind: str, trained: str, plan: DistributedConfig | None = None):
+    """The model, with an adapter to train unless it is to train itself."""
+    model = AutoModelForCausalLM.from_pretrained(
+        f"{folder}/{kind}", **({"distributed_config": plan} if plan is not None else {})
+    )
+    if trained == "all_weights":
+        return model
+    return PeftModel.from_pretrained(model, f"{folder}/{kind}_{trained}", is_trainable=True)
+
+
+def rank_main(rank: int, folder: str, cells: list[tuple[str, str]]) -> None:
+    """All cells, one after the other."""
     for kind in KINDS:
-        for name, plan in plans.items():
-            plan = DistributedConfig(**plan)
-            model = AutoModelForCausalLM.from_pretrained(f"{folder}/{kind}", distributed_config=plan)
-            model = PeftModel.from_pretrained(model, f"{folder}/{kind}_{adapter_of(plan)}", is_trainable=True)
-            synchronize_adapters(model)
+        for name, trained in cells:
+            plan = DistributedConfig(**(PLANS | FOUR)[name])
+            model = load(folder, kind, trained, plan)
+            if trained != "all_weights":
+                synchronize_adapters(model)
             rows = IDS.chunk(plan.dp_size)[rank // plan.tp_size]
-            result = learn(model, rows, f"{folder}/{kind}_{name}_trained", rank == 0)
-            torch.save(result, f"{folder}/{kind}_{name}_{rank}.pt")
+            result = learn(model, rows, f"{folder}/{kind}_{name}_{trained}", rank == 0)
+            torch.save(result, f"{folder}/{kind}_{name}_{trained}_{rank}.pt")
 
 
-def run_plans(folder, plans: dict, ranks: int, num_experts: int) -> None:
-    """Writes checkpoints with adapters, and what the processes make of them under each plan."""
+def run_cells(folder, cells: list[tuple[str, str]], ranks: int, num_experts: int) -> None:
+    """Writes checkpoints with adapters, and what the processes make of them in each cell."""
     for kind in KINDS:
         model = build(kind, num_experts)
         model.save_pretrained(folder / kind)
@@ -89,14 +97,14 @@ def run_plans(folder, plans: dict, ranks: int, num_experts: int) -> None:
             fill(adapted, 0.2, only="lora_")
             adapted.save_pretrained(folder / f"{kind}_{adapter}")
             model = adapted.unload()
-    run_ranks(rank_main, ranks, str(folder), plans)
+    run_ranks(rank_main, ranks, str(folder), cells)
 
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
     """The folder of two processes' results."""
     folder = tmp_path_factory.mktemp("two")
-    run_plans(folder, PLANS, 2, 6)
+    run_cells(folder, TWO_CELLS, 2, 6)
     return folder
 
 
@@ -104,23 +112,20 @@ def of_two(tmp_path_factory):
 def of_four(tmp_path_factory):
     """The folder of four processes' results."""
     folder = tmp_path_factory.mktemp("four")
-    run_plans(folder, FOUR, 4, 8)
+    run_cells(folder, FOUR_CELLS, 4, 8)
     return folder
 
 
 @cache
-def of_one_process(folder, kind: str, adapter: str) -> dict:
-    model = AutoModelForCausalLM.from_pretrained(folder / kind)
-    model = PeftModel.from_pretrained(model, folder / f"{kind}_{adapter}", is_trainable=True)
-    return learn(model, IDS, str(folder / f"{kind}_{adapter}_trained"))
+def of_one_process(folder, kind: str, trained: str) -> dict:
+    return learn(load(folder, kind, trained), IDS, str(folder / f"{kind}_one_{trained}"))
 
 
-def check(folder, kind: str, name: str, plan: dict, ranks: int) -> None:
-    """Logits, gradients and the trained model of each process, and the adapter that they saved together."""
-    plan = DistributedConfig(**plan)
-    expected = of_one_process(folder, kind, adapter_of(plan))
-    got = [torch.load(folder / f"{kind}_{name}_{rank}.pt") for rank in range(ranks)]
-    for rank, result in enumerate(got):
+def check(folder, kind: str, name: str, trained: str, ranks: int) -> None:
+    """Logits, gradients and the trained model of each process, and what they saved together."""
+    plan, expected = DistributedConfig(**(PLANS | FOUR)[name]), of_one_process(folder, kind, trained)
+    for rank in range(ranks):
+        result = torch.load(folder / f"{kind}_{name}_{trained}_{rank}.pt")
         rows = torch.arange(len(IDS)).chunk(plan.dp_size)[rank // plan.tp_size]
         assert result.keys() == expected.keys()
         for key, tensor in expected.items():
@@ -128,24 +133,26 @@ def check(folder, kind: str, name: str, plan: dict, ranks: int) -> None:
             torch.testing.assert_close(
                 result[key], tensor, atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key} {text}"
             )
-    saved = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder / kind), folder / f"{kind}_{name}_trained"
-    ).eval()
+    saved = folder / f"{kind}_{name}_{trained}"
+    if trained == "all_weights":
+        model = AutoModelForCausalLM.from_pretrained(saved)
+    else:
+        model = PeftModel.from_pretrained(load(folder, kind, "all_weights"), saved)
     with torch.no_grad():
-        torch.testing.assert_close(saved(IDS).logits, expected["trained_logits"], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model.eval()(IDS).logits, expected["trained_logits"], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("name", "trained"), TWO_CELLS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_equal_one(kind, name, of_two):
-    check(of_two, kind, name, PLANS[name], 2)
+def test_two_processes_equal_one(kind, name, trained, of_two):
+    check(of_two, kind, name, trained, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FOUR)
+@pytest.mark.parametrize(("name", "trained"), FOUR_CELLS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_four_processes_equal_one(kind, name, of_four):
-    check(of_four, kind, name, FOUR[name], 4)
+def test_four_processes_equal_one(kind, name, trained, of_four):
+    check(of_four, kind, name, trained, 4)
 
 
 def test_experts_of_which_a_process_holds_parts(tmp_path):
