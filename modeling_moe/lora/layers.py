@@ -67,7 +67,7 @@ def left_to_peft(module: Any) -> str | None:
     Raises:
         UserError: if nobody can, since a process holds a part of each expert.
     """
-    if any(splits_experts(parameter) for parameter in module.parameters(recurse=False)):
+    if any(sharding.splits_experts(parameter) for parameter in module.parameters(recurse=False)):
         raise UserError("LoRA on experts: tp_size splits each of them, set ep_size too to split them by expert")
     implementation = module.config._experts_implementation
     if implementation != REPLACED_IMPLEMENTATION and not implementation.startswith(IMPLEMENTATION):
