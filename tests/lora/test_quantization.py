@@ -104,11 +104,12 @@ def saved(call) -> tuple[list, int]:
     kept = {}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        # the storage itself, so that no other is made where it was
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        return call(), sum(kept.values())
+        return call(), sum(storage.nbytes() for storage in kept.values())
 
 
 def watch(model) -> list[StorageWeakRef]:
