@@ -166,15 +166,6 @@ class MoEConfig(PreTrainedConfig):
         "n_routed_experts": "num_experts",
         "n_shared_experts": "num_shared_experts",
     }
-    base_model_ep_plan = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.gate_up_proj_bias": "grouped_gemm",
-        "layers.*.mlp.experts.up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.up_proj_bias": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj_bias": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -296,7 +287,6 @@ class MoEConfig(PreTrainedConfig):
         # `@strict` runs the checks too, but wraps what they say in an error of its own that is no ValueError
         self.validate_moe()
         self.validate_routing()
-        self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
         if self.num_experts_per_tok == 1 and self.norm_topk_prob and "sparse" in self.mlp_layer_types:
             logger.warning_once(
@@ -360,7 +350,19 @@ class MoEConfig(PreTrainedConfig):
             if close := difflib.get_close_matches(name, declared, n=1, cutoff=0.85):
                 raise ValueError(f"unknown field {name!r} in MoEConfig: did you mean {close[0]!r}?")
 
-    def _tensor_parallel_plan(self) -> dict[str, str]:
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """transformers' plan of expert parallelism."""
+        if "sparse" not in self.mlp_layer_types:
+            return {}
+        names = ["gate_up_proj" if self.gated_experts else "up_proj", "down_proj"]
+        names += [f"{name}_bias" for name in names] * self.mlp_bias
+        plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in names}
+        return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """transformers' plan of tensor parallelism."""
         sparse = "sparse" in self.mlp_layer_types
         # a norm over all heads needs the gathered projection
         colwise, rowwise = "colwise", "rowwise"
@@ -627,7 +629,6 @@ class MoEConfig(PreTrainedConfig):
     @mlp_only_layers.setter
     def mlp_only_layers(self, value: list[int]):
         self.mlp_layer_types = ["dense" if i in value else "sparse" for i in range(self.num_hidden_layers)]
-        self.base_model_tp_plan = self._tensor_parallel_plan()
 
     def _mlp_params(self, width: int, gated: bool) -> int:
         weights = self.hidden_size * width * (3 if gated else 2)

@@ -7,6 +7,7 @@
     python scripts/finetune.py configuration/recipes/sft_router.yaml --model_name_or_path ./moe --data chat=chats/ \\
         --resume_from_checkpoint true
     accelerate launch --config_file configuration/accelerate/ddp.yaml scripts/finetune.py RECIPE.yaml
+    torchrun --nproc_per_node 8 scripts/finetune.py RECIPE.yaml --fsdp_size 8 --ep_size 8 --merge_lora false
 
 The first argument may be a recipe, whose keys are the flags below; flags after it win. Rows with `messages` go through the
 tokenizer's chat template, with the loss on what the assistant says if the template marks it. LoRA is merged when it is saved

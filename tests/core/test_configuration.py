@@ -166,12 +166,20 @@ def test_parameter_arithmetic(fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"qk_norm": "head"}, {"qk_norm": "full"}, {"num_shared_experts": 1}, {"mlp_layer_types": ["dense"] * 3}],
+    [
+        {},
+        {"qk_norm": "head"},
+        {"qk_norm": "full"},
+        {"num_shared_experts": 1},
+        {"mlp_layer_types": ["dense"] * 3},
+        {"gated_mlp": False, "mlp_bias": True},
+    ],
     ids=str,
 )
-def test_every_tensor_parallel_rule_matches_a_module(fields):
+def test_every_rule_of_a_parallel_plan_matches_a_module(fields):
     model = MoEForCausalLM(tiny_config(**fields))
     modules = {name for name, _ in model.model.named_modules()} | {name for name, _ in model.model.named_parameters()}
     modules = {".".join("*" if part.isdigit() else part for part in name.split(".")) for name in modules}
-    assert set(model.config.base_model_tp_plan) <= modules
+    assert set(model.config.base_model_tp_plan) | set(model.config.base_model_ep_plan) <= modules
+    assert not any("plan" in name for name in model.config.to_dict())
     assert set(model.config.base_model_fsdp_plan) - {"layers.*"} <= modules
