@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from peft import LoraConfig
 from rich.console import Console
 from torch import nn
@@ -102,13 +103,7 @@ def moe_lora_config(
         target_parameters=parameters or None,
         modules_to_save=(_routers(model) if router else []) or None,
     )
-    trained = trainable_parameters(model, config)
-    if not trained:
-        raise UserError("nothing to train: the model has none of the experts, router, attention and shared asked for")
-    total = sum(full_shape(parameter).numel() for parameter in model.parameters())
-    parts = ", ".join(f"{name} {count:,}" for name, count in trained.items())
-    count = sum(trained.values())
-    Console(stderr=True).print(f"LoRA trains {count:,} parameters, {count / total:.2%} of the model's: {parts}")
+    _print_trained(model, config)
     return config
 
 
@@ -126,6 +121,17 @@ def trainable_parameters(model: nn.Module, config: LoraConfig) -> dict[str, int]
         if _matches(name, tuple(config.modules_to_save or ())):
             counts["routers"] += sum(full_shape(parameter).numel() for parameter in module.parameters())
     return {name: count for name, count in counts.items() if count}
+
+
+def _print_trained(model: nn.Module, config: LoraConfig) -> None:
+    trained = trainable_parameters(model, config)
+    if not trained:
+        raise UserError("nothing to train: the model has none of the experts, router, attention and shared asked for")
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    count, total = sum(trained.values()), sum(full_shape(parameter).numel() for parameter in model.parameters())
+    parts = ", ".join(f"{name} {number:,}" for name, number in trained.items())
+    Console(stderr=True).print(f"LoRA trains {count:,} parameters, {count / total:.2%} of the model's: {parts}")
 
 
 def _rank(config: LoraConfig, name: str) -> int:

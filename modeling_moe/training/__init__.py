@@ -19,6 +19,7 @@ from .finetuning import (
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
 from .measures import BitsPerByte, RouterBalance
 from .nan_stop import NanStopMixin, NonFiniteError
+from .sharded import ShardedResumeMixin
 
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "trained_parameters",
     "NanStopMixin",
     "NonFiniteError",
+    "ShardedResumeMixin",
     "FreezeExpertsCallback",
     "FrozenExperts",
     "freeze_experts",

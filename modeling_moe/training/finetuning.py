@@ -30,7 +30,6 @@ from ..files import load_source, load_tokenizer
 from ..lora import moe_lora_config
 from ..lora.sharding import full_shape
 from ..routing import Router
-from .callbacks import MoECallback
 from .data import DataArguments, load_and_pack
 from .freezing import FreezeExpertsCallback
 from .nan_stop import NanStopMixin
@@ -326,6 +325,15 @@ def _load_for_training(
     return model
 
 
+def _check_processes(args: TrainingArguments, model_args: ModelArguments) -> None:
+    needed = model_args.fsdp_size * model_args.tp_size
+    if needed not in (1, args.world_size):
+        raise UserError(
+            f"fsdp_size {model_args.fsdp_size} times tp_size {model_args.tp_size} is {needed} processes, and there are "
+            f"{args.world_size}: start {needed} with torchrun --nproc_per_node"
+        )
+
+
 def _check_report_to(args: TrainingArguments) -> None:
     try:
         for callback in get_reporting_integration_callbacks(args.report_to):
@@ -384,6 +392,7 @@ def finetune(
         UserError: for an argument that cannot work, before anything is written.
         NonFiniteError: at the first loss or gradient that is not finite, a `UserError` too.
     """
+    _check_processes(args, model_args)
     resume = _check_output_dir(args, model_args)
     _check_report_to(args)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
@@ -401,7 +410,7 @@ def finetune(
             eval_dataset=held_out or None,
             processing_class=tokenizer,
             data_collator=default_data_collator,
-            callbacks=[MoECallback(), LogAtCheckpoints(), *callbacks, *frozen],
+            callbacks=[LogAtCheckpoints(), *callbacks, *frozen],
         )
     except ValueError as error:
         # arguments that do not go together; the message is transformers' own

@@ -35,16 +35,17 @@ class ShardedResumeMixin:
         UserError: in resuming, if the model was not loaded from the checkpoint.
     """
 
-    def __init__(self: Any, *args, **kwargs):
+    def __init__(self: Any, model: Any = None, args: Any = None, *others, **kwargs):
         trainer: Any = super()
-        training_args, model = kwargs["args"], kwargs["model"]
-        only_model = training_args.save_only_model
+        if args is None or not is_split(model):
+            trainer.__init__(model, args, *others, **kwargs)
+            return
         # else transformers raises, for want of what is below
-        training_args.save_only_model = only_model or is_split(model)
+        only_model, args.save_only_model = args.save_only_model, True
         try:
-            trainer.__init__(*args, **kwargs)
+            trainer.__init__(model, args, *others, **kwargs)
         finally:
-            training_args.save_only_model = only_model
+            args.save_only_model = only_model
 
     def create_optimizer(self: Any, *args, **kwargs) -> torch.optim.Optimizer:
         """transformers' own."""

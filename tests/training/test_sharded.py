@@ -3,6 +3,7 @@ process; and resumed."""
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,14 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from modeling_moe.cli import UserError
-from modeling_moe.training import DataArguments, FinetuneArguments, LoraArguments, ModelArguments, finetune
+from modeling_moe.training import (
+    DataArguments,
+    FinetuneArguments,
+    LoraArguments,
+    ModelArguments,
+    NonFiniteError,
+    finetune,
+)
 from tests.lora.checkpoints import fill
 from tests.ranks import run_ranks
 from tests.training.conftest import sample_text, tiny_model, train_tokenizer
@@ -52,6 +60,20 @@ class SameFactors(TrainerCallback):
             fill(model, 0.2, only=".lora_A.")
 
 
+class SpoilLayer(TrainerCallback):
+    """Makes a layer's output NaN from the second step on."""
+
+    layer = "model.layers.1.mlp"
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        """Hooks it."""
+
+        def hook(module, inputs, output):
+            return output * float("nan") if state.global_step == 1 else output
+
+        model.get_submodule(self.layer).register_forward_hook(hook)
+
+
 def run(
     folder: Path,
     output: Path,
@@ -59,6 +81,7 @@ def run(
     batches: int = 1,
     resume: str | None = None,
     accelerate: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
     **plan: int,
 ) -> None:
     """Four steps of eight blocks."""
@@ -79,7 +102,7 @@ def run(
     )
     model_args = ModelArguments(str(folder / "model"), method=method, eval_fraction=0.1, **plan)
     data_args = DataArguments(data=[f"a={folder / 'text.txt'}"], max_length=32)
-    finetune(model_args, data_args, LoraArguments(lora_r=2, merge_lora=False), args, [SameFactors()])
+    finetune(model_args, data_args, LoraArguments(lora_r=2, merge_lora=False), args, [SameFactors(), *callbacks])
 
 
 def let_accelerate_split_on_cpus() -> None:
@@ -100,6 +123,10 @@ def rank_main(rank: int, folder: str) -> None:
     ParallelismConfig._validate_accelerator = lambda *_: None
     let_accelerate_split_on_cpus()
     root = Path(folder)
+    try:
+        run(root, root / "nan", "full", callbacks=[SpoilLayer()], **PLANS["fsdp_ep"])
+    except NonFiniteError as error:
+        (root / f"nan_{rank}.txt").write_text(str(error))
     for name, method in CELLS:
         whole, resumed = root / f"{name}_{method}", root / f"{name}_{method}_resumed"
         run(root, whole, method, **PLANS[name])
@@ -155,6 +182,19 @@ def test_resumes_exactly(plan, method, folder):
     assert losses(resumed) == losses(whole)
     assert torch.equal(logits(resumed, method), logits(whole, method))
     assert not (resumed / "checkpoint-2" / "optimizer.pt").exists()
+
+
+def test_stops_at_nan(folder):
+    (message,) = {(folder / f"nan_{rank}.txt").read_text() for rank in range(2)}
+    assert message.startswith(
+        "step 2: the loss is nan, and the first output that is not finite is that of model.layers.1.mlp;"
+    )
+
+
+def test_too_few_processes(folder, tmp_path):
+    with pytest.raises(UserError, match=r"is 2 processes, and there are 1: start 2 with torchrun"):
+        run(folder, tmp_path / "out", "full", fsdp_size=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_sizes_that_do_not_fit(folder):
