@@ -287,6 +287,7 @@ class MoEConfig(PreTrainedConfig):
         # `@strict` runs the checks too, but wraps what they say in an error of its own that is no ValueError
         self.validate_moe()
         self.validate_routing()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
         if self.num_experts_per_tok == 1 and self.norm_topk_prob and "sparse" in self.mlp_layer_types:
             logger.warning_once(
@@ -360,9 +361,7 @@ class MoEConfig(PreTrainedConfig):
         plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in names}
         return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """transformers' plan of tensor parallelism."""
+    def _tensor_parallel_plan(self) -> dict[str, str]:
         sparse = "sparse" in self.mlp_layer_types
         # a norm over all heads needs the gathered projection
         colwise, rowwise = "colwise", "rowwise"
@@ -629,6 +628,7 @@ class MoEConfig(PreTrainedConfig):
     @mlp_only_layers.setter
     def mlp_only_layers(self, value: list[int]):
         self.mlp_layer_types = ["dense" if i in value else "sparse" for i in range(self.num_hidden_layers)]
+        self.base_model_tp_plan = self._tensor_parallel_plan()
 
     def _mlp_params(self, width: int, gated: bool) -> int:
         weights = self.hidden_size * width * (3 if gated else 2)

@@ -29,10 +29,10 @@ from modeling_moe.training import (
     FinetuneResult,
     LoraArguments,
     ModelArguments,
+    NonFiniteError,
     finetune,
+    trained_parameters,
 )
-from modeling_moe.training.finetuning import trained_parameters
-from modeling_moe.training.nan_stop import NonFiniteError
 
 
 class PrintTrained(TrainerCallback):

@@ -197,10 +197,14 @@ def _shared_layers(model: nn.Module) -> list[str]:
 
 def _check_split(model: Any, modules: list[str]) -> None:
     distributed = getattr(model.config, "distributed_config", None)
-    if modules and distributed is not None and distributed.tp_size > 1 and distributed.dp_size > 1:
+    if not modules or distributed is None:
+        return
+    sizes = {name: getattr(distributed, name, 1) for name in ("fsdp_size", "tp_size", "dp_replicate_size")}
+    if sum(size > 1 for size in sizes.values()) > 1:
+        # PEFT (0.21) gives them the widths of a process's part, or trains them without averaging over batches
         raise UserError(
-            "attention, shared: with tp_size and fsdp_size above 1 nobody averages PEFT's factors of linear layers, set "
-            "one of the sizes to 1, or leave these layers out"
+            f"attention, shared: PEFT cannot adapt linear layers split in two ways, leave one of {', '.join(sizes)} above "
+            "1, or leave these layers out"
         )
 
 

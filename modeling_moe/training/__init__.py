@@ -4,18 +4,12 @@
 Importing it gives each `Trainer` made after, TRL's included, a [`MoECallback`], which is all that it needs.
 """
 
+from ..lora import moe_lora_config
+from .arguments import FinetuneArguments, LoraArguments, ModelArguments
 from .callbacks import MoECallback
 from .data import DataArguments, load_and_pack, load_documents, pack
 from .evaluation import DomainScore, EvaluationArguments, evaluate_lm, score
-from .finetuning import (
-    FinetuneArguments,
-    FinetuneResult,
-    LoraArguments,
-    ModelArguments,
-    finetune,
-    moe_lora_config,
-    trained_parameters,
-)
+from .finetuning import FinetuneResult, finetune, trained_parameters
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
 from .measures import BitsPerByte, RouterBalance
 from .nan_stop import NanStopMixin, NonFiniteError

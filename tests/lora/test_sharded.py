@@ -169,9 +169,10 @@ def test_experts_of_which_a_process_holds_parts(tmp_path):
         dist.destroy_process_group()
 
 
-def test_linear_layers_under_two_kinds_of_splitting():
+@pytest.mark.parametrize("second", ["tp_size", "dp_replicate_size"])
+def test_linear_layers_split_in_two_ways(second):
     model = build("moe")
-    model.config.distributed_config = DistributedConfig(fsdp_size=2, tp_size=2, ep_size=2)
-    with pytest.raises(UserError, match="set one of the sizes to 1"):
+    model.config.distributed_config = DistributedConfig(fsdp_size=2, ep_size=2, **{second: 2})
+    with pytest.raises(UserError, match="leave one of fsdp_size, tp_size, dp_replicate_size above 1"):
         moe_lora_config(model, r=2)
     assert moe_lora_config(model, r=2, attention=False).target_parameters
