@@ -68,7 +68,7 @@ class _WholeFactor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        gradient = gradient / ctx.batches
+        gradient = (gradient / ctx.batches).contiguous()
         for dimension in range(ctx.mesh.ndim):
             dist.all_reduce(gradient, group=ctx.mesh.get_group(dimension))
         return gradient, None, None

@@ -216,7 +216,10 @@ def finetune(
         raise UserError(str(error)) from error
     merge = model_args.method == "lora" and lora_args.merge_lora
     if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_split(model)):
-        raise UserError("merge_lora true cannot merge a model that is split over ranks: set merge_lora false")
+        raise UserError(
+            "merge_lora true cannot merge a model that is split over ranks: set merge_lora false, and merge the adapter "
+            "into the whole model by PEFT's merge_and_unload"
+        )
     if resume is None and args.should_save:
         discard_checkpoints(Path(args.output_dir))
     trained = sum(trained for trained, _ in trained_parameters(model).values())
