@@ -192,6 +192,9 @@ def finetune(
         NonFiniteError: at the first loss or gradient that is not finite, a `UserError` too.
     """
     _check_processes(args, model_args)
+    if args.gradient_checkpointing and args.ddp_find_unused_parameters is None:
+        # as `Trainer` chooses for a model without an adapter: DDP cannot look for them in reentrant checkpointing
+        args.ddp_find_unused_parameters = False
     resume = checkpoint_to_resume(args, model_args)
     _check_report_to(args)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
