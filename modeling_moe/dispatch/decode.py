@@ -24,10 +24,10 @@ def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants, low_
     if not chosen:
         return torch.zeros_like(x)
     experts, slots = [expert for expert, _ in chosen], torch.tensor([slot for _, slot in chosen], device=x.device)
-    tokens = slots // index.shape[1]
+    factors = weight.flatten()[slots]
 
     up_update, down_update = low_rank or (None, None)
-    states = x[tokens]
+    states = x.expand(len(slots), -1) if len(x) == 1 else x[slots // index.shape[1]]
     h = _project_few(states, up, experts)
     if up_update is not None:
         h += _update_few(states, up_update, experts)
@@ -40,16 +40,23 @@ def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants, low_
         rows += _update_few(acted, down_update, experts)
     if down_bias is not None:
         rows += down_bias[experts]
-    weighted = rows.to(weight.dtype) * weight.flatten()[slots][:, None]
-    return torch.zeros_like(x, dtype=weight.dtype).index_add_(0, tokens, weighted).to(x.dtype)
+    rows = rows.to(weight.dtype)
+    if len(x) == 1:
+        return torch.mm(factors[None], rows).to(x.dtype)
+    output = torch.zeros_like(x, dtype=weight.dtype)
+    return output.index_add_(0, slots // index.shape[1], rows * factors[:, None]).to(x.dtype)
 
 
 def _project_few(states: torch.Tensor, matrices: torch.Tensor, experts: list[int]) -> torch.Tensor:
     """Rows (R, M), each times its expert's matrix of (E, N, M): (R, N)."""
     counts = Counter(experts)
+    if len(counts) == len(experts):
+        out = states.new_empty(len(states), matrices.shape[1])
+        for expert, row, result in zip(experts, states, out, strict=True):
+            torch.mv(matrices[expert], row, out=result)
+        return out
     # in fp32 BLAS reads a matrix faster on the left of several rows; else one call for all experts costs least
-    alone = states.dtype != torch.float32 or len(counts) == len(experts)
-    if alone and _fits_grouped_mm(matrices):
+    if states.dtype != torch.float32 and _fits_grouped_mm(matrices):
         ends = torch.tensor(experts, device=states.device).bincount(minlength=len(matrices)).cumsum(0).int()
         return grouped_mm(states, matrices.transpose(1, 2), offs=ends)
     parts = states.split(list(counts.values()))
