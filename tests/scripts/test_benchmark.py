@@ -169,6 +169,7 @@ def test_wrong_foreign_implementation_is_left_out(implementation, benchmark, tmp
         (["--rounds", "0"], "rounds is 0"),
         (["--threads", "-1"], "threads is -1"),
         (["--level", "block", "--routing", "zipf"], "a router chooses"),
+        (["--what", "lora", "--tokens", "4"], "what lora measures one model: leave presets, tokens,"),
         (["--level", "model", "--presets", "gpt_oss_20b"], "gpt_oss_20b has experts only"),
         (["--implementations", "eager"], "at least one must be this package's"),
         (["--implementations", "moe", "fastest"], "'fastest' is not registered"),

@@ -5,8 +5,6 @@ but `import modeling_moe.training` prepares the Trainer.
 """
 
 import gc
-import os
-import socket
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -14,9 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from datasets import Dataset
-from torch import multiprocessing
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, default_data_collator
 
@@ -24,6 +20,7 @@ import modeling_moe.training  # noqa: F401, gives each Trainer its MoECallback
 from modeling_moe import MoEForCausalLM
 from modeling_moe.balancing import exact_global_balance
 from modeling_moe.token_choice import NoisyTopKRouter
+from tests.ranks import run_ranks
 from tests.training.conftest import tiny_model, training_arguments
 
 
@@ -168,25 +165,18 @@ def run(kind: str, split: int, checkpointing: str, ranks: int, folder: Path) -> 
     return recorder.step
 
 
-def rank_main(rank: int, port: int, folder: str) -> None:
+def rank_main(rank: int, folder: str) -> None:
     """All cells on one of two ranks, which Accelerate finds in the environment."""
-    torch.set_num_threads(1)
     gc.freeze()  # Trainer's collections after each training would look at all that was imported
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
-    os.environ.update({name: str(value) for name, value in address.items()})
     steps = {cell: run(*cell, 2, Path(folder)) for cell in CELLS}
     torch.save(steps, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     """(kind, split, checkpointing, ranks) -> gradients and biases."""
     folder = tmp_path_factory.mktemp("cells")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.spawn(rank_main, args=(port, str(folder)), nprocs=2, join=False)
+    context = run_ranks(rank_main, 2, str(folder), join=False)
     gc.freeze()
     steps = {(*cell, 1): run(*cell, 1, folder) for cell in CELLS}
     gc.unfreeze()
