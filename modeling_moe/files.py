@@ -88,11 +88,13 @@ def load_source(
     Raises:
         UserError: if transformers cannot load it; the message is transformers' own.
     """
-    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    options: dict[str, Any] = {"dtype": parse_dtype(dtype) or "auto"}
+    if gguf_file:
+        options["gguf_file"] = gguf_file
     if distributed_config is not None:
         options["distributed_config"] = distributed_config
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=parse_dtype(dtype) or "auto", **options)
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"model_name_or_path {name_or_path} cannot be loaded: {error}") from error
 
