@@ -313,7 +313,7 @@ def test_reloads_without_the_package(checkpoint, text_file, tmp_path, monkeypatc
         (["--max_length", "100000"], "lower it"),
         (["--method", "lora", "--lora_target_modules", "wqkv"], "lora_target_modules wqkv match no layer"),
         (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
-        (["--dtype", "float12"], "dtype 'float12' is unknown"),
+        (["--dtype", "float12"], "finetune.py: dtype 'float12' is unknown"),
         (["--learnin_rate", "1"], "learnin_rate"),
         (["--model_name_or_path", "/missing/model"], "/missing/model"),
     ],
