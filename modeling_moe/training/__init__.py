@@ -4,7 +4,6 @@
 Importing it gives each `Trainer` made after, TRL's included, a [`MoECallback`], which is all that it needs.
 """
 
-from ..lora import moe_lora_config
 from .arguments import FinetuneArguments, LoraArguments, ModelArguments
 from .callbacks import MoECallback
 from .data import DataArguments, load_and_pack, load_documents, pack
@@ -33,7 +32,6 @@ __all__ = [
     "LoraArguments",
     "ModelArguments",
     "finetune",
-    "moe_lora_config",
     "trained_parameters",
     "NanStopMixin",
     "NonFiniteError",

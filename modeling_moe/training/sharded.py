@@ -28,8 +28,8 @@ class ShardedResumeMixin:
     """Put it before a `Trainer` class: its checkpoints of a split model hold the optimizer's state too.
 
     transformers saves the weights of such a model, gathered, and refuses the rest. Here each process writes its part of the
-    optimizer's state (`torch.distributed.checkpoint`), which another number of processes can read as well. The weights
-    come from the checkpoint by `from_pretrained`, and adapters by PEFT, before training goes on.
+    optimizer's state (`torch.distributed.checkpoint`). The weights come from the checkpoint by `from_pretrained`, and adapters
+    by PEFT, before training goes on.
 
     Raises:
         UserError: in resuming, if the model was not loaded from the checkpoint.

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,24 +23,6 @@ from modeling_moe.benchmark.workloads import BlockWorkload, ExpertsWorkload
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 CPU = torch.device("cpu")
 GROUPED_MM = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
-
-
-@pytest.fixture
-def benchmark(monkeypatch, capsys):
-    """Runs the script in this process; returns its exit code, what it printed and what it complained about."""
-
-    def run_script(*flags):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, flags)])
-        monkeypatch.setenv("COLUMNS", "250")
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run_script
 
 
 @pytest.fixture

@@ -3,18 +3,13 @@
 import functools
 import math
 import re
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 
-from modeling_moe import benchmark
 from modeling_moe.benchmark import lora
 from modeling_moe.benchmark.presets import PRESETS
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 TINY, TOKENS = PRESETS["tiny"], (1, 24, 128)
 OTHERS = ["PEFT", "full", "full, grouped_mm", "attention", "attention, grouped_mm"]
 
@@ -26,23 +21,12 @@ def rows():
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    """Runs the script in this process on the tiny model; returns its exit code, output and complaint."""
-
-    def run_script():
-        compare = functools.partial(lora.compare_lora, preset=TINY, tokens=TOKENS)
-        monkeypatch.setattr(benchmark, "compare_lora", compare)
-        monkeypatch.setattr(benchmark, "print_lora", functools.partial(lora.print_lora, preset=TINY))
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", "--what", "lora", "--rounds", "1"])
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run_script
+def script(monkeypatch, benchmark):
+    """Runs the script on the tiny model; returns its exit code, output and complaint."""
+    compare = functools.partial(lora.compare_lora, preset=TINY, tokens=TOKENS)
+    monkeypatch.setattr("modeling_moe.benchmark.compare_lora", compare)
+    monkeypatch.setattr("modeling_moe.benchmark.print_lora", functools.partial(lora.print_lora, preset=TINY))
+    return functools.partial(benchmark, "--what", "lora", "--rounds", "1")
 
 
 def test_rows(rows):

@@ -1,9 +1,6 @@
 """Perplexity and bits per byte by hand, and the experts' load."""
 
 import math
-import multiprocessing
-import os
-import socket
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modeling_moe.cli import UserError
 from modeling_moe.training import DataArguments, EvaluationArguments, evaluate_lm, pack, score
 from modeling_moe.training.measures import RouterBalance
+from tests.ranks import run_ranks
 from tests.training.conftest import sample_text, tiny_model
 
 
@@ -88,32 +86,18 @@ def test_max_tokens_takes_whole_blocks(checkpoint, text_file):
         evaluate_lm(args, DataArguments(data=[f"a={text_file}"], max_length=71))
 
 
-def rank_main(rank: int, port: int, blocks: Dataset, queue) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    PartialState._reset_state()
+def rank_main(rank: int, blocks: Dataset, folder: str) -> None:
     PartialState(cpu=True, backend="gloo")
     # an odd number of batches, then a single one, of which a rank has none
-    queue.put((rank, [score(tiny_model(), blocks, 4), score(tiny_model(), blocks.select([0]), 4)]))
-    torch.distributed.barrier()
+    scores = [score(tiny_model(), blocks, 4), score(tiny_model(), blocks.select([0]), 4)]
+    torch.save(scores, f"{folder}/{rank}.pt")
 
 
-def test_two_processes_are_one(blocks):
+def test_two_processes_are_one(blocks, tmp_path):
     expected = [score(tiny_model(), blocks, 4), score(tiny_model(), blocks.select([0]), 4)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    workers = [context.Process(target=rank_main, args=(rank, port, blocks, queue)) for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
-    results = dict(queue.get(timeout=100) for _ in workers)
-    for worker in workers:
-        worker.join(timeout=100)
-        assert worker.exitcode == 0
-    for result in results.values():
+    run_ranks(rank_main, 2, blocks, str(tmp_path))
+    for rank in range(2):
+        result = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         for one, two in zip(expected, result, strict=True):
             assert (two.tokens, two.bytes, two.expert_share) == (one.tokens, one.bytes, one.expert_share)
             assert two.loss == pytest.approx(one.loss, rel=1e-6)

@@ -1,14 +1,10 @@
 """A loss or gradient that is not finite stops the run and is traced to its layer."""
 
 import math
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import Trainer, default_data_collator
 
@@ -16,6 +12,7 @@ from modeling_moe import MoEForCausalLM
 from modeling_moe.training import MoECallback
 from modeling_moe.training.comparison import load_entries, router_config
 from modeling_moe.training.nan_stop import NanStopMixin, NonFiniteError, _watched
+from tests.ranks import run_ranks
 from tests.training.conftest import tiny_model, training_arguments
 
 
@@ -162,11 +159,7 @@ def test_no_router_is_taken_for_broken():
         assert run.first_bad is None, entry.name
 
 
-def rank_main(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
+def rank_main(rank: int, folder: str) -> None:
     model = tiny_model()
     spoil_token(model, "model.layers.1.mlp", token=int(IDS[1, 0]))  # on one rank alone
     try:
@@ -176,16 +169,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_ranks_stop_together(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=rank_main, args=(rank, port, str(tmp_path))) for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=100)
-        assert worker.exitcode == 0
+    run_ranks(rank_main, 2, str(tmp_path))
     messages = {(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)}
     (message,) = messages
     assert "that of model.layers.1.mlp;" in message
