@@ -13,7 +13,7 @@ from .interface import backend_of, experts_forward
 
 
 ALL_EXPERTS_FUNCTIONS.register("moe", experts_forward)
-for _backend in ("loop", "grouped_mm", "triton"):
+for _backend in ("native", "loop", "grouped_mm", "triton"):
     ALL_EXPERTS_FUNCTIONS.register(f"moe_{_backend}", functools.partial(experts_forward, backend=_backend))
 
 __all__ = ["backend_of", "experts_forward"]

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from . import grouped, loop
+from . import grouped, loop, native
 from .low_rank import pair
 from .slots import Slots, group_slots
 
@@ -20,7 +20,7 @@ try:
 except ImportError:
     triton_backend = None
 
-BACKENDS: dict[str, ModuleType] = {"loop": loop, "grouped_mm": grouped}
+BACKENDS: dict[str, ModuleType] = {"native": native, "loop": loop, "grouped_mm": grouped}
 if triton_backend is not None:
     BACKENDS["triton"] = triton_backend
 

@@ -80,8 +80,12 @@ def unserved(module: nn.Module) -> str | None:
     return None
 
 
-def _served_by(backend: str, x: torch.Tensor, weights: list[Any]) -> bool:
+def _served_by(
+    backend: str, x: torch.Tensor, weights: list[Any], gate: str | None = None, low_rank: LowRankPair | None = None
+) -> bool:
     """Whether `backend` can compute in the dtype of `x` on its device with matrices of the sizes of `weights`."""
+    if backend == "native":
+        return x.device.type == "cpu" and low_rank is None and BACKENDS["native"].available(x.dtype, gate)
     if backend == "triton":
         return "triton" in BACKENDS and BACKENDS["triton"].available(x.device) and x.dtype != torch.float64
     if backend == "grouped_mm":
@@ -91,15 +95,27 @@ def _served_by(backend: str, x: torch.Tensor, weights: list[Any]) -> bool:
     return True
 
 
-def _choose(backend: str | None, x: torch.Tensor, weights: list[Any]) -> str:
+def _choose(
+    backend: str | None, x: torch.Tensor, weights: list[Any], gate: str | None, low_rank: LowRankPair | None
+) -> str:
     """The back end asked for, if it can serve; else the fastest for the device that can."""
-    preference = ("triton", "grouped_mm", "loop") if x.device.type == "cuda" else ("loop",)
-    return next(name for name in (backend, *preference) if name is not None and _served_by(name, x, weights))
+    preference = ("triton", "grouped_mm", "loop") if x.device.type == "cuda" else ("native", "loop")
+    names = (name for name in (backend, *preference) if name is not None)
+    return next(name for name in names if _served_by(name, x, weights, gate, low_rank))
 
 
-def _decodes(backend: str, x: torch.Tensor, index: torch.Tensor, gradient: bool, low_rank: LowRankPair | None) -> bool:
+def _decodes(
+    backend: str,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weights: list[Any],
+    gradient: bool,
+    low_rank: LowRankPair | None,
+) -> bool:
     few = len(x) <= DECODE_TOKENS and index.numel() <= DECODE_SLOTS
     if low_rank is not None and (backend != "loop" or any(update and update.dropout for update in low_rank)):
+        return False
+    if backend == "native" and any(matrices.stride(-1) != 1 for matrices in weights[:2]):
         return False
     return few and not gradient and hasattr(BACKENDS[backend], "decode")
 
@@ -128,14 +144,15 @@ def backend_of(
         >>> config = MoEConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
         >>> experts = MoEForCausalLM(config).model.layers[0].mlp.experts
         >>> backend_of(experts, torch.zeros(100, 64), torch.zeros(100, 2, dtype=torch.long))
-        'loop'
+        'native'
     """
     if reason := unserved(module):
         return f"transformers: {reason}"
     weights, low_rank = _weights(module), _low_rank(module)
-    name = _choose(backend, hidden_states.to(weights[0].dtype), weights)
+    gate, _ = gate_of(module)
+    name = _choose(backend, hidden_states.to(weights[0].dtype), weights, gate, low_rank)
     gradient = _has_gradient(hidden_states, *weights, *(low_rank.factors if low_rank else ()))
-    decodes = _decodes(name, hidden_states, top_k_index, gradient, low_rank)
+    decodes = _decodes(name, hidden_states, top_k_index, weights, gradient, low_rank)
     return f"{name} (decode)" if decodes else name
 
 
@@ -177,11 +194,11 @@ def experts_forward(
     x = hidden_states.to(dtype).contiguous()
     factors = top_k_weights.to(torch.promote_types(dtype, torch.float32)).contiguous()
     gate, constants = gate_of(module)
-    name = _choose(backend, x, weights)
+    name = _choose(backend, x, weights, gate, low_rank)
     up, down, up_bias, down_bias = weights
     call = (x, top_k_index, factors, up, down, up_bias, down_bias, gate, constants, name)
     gradient = _has_gradient(x, factors, *weights, *(low_rank.factors if low_rank else ()))
-    if _decodes(name, x, top_k_index, gradient, low_rank):
+    if _decodes(name, x, top_k_index, weights, gradient, low_rank):
         function = experts_decode if is_tracing(x) or x.is_meta else decode
         output = function(*call, *arguments(low_rank))
     else:

@@ -1,0 +1,188 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Back end `native`: native.c, the CPU's where there is a gcc. Its products are its own, since the rows of one expert
+are too few for BLAS to do its best, and gather, gate and weights are part of them.
+
+# T tokens, K experts per token, S = T*K slots, H hidden, I expert width, C columns of the first projection, E experts
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+from .compiling import native_library
+from .memory import in_huge_pages
+from .slots import Slots, invert
+
+
+# gate in `GATES` -> kind (as native.c numbers them), gated, paired
+KINDS = {name: number for number, name in enumerate(["silu", "gelu_tanh", "relu", "relu2"])}
+NATIVE_GATES = {
+    **{name: (kind, 0, 0) for name, kind in KINDS.items()},
+    **{f"{name}_gated": (kind, 1, 0) for name, kind in KINDS.items()},
+    "clamped_swiglu_gated": (4, 1, 0),
+    "clamped_swiglu_pairs": (4, 1, 1),
+}
+
+
+class _Matrices(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_long) for name in ("expert", "stride", "transposed"))]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor | None) -> "_Matrices":
+        """Of (E, N, M), whose rows or columns are contiguous."""
+        if tensor is None:
+            return cls()
+        transposed = tensor.stride(2) != 1
+        return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1 + transposed), transposed)
+
+
+class _Gate(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_long) for name in ("kind", "gated", "paired")] + [
+        (name, ctypes.c_double) for name in ("alpha", "limit")
+    ]
+
+
+class _Problem(ctypes.Structure):
+    _pointers = ("x", "up_bias", "down_bias", "factor", "offsets", "token", "place")
+    _sizes = ("tokens", "top_k", "hidden", "columns", "width", "experts", "threads")
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _pointers),
+        *((name, ctypes.c_long) for name in _sizes),
+        ("up", _Matrices),
+        ("down", _Matrices),
+        ("gate", _Gate),
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("grad", "h", "grad_h", "a", "rows", "slope", "grad_x")),
+        ("grad_up", _Matrices),
+        ("grad_down", _Matrices),
+        *((name, ctypes.c_void_p) for name in ("grad_up_bias", "grad_down_bias")),
+    ]
+
+
+# of native.c's functions; a pointer is an address
+_ARGUMENTS = {
+    "scratch_words": [ctypes.c_void_p, ctypes.c_long],
+    "forward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, *[ctypes.c_void_p] * 3],
+    "backward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p],
+    "decode": [ctypes.c_void_p] * 5,
+}
+
+
+@functools.cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    library = native_library(dtype)
+    if library is not None:
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, ctypes.c_long if name == "scratch_words" else None
+    return library
+
+
+def available(dtype: torch.dtype, gate: str | None) -> bool:
+    """Whether experts of that dtype with that gate can be computed here."""
+    return gate in NATIVE_GATES and _library(dtype) is not None
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None or not tensor.numel() else tensor.data_ptr()
+
+
+def _aligned(matrices: torch.Tensor) -> torch.Tensor:
+    """The same with contiguous rows or columns."""
+    return matrices if 1 in matrices.stride()[1:] else matrices.contiguous()
+
+
+class _Call:
+    """One call of native.c: its arguments, and the tensors that they point into."""
+
+    def __init__(self, x, top_k, up, down, up_bias, down_bias, gate, constants, **rows: torch.Tensor):
+        self.x, self.rows, self.library = x, rows, _library(x.dtype)
+        self.up, self.down = _aligned(up), _aligned(down)
+        self.biases = [None if bias is None else bias.contiguous() for bias in (up_bias, down_bias)]
+        self.problem = _Problem(
+            x=x.data_ptr(),
+            up_bias=_address(self.biases[0]),
+            down_bias=_address(self.biases[1]),
+            **{name: tensor.data_ptr() for name, tensor in rows.items()},
+            tokens=len(x),
+            top_k=top_k,
+            hidden=x.shape[1],
+            columns=up.shape[1],
+            width=down.shape[2],
+            experts=len(up),
+            threads=torch.get_num_threads(),
+            up=_Matrices.of(self.up),
+            down=_Matrices.of(self.down),
+            gate=_Gate(*NATIVE_GATES[gate], *constants),
+        )
+        self.address = ctypes.addressof(self.problem)
+
+    def scratch(self, depth: int) -> tuple[torch.Tensor, int]:
+        """For products over up to `depth` numbers: of all threads, and how many words of it each one has."""
+        words = self.library.scratch_words(self.address, depth)
+        return torch.empty(self.problem.threads * words, dtype=torch.float32), words
+
+    def new(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Uninitialised memory, in the dtype of x unless said."""
+        return in_huge_pages(self.x.new_empty(size, dtype=dtype))
+
+
+def _grouped(x, slots: Slots, weight, *experts: Any) -> _Call:
+    top_k = weight.shape[1]
+    rows = {
+        "factor": weight.flatten()[slots.order],
+        "offsets": slots.offsets,
+        "token": slots.order // top_k,
+        "place": invert(slots.order),
+    }
+    return _Call(x, top_k, *experts, **rows)
+
+
+def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, keep_h, low_rank=None):
+    """As [`~modeling_moe.dispatch.loop.forward`], without low-rank updates."""
+    call = _grouped(x, slots, weight, up, down, up_bias, down_bias, gate, constants)
+    hidden, width = down.shape[1:]
+    h = call.new(len(slots.order) if keep_h else 0, up.shape[1])
+    rows, output = call.new(len(slots.order), hidden, dtype=torch.float32), torch.empty_like(x)
+    scratch, words = call.scratch(max(hidden, width))
+    addresses = (_address(h), rows.data_ptr(), output.data_ptr())
+    call.library.forward(call.address, scratch.data_ptr(), words, *addresses)
+    return output, h
+
+
+def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, constants, needs, low_rank=None):
+    """As [`~modeling_moe.dispatch.loop.backward`], without low-rank updates."""
+    call = _grouped(x, slots, weight, up, down, up_bias, down_bias, gate, constants)
+    (_, columns, hidden), width, count = up.shape, down.shape[2], len(slots.order)
+    grad_x, _, *grad_experts = (
+        in_huge_pages(torch.empty_like(tensor)) if needed else None
+        for needed, tensor in zip(needs[:6], (x, weight, call.up, call.down, *call.biases), strict=True)
+    )
+    rows = None if grad_x is None else call.new(count, hidden, dtype=torch.float32)
+    slope = weight.new_zeros(count) if needs[1] else None
+    grad_h, acted = call.new(count, columns), call.new(count, width)
+    addresses = map(_address, (grad, h, grad_h, acted, rows, slope, grad_x))
+    grad_up, grad_down, *grad_biases = grad_experts
+    gradients = _Gradients(*addresses, _Matrices.of(grad_up), _Matrices.of(grad_down), *map(_address, grad_biases))
+    depth = max(hidden, columns, width, int(slots.offsets.diff().max()))
+    scratch, words = call.scratch(depth)
+    call.library.backward(call.address, scratch.data_ptr(), words, depth, ctypes.addressof(gradients))
+    grad_weight = None if slope is None else slope[call.rows["place"]].view_as(weight)
+    return [grad_x, grad_weight, *grad_experts]
+
+
+def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants):
+    """As [`~modeling_moe.dispatch.decode.decode`]."""
+    call = _Call(x, index.shape[1], up, down, up_bias, down_bias, gate, constants)
+    index, weight, output = index.long().contiguous(), weight.contiguous(), torch.empty_like(x)
+    words = index.numel() * (x.shape[1] + up.shape[1] + down.shape[2])
+    scratch = torch.empty(words, dtype=torch.float32)
+    addresses = (index.data_ptr(), weight.data_ptr(), scratch.data_ptr(), output.data_ptr())
+    call.library.decode(call.address, *addresses)
+    return output
