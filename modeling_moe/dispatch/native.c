@@ -66,6 +66,8 @@ typedef float Word;
 #define VECTORS 3
 #define PANEL (VECTORS * LANES)
 #define BLOCK 256
+#define DEPTH 512  // words of a line that are packed at once: with BLOCK lines they fit a second-level cache
+#define UNPACKED (16 / PER_WORD)  // rows that are too few to pack a matrix for
 #define FEW 256  // the most slots that decode takes
 #define VECTOR (PER_WORD * LANES)  // numbers in a vector of words
 
@@ -227,13 +229,17 @@ static void pack_transposed(Side side, long first, long count, long width, long 
     }
 }
 
-// ROWS lines of the left side times a panel: tile (ROWS, vectors * LANES); word p of line i is left[i * line + p * step]
-INLINE void multiply(int vectors, const Word *left, long line, long step, const Word *panel, long depth, float *tile) {
+// Adds ROWS lines of the left side times a panel to tile (ROWS, vectors * LANES), or to 0 if it is the first part of a
+// sum. Word p of line i is left[i * line + p * step].
+INLINE void multiply(
+    int vectors, const Word *left, long line, long step, const Word *panel, long depth, int first, float *tile
+) {
     Floats sums[ROWS][VECTORS];
     UNROLL
     for (int i = 0; i < ROWS; i++)
         UNROLL
-        for (int j = 0; j < vectors; j++) sums[i][j] = (Floats){0};
+        for (int j = 0; j < vectors; j++)
+            sums[i][j] = first ? (Floats){0} : *(Floats *)(tile + (i * vectors + j) * LANES);
     for (long p = 0; p < depth; p++) {
         Words right[VECTORS];
         UNROLL
@@ -252,16 +258,16 @@ INLINE void multiply(int vectors, const Word *left, long line, long step, const 
 }
 
 static void multiply_block(
-    int across, int vectors, const Word *left, long stride, const Word *panel, long depth, float *tile
+    int across, int vectors, const Word *left, long stride, const Word *panel, long depth, int first, float *tile
 ) {
     if (across) {
-        if (vectors == 3) multiply(3, left, 1, stride, panel, depth, tile);
-        else if (vectors == 2) multiply(2, left, 1, stride, panel, depth, tile);
-        else multiply(1, left, 1, stride, panel, depth, tile);
+        if (vectors == 3) multiply(3, left, 1, stride, panel, depth, first, tile);
+        else if (vectors == 2) multiply(2, left, 1, stride, panel, depth, first, tile);
+        else multiply(1, left, 1, stride, panel, depth, first, tile);
     } else {
-        if (vectors == 3) multiply(3, left, stride, 1, panel, depth, tile);
-        else if (vectors == 2) multiply(2, left, stride, 1, panel, depth, tile);
-        else multiply(1, left, stride, 1, panel, depth, tile);
+        if (vectors == 3) multiply(3, left, stride, 1, panel, depth, first, tile);
+        else if (vectors == 2) multiply(2, left, stride, 1, panel, depth, first, tile);
+        else multiply(1, left, stride, 1, panel, depth, first, tile);
     }
 }
 
@@ -287,33 +293,106 @@ static void put(Target target, long row, long column, long rows, long columns, c
     for (long i = 0; i < rows; i++) put_line(target, row + i, column, columns, tile + i * width);
 }
 
-// a line's words, and one cache line more: else lines of a power of two would share their places in the cache
-INLINE long padded(long depth) { return words(depth) + LANES; }
+// adds VECTOR numbers of a line times those of n states
+INLINE void add_products(int n, const Element *line, const Element *const *states, long start, Floats *sums) {
+    Words left = load_words(line + start);
+    UNROLL
+    for (int j = 0; j < n; j++) sums[j] = multiply_add(left, load_words(states[j] + start), sums[j]);
+}
 
-// words of scratch that a product over `depth` numbers takes
-INLINE long product_scratch(long depth) { return (BLOCK + PANEL) * padded(depth); }
+// sums[i * n + j]: line i times state j, LANES sums in all. One line after the other, as memory likes to be read
+INLINE Floats dots(int n, const Element *const *lines, const Element *const *states, long depth) {
+    Floats sums[LANES];
+    long done = depth / VECTOR * VECTOR;
+    for (int i = 0; i < LANES / n; i++) {
+        Floats own[4] = {0};
+        for (long start = 0; start < done; start += VECTOR) {
+            add_products(n, lines[i], states, start, own);
+        }
+        if (done < depth) {
+            Element rest[5][VECTOR] = {0};
+            const Element *state[4];
+            memcpy(rest[4], lines[i] + done, (depth - done) * sizeof(Element));
+            for (int j = 0; j < n; j++) state[j] = memcpy(rest[j], states[j] + done, (depth - done) * sizeof(Element));
+            add_products(n, rest[4], state, 0, own);
+        }
+        UNROLL
+        for (int j = 0; j < n; j++) sums[i * n + j] = own[j];
+    }
+    transpose((Words *)sums);
+    UNROLL
+    for (int i = 1; i < LANES; i++) sums[0] += sums[i];
+    return sums[0];
+}
+
+// tile (n, LANES): n states times LANES lines
+INLINE void some(int n, const Element *const *lines, const Element *const *states, long depth, float *tile) {
+    for (int i = 0; i < LANES; i += LANES / n) {
+        Floats sums = dots(n, lines + i, states, depth);
+        UNROLL
+        for (int c = 0; c < LANES; c++) tile[c % n * LANES + i + c / n] = sums[c];
+    }
+}
+
+// rows [row, row + rows) of target: states times lines [first, first + count) of a matrix, count <= LANES
+static void few(Side states, long row, long rows, Side lines, long first, long count, long depth, Target target) {
+    const Element *line[LANES], *state[4];
+    for (long i = 0; i < LANES; i++) line[i] = line_of(lines, first + min(i, count - 1));
+    for (long done = 0; done < rows;) {
+        long left = rows - done, n = left >= 3 ? 4 : left;
+        float tile[4 * LANES];
+        for (long j = 0; j < n; j++) state[j] = line_of(states, row + min(done + j, rows - 1));
+        if (n == 4) some(4, line, state, depth, tile);
+        else if (n == 2) some(2, line, state, depth, tile);
+        else some(1, line, state, depth, tile);
+        put(target, row + done, first, min(n, left), count, tile, LANES);
+        done += n;
+    }
+}
+
+// from number `start` of the dimension summed over
+static Side from(Side side, long start) {
+    if (!side.across) side.data += start;
+    else if (side.index) side.index += start;
+    else side.data += start * side.stride;
+    return side;
+}
+
+// words between packed lines: a cache line more than there are, else lines would share their places in the cache
+#define STRIDE (DEPTH + LANES)
+
+// words of scratch for a product with up to n columns: both sides packed, and sums of which more parts are to come
+INLINE long product_scratch(long n) { return (BLOCK + PANEL) * STRIDE + BLOCK * up_to(n, PANEL); }
 
 // target (m, n) = left (m, depth) right (depth, n)
 static void product(Side left, Side right, long m, long n, long depth, Word *scratch, Target target) {
-    Word *panel = scratch + BLOCK * padded(depth);
-    float tile[ROWS * PANEL];
-    for (long block = 0; block < m; block += BLOCK) {
-        long rows = min(BLOCK, m - block);
-        long stride = left.across ? BLOCK : padded(depth);
-        if (left.across) pack_across(left, block, rows, BLOCK, depth, scratch);
-        else pack_along(left, block, rows, depth, stride, scratch);
-        for (long column = 0; column < n; column += PANEL) {
-            long columns = min(PANEL, n - column), width = up_to(columns, LANES);
-            if (right.across) pack_across(right, column, columns, width, depth, panel);
-            else pack_transposed(right, column, columns, width, depth, panel);
-            for (long i = 0; i < rows; i += ROWS) {
-                // the last tile reads lines that nobody packed, and only their own sums see them
-                const Word *lines = scratch + (left.across ? i : i * stride);
-                multiply_block(left.across, width / LANES, lines, stride, panel, words(depth), tile);
-                put(target, block + i, column, min(ROWS, rows - i), columns, tile, width);
+    if (m <= UNPACKED && !left.across && !right.across) {
+        for (long column = 0; column < n; column += LANES)
+            few(left, 0, m, right, column, min(LANES, n - column), depth, target);
+        return;
+    }
+    Word *panel = scratch + BLOCK * STRIDE;
+    float *partial = (float *)(panel + PANEL * STRIDE), whole[ROWS * PANEL];
+    long step = DEPTH * PER_WORD, stride = left.across ? BLOCK : STRIDE;
+    for (long block = 0; block < m; block += BLOCK)
+        for (long start = 0; start == 0 || start < depth; start += step) {
+            long rows = min(BLOCK, m - block), part = min(step, depth - start);
+            if (left.across) pack_across(from(left, start), block, rows, BLOCK, part, scratch);
+            else pack_along(from(left, start), block, rows, part, STRIDE, scratch);
+            for (long column = 0; column < n; column += PANEL) {
+                long columns = min(PANEL, n - column), width = up_to(columns, LANES);
+                if (right.across) pack_across(from(right, start), column, columns, width, part, panel);
+                else pack_transposed(from(right, start), column, columns, width, part, panel);
+                for (long i = 0; i < rows; i += ROWS) {
+                    // the last tile reads lines that nobody packed, and only their own sums see them
+                    const Word *lines = scratch + (left.across ? i : i * STRIDE);
+                    float *tile = depth > step ? partial + (column * BLOCK + i * PANEL) : whole;
+                    multiply_block(left.across, width / LANES, lines, stride, panel, words(part), start == 0, tile);
+                    if (start + step >= depth)
+                        put(target, block + i, column, min(ROWS, rows - i), columns, tile, width);
+                }
             }
         }
-    }
 }
 
 // ---- the gate ---------------------------------------------------------------------------------------------------
@@ -453,13 +532,17 @@ static long chunk_rows(const Problem *p) {
 }
 
 // words of one thread's scratch: of products, then h, a and dO W2 of a chunk
-long scratch_words(const Problem *p, long depth) {
-    return product_scratch(depth) + BLOCK * (p->columns + 2 * p->width);
+long scratch_words(const Problem *p) {
+    return product_scratch(max(p->hidden, p->columns)) + BLOCK * (p->columns + 2 * p->width);
+}
+
+INLINE Word *behind_product(const Problem *p, Word *scratch) {
+    return scratch + product_scratch(max(p->hidden, p->columns));
 }
 
 static void forward_chunk(const Problem *p, long expert, long row, long rows, Word *scratch, Element *h, float *output) {
     long hidden = p->hidden, columns = p->columns, width = p->width;
-    Element *own = (Element *)(scratch + product_scratch(max(hidden, width)));
+    Element *own = (Element *)behind_product(p, scratch);
     Element *a = own + BLOCK * columns, *before = h ? h + row * columns : own;
     Target to_h = {.element = before, .stride = columns, .bias = bias_of(p->up_bias, expert, columns)};
     product(rows_at(p->x, p->token + row, hidden, 0), matrix(p->up, expert, 0), rows, columns, hidden, scratch, to_h);
@@ -533,9 +616,9 @@ static void bias_gradient(Side lines, const float *factor, long rows, long size,
     }
 }
 
-static void backward_chunk(const Problem *p, const Gradients *g, long expert, long row, long rows, Word *scratch, long depth) {
+static void backward_chunk(const Problem *p, const Gradients *g, long expert, long row, long rows, Word *scratch) {
     long hidden = p->hidden, columns = p->columns, width = p->width;
-    float *back = (float *)(scratch + product_scratch(depth));
+    float *back = (float *)behind_product(p, scratch);
     Element *own = (Element *)(back + BLOCK * width);
     const Element *h = g->h ? g->h + row * columns : own;
     const int32_t *token = p->token + row;
@@ -576,7 +659,7 @@ static void matrix_gradient(Matrices to, long expert, long first, Side left, lon
     product(left, right, min(BLOCK, n - first), m, rows, scratch, target);
 }
 
-void backward(const Problem *p, Word *scratch, long scratch_size, long depth, const Gradients *g) {
+void backward(const Problem *p, Word *scratch, long scratch_size, const Gradients *g) {
     long step = chunk_rows(p), hidden = p->hidden, columns = p->columns, width = p->width;
 #pragma omp parallel num_threads(p->threads)
 #pragma omp single
@@ -584,7 +667,7 @@ void backward(const Problem *p, Word *scratch, long scratch_size, long depth, co
         for (long row = p->offsets[expert]; row < p->offsets[expert + 1]; row += step) {
             long count = min(step, p->offsets[expert + 1] - row);
 #pragma omp task firstprivate(expert, row, count)
-            backward_chunk(p, g, expert, row, count, scratch + omp_get_thread_num() * scratch_size, depth);
+            backward_chunk(p, g, expert, row, count, scratch + omp_get_thread_num() * scratch_size);
         }
 #pragma omp parallel num_threads(p->threads)
 #pragma omp single
@@ -609,63 +692,6 @@ void backward(const Problem *p, Word *scratch, long scratch_size, long depth, co
 }
 
 // ---- a few tokens: nothing is packed, each matrix is read once ------------------------------------------------------
-
-// adds VECTOR numbers of a line times those of n states
-INLINE void add_products(int n, const Element *line, const Element *const *states, long start, Floats *sums) {
-    Words left = load_words(line + start);
-    UNROLL
-    for (int j = 0; j < n; j++) sums[j] = multiply_add(left, load_words(states[j] + start), sums[j]);
-}
-
-// sums[i * n + j]: line i times state j, LANES sums in all. One line after the other, as memory likes to be read
-INLINE Floats dots(int n, const Element *const *lines, const Element *const *states, long depth) {
-    Floats sums[LANES];
-    long done = depth / VECTOR * VECTOR;
-    for (int i = 0; i < LANES / n; i++) {
-        Floats own[4] = {0};
-        for (long start = 0; start < done; start += VECTOR) {
-            add_products(n, lines[i], states, start, own);
-        }
-        if (done < depth) {
-            Element rest[5][VECTOR] = {0};
-            const Element *state[4];
-            memcpy(rest[4], lines[i] + done, (depth - done) * sizeof(Element));
-            for (int j = 0; j < n; j++) state[j] = memcpy(rest[j], states[j] + done, (depth - done) * sizeof(Element));
-            add_products(n, rest[4], state, 0, own);
-        }
-        UNROLL
-        for (int j = 0; j < n; j++) sums[i * n + j] = own[j];
-    }
-    transpose((Words *)sums);
-    UNROLL
-    for (int i = 1; i < LANES; i++) sums[0] += sums[i];
-    return sums[0];
-}
-
-// tile (n, LANES): n states times LANES lines
-INLINE void some(int n, const Element *const *lines, const Element *const *states, long depth, float *tile) {
-    for (int i = 0; i < LANES; i += LANES / n) {
-        Floats sums = dots(n, lines + i, states, depth);
-        UNROLL
-        for (int c = 0; c < LANES; c++) tile[c % n * LANES + i + c / n] = sums[c];
-    }
-}
-
-// rows [row, row + rows) of target: states times lines [first, first + count) of a matrix, count <= LANES
-static void few(Side states, long row, long rows, Side lines, long first, long count, long depth, Target target) {
-    const Element *line[LANES], *state[4];
-    for (long i = 0; i < LANES; i++) line[i] = line_of(lines, first + min(i, count - 1));
-    for (long done = 0; done < rows;) {
-        long left = rows - done, n = left >= 3 ? 4 : left;
-        float tile[4 * LANES];
-        for (long j = 0; j < n; j++) state[j] = line_of(states, row + min(done + j, rows - 1));
-        if (n == 4) some(4, line, state, depth, tile);
-        else if (n == 2) some(2, line, state, depth, tile);
-        else some(1, line, state, depth, tile);
-        put(target, row + done, first, min(n, left), count, tile, LANES);
-        done += n;
-    }
-}
 
 // of rows sorted by expert: each one's state times its expert's matrix
 static void project_few(

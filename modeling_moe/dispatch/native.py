@@ -67,9 +67,9 @@ class _Gradients(ctypes.Structure):
 
 # of native.c's functions; a pointer is an address
 _ARGUMENTS = {
-    "scratch_words": [ctypes.c_void_p, ctypes.c_long],
+    "scratch_words": [ctypes.c_void_p],
     "forward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, *[ctypes.c_void_p] * 3],
-    "backward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p],
+    "backward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p],
     "decode": [ctypes.c_void_p] * 5,
 }
 
@@ -123,9 +123,9 @@ class _Call:
         )
         self.address = ctypes.addressof(self.problem)
 
-    def scratch(self, depth: int) -> tuple[torch.Tensor, int]:
-        """For products over up to `depth` numbers: of all threads, and how many words of it each one has."""
-        words = self.library.scratch_words(self.address, depth)
+    def scratch(self) -> tuple[torch.Tensor, int]:
+        """Of all threads, and how many words of it each one has."""
+        words = self.library.scratch_words(self.address)
         return torch.empty(self.problem.threads * words, dtype=torch.float32), words
 
     def new(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -150,7 +150,7 @@ def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, kee
     hidden, width = down.shape[1:]
     h = call.new(len(slots.order) if keep_h else 0, up.shape[1])
     rows, output = call.new(len(slots.order), hidden, dtype=torch.float32), torch.empty_like(x)
-    scratch, words = call.scratch(max(hidden, width))
+    scratch, words = call.scratch()
     addresses = (_address(h), rows.data_ptr(), output.data_ptr())
     call.library.forward(call.address, scratch.data_ptr(), words, *addresses)
     return output, h
@@ -170,9 +170,8 @@ def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, cons
     addresses = map(_address, (grad, h, grad_h, acted, rows, slope, grad_x))
     grad_up, grad_down, *grad_biases = grad_experts
     gradients = _Gradients(*addresses, _Matrices.of(grad_up), _Matrices.of(grad_down), *map(_address, grad_biases))
-    depth = max(hidden, columns, width, int(slots.offsets.diff().max()))
-    scratch, words = call.scratch(depth)
-    call.library.backward(call.address, scratch.data_ptr(), words, depth, ctypes.addressof(gradients))
+    scratch, words = call.scratch()
+    call.library.backward(call.address, scratch.data_ptr(), words, ctypes.addressof(gradients))
     grad_weight = None if slope is None else slope[call.rows["place"]].view_as(weight)
     return [grad_x, grad_weight, *grad_experts]
 
