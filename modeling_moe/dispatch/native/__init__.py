@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Back end `native`: native.c, the CPU's where there is a gcc. Its products are its own, since the rows of one expert
-are too few for BLAS to do its best, and gather, gate and weights are part of them.
+"""Back end `native`: experts.c, the CPU's where there is a gcc. Its products are its own: the rows of one expert are
+too few for BLAS to do its best, and gathering, the gate, the weights and adding up are parts of them.
 
 # T tokens, K experts per token, S = T*K slots, H hidden, I expert width, C columns of the first projection, E experts
 """
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from ..memory import in_huge_pages
+from ..slots import Slots
 from .compiling import native_library
-from .memory import in_huge_pages
-from .slots import Slots, invert
 
 
-# gate in `GATES` -> kind (as native.c numbers them), gated, paired
+# gate in `GATES` -> kind (as gate.h numbers them), gated, paired
 KINDS = {name: number for number, name in enumerate(["silu", "gelu_tanh", "relu", "relu2"])}
 NATIVE_GATES = {
     **{name: (kind, 0, 0) for name, kind in KINDS.items()},
@@ -45,7 +45,7 @@ class _Gate(ctypes.Structure):
 
 
 class _Problem(ctypes.Structure):
-    _pointers = ("x", "up_bias", "down_bias", "factor", "offsets", "token", "place")
+    _pointers = ("x", "up_bias", "down_bias", "factor", "offsets", "token")
     _sizes = ("tokens", "top_k", "hidden", "columns", "width", "experts", "threads")
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _pointers),
@@ -58,19 +58,19 @@ class _Problem(ctypes.Structure):
 
 class _Gradients(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("grad", "h", "grad_h", "a", "rows", "slope", "grad_x")),
+        *((name, ctypes.c_void_p) for name in ("grad", "h", "grad_h", "a", "slope", "grad_x")),
         ("grad_up", _Matrices),
         ("grad_down", _Matrices),
         *((name, ctypes.c_void_p) for name in ("grad_up_bias", "grad_down_bias")),
     ]
 
 
-# of native.c's functions; a pointer is an address
+# of experts.c's functions; a pointer is an address
 _ARGUMENTS = {
     "scratch_words": [ctypes.c_void_p],
     "forward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, *[ctypes.c_void_p] * 3],
     "backward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p],
-    "decode": [ctypes.c_void_p] * 5,
+    "decode": [ctypes.c_void_p] * 6,
 }
 
 
@@ -99,10 +99,11 @@ def _aligned(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class _Call:
-    """One call of native.c: its arguments, and the tensors that they point into."""
+    """One call of experts.c: its arguments, and the tensors that they point into."""
 
     def __init__(self, x, top_k, up, down, up_bias, down_bias, gate, constants, **rows: torch.Tensor):
-        self.x, self.rows, self.library = x, rows, _library(x.dtype)
+        self.x, self.rows = x, rows
+        self.library: Any = _library(x.dtype)
         self.up, self.down = _aligned(up), _aligned(down)
         self.biases = [None if bias is None else bias.contiguous() for bias in (up_bias, down_bias)]
         self.problem = _Problem(
@@ -139,7 +140,6 @@ def _grouped(x, slots: Slots, weight, *experts: Any) -> _Call:
         "factor": weight.flatten()[slots.order],
         "offsets": slots.offsets,
         "token": slots.order // top_k,
-        "place": invert(slots.order),
     }
     return _Call(x, top_k, *experts, **rows)
 
@@ -147,41 +147,42 @@ def _grouped(x, slots: Slots, weight, *experts: Any) -> _Call:
 def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, keep_h, low_rank=None):
     """As [`~modeling_moe.dispatch.loop.forward`], without low-rank updates."""
     call = _grouped(x, slots, weight, up, down, up_bias, down_bias, gate, constants)
-    hidden, width = down.shape[1:]
-    h = call.new(len(slots.order) if keep_h else 0, up.shape[1])
-    rows, output = call.new(len(slots.order), hidden, dtype=torch.float32), torch.empty_like(x)
+    count, (_, hidden, width) = len(slots.order), down.shape
+    h, acted = call.new(count if keep_h else 0, up.shape[1]), call.new(count, width)
+    output = x.new_zeros(len(x), hidden, dtype=torch.float32)
     scratch, words = call.scratch()
-    addresses = (_address(h), rows.data_ptr(), output.data_ptr())
+    addresses = (_address(h), acted.data_ptr(), output.data_ptr())
     call.library.forward(call.address, scratch.data_ptr(), words, *addresses)
-    return output, h
+    return output.to(x.dtype), h
 
 
 def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, constants, needs, low_rank=None):
     """As [`~modeling_moe.dispatch.loop.backward`], without low-rank updates."""
     call = _grouped(x, slots, weight, up, down, up_bias, down_bias, gate, constants)
-    (_, columns, hidden), width, count = up.shape, down.shape[2], len(slots.order)
-    grad_x, _, *grad_experts = (
-        in_huge_pages(torch.empty_like(tensor)) if needed else None
-        for needed, tensor in zip(needs[:6], (x, weight, call.up, call.down, *call.biases), strict=True)
-    )
-    rows = None if grad_x is None else call.new(count, hidden, dtype=torch.float32)
+    count = len(slots.order)
+    grad_x = torch.zeros_like(x, dtype=torch.float32) if needs[0] else None
     slope = weight.new_zeros(count) if needs[1] else None
-    grad_h, acted = call.new(count, columns), call.new(count, width)
-    addresses = map(_address, (grad, h, grad_h, acted, rows, slope, grad_x))
+    experts = (call.up, call.down, *call.biases)
+    grad_experts = [
+        in_huge_pages(torch.empty_like(tensor)) if needed else None
+        for needed, tensor in zip(needs[2:6], experts, strict=True)
+    ]
+    grad_h, acted = call.new(count, up.shape[1]), call.new(count, down.shape[2])
+    addresses = map(_address, (grad, h, grad_h, acted, slope, grad_x))
     grad_up, grad_down, *grad_biases = grad_experts
     gradients = _Gradients(*addresses, _Matrices.of(grad_up), _Matrices.of(grad_down), *map(_address, grad_biases))
     scratch, words = call.scratch()
     call.library.backward(call.address, scratch.data_ptr(), words, ctypes.addressof(gradients))
-    grad_weight = None if slope is None else slope[call.rows["place"]].view_as(weight)
-    return [grad_x, grad_weight, *grad_experts]
+    grad_weight = None if slope is None else slope.index_copy(0, slots.order.long(), slope).view_as(weight)
+    return [None if grad_x is None else grad_x.to(x.dtype), grad_weight, *grad_experts]
 
 
 def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants):
     """As [`~modeling_moe.dispatch.decode.decode`]."""
     call = _Call(x, index.shape[1], up, down, up_bias, down_bias, gate, constants)
-    index, weight, output = index.long().contiguous(), weight.contiguous(), torch.empty_like(x)
-    words = index.numel() * (x.shape[1] + up.shape[1] + down.shape[2])
-    scratch = torch.empty(words, dtype=torch.float32)
-    addresses = (index.data_ptr(), weight.data_ptr(), scratch.data_ptr(), output.data_ptr())
+    index, weight = index.long().contiguous(), weight.contiguous()
+    h, acted = (x.new_empty(index.numel(), size) for size in (up.shape[1], down.shape[2]))
+    output = torch.zeros_like(x, dtype=torch.float32)
+    addresses = (tensor.data_ptr() for tensor in (index, weight, h, acted, output))
     call.library.decode(call.address, *addresses)
-    return output
+    return output.to(x.dtype)
