@@ -1,104 +1,29 @@
 """Every back end against the eager loop in float64, outputs and gradients: this package's experts and transformers'."""
 
-import copy
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.dispatch import backend_of, function, loop
 from modeling_moe.dispatch.slots import group_slots
 from modeling_moe.modeling_moe import MoEExperts
 from tests.conftest import tiny_config
-
-
-OURS = {
-    "gated": {},
-    "gated-bias": {"mlp_bias": True},
-    "plain": {"gated_experts": False},
-    "relu-bias": {"gated_experts": False, "mlp_bias": True, "hidden_act": "relu"},
-    "relu2": {"hidden_act": "relu2"},
-    "gelu": {"hidden_act": "gelu"},
-    "gelu-tanh": {"hidden_act": "gelu_pytorch_tanh"},
-    "gelu-new": {"hidden_act": "gelu_new", "gated_experts": False, "mlp_bias": True},
-    "clamped": {"swiglu_limit": 0.9, "mlp_bias": True},
-}
-THEIRS = {
-    "mixtral": (MixtralExperts, "mixtral"),
-    "qwen3_moe": (Qwen3MoeExperts, "qwen3_moe"),
-    "olmoe": (OlmoeExperts, "olmoe"),
-    "deepseek_v3": (DeepseekV3Experts, "deepseek_v3"),
-    "gpt_oss": (GptOssExperts, "gpt_oss"),
-}
-HIDDEN, WIDTH = 32, 24
-NEEDS_TRITON = pytest.mark.skipif("triton" not in function.BACKENDS, reason="Triton is not installed")
-
-
-def make(kind: str, implementation: str, experts=5, hidden=HIDDEN, width=WIDTH, dtype=torch.float64, **fields):
-    """Experts of `kind` with random weights, the same for every implementation."""
-    sizes = {"hidden_size": hidden, "moe_intermediate_size": width, "intermediate_size": width}
-    if kind in OURS:
-        config, build = (
-            tiny_config(num_experts=experts, num_experts_per_tok=1, **sizes, **OURS[kind], **fields),
-            MoEExperts,
-        )
-    else:
-        build, model_type = THEIRS[kind]
-        name = "n_routed_experts" if kind == "deepseek_v3" else "num_local_experts"
-        config = AutoConfig.for_model(model_type, **sizes, **{name: experts, "num_experts": experts}, **fields)
-    config._experts_implementation = implementation
-    torch.manual_seed(1)
-    module = build(config).to(dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.5)
-    return module
-
-
-def draw(tokens, experts, top_k, dtype=torch.float64, hidden=HIDDEN):
-    """States, ids of distinct experts, weights, and the gradient of the output."""
-    states = torch.randn(tokens, hidden, dtype=dtype)
-    index = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
-    return states, index, torch.rand(tokens, top_k, dtype=dtype), torch.randn(tokens, hidden, dtype=dtype)
-
-
-def run(module, states, index, weight, direction):
-    """The output, and the gradients of states, weights and parameters."""
-    states, weight = states.detach().requires_grad_(), weight.detach().requires_grad_()
-    output = module(states, index, weight)
-    return [output, *torch.autograd.grad((output * direction).sum(), [states, weight, *module.parameters()])]
-
-
-def oracle(module, states, index, weight, direction):
-    """As `run`, by the class's own loop over the experts, in float64."""
-    module = copy.deepcopy(module).double()
-    module.config._experts_implementation = "eager"
-    return run(module, states.double(), index, weight.double(), direction.double())
-
-
-def assert_close(got, expected, tolerance):
-    """Each tensor to `tolerance` of its own largest value."""
-    for mine, theirs in zip(got, expected, strict=True):
-        assert not mine.isnan().any()
-        scale = max(theirs.abs().max().item(), 1e-30)
-        torch.testing.assert_close(mine.double(), theirs, atol=tolerance * scale, rtol=0)
-
-
-SHAPES = {
-    "several": {"tokens": 9, "experts": 5, "top_k": 3},
-    "one token": {"tokens": 1, "experts": 5, "top_k": 3},
-    "one expert": {"tokens": 7, "experts": 1, "top_k": 1},
-    "all experts": {"tokens": 6, "experts": 4, "top_k": 4},
-    "more rows than a chunk": {"tokens": 23, "experts": 2, "top_k": 1},
-    "mostly idle": {"tokens": 3, "experts": 16, "top_k": 2},
-}
+from tests.dispatch.kinds import (
+    CPU_BACKENDS,
+    HIDDEN,
+    NEEDS_TRITON,
+    OURS,
+    SHAPES,
+    THEIRS,
+    WIDTH,
+    assert_close,
+    draw,
+    make,
+    oracle,
+    run,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +71,7 @@ def test_decode(kind, shape):
         assert_close([module.float()(states.float(), index, weight.float())], expected, 2e-5)
 
 
-@pytest.mark.parametrize("backend", ["moe", "moe_grouped_mm"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(("hidden", "width"), [(10, 6), (7, 3), (1, 1)])
 def test_odd_sizes(hidden, width, backend):
     module = make("gated", backend, hidden=hidden, width=width, dtype=torch.float32, head_dim=2)
@@ -154,7 +79,7 @@ def test_odd_sizes(hidden, width, backend):
     assert_close(run(module, *inputs), oracle(module, *inputs), 2e-5)
 
 
-@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
 def test_half_precision(backend, dtype, tolerance, native, monkeypatch):
@@ -185,7 +110,7 @@ def test_combine_is_fp32():
         torch.testing.assert_close(output, expected.expand(tokens, -1), atol=0, rtol=2**-7)
 
 
-@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("kind", ["gated-bias", "gated"])
 def test_empty_slots(backend, kind):
     module = make(kind, backend, dtype=torch.float32)
@@ -202,7 +127,7 @@ def test_empty_slots(backend, kind):
         assert_close([module(states, index, weight)], [got[0].double()], 2e-5)
 
 
-@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_nothing_but_empty_slots(backend):
     module = make("gated", backend, dtype=torch.float32)
     states, _, weight, direction = draw(4, 5, 3, torch.float32)
@@ -223,7 +148,7 @@ def test_no_tokens():
     assert all(not parameter.grad.any() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_idle_experts_get_zeros(backend):
     module = make("gated-bias", backend, dtype=torch.float32)
     states, _, weight, direction = draw(6, 5, 1, torch.float32)
@@ -301,7 +226,7 @@ def saved_bytes(call, *known: torch.Tensor) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm", pytest.param("moe_triton", marks=NEEDS_TRITON)])
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, pytest.param("moe_triton", marks=NEEDS_TRITON)])
 def test_saved_for_backward(backend):
     module = make("gated", backend, dtype=torch.float32)
     states, index, weight, _ = draw(40, 5, 3, torch.float32)
@@ -340,7 +265,7 @@ def test_checkpointing(reentrant):
     torch.testing.assert_close(got, expected[:2] + expected[3:], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_autocast(backend):
     module = make("gated-bias", backend, dtype=torch.float32)
     inputs = draw(40, 5, 3, torch.float32)
@@ -414,7 +339,7 @@ def test_choice_by_name(tmp_path):
     model.save_pretrained(tmp_path)
     ids = torch.arange(3, 39).view(2, 18)
     expected = model(ids).logits
-    for name in ("moe", "moe_loop", "moe_grouped_mm"):
+    for name in ("moe", "moe_native", "moe_loop", "moe_grouped_mm"):
         chosen = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=name)
         assert chosen.config._experts_implementation == name
         torch.testing.assert_close(chosen(ids).logits, expected, atol=1e-5, rtol=1e-5)
@@ -428,11 +353,12 @@ def test_default_of_our_model():
     assert model.config._experts_implementation == "moe"
     experts = model.model.layers[0].mlp.experts
     index = torch.zeros(40, 3, dtype=torch.long)
-    assert backend_of(experts, torch.zeros(40, 32), index) == "loop"
+    fastest = "native" if function.native.available(torch.float32, "silu_gated") else "loop"
+    assert backend_of(experts, torch.zeros(40, 32), index) == fastest
     assert backend_of(experts, torch.zeros(40, 32), index, backend="grouped_mm") == "grouped_mm"
 
 
-@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm", pytest.param("moe_triton", marks=NEEDS_TRITON)])
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, pytest.param("moe_triton", marks=NEEDS_TRITON)])
 def test_compiles_whole(backend):
     module = make("gated-bias", backend, dtype=torch.float32)
     torch.compiler.reset()

@@ -74,9 +74,8 @@ _ARGUMENTS = {
 }
 
 
-@functools.cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    library = native_library(dtype)
+def _declare(library: ctypes.CDLL | None) -> Any:
+    """The same library, which knows the types of its functions now."""
     if library is not None:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
@@ -84,6 +83,12 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     return library
 
 
+@functools.cache
+def _library(dtype: torch.dtype) -> Any:
+    return _declare(native_library(dtype))
+
+
+@torch.compiler.assume_constant_result
 def available(dtype: torch.dtype, gate: str | None) -> bool:
     """Whether experts of that dtype with that gate can be computed here."""
     return gate in NATIVE_GATES and _library(dtype) is not None
@@ -102,8 +107,7 @@ class _Call:
     """One call of experts.c: its arguments, and the tensors that they point into."""
 
     def __init__(self, x, top_k, up, down, up_bias, down_bias, gate, constants, **rows: torch.Tensor):
-        self.x, self.rows = x, rows
-        self.library: Any = _library(x.dtype)
+        self.x, self.rows, self.library = x, rows, _library(x.dtype)
         self.up, self.down = _aligned(up), _aligned(down)
         self.biases = [None if bias is None else bias.contiguous() for bias in (up_bias, down_bias)]
         self.problem = _Problem(

@@ -1,0 +1,102 @@
+"""Experts of many kinds with random weights, and the float64 oracle that every back end is compared with."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from modeling_moe.dispatch import function
+from modeling_moe.modeling_moe import MoEExperts
+from tests.conftest import tiny_config
+
+
+OURS = {
+    "gated": {},
+    "gated-bias": {"mlp_bias": True},
+    "plain": {"gated_experts": False},
+    "relu-bias": {"gated_experts": False, "mlp_bias": True, "hidden_act": "relu"},
+    "relu2": {"hidden_act": "relu2"},
+    "gelu": {"hidden_act": "gelu"},
+    "gelu-tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "gelu-new": {"hidden_act": "gelu_new", "gated_experts": False, "mlp_bias": True},
+    "clamped": {"swiglu_limit": 0.9, "mlp_bias": True},
+}
+THEIRS = {
+    "mixtral": (MixtralExperts, "mixtral"),
+    "qwen3_moe": (Qwen3MoeExperts, "qwen3_moe"),
+    "olmoe": (OlmoeExperts, "olmoe"),
+    "deepseek_v3": (DeepseekV3Experts, "deepseek_v3"),
+    "gpt_oss": (GptOssExperts, "gpt_oss"),
+}
+HIDDEN, WIDTH = 32, 24
+NEEDS_TRITON = pytest.mark.skipif("triton" not in function.BACKENDS, reason="Triton is not installed")
+NEEDS_NATIVE = pytest.mark.skipif(
+    not function.native.available(torch.float32, "silu_gated"), reason="no gcc, or another system than Linux"
+)
+CPU_BACKENDS = [pytest.param("moe_native", marks=NEEDS_NATIVE), "moe_loop", "moe_grouped_mm"]
+
+
+def make(kind: str, implementation: str, experts=5, hidden=HIDDEN, width=WIDTH, dtype=torch.float64, **fields):
+    """Experts of `kind` with random weights, the same for every implementation."""
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": width, "intermediate_size": width}
+    if kind in OURS:
+        config, build = (
+            tiny_config(num_experts=experts, num_experts_per_tok=1, **sizes, **OURS[kind], **fields),
+            MoEExperts,
+        )
+    else:
+        build, model_type = THEIRS[kind]
+        name = "n_routed_experts" if kind == "deepseek_v3" else "num_local_experts"
+        config = AutoConfig.for_model(model_type, **sizes, **{name: experts, "num_experts": experts}, **fields)
+    config._experts_implementation = implementation
+    torch.manual_seed(1)
+    module = build(config).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.5)
+    return module
+
+
+def draw(tokens, experts, top_k, dtype=torch.float64, hidden=HIDDEN):
+    """States, ids of distinct experts, weights, and the gradient of the output."""
+    states = torch.randn(tokens, hidden, dtype=dtype)
+    index = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
+    return states, index, torch.rand(tokens, top_k, dtype=dtype), torch.randn(tokens, hidden, dtype=dtype)
+
+
+def run(module, states, index, weight, direction):
+    """The output, and the gradients of states, weights and parameters."""
+    states, weight = states.detach().requires_grad_(), weight.detach().requires_grad_()
+    output = module(states, index, weight)
+    return [output, *torch.autograd.grad((output * direction).sum(), [states, weight, *module.parameters()])]
+
+
+def oracle(module, states, index, weight, direction):
+    """As `run`, by the class's own loop over the experts, in float64."""
+    module = copy.deepcopy(module).double()
+    module.config._experts_implementation = "eager"
+    return run(module, states.double(), index, weight.double(), direction.double())
+
+
+def assert_close(got, expected, tolerance):
+    """Each tensor to `tolerance` of its own largest value."""
+    for mine, theirs in zip(got, expected, strict=True):
+        assert not mine.isnan().any()
+        scale = max(theirs.abs().max().item(), 1e-30)
+        torch.testing.assert_close(mine.double(), theirs, atol=tolerance * scale, rtol=0)
+
+
+SHAPES = {
+    "several": {"tokens": 9, "experts": 5, "top_k": 3},
+    "one token": {"tokens": 1, "experts": 5, "top_k": 3},
+    "one expert": {"tokens": 7, "experts": 1, "top_k": 1},
+    "all experts": {"tokens": 6, "experts": 4, "top_k": 4},
+    "more rows than a chunk": {"tokens": 23, "experts": 2, "top_k": 1},
+    "mostly idle": {"tokens": 3, "experts": 16, "top_k": 2},
+}

@@ -1,0 +1,217 @@
+"""The compiled back end of the CPU: its own products at sizes beyond their blocks, other processors' instructions, any
+number of threads, and machines where it cannot be compiled."""
+
+import ctypes
+import logging
+import platform
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from modeling_moe.dispatch import backend_of, loop, native
+from modeling_moe.dispatch.native import compiling
+from modeling_moe.dispatch.slots import group_slots
+from tests.dispatch.kinds import NEEDS_NATIVE, OURS, SHAPES, THEIRS, assert_close, draw, make, oracle, run
+
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+SERVED = [kind for kind in [*OURS, *THEIRS] if kind != "gelu"]
+# rows, sums and columns of more than one block; odd ones
+BLOCKS = {
+    "many rows": {"tokens": 600, "experts": 2, "top_k": 1, "hidden": 48, "width": 40},
+    "long sums": {"tokens": 1300, "experts": 1, "top_k": 1, "hidden": 1100, "width": 264},
+    "odd": {"tokens": 97, "experts": 3, "top_k": 2, "hidden": 51, "width": 37},
+    "few rows": {"tokens": 30, "experts": 20, "top_k": 4, "hidden": 70, "width": 65},
+}
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_kinds(kind, shape, recompute):
+    sizes = SHAPES[shape]
+    module = make(kind, "moe", sizes["experts"], dtype=torch.float32)
+    module.config.experts_recompute = recompute
+    inputs = draw(**sizes, dtype=torch.float32)
+    assert backend_of(module, *inputs[:2]) == "native"
+    assert_close(run(module, *inputs), oracle(module, *inputs), TOLERANCES[torch.float32])
+    with torch.no_grad():
+        few = [tensor[:4] for tensor in inputs[:3]]
+        expected = "native" if kind == "gpt_oss" else "native (decode)"  # whose matrices lie the other way round
+        assert backend_of(module, *few[:2]) == expected
+        output = module(*few[:1], few[1].int(), few[2])
+    assert_close([output], [oracle(module, *inputs)[0][:4]], TOLERANCES[torch.float32])
+
+
+def expected_and_got(dtype, tokens, experts, top_k, hidden, width, gate="silu_gated", transposed=False):
+    """Output, gradients and a few tokens' output: by the loop in float64 from the same numbers, and by the library."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator).div_(size[-1] ** 0.5).to(dtype)
+
+    up, down = normal(experts, 2 * width, hidden), normal(experts, hidden, width)
+    if transposed:
+        up, down = (matrices.mT.contiguous().mT for matrices in (up, down))
+    tensors = [normal(tokens, hidden), up, down, normal(experts, 2 * width), normal(experts, hidden)]
+    grad, weight = normal(tokens, hidden), torch.rand(tokens, top_k, generator=generator)
+    index = torch.randint(experts + 1, (tokens, top_k), generator=generator)
+    slots, settings = group_slots(index, experts), (gate, [])
+
+    def both(backend, tensors, weight, grad):
+        x, *parameters = tensors
+        output, h = backend.forward(x, slots, weight, *parameters, *settings, True)
+        gradients = backend.backward(grad, x, h, slots, weight, *parameters, *settings, [True] * 6)
+        return [output, *gradients[:6]]
+
+    expected = both(loop, [tensor.double() for tensor in tensors], weight.double(), grad.double())
+    got = both(native, tensors, weight, grad)
+    if not transposed:
+        x, *parameters = tensors
+        expected.append(expected[0][:16])
+        got.append(native.decode(x[:16], index[:16], weight[:16], *parameters, *settings))
+    return expected, got
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", BLOCKS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_blocks(dtype, shape, transposed):
+    expected, got = expected_and_got(dtype, **BLOCKS[shape], transposed=transposed)
+    assert got[3].stride() == ((got[3][0].numel(), 1, got[3].shape[1]) if transposed else got[3].contiguous().stride())
+    assert_close(got, expected, TOLERANCES[dtype])
+
+
+def processors():
+    """Compiler flags for processors whose programs run here too."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    others = [["-march=x86-64-v3"]] if platform.machine() == "x86_64" and capability.startswith("AVX") else []
+    if capability == "AVX512":
+        others.append(["-march=x86-64-v4"])
+    return [[], *others]
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("flags", processors(), ids=lambda flags: " ".join(flags) or "any")
+@pytest.mark.parametrize("shape", ["odd", "few rows"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_other_processors(dtype, shape, flags, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling.constants, "HF_HOME", tmp_path)
+    library = ctypes.CDLL(str(compiling.compiled(dtype, flags)))
+    monkeypatch.setattr(native, "_library", lambda dtype: native._declare(library))
+    expected, got = expected_and_got(dtype, **BLOCKS[shape])
+    assert_close(got, expected, TOLERANCES[dtype])
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_result_does_not_depend_on_threads(dtype):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append([expected_and_got(dtype, **BLOCKS[shape])[1] for shape in ("many rows", "odd", "few rows")])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=0, rtol=0)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh", "relu", "relu2"])
+def test_gates_far_from_zero(gate):
+    """One number through an expert of width one: the activation and its derivative."""
+    x = torch.cat([torch.linspace(-120, 120, 4001), torch.linspace(-1, 1, 2001)])[:, None]
+    ones, slots = torch.ones(1, 1, 1), group_slots(torch.zeros(len(x), 1, dtype=torch.long), 1)
+    weight, settings, needs = torch.ones(len(x), 1), (None, None, gate, []), [True] + [False] * 5
+    results = []
+    for backend, dtype in ((loop, torch.float64), (native, torch.float32)):
+        inputs = (x.to(dtype), slots, weight.to(dtype), ones.to(dtype), ones.to(dtype))
+        output, h = backend.forward(*inputs, *settings, True)
+        grad_x = backend.backward(torch.ones_like(output), inputs[0], h, *inputs[1:], *settings, needs)[0]
+        results.append((output, grad_x))
+    for exact, got in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), exact, atol=2e-7, rtol=2e-6)
+
+
+@NEEDS_NATIVE
+def test_nan_and_infinity_reach_the_output():
+    module = make("gated", "moe", dtype=torch.float32)
+    states, index, weight, _ = draw(40, 5, 3, torch.float32)
+    states[3, 1], states[20, 2] = float("nan"), float("inf")
+    for output in (module(states, index, weight), module(states[:16], index[:16], weight[:16])):
+        bad = output.isnan().all(dim=1).nonzero().flatten().tolist()
+        assert bad == [row for row in (3, 20) if row < len(output)]
+
+
+@NEEDS_NATIVE
+def test_frozen_experts_cost_no_weight_gradient(monkeypatch):
+    module = make("gated-bias", "moe_native", dtype=torch.float32)
+    inputs = draw(40, 5, 3, torch.float32)
+    expected = run(module, *inputs)
+    module.requires_grad_(False)
+    given, build = [], native._Gradients
+    monkeypatch.setattr(native, "_Gradients", lambda *fields: given.append(fields) or build(*fields))
+    states, weight = inputs[0].requires_grad_(), inputs[2].requires_grad_()
+    (module(states, inputs[1], weight) * inputs[3]).sum().backward()
+    torch.testing.assert_close([states.grad, weight.grad], expected[1:3], atol=0, rtol=0)
+    *_, up, down, up_bias, down_bias = given[0]
+    assert (up.data, down.data, up_bias, down_bias) == (None,) * 4
+
+
+def test_without_gcc(monkeypatch):
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    assert compiling.native_library.__wrapped__(torch.float32) is None
+    monkeypatch.setattr(native, "_library", lambda dtype: None)
+    module = make("gated", "moe_native", dtype=torch.float32)
+    inputs = draw(40, 5, 3, torch.float32)
+    assert backend_of(module, *inputs[:2]) == "loop"
+    assert_close(run(module, *inputs), oracle(module, *inputs), 2e-5)
+
+
+@NEEDS_NATIVE
+def test_gcc_that_fails(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(compiling.constants, "HF_HOME", tmp_path)
+    monkeypatch.setattr(compiling, "FLAGS", [*compiling.FLAGS, "--no-such-flag"])
+    monkeypatch.setattr(compiling.logger, "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        assert compiling.native_library.__wrapped__(torch.float32) is None
+    assert "the experts run without their compiled functions, slower: gcc: error" in caplog.text
+    assert not list((tmp_path / "modeling_moe").iterdir())
+
+
+@NEEDS_NATIVE
+def test_folder_that_cannot_be_written(monkeypatch, tmp_path, caplog):
+    (tmp_path / "modeling_moe").write_text("a file")
+    monkeypatch.setattr(compiling.constants, "HF_HOME", tmp_path)
+    monkeypatch.setattr(compiling.logger, "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        assert compiling.native_library.__wrapped__(torch.float32) is None
+    assert "the experts run without their compiled functions" in caplog.text
+
+
+@NEEDS_NATIVE
+def test_compiled_by_several_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling.constants, "HF_HOME", tmp_path)
+    with ThreadPoolExecutor() as pool:
+        libraries = set(pool.map(lambda _: compiling.compiled(torch.float32, []), range(3)))
+    assert list((tmp_path / "modeling_moe").iterdir()) == list(libraries)
+
+
+@NEEDS_NATIVE
+def test_left_to_the_loop():
+    """What it does not know: float64, the exact GELU, low-rank updates (tests/lora)."""
+    for kind, dtype in (("gated", torch.float64), ("gelu", torch.float32)):
+        module, inputs = make(kind, "moe_native", dtype=dtype), draw(40, 5, 3, dtype)
+        assert backend_of(module, *inputs[:2], backend="native") == "loop"
+        assert_close(run(module, *inputs), oracle(module, *inputs), 2e-5)
