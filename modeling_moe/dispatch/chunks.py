@@ -74,7 +74,7 @@ class Update:
             return
         self.scaling, self.kept_rows = low_rank.scaling, kept_rows
         self.a = low_rank.a.to(dtype).unbind(0)
-        self.b = _rank_first(low_rank.b.to(dtype)).unbind(1)
+        self.b = rank_first(low_rank.b.to(dtype)).unbind(1)
         need_a, need_b = needs or (False, False)
         if need_a:
             self.grad_a = WeightGradient(low_rank.a, dtype, offsets)
@@ -125,20 +125,20 @@ class Update:
             a = self.grad_a.total.mul_(self.scaling)
         if self.grad_b is not None:
             total = self.grad_b.total.mul_(self.scaling).transpose(0, 1)
-            b = torch.empty_like(self.low_rank.b).copy_(_rank_last(total))
+            b = torch.empty_like(self.low_rank.b).copy_(rank_last(total))
         return [a, b]
 
 
 # PEFT's matrix for b is (N, R*E), the reverse of what products want: torch transposes matrices fast, and no more than that
 
 
-def _rank_first(b: torch.Tensor) -> torch.Tensor:
+def rank_first(b: torch.Tensor) -> torch.Tensor:
     """(E, N, R) -> (R, E, N), where each expert's rows are contiguous."""
     experts, _, rank = b.shape
     return b.permute(1, 2, 0).flatten(1).t().contiguous().unflatten(0, (rank, experts))
 
 
-def _rank_last(total: torch.Tensor) -> torch.Tensor:
+def rank_last(total: torch.Tensor) -> torch.Tensor:
     """(R, E, N) -> (E, N, R) as PEFT has it."""
     rank, experts, _ = total.shape
     return total.flatten(0, 1).t().contiguous().unflatten(1, (rank, experts)).permute(2, 0, 1)

@@ -80,12 +80,16 @@ def unserved(module: nn.Module) -> str | None:
     return None
 
 
+def _drops(low_rank: LowRankPair | None) -> bool:
+    return low_rank is not None and any(update and update.dropout for update in low_rank)
+
+
 def _served_by(
     backend: str, x: torch.Tensor, weights: list[Any], gate: str | None = None, low_rank: LowRankPair | None = None
 ) -> bool:
     """Whether `backend` can compute in the dtype of `x` on its device with matrices of the sizes of `weights`."""
     if backend == "native":
-        return x.device.type == "cpu" and low_rank is None and BACKENDS["native"].available(x.dtype, gate)
+        return x.device.type == "cpu" and not _drops(low_rank) and BACKENDS["native"].available(x.dtype, gate)
     if backend == "triton":
         return "triton" in BACKENDS and BACKENDS["triton"].available(x.device) and x.dtype != torch.float64
     if backend == "grouped_mm":
@@ -113,7 +117,7 @@ def _decodes(
     low_rank: LowRankPair | None,
 ) -> bool:
     few = len(x) <= DECODE_TOKENS and index.numel() <= DECODE_SLOTS
-    if low_rank is not None and (backend != "loop" or any(update and update.dropout for update in low_rank)):
+    if low_rank is not None and (backend != "loop" or _drops(low_rank)):
         return False
     if backend == "native" and any(matrices.stride(-1) != 1 for matrices in weights[:2]):
         return False

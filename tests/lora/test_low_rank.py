@@ -7,7 +7,9 @@ import torch
 
 from modeling_moe.dispatch import backend_of, function, loop
 from modeling_moe.dispatch.low_rank import LowRank, LowRankPair, arguments
-from tests.dispatch.test_dispatch import (
+from tests.dispatch.kinds import (
+    CPU_BACKENDS,
+    NEEDS_NATIVE,
     NEEDS_TRITON,
     OURS,
     SHAPES,
@@ -15,14 +17,13 @@ from tests.dispatch.test_dispatch import (
     assert_close,
     draw,
     make,
-    run_compiled,
-    saved_bytes,
 )
+from tests.dispatch.test_dispatch import run_compiled, saved_bytes
 
 
 RANK = 3
 DOWN, UPS = "down_proj", ("gate_up_proj", "up_proj")
-BACKENDS = ["moe_loop", "moe_grouped_mm", pytest.param("moe_triton", marks=NEEDS_TRITON)]
+BACKENDS = [*CPU_BACKENDS, pytest.param("moe_triton", marks=NEEDS_TRITON)]
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +110,37 @@ def test_gpu_backends(backend, kind, recompute):
         module.low_rank = updates
         assert backend_of(module, *inputs[:2], backend=backend) == backend
     assert_close(run(module, updates, *inputs), oracle(module, updates, *inputs), 3e-5)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("shape", [*SHAPES, "many rows", "long sums"])
+@pytest.mark.parametrize("kind", [kind for kind in [*OURS, *THEIRS] if kind != "gelu"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_native(kind, shape, recompute):
+    sizes = SHAPES.get(shape, {"tokens": 300, "experts": 2, "top_k": 1})
+    if shape == "long sums":
+        sizes = {"tokens": 1100, "experts": 1, "top_k": 1}
+    module = make(kind, "moe_native", sizes["experts"], dtype=torch.float32)
+    module.config.experts_recompute = recompute
+    inputs, updates = draw(**sizes, dtype=torch.float32), factors_for(module)
+    module.low_rank = updates
+    assert backend_of(module, *inputs[:2]) == "native"
+    assert_close(run(module, updates, *inputs), oracle(module, updates, *inputs), 2e-5)
+    module.requires_grad_(False)
+    expected = oracle(module, updates, *inputs)
+    assert_close(run(module, updates, *inputs), expected, 2e-5)
+    with torch.no_grad():
+        assert_close([module(*(tensor[:4] for tensor in inputs[:3]))], [expected[0][:4]], 2e-5)
+
+
+@NEEDS_NATIVE
+def test_native_in_bf16_with_factors_in_fp32():
+    module = make("gated-bias", "moe_native", dtype=torch.bfloat16)
+    updates = factors_for(module, dtype=torch.float32)
+    states, index, weight, direction = draw(40, 5, 3, torch.bfloat16)
+    got = run(module, updates, states, index, weight.float(), direction)
+    assert [tensor.dtype for tensor in got[-4:]] == [torch.float32] * 4
+    assert_close(got, oracle(module, updates, states, index, weight, direction), 4e-2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,10 +7,13 @@ too few for BLAS to do its best, and gathering, the gate, the weights and adding
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ..chunks import rank_first, rank_last
+from ..low_rank import LowRank, LowRankPair
 from ..memory import in_huge_pages
 from ..slots import Slots
 from .compiling import native_library
@@ -44,6 +47,12 @@ class _Gate(ctypes.Structure):
     ]
 
 
+class _LowRank(ctypes.Structure):
+    _fields_ = [("a", _Matrices), ("b", _Matrices), ("rank", ctypes.c_long)] + [
+        (name, ctypes.c_void_p) for name in ("narrow", "grad_narrow")
+    ]
+
+
 class _Problem(ctypes.Structure):
     _pointers = ("x", "up_bias", "down_bias", "factor", "offsets", "token")
     _sizes = ("tokens", "top_k", "hidden", "columns", "width", "experts", "threads")
@@ -53,6 +62,8 @@ class _Problem(ctypes.Structure):
         ("up", _Matrices),
         ("down", _Matrices),
         ("gate", _Gate),
+        ("low_up", _LowRank),
+        ("low_down", _LowRank),
     ]
 
 
@@ -62,6 +73,7 @@ class _Gradients(ctypes.Structure):
         ("grad_up", _Matrices),
         ("grad_down", _Matrices),
         *((name, ctypes.c_void_p) for name in ("grad_up_bias", "grad_down_bias")),
+        *((name, _Matrices) for name in ("up_a", "up_b", "down_a", "down_b")),
     ]
 
 
@@ -127,6 +139,7 @@ class _Call:
             gate=_Gate(*NATIVE_GATES[gate], *constants),
         )
         self.address = ctypes.addressof(self.problem)
+        self.updates: list[_Update | None] = [None, None]
 
     def scratch(self) -> tuple[torch.Tensor, int]:
         """Of all threads, and how many words of it each one has."""
@@ -138,19 +151,59 @@ class _Call:
         return in_huge_pages(self.x.new_empty(size, dtype=dtype))
 
 
-def _grouped(x, slots: Slots, weight, *experts: Any) -> _Call:
+class _Update:
+    """A [`~modeling_moe.dispatch.low_rank.LowRank`] without dropout, as experts.c has it."""
+
+    def __init__(self, low_rank: LowRank, count: int, like: torch.Tensor, backward: bool):
+        self.low_rank = low_rank
+        self.a = low_rank.a.to(like.dtype).contiguous()
+        # the scaling is a factor of b's, so that only one of the two knows it
+        self.b = rank_first(low_rank.b.to(like.dtype)).mul(low_rank.scaling)
+        rank = self.a.shape[1]
+        self.narrow, self.grad_narrow = like.new_empty(count, rank), like.new_empty(count if backward else 0, rank)
+        matrices = _Matrices.of(self.a), _Matrices.of(_rows_first(self.b))
+        self.structure = _LowRank(*matrices, rank, _address(self.narrow), _address(self.grad_narrow))
+
+    def gradients(self, needs: Sequence[bool]) -> list[torch.Tensor | None]:
+        """Memory for those of a and of b, None where not wanted."""
+        return [
+            torch.empty_like(tensor) if needed else None
+            for needed, tensor in zip(needs, (self.a, self.b), strict=True)
+        ]
+
+    def given(self, grad_a: torch.Tensor | None, grad_b: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Those, as the factors lie and in their dtype."""
+        a, b, scaling = self.low_rank[:3]
+        return [
+            None if grad_a is None else grad_a.to(a.dtype),
+            None if grad_b is None else torch.empty_like(b).copy_(rank_last(grad_b).mul(scaling)),
+        ]
+
+
+def _rows_first(b: torch.Tensor) -> torch.Tensor:
+    """(R, E, N) as (E, N, R)."""
+    return b.permute(1, 2, 0)
+
+
+def _grouped(x, slots: Slots, weight, *experts: Any, low_rank: LowRankPair | None, backward: bool) -> _Call:
     top_k = weight.shape[1]
     rows = {
         "factor": weight.flatten()[slots.order],
         "offsets": slots.offsets,
         "token": slots.order // top_k,
     }
-    return _Call(x, top_k, *experts, **rows)
+    call = _Call(x, top_k, *experts, **rows)
+    call.updates = [update and _Update(update, len(slots.order), x, backward) for update in low_rank or (None, None)]
+    for name, update in zip(("low_up", "low_down"), call.updates, strict=True):
+        if update is not None:
+            setattr(call.problem, name, update.structure)
+    return call
 
 
 def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, keep_h, low_rank=None):
-    """As [`~modeling_moe.dispatch.loop.forward`], without low-rank updates."""
-    call = _grouped(x, slots, weight, up, down, up_bias, down_bias, gate, constants)
+    """As [`~modeling_moe.dispatch.loop.forward`]; a low-rank update has no dropout."""
+    experts = (up, down, up_bias, down_bias, gate, constants)
+    call = _grouped(x, slots, weight, *experts, low_rank=low_rank, backward=False)
     count, (_, hidden, width) = len(slots.order), down.shape
     h, acted = call.new(count if keep_h else 0, up.shape[1]), call.new(count, width)
     output = x.new_zeros(len(x), hidden, dtype=torch.float32)
@@ -161,24 +214,40 @@ def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, kee
 
 
 def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, constants, needs, low_rank=None):
-    """As [`~modeling_moe.dispatch.loop.backward`], without low-rank updates."""
-    call = _grouped(x, slots, weight, up, down, up_bias, down_bias, gate, constants)
+    """As [`~modeling_moe.dispatch.loop.backward`]; a low-rank update has no dropout."""
+    experts = (up, down, up_bias, down_bias, gate, constants)
+    call = _grouped(x, slots, weight, *experts, low_rank=low_rank, backward=True)
     count = len(slots.order)
     grad_x = torch.zeros_like(x, dtype=torch.float32) if needs[0] else None
     slope = weight.new_zeros(count) if needs[1] else None
-    experts = (call.up, call.down, *call.biases)
     grad_experts = [
         in_huge_pages(torch.empty_like(tensor)) if needed else None
-        for needed, tensor in zip(needs[2:6], experts, strict=True)
+        for needed, tensor in zip(needs[2:6], (call.up, call.down, *call.biases), strict=True)
+    ]
+    need_factors = [*needs[6:], *[False] * 4]
+    grad_factors = [
+        [None, None] if update is None else update.gradients(wanted)
+        for update, wanted in zip(call.updates, (need_factors[:2], need_factors[2:4]), strict=True)
     ]
     grad_h, acted = call.new(count, up.shape[1]), call.new(count, down.shape[2])
     addresses = map(_address, (grad, h, grad_h, acted, slope, grad_x))
     grad_up, grad_down, *grad_biases = grad_experts
-    gradients = _Gradients(*addresses, _Matrices.of(grad_up), _Matrices.of(grad_down), *map(_address, grad_biases))
+    factors = (
+        _Matrices.of(grad if grad is None or place == 0 else _rows_first(grad))
+        for pair in grad_factors
+        for place, grad in enumerate(pair)
+    )
+    matrices = (_Matrices.of(grad_up), _Matrices.of(grad_down))
+    gradients = _Gradients(*addresses, *matrices, *map(_address, grad_biases), *factors)
     scratch, words = call.scratch()
     call.library.backward(call.address, scratch.data_ptr(), words, ctypes.addressof(gradients))
     grad_weight = None if slope is None else slope.index_copy(0, slots.order.long(), slope).view_as(weight)
-    return [None if grad_x is None else grad_x.to(x.dtype), grad_weight, *grad_experts]
+    grad_factors = [
+        grad
+        for update, pair in zip(call.updates, grad_factors, strict=True)
+        for grad in (pair if update is None else update.given(*pair))
+    ]
+    return [None if grad_x is None else grad_x.to(x.dtype), grad_weight, *grad_experts, *grad_factors]
 
 
 def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants):

@@ -20,6 +20,13 @@ typedef struct {
     long expert, stride, transposed;
 } Matrices;
 
+// a low-rank update b (a x) of W x, the scaling being in b; none if the rank is 0
+typedef struct {
+    Matrices a, b;                  // (E, R, M), (E, N, R)
+    long rank;
+    Element *narrow, *grad_narrow;  // a x of each row, and its gradient: (S, R), scratch
+} LowRank;
+
 // as __init__.py has it
 typedef struct {
     const Element *x, *up_bias, *down_bias;
@@ -28,6 +35,7 @@ typedef struct {
     long tokens, top_k, hidden, columns, width, experts, threads;
     Matrices up, down;
     Gate gate;
+    LowRank low_up, low_down;
 } Problem;
 
 // as the right side of states (., M) times its transpose, or of a gradient (., N) times it
@@ -41,14 +49,18 @@ static Side rows_at(const Element *data, const int32_t *index, long stride, int 
 
 INLINE const Element *bias_of(const Element *bias, long expert, long size) { return bias ? bias + expert * size : 0; }
 
-// words of one thread's scratch: of products, then h, a and dO W2 of a chunk
-long scratch_words(const Problem *p) {
-    return product_scratch(max(p->hidden, p->columns)) + BLOCK * (p->columns + 2 * p->width);
+// One thread's scratch: of products, then of a chunk h, h before it is rounded, and dO W2.
+static long product_words(const Problem *p) { return product_scratch(max(p->hidden, p->columns)); }
+
+long scratch_words(const Problem *p) { return product_words(p) + BLOCK * (2 * p->columns + p->width); }
+
+static Element *own_h(const Problem *p, Word *scratch) { return (Element *)(scratch + product_words(p)); }
+
+static float *wide_h(const Problem *p, Word *scratch) {
+    return (float *)(scratch + product_words(p) + BLOCK * p->columns);
 }
 
-INLINE Word *behind_product(const Problem *p, Word *scratch) {
-    return scratch + product_scratch(max(p->hidden, p->columns));
-}
+static float *own_back(const Problem *p, Word *scratch) { return wide_h(p, scratch) + BLOCK * p->columns; }
 
 // target (rows, n): states, which are rows of one expert, times a matrix
 static void apply(
@@ -61,10 +73,37 @@ static void apply(
             few(states, 0, rows, lines, first, min(LANES, n - first), depth, target);
 }
 
+// a x of states, or bᵀ of a gradient if `back`
+static void narrow_rows(
+    const Problem *p, const LowRank *low, int back, long expert, Side states, long row, long rows, long depth,
+    Word *scratch
+) {
+    Target target = {.element = (back ? low->grad_narrow : low->narrow) + row * low->rank, .stride = low->rank};
+    Side lines = matrix(back ? low->b : low->a, expert, back);
+    apply(p, expert, states, lines, rows, low->rank, depth, scratch, target);
+}
+
+// adds what the update makes of narrow rows to target (rows, n)
+static void widen_rows(
+    const Problem *p, const LowRank *low, int back, long expert, long row, long rows, Side lines, long n, Word *scratch,
+    Target target
+) {
+    Side narrow = rows_at((back ? low->grad_narrow : low->narrow) + row * low->rank, 0, low->rank, 0);
+    apply(p, expert, narrow, lines, rows, n, low->rank, scratch, target);
+}
+
 static void project_up(const Problem *p, long expert, long row, long rows, Word *scratch, Element *h) {
+    long columns = p->columns;
+    const LowRank *low = &p->low_up;
     Side states = rows_at(p->x, p->token + row, p->hidden, 0);
-    Target target = {.element = h, .stride = p->columns, .bias = bias_of(p->up_bias, expert, p->columns)};
-    apply(p, expert, states, matrix(p->up, expert, 0), rows, p->columns, p->hidden, scratch, target);
+    Target target = {.element = h, .stride = columns, .bias = bias_of(p->up_bias, expert, columns)};
+    if (low->rank) target.element = 0, target.wide = wide_h(p, scratch);
+    apply(p, expert, states, matrix(p->up, expert, 0), rows, columns, p->hidden, scratch, target);
+    if (!low->rank) return;
+    narrow_rows(p, low, 0, expert, states, row, rows, p->hidden, scratch);
+    Target more = {.wide = target.wide, .stride = columns, .add = 1};
+    widen_rows(p, low, 0, expert, row, rows, matrix(low->b, expert, 0), columns, scratch, more);
+    for (long i = 0; i < rows * columns; i++) h[i] = narrow(target.wide[i]);
 }
 
 // runs `work` on all chunks: of BLOCK rows, or fewer where that leaves threads without work
@@ -98,9 +137,15 @@ typedef struct {
     const Element *states;
     long depth;
     Matrices matrices;
+    const LowRank *low;
     int back;
     const Element *bias;
 } Addend;
+
+static Side columns_from(Side right, long first) {
+    right.data += first * (right.across ? 1 : right.stride);
+    return right;
+}
 
 // Adds to columns [first, first + count) of tokens [from, to) of sums (T, n), expert after expert.
 static void add_part(
@@ -109,11 +154,15 @@ static void add_part(
     for (long expert = 0; expert < p->experts; expert++) {
         long row = first_row(p, expert, from), rows = first_row(p, expert, to) - row;
         Side states = rows_at(addend->states + row * addend->depth, 0, addend->depth, 0);
-        Side right = matrix(addend->matrices, expert, addend->back);
-        right.data += first * (right.across ? 1 : right.stride);
+        Side lines = columns_from(matrix(addend->matrices, expert, addend->back), first);
         const Element *bias = addend->bias ? addend->bias + expert * n + first : 0;
-        Target target = {sums + first, 0, n, bias, p->factor + row, p->token + row};
-        apply(p, expert, states, right, rows, count, addend->depth, scratch, target);
+        Target target = {sums + first, 0, n, bias, p->factor + row, p->token + row, 1};
+        apply(p, expert, states, lines, rows, count, addend->depth, scratch, target);
+        const LowRank *low = addend->low;
+        if (!low->rank) continue;
+        lines = columns_from(matrix(addend->back ? low->a : low->b, expert, addend->back), first);
+        target.bias = 0;
+        widen_rows(p, low, addend->back, expert, row, rows, lines, count, scratch, target);
     }
 }
 
@@ -138,17 +187,18 @@ typedef struct {
 static void forward_chunk(const Problem *p, const void *to, long expert, long row, long rows, Word *scratch) {
     const Activations *activations = to;
     long columns = p->columns, width = p->width;
-    Element *h = activations->h ? activations->h + row * columns : (Element *)behind_product(p, scratch);
+    Element *h = activations->h ? activations->h + row * columns : own_h(p, scratch), *a = activations->a + row * width;
     project_up(p, expert, row, rows, scratch, h);
-    for (long i = 0; i < rows; i++)
-        gate_forward(p->gate, h + i * columns, width, p->factor[row + i], activations->a + (row + i) * width);
+    for (long i = 0; i < rows; i++) gate_forward(p->gate, h + i * columns, width, p->factor[row + i], a + i * width);
+    if (p->low_down.rank)
+        narrow_rows(p, &p->low_down, 0, expert, rows_at(a, 0, width, 0), row, rows, width, scratch);
 }
 
 // output (T, H), which is 0
 void forward(const Problem *p, Word *scratch, long scratch_size, Element *h, Element *a, float *output) {
     Activations activations = {h, a};
     run_chunks(p, forward_chunk, &activations, scratch, scratch_size);
-    Addend outputs = {a, p->width, p->down, 0, p->down_bias};
+    Addend outputs = {a, p->width, p->down, &p->low_down, 0, p->down_bias};
     add_up(p, &outputs, p->hidden, scratch, scratch_size, output);
 }
 
@@ -159,6 +209,7 @@ typedef struct {
     float *slope, *grad_x;                   // (S,), of each row's factor; (T, H), which is 0
     Matrices grad_up, grad_down;             // (E, C, H), (E, H, I)
     Element *grad_up_bias, *grad_down_bias;  // (E, C), (E, H)
+    Matrices up_a, up_b, down_a, down_b;     // of the low-rank updates
 } Gradients;
 
 static float dot(const Element *left, const Element *right, long size) {
@@ -186,13 +237,20 @@ static void backward_chunk(const Problem *p, const void *to, long expert, long r
     const Gradients *g = to;
     long hidden = p->hidden, columns = p->columns, width = p->width;
     const int32_t *token = p->token + row;
-    float *back = (float *)behind_product(p, scratch);  // dO W2
+    float *back = own_back(p, scratch);  // dO W2
+    const Element *h = g->h ? g->h + row * columns : own_h(p, scratch);
+    const LowRank *up = &p->low_up, *down = &p->low_down;
     Side grad = rows_at(g->grad, token, hidden, 0);
     Target to_back = {.wide = back, .stride = width};
     apply(p, expert, grad, matrix(p->down, expert, 1), rows, width, hidden, scratch, to_back);
-    Element *own = (Element *)(back + BLOCK * width);
-    const Element *h = g->h ? g->h + row * columns : own;
-    if (!g->h) project_up(p, expert, row, rows, scratch, own);
+    if (down->rank) {
+        narrow_rows(p, down, 1, expert, grad, row, rows, hidden, scratch);
+        to_back.add = 1;
+        widen_rows(p, down, 1, expert, row, rows, matrix(down->a, expert, 1), width, scratch, to_back);
+    }
+    if (!g->h) project_up(p, expert, row, rows, scratch, own_h(p, scratch));
+    else if (g->up_b.data)
+        narrow_rows(p, up, 0, expert, rows_at(p->x, token, hidden, 0), row, rows, hidden, scratch);
     for (long i = 0; i < rows; i++) {
         Element *a = g->a + (row + i) * width, *grad_h = g->grad_h + (row + i) * columns;
         float slope = gate_backward(p->gate, h + i * columns, back + i * width, width, p->factor[row + i], a, grad_h);
@@ -200,6 +258,10 @@ static void backward_chunk(const Problem *p, const void *to, long expert, long r
         if (p->down_bias) slope += dot(line_of(grad, i), p->down_bias + expert * hidden, hidden);
         g->slope[row + i] = slope;
     }
+    if (up->rank)
+        narrow_rows(p, up, 1, expert, rows_at(g->grad_h + row * columns, 0, columns, 0), row, rows, columns, scratch);
+    if (g->down_b.data)
+        narrow_rows(p, down, 0, expert, rows_at(g->a + row * width, 0, width, 0), row, rows, width, scratch);
 }
 
 // leftᵀ right over an expert's rows, where both lie across: (n, m), or its transpose where `to` is transposed
@@ -220,6 +282,18 @@ static void matrix_gradient(
     }
 }
 
+// of a and b of an update from m to n numbers, given the gradient of its output and its input
+static void low_rank_gradients(
+    const Problem *p, const LowRank *low, Matrices a, Matrices b, long expert, Side grad, long n, Side states, long m,
+    Word *scratch, long scratch_size
+) {
+    long row = p->offsets[expert], rows = p->offsets[expert + 1] - row, rank = low->rank;
+    Side narrow = rows_at(low->narrow + row * rank, 0, rank, 1);
+    Side grad_narrow = rows_at(low->grad_narrow + row * rank, 0, rank, 1);
+    matrix_gradient(a, expert, grad_narrow, rank, states, m, rows, scratch, scratch_size);
+    matrix_gradient(b, expert, grad, n, narrow, rank, rows, scratch, scratch_size);
+}
+
 void backward(const Problem *p, Word *scratch, long scratch_size, const Gradients *g) {
     long hidden = p->hidden, columns = p->columns, width = p->width;
     run_chunks(p, backward_chunk, g, scratch, scratch_size);
@@ -231,10 +305,12 @@ void backward(const Problem *p, Word *scratch, long scratch_size, const Gradient
         Side grad = rows_at(g->grad, p->token + row, hidden, 1), a = rows_at(g->a + row * width, 0, width, 1);
         matrix_gradient(g->grad_up, expert, grad_h, columns, x, hidden, rows, scratch, scratch_size);
         matrix_gradient(g->grad_down, expert, grad, hidden, a, width, rows, scratch, scratch_size);
+        low_rank_gradients(p, &p->low_up, g->up_a, g->up_b, expert, grad_h, columns, x, hidden, scratch, scratch_size);
+        low_rank_gradients(p, &p->low_down, g->down_a, g->down_b, expert, grad, hidden, a, width, scratch, scratch_size);
         if (g->grad_up_bias) bias_gradient(grad_h, 0, rows, columns, g->grad_up_bias + expert * columns);
         if (g->grad_down_bias) bias_gradient(grad, p->factor + row, rows, hidden, g->grad_down_bias + expert * hidden);
     }
-    Addend grad_states = {g->grad_h, columns, p->up, 1, 0};
+    Addend grad_states = {g->grad_h, columns, p->up, &p->low_up, 1, 0};
     if (g->grad_x) add_up(p, &grad_states, hidden, scratch, scratch_size, g->grad_x);
 }
 
@@ -284,7 +360,7 @@ void decode(const Problem *p, const int64_t *index, const float *weight, Element
         for (long chosen = 0; chosen < r.experts; chosen++) {
             long row = r.start[chosen], rows = r.start[chosen + 1] - row;
             const Element *bias = bias_of(p->down_bias, r.id[row], hidden);
-            Target target = {output, 0, hidden, bias, r.factor, r.token};
+            Target target = {output, 0, hidden, bias, r.factor, r.token, 1};
             Side states = rows_at(a, 0, p->width, 0), lines = matrix(p->down, r.id[row], 0);
             few(states, row, rows, lines, first, min(LANES, hidden - first), p->width, target);
         }

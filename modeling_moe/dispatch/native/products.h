@@ -26,7 +26,7 @@ INLINE const Element *line_of(Side side, long line) {
 }
 
 // Where a product goes: `wide` or `element`, plus factor (a row's) times bias (a column's) if there is a bias. With an
-// index a row is added to line index[row] of `wide`.
+// index a row belongs to line index[row]; `add` keeps what `wide` holds.
 typedef struct {
     float *wide;
     Element *element;
@@ -34,6 +34,7 @@ typedef struct {
     const Element *bias;
     const float *factor;
     const int32_t *index;
+    int add;
 } Target;
 
 // ---- packing: a word of each line next to that of the other lines ----
@@ -174,13 +175,13 @@ INLINE void put_line(Target target, long row, long column, long columns, const f
     for (; j + LANES <= columns; j += LANES) {
         Floats sums = *(const Floats *)(line + j);
         if (bias) sums += factor * load(bias + j);
-        if (target.index) sums += *(const Floats *)(target.wide + start + j);
+        if (target.add) sums += *(const Floats *)(target.wide + start + j);
         if (target.wide) *(Floats *)(target.wide + start + j) = sums;
         else store(target.element + start + j, sums);
     }
     for (; j < columns; j++) {
         float sum = bias ? line[j] + factor * widen(bias[j]) : line[j];
-        if (target.index) sum += target.wide[start + j];
+        if (target.add) sum += target.wide[start + j];
         if (target.wide) target.wide[start + j] = sum;
         else target.element[start + j] = narrow(sum);
     }
