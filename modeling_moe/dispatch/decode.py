@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The CPU's path for a few tokens without gradient, where reading the chosen experts' matrices takes the time.
+"""The loop's path for a few tokens without gradient, where reading the chosen experts' matrices takes the time.
 
 # T tokens, K experts per token, R rows (the slots that are served), H hidden, I expert width, E experts
 """

@@ -14,7 +14,6 @@ from transformers.activations import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.utils.import_utils import is_tracing
 
 from .function import BACKENDS, decode, experts, experts_decode
 from .low_rank import LowRankPair, arguments
@@ -71,11 +70,12 @@ def _low_rank(module: nn.Module) -> LowRankPair | None:
     return LowRankPair(updates.get("gate_up_proj" if module.has_gate else "up_proj"), updates.get("down_proj"))
 
 
-def unserved(module: nn.Module) -> str | None:
-    """Why the operator cannot compute `module`, or None if it can."""
+def unserved(module: nn.Module, gate: tuple[str, list[float]] | None = None) -> str | None:
+    """Why the operator cannot compute `module`, whose `gate_of` need not be asked for again if it is given, or None if
+    it can."""
     if getattr(module, "has_post_expert_norm", False):
         return "it has a norm after each expert"
-    if gate_of(module) is None:
+    if gate is None and gate_of(module) is None:
         return f"its gate or activation ({type(module.act_fn).__name__}) has no derivative here"
     return None
 
@@ -122,6 +122,13 @@ def _decodes(
     if backend == "native" and any(matrices.stride(-1) != 1 for matrices in weights[:2]):
         return False
     return few and not gradient and hasattr(BACKENDS[backend], "decode")
+
+
+def _runs_now(x: torch.Tensor) -> bool:
+    """Whether `x` has numbers, rather than being watched by something that wants to see operators. transformers'
+    `is_tracing` asks more, and takes a tenth of the time that a small expert does."""
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return type(x) is torch.Tensor and not x.is_meta and not watched
 
 
 def _has_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -185,7 +192,8 @@ def experts_forward(
     """
     _check(hidden_states, top_k_index, top_k_weights, module)
     weights, low_rank = _weights(module), _low_rank(module)
-    if reason := unserved(module):
+    gate = gate_of(module)
+    if reason := unserved(module, gate):
         if low_rank is not None:
             raise ValueError(f"the experts cannot have low-rank updates here: {reason}")
         return _by_transformers(module, hidden_states, top_k_index, top_k_weights)
@@ -197,13 +205,13 @@ def experts_forward(
         raise ValueError(f"low_rank has factors for other than the {len(weights[0])} experts here: slice them")
     x = hidden_states.to(dtype).contiguous()
     factors = top_k_weights.to(torch.promote_types(dtype, torch.float32)).contiguous()
-    gate, constants = gate_of(module)
-    name = _choose(backend, x, weights, gate, low_rank)
+    kind, constants = gate
+    name = _choose(backend, x, weights, kind, low_rank)
     up, down, up_bias, down_bias = weights
-    call = (x, top_k_index, factors, up, down, up_bias, down_bias, gate, constants, name)
+    call = (x, top_k_index, factors, up, down, up_bias, down_bias, kind, constants, name)
     gradient = _has_gradient(x, factors, *weights, *(low_rank.factors if low_rank else ()))
     if _decodes(name, x, top_k_index, weights, gradient, low_rank):
-        function = experts_decode if is_tracing(x) or x.is_meta else decode
+        function = decode if _runs_now(x) else experts_decode
         output = function(*call, *arguments(low_rank))
     else:
         keep_h = gradient and not getattr(module.config, "experts_recompute", False)

@@ -1,5 +1,6 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Back end `loop`: expert by expert, plain GEMMs on rows that fit the cache. The CPU's, and right on any device.
+"""Back end `loop`: expert by expert, plain GEMMs on rows that fit the cache. Right on any device and in any dtype; the
+CPU's where `native` does not serve.
 
 # T tokens, K experts per token, S = T*K slots, H hidden, I expert width, C columns of the first projection, E experts
 """

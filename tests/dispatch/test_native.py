@@ -3,7 +3,6 @@ number of threads, and machines where it cannot be compiled."""
 
 import ctypes
 import logging
-import platform
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -92,22 +91,20 @@ def test_blocks(dtype, shape, transposed):
     assert_close(got, expected, TOLERANCES[dtype])
 
 
-def processors():
-    """Compiler flags for processors whose programs run here too."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    others = [["-march=x86-64-v3"]] if platform.machine() == "x86_64" and capability.startswith("AVX") else []
-    if capability == "AVX512":
-        others.append(["-march=x86-64-v4"])
-    return [[], *others]
+def processors() -> dict[str, list[str]]:
+    """Compiler flags for processors whose programs run here too, the one of torch's capability and lesser ones."""
+    names, capability = list(compiling.PROCESSORS), torch.backends.cpu.get_cpu_capability()
+    served = names[: names.index(capability) + 1] if capability in names else []
+    return {"any": []} | {name: compiling.PROCESSORS[name] for name in served}
 
 
 @NEEDS_NATIVE
-@pytest.mark.parametrize("flags", processors(), ids=lambda flags: " ".join(flags) or "any")
+@pytest.mark.parametrize("processor", processors())
 @pytest.mark.parametrize("shape", ["odd", "few rows"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_other_processors(dtype, shape, flags, monkeypatch, tmp_path):
+def test_other_processors(dtype, shape, processor, monkeypatch, tmp_path):
     monkeypatch.setattr(compiling.constants, "HF_HOME", tmp_path)
-    library = ctypes.CDLL(str(compiling.compiled(dtype, flags)))
+    library = ctypes.CDLL(str(compiling.compiled(dtype, processors()[processor])))
     monkeypatch.setattr(native, "_library", lambda dtype: native._declare(library))
     expected, got = expected_and_got(dtype, **BLOCKS[shape])
     assert_close(got, expected, TOLERANCES[dtype])

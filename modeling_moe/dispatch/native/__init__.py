@@ -119,11 +119,11 @@ class _Call:
     """One call of experts.c: its arguments, and the tensors that they point into."""
 
     def __init__(self, x, top_k, up, down, up_bias, down_bias, gate, constants, **rows: torch.Tensor):
-        self.x, self.rows, self.library = x, rows, _library(x.dtype)
+        self.x, self.rows, self.library = x.contiguous(), rows, _library(x.dtype)
         self.up, self.down = _aligned(up), _aligned(down)
         self.biases = [None if bias is None else bias.contiguous() for bias in (up_bias, down_bias)]
         self.problem = _Problem(
-            x=x.data_ptr(),
+            x=self.x.data_ptr(),
             up_bias=_address(self.biases[0]),
             down_bias=_address(self.biases[1]),
             **{name: tensor.data_ptr() for name, tensor in rows.items()},
@@ -164,19 +164,20 @@ class _Update:
         matrices = _Matrices.of(self.a), _Matrices.of(_rows_first(self.b))
         self.structure = _LowRank(*matrices, rank, _address(self.narrow), _address(self.grad_narrow))
 
-    def gradients(self, needs: Sequence[bool]) -> list[torch.Tensor | None]:
-        """Memory for those of a and of b, None where not wanted."""
-        return [
-            torch.empty_like(tensor) if needed else None
-            for needed, tensor in zip(needs, (self.a, self.b), strict=True)
-        ]
+    def want(self, needs: Sequence[bool]) -> list[_Matrices]:
+        """Memory for the gradients of a and of b that are wanted."""
+        self.grad_a, self.grad_b = (
+            torch.empty_like(factor) if needed else None
+            for factor, needed in zip((self.a, self.b), needs, strict=True)
+        )
+        return [_Matrices.of(self.grad_a), _Matrices.of(None if self.grad_b is None else _rows_first(self.grad_b))]
 
-    def given(self, grad_a: torch.Tensor | None, grad_b: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Those, as the factors lie and in their dtype."""
+    def gradients(self) -> list[torch.Tensor | None]:
+        """What is there now, as the factors lie and in their dtype."""
         a, b, scaling = self.low_rank[:3]
         return [
-            None if grad_a is None else grad_a.to(a.dtype),
-            None if grad_b is None else torch.empty_like(b).copy_(rank_last(grad_b).mul(scaling)),
+            None if self.grad_a is None else self.grad_a.to(a.dtype),
+            None if self.grad_b is None else torch.empty_like(b).copy_(rank_last(self.grad_b).mul(scaling)),
         ]
 
 
@@ -224,30 +225,24 @@ def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, cons
         in_huge_pages(torch.empty_like(tensor)) if needed else None
         for needed, tensor in zip(needs[2:6], (call.up, call.down, *call.biases), strict=True)
     ]
-    need_factors = [*needs[6:], *[False] * 4]
-    grad_factors = [
-        [None, None] if update is None else update.gradients(wanted)
-        for update, wanted in zip(call.updates, (need_factors[:2], need_factors[2:4]), strict=True)
+    wanted_factors = [
+        matrices
+        for update, wanted in zip(call.updates, (needs[6:8], needs[8:10]), strict=True)
+        for matrices in ([_Matrices(), _Matrices()] if update is None else update.want(wanted))
     ]
     grad_h, acted = call.new(count, up.shape[1]), call.new(count, down.shape[2])
     addresses = map(_address, (grad, h, grad_h, acted, slope, grad_x))
     grad_up, grad_down, *grad_biases = grad_experts
-    factors = (
-        _Matrices.of(grad if grad is None or place == 0 else _rows_first(grad))
-        for pair in grad_factors
-        for place, grad in enumerate(pair)
-    )
     matrices = (_Matrices.of(grad_up), _Matrices.of(grad_down))
-    gradients = _Gradients(*addresses, *matrices, *map(_address, grad_biases), *factors)
+    gradients = _Gradients(*addresses, *matrices, *map(_address, grad_biases), *wanted_factors)
     scratch, words = call.scratch()
     call.library.backward(call.address, scratch.data_ptr(), words, ctypes.addressof(gradients))
+    grad_x = None if grad_x is None else grad_x.to(x.dtype)
     grad_weight = None if slope is None else slope.index_copy(0, slots.order.long(), slope).view_as(weight)
     grad_factors = [
-        grad
-        for update, pair in zip(call.updates, grad_factors, strict=True)
-        for grad in (pair if update is None else update.given(*pair))
+        grad for update in call.updates for grad in ([None, None] if update is None else update.gradients())
     ]
-    return [None if grad_x is None else grad_x.to(x.dtype), grad_weight, *grad_experts, *grad_factors]
+    return [grad_x, grad_weight, *grad_experts, *grad_factors]
 
 
 def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants):

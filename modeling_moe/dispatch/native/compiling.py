@@ -36,15 +36,17 @@ FLAGS = [
 ]
 
 
+# for the instructions of torch's CPU capability of that name
+PROCESSORS = {"AVX2": ["-mavx2", "-mfma", "-mf16c"]}
+PROCESSORS["AVX512"] = [*PROCESSORS["AVX2"], *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
+
+
 def processor_flags() -> list[str]:
     """For the instructions that torch itself uses here."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if platform.machine() != "x86_64" or capability == "DEFAULT":
-        return []
-    if capability != "AVX512":
-        return ["-march=x86-64-v3"]
-    bf16 = ["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []
-    return ["-march=x86-64-v4", "-mprefer-vector-width=512", *bf16]
+    flags = list(PROCESSORS.get(torch.backends.cpu.get_cpu_capability(), []))
+    if "-mavx512f" in flags:
+        flags += ["-mprefer-vector-width=512", *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
+    return flags
 
 
 def _build(command: list[str], library: Path) -> None:
@@ -56,14 +58,14 @@ def _build(command: list[str], library: Path) -> None:
         os.replace(built, library)
 
 
-def compiled(dtype: torch.dtype, processor_flags: Sequence[str]) -> Path:
-    """The library for `dtype`, compiled unless it is there already.
+def compiled(dtype: torch.dtype, processor: Sequence[str]) -> Path:
+    """The library for `dtype` and a processor's flags, compiled unless it is there already.
 
     Raises:
         OSError: where there is no gcc, or no folder to write to.
         subprocess.CalledProcessError: if gcc fails.
     """
-    command = [*FLAGS, *processor_flags, f"-DELEMENT={ELEMENTS[dtype]}", str(SOURCE)]
+    command = [*FLAGS, *processor, f"-DELEMENT={ELEMENTS[dtype]}", str(SOURCE)]
     version = subprocess.run(["gcc", "-dumpfullversion"], check=True, capture_output=True, text=True).stdout
     sources = [path.read_text() for path in sorted(SOURCE.parent.glob("*.[ch]"))]
     key = hashlib.sha256("\n".join([*command[:-1], version, *sources]).encode()).hexdigest()[:16]
