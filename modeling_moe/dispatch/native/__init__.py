@@ -82,7 +82,7 @@ _ARGUMENTS = {
     "scratch_words": [ctypes.c_void_p],
     "forward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, *[ctypes.c_void_p] * 3],
     "backward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p],
-    "decode": [ctypes.c_void_p] * 6,
+    "decode": [ctypes.c_void_p] * 5,
 }
 
 
@@ -118,26 +118,15 @@ def _aligned(matrices: torch.Tensor) -> torch.Tensor:
 class _Call:
     """One call of experts.c: its arguments, and the tensors that they point into."""
 
-    def __init__(self, x, top_k, up, down, up_bias, down_bias, gate, constants, **rows: torch.Tensor):
+    def __init__(self, x, top_k, up, down, up_bias, down_bias, gate, constants, rows=(None, None, None)):
         self.x, self.rows, self.library = x.contiguous(), rows, _library(x.dtype)
         self.up, self.down = _aligned(up), _aligned(down)
         self.biases = [None if bias is None else bias.contiguous() for bias in (up_bias, down_bias)]
-        self.problem = _Problem(
-            x=self.x.data_ptr(),
-            up_bias=_address(self.biases[0]),
-            down_bias=_address(self.biases[1]),
-            **{name: tensor.data_ptr() for name, tensor in rows.items()},
-            tokens=len(x),
-            top_k=top_k,
-            hidden=x.shape[1],
-            columns=up.shape[1],
-            width=down.shape[2],
-            experts=len(up),
-            threads=torch.get_num_threads(),
-            up=_Matrices.of(self.up),
-            down=_Matrices.of(self.down),
-            gate=_Gate(*NATIVE_GATES[gate], *constants),
-        )
+        # in the order of `_Problem`
+        pointers = map(_address, (self.x, *self.biases, *rows))
+        sizes = (len(x), top_k, x.shape[1], up.shape[1], down.shape[2], len(up), torch.get_num_threads())
+        matrices = (_Matrices.of(self.up), _Matrices.of(self.down))
+        self.problem = _Problem(*pointers, *sizes, *matrices, _Gate(*NATIVE_GATES[gate], *constants))
         self.address = ctypes.addressof(self.problem)
         self.updates: list[_Update | None] = [None, None]
 
@@ -188,12 +177,8 @@ def _rows_first(b: torch.Tensor) -> torch.Tensor:
 
 def _grouped(x, slots: Slots, weight, *experts: Any, low_rank: LowRankPair | None, backward: bool) -> _Call:
     top_k = weight.shape[1]
-    rows = {
-        "factor": weight.flatten()[slots.order],
-        "offsets": slots.offsets,
-        "token": slots.order // top_k,
-    }
-    call = _Call(x, top_k, *experts, **rows)
+    rows = (weight.flatten()[slots.order], slots.offsets, slots.order // top_k)
+    call = _Call(x, top_k, *experts, rows=rows)
     call.updates = [update and _Update(update, len(slots.order), x, backward) for update in low_rank or (None, None)]
     for name, update in zip(("low_up", "low_down"), call.updates, strict=True):
         if update is not None:
@@ -248,9 +233,9 @@ def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, cons
 def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants):
     """As [`~modeling_moe.dispatch.decode.decode`]."""
     call = _Call(x, index.shape[1], up, down, up_bias, down_bias, gate, constants)
-    index, weight = index.long().contiguous(), weight.contiguous()
-    h, acted = (x.new_empty(index.numel(), size) for size in (up.shape[1], down.shape[2]))
-    output = torch.zeros_like(x, dtype=torch.float32)
-    addresses = (tensor.data_ptr() for tensor in (index, weight, h, acted, output))
+    index, weight, output = index.long().contiguous(), weight.contiguous(), torch.empty_like(call.x)
+    words = x.numel() + index.numel() * (up.shape[1] + down.shape[2])
+    scratch = torch.empty(words, dtype=torch.float32)
+    addresses = (tensor.data_ptr() for tensor in (index, weight, scratch, output))
     call.library.decode(call.address, *addresses)
-    return output.to(x.dtype)
+    return output

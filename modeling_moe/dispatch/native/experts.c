@@ -342,10 +342,12 @@ static Rows sort_few(const Problem *p, const int64_t *index, const float *weight
     return r;
 }
 
-// output (T, H), which is 0; h (S, C) and a (S, I) are scratch; the matrices are not transposed
-void decode(const Problem *p, const int64_t *index, const float *weight, Element *h, Element *a, float *output) {
+// output (T, H); scratch of T * H + S * (C + I) words; the matrices are not transposed
+void decode(const Problem *p, const int64_t *index, const float *weight, float *scratch, Element *output) {
     Rows r = sort_few(p, index, weight);
-    long columns = p->columns, hidden = p->hidden, blocks = up_to(columns, LANES) / LANES;
+    long columns = p->columns, hidden = p->hidden, blocks = up_to(columns, LANES) / LANES, size = p->tokens * hidden;
+    float *sums = memset(scratch, 0, size * sizeof(float));
+    Element *h = (Element *)(sums + size), *a = h + r.count * columns;
 #pragma omp parallel for num_threads(p->threads)
     for (long task = 0; task < r.experts * blocks; task++) {
         long row = r.start[task / blocks], rows = r.start[task / blocks + 1] - row, first = task % blocks * LANES;
@@ -360,8 +362,9 @@ void decode(const Problem *p, const int64_t *index, const float *weight, Element
         for (long chosen = 0; chosen < r.experts; chosen++) {
             long row = r.start[chosen], rows = r.start[chosen + 1] - row;
             const Element *bias = bias_of(p->down_bias, r.id[row], hidden);
-            Target target = {output, 0, hidden, bias, r.factor, r.token, 1};
+            Target target = {sums, 0, hidden, bias, r.factor, r.token, 1};
             Side states = rows_at(a, 0, p->width, 0), lines = matrix(p->down, r.id[row], 0);
             few(states, row, rows, lines, first, min(LANES, hidden - first), p->width, target);
         }
+    for (long i = 0; i < size; i++) output[i] = narrow(sums[i]);
 }
