@@ -21,6 +21,7 @@ BLOCKS = {
     "many rows": {"tokens": 600, "experts": 2, "top_k": 1, "hidden": 48, "width": 40},
     "long sums": {"tokens": 1300, "experts": 1, "top_k": 1, "hidden": 1100, "width": 264},
     "odd": {"tokens": 97, "experts": 3, "top_k": 2, "hidden": 51, "width": 37},
+    "several waves": {"tokens": 6000, "experts": 3, "top_k": 2, "hidden": 24, "width": 20},
     "few rows": {"tokens": 30, "experts": 20, "top_k": 4, "hidden": 70, "width": 65},
 }
 
@@ -117,7 +118,9 @@ def test_result_does_not_depend_on_threads(dtype):
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append([expected_and_got(dtype, **BLOCKS[shape])[1] for shape in ("many rows", "odd", "few rows")])
+            results.append(
+                [expected_and_got(dtype, **BLOCKS[shape])[1] for shape in ("several waves", "odd", "few rows")]
+            )
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:

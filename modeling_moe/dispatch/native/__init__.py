@@ -64,6 +64,7 @@ class _Problem(ctypes.Structure):
         ("gate", _Gate),
         ("low_up", _LowRank),
         ("low_down", _LowRank),
+        *((name, ctypes.c_long) for name in ("begin", "end", "first")),
     ]
 
 
@@ -80,6 +81,7 @@ class _Gradients(ctypes.Structure):
 # of experts.c's functions; a pointer is an address
 _ARGUMENTS = {
     "scratch_words": [ctypes.c_void_p],
+    "wave_rows": [ctypes.c_void_p],
     "forward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, *[ctypes.c_void_p] * 3],
     "backward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p],
     "decode": [ctypes.c_void_p] * 5,
@@ -91,7 +93,8 @@ def _declare(library: ctypes.CDLL | None) -> Any:
     if library is not None:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, ctypes.c_long if name == "scratch_words" else None
+            function.argtypes = arguments
+            function.restype = ctypes.c_long if name in ("scratch_words", "wave_rows") else None
     return library
 
 
@@ -129,11 +132,12 @@ class _Call:
         self.problem = _Problem(*pointers, *sizes, *matrices, _Gate(*NATIVE_GATES[gate], *constants))
         self.address = ctypes.addressof(self.problem)
         self.updates: list[_Update | None] = [None, None]
+        self.wave = 0
 
     def scratch(self) -> tuple[torch.Tensor, int]:
         """Of all threads, and how many words of it each one has."""
         words = self.library.scratch_words(self.address)
-        return torch.empty(self.problem.threads * words, dtype=torch.float32), words
+        return self.new(self.problem.threads * words, dtype=torch.float32), words
 
     def new(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Uninitialised memory, in the dtype of x unless said."""
@@ -179,7 +183,8 @@ def _grouped(x, slots: Slots, weight, *experts: Any, low_rank: LowRankPair | Non
     top_k = weight.shape[1]
     rows = (weight.flatten()[slots.order], slots.offsets, slots.order // top_k)
     call = _Call(x, top_k, *experts, rows=rows)
-    call.updates = [update and _Update(update, len(slots.order), x, backward) for update in low_rank or (None, None)]
+    call.wave = call.library.wave_rows(call.address)
+    call.updates = [update and _Update(update, call.wave, x, backward) for update in low_rank or (None, None)]
     for name, update in zip(("low_up", "low_down"), call.updates, strict=True):
         if update is not None:
             setattr(call.problem, name, update.structure)
@@ -190,11 +195,10 @@ def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, kee
     """As [`~modeling_moe.dispatch.loop.forward`]; a low-rank update has no dropout."""
     experts = (up, down, up_bias, down_bias, gate, constants)
     call = _grouped(x, slots, weight, *experts, low_rank=low_rank, backward=False)
-    count, (_, hidden, width) = len(slots.order), down.shape
-    h, acted = call.new(count if keep_h else 0, up.shape[1]), call.new(count, width)
-    output = x.new_zeros(len(x), hidden, dtype=torch.float32)
+    h, acted = call.new(len(slots.order) if keep_h else 0, up.shape[1]), call.new(call.wave, down.shape[2])
+    output = call.new(*x.shape, dtype=torch.float32).zero_()
     scratch, words = call.scratch()
-    addresses = (_address(h), acted.data_ptr(), output.data_ptr())
+    addresses = (_address(h), _address(acted), output.data_ptr())
     call.library.forward(call.address, scratch.data_ptr(), words, *addresses)
     return output.to(x.dtype), h
 
@@ -203,9 +207,8 @@ def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, cons
     """As [`~modeling_moe.dispatch.loop.backward`]; a low-rank update has no dropout."""
     experts = (up, down, up_bias, down_bias, gate, constants)
     call = _grouped(x, slots, weight, *experts, low_rank=low_rank, backward=True)
-    count = len(slots.order)
-    grad_x = torch.zeros_like(x, dtype=torch.float32) if needs[0] else None
-    slope = weight.new_zeros(count) if needs[1] else None
+    grad_x = call.new(*x.shape, dtype=torch.float32).zero_() if needs[0] else None
+    slope = weight.new_zeros(len(slots.order)) if needs[1] else None
     grad_experts = [
         in_huge_pages(torch.empty_like(tensor)) if needed else None
         for needed, tensor in zip(needs[2:6], (call.up, call.down, *call.biases), strict=True)
@@ -215,7 +218,7 @@ def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, cons
         for update, wanted in zip(call.updates, (needs[6:8], needs[8:10]), strict=True)
         for matrices in ([_Matrices(), _Matrices()] if update is None else update.want(wanted))
     ]
-    grad_h, acted = call.new(count, up.shape[1]), call.new(count, down.shape[2])
+    grad_h, acted = call.new(call.wave, up.shape[1]), call.new(call.wave, down.shape[2])
     addresses = map(_address, (grad, h, grad_h, acted, slope, grad_x))
     grad_up, grad_down, *grad_biases = grad_experts
     matrices = (_Matrices.of(grad_up), _Matrices.of(grad_down))

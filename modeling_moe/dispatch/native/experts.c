@@ -2,17 +2,20 @@
 //
 // The experts on a CPU. Compiled for one dtype (ELEMENT) by compiling.py, called by __init__.py.
 //
-// T tokens, K experts per token, S = T*K slots, H hidden, I expert width, C columns of the first projection, E experts.
-// A row is a served slot, in the order of the experts; a chunk is up to BLOCK rows of one expert.
+// T tokens, K experts per token, S = T*K slots, H hidden, I expert width, C columns of the first projection, E experts
+// A row is a served slot, in the order of the experts; a chunk is up to BLOCK rows of one expert, a wave all W rows of
+// some experts.
 //
 // A product reads its left side word by word and its right side in panels (Goto and van de Geijn, "Anatomy of
-// high-performance matrix multiplication", ACM TOMS 34(3), 2008). No two threads add to the same number, and each number
-// is added up in one order, so the result does not depend on how many threads there are.
+// high-performance matrix multiplication", ACM TOMS 34(3), 2008). No two threads add to the same number, and each is
+// added up in one order, so the result does not depend on how many threads there are.
 
 #include <omp.h>
 
 #include "gate.h"
 #include "products.h"
+
+#define WAVE 4096  // rows of a wave for each thread
 
 // one kind of expert matrix (E, N, M): `stride` lies between lines, which are rows, or columns if `transposed`
 typedef struct {
@@ -24,7 +27,7 @@ typedef struct {
 typedef struct {
     Matrices a, b;                  // (E, R, M), (E, N, R)
     long rank;
-    Element *narrow, *grad_narrow;  // a x of each row, and its gradient: (S, R), scratch
+    Element *narrow, *grad_narrow;  // a x of each row, and its gradient: (W, R), scratch
 } LowRank;
 
 // as __init__.py has it
@@ -36,7 +39,27 @@ typedef struct {
     Matrices up, down;
     Gate gate;
     LowRank low_up, low_down;
+    long begin, end, first;  // of a wave: its experts, and its first row
 } Problem;
+
+// Goes on to the next wave, of experts that together keep all threads at work. What is (W, .) below is scratch that the
+// next wave uses again. Returns 0 if there is none.
+static int next_wave(Problem *p) {
+    p->begin = p->end;
+    if (p->begin == p->experts) return 0;
+    p->first = p->offsets[p->begin];
+    do p->end++;
+    while (p->end < p->experts && p->offsets[p->end + 1] - p->first <= p->threads * WAVE);
+    return 1;
+}
+
+// W
+long wave_rows(const Problem *p) {
+    Problem wave = *p;
+    long rows = 0;
+    while (next_wave(&wave)) rows = max(rows, wave.offsets[wave.end] - wave.first);
+    return rows;
+}
 
 // as the right side of states (., M) times its transpose, or of a gradient (., N) times it
 static Side matrix(Matrices matrices, long expert, int back) {
@@ -78,17 +101,18 @@ static void narrow_rows(
     const Problem *p, const LowRank *low, int back, long expert, Side states, long row, long rows, long depth,
     Word *scratch
 ) {
-    Target target = {.element = (back ? low->grad_narrow : low->narrow) + row * low->rank, .stride = low->rank};
+    Element *to = (back ? low->grad_narrow : low->narrow) + (row - p->first) * low->rank;
+    Target target = {.element = to, .stride = low->rank};
     Side lines = matrix(back ? low->b : low->a, expert, back);
     apply(p, expert, states, lines, rows, low->rank, depth, scratch, target);
 }
 
 // adds what the update makes of narrow rows to target (rows, n)
 static void widen_rows(
-    const Problem *p, const LowRank *low, int back, long expert, long row, long rows, Side lines, long n, Word *scratch,
-    Target target
+    const Problem *p, const LowRank *low, int back, long expert, long row, long rows, Side lines, long n,
+    Word *scratch, Target target
 ) {
-    Side narrow = rows_at((back ? low->grad_narrow : low->narrow) + row * low->rank, 0, low->rank, 0);
+    Side narrow = rows_at((back ? low->grad_narrow : low->narrow) + (row - p->first) * low->rank, 0, low->rank, 0);
     apply(p, expert, narrow, lines, rows, n, low->rank, scratch, target);
 }
 
@@ -110,10 +134,10 @@ static void project_up(const Problem *p, long expert, long row, long rows, Word 
 typedef void Work(const Problem *, const void *, long expert, long row, long rows, Word *scratch);
 
 static void run_chunks(const Problem *p, Work *work, const void *argument, Word *scratch, long scratch_size) {
-    long share = up_to(p->offsets[p->experts] / (2 * p->threads), ROWS), step = max(ROWS, min(BLOCK, share));
+    long share = (p->offsets[p->end] - p->first) / (2 * p->threads), step = max(ROWS, min(BLOCK, up_to(share, ROWS)));
 #pragma omp parallel num_threads(p->threads)
 #pragma omp single
-    for (long expert = 0; expert < p->experts; expert++)
+    for (long expert = p->begin; expert < p->end; expert++)
         for (long row = p->offsets[expert]; row < p->offsets[expert + 1]; row += step) {
             long rows = min(step, p->offsets[expert + 1] - row);
 #pragma omp task firstprivate(expert, row, rows)
@@ -132,7 +156,7 @@ static long first_row(const Problem *p, long expert, long token) {
     return low;
 }
 
-// what each row adds to its token: states (S, depth) times the expert's matrix, or its transpose if `back`
+// what each row adds to its token: states (W, depth) times the expert's matrix, or its transpose if `back`
 typedef struct {
     const Element *states;
     long depth;
@@ -149,11 +173,12 @@ static Side columns_from(Side right, long first) {
 
 // Adds to columns [first, first + count) of tokens [from, to) of sums (T, n), expert after expert.
 static void add_part(
-    const Problem *p, const Addend *addend, long n, long first, long count, long from, long to, Word *scratch, float *sums
+    const Problem *p, const Addend *addend, long n, long first, long count, long from, long to, Word *scratch,
+    float *sums
 ) {
-    for (long expert = 0; expert < p->experts; expert++) {
+    for (long expert = p->begin; expert < p->end; expert++) {
         long row = first_row(p, expert, from), rows = first_row(p, expert, to) - row;
-        Side states = rows_at(addend->states + row * addend->depth, 0, addend->depth, 0);
+        Side states = rows_at(addend->states + (row - p->first) * addend->depth, 0, addend->depth, 0);
         Side lines = columns_from(matrix(addend->matrices, expert, addend->back), first);
         const Element *bias = addend->bias ? addend->bias + expert * n + first : 0;
         Target target = {sums + first, 0, n, bias, p->factor + row, p->token + row, 1};
@@ -166,20 +191,20 @@ static void add_part(
     }
 }
 
-// sums (T, n), which are 0: a thread takes some columns of some tokens, so no two add to the same number
+// to sums (T, n): a thread takes some columns of some tokens, so no two add to the same number
 static void add_up(const Problem *p, const Addend *addend, long n, Word *scratch, long scratch_size, float *sums) {
     long pieces = p->threads, groups = max(1, min(pieces, n / 128)), ranges = up_to(pieces, groups) / groups;
     long size = up_to(up_to(n, groups) / groups, LANES);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(p->threads)
     for (long range = 0; range < ranges; range++)
-        for (long first = 0; first < n; first += size)
-            add_part(
-                p, addend, n, first, min(size, n - first), p->tokens * range / ranges, p->tokens * (range + 1) / ranges,
-                scratch + omp_get_thread_num() * scratch_size, sums
-            );
+        for (long first = 0; first < n; first += size) {
+            long from = p->tokens * range / ranges, to = p->tokens * (range + 1) / ranges;
+            Word *own = scratch + omp_get_thread_num() * scratch_size;
+            add_part(p, addend, n, first, min(size, n - first), from, to, own, sums);
+        }
 }
 
-// h (S, C), or null if nobody wants it, and a = gate(h) * factor (S, I), which is scratch
+// h (S, C), or null if nobody wants it, and a = gate(h) * factor (W, I), which is scratch
 typedef struct {
     Element *h, *a;
 } Activations;
@@ -187,7 +212,8 @@ typedef struct {
 static void forward_chunk(const Problem *p, const void *to, long expert, long row, long rows, Word *scratch) {
     const Activations *activations = to;
     long columns = p->columns, width = p->width;
-    Element *h = activations->h ? activations->h + row * columns : own_h(p, scratch), *a = activations->a + row * width;
+    Element *h = activations->h ? activations->h + row * columns : own_h(p, scratch);
+    Element *a = activations->a + (row - p->first) * width;
     project_up(p, expert, row, rows, scratch, h);
     for (long i = 0; i < rows; i++) gate_forward(p->gate, h + i * columns, width, p->factor[row + i], a + i * width);
     if (p->low_down.rank)
@@ -197,15 +223,17 @@ static void forward_chunk(const Problem *p, const void *to, long expert, long ro
 // output (T, H), which is 0
 void forward(const Problem *p, Word *scratch, long scratch_size, Element *h, Element *a, float *output) {
     Activations activations = {h, a};
-    run_chunks(p, forward_chunk, &activations, scratch, scratch_size);
     Addend outputs = {a, p->width, p->down, &p->low_down, 0, p->down_bias};
-    add_up(p, &outputs, p->hidden, scratch, scratch_size, output);
+    for (Problem wave = *p; next_wave(&wave);) {
+        run_chunks(&wave, forward_chunk, &activations, scratch, scratch_size);
+        add_up(&wave, &outputs, p->hidden, scratch, scratch_size, output);
+    }
 }
 
 // what backward writes; null where it is not wanted, but for grad_h and a, which are scratch
 typedef struct {
     const Element *grad, *h;                 // of the output (T, H); h (S, C), or null to compute it again
-    Element *grad_h, *a;                     // (S, C), (S, I)
+    Element *grad_h, *a;                     // (W, C), (W, I)
     float *slope, *grad_x;                   // (S,), of each row's factor; (T, H), which is 0
     Matrices grad_up, grad_down;             // (E, C, H), (E, H, I)
     Element *grad_up_bias, *grad_down_bias;  // (E, C), (E, H)
@@ -237,6 +265,7 @@ static void backward_chunk(const Problem *p, const void *to, long expert, long r
     const Gradients *g = to;
     long hidden = p->hidden, columns = p->columns, width = p->width;
     const int32_t *token = p->token + row;
+    Element *own_a = g->a + (row - p->first) * width, *own_grad_h = g->grad_h + (row - p->first) * columns;
     float *back = own_back(p, scratch);  // dO W2
     const Element *h = g->h ? g->h + row * columns : own_h(p, scratch);
     const LowRank *up = &p->low_up, *down = &p->low_down;
@@ -252,16 +281,16 @@ static void backward_chunk(const Problem *p, const void *to, long expert, long r
     else if (g->up_b.data)
         narrow_rows(p, up, 0, expert, rows_at(p->x, token, hidden, 0), row, rows, hidden, scratch);
     for (long i = 0; i < rows; i++) {
-        Element *a = g->a + (row + i) * width, *grad_h = g->grad_h + (row + i) * columns;
+        Element *a = own_a + i * width, *grad_h = own_grad_h + i * columns;
         float slope = gate_backward(p->gate, h + i * columns, back + i * width, width, p->factor[row + i], a, grad_h);
         if (!g->slope) continue;
         if (p->down_bias) slope += dot(line_of(grad, i), p->down_bias + expert * hidden, hidden);
         g->slope[row + i] = slope;
     }
     if (up->rank)
-        narrow_rows(p, up, 1, expert, rows_at(g->grad_h + row * columns, 0, columns, 0), row, rows, columns, scratch);
+        narrow_rows(p, up, 1, expert, rows_at(own_grad_h, 0, columns, 0), row, rows, columns, scratch);
     if (g->down_b.data)
-        narrow_rows(p, down, 0, expert, rows_at(g->a + row * width, 0, width, 0), row, rows, width, scratch);
+        narrow_rows(p, down, 0, expert, rows_at(own_a, 0, width, 0), row, rows, width, scratch);
 }
 
 // leftᵀ right over an expert's rows, where both lie across: (n, m), or its transpose where `to` is transposed
@@ -276,9 +305,10 @@ static void matrix_gradient(
         part.data += start;
         Target target = {.element = to.data + expert * to.expert + start * to.stride, .stride = to.stride};
 #pragma omp task firstprivate(part, second, target, start)
-        product(
-            part, second, min(BLOCK, lines - start), length, rows, scratch + omp_get_thread_num() * scratch_size, target
-        );
+        {
+            Word *own = scratch + omp_get_thread_num() * scratch_size;
+            product(part, second, min(BLOCK, lines - start), length, rows, own, target);
+        }
     }
 }
 
@@ -287,31 +317,40 @@ static void low_rank_gradients(
     const Problem *p, const LowRank *low, Matrices a, Matrices b, long expert, Side grad, long n, Side states, long m,
     Word *scratch, long scratch_size
 ) {
+    if (!low->rank) return;
     long row = p->offsets[expert], rows = p->offsets[expert + 1] - row, rank = low->rank;
-    Side narrow = rows_at(low->narrow + row * rank, 0, rank, 1);
-    Side grad_narrow = rows_at(low->grad_narrow + row * rank, 0, rank, 1);
+    Side narrow = rows_at(low->narrow + (row - p->first) * rank, 0, rank, 1);
+    Side grad_narrow = rows_at(low->grad_narrow + (row - p->first) * rank, 0, rank, 1);
     matrix_gradient(a, expert, grad_narrow, rank, states, m, rows, scratch, scratch_size);
     matrix_gradient(b, expert, grad, n, narrow, rank, rows, scratch, scratch_size);
 }
 
-void backward(const Problem *p, Word *scratch, long scratch_size, const Gradients *g) {
+static void parameter_gradients(const Problem *p, const Gradients *g, Word *scratch, long scratch_size) {
     long hidden = p->hidden, columns = p->columns, width = p->width;
-    run_chunks(p, backward_chunk, g, scratch, scratch_size);
 #pragma omp parallel num_threads(p->threads)
 #pragma omp single
-    for (long expert = 0; expert < p->experts; expert++) {
-        long row = p->offsets[expert], rows = p->offsets[expert + 1] - row;
-        Side grad_h = rows_at(g->grad_h + row * columns, 0, columns, 1), x = rows_at(p->x, p->token + row, hidden, 1);
-        Side grad = rows_at(g->grad, p->token + row, hidden, 1), a = rows_at(g->a + row * width, 0, width, 1);
+    for (long expert = p->begin; expert < p->end; expert++) {
+        long row = p->offsets[expert], rows = p->offsets[expert + 1] - row, place = row - p->first;
+        Side grad_h = rows_at(g->grad_h + place * columns, 0, columns, 1);
+        Side a = rows_at(g->a + place * width, 0, width, 1);
+        Side grad = rows_at(g->grad, p->token + row, hidden, 1), x = rows_at(p->x, p->token + row, hidden, 1);
         matrix_gradient(g->grad_up, expert, grad_h, columns, x, hidden, rows, scratch, scratch_size);
         matrix_gradient(g->grad_down, expert, grad, hidden, a, width, rows, scratch, scratch_size);
-        low_rank_gradients(p, &p->low_up, g->up_a, g->up_b, expert, grad_h, columns, x, hidden, scratch, scratch_size);
-        low_rank_gradients(p, &p->low_down, g->down_a, g->down_b, expert, grad, hidden, a, width, scratch, scratch_size);
+        const LowRank *up = &p->low_up, *down = &p->low_down;
+        low_rank_gradients(p, up, g->up_a, g->up_b, expert, grad_h, columns, x, hidden, scratch, scratch_size);
+        low_rank_gradients(p, down, g->down_a, g->down_b, expert, grad, hidden, a, width, scratch, scratch_size);
         if (g->grad_up_bias) bias_gradient(grad_h, 0, rows, columns, g->grad_up_bias + expert * columns);
         if (g->grad_down_bias) bias_gradient(grad, p->factor + row, rows, hidden, g->grad_down_bias + expert * hidden);
     }
-    Addend grad_states = {g->grad_h, columns, p->up, &p->low_up, 1, 0};
-    if (g->grad_x) add_up(p, &grad_states, hidden, scratch, scratch_size, g->grad_x);
+}
+
+void backward(const Problem *p, Word *scratch, long scratch_size, const Gradients *g) {
+    Addend grad_states = {g->grad_h, p->columns, p->up, &p->low_up, 1, 0};
+    for (Problem wave = *p; next_wave(&wave);) {
+        run_chunks(&wave, backward_chunk, g, scratch, scratch_size);
+        parameter_gradients(&wave, g, scratch, scratch_size);
+        if (g->grad_x) add_up(&wave, &grad_states, p->hidden, scratch, scratch_size, g->grad_x);
+    }
 }
 
 // ---- a few tokens ----
