@@ -42,8 +42,8 @@ typedef struct {
     long begin, end, first;  // of a wave: its experts, and its first row
 } Problem;
 
-// Goes on to the next wave, of experts that together keep all threads at work. What is (W, .) below is scratch that the
-// next wave uses again. Returns 0 if there is none.
+// Goes on to the next wave, of experts that together keep all threads at work; 0 if there is none. What is (W, .) below
+// is scratch that the next wave uses again.
 static int next_wave(Problem *p) {
     p->begin = p->end;
     if (p->begin == p->experts) return 0;
