@@ -134,6 +134,14 @@ def test_native(kind, shape, recompute):
 
 
 @NEEDS_NATIVE
+def test_native_with_more_ranks_than_columns():
+    """A product wider than any matrix of the experts, over a sum of two parts."""
+    module = make("gated", "moe_native", experts=1, hidden=520, width=8, dtype=torch.float32)
+    inputs, updates = draw(600, 1, 1, torch.float32, hidden=520), factors_for(module, rank=600)
+    assert_close(run(module, updates, *inputs), oracle(module, updates, *inputs), 3e-5)
+
+
+@NEEDS_NATIVE
 def test_native_in_bf16_with_factors_in_fp32():
     module = make("gated-bias", "moe_native", dtype=torch.bfloat16)
     updates = factors_for(module, dtype=torch.float32)

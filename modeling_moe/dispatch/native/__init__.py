@@ -113,7 +113,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None or not tensor.numel() else tensor.data_ptr()
 
 
-def _aligned(matrices: torch.Tensor) -> torch.Tensor:
+def _in_lines(matrices: torch.Tensor) -> torch.Tensor:
     """The same with contiguous rows or columns."""
     return matrices if 1 in matrices.stride()[1:] else matrices.contiguous()
 
@@ -123,7 +123,7 @@ class _Call:
 
     def __init__(self, x, top_k, up, down, up_bias, down_bias, gate, constants, rows=(None, None, None)):
         self.x, self.rows, self.library = x.contiguous(), rows, _library(x.dtype)
-        self.up, self.down = _aligned(up), _aligned(down)
+        self.up, self.down = _in_lines(up), _in_lines(down)
         self.biases = [None if bias is None else bias.contiguous() for bias in (up_bias, down_bias)]
         # in the order of `_Problem`
         pointers = map(_address, (self.x, *self.biases, *rows))
@@ -205,7 +205,7 @@ def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, kee
 
 def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, constants, needs, low_rank=None):
     """As [`~modeling_moe.dispatch.loop.backward`]; a low-rank update has no dropout."""
-    experts = (up, down, up_bias, down_bias, gate, constants)
+    experts, h = (up, down, up_bias, down_bias, gate, constants), h.contiguous()
     call = _grouped(x, slots, weight, *experts, low_rank=low_rank, backward=True)
     grad_x = call.new(*x.shape, dtype=torch.float32).zero_() if needs[0] else None
     slope = weight.new_zeros(len(slots.order)) if needs[1] else None

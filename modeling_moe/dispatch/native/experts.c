@@ -73,7 +73,9 @@ static Side rows_at(const Element *data, const int32_t *index, long stride, int 
 INLINE const Element *bias_of(const Element *bias, long expert, long size) { return bias ? bias + expert * size : 0; }
 
 // One thread's scratch: of products, then of a chunk h, h before it is rounded, and dO W2.
-static long product_words(const Problem *p) { return product_scratch(max(p->hidden, p->columns)); }
+static long product_words(const Problem *p) {
+    return product_scratch(max(max(p->hidden, p->columns), max(p->low_up.rank, p->low_down.rank)));
+}
 
 long scratch_words(const Problem *p) { return product_words(p) + BLOCK * (2 * p->columns + p->width); }
 
