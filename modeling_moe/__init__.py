@@ -9,6 +9,7 @@ import transformers
 
 from . import dispatch as _dispatch  # noqa: F401, registers the experts' implementations
 from . import lora as _lora  # noqa: F401, teaches PEFT when that is imported
+from .compatibility import __version__
 from .configuration_moe import MoEConfig
 from .modeling_moe import (
     MODELS,
@@ -21,8 +22,6 @@ from .modeling_moe import (
 )
 from .routing import Routing
 
-
-__version__ = "0.1.0"
 
 transformers.AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
 for _model in MODELS:
@@ -37,4 +36,5 @@ __all__ = [
     "MoEModel",
     "MoEPreTrainedModel",
     "Routing",
+    "__version__",
 ]

@@ -14,6 +14,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .compatibility import takes_cache, update_cache
 from .normalization import make_norm
 
 
@@ -52,12 +53,13 @@ class MoEAttention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None
         self.eager = eager_attention_with_sinks if config.attention_sinks else eager_attention_forward
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends within (B, S, H); returns the same shape and, from eager attention, the probabilities."""
@@ -75,8 +77,8 @@ class MoEAttention(nn.Module):
             partial = position_embeddings[0].shape[-1] < self.head_dim
             rotate = apply_partial_rotary_pos_emb if partial else apply_rotary_pos_emb
             query, key = (x.to(value.dtype) for x in rotate(query, key, *position_embeddings))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, self.eager

@@ -26,6 +26,7 @@ class ExpertChoiceRouter(VariableRouter):
     """
 
     causal = False
+    per_token = False
     bounded = False
 
     def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
@@ -52,7 +53,6 @@ class ExpertThresholdRouter(VariableRouter):
     """
 
     own_controller = "threshold"
-    fp32_tensors = ("threshold", "threshold_steps")
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)

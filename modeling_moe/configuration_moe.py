@@ -11,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
+from .compatibility import CACHE_NAMES
 from .losses import LOSSES
 from .normalization import PLACEMENTS
 from .routers import ROUTERS, router_class
@@ -160,7 +161,7 @@ class MoEConfig(PreTrainedConfig):
 
     model_type = "moe"
     _auto_class = "AutoConfig"
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "expert_load", "dropped_share"]
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "aux_loss", "router_logits", "expert_load", "dropped_share"]
     attribute_map = {
         "num_local_experts": "num_experts",
         "n_routed_experts": "num_experts",
@@ -573,6 +574,28 @@ class MoEConfig(PreTrainedConfig):
         for refused, message in rules:
             if refused:
                 raise ValueError(message)
+
+    def refuse_continuous_batching(self) -> None:
+        """Raises unless a token's output is the same when the tokens of many sequences lie in one row, their keys in pages.
+
+        Raises:
+            ValueError: names the field that makes the tokens depend on their neighbours in the row, or has no pages.
+        """
+        router = router_class(self)
+        capacity = next(
+            (name for name in ("expert_capacity", "eval_capacity_factor") if getattr(self, name) is not None), None
+        )
+        reason = None
+        if self.kv_lora_rank is not None:
+            reason = "kv_lora_rank is set, and the pages have no room for latents"
+        elif not router.per_token and "sparse" in self.mlp_layer_types:
+            reason = f"router_type={self.router_type!r} mixes the tokens of a row"
+        elif capacity is not None:
+            reason = f"{capacity} counts the tokens of a row"
+        elif self.attn_logit_softcapping is not None and "flash" not in (self._attn_implementation or ""):
+            reason = "attn_logit_softcapping is set, which only flash attention applies to pages"
+        if reason is not None:
+            raise ValueError(f"continuous batching would change the text, because {reason}: call `generate` instead.")
 
     def rotates(self, layer_idx: int) -> bool:
         """Whether the queries and keys of a layer carry a rotary embedding."""

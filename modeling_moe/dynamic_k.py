@@ -124,7 +124,6 @@ class ReLURouter(VariableRouter):
     """
 
     own_controller = "sparsity"
-    fp32_tensors = ("sparsity_coef",)
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)

@@ -11,6 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .compatibility import takes_cache, update_cache
+
 
 class MoELatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1; DeepSeek-V3, arXiv:2412.19437).
@@ -68,12 +70,13 @@ class MoELatentAttention(nn.Module):
         key, value = key_value.transpose(1, 2).split(widths, dim=-1)
         return torch.cat((key, key_rot.expand(*key.shape[:-1], self.qk_rope_head_dim)), dim=-1), value
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends within (B, S, H); returns the same shape and, from eager attention, the probabilities.
@@ -82,7 +85,7 @@ class MoELatentAttention(nn.Module):
             hidden_states: (B, S, H).
             position_embeddings: cosines and sines, (B, S, qk_rope_head_dim) each.
             attention_mask: what transformers makes for the attention implementation in use.
-            past_key_values: cache that the tokens are added to, and whose older ones they attend to.
+            cache: what the tokens are added to, and whose older ones they attend to.
         """
         rope = self.qk_rope_head_dim
         query, query_rot = self._queries(hidden_states).split([self.qk_nope_head_dim, rope], dim=-1)
@@ -90,8 +93,8 @@ class MoELatentAttention(nn.Module):
         latent = self.kv_a_layernorm(latent)
         query_rot, key_rot = apply_rotary_pos_emb(query_rot, key_rot, *position_embeddings)
         query = torch.cat((query, query_rot), dim=-1)
-        if past_key_values is not None:
-            latent, key_rot = past_key_values.update(latent, key_rot, self.layer_idx)
+        if cache is not None:
+            latent, key_rot = update_cache(cache, latent, key_rot, self.layer_idx, kwargs)
         key, value = self._keys_and_values(latent, key_rot)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(

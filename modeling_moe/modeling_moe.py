@@ -36,6 +36,7 @@ from .attention import MoEAttention
 from .balancing import CONTROLLERS, RouterTotals, update_routers
 from .capacity import Capacity
 from .checkpoints import fuse_experts, refuse_incomplete, register_expert_layout
+from .compatibility import CACHE_NAMES, cache_keyword, is_paged, refuse_unknown, takes_cache
 from .configuration_moe import MoEConfig
 from .embeddings import RotaryEmbeddings, ScaledEmbedding
 from .latent_attention import MoELatentAttention
@@ -147,7 +148,9 @@ class MoEBlock(nn.Module):
     def __init__(self, config: MoEConfig, layer_idx: int = 0):
         super().__init__()
         self.config = config
-        self.gate = router_class(config, layer_idx)(config, layer_idx)
+        # transformers makes a model in the dtype it is to have, and a router is fp32 at least
+        router_dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.gate = router_class(config, layer_idx)(config, layer_idx).to(router_dtype)
         self.capacity = Capacity(config, layer_idx)
         self.experts = MoEExperts(config)
         self.shared_experts = self.shared_expert_gate = None
@@ -203,12 +206,13 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
                 setattr(self, name, make_norm(config))
         self.resid_pdrop, self.residual_multiplier = config.resid_pdrop, config.residual_multiplier
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         routing_context: RoutingContext | None = None,
@@ -221,7 +225,7 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
             hidden_states=self._normed(before_attention, hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
             **kwargs,
@@ -232,7 +236,7 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         states = self._normed(before_mlp, residual)
         if self.is_sparse:
             # the layer's own argument: checkpointing in training takes the cache away
-            context = (routing_context or RoutingContext(len(states)))._replace(cache=past_key_values)
+            context = (routing_context or RoutingContext(len(states)))._replace(cache=cache)
             states = self.mlp(states, context, token_weights)
             if token_weights is not None:
                 states, signals = states[0], states[1:]
@@ -260,7 +264,7 @@ class MoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoEDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -276,14 +280,6 @@ class MoEPreTrainedModel(PreTrainedModel):
         # torch's own attention function knows neither
         self._supports_sdpa = config.attn_logit_softcapping is None and not config.attention_sinks
         super().__init__(config, *args, **kwargs)
-        buffers = {
-            name
-            for i, kind in enumerate(config.mlp_layer_types)
-            for name in (router_class(config, i).fp32_tensors if kind == "sparse" else ())
-            if name != "e_score_correction_bias" or config.router_selection_bias
-        }
-        if buffers:
-            self._keep_in_fp32_modules_strict = buffers
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -361,6 +357,12 @@ class MoEModel(MoEPreTrainedModel):
             load=outputs if config.router_aux_loss_scope == "global" else 0,
             drops=config.has_capacity,
         )
+        self._keep_in_fp32_modules_strict = {
+            f"mlp.gate.{name}"
+            for block in self.sparse_blocks()
+            for name, tensor in block.gate.state_dict().items()
+            if tensor.is_floating_point()
+        }
         # factor on router losses that attach themselves: the trainer's own, such as 1 / gradient accumulation steps
         self.router_loss_scale = 1.0
         self.post_init()
@@ -375,6 +377,7 @@ class MoEModel(MoEPreTrainedModel):
         """The sparse feed-forward networks, from the first layer to the last."""
         return [layer.mlp for layer in self.layers if layer.is_sparse]
 
+    @takes_cache
     @detach_router_logits
     @merge_with_config_defaults
     @capture_outputs
@@ -383,7 +386,7 @@ class MoEModel(MoEPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
@@ -399,7 +402,7 @@ class MoEModel(MoEPreTrainedModel):
             attention_mask: (B, S), 0 at padding; or what transformers' mask utilities accept, of which the router losses
                 cannot tell the padding: every token counts.
             position_ids: (B, S) or (1, S); restarts mark packed sequences.
-            past_key_values: cache of earlier tokens.
+            cache: of earlier tokens; `past_key_values` is another name for it.
             inputs_embeds: (B, S, H), in the place of `input_ids`.
             use_cache: whether to return a cache.
             output_router_logits: return the routers' logits (T, E), the balance loss and the experts' load.
@@ -411,22 +414,22 @@ class MoEModel(MoEPreTrainedModel):
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or the latter holds a NaN.
+                Or if continuous batching would change what this model computes.
+            TypeError: for a keyword argument that nothing reads.
         """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        else:
-            self._refuse_nan(inputs_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        refuse_unknown(self, kwargs)
+        if is_paged(cache):
+            self.config.refuse_continuous_batching()
+        inputs_embeds = self._embeddings(input_ids, inputs_embeds)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         packing = position_ids
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = positions[None]
 
-        causal_masks = self._causal_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
+        causal_masks = self._causal_masks(attention_mask, inputs_embeds, cache, position_ids)
         hidden_states = self._embed(inputs_embeds, position_ids)
         position_embeddings = self.rotary_emb.for_each_type(hidden_states, position_ids)
         if output_router_logits is None:
@@ -442,11 +445,11 @@ class MoEModel(MoEPreTrainedModel):
                 hidden_states,
                 attention_mask=causal_masks[layer_type],
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings[layer_type],
                 routing_context=context,
                 token_weights=token_weights,
+                **cache_keyword(cache),
                 **kwargs,
             )
             hidden_states, *signal = (output,) if token_weights is None else output
@@ -458,7 +461,16 @@ class MoEModel(MoEPreTrainedModel):
         if attach_router_loss and "router_loss" in router_outputs:
             router_loss = self.router_loss_scale * router_outputs.pop("router_loss")
             hidden_states = AttachLoss.apply(hidden_states, router_loss)
-        return MoEModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values, **router_outputs)
+        return MoEModelOutput(last_hidden_state=hidden_states, **cache_keyword(cache), **router_outputs)
+
+    def _embeddings(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings (B, S, H) of the tokens, as given or looked up."""
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            return self.embed_tokens(input_ids)
+        self._refuse_nan(inputs_embeds)
+        return inputs_embeds
 
     def _embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """What enters the first layer, (B, S, H)."""
@@ -481,7 +493,7 @@ class MoEModel(MoEPreTrainedModel):
                 f"inputs_embeds has a NaN in row {row} at position {position}: check what computes the embeddings."
             )
 
-    def _causal_masks(self, attention_mask, inputs_embeds, past_key_values, position_ids) -> dict:
+    def _causal_masks(self, attention_mask, inputs_embeds, cache, position_ids) -> dict:
         """One mask for each attention type in use, unless `generate` has prepared them."""
         if isinstance(attention_mask, dict):
             return attention_mask
@@ -494,8 +506,8 @@ class MoEModel(MoEPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **cache_keyword(cache),
             )
             for layer_type in set(self.config.layer_types)
         }
@@ -541,13 +553,14 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -563,11 +576,12 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits (B, kept, V) of the last so many positions only (0: all), or of those
                 listed in a tensor.
         """
+        refuse_unknown(self, kwargs)
         outputs: MoEModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=(
@@ -591,26 +605,33 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=outputs.aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             expert_load=outputs.expert_load,
             dropped_share=outputs.dropped_share,
+            **cache_keyword(outputs.cache),
         )
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
+    @takes_cache
+    def prepare_inputs_for_generation(self, input_ids, cache=None, inputs_embeds=None, **kwargs):
         """As transformers' own; a text that outgrows the short factors of a LongRoPE is read again with the long ones."""
         rope: dict = self.config.rope_parameters or {}
         if (
-            past_key_values
+            cache is not None
             and rope.get("rope_type") == "longrope"
-            and past_key_values.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]
+            and cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]
         ):
-            past_key_values, kwargs["next_sequence_length"] = None, None
+            cache, kwargs["next_sequence_length"] = None, None
         # by name: transformers asks the signature whether a prompt may be embeddings
-        arguments = {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds} | kwargs
-        return super().prepare_inputs_for_generation(input_ids, **arguments)
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **cache_keyword(cache), **kwargs
+        )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As transformers' own, behind `generate_batch` and its server; ValueError where it would change the text."""
+        self.config.refuse_continuous_batching()
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits (B, S, V) of states (B, S, H)."""

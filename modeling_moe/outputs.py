@@ -7,7 +7,10 @@ from functools import wraps
 import torch
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
+from .compatibility import gives_cache
 
+
+@gives_cache
 @dataclass
 class MoEModelOutput(MoeModelOutputWithPast):
     """Output of [`MoEModel`]: transformers' own, and what the routers tell while training or on request.
@@ -25,6 +28,7 @@ class MoEModelOutput(MoeModelOutputWithPast):
     dropped_share: torch.FloatTensor | None = None
 
 
+@gives_cache
 @dataclass
 class MoECausalLMOutput(MoeCausalLMOutputWithPast):
     """Output of [`MoEForCausalLM`]: transformers' own, `expert_load` and `dropped_share`, see [`MoEModelOutput`]."""

@@ -23,6 +23,7 @@ class SoftRouter(Router):
     """
 
     causal = False
+    per_token = False
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -68,6 +69,8 @@ class SegmentRouter(Router):
     The gate is a softmax of the mean of the `segment_length` tokens before the segment. The paper lets the first segment
     see itself; here it mixes all experts evenly, so that no token sees a later one, nor does a prompt's length matter.
     """
+
+    per_token = False
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)

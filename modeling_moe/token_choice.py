@@ -22,8 +22,6 @@ class TopKRouter(Router):
     is LongCat-Flash's (arXiv:2509.01322), with both kinds MoE++'s (arXiv:2410.07348) without its constant experts.
     """
 
-    fp32_tensors = ("e_score_correction_bias",)
-
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
         self.n_group, self.topk_group, self.group_score = config.n_group, config.topk_group, config.group_score
@@ -397,15 +395,13 @@ class TaskGateRouter(TopKRouter):
 class FixedRouter(Router):
     """Every token to every expert, with one weight for each expert that no token changes: what remains of a task.
 
-    The weights are `expert_weight` (E,), a parameter that stays fp32 in a model of another dtype, as all routing is.
+    The weights are `expert_weight` (E,), a parameter.
     """
-
-    fp32_tensors = ("expert_weight",)
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
         self.weight = None
-        self.expert_weight = nn.Parameter(torch.empty(self.num_experts, dtype=torch.float32))
+        self.expert_weight = nn.Parameter(torch.empty(self.num_experts))
 
     @classmethod
     def validate(cls, config) -> None:

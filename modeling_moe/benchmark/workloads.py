@@ -13,6 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from ..compatibility import cache_keyword
 from ..configuration_moe import MoEConfig
 from ..modeling_moe import MoEBlock
 from .cases import Case
@@ -135,7 +136,7 @@ class ModelWorkload:
             for model in (self.ours, self.theirs):
                 self.caches[model] = DynamicCache(config=model.config)
                 with torch.no_grad():
-                    model(prompt, past_key_values=self.caches[model], use_cache=True)
+                    model(prompt, use_cache=True, **cache_keyword(self.caches[model]))
 
     def inputs(self) -> list[torch.Tensor]:
         """What autograd differentiates beside parameters: nothing."""
@@ -152,7 +153,8 @@ class ModelWorkload:
         """The loss in training, else logits (B, S, V)."""
         if self.mode == "forward_backward":
             return module(self.ids, labels=self.ids).loss
-        return module(self.ids, past_key_values=self.caches.get(module), use_cache=self.mode == "decode").logits
+        cache = cache_keyword(self.caches.get(module))
+        return module(self.ids, use_cache=self.mode == "decode", **cache).logits
 
 
 def _configs(preset: Preset) -> tuple[MoEConfig, Qwen3MoeConfig]:

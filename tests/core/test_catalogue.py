@@ -194,13 +194,14 @@ def test_empty_slots_cost_nothing_and_get_no_gradient(name):
 
 
 @ALL_NAMES
-def test_routing_and_its_buffers_are_fp32_in_a_bf16_model(name, tmp_path):
+def test_routing_its_weights_and_buffers_are_fp32_in_a_bf16_model(name, tmp_path):
     model_of(name).save_pretrained(tmp_path)
     loaded = MoEForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for model in (loaded, model_of(name).to(torch.bfloat16)):
         for block in model.model.sparse_blocks():
-            for buffer in (getattr(block.gate, field) for field in block.gate.fp32_tensors):
-                assert buffer is None or buffer.dtype == torch.float32
+            tensors = block.gate.state_dict().values()
+            assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} <= {torch.float32}
+            assert {parameter.dtype for parameter in block.experts.parameters()} == {torch.bfloat16}
         routings = routings_of(model, name)
         assert {t.dtype for r in routings for t in (r.logits, r.weight, r.probs)} == {torch.float32}
         for routing in routings:

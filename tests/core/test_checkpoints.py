@@ -168,6 +168,7 @@ SHIPPED = {
     "batch_choice.py",
     "capacity.py",
     "checkpoints.py",
+    "compatibility.py",
     "configuration_moe.py",
     "dynamic_k.py",
     "embeddings.py",
