@@ -21,8 +21,10 @@ from .modeling_moe import (
     MoEPreTrainedModel,
 )
 from .routing import Routing
+from .utils.versions import warn_of_untested
 
 
+warn_of_untested()
 transformers.AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
 for _model in MODELS:
     getattr(transformers, _model._auto_class).register(MoEConfig, _model, exist_ok=True)

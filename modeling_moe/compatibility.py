@@ -42,13 +42,13 @@ KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
 }
 
 
-def _cache_name() -> str:
-    """The name that this release of transformers has for a cache.
+def cache_name(output: type) -> str:
+    """The name that a class of transformers' outputs has for a cache.
 
     Raises:
-        ImportError: for a release that has renamed it again.
+        ImportError: if a release has renamed it again.
     """
-    known = {field.name for field in fields(MoeModelOutputWithPast)}
+    known = {field.name for field in fields(output)}
     for name in CACHE_NAMES:
         if name in known:
             return name
@@ -58,7 +58,7 @@ def _cache_name() -> str:
     )
 
 
-CACHE_NAME = _cache_name()
+CACHE_NAME = cache_name(MoeModelOutputWithPast)
 
 
 def cache_keyword(cache: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -36,7 +36,7 @@ from .attention import MoEAttention
 from .balancing import CONTROLLERS, RouterTotals, update_routers
 from .capacity import Capacity
 from .checkpoints import fuse_experts, refuse_incomplete, register_expert_layout
-from .compatibility import CACHE_NAMES, cache_keyword, is_paged, refuse_unknown, takes_cache
+from .compatibility import CACHE_NAMES, __version__, cache_keyword, is_paged, refuse_unknown, takes_cache
 from .configuration_moe import MoEConfig
 from .embeddings import RotaryEmbeddings, ScaledEmbedding
 from .latent_attention import MoELatentAttention
@@ -46,6 +46,9 @@ from .outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
 from .router_signals import RouterSignals, collect, measure
 from .routers import router_class
 from .routing import Router, RoutingContext
+
+
+logger = logging.get_logger(__name__)
 
 
 class MoEMLP(nn.Module):
@@ -320,11 +323,12 @@ class MoEPreTrainedModel(PreTrainedModel):
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
             check(model, info)
+        warn_of_old_code(model.config)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves weights, configuration and the code to load them where this package is not installed."""
-        self.config.auto_map = dict(AUTO_MAP)
+        name_code(self.config)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def update_routers(self) -> None:
@@ -696,6 +700,21 @@ MODELS = (
 AUTO_MAP = {"AutoConfig": "configuration_moe.MoEConfig"} | {
     model._auto_class: f"modeling_moe.{model.__name__}" for model in MODELS
 }
+
+
+def name_code(config: MoEConfig) -> None:
+    """Names in a configuration the code that travels with the weights: its classes and its version."""
+    config.auto_map, config.code_version = dict(AUTO_MAP), __version__
+
+
+def warn_of_old_code(config: MoEConfig) -> None:
+    """Warns, once, of a checkpoint whose code decodes wrongly on transformers 5.24 where this package is not imported."""
+    if getattr(config, "auto_map", None) and getattr(config, "code_version", None) is None:
+        logger.warning_once(
+            f"{config.name_or_path} carries code from before modeling_moe 0.2.0, which writes wrong text on transformers "
+            "5.24 and later wherever the package is not imported: save it again (save_pretrained or push_to_hub)."
+        )
+
 
 register_expert_layout(MoEConfig.model_type)
 # the label smoothing of `Trainer` shifts the labels for the classes named here alone

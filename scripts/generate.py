@@ -3,7 +3,8 @@
 
     python scripts/generate.py --model_name_or_path outputs/demo/model --prompt "The import statement"
 
-It does not import the package, so a MoE checkpoint runs the code that it was saved with.
+It does not import the package, so a MoE checkpoint runs the code that it was saved with; unless that is from before
+version 0.2.0, which decodes wrongly on transformers 5.24: then the package runs it.
 """
 
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedConfig
 
 
 @dataclass
@@ -30,6 +31,9 @@ def main() -> None:
     )
     (args,) = parser.parse_args_into_dataclasses()
     try:
+        config, _ = PreTrainedConfig.get_config_dict(args.model_name_or_path)
+        if config.get("model_type") == "moe" and "code_version" not in config:
+            import modeling_moe  # noqa: F401, its classes then take the place of the checkpoint's
         tokenizer: Any = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, trust_remote_code=True).eval()
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..files import copy_companions, parse_dtype
-from ..modeling_moe import AUTO_MAP, MoEForCausalLM
+from ..modeling_moe import MoEForCausalLM, name_code
 from ..streaming import Source, State, check_hashes, open_source, write_checkpoint
 from .families import moe_config, source_config
 from .importer import import_state
@@ -84,7 +84,8 @@ def open_checkpoint(name_or_path: str, gguf_file: str | None = None, dtype: str 
 
 def _write_moe(folder: Path, config: MoEConfig) -> None:
     """config.json with the code that loads the model where this package is not installed."""
-    config.architectures, config.auto_map = [MoEForCausalLM.__name__], dict(AUTO_MAP)
+    config.architectures = [MoEForCausalLM.__name__]
+    name_code(config)
     with torch.device("meta"):
         custom_object_save(MoEForCausalLM(config), folder, config=config)
     config.save_pretrained(folder)

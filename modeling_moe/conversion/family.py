@@ -14,7 +14,14 @@ from ..streaming import LazyTensor, State
 
 
 # what every configuration carries and no model computes with; or bookkeeping of the tools that wrote it
-IGNORED = {*PreTrainedConfig().to_dict(), "model_type", "_name_or_path", "_attn_implementation", "auto_map"} | {
+IGNORED = {
+    *PreTrainedConfig().to_dict(),
+    "model_type",
+    "_name_or_path",
+    "_attn_implementation",
+    "auto_map",
+    "code_version",
+} | {
     "_attn_implementation_autoset",
     "_model_name_or_path",
     "cache_implementation",

@@ -1,8 +1,6 @@
 """Checkpoints: names on disk, byte-identical resaves, every way of loading, damage named; code that travels along."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from modeling_moe import MoEForCausalLM
 from modeling_moe.modeling_moe import AUTO_MAP
 from tests.conftest import tiny_config
+from tests.processes import run_without_package
 
 
 KINDS = {
@@ -96,7 +95,7 @@ def test_offload_to_disk(saved, tmp_path):
 def test_bf16(saved):
     _, folder = saved
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for name, p in model.named_parameters() if "mlp.gate." not in name} == {torch.bfloat16}
     assert model(IDS).logits.isfinite().all()
 
 
@@ -194,12 +193,6 @@ def test_code_and_every_auto_class_are_saved(saved):
 
 REMOTE = """
 import sys, torch
-assert "modeling_moe" not in sys.modules
-try:
-    import modeling_moe
-    raise SystemExit("the package is installed here, the test shows nothing")
-except ImportError:
-    pass
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 folder, again = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -217,24 +210,7 @@ model.save_pretrained(again)
 
 def test_process_without_the_package(saved, tmp_path):
     model, folder = saved
-    # -S drops the installed package with all of site-packages; the others come back by name
-    site = next(Path(path) for path in sys.path if path.endswith("site-packages"))
-    visible = tmp_path / "site"
-    visible.mkdir()
-    for entry in site.iterdir():
-        if "modeling_moe" not in entry.name and entry.suffix != ".pth":
-            (visible / entry.name).symlink_to(entry)
-    script = tmp_path / "remote.py"
-    script.write_text(REMOTE)
-    environment = {"PYTHONPATH": str(visible), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    result = subprocess.run(
-        [sys.executable, "-S", script, folder, tmp_path / "again"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    run_without_package(REMOTE, tmp_path, folder, tmp_path / "again")
     torch.testing.assert_close(torch.load(folder / "logits.pt"), model(IDS).logits)
     assert {file.name for file in (tmp_path / "again").glob("*.py")} == SHIPPED
     with safe_open(tmp_path / "again" / "model.safetensors", "pt") as tensors:

@@ -1,0 +1,161 @@
+"""What transformers' releases name differently: both names of the cache, keywords that nothing reads, an old checkpoint."""
+
+import json
+import logging
+import shutil
+from dataclasses import make_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import TransformersKwargs
+from transformers.utils import logging as transformers_logging
+
+from modeling_moe import (
+    MoEForCausalLM,
+    MoEForQuestionAnswering,
+    MoEForSequenceClassification,
+    MoEForTokenClassification,
+    MoEModel,
+    compatibility,
+)
+from modeling_moe.compatibility import CACHE_NAME, CACHE_NAMES, KEYWORDS, cache_name
+from modeling_moe.modeling_moe import MODELS
+from tests.conftest import tiny_config
+
+
+IDS = torch.arange(3, 21).view(2, 9)
+OLD = Path(__file__).parent / "golden" / "moe_0.1.0"
+EACH_NAME = pytest.mark.parametrize("name", CACHE_NAMES)
+EACH_MODEL = pytest.mark.parametrize("model_class", MODELS)
+
+
+def make(model_class=MoEForCausalLM, **fields):
+    return model_class(tiny_config(num_shared_experts=1, **fields)).eval()
+
+
+@EACH_NAME
+@EACH_MODEL
+def test_a_cache_is_taken_by_each_name(model_class, name):
+    model = make(model_class)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS[:, :5], use_cache=True, **{name: cache})
+    assert cache.get_seq_length() == 5
+
+
+@EACH_NAME
+@pytest.mark.parametrize("model_class", [MoEForCausalLM, MoEModel])
+def test_a_cache_is_returned_by_each_name(model_class, name):
+    outputs = make(model_class)(IDS, use_cache=True)
+    assert getattr(outputs, name).get_seq_length() == 9
+    assert outputs[CACHE_NAME] is getattr(outputs, name)
+
+
+@EACH_NAME
+def test_layers_and_attention_take_each_name(name):
+    layer = make().model.layers[0]
+    cache = DynamicCache()
+    states = torch.randn(1, 4, 32)
+    positions = torch.ones(1, 4, 12), torch.zeros(1, 4, 12)
+    layer(states, position_embeddings=positions, **{name: cache})
+    layer.self_attn(states, positions, None, **{name: cache})
+    assert cache.get_seq_length() == 8
+
+
+def test_two_caches_are_refused():
+    model = make()
+    first, second = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with pytest.raises(TypeError, match=r"MoEForCausalLM.forward\(\) got a cache as cache and as past_key_values"):
+        model(IDS, cache=first, past_key_values=second)
+    model(IDS, cache=first, past_key_values=None)
+
+
+def test_a_release_with_another_name_is_refused():
+    assert cache_name(make_dataclass("Old", ["past_key_values"])) == "past_key_values"
+    assert cache_name(make_dataclass("New", ["cache"])) == "cache"
+    with pytest.raises(ImportError, match="names the cache neither cache nor past_key_values"):
+        cache_name(make_dataclass("Newer", ["state"]))
+
+
+@EACH_MODEL
+@pytest.mark.parametrize("keyword", ["past_kv", "cache_params", "attention_masks", "label", "token_type_ids"])
+def test_a_keyword_that_nothing_reads_is_refused(model_class, keyword):
+    model = make(model_class)
+    with pytest.raises(TypeError, match=rf"forward\(\) got an unexpected keyword argument {keyword!r}, which nothing"):
+        model(IDS, **{keyword: None})
+    with pytest.raises(TypeError, match=keyword):
+        model(IDS, **{keyword: torch.ones(2, 9)})
+
+
+def test_token_types_are_refused_with_the_remedy():
+    with pytest.raises(TypeError, match="call the tokenizer with return_token_type_ids=False"):
+        make()(IDS, token_type_ids=torch.zeros_like(IDS))
+
+
+@EACH_MODEL
+@pytest.mark.parametrize("keyword", sorted(KEYWORDS - {"position_ids", "output_router_logits"}))
+def test_keywords_of_known_callers_are_accepted(model_class, keyword):
+    model = make(model_class)
+    expected = model(IDS)[0]
+    torch.testing.assert_close(model(IDS, **{keyword: None})[0], expected)
+
+
+def test_transformers_own_keywords_are_known():
+    assert set(TransformersKwargs.__annotations__) <= KEYWORDS
+    assert {"num_items_in_batch", "cu_seq_lens_q", "output_hidden_states"} <= KEYWORDS
+
+
+def test_outputs_that_a_server_adds_to_the_recorded_ones_are_known():
+    model = make(MoEModel)
+    with pytest.raises(TypeError, match="output_aux"):
+        model(IDS, output_aux=True)
+    model._can_record_outputs = model._can_record_outputs | {"aux": model._can_record_outputs["hidden_states"]}
+    model(IDS, output_aux=True)
+
+
+def test_generate_refuses_a_keyword_too():
+    with pytest.raises(ValueError, match="past_kv"):
+        make().generate(IDS, max_new_tokens=2, past_kv=3)
+
+
+@pytest.fixture
+def old_checkpoint(tmp_path):
+    """A checkpoint of version 0.1.0, whose own code must not run: this package takes its place."""
+    folder = tmp_path / "old"
+    shutil.copytree(OLD, folder)
+    for name in ("configuration_moe.py", "modeling_moe.py"):
+        (folder / name).write_text("raise AssertionError('the code of the checkpoint ran')")
+    return folder
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+def test_an_old_checkpoint_writes_its_text(old_checkpoint, trust_remote_code, caplog, monkeypatch):
+    transformers_logging.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    expected = json.loads((OLD / "expected.json").read_text())
+    with caplog.at_level(logging.WARNING):
+        model = AutoModelForCausalLM.from_pretrained(old_checkpoint, trust_remote_code=trust_remote_code)
+    assert sum("carries code from before modeling_moe 0.2.0" in record.message for record in caplog.records) == 1
+    ids, length = torch.tensor([expected["text"]]), {"max_new_tokens": 12, "min_new_tokens": 12}
+    torch.testing.assert_close(model(ids).logits[0, -1, :5], torch.tensor(expected["logits"]), atol=1e-5, rtol=1e-5)
+    for use_cache in (True, False):
+        text = model.generate(ids[:, :5], **length, do_sample=False, use_cache=use_cache)
+        assert text.tolist() == [expected["text"]]
+
+
+def test_a_checkpoint_saved_again_is_silent(old_checkpoint, tmp_path, caplog, monkeypatch):
+    AutoModelForCausalLM.from_pretrained(old_checkpoint).save_pretrained(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["code_version"] == compatibility.__version__
+    transformers_logging.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert not any("carries code" in record.message for record in caplog.records)
+
+
+def test_heads_of_all_kinds_are_covered():
+    heads = {MoEForQuestionAnswering, MoEForSequenceClassification, MoEForTokenClassification}
+    assert set(MODELS) == heads | {MoEForCausalLM, MoEModel}
