@@ -85,7 +85,7 @@ def takes_cache(forward: Callable) -> Callable:
     signature = inspect.signature(forward)
     old_name = inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None)
     *named, rest = signature.parameters.values()
-    wrapper.__signature__ = signature.replace(parameters=[*named, old_name, rest])
+    wrapper.__dict__["__signature__"] = signature.replace(parameters=[*named, old_name, rest])
     return wrapper
 
 

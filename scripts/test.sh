@@ -1,29 +1,23 @@
 #!/usr/bin/env bash
 # The one gate: set-up, lint, format, types, tests.
-#   bash scripts/test.sh                          what CI runs
-#   bash scripts/test.sh --slow                   the tests marked slow as well
-#   bash scripts/test.sh --transformers 5.19.0    the core tests on another transformers, in an environment of its own
+#   bash scripts/test.sh                     all of it, on the tested releases
+#   bash scripts/test.sh --slow              the tests marked slow as well
+#   bash scripts/test.sh --matrix            tests and demo on other releases (configuration/constraints/matrix.txt): hours
+#   bash scripts/test.sh --matrix newest     on the newest releases, as CI does; or oldest-python-3.10, peft==0.20.0 ...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh
+source scripts/matrix.sh
 
-select="not slow and not gpu"
-version=
-while [ $# -gt 0 ]; do
-    case $1 in
-        --slow) select="not gpu" ;;
-        --transformers) version=$2 && shift ;;
-        *) echo "test.sh: unknown argument $1" >&2 && exit 2 ;;
-    esac
-    shift
-done
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-
-if [ -n "$version" ]; then
-    setup_env ".venv-transformers-$version" test "transformers==$version"
-    exec ".venv-transformers-$version/bin/python" -m pytest -n auto -m "$select" tests/core
-fi
-setup_env .venv dev "transformers==5.23.0"
+select="not slow and not gpu"
+case ${1:-} in
+    "") ;;
+    --slow) select="not gpu" ;;
+    --matrix) shift; run_matrix "$@"; exit ;;
+    *) echo "test.sh: unknown argument $1" >&2 && exit 2 ;;
+esac
+setup_env .venv dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyrefly check

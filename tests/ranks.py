@@ -5,9 +5,18 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+import transformers
+from packaging.version import Version
 from torch import multiprocessing
+
+
+def needs_transformers(release: str, what: str) -> pytest.MarkDecorator:
+    """Skips tests on releases of transformers that lack what they test."""
+    old = Version(transformers.__version__) < Version(release)
+    return pytest.mark.skipif(old, reason=f"{what} needs transformers {release}")
 
 
 def _start(rank: int, main: Callable, ranks: int, port: int, arguments: tuple) -> None:

@@ -61,7 +61,7 @@ class ModelArguments:
         sizes = {"fsdp_size": self.fsdp_size, "tp_size": self.tp_size, "ep_size": self.ep_size}
         try:
             return DistributedConfig(**sizes) if max(sizes.values()) > 1 else None
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # a TypeError where transformers is too old for one of them
             raise UserError(f"fsdp_size, tp_size, ep_size: {error}") from error
 
     def frozen_experts(self) -> list[int]:

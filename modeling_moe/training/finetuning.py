@@ -24,7 +24,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..cli import UserError
 from ..files import load_source, load_tokenizer
 from ..lora.sharding import full_shape
-from ..routing import Router
 from .arguments import LoraArguments, ModelArguments
 from .data import DataArguments, load_and_pack
 from .freezing import FreezeExpertsCallback
@@ -105,11 +104,7 @@ def _add_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
         raise UserError(
             "lora_router false would lose what the routers' controller moves in training: set lora_router true"
         )
-    adapted = get_peft_model(model, args.config(model))
-    for module in adapted.modules():
-        if isinstance(module, Router):
-            module.float()  # PEFT does so for its own weights only
-    return adapted
+    return get_peft_model(model, args.config(model))
 
 
 def _load_for_training(
@@ -136,6 +131,16 @@ def _check_processes(args: TrainingArguments, model_args: ModelArguments) -> Non
         raise UserError(
             f"fsdp_size {model_args.fsdp_size} times tp_size {model_args.tp_size} is {needed} processes, and there are "
             f"{args.world_size}: start {needed} with torchrun --nproc_per_node"
+        )
+
+
+def _check_dtypes(trainer: Trainer, model: PreTrainedModel | PeftModel) -> None:
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    mixed_precision = trainer.args.bf16 or trainer.args.fp16
+    if trainer.is_fsdp_enabled and len(dtypes) > 1 and not mixed_precision:
+        raise UserError(
+            "dtype: FSDP trains the weights of a layer in one dtype, and routers stay in float32: leave dtype away, or set "
+            "bf16 true"
         )
 
 
@@ -217,6 +222,7 @@ def finetune(
     except ValueError as error:
         # arguments that do not go together; the message is transformers' own
         raise UserError(str(error)) from error
+    _check_dtypes(trainer, model)
     merge = model_args.method == "lora" and lora_args.merge_lora
     if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_split(model)):
         raise UserError(

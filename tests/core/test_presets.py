@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 from modeling_moe import MoEConfig, MoEForCausalLM
+from modeling_moe.conversion.importer import moe_config
 
 
 FOLDER = Path(__file__).parents[2] / "configuration"
@@ -31,19 +34,21 @@ PUBLISHED = {
     "glam_64b_64e": ("1.2T", "96.6B"),
     "mixtral_8x7b": ("46.7B", "12.9B"),
     "deepseek_moe_16b": ("16.4B", "2.8B"),
-    "deepseek_v3_style": ("671B", "37B"),
+    "deepseek_v3": ("671B", "37B"),
     "olmoe_1b_7b": ("6.9B", "1.3B"),
     "qwen3_30b_a3b": ("30.5B", "3.3B"),
     "gpt4_rumour": ("1.8T", "280B"),
     "moe_tiny": ("317K", "169K"),
     "dynamic_k": ("318K", "220K"),
 }
-# of 3.353B Qwen prints 3.3B
-ROUNDED_DOWN = {("qwen3_30b_a3b", "3.3B")}
+# of 3.353B Qwen prints 3.3B, and DeepSeek 37B of 37.55B
+ROUNDED_DOWN = {("qwen3_30b_a3b", "3.3B"), ("deepseek_v3", "37B")}
+TRAINING = ("router_bias_update_rate", "router_controller", "router_aux_loss_coef", "router_seq_aux_loss_coef")
 REFERENCES = {
     "mixtral_8x7b": (MixtralConfig, MixtralForCausalLM),
     "olmoe_1b_7b": (OlmoeConfig, OlmoeForCausalLM),
     "qwen3_30b_a3b": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
 }
 
 
@@ -108,6 +113,55 @@ def test_as_large_as_transformers_own(name):
     reference = on_meta(model_class, config_class(**preset))
     total = sum(parameter.numel() for parameter in reference.parameters())
     assert total == AutoConfig.from_pretrained(file).num_params()
+
+
+def test_deepseek_v3_is_what_its_published_configuration_imports_as():
+    """`config.json` of deepseek-ai/DeepSeek-V3, but for the fields that no model computes with."""
+    published = DeepseekV3Config(
+        vocab_size=129280,
+        hidden_size=7168,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        num_key_value_heads=128,
+        n_shared_experts=1,
+        n_routed_experts=256,
+        routed_scaling_factor=2.5,
+        kv_lora_rank=512,
+        q_lora_rank=1536,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        qk_nope_head_dim=128,
+        n_group=8,
+        topk_group=4,
+        num_experts_per_tok=8,
+        first_k_dense_replace=3,
+        norm_topk_prob=True,
+        max_position_embeddings=163840,
+        rms_norm_eps=1e-6,
+        rope_theta=10000,
+        rope_scaling={
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    preset = AutoConfig.from_pretrained(FOLDER / "models" / "deepseek_v3.json")
+    # how it is trained stands in the paper, not in that file
+    training = {name: getattr(preset, name) for name in TRAINING}
+    imported = MoEConfig(
+        **{name: getattr(moe_config(published), name) for name in MoEConfig.__annotations__} | training
+    )
+    imported.rope_parameters.pop("type", None)
+    for name in MoEConfig.__annotations__:
+        assert getattr(preset, name) == getattr(imported, name), name
 
 
 def test_readme_states_the_computed_numbers():

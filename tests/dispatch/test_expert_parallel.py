@@ -7,9 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import modeling_moe.dispatch.interface as interface
 from modeling_moe import MoEForCausalLM
 from tests.conftest import tiny_config
-from tests.ranks import run_ranks
+from tests.ranks import needs_transformers, run_ranks
 
 
+pytestmark = needs_transformers("5.19", "expert parallelism")
 RANKS = 2
 IDS = torch.arange(3, 39).view(4, 9)
 

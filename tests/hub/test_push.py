@@ -1,5 +1,9 @@
 """Publishing: what is uploaded, and what is refused before anything is."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,6 +79,22 @@ def test_other_code_is_refused(hub, folder):
     with pytest.raises(UserError, match="computes something else by its own code"):
         push_folder(folder, "you/moe")
     assert hub.calls == []
+
+
+def test_code_that_decodes_without_its_cache_is_refused(hub, folder):
+    """As that of before 0.2.0 on transformers 5.24: a pass over the whole text is right, `generate` is not."""
+    code = (folder / "attention.py").read_text()
+    (folder / "attention.py").write_text(code.replace("if cache is not None:", "if cache is not None and False:"))
+    with pytest.raises(UserError, match="computes something else by its own code"):
+        push_folder(folder, "you/moe")
+    assert hub.calls == []
+
+
+def test_script_checks_and_lists(folder, monkeypatch, capsys):
+    flags = ["--model_name_or_path", str(folder), "--repo_id", "you/moe", "--dry_run", "true"]
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", *flags])
+    runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "push_to_hub.py"), run_name="__main__")
+    assert "modeling_moe.py" in capsys.readouterr().out
 
 
 def test_damaged_weights_are_refused(hub, folder):

@@ -15,9 +15,10 @@ from modeling_moe.cli import UserError
 from modeling_moe.lora import moe_lora_config, synchronize_adapters
 from tests.dispatch.test_expert_parallel import build
 from tests.lora.checkpoints import fill
-from tests.ranks import run_ranks
+from tests.ranks import needs_transformers, run_ranks
 
 
+pytestmark = needs_transformers("5.23", "a model split over processes")
 IDS = torch.arange(3, 39).view(4, 9)
 PLANS = {
     "fsdp": {"fsdp_size": 2},

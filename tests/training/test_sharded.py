@@ -25,10 +25,11 @@ from modeling_moe.training import (
 )
 from modeling_moe.training.sharded import is_split
 from tests.lora.checkpoints import fill
-from tests.ranks import run_ranks
+from tests.ranks import needs_transformers, run_ranks
 from tests.training.conftest import sample_text, tiny_model, train_tokenizer
 
 
+pytestmark = needs_transformers("5.23", "a model split over processes")
 IDS = torch.arange(3, 39).view(4, 9)
 PLANS = {
     "fsdp": {"fsdp_size": 2, "batches": 2},
@@ -86,7 +87,7 @@ def run(
     accelerate: bool = False,
     reentrant: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
-    **plan: int,
+    **plan: int | str,
 ) -> None:
     """Four steps of eight blocks."""
     args = FinetuneArguments(
@@ -132,6 +133,10 @@ def rank_main(rank: int, folder: str) -> None:
         run(root, root / "nan", "full", callbacks=[SpoilLayer()], **PLANS["fsdp_ep"])
     except NonFiniteError as error:
         (root / f"nan_{rank}.txt").write_text(str(error))
+    try:
+        run(root, root / "bf16", "full", dtype="bfloat16", **PLANS["accelerate"])
+    except UserError as error:
+        (root / f"bf16_{rank}.txt").write_text(str(error))
     for name, method in CELLS:
         whole, resumed = root / f"{name}_{method}", root / f"{name}_{method}_resumed"
         run(root, whole, method, **PLANS[name])
@@ -193,6 +198,12 @@ def test_stops_at_nan(folder):
     assert message.startswith(
         "step 2: the loss is nan, and the first output that is not finite is that of model.layers.1.mlp;"
     )
+
+
+def test_weights_of_two_dtypes_under_fsdp(folder):
+    (message,) = {(folder / f"bf16_{rank}.txt").read_text() for rank in range(2)}
+    assert message.startswith("dtype: FSDP trains the weights of a layer in one dtype, and routers stay in float32")
+    assert not (folder / "bf16").exists()
 
 
 def test_too_few_processes(folder, tmp_path):
