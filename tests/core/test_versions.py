@@ -22,7 +22,7 @@ def bounds() -> dict[str, Requirement]:
     return {requirement.name: requirement for requirement in map(Requirement, texts)}
 
 
-def tested() -> dict[str, str]:
+def pinned() -> dict[str, str]:
     lines = (ROOT / "configuration" / "constraints" / "tested.txt").read_text().splitlines()
     pairs = [line.partition(";")[0].strip().split("==") for line in lines if not line.startswith("#")]
     return dict(pairs)
@@ -43,7 +43,7 @@ def installed(monkeypatch):
         def version(name: str) -> str:
             if name == "packaging":
                 raise metadata.PackageNotFoundError(name)
-            return releases.get(name, tested().get(name, "1000"))
+            return releases.get(name, pinned().get(name, "1000"))
 
         monkeypatch.setattr(versions, "version", version)
 
@@ -77,7 +77,7 @@ def test_a_copy_that_is_not_installed_has_nothing_to_say():
 def test_upper_bounds_say_what_was_tested():
     for name in BOUNDED:
         upper = next(Version(spec.version) for spec in bounds()[name].specifier if spec.operator == "<")
-        release = Version(tested()[name])
+        release = Version(pinned()[name])
         assert release < upper, name
         assert upper.release[:2] > release.release[:2], name
 
@@ -87,13 +87,13 @@ def test_the_oldest_environments_are_the_lower_bounds():
         name: next(Version(spec.version) for spec in bounds()[name].specifier if spec.operator == ">=")
         for name in BOUNDED
     }
-    pinned = [change.split("==") for change in environments()["oldest-python-3.10"] if "==" in change]
-    assert {name: Version(release).release[:2] for name, release in pinned} == {
+    oldest = [change.split("==") for change in environments()["oldest-python-3.10"] if "==" in change]
+    assert {name: Version(release).release[:2] for name, release in oldest} == {
         name: version.release[:2] for name, version in lower.items()
     }
 
 
 def test_environments_name_known_packages():
     for changes in environments().values():
-        assert {re.split("==", change)[0] for change in changes} <= set(tested())
+        assert {re.split("==", change)[0] for change in changes} <= set(pinned())
     assert {"tested", "newest", "oldest-python-3.10", "newest-python-3.13", "servers"} <= set(environments())
