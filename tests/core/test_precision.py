@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
-from modeling_moe import MoEConfig, MoEForCausalLM
+from modeling_moe import MoEForCausalLM
+from modeling_moe.lora import moe_lora_config
 from tests.conftest import tiny_config
-from tests.ranks import run_ranks
+from tests.ranks import needs_transformers, run_ranks
 
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -90,35 +94,90 @@ def test_a_small_update_is_kept():
     assert weight.grad.any()
 
 
-def build(dtype=torch.bfloat16) -> MoEForCausalLM:
+def build() -> MoEForCausalLM:
+    """A bf16 model whose router losses are no matter of how a batch is split."""
     torch.manual_seed(0)
-    config: MoEConfig = tiny_config(num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.0)
-    return MoEForCausalLM(config).to(dtype).train()
+    return MoEForCausalLM(tiny_config(num_experts=4, router_aux_loss_coef=0.0)).to(torch.bfloat16).train()
 
 
-def sharded(rank: int, folder: str) -> None:
-    """One step of half the batch under FSDP2, in which a group of parameters has one dtype: routers are groups."""
-    mesh, model = init_device_mesh("cpu", (2,)), build()
+def routers_as_groups(folder: str, mesh: DeviceMesh):
+    """FSDP2, in which a group of parameters has one dtype."""
+    model = build()
     for layer in model.model.layers:
         if layer.is_sparse:
             fully_shard(layer.mlp.gate, mesh=mesh)
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    rows = IDS[2 * rank : 2 * rank + 2]
-    model(rows, labels=rows).loss.backward()
-    gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
-    if rank == 0:
-        torch.save(gradients, f"{folder}/gradients.pt")
+    return fully_shard(model, mesh=mesh)
 
 
-def test_split_by_fsdp2_in_bf16(tmp_path):
-    run_ranks(sharded, 2, str(tmp_path))
-    gradients = torch.load(tmp_path / "gradients.pt")
+def by_transformers(**sizes: int):
+    def load(folder: str, mesh: DeviceMesh):
+        plan = DistributedConfig(**sizes)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, distributed_config=plan).train()
+
+    return load
+
+
+# engine -> model, and whether each process has a part of the batch
+ENGINES = {
+    "routers as groups": (routers_as_groups, True),
+    "fsdp": (by_transformers(fsdp_size=2), True),
+    "tp and ep": (by_transformers(tp_size=2, ep_size=2), False),
+    "ddp": (lambda folder, mesh: DistributedDataParallel(build()), True),
+}
+
+
+def split(rank: int, folder: str) -> None:
+    """One backward pass under each engine."""
+    mesh = init_device_mesh("cpu", (2,))
+    for engine, (load, divides) in ENGINES.items():
+        model = load(folder, mesh)
+        rows = IDS[2 * rank : 2 * rank + 2] if divides else IDS
+        model(input_ids=rows, labels=rows).loss.backward()
+        gradients = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+        gradients = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
+        torch.save(gradients, f"{folder}/{engine}{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory):
+    """The folder in which two processes left their gradients, and those of one process."""
+    folder = tmp_path_factory.mktemp("split")
+    build().save_pretrained(folder)
+    run_ranks(split, 2, str(folder))
     model = build()
     for rows in (IDS[:2], IDS[2:]):
         (model(rows, labels=rows).loss / 2).backward()
-    for name, parameter in model.named_parameters():
-        assert gradients[name].dtype == parameter.dtype, name
+    return folder, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@needs_transformers("5.23", "a model split over processes")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_split_over_processes(engine, gradients):
+    folder, expected = gradients
+    got = torch.load(folder / f"{engine}0.pt")
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert got[name].dtype == gradient.dtype == (torch.float32 if is_router(name) else torch.bfloat16), name
         # bf16 sums in another order
-        error = (gradients[name].float() - parameter.grad.float()).norm() / parameter.grad.float().norm()
-        assert error < 0.03, name
+        error = (got[name].float() - gradient.float()).norm() / gradient.float().norm()
+        assert error < 0.05, (name, error)
+
+
+def test_lora_trains_the_router_in_fp32(tmp_path):
+    model = build()
+    adapted = get_peft_model(model, moe_lora_config(model, r=2, experts=True, router=True))
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad and ".gate." in name}
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.mul_(1.001)  # less than the last bit of bf16
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    logits = adapted.eval()(IDS).logits
+    assert torch.equal(loaded.eval()(IDS).logits, logits)
+    merged = loaded.merge_and_unload()
+    routers = {name: tensor for name, tensor in merged.state_dict().items() if is_router(name)}
+    fresh = build().state_dict()
+    for name, tensor in routers.items():
+        torch.testing.assert_close(tensor, fresh[name] * 1.001)
