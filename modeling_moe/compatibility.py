@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 
+
+logger = logging.get_logger(__name__)
 
 # version of the package, and of the code that a checkpoint carries
 __version__ = "0.2.0"
@@ -36,6 +38,7 @@ KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     *("logits_indices", "logits_processor_args"),
     *("debug_io", "debug_io_dir", "prune_layers"),  # its tracing of a model
     "skip_logits",  # Liger, which `Trainer` tells that it needs the loss alone
+    "logits_to_keep",  # TRL's distillation, which gives it to the decoder without a head too
     "margin",  # TRL's reward trainer, which gives the whole batch to the model
     *("attention_instances", "forward_batch"),  # vLLM's and SGLang's attention
     *("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k", "tree_max_seqlen_q", "tree_max_seqlen_k"),  # TRL's
@@ -123,6 +126,15 @@ def update_cache(
         kwargs["cache"] = cache  # the attention function of these releases updates it
         return key, value
     return cache.update(key, value, layer_idx)
+
+
+def warn_of_old_code(config: Any) -> None:
+    """Warns, once, of a checkpoint whose code decodes wrongly on transformers 5.24 where this package is not imported."""
+    if getattr(config, "auto_map", None) and getattr(config, "code_version", None) is None:
+        logger.warning_once(
+            f"{config.name_or_path} carries code from before modeling_moe 0.2.0, which writes wrong text on transformers "
+            "5.24 and later wherever the package is not imported: save it again (save_pretrained or push_to_hub)."
+        )
 
 
 def refuse_unknown(model: Any, kwargs: dict[str, Any]) -> None:

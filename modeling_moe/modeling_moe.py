@@ -27,7 +27,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -36,7 +36,15 @@ from .attention import MoEAttention
 from .balancing import CONTROLLERS, RouterTotals, update_routers
 from .capacity import Capacity
 from .checkpoints import fuse_experts, refuse_incomplete, register_expert_layout
-from .compatibility import CACHE_NAMES, __version__, cache_keyword, is_paged, refuse_unknown, takes_cache
+from .compatibility import (
+    CACHE_NAMES,
+    __version__,
+    cache_keyword,
+    is_paged,
+    refuse_unknown,
+    takes_cache,
+    warn_of_old_code,
+)
 from .configuration_moe import MoEConfig
 from .embeddings import RotaryEmbeddings, ScaledEmbedding
 from .latent_attention import MoELatentAttention
@@ -46,9 +54,6 @@ from .outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
 from .router_signals import RouterSignals, collect, measure
 from .routers import router_class
 from .routing import Router, RoutingContext
-
-
-logger = logging.get_logger(__name__)
 
 
 class MoEMLP(nn.Module):
@@ -624,7 +629,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         if (
             cache is not None
             and rope.get("rope_type") == "longrope"
-            and cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]
+            and 0 < cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]
         ):
             cache, kwargs["next_sequence_length"] = None, None
         # by name: transformers asks the signature whether a prompt may be embeddings
@@ -705,15 +710,6 @@ AUTO_MAP = {"AutoConfig": "configuration_moe.MoEConfig"} | {
 def name_code(config: MoEConfig) -> None:
     """Names in a configuration the code that travels with the weights: its classes and its version."""
     config.auto_map, config.code_version = dict(AUTO_MAP), __version__
-
-
-def warn_of_old_code(config: MoEConfig) -> None:
-    """Warns, once, of a checkpoint whose code decodes wrongly on transformers 5.24 where this package is not imported."""
-    if getattr(config, "auto_map", None) and getattr(config, "code_version", None) is None:
-        logger.warning_once(
-            f"{config.name_or_path} carries code from before modeling_moe 0.2.0, which writes wrong text on transformers "
-            "5.24 and later wherever the package is not imported: save it again (save_pretrained or push_to_hub)."
-        )
 
 
 register_expert_layout(MoEConfig.model_type)

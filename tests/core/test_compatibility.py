@@ -95,11 +95,16 @@ def test_token_types_are_refused_with_the_remedy():
 
 
 @EACH_MODEL
-@pytest.mark.parametrize("keyword", sorted(KEYWORDS - {"position_ids", "output_router_logits"}))
+@pytest.mark.parametrize("keyword", sorted(KEYWORDS - {"position_ids", "output_router_logits", "logits_to_keep"}))
 def test_keywords_of_known_callers_are_accepted(model_class, keyword):
     model = make(model_class)
     expected = model(IDS)[0]
     torch.testing.assert_close(model(IDS, **{keyword: None})[0], expected)
+
+
+def test_the_decoder_ignores_what_a_head_keeps():
+    model = make(MoEModel)
+    torch.testing.assert_close(model(IDS, logits_to_keep=2)[0], model(IDS)[0])
 
 
 def test_transformers_own_keywords_are_known():
