@@ -13,10 +13,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import TransformersKwargs, logging
 
@@ -42,6 +43,11 @@ KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "margin",  # TRL's reward trainer, which gives the whole batch to the model
     *("attention_instances", "forward_batch"),  # vLLM's and SGLang's attention
     *("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k", "tree_max_seqlen_q", "tree_max_seqlen_k"),  # TRL's
+}
+
+REMEDIES = {
+    "token_type_ids": "set tokenizer.model_input_names = ['input_ids', 'attention_mask']",
+    "cache_position": "give position_ids, or leave it out: the cache knows its length",
 }
 
 
@@ -100,9 +106,37 @@ def gives_cache(output: type) -> type:
     return output
 
 
+class GenerationInputs(dict):
+    """Keyword arguments for a forward, in which both names of the cache are one key, the release's.
+
+    PEFT's prompt learning, in releases before transformers 5.24, reads and replaces `past_key_values`.
+    """
+
+    @staticmethod
+    def _key(name: str) -> str:
+        return CACHE_NAME if name in CACHE_NAMES else name
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(self._key(name))
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(self._key(name), value)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(self._key(str(name)))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a key by each of its names."""
+        return super().get(self._key(name), default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """The value of a key by each of its names, which is taken out."""
+        return super().pop(self._key(name), *default)
+
+
 def is_paged(cache: Any) -> bool:
     """Whether a cache is that of continuous batching, in which the tokens of many sequences lie in one row."""
-    return cache is not None and not isinstance(cache, Cache)
+    return isinstance(cache, PagedAttentionCache)
 
 
 def update_cache(
@@ -130,7 +164,11 @@ def update_cache(
 
 def warn_of_old_code(config: Any) -> None:
     """Warns, once, of a checkpoint whose code decodes wrongly on transformers 5.24 where this package is not imported."""
-    if getattr(config, "auto_map", None) and getattr(config, "code_version", None) is None:
+    folder, versioned = Path(config.name_or_path), getattr(config, "code_version", None) is not None
+    if (folder / "modeling_moe.py").is_file():
+        # version 0.1.0 leaves `code_version` in a configuration that it saves with its own code
+        versioned = (folder / "compatibility.py").is_file()
+    if getattr(config, "auto_map", None) and not versioned:
         logger.warning_once(
             f"{config.name_or_path} carries code from before modeling_moe 0.2.0, which writes wrong text on transformers "
             "5.24 and later wherever the package is not imported: save it again (save_pretrained or push_to_hub)."
@@ -148,12 +186,7 @@ def refuse_unknown(model: Any, kwargs: dict[str, Any]) -> None:
     recorded = {f"output_{name}" for name in model._can_record_outputs}
     for keyword in kwargs:
         if keyword not in KEYWORDS and keyword not in recorded:
-            remedy = (
-                "call the tokenizer with return_token_type_ids=False"
-                if keyword == "token_type_ids"
-                else "leave it out"
-            )
             raise TypeError(
                 f"{type(model).__name__}.forward() got an unexpected keyword argument {keyword!r}, which nothing would "
-                f"read: {remedy}."
+                f"read: {REMEDIES.get(keyword, 'leave it out')}."
             )

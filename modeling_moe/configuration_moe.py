@@ -592,10 +592,20 @@ class MoEConfig(PreTrainedConfig):
             reason = f"router_type={self.router_type!r} mixes the tokens of a row"
         elif capacity is not None:
             reason = f"{capacity} counts the tokens of a row"
+        elif dynamic := self._rope_types().intersection(("dynamic", "longrope")):
+            reason = f"rope_parameters has rope_type={dynamic.pop()!r}, which follows the longest sequence of a row"
         elif self.attn_logit_softcapping is not None and "flash" not in (self._attn_implementation or ""):
             reason = "attn_logit_softcapping is set, which only flash attention applies to pages"
         if reason is not None:
             raise ValueError(f"continuous batching would change the text, because {reason}: call `generate` instead.")
+
+    def _rope_types(self) -> set[str]:
+        by_kind = [self.rope_parameters.get(kind) for kind in self.layer_types]
+        return {
+            parameters["rope_type"]
+            for parameters in (self.rope_parameters, *by_kind)
+            if "rope_type" in (parameters or ())
+        }
 
     def rotates(self, layer_idx: int) -> bool:
         """Whether the queries and keys of a layer carry a rotary embedding."""

@@ -38,6 +38,7 @@ from .capacity import Capacity
 from .checkpoints import fuse_experts, refuse_incomplete, register_expert_layout
 from .compatibility import (
     CACHE_NAMES,
+    GenerationInputs,
     __version__,
     cache_keyword,
     is_paged,
@@ -633,9 +634,20 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         ):
             cache, kwargs["next_sequence_length"] = None, None
         # by name: transformers asks the signature whether a prompt may be embeddings
-        return super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, **cache_keyword(cache), **kwargs
+        return GenerationInputs(
+            super().prepare_inputs_for_generation(
+                input_ids, inputs_embeds=inputs_embeds, **cache_keyword(cache), **kwargs
+            )
         )
+
+    def generate(self, *args, **kwargs):
+        """As transformers' own; the release's `generate` knows one name of the cache, this one both."""
+        named = {name: kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None}
+        if len(named) > 1:
+            raise TypeError(f"generate() got a cache as {' and as '.join(named)}: give one.")
+        for cache in named.values():
+            kwargs |= cache_keyword(cache)
+        return super().generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         """As transformers' own, behind `generate_batch` and its server; ValueError where it would change the text."""

@@ -7,12 +7,15 @@ It does not import the package, so a MoE checkpoint runs the code that it was sa
 version 0.2.0, which decodes wrongly on transformers 5.24: then the package runs it.
 """
 
+import json
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 
 @dataclass
@@ -24,6 +27,17 @@ class Arguments:
     max_new_tokens: int = field(default=32, metadata={"help": "tokens to write"})
 
 
+def has_old_code(name_or_path: str) -> bool:
+    """Whether a checkpoint, or the base of an adapter, carries code of version 0.1.0."""
+    if (file := find_adapter_config_file(name_or_path)) is not None:
+        return has_old_code(json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    config, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    folder = Path(name_or_path)
+    if (folder / "modeling_moe.py").is_file():
+        return not (folder / "compatibility.py").is_file()
+    return config.get("model_type") == "moe" and "auto_map" in config and "code_version" not in config
+
+
 def main() -> None:
     """Prints each prompt with its greedy continuation."""
     parser = HfArgumentParser(
@@ -31,8 +45,7 @@ def main() -> None:
     )
     (args,) = parser.parse_args_into_dataclasses()
     try:
-        config, _ = PreTrainedConfig.get_config_dict(args.model_name_or_path)
-        if config.get("model_type") == "moe" and "code_version" not in config:
+        if has_old_code(args.model_name_or_path):
             import modeling_moe  # noqa: F401, its classes then take the place of the checkpoint's
         tokenizer: Any = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, trust_remote_code=True).eval()

@@ -17,12 +17,20 @@ find_python() {
     return 1
 }
 
+# a package's name in a release, as tested.txt writes names
+package() {
+    local name=${1%%==*}
+    name=${name,,}
+    echo "${name//_/-}"
+}
+
 # tested.txt with other releases: `name==version`, or a name alone for the newest
 releases() {
     local line change
     while read -r line; do
         for change in "$@"; do
-            [[ $line == "${change%%==*}=="* ]] && continue 2
+            change=$(package "$change")
+            [[ $line == "$change=="* ]] && continue 2
         done
         [[ $line == "#"* ]] || echo "$line"
     done < configuration/constraints/tested.txt
@@ -30,19 +38,22 @@ releases() {
     echo "triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"
 }
 
-run_environment() {
-    local name=$1 python=$2 folder=.venv-$1 log
+install_environment() {
+    local folder=$1 python=$2
     shift 2
-    python=$(find_python "$python") || return 1
     [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
     releases "$@" > "$folder/requirements.txt"
     # the registry's newest, whatever this machine's own constraints and this package's bounds say
-    PIP_CONSTRAINT=/dev/null "$folder/bin/python" -m pip install -qq --disable-pip-version-check --upgrade \
-        -r "$folder/requirements.txt" || return 1
-    PIP_CONSTRAINT=/dev/null "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-deps -e . || return 1
+    export PIP_CONSTRAINT=/dev/null
+    "$folder/bin/python" -m pip install -qq --disable-pip-version-check --upgrade -r "$folder/requirements.txt" &&
+        "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-deps -e .
+}
+
+test_environment() {
+    local folder=$1 output=$2
     "$folder/bin/python" -m pytest -q -n auto -m "not slow and not gpu" \
-        tests/core tests/dispatch tests/lora tests/scripts tests/hub tests/training/test_trl.py || return 1
-    bash scripts/demo.sh --venv "$folder" --output_dir "outputs/matrix-$name" --max_steps 2 || return 1
+        tests/core tests/dispatch tests/lora tests/scripts tests/hub tests/training/test_trl.py &&
+        bash scripts/demo.sh --venv "$folder" --output_dir "$output" --max_steps 2
 }
 
 installed() {
@@ -50,26 +61,39 @@ installed() {
         grep -E "^(torch|triton|transformers|peft|trl|accelerate)==" | tr '\n' ' '
 }
 
+# a line of the matrix for a name in it, or for releases
+environment() {
+    local name
+    if [[ $1 == *==* ]]; then
+        name=${1//==/-}
+        echo "${name// /-} - $1"
+    else
+        awk -v name="$1" '$1 == name && $1 !~ /^#/' "$MATRIX" | grep . ||
+            { echo "test.sh: $MATRIX has no environment $1" >&2 && return 2; }
+    fi
+}
+
 run_matrix() {
-    local line name python changes failed=()
+    local name python changes line lines=() failed=()
     [ $# -gt 0 ] || set -- $(grep -v "^#" "$MATRIX" | cut -d " " -f 1)
     for name in "$@"; do
-        line=$(grep -E "^$name " "$MATRIX" || true)
-        if [[ $name == *==* ]]; then
-            line="${name//[ =]/-} - $name"
-        elif [ -z "$line" ]; then
-            echo "test.sh: $MATRIX has no environment $name" >&2 && return 2
-        fi
+        line=$(environment "$name") || return 2
+        lines+=("$line")
+    done
+    for line in "${lines[@]}"; do
         read -r name python changes <<< "$line"
         printf '\n== %s (%s)\n' "$name" "${changes:-as tested}"
         # shellcheck disable=SC2086
-        if run_environment "$name" "$python" $changes; then
+        if ! python=$(find_python "$python") || ! install_environment ".venv-$name" "$python" $changes; then
+            echo "== $name could not be installed: nothing was tested" >&2
+            failed+=("$name")
+        elif test_environment ".venv-$name" "outputs/matrix-$name"; then
             echo "== $name passed: $(installed ".venv-$name")"
         else
+            echo "== $name FAILED: $(installed ".venv-$name")" >&2
+            echo "Mend the code for this release. Until then lower the upper bound of its package in pyproject.toml, so that" \
+                "pip does not install it beside this one." >&2
             failed+=("$name")
-            echo "== $name FAILED: $(installed ".venv-$name" || true)" >&2
-            echo "Mend the code for this release. Until then keep it out: lower the bound of its package in pyproject.toml," \
-                "so that pip does not install it beside this one." >&2
         fi
     done
     [ ${#failed[@]} = 0 ] || { echo "Failed: ${failed[*]}" >&2 && return 1; }

@@ -13,10 +13,10 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 select="not slow and not gpu"
 case ${1:-} in
     "") ;;
-    --slow) select="not gpu" ;;
+    --slow) select="not gpu" && shift ;;
     --matrix) shift; run_matrix "$@"; exit ;;
-    *) echo "test.sh: unknown argument $1" >&2 && exit 2 ;;
 esac
+[ $# = 0 ] || { echo "test.sh: unknown argument $1" >&2 && exit 2; }
 setup_env .venv dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -129,6 +129,25 @@ def test_continuous_batching_is_refused_where_it_has_no_such_attention(name, fie
         continuously(MoEForCausalLM(tiny_config(**ATTENTION[name])).eval(), PROMPTS)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0},
+        {
+            "rope_type": "longrope", "factor": 4.0, "rope_theta": 100.0, "original_max_position_embeddings": 16,
+            "short_factor": [1.0] * 6, "long_factor": [9.0] * 6,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_continuous_batching_is_refused_where_positions_follow_the_longest_sequence(rope):
+    by_kind = {"full_attention": {"rope_type": "default", "rope_theta": 100.0}, "sliding_attention": rope}
+    kinds = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 8}
+    for fields in ({"rope_parameters": rope}, {"rope_parameters": by_kind, **kinds}):
+        with pytest.raises(ValueError, match=f"rope_type='{rope['rope_type']}', which follows the longest sequence"):
+            continuously(MoEForCausalLM(tiny_config(**fields)).eval(), PROMPTS)
+
+
 def test_every_router_is_batched_continuously_or_refused():
     assert set(MIXING) <= set(ALL)
     assert set(NONCAUSAL) - set(MIXING) == {"sinkhorn", "base"}  # per token in evaluation

@@ -20,7 +20,7 @@ from modeling_moe import (
     MoEModel,
     compatibility,
 )
-from modeling_moe.compatibility import CACHE_NAME, CACHE_NAMES, KEYWORDS, cache_name
+from modeling_moe.compatibility import CACHE_NAME, CACHE_NAMES, KEYWORDS, GenerationInputs, cache_name
 from modeling_moe.modeling_moe import MODELS
 from tests.conftest import tiny_config
 
@@ -90,8 +90,10 @@ def test_a_keyword_that_nothing_reads_is_refused(model_class, keyword):
 
 
 def test_token_types_are_refused_with_the_remedy():
-    with pytest.raises(TypeError, match="call the tokenizer with return_token_type_ids=False"):
+    with pytest.raises(TypeError, match=r"set tokenizer.model_input_names = \['input_ids', 'attention_mask'\]"):
         make()(IDS, token_type_ids=torch.zeros_like(IDS))
+    with pytest.raises(TypeError, match="give position_ids, or leave it out"):
+        make()(IDS, cache_position=torch.arange(9))
 
 
 @EACH_MODEL
@@ -118,6 +120,50 @@ def test_outputs_that_a_server_adds_to_the_recorded_ones_are_known():
         model(IDS, output_aux=True)
     model._can_record_outputs = model._can_record_outputs | {"aux": model._can_record_outputs["hidden_states"]}
     model(IDS, output_aux=True)
+
+
+@EACH_NAME
+def test_generate_takes_each_name(name):
+    model = make()
+    length = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    cache = DynamicCache(config=model.config)
+    text = model.generate(IDS, **length, **{name: cache})
+    assert torch.equal(text, model.generate(IDS, **length, use_cache=False))
+    assert cache.get_seq_length() == 12
+    with pytest.raises(TypeError, match=r"generate\(\) got a cache as cache and as past_key_values"):
+        model.generate(IDS, **length, cache=cache, past_key_values=cache)
+
+
+class Proxy:
+    """A cache that hands everything on, and is of no class of transformers'."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["cache"], name)
+
+
+@EACH_NAME
+@pytest.mark.parametrize("fields", [{}, {"router_type": "segment", "segment_length": 3}], ids=str)
+def test_a_cache_of_another_class_is_used(name, fields):
+    model = make(**fields)
+    cache, whole = Proxy(DynamicCache(config=model.config)), model(IDS).logits
+    model(IDS[:, :5], **{name: cache})
+    torch.testing.assert_close(model(IDS[:, 5:], **{name: cache}).logits, whole[:, 5:])
+
+
+def test_inputs_of_generation_have_one_cache_by_both_names():
+    inputs = GenerationInputs(input_ids=1, **{CACHE_NAME: 2})
+    for name in CACHE_NAMES:
+        assert name in inputs
+        assert inputs[name] == inputs.get(name) == 2
+        inputs[name] = 2
+    assert dict(**inputs) == {"input_ids": 1, CACHE_NAME: 2}
+    assert inputs.get("other", 3) == 3
+    assert inputs.pop("past_key_values") == 2
+    assert inputs.pop("cache", None) is None
+    assert "cache" not in inputs
 
 
 def test_generate_refuses_a_keyword_too():
@@ -159,6 +205,17 @@ def test_a_checkpoint_saved_again_is_silent(old_checkpoint, tmp_path, caplog, mo
     with caplog.at_level(logging.WARNING):
         AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     assert not any("carries code" in record.message for record in caplog.records)
+
+
+def test_old_code_under_a_new_version_is_told(old_checkpoint, tmp_path, caplog, monkeypatch):
+    """Version 0.1.0 keeps the field when it loads and saves a checkpoint of a later one."""
+    config = json.loads((old_checkpoint / "config.json").read_text()) | {"code_version": "0.2.0"}
+    (old_checkpoint / "config.json").write_text(json.dumps(config))
+    transformers_logging.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        AutoModelForCausalLM.from_pretrained(old_checkpoint)
+    assert any("carries code from before" in record.message for record in caplog.records)
 
 
 def test_heads_of_all_kinds_are_covered():

@@ -1,4 +1,4 @@
-"""What transformers' own adapter methods do with our model; the documentation uses PEFT's API alone.
+"""PEFT's prompt learning, and what transformers' own adapter methods do; the documentation uses PEFT's API alone.
 
 transformers 5.24 asks for PEFT 0.22 in `add_adapter` and the like; loading an adapter works with earlier ones too.
 """
@@ -9,7 +9,14 @@ import peft
 import pytest
 import torch
 from packaging.version import Version
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM
 from transformers.integrations import peft as mixin
 
@@ -40,6 +47,30 @@ def folders(tmp_path, kind):
     config["base_model_name_or_path"] = str(tmp_path / "base")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     return tmp_path, adapted(IDS).logits.detach()
+
+
+@pytest.mark.parametrize(
+    ("kind", "use_cache"),
+    # a prefix is a cache itself: PEFT 0.21 cannot generate with it and without one, whatever the model
+    [(PromptTuningConfig, True), (PromptTuningConfig, False), (PromptEncoderConfig, True), (PrefixTuningConfig, True)],
+)
+def test_virtual_tokens_are_there_in_every_step(kind, use_cache):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        MoEForCausalLM(tiny_config(eos_token_id=None)), kind(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    model.eval()
+    for parameter in model.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    ids = IDS
+    with torch.no_grad():
+        for _ in range(6):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        text = model.generate(
+            input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False, use_cache=use_cache
+        )
+    assert torch.equal(text, ids)
 
 
 @EACH_CONFIG
