@@ -9,6 +9,7 @@ A forward that swallowed a keyword it does not know would turn the next rename i
 into a TypeError.
 """
 
+import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
@@ -24,35 +25,35 @@ from transformers.utils import TransformersKwargs, logging
 
 logger = logging.get_logger(__name__)
 
-# version of the package, and of the code that a checkpoint carries
+# a checkpoint carries code of the version that saved it
 __version__ = "0.2.0"
 
-# the names that releases of transformers have for a cache, the newest first
+# the newest name comes first
 CACHE_NAMES = ("cache", "past_key_values")
 
-# what callers give a model beside its own arguments and transformers' TransformersKwargs, by who reads it
+# callers give these to a forward beside its own arguments; docs/compatibility.md names who reads each
 KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
-    *("shift_labels", "ignore_index"),  # transformers' loss functions
-    *("kernel_options", "deterministic"),  # its flex and flash attention
-    # its continuous batching: attention, the paged cache and the sampler (before 5.19 with max_seqlen)
+    *("shift_labels", "ignore_index"),  # transformers' loss functions read them
+    *("kernel_options", "deterministic"),  # flex and flash attention read them
+    # continuous batching gives these; its attention, cache and sampler read them
     *("read_index", "write_index", "block_table", "max_seqlen_q", "max_seqlen_k"),
     *("logits_indices", "logits_processor_args"),
-    *("debug_io", "debug_io_dir", "prune_layers"),  # its tracing of a model
-    "skip_logits",  # Liger, which `Trainer` tells that it needs the loss alone
-    "logits_to_keep",  # TRL's distillation, which gives it to the decoder without a head too
-    "margin",  # TRL's reward trainer, which gives the whole batch to the model
-    *("attention_instances", "forward_batch"),  # vLLM's and SGLang's attention
-    *("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k", "tree_max_seqlen_q", "tree_max_seqlen_k"),  # TRL's
+    *("debug_io", "debug_io_dir", "prune_layers"),  # transformers traces a model by them
+    "skip_logits",  # `Trainer` tells Liger by it that the loss is enough
+    "logits_to_keep",  # TRL's distillation gives it to the decoder without a head too
+    "margin",  # TRL's reward trainer gives its whole batch to the model
+    *("attention_instances", "forward_batch"),  # the attention of vLLM and SGLang reads them
+    # TRL's tree attention reads these
+    *("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k", "tree_max_seqlen_q", "tree_max_seqlen_k"),
 }
-
 REMEDIES = {
     "token_type_ids": "set tokenizer.model_input_names = ['input_ids', 'attention_mask']",
-    "cache_position": "give position_ids, or leave it out: the cache knows its length",
+    "cache_position": "leave it out, or give position_ids",
 }
 
 
 def cache_name(output: type) -> str:
-    """The name that a class of transformers' outputs has for a cache.
+    """This finds the name that a class of transformers' outputs has for a cache.
 
     Raises:
         ImportError: if a release has renamed it again.
@@ -71,12 +72,12 @@ CACHE_NAME = cache_name(MoeModelOutputWithPast)
 
 
 def cache_keyword(cache: Any) -> dict[str, Any]:
-    """The keyword argument that hands a cache to a function, layer or output of transformers."""
+    """This makes the keyword argument that hands a cache to a function, layer or output of transformers."""
     return {CACHE_NAME: cache}
 
 
 def takes_cache(forward: Callable) -> Callable:
-    """Lets a method whose parameter is `cache` be called with `past_key_values` as well.
+    """The decorated method, whose parameter is `cache`, can be called with `past_key_values` as well.
 
     The method raises TypeError if it is given a cache by each name. Its signature shows both names.
     """
@@ -99,7 +100,7 @@ def takes_cache(forward: Callable) -> Callable:
 
 
 def gives_cache(output: type) -> type:
-    """Lets the cache in a class of outputs be read by both names, whatever the release calls the field."""
+    """The decorated class of outputs has the cache as an attribute by both names, whatever the release calls the field."""
     for name in CACHE_NAMES:
         if name != CACHE_NAME:
             setattr(output, name, property(lambda self: getattr(self, CACHE_NAME)))
@@ -107,9 +108,9 @@ def gives_cache(output: type) -> type:
 
 
 class GenerationInputs(dict):
-    """Keyword arguments for a forward, in which both names of the cache are one key, the release's.
+    """This dictionary of arguments for a forward has one cache, which is read, set and taken out by both names.
 
-    PEFT's prompt learning, in releases before transformers 5.24, reads and replaces `past_key_values`.
+    PEFT 0.21's prompt learning reads and replaces `past_key_values` in what `prepare_inputs_for_generation` returns.
     """
 
     @staticmethod
@@ -126,26 +127,26 @@ class GenerationInputs(dict):
         return super().__contains__(self._key(str(name)))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a key by each of its names."""
+        """This returns an item, or the default."""
         return super().get(self._key(name), default)
 
     def pop(self, name: str, *default: Any) -> Any:
-        """The value of a key by each of its names, which is taken out."""
+        """This takes an item out and returns it."""
         return super().pop(self._key(name), *default)
 
 
 def is_paged(cache: Any) -> bool:
-    """Whether a cache is that of continuous batching, in which the tokens of many sequences lie in one row."""
+    """This tells the cache of continuous batching, in which the tokens of many sequences lie in one row, from others."""
     return isinstance(cache, PagedAttentionCache)
 
 
 def update_cache(
     cache: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds keys and values of new tokens to a cache.
+    """This adds keys and values of new tokens to a cache.
 
     Args:
-        cache: transformers' own, or the paged one.
+        cache: a `Cache`, or the `PagedAttentionCache` of continuous batching.
         key: (B, heads, S, D).
         value: (B, heads, S, D').
         layer_idx: index of the layer.
@@ -163,30 +164,35 @@ def update_cache(
 
 
 def warn_of_old_code(config: Any) -> None:
-    """Warns, once, of a checkpoint whose code decodes wrongly on transformers 5.24 where this package is not imported."""
+    """This warns of a checkpoint whose code decodes wrongly on transformers 5.24 where this package is not imported."""
     folder, versioned = Path(config.name_or_path), getattr(config, "code_version", None) is not None
     if (folder / "modeling_moe.py").is_file():
         # version 0.1.0 leaves `code_version` in a configuration that it saves with its own code
         versioned = (folder / "compatibility.py").is_file()
     if getattr(config, "auto_map", None) and not versioned:
         logger.warning_once(
-            f"{config.name_or_path} carries code from before modeling_moe 0.2.0, which writes wrong text on transformers "
-            "5.24 and later wherever the package is not imported: save it again (save_pretrained or push_to_hub)."
+            f"{config.name_or_path} was saved by modeling_moe 0.1.0, whose code writes wrong text on transformers 5.24 and "
+            "later wherever the package is not imported: save it again (save_pretrained or push_to_hub)."
         )
 
 
 def refuse_unknown(model: Any, kwargs: dict[str, Any]) -> None:
-    """Raises TypeError for a keyword argument of a model's forward that nothing reads, as a Python signature would.
+    """This refuses a keyword argument of a forward that nothing reads, as a Python signature would.
 
     Args:
         model: whose forward was called.
         kwargs: the keyword arguments that the forward's signature does not name.
+
+    Raises:
+        TypeError: names the keyword, and one that is meant perhaps.
     """
     # vLLM adds to what a model records after it is made
-    recorded = {f"output_{name}" for name in model._can_record_outputs}
+    known = KEYWORDS | {f"output_{name}" for name in model._can_record_outputs}
     for keyword in kwargs:
-        if keyword not in KEYWORDS and keyword not in recorded:
+        if keyword not in known:
+            close = difflib.get_close_matches(keyword, known | set(inspect.signature(model.forward).parameters), n=1)
+            remedy = f"did you mean {close[0]}?" if close else "leave it out."
             raise TypeError(
                 f"{type(model).__name__}.forward() got an unexpected keyword argument {keyword!r}, which nothing would "
-                f"read: {REMEDIES.get(keyword, 'leave it out')}."
+                f"read: {REMEDIES[keyword] + '.' if keyword in REMEDIES else remedy}"
             )

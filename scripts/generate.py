@@ -3,8 +3,8 @@
 
     python scripts/generate.py --model_name_or_path outputs/demo/model --prompt "The import statement"
 
-It does not import the package, so a MoE checkpoint runs the code that it was saved with; unless that is from before
-version 0.2.0, which decodes wrongly on transformers 5.24: then the package runs it.
+It imports the package only for a checkpoint of version 0.1.0, whose code decodes wrongly on transformers 5.24; any other
+MoE checkpoint runs the code that it was saved with.
 """
 
 import json

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Runs tests and the demo on other releases, each set of them in an environment of its own. Sourced by test.sh.
+# This runs tests and the demo on other releases, each set of them in an environment of its own. test.sh sources it.
 #   run_matrix [ENVIRONMENT ...]
-# An environment is a name in configuration/constraints/matrix.txt, by default each of them in turn, or releases such as
-# peft==0.20.0 or "transformers==5.20.2 huggingface-hub" that take the place of the tested ones.
+# An environment is a name in configuration/constraints/matrix.txt, by default each of them in turn; or releases that take
+# the place of the tested ones: peft==0.21.0, torch (the newest), "transformers==5.20.2 huggingface-hub".
 
 MATRIX=configuration/constraints/matrix.txt
+TESTED=configuration/constraints/tested.txt
 
-# interpreter of a Python version, python3 for -
+# find_python prints the interpreter of a Python version, python3 for -
 find_python() {
     local candidate
     [ "$1" = - ] && echo "${PYTHON:-python3}" && return
@@ -17,14 +18,14 @@ find_python() {
     return 1
 }
 
-# a package's name in a release, as tested.txt writes names
+# package prints the name of a release's package as tested.txt writes names
 package() {
     local name=${1%%==*}
     name=${name,,}
     echo "${name//_/-}"
 }
 
-# tested.txt with other releases: `name==version`, or a name alone for the newest
+# releases prints tested.txt with other releases: `name==version`, or a name alone for the newest
 releases() {
     local line change
     while read -r line; do
@@ -33,7 +34,7 @@ releases() {
             [[ $line == "$change=="* ]] && continue 2
         done
         [[ $line == "#"* ]] || echo "$line"
-    done < configuration/constraints/tested.txt
+    done < "$TESTED"
     [ $# = 0 ] || printf '%s\n' "$@"
     echo "triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"
 }
@@ -43,7 +44,7 @@ install_environment() {
     shift 2
     [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
     releases "$@" > "$folder/requirements.txt"
-    # the registry's newest, whatever this machine's own constraints and this package's bounds say
+    # pip takes the registry's newest, whatever this machine's own constraints and this package's bounds say
     export PIP_CONSTRAINT=/dev/null
     "$folder/bin/python" -m pip install -qq --disable-pip-version-check --upgrade -r "$folder/requirements.txt" &&
         "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-deps -e .
@@ -61,15 +62,17 @@ installed() {
         grep -E "^(torch|triton|transformers|peft|trl|accelerate)==" | tr '\n' ' '
 }
 
-# a line of the matrix for a name in it, or for releases
+# environment prints the line of the matrix for a name in it, or for releases
 environment() {
     local name
-    if [[ $1 == *==* ]]; then
+    if awk -v name="$1" '$1 == name && !/^#/ { found = 1; print } END { exit !found }' "$MATRIX"; then
+        return
+    elif grep -q "^$(package "${1%% *}")==" "$TESTED"; then
         name=${1//==/-}
         echo "${name// /-} - $1"
     else
-        awk -v name="$1" '$1 == name && $1 !~ /^#/' "$MATRIX" | grep . ||
-            { echo "test.sh: $MATRIX has no environment $1" >&2 && return 2; }
+        echo "test.sh: $1 is no environment of $MATRIX, nor a release (name==version) of a package in $TESTED" >&2
+        return 2
     fi
 }
 
@@ -91,8 +94,7 @@ run_matrix() {
             echo "== $name passed: $(installed ".venv-$name")"
         else
             echo "== $name FAILED: $(installed ".venv-$name")" >&2
-            echo "Mend the code for this release. Until then lower the upper bound of its package in pyproject.toml, so that" \
-                "pip does not install it beside this one." >&2
+            echo "Mend the code for these releases; until then the bounds in pyproject.toml have to keep them out." >&2
             failed+=("$name")
         fi
     done

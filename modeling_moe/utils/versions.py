@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The releases of other packages that this one was tested with, as its own metadata names them."""
+"""This package warns at import of releases of other packages that it was not tested with."""
 
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -11,13 +11,13 @@ logger = logging.get_logger(__name__)
 
 
 def untested(distribution: str = "modeling-moe") -> list[str]:
-    """Requirements of an installed distribution that what is installed beside it does not meet.
+    """This lists what is installed outside the bounds that an installed distribution gives, its extras left out.
 
     Args:
-        distribution: a name that pip knows; one that is not installed has no requirements.
+        distribution: a name that pip knows; one that is not installed has no bounds.
 
     Returns:
-        A text such as `"transformers 5.99.0 (tested: >=5.17,<5.25)"` for each; extras are left out.
+        A text such as `"transformers 5.99.0 (tested: >=5.17,<5.25)"` for each package.
     """
     found = []
     try:
@@ -37,9 +37,9 @@ def untested(distribution: str = "modeling-moe") -> list[str]:
 
 
 def warn_of_untested() -> None:
-    """Warns, in one line, if a package that this one builds on is of a release that it was not tested with."""
+    """This warns, in one line, of packages whose releases lie outside the bounds in pyproject.toml."""
     if releases := untested():
         logger.warning(
-            f"modeling_moe was not tested with {', '.join(releases)}: install a tested release, or run "
-            "`bash scripts/test.sh --matrix newest` to see whether this one works."
+            f"modeling_moe was not tested with {', '.join(releases)}: install a release within these bounds, or test this "
+            "one in a clone of the project by `bash scripts/test.sh --matrix NAME==VERSION`."
         )

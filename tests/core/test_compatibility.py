@@ -89,10 +89,19 @@ def test_a_keyword_that_nothing_reads_is_refused(model_class, keyword):
         model(IDS, **{keyword: torch.ones(2, 9)})
 
 
+def test_a_misspelt_keyword_gets_the_right_one():
+    with pytest.raises(TypeError, match=r"did you mean output_hidden_states\?"):
+        make()(IDS, output_hidden_state=True)
+    with pytest.raises(TypeError, match=r"did you mean attention_mask\?"):
+        make()(IDS, attention_masks=torch.ones_like(IDS))
+    with pytest.raises(TypeError, match="nothing would read: leave it out"):
+        make()(IDS, banana=1)
+
+
 def test_token_types_are_refused_with_the_remedy():
     with pytest.raises(TypeError, match=r"set tokenizer.model_input_names = \['input_ids', 'attention_mask'\]"):
         make()(IDS, token_type_ids=torch.zeros_like(IDS))
-    with pytest.raises(TypeError, match="give position_ids, or leave it out"):
+    with pytest.raises(TypeError, match="leave it out, or give position_ids"):
         make()(IDS, cache_position=torch.arange(9))
 
 
@@ -188,7 +197,7 @@ def test_an_old_checkpoint_writes_its_text(old_checkpoint, trust_remote_code, ca
     expected = json.loads((OLD / "expected.json").read_text())
     with caplog.at_level(logging.WARNING):
         model = AutoModelForCausalLM.from_pretrained(old_checkpoint, trust_remote_code=trust_remote_code)
-    assert sum("carries code from before modeling_moe 0.2.0" in record.message for record in caplog.records) == 1
+    assert sum("was saved by modeling_moe 0.1.0" in record.message for record in caplog.records) == 1
     ids, length = torch.tensor([expected["text"]]), {"max_new_tokens": 12, "min_new_tokens": 12}
     torch.testing.assert_close(model(ids).logits[0, -1, :5], torch.tensor(expected["logits"]), atol=1e-5, rtol=1e-5)
     for use_cache in (True, False):
@@ -204,7 +213,7 @@ def test_a_checkpoint_saved_again_is_silent(old_checkpoint, tmp_path, caplog, mo
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         AutoModelForCausalLM.from_pretrained(tmp_path / "new")
-    assert not any("carries code" in record.message for record in caplog.records)
+    assert not any("was saved by modeling_moe" in record.message for record in caplog.records)
 
 
 def test_old_code_under_a_new_version_is_told(old_checkpoint, tmp_path, caplog, monkeypatch):
@@ -215,7 +224,7 @@ def test_old_code_under_a_new_version_is_told(old_checkpoint, tmp_path, caplog, 
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         AutoModelForCausalLM.from_pretrained(old_checkpoint)
-    assert any("carries code from before" in record.message for record in caplog.records)
+    assert any("was saved by modeling_moe 0.1.0" in record.message for record in caplog.records)
 
 
 def test_heads_of_all_kinds_are_covered():
