@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with the package, from nothing but python3 and pip. Sourced by demo.sh and test.sh.
+# This makes a virtual environment with the package, from nothing but python3 and pip. demo.sh and test.sh source it.
 #   setup_env FOLDER EXTRA
-# PYTHON chooses the interpreter, python3 by default. What is installed was tested together.
+# PYTHON chooses the interpreter, python3 by default. The packages in tested.txt are installed in the releases named there.
 
 setup_env() {
     local folder=$1 extra=$2

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The one gate: set-up, lint, format, types, tests.
+# This is the one gate: set-up, lint, format, types, tests.
 #   bash scripts/test.sh                     all of it, on the tested releases
 #   bash scripts/test.sh --slow              the tests marked slow as well
-#   bash scripts/test.sh --matrix            tests and demo on other releases (configuration/constraints/matrix.txt): hours
-#   bash scripts/test.sh --matrix newest     on the newest releases, as CI does; or oldest-python-3.10, peft==0.20.0 ...
+#   bash scripts/test.sh --matrix            most tests and a short demo on other releases, two hours: scripts/matrix.sh
+#   bash scripts/test.sh --matrix newest     on the newest releases, as CI does; or oldest-python-3.10, peft==0.21.0 ...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh
@@ -14,9 +14,10 @@ select="not slow and not gpu"
 case ${1:-} in
     "") ;;
     --slow) select="not gpu" && shift ;;
+    --help) sed -n "2,6s/^# //p" scripts/test.sh && exit ;;
     --matrix) shift; run_matrix "$@"; exit ;;
 esac
-[ $# = 0 ] || { echo "test.sh: unknown argument $1" >&2 && exit 2; }
+[ $# = 0 ] || { echo "test.sh: unknown argument $1 (see --help)" >&2 && exit 2; }
 setup_env .venv dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
