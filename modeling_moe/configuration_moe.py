@@ -600,12 +600,9 @@ class MoEConfig(PreTrainedConfig):
             raise ValueError(f"continuous batching would change the text, because {reason}: call `generate` instead.")
 
     def _rope_types(self) -> set[str]:
-        by_kind = [self.rope_parameters.get(kind) for kind in self.layer_types]
-        return {
-            parameters["rope_type"]
-            for parameters in (self.rope_parameters, *by_kind)
-            if "rope_type" in (parameters or ())
-        }
+        rope: dict = self.rope_parameters or {}
+        by_kind = [rope.get(kind) or {} for kind in self.layer_types]
+        return {parameters["rope_type"] for parameters in (rope, *by_kind) if "rope_type" in parameters}
 
     def rotates(self, layer_idx: int) -> bool:
         """Whether the queries and keys of a layer carry a rotary embedding."""
