@@ -62,6 +62,7 @@ def test_full(checkpoint, text_file, tmp_path, monkeypatch, capsys):
     saved = AutoModelForCausalLM.from_pretrained(output)
     torch.testing.assert_close(logits(saved), logits(AutoModelForCausalLM.from_pretrained(output / "checkpoint-12")))
     assert not torch.allclose(logits(saved), logits(tiny_model()))
+    assert saved.config.use_cache  # which `Trainer` turns off for checkpointing
     assert len(AutoTokenizer.from_pretrained(output)) == 300
     assert not (output / ".partial").exists()
 
@@ -75,6 +76,7 @@ def test_merged_lora_is_the_adapter_on_its_base(checkpoint, text_file, tmp_path,
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     adapted = PeftModel.from_pretrained(base, output / "checkpoint-12")
     torch.testing.assert_close(logits(saved), logits(adapted), rtol=1e-4, atol=1e-4)
+    assert saved.config.use_cache
     changed = {name for name, parameter in saved.named_parameters() if not torch.equal(parameter, before[name])}
     parts = ["q_proj", "k_proj", "v_proj", "o_proj", "experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"]
     assert {next((part for part in parts if part in name), name) for name in changed} == set(parts)
