@@ -11,6 +11,7 @@ from statistics import fmean
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -208,7 +209,6 @@ def finetune(
     set_seed(args.seed)
     model = _load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume)
     _check_vocabulary(tokenizer, model)
-    use_cache = model.config.use_cache
     frozen = [FreezeExpertsCallback(model_args.frozen_experts())] if model_args.freeze_experts else []
     try:
         trainer = FinetuneTrainer(
@@ -238,6 +238,7 @@ def finetune(
     eval_loss = {}
     for name, blocks in held_out.items():
         eval_loss[name] = trainer.evaluate(blocks, metric_key_prefix=f"eval_{name}")[f"eval_{name}_loss"]
-    model.config.use_cache = use_cache  # `Trainer` turns it off for checkpointing
+    # `Trainer` turns it off for checkpointing, in the checkpoints that a run resumes from too
+    model.config.use_cache = getattr(AutoConfig.from_pretrained(model_args.model_name_or_path), "use_cache", True)
     save_result(trainer, tokenizer, merge)
     return _result(trainer, trained, eval_loss, data_args.max_length, metrics)
