@@ -11,6 +11,7 @@ into a TypeError.
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
@@ -79,16 +80,19 @@ def cache_keyword(cache: Any) -> dict[str, Any]:
 def takes_cache(forward: Callable) -> Callable:
     """The decorated method, whose parameter is `cache`, can be called with `past_key_values` as well.
 
-    The method raises TypeError if it is given a cache by each name. Its signature shows both names.
+    The method raises TypeError if it is given a cache by each name. Its signature shows both names. It warns of the old name
+    where transformers' own models do.
     """
 
     @wraps(forward)
     def wrapper(self, *args, past_key_values=None, **kwargs):
         if past_key_values is not None:
+            name = f"{type(self).__name__}.{forward.__name__}"
             if kwargs.get("cache") is not None:
-                raise TypeError(
-                    f"{type(self).__name__}.{forward.__name__}() got a cache as cache and as past_key_values: give one."
-                )
+                raise TypeError(f"{name}() got a cache as cache and as past_key_values: give one.")
+            if CACHE_NAME == "cache" and not torch.compiler.is_compiling():
+                message = f"`past_key_values` is deprecated in this transformers. {name} takes `cache` too."
+                warnings.warn(message, FutureWarning, stacklevel=2)
             kwargs["cache"] = past_key_values
         return forward(self, *args, **kwargs)
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import warnings
 from dataclasses import make_dataclass
 from pathlib import Path
 
@@ -62,6 +63,21 @@ def test_layers_and_attention_take_each_name(name):
     layer(states, position_embeddings=positions, **{name: cache})
     layer.self_attn(states, positions, None, **{name: cache})
     assert cache.get_seq_length() == 8
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_the_old_name_is_told_where_transformers_tells(name):
+    model = make()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(IDS, **{name: DynamicCache(config=model.config)})
+    said = [str(each.message) for each in caught if issubclass(each.category, FutureWarning)]
+    if name == CACHE_NAME or CACHE_NAME == "past_key_values":
+        assert said == []
+    else:
+        assert said == [
+            "`past_key_values` is deprecated in this transformers. MoEForCausalLM.forward takes `cache` too."
+        ]
 
 
 def test_two_caches_are_refused():
