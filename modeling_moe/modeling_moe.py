@@ -54,7 +54,7 @@ from .normalization import PLACEMENTS, init_norm, make_norm
 from .outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
 from .router_signals import RouterSignals, collect, measure
 from .routers import router_class
-from .routing import Router, RoutingContext
+from .routing import Router, RoutingContext, router_dtype
 
 
 class MoEMLP(nn.Module):
@@ -157,9 +157,10 @@ class MoEBlock(nn.Module):
     def __init__(self, config: MoEConfig, layer_idx: int = 0):
         super().__init__()
         self.config = config
-        # transformers makes a model in the dtype it is to have, and a router is fp32 at least
-        router_dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.gate = router_class(config, layer_idx)(config, layer_idx).to(router_dtype)
+        self.gate = router_class(config, layer_idx)(config, layer_idx)
+        # transformers makes a model in the dtype it is to have
+        if (dtype := router_dtype(torch.get_default_dtype())) != torch.get_default_dtype():
+            self.gate.to(dtype)
         self.capacity = Capacity(config, layer_idx)
         self.experts = MoEExperts(config)
         self.shared_experts = self.shared_expert_gate = None
@@ -371,7 +372,7 @@ class MoEModel(MoEPreTrainedModel):
             f"mlp.gate.{name}"
             for block in self.sparse_blocks()
             for name, tensor in block.gate.state_dict().items()
-            if tensor.is_floating_point()
+            if tensor.is_floating_point() and router_dtype(torch.bfloat16) == torch.float32
         }
         # factor on router losses that attach themselves: the trainer's own, such as 1 / gradient accumulation steps
         self.router_loss_scale = 1.0

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations import deepspeed_config
 from transformers.utils.generic import maybe_autocast
 
 
@@ -141,6 +142,16 @@ def fp32_linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with maybe_autocast(tokens.device.type, enabled=False):
         return nn.functional.linear(tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def router_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A router in a model of `dtype` has this one: fp32 at least.
+
+    DeepSpeed wants one dtype for all weights, and steps copies of them in fp32: under it a router has the model's.
+    """
+    if not dtype.is_floating_point or deepspeed_config() is not None:
+        return dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def renormalise(weight: torch.Tensor) -> torch.Tensor:
@@ -278,8 +289,6 @@ class Router(nn.Module):
 
         def kept(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            if moved.is_floating_point() and moved.dtype.itemsize < torch.float32.itemsize:
-                moved = tensor.to(moved.device, torch.float32)
-            return moved
+            return moved if moved.dtype == router_dtype(moved.dtype) else tensor.to(moved.device, torch.float32)
 
         return super()._apply(kept, recurse)

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from modeling_moe import MoEForCausalLM
+from modeling_moe import MoEForCausalLM, routing
 from modeling_moe.lora import moe_lora_config
 from tests.conftest import tiny_config
 from tests.ranks import needs_transformers, run_ranks
@@ -49,6 +49,18 @@ def test_casts_upwards_and_back():
     assert {tensor.dtype for tensor in model.double().state_dict().values()} == {torch.float64}
     assert {tensor.dtype for tensor in model.float().state_dict().values()} == {torch.float32}
     assert torch.equal(model.bfloat16().float().model.layers[0].mlp.gate.weight, weight)  # no bit was lost
+
+
+def test_under_deepspeed_routers_have_the_models_dtype(tmp_path, monkeypatch):
+    """DeepSpeed refuses weights of two dtypes, and its optimizer steps fp32 copies."""
+    MoEForCausalLM(tiny_config(**SHARED)).save_pretrained(tmp_path)
+    monkeypatch.setattr(routing, "deepspeed_config", lambda: {"bf16": {"enabled": True}})
+    for model in (
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16),
+        AutoModelForCausalLM.from_config(tiny_config(**SHARED), dtype=torch.bfloat16),
+        MoEForCausalLM(tiny_config(**SHARED)).bfloat16(),
+    ):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_on_the_meta_device():
