@@ -13,14 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import TransformersKwargs
 from transformers.utils import logging as transformers_logging
 
-from modeling_moe import (
-    MoEForCausalLM,
-    MoEForQuestionAnswering,
-    MoEForSequenceClassification,
-    MoEForTokenClassification,
-    MoEModel,
-    compatibility,
-)
+from modeling_moe import MoEForCausalLM, MoEModel, compatibility
 from modeling_moe.compatibility import CACHE_NAME, CACHE_NAMES, KEYWORDS, GenerationInputs, cache_name
 from modeling_moe.modeling_moe import MODELS
 from tests.conftest import tiny_config
@@ -241,8 +234,3 @@ def test_old_code_under_a_new_version_is_told(old_checkpoint, tmp_path, caplog, 
     with caplog.at_level(logging.WARNING):
         AutoModelForCausalLM.from_pretrained(old_checkpoint)
     assert any("was saved by modeling_moe 0.1.0" in record.message for record in caplog.records)
-
-
-def test_heads_of_all_kinds_are_covered():
-    heads = {MoEForQuestionAnswering, MoEForSequenceClassification, MoEForTokenClassification}
-    assert set(MODELS) == heads | {MoEForCausalLM, MoEModel}
