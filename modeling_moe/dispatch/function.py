@@ -68,7 +68,7 @@ def experts(
         The sum (T, H); h (T*K, C), or (0, C) if not kept; and the two fields of
         [`~modeling_moe.dispatch.slots.Slots`].
     """
-    slots = group_slots(index, len(up))
+    slots = getattr(BACKENDS[backend], "group_slots", group_slots)(index, len(up))
     if not index.numel():
         return torch.zeros_like(x), x.new_empty(0, up.shape[1]), *slots
     low_rank = pair(up_a, up_b, down_a, down_b, up_kept, down_kept, up_scaling, down_scaling)

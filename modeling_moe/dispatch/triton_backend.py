@@ -5,110 +5,32 @@
 # x, grad (T, H); h (S, C), in the order of slots.order, where rows of empty slots are neither written nor read
 # weight (T, K) float32; up (E, C, H), down (E, H, I) of any strides; up_bias (E, C), down_bias (E, H) or None
 # gate: a key of gates.GATES; constants: what it takes, [alpha, limit] for the clamped ones, else []
+# R rank of a low-rank update; `narrow` (S, R) is what its first matrix gives
 
 Nothing waits for the device and nothing is added atomically: the same input gives the same bits.
 """
 
-import math
+import functools
+import warnings
 from typing import NamedTuple
 
 import torch
 import triton
+from torch.utils._python_dispatch import _disable_current_modes
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import composed, kernels
-from .slots import Slots, invert
-
-
-class Tile(NamedTuple):
-    """A block of a kernel's output, the step of its inner loop, and how it is scheduled."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
+from .launching import launch
+from .low_rank import LowRank, LowRankPair
+from .slots import Slots
+from .tiles import DECODING, Config, Decoding, Tile, choose_config, family_of, precision_of, serves
+from .triton_kernels import decoding, gradients, products, sorting
 
 
-class Config(NamedTuple):
-    """The tiles of the matrix products. All but `gradient` run over the same blocks of rows: one BLOCK_M.
-
-    Attributes:
-        up: of a, and the same columns of h.
-        down: of y, and in backward of the gradient of x.
-        gate: of a's gradient.
-        gradient: of the gradients of the matrices.
-    """
-
-    up: Tile
-    down: Tile
-    gate: Tile
-    gradient: Tile
-
-
-# bytes per element -> (the most rows an expert has on average, the tiles)
-# a stage is a buffer, save that `gradient`, which fetches its rows' numbers ahead, has two fewer; without wgmma all have
-# one fewer, so that the largest, 147 KiB on an H100, fit into the 99 KiB of an Ada or RTX Blackwell GPU
-CONFIGS: dict[int, list[tuple[float, Config]]] = {
-    2: [
-        (
-            16,
-            Config(
-                up=Tile(16, 64, 128, 4, 3),
-                down=Tile(16, 64, 128, 4, 4),
-                gate=Tile(16, 64, 128, 4, 3),
-                gradient=Tile(128, 128, 16, 8, 5),
-            ),
-        ),
-        (
-            32,
-            Config(
-                up=Tile(32, 64, 128, 4, 3),
-                down=Tile(32, 64, 128, 4, 4),
-                gate=Tile(32, 64, 128, 4, 3),
-                gradient=Tile(128, 128, 32, 8, 5),
-            ),
-        ),
-        (
-            256,
-            Config(
-                up=Tile(64, 64, 64, 4, 4),
-                down=Tile(64, 128, 64, 4, 4),
-                gate=Tile(64, 64, 64, 4, 4),
-                gradient=Tile(128, 128, 64, 8, 5),
-            ),
-        ),
-        (
-            math.inf,
-            Config(
-                up=Tile(128, 128, 64, 8, 3),
-                down=Tile(128, 256, 64, 8, 3),
-                gate=Tile(128, 128, 64, 8, 3),
-                gradient=Tile(128, 128, 64, 8, 5),
-            ),
-        ),
-    ],
-    4: [
-        (
-            16,
-            Config(
-                up=Tile(16, 32, 32, 4, 2),
-                down=Tile(16, 32, 32, 4, 2),
-                gate=Tile(16, 32, 32, 4, 2),
-                gradient=Tile(64, 64, 16, 4, 3),
-            ),
-        ),
-        (
-            math.inf,
-            Config(
-                up=Tile(64, 32, 32, 4, 2),
-                down=Tile(64, 64, 32, 4, 2),
-                gate=Tile(64, 64, 32, 4, 2),
-                gradient=Tile(64, 64, 32, 4, 3),
-            ),
-        ),
-    ],
-}
-INTERPRETED = not isinstance(kernels.combine, triton.JITFunction)
+INTERPRETED = not isinstance(products.combine, triton.JITFunction)
+# slots that a program of the sort counts, and those it places at a time
+SORT_BLOCK, SORT_STEP = 1024, 128
+# the most columns of a narrow product that one step of an update takes
+RANK_BLOCK = 64
 
 
 @torch.compiler.assume_constant_result
@@ -116,164 +38,306 @@ def available(device: torch.device) -> bool:
     """Whether the kernels run on `device`: a GPU that multiplies bfloat16, or anything if Triton is interpreted."""
     if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
         return INTERPRETED
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return serves(device) and _launches(device)
 
 
-def choose_config(num_slots: int, num_experts: int, element_size: int) -> Config:
-    """The tiles for an average expert's rows, whatever the router's balance: the host does not know it."""
-    return next(config for rows, config in CONFIGS[element_size] if num_slots <= rows * num_experts)
+@functools.cache
+def _launches(device: torch.device) -> bool:
+    """Whether a kernel of the smallest kind really runs on `device`; says once why not."""
+    try:
+        with _disable_current_modes():
+            offsets = group_slots(torch.tensor([1, 0, 1], device=device), 2).offsets.tolist()
+    except Exception as error:  # compilers, drivers and launchers fail in as many ways as there are machines
+        offsets = f"{type(error).__name__}: {error}"
+    if offsets == [0, 1, 3]:
+        return True
+    warnings.warn(
+        f"Triton does not work on {device} ({offsets}), so torch's grouped_mm computes the experts, slower and with "
+        "more memory. Triton needs a C compiler and a driver that its ptxas is not newer than.",
+        stacklevel=2,
+    )
+    return False
 
 
-def _gate_options(gate: str, constants: list[float]) -> dict:
-    alpha, limit = (float(constant) for constant in constants or (0, 0))
+def _gate_options(gate: str) -> dict[str, str]:
     layout = "pairs" if gate.endswith("_pairs") else "halves" if gate.endswith("_gated") else "plain"
-    activation = gate.removesuffix("_gated").removesuffix("_pairs")
-    return {"alpha": alpha, "limit": limit, "ACTIVATION": activation, "LAYOUT": layout}
+    return {"ACTIVATION": gate.removesuffix("_gated").removesuffix("_pairs"), "LAYOUT": layout}
 
 
-def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Nothing, where there is nothing to do."""
-    if 0 not in grid:
-        kernel[grid](*arguments, **options)
+def _gate_constants(constants: list[float]) -> tuple[float, float]:
+    alpha, limit = (float(constant) for constant in constants or (0, 0))
+    return alpha, limit
 
 
 def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
+def group_slots(index: torch.Tensor, num_experts: int) -> Slots:
+    """[`~modeling_moe.dispatch.slots.group_slots`] in two launches."""
+    index, number = index.contiguous(), index.numel()
+    blocks, bins = triton.cdiv(number, SORT_BLOCK), triton.next_power_of_2(num_experts + 1)
+    order, offsets, counts = (
+        torch.empty(size, dtype=torch.int32, device=index.device)
+        for size in ((number,), (num_experts + 1,), (blocks, bins))
+    )
+    sizes = {"BLOCK": SORT_BLOCK, "BINS": bins}
+    with torch.cuda.device_of(index):
+        launch(sorting.count_slots, (blocks,), index, counts, number, num_experts, **sizes)
+        launch(
+            sorting.place_slots, (blocks,), index, counts, order, offsets, number, num_experts, blocks,
+            STEP=SORT_STEP, ROWS=max(1, 8192 // bins), **sizes,
+        )  # fmt: skip
+    return Slots(order, offsets)
+
+
+class _Update(NamedTuple):
+    """What a kernel adds after its product: narrow (S, R) times each expert's factor (E, N, R), where dropout left it.
+
+    Attributes:
+        kept: bool (T, N) or (S, N) as the kernel wants it, or None.
+    """
+
+    narrow: torch.Tensor
+    factor: torch.Tensor
+    kept: torch.Tensor | None = None
+
+
+def _update_arguments(update: _Update | None) -> tuple[list, dict]:
+    """The kernels' arguments narrow, factor, its strides, rank and kept, and their options."""
+    if update is None:
+        return [None, None, 0, 0, 0, 0, None], {"STEPS": 0, "BLOCK_R": 16, "EVEN_R": True}
+    narrow, factor, kept = update
+    rank = factor.shape[2]
+    block = min(RANK_BLOCK, max(16, triton.next_power_of_2(rank)))
+    options = {"STEPS": triton.cdiv(rank, block), "BLOCK_R": block, "EVEN_R": rank % block == 0}
+    mask = None if kept is None else kept.contiguous().view(torch.uint8)
+    return [narrow, factor, *factor.stride(), rank, mask], options
+
+
 class _Rows:
     """The rows in tiles, and the launches that run over them.
 
     Attributes:
-        tiles: (2, number) int32, see kernels.py; the number is a bound the host knows, not the tiles in use.
+        tiles: see triton_kernels/__init__.py; their number is a bound the host knows, not the tiles in use.
+        inverse: (S,) int32, each slot's row.
     """
 
-    def __init__(self, slots: Slots, top_k: int, element_size: int, config: Config | None):
+    def __init__(self, slots: Slots, top_k: int, dtype: torch.dtype, config: Config | None):
         self.slots, self.top_k = slots, top_k
         self.num_slots, self.num_experts = len(slots.order), len(slots.offsets) - 1
-        self.config = config or choose_config(self.num_slots, self.num_experts, element_size)
+        self.precision = precision_of(dtype)
+        family = family_of(slots.order.device)
+        self.config = config or choose_config(self.num_slots, self.num_experts, dtype, family)
         block = self.config.up.BLOCK_M
         self.number = min(self.num_slots, triton.cdiv(self.num_slots, block) + self.num_experts)
-        self.tiles = torch.empty(2, self.number, dtype=torch.int32, device=slots.order.device)
-        experts = triton.next_power_of_2(self.num_experts)
-        _launch(
-            kernels.map_tiles, (self.num_experts + 1,),
-            slots.offsets, self.tiles, self.num_experts, self.number, BLOCK_M=block, EXPERTS=experts,
+        self.tiles = torch.empty(2 * self.number + 1, dtype=torch.int32, device=slots.order.device)
+        self.inverse = torch.empty_like(slots.order)
+        sizes = {"BLOCK": 1024, "TILES": 32, "EXPERTS": max(16, triton.next_power_of_2(self.num_experts))}
+        programs = max(triton.cdiv(self.num_slots, sizes["BLOCK"]), triton.cdiv(self.number, sizes["TILES"]))
+        launch(
+            sorting.map_rows, (programs,),
+            *slots, self.inverse, self.tiles, self.num_slots, self.number, self.num_experts, BLOCK_M=block, **sizes,
         )  # fmt: skip
 
-    def grid(self, columns: int, tile: Tile) -> tuple[int]:
+    def _grid(self, columns: int, tile: Tile) -> tuple[int]:
         return (self.number * triton.cdiv(columns, tile.BLOCK_N),)
 
+    def _options(self, tile: Tile, columns: int, depth: int) -> dict:
+        even = depth % tile.BLOCK_K == 0
+        sizes = {"EVEN_K": even, "EVEN": even and columns % tile.BLOCK_N == 0}
+        return {"TOP_K": self.top_k, "PRECISION": self.precision, **sizes, **tile._asdict()}
+
     def project_up(
-        self, x, up, up_bias, gate, constants, kept: bool, acted: bool
+        self, x, up, up_bias, gate, constants, kept: bool, acted: bool, update: _Update | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """h (S, C) if `kept`, and a (S, I) if `acted`; else the gate, which decides what I is, should be a plain one."""
-        options, tile = _gate_options(gate, constants), self.config.up if acted else self.config.down
-        inner = up.shape[1] // (1 if options["LAYOUT"] == "plain" else 2)
+        tile = self.config.up if acted else self.config.down.shrunk(up.shape[1])
+        return self._project_up(tile, x, up, up_bias, gate, constants, kept, acted, update)
+
+    def _project_up(self, tile, x, up, up_bias, gate, constants, kept, acted, update):
+        gate_options = _gate_options(gate)
+        inner, hidden = up.shape[1] // (1 if gate_options["LAYOUT"] == "plain" else 2), x.shape[1]
         h = x.new_empty(self.num_slots, up.shape[1]) if kept else None
         a = x.new_empty(self.num_slots, inner) if acted else None
-        _launch(
-            kernels.project_up, self.grid(inner, tile),
-            x, *self.slots, self.tiles, self.number, up, *up.stride(), _contiguous(up_bias), h, a,
-            HIDDEN=x.shape[1], INNER=inner, TOP_K=self.top_k, **options, **tile._asdict(),
+        (*arguments, _), options = _update_arguments(update)
+        launch(
+            products.project_up, self._grid(inner, tile),
+            x, *self.slots, self.tiles, self.number, up, *up.stride(), _contiguous(up_bias), *arguments, h, a,
+            hidden, inner, *_gate_constants(constants), **gate_options, **options, **self._options(tile, inner, hidden),
         )  # fmt: skip
         return h, a
 
-    def multiply(self, left, weight, bias) -> torch.Tensor:
+    def gathered_narrow(self, source, matrices) -> torch.Tensor:
+        """Each row's token of source (T, N) times the expert's matrix (E, R, N): (S, R)."""
+        tile = self.config.narrow.shrunk(matrices.shape[1])
+        return self._project_up(tile, source, matrices, None, "silu", [], True, False, None)[0]
+
+    def narrow(self, left, matrices) -> torch.Tensor:
+        """left (S, N) times each expert's matrix (E, R, N): (S, R)."""
+        return self._multiply(self.config.narrow.shrunk(matrices.shape[1]), left, matrices, None, None)
+
+    def multiply(self, left, weight, bias, update: _Update | None = None) -> torch.Tensor:
         """left (S, N) times each expert's weight (E, M, N), plus bias (E, M): (S, M)."""
-        out = left.new_empty(self.num_slots, weight.shape[1])
-        _launch(
-            kernels.multiply, self.grid(weight.shape[1], self.config.down),
-            left, self.slots.offsets, self.tiles, self.number, weight, *weight.stride(), _contiguous(bias), out,
-            N=weight.shape[1], K=weight.shape[2], **self.config.down._asdict(),
+        tile = self.config.down
+        if self.config.persistent and update is None and _has_descriptor(left, weight):
+            return self._multiply_persistent(tile, left, weight, bias)
+        if update is not None and update.kept is not None:
+            # a dropped update needs an accumulator of its own
+            tile = tile.shrunk(tile.BLOCK_N // 2)
+        return self._multiply(tile, left, weight, bias, update)
+
+    def _multiply(self, tile, left, weight, bias, update) -> torch.Tensor:
+        (_, n, k), out = weight.shape, left.new_empty(self.num_slots, weight.shape[1])
+        arguments, options = _update_arguments(update)
+        launch(
+            products.multiply, self._grid(n, tile),
+            left, *self.slots, self.tiles, self.number, weight, *weight.stride(), _contiguous(bias), *arguments, out,
+            n, k, **options, **self._options(tile, n, k),
         )  # fmt: skip
         return out
 
-    def combine(self, y, weight, inverse) -> torch.Tensor:
+    def _multiply_persistent(self, tile, left, weight, bias) -> torch.Tensor:
+        (_, n, k), out = weight.shape, left.new_empty(self.num_slots, weight.shape[1])
+        transposed = weight.stride(2) != 1
+        stored, block = weight, [1, tile.BLOCK_N, tile.BLOCK_K]
+        if transposed:
+            stored, block = weight.transpose(1, 2), [1, tile.BLOCK_K, tile.BLOCK_N]
+        programs = _multiprocessors(left.device)
+        launch(
+            products.multiply_persistent, (programs,),
+            TensorDescriptor.from_tensor(left, [tile.BLOCK_M, tile.BLOCK_K]), self.slots.offsets, self.tiles,
+            self.number, TensorDescriptor.from_tensor(stored, block), _contiguous(bias), out, n, k,
+            PROGRAMS=programs, TRANSPOSED=transposed, PRECISION=self.precision, **tile._asdict(),
+        )  # fmt: skip
+        return out
+
+    def combine(self, y, weight) -> torch.Tensor:
         """y (S, H) -> (T, H), each token's rows times weight (T, K), or once if it is None, added up in float32."""
         out = y.new_empty(self.num_slots // self.top_k, y.shape[1])
         block = min(1024, triton.next_power_of_2(y.shape[1]))
-        _launch(
-            kernels.combine, (len(out), triton.cdiv(y.shape[1], block)),
-            y, inverse, self.slots.offsets[-1:], weight, out, HIDDEN=y.shape[1], TOP_K=self.top_k, BLOCK_N=block,
+        launch(
+            products.combine, (len(out), triton.cdiv(y.shape[1], block)),
+            y, self.inverse, self.slots.offsets, self.num_experts, weight, out, y.shape[1],
+            TOP_K=self.top_k, BLOCK_N=block,
         )  # fmt: skip
         return out
 
-    def gate_backward(self, grad, h, weight, down, down_bias, gate, constants, wants) -> list:
+    def gate_backward(self, grad, h, weight, down, down_bias, gate, constants, wants, update=None) -> list:
         """What is wanted of: h's gradient (S, C), weight * a (S, I), and the gradient of each row's weight (S,)."""
         if not any(wants):
             return [None] * 3
-        inner, tile = down.shape[2], self.config.gate
-        partials = triton.cdiv(inner, tile.BLOCK_N)
+        (hidden, inner), tile = down.shape[1:], self.config.gate
+        parts = triton.cdiv(inner, tile.BLOCK_N)
         grad_h = torch.empty_like(h) if wants[0] else None
         scaled = h.new_empty(self.num_slots, inner) if wants[1] else None
         grad_weight = None
         if wants[2]:
-            shape = (partials + (down_bias is not None), self.num_slots)
+            shape = (parts + (down_bias is not None), self.num_slots)
             grad_weight = torch.empty(shape, dtype=torch.float32, device=h.device)
         rows = (grad, *self.slots, self.tiles, self.number)
-        _launch(
-            kernels.gate_backward, self.grid(inner, tile),
-            *rows, down, *down.stride(), h, weight, grad_h, scaled, grad_weight, self.num_slots,
-            HIDDEN=grad.shape[1], INNER=inner, TOP_K=self.top_k, **_gate_options(gate, constants), **tile._asdict(),
+        arguments, options = _update_arguments(update)
+        options |= _gate_options(gate) | self._options(tile, inner, hidden)
+        launch(
+            gradients.gate_backward, self._grid(inner, tile),
+            *rows, down, *down.stride(), *arguments, h, weight, grad_h, scaled, grad_weight, self.num_slots,
+            hidden, inner, *_gate_constants(constants), EVEN_N=inner % tile.BLOCK_N == 0, **options,
         )  # fmt: skip
         if grad_weight is not None and down_bias is not None:
-            _launch(
-                kernels.dot_bias, (self.number,),
-                *rows, _contiguous(down_bias), grad_weight[partials:],
-                HIDDEN=grad.shape[1], TOP_K=self.top_k, BLOCK_M=tile.BLOCK_M, BLOCK_K=64,
+            launch(
+                gradients.dot_bias, (self.number,),
+                *rows, _contiguous(down_bias), grad_weight, parts, self.num_slots, hidden,
+                TOP_K=self.top_k, EVEN_K=hidden % 64 == 0, BLOCK_M=tile.BLOCK_M, BLOCK_K=64,
             )  # fmt: skip
         return [grad_h, scaled, None if grad_weight is None else grad_weight.sum(0)]
 
-    def weight_gradient(self, left, right, parameter, gather_left: bool, top_k: int | None = None) -> torch.Tensor:
-        """Each expert's left^T right, like `parameter` (E, M, N); one of left and right is (T, .), the other (S, .).
-
-        `top_k` says of how many slots the gathered one has a row, if not of K.
-        """
-        out, tile = torch.empty_like(parameter), self.config.gradient
-        _, m, n = parameter.shape
-        _launch(
-            kernels.weight_gradient, (len(out) * triton.cdiv(m, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),),
-            left, right, *self.slots, out, *out.stride(),
-            M=m, N=n, TOP_K=top_k or self.top_k, GATHER_LEFT=gather_left, **tile._asdict(),
+    def weight_gradient(self, left, right, like, gather: str) -> torch.Tensor:
+        """Each expert's left^T right, like `like` (E, M, N); `gather` says which of left and right is (T, .) rather
+        than (S, .): "left", "right" or "neither"."""
+        out, (_, m, n) = torch.empty_like(like), like.shape
+        tile = self.config.gradient.shrunk(n, m)
+        launch(
+            gradients.weight_gradient, (len(out) * triton.cdiv(m, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),),
+            left, right, *self.slots, out, *out.stride(), m, n,
+            TOP_K=self.top_k, GATHER=gather, PRECISION=self.precision, **tile._asdict(),
         )  # fmt: skip
         return out
 
     def bias_gradient(self, values, weight, parameter) -> torch.Tensor:
         """Each expert's sum of values (S, N), or of weight (T, K) times values (T, N), like `parameter` (E, N)."""
         out = torch.empty_like(parameter, memory_format=torch.contiguous_format)
-        _launch(
-            kernels.bias_gradient, (len(out), triton.cdiv(out.shape[1], 64)),
-            values, *self.slots, weight, out, N=out.shape[1], TOP_K=self.top_k, BLOCK_M=32, BLOCK_N=64,
+        launch(
+            gradients.bias_gradient, (len(out), triton.cdiv(out.shape[1], 64)),
+            values, *self.slots, weight, out, out.shape[1], TOP_K=self.top_k, BLOCK_M=32, BLOCK_N=64,
         )  # fmt: skip
         return out
 
 
-class _Products:
-    """[`~modeling_moe.dispatch.composed.Products`] by the kernels, where an update stands between those that fuse."""
+def _has_descriptor(left: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the bulk copy engine takes both: a stretch of memory in one dimension, the others in 16-byte steps."""
+    if weight.stride(2) != 1 and weight.stride(1) != 1:
+        return False
+    steps = [left.stride(0), *(stride for stride in weight.stride() if stride != 1)]
+    return all(step * left.element_size() % 16 == 0 for step in steps) and weight.data_ptr() % 16 == 0
 
-    def __init__(self, rows: _Rows):
-        self.kernels, self.slots = rows, rows.slots
-        self.inverse = invert(rows.slots.order)
 
-    def gathered(self, source, matrices, bias):
-        source = source.contiguous()
-        return self.kernels.project_up(source, matrices, bias, "silu", [], kept=True, acted=False)[0]
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
-    def rows(self, left, matrices, bias):
-        return self.kernels.multiply(left, matrices, bias)
 
-    def outer(self, left, right, like, gather):
-        if gather == "neither":
-            # the kernel gathers one of them: by slot, then
-            return self.kernels.weight_gradient(left, right[self.inverse], like, gather_left=False, top_k=1)
-        return self.kernels.weight_gradient(left.contiguous(), right.contiguous(), like, gather_left=gather == "left")
+class _LowRank:
+    """A low-rank update of one of the two matrices, in the dtype of the products, with its gradients.
 
-    def bias_gradient(self, rows, weight, like):
-        return self.kernels.bias_gradient(rows, weight, like)
+    Attributes:
+        a: (E, R, M).
+        b: (E, N, R), with the update's scaling in it, so that no product has to be scaled.
+        gathered: whether its input is (T, M), a row for each token, rather than (S, M).
+        kept: what dropout leaves of the input, as it is gathered, or None.
+    """
 
-    def combine(self, rows, weight):
-        return self.kernels.combine(rows, weight, self.inverse)
+    def __init__(self, low_rank: LowRank, rows: _Rows, dtype: torch.dtype, gathered: bool):
+        self.low_rank, self.kernels, self.gathered = low_rank, rows, gathered
+        self.a = low_rank.a.to(dtype)
+        self.b = low_rank.b.to(dtype) if low_rank.scaling == 1 else (low_rank.b * low_rank.scaling).to(dtype)
+        self.kept = low_rank.kept
+
+    def _dropped(self, source: torch.Tensor) -> torch.Tensor:
+        if self.kept is None:
+            return source
+        return source * (self.kept if self.gathered else self.kept.index_select(0, self.kernels.slots.order))
+
+    def _narrow(self, source: torch.Tensor) -> torch.Tensor:
+        """a times the input: (S, R)."""
+        multiply = self.kernels.gathered_narrow if self.gathered else self.kernels.narrow
+        return multiply(self._dropped(source), self.a)
+
+    def forward(self, source: torch.Tensor) -> _Update:
+        """What the product of `source` with the matrix has to add."""
+        return _Update(self._narrow(source), self.b)
+
+    def backward(self, grad: torch.Tensor) -> _Update:
+        """What the product of the output's gradient with the matrix has to add; (S, N) if `gathered`, else (T, N)."""
+        multiply = self.kernels.narrow if self.gathered else self.kernels.gathered_narrow
+        self.grad_narrow = multiply(grad, self.b.transpose(1, 2))
+        return _Update(self.grad_narrow, self.a.transpose(1, 2), self.kept)
+
+    def gradients(self, grad: torch.Tensor, source: torch.Tensor, needs: list[bool]) -> list[torch.Tensor | None]:
+        """Those of a and b; `source` of an update that does not gather carries the row's weight."""
+        low_rank, grad_a, grad_b = self.low_rank, None, None
+        if needs[0]:
+            side = "right" if self.gathered else "neither"
+            grad_a = self.kernels.weight_gradient(self.grad_narrow, self._dropped(source), low_rank.a, side)
+        if needs[1]:
+            side = "neither" if self.gathered else "left"
+            grad_b = self.kernels.weight_gradient(grad, self._narrow(source), low_rank.b, side).mul_(low_rank.scaling)
+        return [grad_a, grad_b]
+
+
+def _low_ranks(
+    low_rank: LowRankPair | None, rows: _Rows, dtype: torch.dtype
+) -> tuple[_LowRank | None, _LowRank | None]:
+    up, down = low_rank or (None, None)
+    return up and _LowRank(up, rows, dtype, gathered=True), down and _LowRank(down, rows, dtype, gathered=False)
 
 
 def forward(
@@ -282,13 +346,12 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The experts' weighted sum (T, H), added up in float32, and h, or (0, C) if it is not kept."""
     with torch.cuda.device_of(x):
-        rows = _Rows(slots, weight.shape[1], x.element_size(), config)
-        if low_rank is not None:
-            arguments = (weight.contiguous(), up, down, up_bias, down_bias, gate, constants, keep_h, low_rank)
-            return composed.forward(_Products(rows), x.contiguous(), *arguments)
-        h, a = rows.project_up(x.contiguous(), up, up_bias, gate, constants, kept=keep_h, acted=True)
-        y = rows.multiply(a, down, down_bias)
-        out = rows.combine(y, weight.contiguous(), invert(slots.order))
+        x, rows = x.contiguous(), _Rows(slots, weight.shape[1], x.dtype, config)
+        up_update, down_update = _low_ranks(low_rank, rows, x.dtype)
+        update = up_update and up_update.forward(x)
+        h, a = rows.project_up(x, up, up_bias, gate, constants, kept=keep_h, acted=True, update=update)
+        y = rows.multiply(a, down, down_bias, down_update and down_update.forward(a))
+        out = rows.combine(y, weight.contiguous())
     return out, x.new_empty(0, up.shape[1]) if h is None else h
 
 
@@ -301,64 +364,80 @@ def backward(
 
     Those of idle experts and of the weights of empty slots are 0. An h that was not kept is computed again.
     """
-    grads: list[torch.Tensor | None] = [None] * 6
-    needs_x, needs_weight, needs_up, needs_down, needs_up_bias, needs_down_bias = needs[:6]
+    grads: list[torch.Tensor | None] = [None] * 10
+    needs_x, needs_weight, needs_up, needs_down, needs_up_bias, needs_down_bias, *needs_factors = needs
+    needs_up_factors, needs_down_factors = needs_factors[:2], needs_factors[2:]
     with torch.cuda.device_of(x):
         x, grad, weight = x.contiguous(), grad.contiguous(), weight.contiguous()
-        rows = _Rows(slots, weight.shape[1], x.element_size(), config)
-        if low_rank is not None:
-            arguments = (weight, up, down, up_bias, down_bias, gate, constants, needs, low_rank)
-            return composed.backward(_Products(rows), grad, x, h, *arguments)
-        inverse = invert(slots.order)
+        rows = _Rows(slots, weight.shape[1], x.dtype, config)
+        up_update, down_update = _low_ranks(low_rank, rows, x.dtype)
         if not len(h):
-            h, _ = rows.project_up(x, up, up_bias, "silu", [], kept=True, acted=False)
-        wants = [needs_x or needs_up or needs_up_bias, needs_down, needs_weight]
-        grad_h, scaled, grad_weight = rows.gate_backward(grad, h, weight, down, down_bias, gate, constants, wants)
+            update = up_update and up_update.forward(x)
+            h, _ = rows.project_up(x, up, up_bias, "silu", [], kept=True, acted=False, update=update)
+        wants = [
+            needs_x or needs_up or needs_up_bias or any(needs_up_factors),
+            needs_down or any(needs_down_factors),
+            needs_weight,
+        ]
+        update = down_update and down_update.backward(grad)
+        grad_h, scaled, grad_weight = rows.gate_backward(
+            grad, h, weight, down, down_bias, gate, constants, wants, update
+        )
         if needs_weight:
-            served = inverse < slots.offsets[-1]
-            grads[1] = torch.where(served, grad_weight.index_select(0, inverse), 0.0).view_as(weight)
+            served = rows.inverse < slots.offsets[-1]
+            grads[1] = torch.where(served, grad_weight.index_select(0, rows.inverse), 0.0).view_as(weight)
         if needs_down:
-            grads[3] = rows.weight_gradient(grad, scaled, down, gather_left=True)
-            del scaled
+            grads[3] = rows.weight_gradient(grad, scaled, down, "left")
+        if down_update is not None:
+            grads[8:] = down_update.gradients(grad, scaled, needs_down_factors)
+        del scaled
         if needs_down_bias:
             grads[5] = rows.bias_gradient(grad, weight, down_bias)
         if needs_up:
-            grads[2] = rows.weight_gradient(grad_h, x, up, gather_left=False)
+            grads[2] = rows.weight_gradient(grad_h, x, up, "right")
         if needs_up_bias:
             grads[4] = rows.bias_gradient(grad_h, None, up_bias)
+        update = None
+        if up_update is not None and (needs_x or any(needs_up_factors)):
+            update = up_update.backward(grad_h)
+            grads[6:8] = up_update.gradients(grad_h, x, needs_up_factors)
         if needs_x:
-            grads[0] = rows.combine(rows.multiply(grad_h, up.transpose(1, 2), None), None, inverse)
+            grads[0] = rows.combine(rows.multiply(grad_h, up.transpose(1, 2), None, update), None)
     return grads
 
 
-def _decode_blocks(contiguous: bool, columns: int, depth: int, products: int) -> dict[str, int]:
-    """Blocks of 8192 products, to have enough loads in flight, which run along the matrix's stretches of memory."""
-    block_n = columns if contiguous else 32
-    block_k = min(8192 // (block_n * products), triton.next_power_of_2(depth))
-    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
+def _decode_blocks(contiguous: bool, rows: int, depth: int, per_block: int, num_warps: int) -> dict[str, int]:
+    """Blocks of 8192 numbers, which run along the matrix's stretches of memory."""
+    block_n = rows if contiguous else 32
+    block_k = min(8192 // (block_n * per_block), triton.next_power_of_2(depth))
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": num_warps}
 
 
-def decode(x, index, weight, up, down, up_bias, down_bias, gate: str, constants) -> torch.Tensor:
+def decode(
+    x, index, weight, up, down, up_bias, down_bias, gate: str, constants, decoding_blocks: Decoding | None = None
+) -> torch.Tensor:
     """`forward` for a few tokens, without sorting or h: one matrix-vector product per slot, a (S, I) is float32.
 
     index (T, K) int64, an id outside [0, E) is an empty slot.
     """
     num_tokens, top_k = index.shape
     (num_experts, hidden, inner), out = down.shape, x.new_empty(x.shape)
-    shape = {"HIDDEN": hidden, "INNER": inner, "TOP_K": top_k}
+    chosen = decoding_blocks or DECODING[family_of(x.device)]
     with torch.cuda.device_of(x):
         index = index.contiguous()
         a = torch.empty(num_tokens * top_k, inner, dtype=torch.float32, device=x.device)
-        blocks = _decode_blocks(up.stride(2) == 1, 16, hidden, up.shape[1] // inner)
-        _launch(
-            kernels.decode_up, (len(a), triton.cdiv(inner, blocks["BLOCK_N"])),
-            x.contiguous(), index, up, *up.stride(), _contiguous(up_bias), a, num_experts,
-            **shape, **_gate_options(gate, constants), **blocks,
+        blocks = _decode_blocks(up.stride(2) == 1, chosen.up, hidden, up.shape[1] // inner, chosen.num_warps)
+        even = hidden % blocks["BLOCK_K"] == 0 and inner % blocks["BLOCK_N"] == 0
+        launch(
+            decoding.decode_up, (len(a), triton.cdiv(inner, blocks["BLOCK_N"])),
+            x.contiguous(), index, up, *up.stride(), _contiguous(up_bias), a, num_experts, hidden, inner,
+            *_gate_constants(constants), TOP_K=top_k, EVEN=even, **_gate_options(gate), **blocks,
         )  # fmt: skip
-        blocks = _decode_blocks(down.stride(2) == 1, 8 if num_tokens <= 4 else 16, inner, 1)
-        _launch(
-            kernels.decode_down, (num_tokens, triton.cdiv(hidden, blocks["BLOCK_N"])),
-            a, index, weight.contiguous(), down, *down.stride(), _contiguous(down_bias), out, num_experts,
-            **shape, **blocks,
+        rows = chosen.down if num_tokens <= chosen.few else chosen.down_many
+        blocks = _decode_blocks(down.stride(2) == 1, rows, inner, 1, chosen.num_warps)
+        launch(
+            decoding.decode_down, (num_tokens, triton.cdiv(hidden, blocks["BLOCK_N"])),
+            a, index, weight.contiguous(), down, *down.stride(), _contiguous(down_bias), out, num_experts, hidden,
+            inner, TOP_K=top_k, **blocks,
         )  # fmt: skip
     return out

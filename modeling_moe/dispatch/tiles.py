@@ -1,0 +1,212 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""The blocks in which the Triton kernels work, by the GPU, the numbers and how many rows an expert has."""
+
+import functools
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+
+class Tile(NamedTuple):
+    """A block of a kernel's output, the step of its inner loop, and how it is scheduled."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+    def shrunk(self, columns: int, rows: int | None = None) -> "Tile":
+        """The tile no wider than a matrix of so many columns (and rows), in powers of 2 from 16 on, which a matrix
+        instruction takes."""
+        wide = min(self.BLOCK_N, max(16, triton.next_power_of_2(columns)))
+        high = self.BLOCK_M if rows is None else min(self.BLOCK_M, max(16, triton.next_power_of_2(rows)))
+        return self._replace(BLOCK_M=high, BLOCK_N=wide)
+
+
+class Config(NamedTuple):
+    """The tiles of the matrix products. All but `gradient` run over the same blocks of rows: one BLOCK_M.
+
+    Attributes:
+        up: of a, and the same columns of h.
+        down: of y, and in backward of the gradient of x.
+        gate: of a's gradient.
+        gradient: of the gradients of the matrices.
+        narrow: of a product with a low-rank update's first matrix, whose rank bounds BLOCK_N.
+        persistent: whether the products of `down` run on `multiply_persistent`, where strides allow it.
+    """
+
+    up: Tile
+    down: Tile
+    gate: Tile
+    gradient: Tile
+    narrow: Tile
+    persistent: bool = False
+
+
+class Decoding(NamedTuple):
+    """The blocks of the matrix-vector products. One block has 8192 numbers, to have enough loads in flight.
+
+    Attributes:
+        up: rows of the first matrices that a program reads.
+        down: rows of the second matrices that a program reads, for up to `few` tokens.
+        down_many: the rows for more tokens.
+        few: where `down` ends.
+        num_warps: of a program.
+    """
+
+    up: int = 16
+    down: int = 8
+    down_many: int = 16
+    few: int = 4
+    num_warps: int = 4
+
+
+Table = list[tuple[float, Config]]
+
+# family of GPUs -> the shared memory in KiB that its tiles may take
+FAMILIES = {"hopper": 227, "ampere": 99, "cdna": 64}
+
+# family -> numbers -> (the most rows an expert has on average, the tiles). hopper: Hopper and Blackwell data-centre
+# GPUs, whose matrix units read shared memory. ampere: every other NVIDIA GPU from Ampere on. cdna: AMD's MI300.
+# A stage is a buffer, save that `gradient`, which fetches its rows' numbers ahead, has two fewer; on ampere and cdna
+# all have one fewer. tests/dispatch/test_compilation.py compiles each for its GPUs.
+# fmt: off
+CONFIGS: dict[str, dict[str, Table]] = {
+    "hopper": {
+        "16bit": [
+            (16, Config(up=Tile(16, 64, 128, 4, 3), down=Tile(16, 64, 128, 4, 4), gate=Tile(16, 64, 128, 4, 3),
+                        gradient=Tile(128, 128, 16, 8, 5), narrow=Tile(16, 64, 128, 4, 4))),
+            (32, Config(up=Tile(32, 64, 128, 4, 3), down=Tile(32, 64, 128, 4, 4), gate=Tile(32, 64, 128, 4, 3),
+                        gradient=Tile(128, 128, 32, 8, 5), narrow=Tile(32, 64, 128, 4, 4))),
+            (160, Config(up=Tile(64, 64, 64, 4, 4), down=Tile(64, 128, 64, 4, 4), gate=Tile(64, 64, 64, 4, 4),
+                         gradient=Tile(128, 128, 64, 8, 5), narrow=Tile(64, 64, 64, 4, 4))),
+            (math.inf, Config(up=Tile(128, 128, 64, 8, 3), down=Tile(128, 256, 64, 8, 3), gate=Tile(128, 128, 64, 8, 3),
+                              gradient=Tile(128, 256, 64, 8, 5), narrow=Tile(128, 64, 64, 4, 4))),
+        ],
+        "tf32": [
+            (16, Config(up=Tile(16, 64, 64, 4, 3), down=Tile(16, 64, 64, 4, 4), gate=Tile(16, 64, 64, 4, 3),
+                        gradient=Tile(64, 128, 16, 4, 5), narrow=Tile(16, 64, 64, 4, 4))),
+            (math.inf, Config(up=Tile(64, 64, 32, 4, 4), down=Tile(64, 128, 32, 4, 4), gate=Tile(64, 64, 32, 4, 4),
+                              gradient=Tile(64, 128, 32, 4, 5), narrow=Tile(64, 64, 32, 4, 4))),
+        ],
+    },
+    "ampere": {
+        "16bit": [
+            (16, Config(up=Tile(16, 64, 128, 4, 3), down=Tile(16, 64, 128, 4, 4), gate=Tile(16, 64, 128, 4, 3),
+                        gradient=Tile(128, 128, 16, 8, 5), narrow=Tile(16, 64, 128, 4, 4))),
+            (32, Config(up=Tile(32, 64, 128, 4, 3), down=Tile(32, 64, 128, 4, 4), gate=Tile(32, 64, 128, 4, 3),
+                        gradient=Tile(128, 128, 32, 8, 5), narrow=Tile(32, 64, 128, 4, 4))),
+            (160, Config(up=Tile(64, 64, 64, 4, 4), down=Tile(64, 128, 64, 4, 4), gate=Tile(64, 64, 64, 4, 4),
+                         gradient=Tile(128, 128, 64, 8, 5), narrow=Tile(64, 64, 64, 4, 4))),
+            # with 128 columns the two accumulators of `up` spill in the loop
+            (math.inf, Config(up=Tile(128, 64, 64, 8, 3), down=Tile(128, 256, 64, 8, 3), gate=Tile(128, 128, 64, 8, 3),
+                              gradient=Tile(128, 128, 64, 8, 5), narrow=Tile(128, 64, 64, 4, 4))),
+        ],
+        "tf32": [
+            (16, Config(up=Tile(16, 64, 64, 4, 3), down=Tile(16, 64, 64, 4, 4), gate=Tile(16, 64, 64, 4, 3),
+                        gradient=Tile(64, 128, 16, 4, 5), narrow=Tile(16, 64, 64, 4, 4))),
+            (math.inf, Config(up=Tile(64, 64, 32, 4, 4), down=Tile(64, 128, 32, 4, 4), gate=Tile(64, 64, 32, 4, 4),
+                              gradient=Tile(64, 128, 32, 4, 5), narrow=Tile(64, 64, 32, 4, 4))),
+        ],
+    },
+    "cdna": {
+        "16bit": [
+            (16, Config(up=Tile(16, 64, 128, 4, 2), down=Tile(16, 64, 128, 4, 3), gate=Tile(16, 64, 128, 4, 2),
+                        gradient=Tile(128, 128, 16, 8, 4), narrow=Tile(16, 64, 128, 4, 3))),
+            (32, Config(up=Tile(32, 64, 128, 4, 2), down=Tile(32, 64, 128, 4, 3), gate=Tile(32, 64, 128, 4, 2),
+                        gradient=Tile(128, 128, 32, 8, 4), narrow=Tile(32, 64, 128, 4, 3))),
+            (160, Config(up=Tile(64, 64, 64, 4, 3), down=Tile(64, 128, 64, 4, 3), gate=Tile(64, 64, 64, 4, 3),
+                         gradient=Tile(128, 128, 64, 8, 3), narrow=Tile(64, 64, 64, 4, 3))),
+            (math.inf, Config(up=Tile(128, 128, 64, 8, 2), down=Tile(128, 256, 64, 8, 2), gate=Tile(128, 128, 64, 8, 2),
+                              gradient=Tile(128, 128, 64, 8, 3), narrow=Tile(128, 64, 64, 4, 2))),
+        ],
+    },
+}
+# without matrix instructions, what fits the registers is what counts
+_FLOAT32: Table = [
+    (16, Config(up=Tile(16, 32, 32, 4, 2), down=Tile(16, 32, 32, 4, 2), gate=Tile(16, 32, 32, 4, 2),
+                gradient=Tile(64, 64, 16, 4, 3), narrow=Tile(16, 32, 32, 4, 2))),
+    (math.inf, Config(up=Tile(64, 32, 32, 4, 2), down=Tile(64, 64, 32, 4, 2), gate=Tile(64, 64, 32, 4, 2),
+                      gradient=Tile(64, 64, 32, 4, 3), narrow=Tile(64, 32, 32, 4, 2))),
+]
+# fmt: on
+for _tables in CONFIGS.values():
+    _tables["float32"] = _FLOAT32
+DECODING = {family: Decoding() for family in FAMILIES}
+
+# a list and no context variable: autograd calls backward from a thread of its own
+_assumed: list[str] = []
+
+
+@contextmanager
+def assumed(family: str) -> Iterator[None]:
+    """Makes the back end take the tiles of `family`, a key of `CONFIGS`, whatever the device is."""
+    _assumed.append(family)
+    try:
+        yield
+    finally:
+        _assumed.remove(family)
+
+
+def serves(device: torch.device) -> bool:
+    """Whether `CONFIGS` has tiles for `device`, which may be no GPU."""
+    return bool(_assumed) or device.type != "cuda" or _family_of_gpu(_number(device)) is not None
+
+
+def family_of(device: torch.device) -> str:
+    """The key of `CONFIGS` for `device`, hopper if it is no GPU.
+
+    Raises:
+        ValueError: for a GPU that the kernels do not serve.
+    """
+    if _assumed or device.type != "cuda":
+        return _assumed[-1] if _assumed else "hopper"
+    family = _family_of_gpu(_number(device))
+    if family is None:
+        raise ValueError(f"The Triton kernels do not serve {device}: set experts_implementation='moe_grouped_mm'.")
+    return family
+
+
+def _number(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _family_of_gpu(index: int) -> str | None:
+    """The family of a GPU, None if the kernels do not serve it; says once what is missing if Triton cannot work."""
+    try:
+        driver: Any = triton.runtime.driver.active
+        shared = driver.utils.get_device_properties(index)["max_shared_mem"] // 1024
+    except Exception as error:  # Triton builds this by a C compiler, and fails in as many ways as that can
+        warnings.warn(
+            f"Triton cannot reach GPU {index} ({type(error).__name__}: {error}), so torch's grouped_mm computes the "
+            "experts, slower and with more memory. Triton needs a C compiler: install gcc or set CC.",
+            stacklevel=2,
+        )
+        return None
+    if torch.version.hip is not None:
+        return "cdna" if shared >= FAMILIES["cdna"] else None
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0) or shared < FAMILIES["ampere"]:
+        return None
+    return "hopper" if capability[0] in (9, 10) and shared >= FAMILIES["hopper"] else "ampere"
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of `dtype` are computed: "tf32" for float32 where the user allowed it by
+    `torch.set_float32_matmul_precision("high")`, `torch.backends.cuda.matmul` or `TrainingArguments(tf32=True)`."""
+    allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def choose_config(num_slots: int, num_experts: int, dtype: torch.dtype, family: str) -> Config:
+    """The tiles for an average expert's rows, whatever the router's balance: the host does not know it."""
+    numbers = "16bit" if dtype.itemsize == 2 else "tf32" if precision_of(dtype) == "tf32" else "float32"
+    table = CONFIGS[family][numbers]
+    return next(config for rows, config in table if num_slots <= rows * num_experts)

@@ -1,0 +1,294 @@
+"""What the Triton back end can do beside the plain experts: updates of low rank, tensor descriptors, the sort, TF32."""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+
+from modeling_moe.dispatch import launching, loop, tiles, triton_backend
+from modeling_moe.dispatch.low_rank import LowRank, LowRankPair
+from modeling_moe.dispatch.slots import group_slots, invert
+from tests.dispatch.test_triton import INDEX, Problem
+from tests.dispatch.test_triton import pytestmark as triton_mark
+
+
+pytestmark = triton_mark
+FACTORS = ["up_a", "up_b", "down_a", "down_b"]
+
+
+def low_rank_pair(problem: Problem, rank: int, which=("up", "down"), dropout=False, strided=False, scaling=1.7):
+    """Random updates, with draws of what dropout keeps."""
+    _, _, up, down, *_ = problem.inputs
+    tokens, slots = len(problem.index), problem.index.numel()
+
+    def update(matrix: torch.Tensor, rows: int) -> LowRank:
+        experts, n, m = matrix.shape
+        a, b = torch.randn(experts, rank, m, device=matrix.device), torch.randn(n, rank, experts, device=matrix.device)
+        b = b.permute(2, 0, 1) if strided else b.permute(2, 0, 1).contiguous()
+        kept = torch.rand(rows, m, device=matrix.device) > 0.3 if dropout else None
+        return LowRank(a / m**0.5, b / rank**0.5, scaling, kept=kept)
+
+    return LowRankPair(update(up, tokens) if "up" in which else None, update(down, slots) if "down" in which else None)
+
+
+def run_low_rank(backend, problem, pair, needs, dtype, recompute=False, config=None):
+    x, weight, *parameters = (None if t is None else t.to(dtype) for t in problem.inputs)
+    if dtype != torch.float64:
+        weight = problem.inputs[1]
+    settings = (*parameters, problem.gate, problem.constants)
+    options = {} if config is None else {"config": config}
+    out, h = backend.forward(x, problem.slots, weight, *settings, not recompute, pair, **options)
+    h = h[:0] if recompute else h
+    grad = problem.grad.to(dtype)
+    return out, backend.backward(grad, x, h, problem.slots, weight, *settings, needs, pair, **options)
+
+
+def in_double(pair: LowRankPair) -> LowRankPair:
+    return LowRankPair(*(u and u._replace(a=u.a.double(), b=u.b.double()) for u in pair))
+
+
+def check_low_rank(problem, pair, needs, **options):
+    dtype = problem.grad.dtype
+    out, grads = run_low_rank(triton_backend, problem, pair, needs, dtype, **options)
+    expected, expected_grads = run_low_rank(loop, problem, in_double(pair), needs, torch.float64)
+    tolerance = 2e-2 if dtype == torch.float16 else 1e-5
+    named = [("out", out, expected), *zip(["x", "weight", *"1234", *FACTORS], grads, expected_grads, strict=True)]
+    for name, got, reference in named:
+        assert (got is None) == (reference is None), name
+        if got is not None:
+            error = (got.double() - reference).abs().max() / reference.abs().max().clamp(min=1e-3)
+            assert error < tolerance, f"{name}: {error}"
+    return grads
+
+
+ADAPTER = [True, True, *[False] * 4, *[True] * 4]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize(
+    ("rank", "options"),
+    [
+        pytest.param(1, {}, id="rank 1"),
+        pytest.param(5, {"bias": True, "gate": "clamped_swiglu_pairs", "transposed": True}, id="gpt-oss"),
+        pytest.param(16, {"hidden": 70, "inner": 37}, id="odd widths"),
+        pytest.param(70, {"gate": "gelu"}, id="several steps"),
+        pytest.param(16, {"dtype": torch.float16, "hidden": 32, "inner": 16}, id="half precision"),
+    ],
+)
+def test_low_rank_updates(rank, options, dropout):
+    problem = Problem([[3, 0], [-1, 2], [1, -1], [7, 2], [2, 1]], **options)
+    check_low_rank(problem, low_rank_pair(problem, rank, dropout=dropout), ADAPTER)
+
+
+@pytest.mark.parametrize("which", ["up", "down"])
+def test_an_update_of_one_matrix(which):
+    problem = Problem(INDEX, bias=True)
+    needs = [True] * 6 + [which == "up"] * 2 + [which == "down"] * 2
+    check_low_rank(problem, low_rank_pair(problem, 4, which=[which], strided=True), needs)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_updates_with_recomputation_and_each_frozen_input(dropout):
+    problem = Problem(INDEX, bias=True)
+    pair = low_rank_pair(problem, 4, dropout=dropout)
+    everything = check_low_rank(problem, pair, [True] * 10, recompute=True)
+    for wanted in range(10):
+        needs = [place == wanted for place in range(10)]
+        _, grads = run_low_rank(triton_backend, problem, pair, needs, torch.float32, recompute=True)
+        assert torch.equal(grads[wanted], everything[wanted])
+        assert all(grad is None for place, grad in enumerate(grads) if place != wanted)
+
+
+@pytest.mark.parametrize("family", tiles.CONFIGS)
+def test_updates_in_every_tile(family):
+    for numbers, table in tiles.CONFIGS[family].items():
+        problem = Problem(INDEX, dtype=torch.float16 if numbers == "16bit" else torch.float32)
+        for _, config in table:
+            check_low_rank(problem, low_rank_pair(problem, 3), ADAPTER, config=config)
+
+
+def test_an_update_costs_no_pass_over_wide_rows():
+    """LoRA forward is five kernels, two of them as narrow as the rank, and makes nothing of the size of h but h."""
+    problem = Problem(INDEX)
+    launches = []
+
+    def record(launch):
+        launches.append((launch.name, launch.options.get("BLOCK_N", 0)))
+        launch.run()
+
+    with launching.intercepted(record):
+        run_low_rank(triton_backend, problem, low_rank_pair(problem, 3), [False] * 10, torch.float32)
+    forward = launches[: next(place for place, (name, _) in enumerate(launches) if name == "combine") + 1]
+    assert [name for name, _ in forward] == ["map_rows", *["project_up"] * 2, *["multiply"] * 2, "combine"]
+    assert forward[1][1] == forward[3][1] == 16
+
+
+def persistent(dtype: torch.dtype) -> tiles.Config:
+    return tiles.choose_config(9999, 1, dtype, "hopper")._replace(persistent=True)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_persistent_product(transposed, bias):
+    index = torch.randint(-1, 4, (70, 3)).tolist()
+    problem = Problem(index, hidden=40, inner=24, bias=bias, transposed=transposed, dtype=torch.float16)
+    names = []
+    with launching.intercepted(lambda launch: (names.append(launch.name), launch.run())):
+        problem.check(config=persistent(torch.float16))
+    assert names.count("multiply_persistent") == 2
+    assert "multiply" not in names
+
+
+def test_persistent_product_of_rows_that_the_copy_engine_does_not_take():
+    problem = Problem(INDEX, hidden=10, inner=6, dtype=torch.float16)
+    names = []
+    with launching.intercepted(lambda launch: (names.append(launch.name), launch.run())):
+        problem.check(config=persistent(torch.float16))
+    assert "multiply_persistent" not in names
+    assert names.count("multiply") == 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"), [(1, 1, 1), (7, 3, 5), (1500, 2, 3), (1100, 1, 300), (3, 2, 64)]
+)
+def test_sort(tokens, top_k, experts):
+    index = torch.randint(-2, experts + 2, (tokens, top_k), device=triton_mark_device())
+    # how empty slots are told does not matter to their order
+    empty = (index < 0) | (index >= experts)
+    slots = triton_backend.group_slots(index, experts)
+    expected = group_slots(index.masked_fill(empty, experts), experts)
+    assert torch.equal(slots.order, expected.order)
+    assert torch.equal(slots.offsets, expected.offsets)
+    assert slots.order.dtype == slots.offsets.dtype == torch.int32
+
+
+@pytest.mark.parametrize("experts", [1, 5, 64])
+def test_map_of_rows(experts):
+    index = torch.randint(-1, experts, (400, 2), device=triton_mark_device())
+    slots = group_slots(index, experts)
+    rows = triton_backend._Rows(slots, 2, torch.float16, tiles.choose_config(16, 1, torch.float16, "hopper"))
+    assert torch.equal(rows.inverse, invert(slots.order))
+    block, offsets = rows.config.up.BLOCK_M, slots.offsets.tolist()
+    expected = [
+        (expert, first) for expert in range(experts) for first in range(offsets[expert], offsets[expert + 1], block)
+    ]
+    number, table = rows.number, rows.tiles.tolist()
+    assert table[-1] == len(expected) <= number
+    assert list(zip(table[: len(expected)], table[number:], strict=False))[: len(expected)] == expected
+    assert set(table[len(expected) : number]) <= {-1}
+
+
+def triton_mark_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def tf32():
+    """The user's permission to round fp32 to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_tf32_where_the_user_allows_it(tf32):
+    assert tiles.precision_of(torch.float32) == "tf32"
+    assert tiles.precision_of(torch.bfloat16) == "ieee"
+    config = tiles.choose_config(9999, 1, torch.float32, "hopper")
+    assert config in [entry for _, entry in tiles.CONFIGS["hopper"]["tf32"]]
+    precisions = []
+    problem = Problem(INDEX)
+    with launching.intercepted(lambda launch: (precisions.append(launch.options.get("PRECISION")), launch.run())):
+        problem.run()
+    assert set(precisions) - {None} == {"tf32"}
+
+
+def test_ieee_is_the_default():
+    precisions = []
+    with launching.intercepted(lambda launch: (precisions.append(launch.options.get("PRECISION")), launch.run())):
+        Problem(INDEX).run()
+    assert set(precisions) - {None} == {"ieee"}
+
+
+def fake_gpu(monkeypatch, kib: int, capability=(9, 0), hip=None):
+    utils = types.SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": kib * 1024})
+    active = types.SimpleNamespace(utils=utils)
+    monkeypatch.setattr(triton.runtime, "driver", types.SimpleNamespace(active=active))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    return tiles._family_of_gpu.__wrapped__(0)
+
+
+@pytest.mark.parametrize(
+    ("kib", "capability", "hip", "family"),
+    [
+        (227, (9, 0), None, "hopper"),
+        (227, (10, 0), None, "hopper"),
+        (163, (8, 0), None, "ampere"),
+        (99, (8, 9), None, "ampere"),
+        (99, (12, 0), None, "ampere"),
+        (96, (7, 5), None, None),
+        (64, (9, 4), "6.4", "cdna"),
+        (160, (9, 5), "6.4", "cdna"),
+        (32, (11, 0), "6.4", None),
+    ],
+)
+def test_family_of_a_gpu(monkeypatch, kib, capability, hip, family):
+    assert fake_gpu(monkeypatch, kib, capability, hip) == family
+
+
+def test_a_gpu_that_triton_cannot_reach_is_left_to_grouped_mm(monkeypatch):
+    def no_compiler(index):
+        raise RuntimeError("Failed to find C compiler")
+
+    active = types.SimpleNamespace(utils=types.SimpleNamespace(get_device_properties=no_compiler))
+    monkeypatch.setattr(triton.runtime, "driver", types.SimpleNamespace(active=active))
+    with pytest.warns(UserWarning, match="no_compiler|C compiler.*grouped_mm"):
+        assert tiles._family_of_gpu.__wrapped__(0) is None
+
+
+def test_kernels_that_do_not_launch_are_left_to_grouped_mm(monkeypatch):
+    def broken(index, num_experts):
+        raise OSError("ptxas: not found")
+
+    device = torch.device(triton_mark_device())
+    assert triton_backend._launches.__wrapped__(device)
+    monkeypatch.setattr(triton_backend, "group_slots", broken)
+    with pytest.warns(UserWarning, match="ptxas: not found"):
+        assert not triton_backend._launches.__wrapped__(device)
+
+
+BATCHES = """
+import torch
+from modeling_moe.benchmark.compilation import Call, Experts, distinct, record
+
+generator = torch.Generator().manual_seed(0)
+seen, late = set(), []
+for step in range(300):
+    tokens = int(torch.randint(600, 8192, (), generator=generator))
+    for scenario in ("routing", "train"):
+        call = Call("batches", Experts(2048, 768, 128, 8, bias=True), tokens, "bfloat16", scenario)
+        new = set(distinct(record(call, "hopper"), "sm_90")) - seen
+        late += [(step, key) for key in new if step >= 20]
+        seen |= new
+print(len(seen), late)
+"""
+
+
+def test_batches_of_other_sizes_compile_nothing_new():
+    """Over 300 batches of random sizes, which fall under two configurations, the last new kernel comes by step 20."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", BATCHES]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    number, late = result.stdout.split(maxsplit=1)
+    assert late.strip() == "[]"
+    assert int(number) == 22
