@@ -198,15 +198,18 @@ def experts_forward(
             raise ValueError(f"the experts cannot have low-rank updates here: {reason}")
         return _by_transformers(module, hidden_states, top_k_index, top_k_weights)
     dtype, device = weights[0].dtype, hidden_states.device.type
-    if not hidden_states.is_meta and torch.is_autocast_enabled(device):
+    autocast = not hidden_states.is_meta and torch.is_autocast_enabled(device)
+    if autocast:
         dtype = torch.get_autocast_dtype(device)
-        weights = [None if weight is None else weight.to(dtype) for weight in weights]
     if low_rank is not None and any(len(factor) != len(weights[0]) for factor in low_rank.factors):
         raise ValueError(f"low_rank has factors for other than the {len(weights[0])} experts here: slice them")
     x = hidden_states.to(dtype).contiguous()
     factors = top_k_weights.to(torch.promote_types(dtype, torch.float32)).contiguous()
     kind, constants = gate
     name = _choose(backend, x, weights, kind, low_rank)
+    if autocast and name != "triton":
+        # Triton's back end casts for itself: backward needs no copy, and gradients are in fp32 from the start
+        weights = [None if weight is None else weight.to(dtype) for weight in weights]
     up, down, up_bias, down_bias = weights
     call = (x, top_k_index, factors, up, down, up_bias, down_bias, kind, constants, name)
     gradient = _has_gradient(x, factors, *weights, *(low_rank.factors if low_rank else ()))

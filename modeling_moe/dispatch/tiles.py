@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from packaging.version import Version
 
 
 class Tile(NamedTuple):
@@ -194,6 +195,15 @@ def _family_of_gpu(index: int) -> str | None:
         return "cdna" if shared >= FAMILIES["cdna"] else None
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0) or shared < FAMILIES["ampere"]:
+        return None
+    if capability[0] == 10 and Version(triton.__version__) < Version("3.7"):
+        # https://github.com/triton-lang/triton/issues/9871
+        warnings.warn(
+            f"Triton {triton.__version__} compiles matrix products wrongly for GPU {index} (compute capability "
+            f"{capability[0]}.{capability[1]}), so torch's grouped_mm computes the experts: install triton>=3.7 with "
+            "the torch that asks for it.",
+            stacklevel=2,
+        )
         return None
     return "hopper" if capability[0] in (9, 10) and shared >= FAMILIES["hopper"] else "ampere"
 

@@ -19,6 +19,7 @@ import triton
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .casting import cast
 from .launching import launch
 from .low_rank import LowRank, LowRankPair
 from .slots import Slots
@@ -349,8 +350,9 @@ def forward(
         x, rows = x.contiguous(), _Rows(slots, weight.shape[1], x.dtype, config)
         up_update, down_update = _low_ranks(low_rank, rows, x.dtype)
         update = up_update and up_update.forward(x)
-        h, a = rows.project_up(x, up, up_bias, gate, constants, kept=keep_h, acted=True, update=update)
-        y = rows.multiply(a, down, down_bias, down_update and down_update.forward(a))
+        cast_up = cast(up, x.dtype)
+        h, a = rows.project_up(x, cast_up, up_bias, gate, constants, kept=keep_h, acted=True, update=update)
+        y = rows.multiply(a, cast(down, x.dtype), down_bias, down_update and down_update.forward(a))
         out = rows.combine(y, weight.contiguous())
     return out, x.new_empty(0, up.shape[1]) if h is None else h
 
@@ -371,9 +373,10 @@ def backward(
         x, grad, weight = x.contiguous(), grad.contiguous(), weight.contiguous()
         rows = _Rows(slots, weight.shape[1], x.dtype, config)
         up_update, down_update = _low_ranks(low_rank, rows, x.dtype)
+        cast_up, cast_down = cast(up, x.dtype), cast(down, x.dtype)
         if not len(h):
             update = up_update and up_update.forward(x)
-            h, _ = rows.project_up(x, up, up_bias, "silu", [], kept=True, acted=False, update=update)
+            h, _ = rows.project_up(x, cast_up, up_bias, "silu", [], kept=True, acted=False, update=update)
         wants = [
             needs_x or needs_up or needs_up_bias or any(needs_up_factors),
             needs_down or any(needs_down_factors),
@@ -381,8 +384,9 @@ def backward(
         ]
         update = down_update and down_update.backward(grad)
         grad_h, scaled, grad_weight = rows.gate_backward(
-            grad, h, weight, down, down_bias, gate, constants, wants, update
+            grad, h, weight, cast_down, down_bias, gate, constants, wants, update
         )
+        del cast_down
         if needs_weight:
             served = rows.inverse < slots.offsets[-1]
             grads[1] = torch.where(served, grad_weight.index_select(0, rows.inverse), 0.0).view_as(weight)
@@ -402,7 +406,7 @@ def backward(
             update = up_update.backward(grad_h)
             grads[6:8] = up_update.gradients(grad_h, x, needs_up_factors)
         if needs_x:
-            grads[0] = rows.combine(rows.multiply(grad_h, up.transpose(1, 2), None, update), None)
+            grads[0] = rows.combine(rows.multiply(grad_h, cast_up.transpose(1, 2), None, update), None)
     return grads
 
 

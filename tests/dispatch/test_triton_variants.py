@@ -12,15 +12,16 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
+from packaging.version import Version
 
 from modeling_moe.dispatch import launching, loop, tiles, triton_backend
 from modeling_moe.dispatch.low_rank import LowRank, LowRankPair
 from modeling_moe.dispatch.slots import group_slots, invert
+from tests.conftest import DEVICE, NEEDS_TRITON
 from tests.dispatch.test_triton import INDEX, Problem
-from tests.dispatch.test_triton import pytestmark as triton_mark
 
 
-pytestmark = triton_mark
+pytestmark = [pytest.mark.gpu, NEEDS_TRITON]
 FACTORS = ["up_a", "up_b", "down_a", "down_b"]
 
 
@@ -69,6 +70,7 @@ def check_low_rank(problem, pair, needs, **options):
     return grads
 
 
+OLD_TRITON = Version(triton.__version__) < Version("3.7")
 ADAPTER = [True, True, *[False] * 4, *[True] * 4]
 
 
@@ -160,7 +162,7 @@ def test_persistent_product_of_rows_that_the_copy_engine_does_not_take():
     ("tokens", "top_k", "experts"), [(1, 1, 1), (7, 3, 5), (1500, 2, 3), (1100, 1, 300), (3, 2, 64)]
 )
 def test_sort(tokens, top_k, experts):
-    index = torch.randint(-2, experts + 2, (tokens, top_k), device=triton_mark_device())
+    index = torch.randint(-2, experts + 2, (tokens, top_k), device=DEVICE)
     # how empty slots are told does not matter to their order
     empty = (index < 0) | (index >= experts)
     slots = triton_backend.group_slots(index, experts)
@@ -172,7 +174,7 @@ def test_sort(tokens, top_k, experts):
 
 @pytest.mark.parametrize("experts", [1, 5, 64])
 def test_map_of_rows(experts):
-    index = torch.randint(-1, experts, (400, 2), device=triton_mark_device())
+    index = torch.randint(-1, experts, (400, 2), device=DEVICE)
     slots = group_slots(index, experts)
     rows = triton_backend._Rows(slots, 2, torch.float16, tiles.choose_config(16, 1, torch.float16, "hopper"))
     assert torch.equal(rows.inverse, invert(slots.order))
@@ -184,10 +186,6 @@ def test_map_of_rows(experts):
     assert table[-1] == len(expected) <= number
     assert list(zip(table[: len(expected)], table[number:], strict=False))[: len(expected)] == expected
     assert set(table[len(expected) : number]) <= {-1}
-
-
-def triton_mark_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -231,7 +229,7 @@ def fake_gpu(monkeypatch, kib: int, capability=(9, 0), hip=None):
     ("kib", "capability", "hip", "family"),
     [
         (227, (9, 0), None, "hopper"),
-        (227, (10, 0), None, "hopper"),
+        pytest.param(227, (10, 0), None, "hopper", marks=pytest.mark.skipif(OLD_TRITON, reason="see the next test")),
         (163, (8, 0), None, "ampere"),
         (99, (8, 9), None, "ampere"),
         (99, (12, 0), None, "ampere"),
@@ -243,6 +241,13 @@ def fake_gpu(monkeypatch, kib: int, capability=(9, 0), hip=None):
 )
 def test_family_of_a_gpu(monkeypatch, kib, capability, hip, family):
     assert fake_gpu(monkeypatch, kib, capability, hip) == family
+
+
+def test_blackwell_with_a_triton_that_miscompiles_is_left_to_grouped_mm(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    with pytest.warns(UserWarning, match=r"triton>=3\.7"):
+        assert fake_gpu(monkeypatch, 227, (10, 0)) is None
+    assert fake_gpu(monkeypatch, 227, (9, 0)) == "hopper"
 
 
 def test_a_gpu_that_triton_cannot_reach_is_left_to_grouped_mm(monkeypatch):
@@ -259,7 +264,7 @@ def test_kernels_that_do_not_launch_are_left_to_grouped_mm(monkeypatch):
     def broken(index, num_experts):
         raise OSError("ptxas: not found")
 
-    device = torch.device(triton_mark_device())
+    device = torch.device(DEVICE)
     assert triton_backend._launches.__wrapped__(device)
     monkeypatch.setattr(triton_backend, "group_slots", broken)
     with pytest.warns(UserWarning, match="ptxas: not found"):

@@ -40,8 +40,8 @@ def place_slots(
         total += tl.sum(count, axis=0)
         before += tl.sum(tl.where((blocks < block)[:, None], count, 0), axis=0)
     begins = tl.cumsum(total, axis=0) - total
-    if block == 0:
-        tl.store(offsets + bins, begins, mask=bins <= num_experts)
+    # the first block's program alone, told by a mask: a branch on the program's number was miscompiled (triton 11153)
+    tl.store(offsets + bins, begins, mask=block * BINS + bins <= num_experts)
     places = begins + before
     steps = tl.arange(0, STEP)
     for first in range(0, BLOCK, STEP):
@@ -78,5 +78,4 @@ def map_rows(
     begin = tl.gather(begins, known, 0) + (number - tl.gather(last - counts, known, 0)) * BLOCK_M
     tl.store(tiles + number, tl.where(number < used, expert, -1), mask=number < num_tiles)
     tl.store(tiles + num_tiles + number, tl.where(number < used, begin, 0), mask=number < num_tiles)
-    if tl.program_id(0) == 0:
-        tl.store(tiles + 2 * num_tiles, used)
+    tl.store(tiles + 2 * num_tiles + 0 * number, used + 0 * number, mask=number == 0)
