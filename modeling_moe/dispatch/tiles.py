@@ -14,13 +14,22 @@ from packaging.version import Version
 
 
 class Tile(NamedTuple):
-    """A block of a kernel's output, the step of its inner loop, and how it is scheduled."""
+    """A block of a kernel's output, the step of its inner loop, and how it is scheduled.
+
+    Attributes:
+        maxnreg: the most registers of a thread (NVIDIA), where more programs at a time are worth some spills.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """What a launch is given."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
     def shrunk(self, columns: int, rows: int | None = None) -> "Tile":
         """The tile no wider than a matrix of so many columns (and rows), in powers of 2 from 16 on, which a matrix

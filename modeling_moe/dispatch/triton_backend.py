@@ -147,7 +147,7 @@ class _Rows:
     def _options(self, tile: Tile, columns: int, depth: int) -> dict:
         even = depth % tile.BLOCK_K == 0
         sizes = {"EVEN_K": even, "EVEN": even and columns % tile.BLOCK_N == 0}
-        return {"TOP_K": self.top_k, "PRECISION": self.precision, **sizes, **tile._asdict()}
+        return {"TOP_K": self.top_k, "PRECISION": self.precision, **sizes, **tile.options()}
 
     def project_up(
         self, x, up, up_bias, gate, constants, kept: bool, acted: bool, update: _Update | None = None
@@ -209,7 +209,7 @@ class _Rows:
             products.multiply_persistent, (programs,),
             TensorDescriptor.from_tensor(left, [tile.BLOCK_M, tile.BLOCK_K]), self.slots.offsets, self.tiles,
             self.number, TensorDescriptor.from_tensor(stored, block), _contiguous(bias), out, n, k,
-            PROGRAMS=programs, TRANSPOSED=transposed, PRECISION=self.precision, **tile._asdict(),
+            PROGRAMS=programs, TRANSPOSED=transposed, PRECISION=self.precision, **tile.options(),
         )  # fmt: skip
         return out
 
@@ -260,7 +260,7 @@ class _Rows:
         launch(
             gradients.weight_gradient, (len(out) * triton.cdiv(m, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),),
             left, right, *self.slots, out, *out.stride(), m, n,
-            TOP_K=self.top_k, GATHER=gather, PRECISION=self.precision, **tile._asdict(),
+            TOP_K=self.top_k, GATHER=gather, PRECISION=self.precision, **tile.options(),
         )  # fmt: skip
         return out
 
