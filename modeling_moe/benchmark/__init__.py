@@ -3,9 +3,9 @@
 
 from .arguments import BenchmarkArguments
 from .cases import Case
-from .check import Disagreement
-from .lora import LORA_ROUNDS, compare_lora, print_lora
-from .report import machine_facts, print_report, write_json
+from .facts import machine_facts
+from .lora import LoraRunner
+from .report import Report
 from .results import Result
 from .runner import Runner
 
@@ -13,13 +13,9 @@ from .runner import Runner
 __all__ = [
     "BenchmarkArguments",
     "Case",
-    "Disagreement",
-    "LORA_ROUNDS",
+    "LoraRunner",
+    "Report",
     "Result",
     "Runner",
-    "compare_lora",
     "machine_facts",
-    "print_lora",
-    "print_report",
-    "write_json",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..cli import UserError
-from .cases import LEVELS, MODES, Case, default_cases, make_cases
+from .cases import LEVELS, MODES, Case, default_cases, lora_cases, make_cases
 from .contestants import IMPLEMENTATIONS, is_known, is_ours
 from .presets import PRESETS
 from .routing import ROUTINGS
@@ -27,7 +27,11 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass
 class BenchmarkArguments:
-    """Without presets, tokens, dtypes, routing or modes the device's usual cases are measured."""
+    """Without presets, tokens, dtypes, routing or modes the device's usual cases are measured.
+
+    Raises:
+        UserError: for what is unknown, impossible, or contradicts itself.
+    """
 
     device: str = field(default="cpu", metadata=_help("cpu or cuda"))
     what: str = field(default="experts", metadata=_help("experts, or lora: LoRA on experts against PEFT's own"))
@@ -46,7 +50,7 @@ class BenchmarkArguments:
     budget_s: float | None = field(default=None, metadata=_help("seconds of the run: 720 on cpu, 450 on cuda"))
     threads: int | None = field(default=None, metadata=_help("CPU threads; torch's own choice"))
     cuda_graphs: bool = field(default=True, metadata=_help("on cuda, measure decoding as CUDA graphs too"))
-    output: str | None = field(default=None, metadata=_help("JSON file to write, whole or not at all"))
+    output: str | None = field(default=None, metadata=_help("JSON file, whole and up to date after each case"))
 
     def __post_init__(self):
         mistake = next(self._mistakes(), None)
@@ -63,9 +67,8 @@ class BenchmarkArguments:
         yield from _unknown("dtypes", self.dtypes, DTYPES)
         yield from _unknown("routing", self.routing, ROUTINGS)
         yield from _unknown("modes", self.modes, MODES)
-        chosen = ("presets", "tokens", "dtypes", "routing", "modes", "output")
-        if self.what == "lora" and any(getattr(self, name) for name in chosen):
-            yield f"what lora measures one model: leave {', '.join(chosen)} out"
+        if self.what == "lora" and (self.routing or self.modes or self.level != "experts"):
+            yield "what lora measures forward and backward of a model with its router: leave routing, modes, level out"
         for name in ("rounds", "case_s", "budget_s", "threads"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -78,8 +81,8 @@ class BenchmarkArguments:
 
     def _impossible(self) -> Iterator[str]:
         for preset in self.presets:
-            if PRESETS[preset].family != "gated" and self.level != "experts":
-                yield f"presets: {preset} has experts only, measure it at level experts"
+            if PRESETS[preset].family != "gated" and (self.level != "experts" or self.what == "lora"):
+                yield f"presets: {preset} has experts only, measure it at level experts, without lora"
         unknown = [name for name in self.implementations if not is_known(name)]
         if unknown:
             yield f"implementations: {unknown[0]!r} is not registered with transformers"
@@ -93,6 +96,8 @@ class BenchmarkArguments:
 
     def cases(self) -> list[Case]:
         """What is to be measured, the most important first."""
+        if self.what == "lora":
+            return lora_cases(self.device, self.presets, self.dtypes, self.tokens)
         asked = (self.presets, self.dtypes, self.tokens, self.routing, self.modes)
         return make_cases(self.device, self.level, *asked) if any(asked) else default_cases(self.device, self.level)
 

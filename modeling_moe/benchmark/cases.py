@@ -19,7 +19,8 @@ class Case:
     """One measurement.
 
     Attributes:
-        level: `"experts"` alone, the sparse `"block"` with its router, or a `"model"` of two layers.
+        level: `"experts"` alone, the sparse `"block"` with its router, a `"model"` of two layers, or `"lora"`, such a
+            model with LoRA.
         preset: key of `PRESETS`.
         dtype: name of the torch dtype of weights and tokens.
         tokens: T; in decoding at the level `"model"` the number of sequences that get one token each.
@@ -61,19 +62,22 @@ def _cpu_experts() -> list[Case]:
 
 
 def _cuda_experts() -> list[Case]:
-    steps = [
-        *((32768, mode) for mode in ("forward_backward", "forward")),
-        *((tokens, "decode") for tokens in DECODE_TOKENS),
-        *((tokens, mode) for tokens in (4096, 1024, 128) for mode in ("forward_backward", "forward")),
-    ]
-    first, *others = GPU_PRESETS
-    shapes = [(first, routing) for routing in ("balanced", "zipf", "all_to_one")]
-    shapes += [(preset, "balanced") for preset in others]
-    return [
-        Case("experts", preset, "bfloat16", tokens, routing, mode)
-        for preset, routing in shapes
-        for tokens, mode in steps
-    ]
+    """Each preset at the sizes that matter first, then what can be left out of a short run."""
+
+    def cases(preset: str, tokens: Sequence[int], routing: str = "balanced") -> list[Case]:
+        passes = [(count, mode) for count in tokens for mode in ("forward_backward", "forward")]
+        return [Case("experts", preset, "bfloat16", count, routing, mode) for count, mode in passes]
+
+    chosen = []
+    for preset in GPU_PRESETS:
+        chosen += cases(preset, (32768, 4096))
+        chosen += [Case("experts", preset, "bfloat16", count, "balanced", "decode") for count in DECODE_TOKENS]
+    first = next(iter(GPU_PRESETS))
+    for routing in ("zipf", "all_to_one"):
+        chosen += cases(first, (32768, 4096), routing)
+    for preset in GPU_PRESETS:
+        chosen += cases(preset, (1024, 128))
+    return chosen
 
 
 def default_cases(device: str, level: str) -> list[Case]:
@@ -116,6 +120,21 @@ def make_cases(
         for dtype in dtypes
         for routing in routings
         for count, mode in pairs
+    ]
+
+
+def lora_cases(device: str, presets: Sequence[str], dtypes: Sequence[str], tokens: Sequence[int]) -> list[Case]:
+    """All combinations with LoRA on experts; an empty list stands for what is usual on that device."""
+    cuda = device == "cuda"
+    presets = presets or ["qwen3_30b_a3b" if cuda else "cpu_lora"]
+    dtypes = dtypes or ["bfloat16" if cuda else "float32"]
+    tokens = tokens or ((32768, 4096) if cuda else (1, 64, 512))
+    return [
+        Case("lora", preset, dtype, count, "router", mode)
+        for preset in presets
+        for dtype in dtypes
+        for count in tokens
+        for mode in MODES[:2]
     ]
 
 

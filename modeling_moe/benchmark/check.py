@@ -23,10 +23,12 @@ TOKENS = 128
 ORACLE_FLOPS = 2e10
 ORACLE_BYTES = 256e6
 ROWS = 8192
+# quantities that a message lists
+NAMED = 4
 
 
 class Disagreement(Exception):
-    """An implementation failed, or gave something else than the oracle: nothing may be reported."""
+    """An implementation gave something else than what it was compared with: none of its numbers may be reported."""
 
 
 @dataclass
@@ -129,11 +131,15 @@ def relative_errors(calls: Sequence[Call], grads: dict[torch.Tensor, torch.Tenso
     return errors.relative()
 
 
-def refuse_disagreement(errors: dict[str, float], tolerance: float, what: str) -> None:
-    """Raises [`Disagreement`] if any error, or NaN, is beyond `tolerance`."""
+def refuse_disagreement(
+    errors: dict[str, float], tolerance: float, what: str, reference: str = "the float64 oracle"
+) -> None:
+    """Raises [`Disagreement`] between `what` and `reference` if any error, or NaN, is beyond `tolerance`."""
     wrong = [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= tolerance]
     if wrong:
-        raise Disagreement(f"{what} disagrees with the float64 oracle in {', '.join(wrong)} (at most {tolerance:.0e})")
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        where = ", ".join(wrong[:NAMED])
+        raise Disagreement(f"{what} disagrees with {reference} in {where}{more} (at most {tolerance:.0e})")
 
 
 class _Expert:

@@ -3,6 +3,7 @@
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,37 @@ import torch
 
 
 MAX_ROUNDS = 50
+# least rounds of a case on a GPU, where a round takes a second at most
+MIN_CUDA_ROUNDS = 3
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that the device or the host has no memory left."""
     messages = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in messages)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong, as text: an exception would keep the tensors of its frames alive.
+
+    Attributes:
+        message: its first line.
+        traceback: where it was raised.
+        out_of_memory: whether there was only no memory left.
+    """
+
+    message: str
+    traceback: str
+    out_of_memory: bool
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failure":
+        """The text of `error`."""
+        text = str(error).strip() or type(error).__name__
+        exhausted = is_out_of_memory(error)
+        message = "out of memory" if exhausted else text.splitlines()[0][:300]
+        return cls(message, "".join(traceback.format_exception(error)), exhausted)
 
 
 @dataclass(frozen=True)
@@ -71,50 +97,62 @@ class Clock:
 
 def interleave(
     contestants: Sequence[Contestant], clock: Clock, rounds: int | None, seconds: float, cold: bool
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+) -> tuple[dict[str, list[float]], dict[str, Failure]]:
     """Times all contestants once in each round, so that what disturbs the machine disturbs them alike.
 
     Args:
         contestants: in the order of their turns.
         clock: of their device.
-        rounds: how many; as many as fit into `seconds`, at least one and at most `MAX_ROUNDS`, if not given.
+        rounds: how many; if not given as many as fit into `seconds`, at most `MAX_ROUNDS`, and at least one, on a GPU
+            `MIN_CUDA_ROUNDS`.
         seconds: length of the measurement without `rounds`.
         cold: empty the caches before each call, as the other layers of a model would.
 
     Returns:
-        For each contestant the milliseconds of each round, and for those that ran out of memory a note in their place.
-        A first round to warm up is left out, unless it is so long that there is no time for another.
+        For each contestant the milliseconds of each round, and for those that failed in any round the failure in their
+        place. A first round to warm up is left out, unless it is so long on a CPU that there is no time for another.
     """
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    failed: dict[str, str] = {}
+    failed: dict[str, Failure] = {}
+    least = MIN_CUDA_ROUNDS if clock.device.type == "cuda" else 1
 
-    def turn() -> None:
-        for contestant in contestants:
-            if contestant.name in failed:
-                continue
-            try:
-                contestant.prepare()
-                if cold:
-                    clock.copy()
-                times[contestant.name].append(clock.time(contestant.run))
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed[contestant.name] = "out of memory"
-                del times[contestant.name]
+    def enough() -> bool:
+        if rounds is not None:
+            return done >= rounds
+        return done >= least and (done >= MAX_ROUNDS or time.perf_counter() - start >= seconds)
 
     start, done = time.perf_counter(), 1
-    turn()
-    if rounds is not None or time.perf_counter() - start < seconds / 4:
+    _turn(contestants, clock, cold, times, failed)
+    if rounds is not None or least > 1 or time.perf_counter() - start < seconds / 4:
         for measured in times.values():
             measured.clear()
         start, done = time.perf_counter(), 0
-    while done == 0 or (
-        done < MAX_ROUNDS and time.perf_counter() - start < seconds if rounds is None else done < rounds
-    ):
-        turn()
+    while times and not enough():
+        _turn(contestants, clock, cold, times, failed)
         done += 1
     return times, failed
+
+
+def _turn(
+    contestants: Sequence[Contestant],
+    clock: Clock,
+    cold: bool,
+    times: dict[str, list[float]],
+    failed: dict[str, Failure],
+) -> None:
+    """Times each contestant once, save those that have `failed`, and moves those that fail now there."""
+    for contestant in contestants:
+        name = contestant.name
+        if name in failed:
+            continue
+        try:
+            contestant.prepare()
+            if cold:
+                clock.copy()
+            times[name].append(clock.time(contestant.run))
+        except Exception as error:
+            failed[name] = Failure.of(error)
+            del times[name]
 
 
 def median_ratio(numerators: Iterable[float], denominators: Iterable[float]) -> float:

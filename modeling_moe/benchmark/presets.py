@@ -29,14 +29,15 @@ class Preset:
         return 3 * self.hidden * self.intermediate
 
 
+# in the order in which they are measured
 GPU_PRESETS = {
     "qwen3_30b_a3b": Preset(2048, 768, 128, 8),
     "mixtral_8x7b": Preset(4096, 14336, 8, 2),
-    "olmoe": Preset(2048, 1024, 64, 8),
     "gpt_oss_20b": Preset(2880, 2880, 32, 4, "gpt_oss"),
-    "deepseek_v2_lite": Preset(2048, 1408, 64, 6),
-    "qwen3_next": Preset(2048, 512, 512, 10),
+    "olmoe": Preset(2048, 1024, 64, 8),
     "deepseek_v3": Preset(7168, 2048, 256, 8),
+    "qwen3_next": Preset(2048, 512, 512, 10),
+    "deepseek_v2_lite": Preset(2048, 1408, 64, 6),
 }
 # the same H, I, K and tokens: what is left to grow with E is overhead
 EXPERT_SWEEP = {f"cpu_e{experts}": Preset(512, 256, experts, 8) for experts in (8, 16, 32, 64, 128, 256)}
@@ -44,6 +45,7 @@ PRESETS = {
     **GPU_PRESETS,
     "cpu_fine": Preset(512, 256, 64, 8),
     "cpu_coarse": Preset(512, 1024, 8, 2),
+    "cpu_lora": Preset(256, 256, 64, 8),
     **EXPERT_SWEEP,
     "tiny": Preset(32, 24, 5, 3),
 }

@@ -1,138 +1,128 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""How a run is told: machine, tables, notes, JSON."""
+"""What a run has found so far: a file that is whole after every case, and tables for a terminal of 100 columns."""
 
 import json
 import os
-import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from importlib.metadata import distributions
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .cases import MODES, Case
-from .contestants import COPY, DENSE
 from .results import Result, compare_cases
-from .roofline import peak_of
+from .tables import case_table, comparison_table, lora_table, mode_table
 
 
-WIDTH = 200
+WIDTH = 100
+_LEGEND = (
+    "transformers: the fastest of its implementations. limit: dense products of the same FLOPs; decode: bytes of the active weights over the "
+    "bandwidth of a copy. saved, peak: bytes over grouped_mm's."
+)
+_COMPARED = "Other routings as they are; other numbers of experts without the time to move the weights."
 
 
-def machine_facts(device: str) -> dict[str, Any]:
-    """What the numbers depend on beside the code."""
-    facts: dict[str, Any] = {"device": device, "cpu": _cpu_model(), "cores": os.cpu_count()}
-    facts["threads"] = torch.get_num_threads()
-    facts["instructions"] = torch.backends.cpu.get_cpu_capability()
-    installed = {distribution.name.lower(): distribution.version for distribution in distributions()}
-    facts |= {package: installed.get(package, "not installed") for package in ("torch", "transformers", "triton")}
-    if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-        facts["gpu_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-        peak = peak_of(facts["gpu"])
-        if peak is not None:
-            facts["stated_peak"] = f"{peak.tera_flops:g} TFLOP/s, {peak.tera_bytes:g} TB/s"
-    return facts
+class Report:
+    """The results of a run.
+
+    Attributes:
+        facts: of the machine.
+        cases: all that the run is to measure.
+        results: what it has measured.
+        stopped: why it ended before its last case, or None.
+    """
+
+    def __init__(self, facts: dict[str, Any], cases: Sequence[Case], path: str | Path | None = None):
+        self.facts, self.cases, self.path = facts, cases, path
+        self.results: list[Result] = []
+        self.stopped: str | None = None
+        self.write()
+
+    def add(self, result: Result) -> None:
+        """Takes in one case, and writes the file."""
+        self.results.append(result)
+        self.write()
+
+    @property
+    def not_run(self) -> list[Case]:
+        """Cases without a result."""
+        return self.cases[len(self.results) :]
+
+    @property
+    def failed(self) -> list[Result]:
+        """Cases in which this package failed."""
+        return [result for result in self.results if result.failures]
+
+    def write(self) -> None:
+        """Writes everything so far as JSON, the times of each round included, if there is a file: a run that is killed
+        leaves the file of the case before."""
+        if self.path is None:
+            return
+        path = Path(self.path)
+        content = {
+            "machine": self.facts,
+            "results": [result.to_json() for result in self.results],
+            "comparisons": [
+                {"case": str(comparison.case), "base": str(comparison.base), "ratio": comparison.ratio}
+                for comparison in compare_cases(self.results)
+            ],
+            "failed": [str(result.case) for result in self.failed],
+            "not_run": [str(case) for case in self.not_run],
+            "stopped": self.stopped,
+        }
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, path)
+
+    def print(self) -> None:
+        """Prints a table of its contestants for each case, then ours in all cases, then what failed or was left out."""
+        console = Console()
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console = Console(width=WIDTH)
+        console.print(", ".join(f"{name} {value}" for name, value in self.facts.items()), highlight=False)
+        for result in self.results:
+            if result.times or result.failures:
+                _section(console, _heading(result), case_table(result))
+        for mode in MODES:
+            chosen = [result for result in self.results if result.case.mode == mode]
+            title = mode.replace("_", " + ")
+            if chosen and chosen[0].case.level == "lora":
+                _section(console, f"{title}: LoRA on experts here, and ours over", lora_table(chosen))
+            elif chosen:
+                _section(console, f"{title}: ours, and ours over", mode_table(chosen))
+        if any(result.case.level != "lora" for result in self.results):
+            console.print(f"[italic]{_LEGEND}[/italic]", highlight=False)
+        comparisons = compare_cases(self.results)
+        if comparisons:
+            _section(console, "ours over dense, over that of another case", comparison_table(comparisons), _COMPARED)
+        console.print()
+        for line in self._notes():
+            console.print(escape(line), highlight=False)
+
+    def _notes(self) -> list[str]:
+        """One line for each reason that an implementation was not measured for, for each failure, and for what is left."""
+        reasons = Counter((name, reason) for result in self.results for name, reason in result.skipped.items())
+        notes = []
+        for (name, reason), count in reasons.items():
+            cases = [str(result.case) for result in self.results if result.skipped.get(name) == reason]
+            where = f"{count} cases" if count > 3 else "; ".join(cases)
+            notes.append(f"not measured, {name}: {reason} ({where})")
+        notes += [f"not run, {self.stopped}: {case}" for case in self.not_run]
+        return notes + [f"FAILED, {result.case}: {result.error}" for result in self.failed]
 
 
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def _section(console: Console, title: str, table: Table, legend: str | None = None) -> None:
+    console.print(f"\n[bold]{escape(title)}[/bold]", highlight=False)
+    console.print(table)
+    if legend is not None:
+        console.print(f"[italic]{escape(legend)}[/italic]", highlight=False)
 
 
-def _cell(value: float | None, form: str = "{:.3g}") -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else form.format(value)
-
-
-def _mode_table(mode: str, results: Sequence[Result]) -> Table:
-    names = list(dict.fromkeys(name for result in results for name in result.times if name not in (COPY, DENSE)))
-    ratios = list(dict.fromkeys(name for result in results for name in result.ratios()))
-    saved = any(result.saved_bytes for result in results)
-    peak = any(result.peak_bytes for result in results)
-    floors = any(result.floors_ms for result in results)
-    title = f"{mode.replace('_', ' + ')}: medians in ms"
-    table = Table("preset", "dtype", "T", "routing", "back end", "rounds", *names, "limit", title=title)
-    for header in [*ratios, *["saved MiB"] * saved, *["peak GiB"] * peak, *["floor c / m ms"] * floors]:
-        table.add_column(header)
-    for result in results:
-        case, ours = result.case, result.ours
-        row = [case.preset, case.dtype, f"{case.tokens}", case.routing, result.backends.get(ours or "", "-")]
-        row.append(f"{max((len(times) for times in result.times.values()), default=0)}")
-        row += [_cell(result.median(name)) for name in names] + [_cell(result.limit_ms)]
-        row += [_cell(result.ratios().get(name), "{:.2f}") for name in ratios]
-        if saved:
-            row.append(_cell(result.saved_bytes[ours] / 2**20 if ours in result.saved_bytes else None))
-        if peak:
-            row.append(_cell(result.peak_bytes[ours] / 2**30 if ours in result.peak_bytes else None))
-        if floors:
-            values = [_cell(result.floors_ms.get(name)) for name in ("compute", "memory")]
-            row.append(" / ".join(values))
-        table.add_row(*map(escape, row))
-    return table
-
-
-def _comparison_table(results: list[Result]) -> Table | None:
-    comparisons = compare_cases(results)
-    if not comparisons:
-        return None
-    table = Table("case", "against", "ratio", title="ours over dense, against the same of another case")
-    for comparison in comparisons:
-        table.add_row(str(comparison.case), str(comparison.base), f"{comparison.ratio:.2f}")
-    table.caption = "other routings as they are; other numbers of experts without the time to move the weights"
-    return table
-
-
-def _notes(results: Iterable[Result]) -> list[str]:
-    """One line for each reason that an implementation was not measured for."""
-    reasons = Counter((name, reason) for result in results for name, reason in result.skipped.items())
-    notes = []
-    for (name, reason), count in reasons.items():
-        cases = [str(result.case) for result in results if result.skipped.get(name) == reason]
-        where = f"{count} cases" if count > 3 else "; ".join(cases)
-        notes.append(f"{name}: {reason} ({where})")
-    return notes
-
-
-def print_report(facts: dict[str, Any], results: list[Result], not_run: Sequence[Case], level: str) -> None:
-    """Prints everything; a table for each mode."""
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=WIDTH)
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
-    console.print(f"level: {level}. limit: dense products of the same FLOPs; decode: active weights / copy bandwidth")
-    for mode in MODES:
-        chosen = [result for result in results if result.case.mode == mode]
-        if chosen:
-            console.print(_mode_table(mode, chosen))
-    comparison = _comparison_table(results)
-    if comparison is not None:
-        console.print(comparison)
-    for note in _notes(results):
-        console.print(f"not measured, {escape(note)}", highlight=False)
-    for case in not_run:
-        console.print(f"not run, the budget was spent: {case}", highlight=False)
-
-
-def write_json(path: str | Path, facts: dict[str, Any], results: list[Result], not_run: Sequence[Case]) -> None:
-    """Writes everything, the times of each round included, whole or not at all."""
-    path = Path(path)
-    content = {
-        "machine": facts,
-        "results": [result.to_json() for result in results],
-        "comparisons": [
-            {"case": str(comparison.case), "base": str(comparison.base), "ratio": comparison.ratio}
-            for comparison in compare_cases(results)
-        ],
-        "not_run": [str(case) for case in not_run],
-    }
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.rename(path)
+def _heading(result: Result) -> str:
+    rounds = max((len(times) for times in result.times.values()), default=0)
+    backend = next(iter(result.backends.values()), None)
+    facts = [backend, f"{result.tiles} tiles" if result.tiles else None, f"{rounds} rounds"]
+    return f"{result.case}: {', '.join(fact for fact in facts if fact)}"

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .cases import Case, shape_of
-from .contestants import COPY, DENSE, GRAPH, TRANSFORMERS, is_ours
-from .measure import median_ratio
+from .contestants import COPY, DENSE, GRAPH, OURS, PEFT, TRANSFORMERS, is_foreign, is_ours
+from .measure import Failure, median_ratio
 from .presets import PRESETS
 
 
@@ -18,8 +18,11 @@ class Result:
     Attributes:
         case: what was measured.
         times: contestant -> milliseconds of each round.
-        skipped: contestant -> why it has none.
+        skipped: contestant -> why it was not measured, where that is no failure of this package.
+        failures: contestant of this package -> what went wrong; no other number of it is here. `"all"` stands for the
+            case, whose weights or inputs could not be made.
         backends: our implementations -> what computed them.
+        tiles: family of the Triton kernels' tiles; empty where they computed nothing.
         errors: implementation -> quantity -> largest difference to the oracle over its largest element.
         saved_bytes: implementation -> bytes kept for backward beside parameters and input.
         peak_bytes: implementation -> CUDA memory beyond what was there before.
@@ -32,7 +35,9 @@ class Result:
     case: Case
     times: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
     backends: dict[str, str] = field(default_factory=dict)
+    tiles: str = ""
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     saved_bytes: dict[str, int] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
@@ -41,9 +46,31 @@ class Result:
     copied_bytes: int = 0
     floors_ms: dict[str, float] = field(default_factory=dict)
 
+    def drop(self, name: str, failure: Failure, fatal: bool = False) -> None:
+        """Takes out what was measured of a contestant, and says why.
+
+        Args:
+            name: the contestant.
+            failure: what happened to it. Somebody else's, and a want of memory, are no failures of this package.
+            fatal: count it as a failure whoever it is, since nothing after it can be measured.
+        """
+        for numbers in (self.times, self.errors, self.saved_bytes, self.peak_bytes):
+            numbers.pop(name, None)
+        if fatal or not (failure.out_of_memory or is_foreign(name)):
+            self.failures[name] = failure
+        else:
+            self.skipped[name] = failure.message
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong in one line, or None if nothing of this package did."""
+        return "; ".join(f"{name}: {failure.message}" for name, failure in self.failures.items()) or None
+
     @property
     def ours(self) -> str | None:
-        """The first of our implementations that was measured."""
+        """The first of our implementations; None if it, or `"moe"`, was not measured: no other takes its place."""
+        if OURS in self.failures or OURS in self.skipped:
+            return None
         return next((name for name in self.times if is_ours(name)), None)
 
     def median(self, name: str) -> float | None:
@@ -65,38 +92,61 @@ class Result:
     @property
     def limit_ms(self) -> float | None:
         """Dense products of the same FLOPs; in decoding the active experts' bytes over bandwidth."""
-        if self.case.level == "model":
+        if self.case.level in ("model", "lora"):
             return None
         return self.weights_ms if self.case.mode == "decode" else self.median(DENSE)
 
+    def over(self, name: str, other: str | None) -> float | None:
+        """Median over the rounds of the ratio of two contestants, or None if either was not measured."""
+        if other is None or not (self.times.get(name) and self.times.get(other)):
+            return None
+        return median_ratio(self.times[name], self.times[other])
+
+    def over_ours(self, name: str) -> float | None:
+        """Ours over a contestant, both as CUDA graphs if that is one."""
+        ours = f"{self.ours}{GRAPH}" if name.endswith(GRAPH) else self.ours
+        return self.over(ours, name)
+
+    def over_limit(self, name: str) -> float | None:
+        """A contestant over `limit_ms`."""
+        if not self.limit_ms:
+            return None
+        decoding = self.case.mode == "decode"
+        ratio = self.over(name, COPY if decoding else DENSE)
+        return ratio * self.copied_bytes / self.weight_bytes if decoding and ratio is not None else ratio
+
+    def over_floor(self, name: str) -> float | None:
+        """A contestant over the floor that the GPU's stated peak gives."""
+        median = self.median(name)
+        return median / self.floors_ms["floor"] if median is not None and self.floors_ms else None
+
     def ratios(self) -> dict[str, float]:
         """Ours over others, by name; what was not measured is left out. Those of times are medians over the rounds."""
-        ours, best, ratios = self.ours, self.best_of_transformers(), {}
+        ours = self.ours
         if ours is None:
-            return ratios
-        if best:
-            ratios["ours/transformers"] = median_ratio(self.times[ours], self.times[best])
-        graph, best_graph = ours + GRAPH, self.best_of_transformers(GRAPH)
-        if self.times.get(graph) and best_graph:
-            ratios["ours/transformers (graph)"] = median_ratio(self.times[graph], self.times[best_graph])
-        if self.limit_ms:
-            mode, level = self.case.mode, self.case.level
-            limit, scale = (COPY, self.copied_bytes / self.weight_bytes) if mode == "decode" else (DENSE, 1.0)
-            ratios["ours/limit"] = scale * median_ratio(self.times[ours], self.times[limit])
-            if level == "experts" and self.times.get(graph):
-                ratios["ours/limit (graph)"] = scale * median_ratio(self.times[graph], self.times[limit])
-        if self.floors_ms:
-            ratios["ours/roofline"] = self.median(graph if self.times.get(graph) else ours) / self.floors_ms["floor"]
-        for name, memory in (("saved", self.saved_bytes), ("peak", self.peak_bytes)):
-            if memory.get(ours) and memory.get("grouped_mm"):
-                ratios[f"{name}/grouped_mm"] = memory[ours] / memory["grouped_mm"]
-        return ratios
+            return {}
+        graph = ours + GRAPH
+        if self.case.level == "lora":
+            ratios = {f"ours/{name}": self.over(ours, name) for name in self.times if name != ours}
+        else:
+            ratios = {
+                "ours/transformers": self.over(ours, self.best_of_transformers()),
+                "ours/transformers (graph)": self.over(graph, self.best_of_transformers(GRAPH)),
+                "ours/limit": self.over_limit(ours),
+                "ours/limit (graph)": self.over_limit(graph),
+                "ours/roofline": self.over_floor(graph if self.times.get(graph) else ours),
+            }
+        for other in ("grouped_mm", PEFT):
+            for name, memory in (("saved", self.saved_bytes), ("peak", self.peak_bytes)):
+                if memory.get(ours) and memory.get(other):
+                    ratios[f"{name}/{other}"] = memory[ours] / memory[other]
+        return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
     def to_json(self) -> dict[str, Any]:
         """Everything, medians and ratios included."""
         medians = {name: self.median(name) for name in self.times}
         derived = {"best_of_transformers": self.best_of_transformers(), "limit_ms": self.limit_ms}
-        return asdict(self) | {"median_ms": medians} | derived | {"ratios": self.ratios()}
+        return asdict(self) | {"error": self.error, "median_ms": medians} | derived | {"ratios": self.ratios()}
 
 
 @dataclass

@@ -1,10 +1,12 @@
 """scripts/benchmark.py, run in this process."""
 
+import functools
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
@@ -12,17 +14,20 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
 @pytest.fixture
 def benchmark(monkeypatch, capsys):
-    """Runs the script; returns its exit code, what it printed and what it complained about."""
+    """Runs the script as if its output were piped; returns its exit code, what it printed and what it complained about."""
 
     def run_script(*flags):
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, flags)])
-        monkeypatch.setenv("COLUMNS", "250")
+        monkeypatch.delenv("COLUMNS", raising=False)
         capsys.readouterr()
-        try:
+        with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(SCRIPT), run_name="__main__")
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return stop.value.code, *capsys.readouterr()
 
     return run_script
+
+
+@pytest.fixture
+def implementation(monkeypatch):
+    """Registers an experts function under a name for one test."""
+    return functools.partial(monkeypatch.setitem, ALL_EXPERTS_FUNCTIONS._local_mapping)

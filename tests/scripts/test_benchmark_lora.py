@@ -1,12 +1,13 @@
-"""scripts/benchmark.py --what lora at tiny sizes: what it measures, and that it reports nothing where PEFT disagrees."""
+"""scripts/benchmark.py --what lora at tiny sizes: what it measures, and what it says where PEFT disagrees."""
 
-import functools
+import json
 import math
-import re
 
 import pytest
+import torch
 
-from modeling_moe.benchmark import lora
+from modeling_moe.benchmark import BenchmarkArguments, LoraRunner, lora
+from modeling_moe.benchmark.cases import Case, lora_cases
 from modeling_moe.benchmark.presets import PRESETS
 
 
@@ -14,75 +15,138 @@ TINY, TOKENS = PRESETS["tiny"], (1, 24, 128)
 OTHERS = ["PEFT", "full", "full, grouped_mm", "attention", "attention, grouped_mm"]
 
 
-@pytest.fixture(scope="module")
-def rows():
-    """Rows of one round."""
-    return lora.compare_lora(rounds=1, preset=TINY, tokens=TOKENS)
-
-
 @pytest.fixture
-def script(monkeypatch, benchmark):
-    """Runs the script on the tiny model; returns its exit code, output and complaint."""
-    compare = functools.partial(lora.compare_lora, preset=TINY, tokens=TOKENS)
-    monkeypatch.setattr("modeling_moe.benchmark.compare_lora", compare)
-    monkeypatch.setattr("modeling_moe.benchmark.print_lora", functools.partial(lora.print_lora, preset=TINY))
-    return functools.partial(benchmark, "--what", "lora", "--rounds", "1")
+def script(benchmark, tmp_path):
+    """Runs the script on the tiny model; returns its exit code, output, complaint and file."""
+
+    def run(*flags):
+        path = tmp_path / "lora.json"
+        flags = ["--what", "lora", "--presets", "tiny", "--rounds", "1", "--output", path, *flags]
+        return *benchmark(*flags), json.loads(path.read_text())
+
+    return run
 
 
-def test_rows(rows):
-    passes = [(row["tokens"], row["pass"]) for row in rows]
-    assert passes == [(count, mode) for count in TOKENS for mode in ("forward", "forward_backward")]
-    fields = ["tokens", "pass", "ours ms", *(f"{name} ms" for name in OTHERS), *(f"ours/{name}" for name in OTHERS)]
-    for row in rows:
-        saved = ["ours saved", "PEFT saved"] if row["pass"] == "forward_backward" else []
-        assert list(row) == fields + saved
-        assert all(math.isfinite(row[name]) and row[name] > 0 for name in row if name != "pass")
+def test_cases():
+    cpu = lora_cases("cpu", [], [], [])
+    assert [case.tokens for case in cpu] == [1, 1, 64, 64, 512, 512]
+    assert {(case.preset, case.dtype) for case in cpu} == {("cpu_lora", "float32")}
+    assert PRESETS["cpu_lora"].expert_elements == 3 * 256 * 256
+    cuda = lora_cases("cuda", [], [], [])
+    assert {case.tokens for case in cuda} == {32768, 4096}
+    assert {(case.preset, case.dtype) for case in cuda} == {("qwen3_30b_a3b", "bfloat16")}
+    assert lora.RANK["cuda"] == 16
+    asked = BenchmarkArguments(what="lora", presets=["tiny", "olmoe"], dtypes=["float16"], tokens=[8]).cases()
+    modes = ("forward", "forward_backward")
+    assert asked == [
+        Case("lora", preset, "float16", 8, "router", mode) for preset in ("tiny", "olmoe") for mode in modes
+    ]
 
 
-def test_fewer_bytes_are_saved_than_by_peft(rows):
-    """PEFT keeps a copy of all experts, with the update added, in each of the two layers."""
-    saved = {row["tokens"]: (row["ours saved"], row["PEFT saved"]) for row in rows if "ours saved" in row}
-    copies = 2 * 4 * TINY.experts * TINY.expert_elements
-    assert set(saved) == set(TOKENS)
-    assert saved[1][0] < copies < saved[1][1]
-    assert all(ours < theirs - copies for ours, theirs in saved.values())
-
-
-def test_table(script):
-    code, printed, _ = script()
+def test_table_and_json(script):
+    code, printed, _, report = script("--tokens", *TOKENS)
     assert code == 0
-    assert f"E={TINY.experts} K={TINY.per_token} H={TINY.hidden} I={TINY.intermediate} r=8 float32" in printed
-    assert all(name in printed for name in OTHERS)
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line[:1] == "│"]
-    assert [line[0] for line in lines] == [str(count) for count in TOKENS for _ in range(2)]
-    assert all(re.fullmatch(r"\d+\.\d{3}", ratio) for line in lines for ratio in line[3:-1])
-    for line in lines:
-        expected = r"-" if line[1] == "forward" else r"\d\.\d\d / \d\.\d = 0\.\d{3}"
-        assert re.fullmatch(expected, line[-1])
+    assert max(map(len, printed.splitlines())) <= 100
+    results = report["results"]
+    passes = [(result["case"]["tokens"], result["case"]["mode"]) for result in results]
+    assert passes == [(count, mode) for count in TOKENS for mode in ("forward", "forward_backward")]
+    for result in results:
+        training = result["case"]["mode"] == "forward_backward"
+        assert list(result["times"]) == ["moe", *OTHERS]
+        assert list(result["ratios"]) == [f"ours/{name}" for name in OTHERS] + ["saved/PEFT"] * training
+        assert set(result["saved_bytes"]) == ({"moe", *OTHERS} if training else set())
+        assert all(math.isfinite(ratio) and ratio > 0 for ratio in result["ratios"].values())
+        assert result["errors"]["moe"]["largest"] < 1e-5
+        assert result["backends"] == {"moe": "native"}
+    # PEFT keeps a copy of all experts, with the update added, in each of the two layers
+    saved = [result["saved_bytes"] for result in results if result["saved_bytes"]]
+    copies = 2 * 4 * TINY.experts * TINY.expert_elements
+    assert saved[0]["moe"] < copies < saved[0]["PEFT"]
+    assert all(each["moe"] < each["PEFT"] - copies for each in saved)
+    rows = [line.split() for line in printed.splitlines() if line.startswith("tiny ")]
+    assert [row[:3] for row in rows] == [["tiny", "fp32", str(count)] for _ in range(2) for count in TOKENS]
+    assert [row[-2] == "-" for row in rows] == [True] * 3 + [False] * 3
 
 
-def scaled(name, contestant, factor):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_are_compared_with_float32(dtype, script):
+    code, _, _, report = script("--tokens", 256, "--dtypes", dtype)
+    assert code == 0
+    for result in report["results"]:
+        assert 1e-5 < result["errors"]["moe"]["largest"] < {"bfloat16": 3e-2, "float16": 1e-2}[dtype]
+        assert "PEFT" in result["times"]
+
+
+def scaled(name, contestant, tokens, factor):
     """A method of the passes that is a little off for one contestant: in the logits, or in one of the smaller gradients."""
     method = getattr(lora._Pass, name)
 
     def wrong(self):
         result = method(self)
-        if self.name != contestant:
+        if self.name != contestant or self.ids.numel() != tokens:
             return result
         return factor * result if name == "forward" else (*result[:-2], factor * result[-2], result[-1])
 
     return wrong
 
 
-@pytest.mark.parametrize("contestant", ["ours", "PEFT"])
-@pytest.mark.parametrize("method", ["forward", "forward_backward"])
-@pytest.mark.parametrize(("factor", "error"), [(1.01, "1.0e-02"), (float("nan"), "nan")])
-def test_disagreement_is_refused(contestant, method, factor, error, script, monkeypatch):
-    monkeypatch.setattr(lora._Pass, method, scaled(method, contestant, factor))
-    code, printed, complaint = script()
+@pytest.mark.parametrize(
+    ("method", "factor", "error"),
+    [
+        ("forward", float("nan"), "nan"),
+        ("forward_backward", 1.01, "1.0e-02"),
+        ("forward_backward", float("nan"), "nan"),
+    ],
+)
+def test_disagreement_is_recorded_and_the_run_goes_on(method, factor, error, script, monkeypatch):
+    monkeypatch.setattr(lora._Pass, method, scaled(method, "moe", 24, factor))
+    code, printed, _, report = script("--tokens", 24, 128)
+    case = f"lora tiny float32 T=24 router {method}"
     assert code == 1
-    assert printed == ""
-    refusal = "benchmark.py: nothing is reported: LoRA here and PEFT's differ by"
-    last = complaint.splitlines()[-1]
-    assert last.startswith(refusal)
-    assert error in last or contestant == "PEFT"  # then 1% of what is 1% too large
+    assert report["failed"] == [case]
+    for result in report["results"]:
+        wrong = (result["case"]["tokens"], result["case"]["mode"]) == (24, method)
+        assert ("moe" in result["times"]) == (not wrong)
+        assert set(OTHERS) < {*result["times"], "moe"}
+        assert wrong == ("moe" in result["failures"])
+        if wrong:
+            assert "disagrees with PEFT's own path in float32 in " in result["error"]
+            assert f"by {error}" in result["error"]
+            assert result["ratios"] == {}
+    assert f"FAILED, {case}: moe: LoRA by moe" in " ".join(printed.split())
+
+
+def test_wrong_peft_is_left_out(script, monkeypatch):
+    """The reference is PEFT's path in float32, so that in bfloat16 may be wrong by itself."""
+    forward = lora._Pass.forward
+
+    def wrong(self):
+        in_bfloat16 = self.name == "PEFT" and self.model.dtype == torch.bfloat16
+        return (1.5 if in_bfloat16 else 1.0) * forward(self)
+
+    monkeypatch.setattr(lora._Pass, "forward", wrong)
+    code, _, _, report = script("--tokens", 24, "--dtypes", "bfloat16")
+    assert code == 0
+    first, second = report["results"]
+    assert "disagrees with PEFT's own path" in first["skipped"]["PEFT"]
+    assert "PEFT" not in first["times"]
+    assert "ours/full" in first["ratios"]
+    assert "ours/PEFT" not in first["ratios"]
+    assert "ours/PEFT" in second["ratios"]
+
+
+def test_check_takes_the_reference_s_experts():
+    """Where rounding changes a token's experts, bfloat16 is compared for those that float32 chooses."""
+    runner = LoraRunner(BenchmarkArguments(what="lora", rounds=1))
+    case = Case("lora", "tiny", "bfloat16", 512, "router", "forward")
+    runner._load(case)
+    outcome, index = runner._reference(case)
+    model, each = runner.models["moe"], runner.passes["moe"]
+    with lora._routes(model) as chosen:
+        free = each.outcome("forward")
+    assert any((mine != theirs).any() for mine, theirs in zip(chosen, index, strict=True))
+    with lora._routes(model, index) as chosen:
+        fixed = each.outcome("forward")
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(chosen, index, strict=True))
+    free_error, fixed_error = (lora._differences(actual, outcome)["output"] for actual in (free, fixed))
+    assert fixed_error < free_error
