@@ -1,18 +1,71 @@
-"""Shared by all tests: tiny models, one seed, and buffers that show when they are read before they are written."""
+"""Shared by all tests: the device, tiny models, one seed, and buffers that show when they are read too early."""
 
 import os
 
 import pytest
 import torch
 
+from tests.interpreter import interpreter_fault
 
-if not torch.cuda.is_available():
+
+if torch.cuda.is_available():
+    # cuBLAS reads it before the first product; without it deterministic algorithms warn of each
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+elif interpreter_fault() is None:
     # Triton reads it when it defines a function, so before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from modeling_moe import MoEConfig
+from modeling_moe.dispatch.function import BACKENDS
 from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.routers import router_class
+
+
+def triton_serves(device: str) -> bool:
+    """Whether the Triton back end runs on `device`, compiled or interpreted."""
+    return "triton" in BACKENDS and BACKENDS["triton"].available(torch.device(device))
+
+
+# where the tests run that are marked `gpu`
+DEVICE = "cuda" if torch.cuda.is_available() and triton_serves("cuda") else "cpu"
+
+
+def _without_triton() -> str | None:
+    if "triton" not in BACKENDS:
+        return "Triton is not installed"
+    if DEVICE == "cpu" and interpreter_fault() is not None:
+        return interpreter_fault()
+    return None if triton_serves(DEVICE) else "Triton serves no GPU here, and TRITON_INTERPRET=1 is not set"
+
+
+# why no test can run the Triton back end, or None
+WITHOUT_TRITON = _without_triton()
+NEEDS_TRITON = pytest.mark.skipif(WITHOUT_TRITON is not None, reason=str(WITHOUT_TRITON))
+NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU that Triton serves")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Says in one line why the Triton back end was not tested."""
+    if WITHOUT_TRITON is not None:
+        terminalreporter.write_line(f"The Triton back end was not tested: {WITHOUT_TRITON}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Marks the tests that use the GPU, before `-m gpu` selects them."""
+    for item in items:
+        if "device" in item.fixturenames and not _tests_native(item):
+            item.add_marker("gpu")
+
+
+def _tests_native(item) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params.get("backend") == "moe_native"
+
+
+@pytest.fixture
+def device(request) -> str:
+    """`DEVICE`, or "cpu" where the test's parameter `backend` is "moe_native", which serves no GPU."""
+    return "cpu" if _tests_native(request.node) else DEVICE
 
 
 def tiny_config(**fields) -> MoEConfig:

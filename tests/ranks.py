@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -37,4 +38,6 @@ def run_ranks(main: Callable, ranks: int, *arguments: Any, join: bool = True) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return multiprocessing.spawn(_start, args=(main, ranks, port, arguments), nprocs=ranks, join=join)
+    # gloo's processes share no GPU: they would all take the first one
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        return multiprocessing.spawn(_start, args=(main, ranks, port, arguments), nprocs=ranks, join=join)

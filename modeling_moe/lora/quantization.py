@@ -36,7 +36,7 @@ def quantize_experts(model: nn.Module, quant_type: str = "nf4", compress_statist
     saved adapter on it.
 
     Matrices are dequantized to the dtype that they had. Load them in the one to compute in: under an autocast to
-    another one, the copies that it makes are kept for backward. So is what `torch.compile` dequantizes, unless the
+    another one, the copies that it makes are kept for backward, save on a GPU by Triton. So is what `torch.compile` dequantizes, unless the
     layers are checkpointed.
 
     Args:

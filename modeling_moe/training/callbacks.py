@@ -2,12 +2,15 @@
 """What a `Trainer` has to do for a Mixture of Experts beyond computing the loss, done by a callback that every `Trainer`
 has once this module is imported."""
 
+from contextlib import ExitStack
+
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_utils import has_length
 
 from ..balancing import update_routers
+from ..dispatch.casting import cast_once
 
 
 def _set_router_loss_scale(model: nn.Module, scale: float) -> None:
@@ -71,6 +74,38 @@ class MoECallback(TrainerCallback):
 
 class DefaultMoECallback(MoECallback):
     """The one that every `Trainer` has; `Trainer.remove_callback` takes it away."""
+
+
+class CastOnceCallback(TrainerCallback):
+    """Casts experts in fp32 to the dtype of autocast once per optimizer step, for all its micro-batches, on a GPU.
+
+    It opens [`~modeling_moe.dispatch.casting.cast_once`], which says what that costs, and closes it before the optimizer
+    steps. Neither torch.compile's CUDA graphs nor FSDP should have it: their matrices live elsewhere in each step.
+
+    Example:
+        >>> from modeling_moe.training.callbacks import CastOnceCallback
+        >>> trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[CastOnceCallback()])
+    """
+
+    def __init__(self):
+        self._step = ExitStack()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Opens it, and closes that of a step which an exception cut short."""
+        self.close()
+        self._step.enter_context(cast_once())
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Closes it."""
+        self.close()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Closes it."""
+        self.close()
+
+    def close(self) -> None:
+        """Drops the copies, where training ends by an exception, of which a `Trainer` tells no callback."""
+        self._step.close()
 
 
 if DefaultMoECallback not in DEFAULT_CALLBACKS:

@@ -26,6 +26,7 @@ from ..cli import UserError
 from ..files import load_source, load_tokenizer
 from ..lora.sharding import full_shape
 from .arguments import LoraArguments, ModelArguments
+from .callbacks import CastOnceCallback
 from .data import DataArguments, load_and_pack
 from .freezing import FreezeExpertsCallback
 from .nan_stop import NanStopMixin
@@ -160,6 +161,24 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
         )
 
 
+def _casts_once(trainer: Trainer, model: nn.Module) -> bool:
+    """Whether the experts' copies under autocast can be shared by a whole step."""
+    args = trainer.args
+    splits = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_split(model)
+    return (args.bf16 or args.fp16) and args.device.type == "cuda" and not splits and not args.torch_compile
+
+
+def _train(trainer: Trainer, model: nn.Module, resume: str | None) -> dict[str, float]:
+    """Trains, and returns the metrics of that."""
+    casting = CastOnceCallback()
+    if _casts_once(trainer, model):
+        trainer.add_callback(casting)
+    try:
+        return trainer.train(resume_from_checkpoint=resume).metrics
+    finally:
+        casting.close()
+
+
 def _result(trainer: Trainer, trained: int, eval_loss: dict[str, float], max_length: int, metrics) -> FinetuneResult:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] or [math.nan]
     quarter = max(1, len(losses) // 4)
@@ -233,7 +252,7 @@ def finetune(
     if resume is None and args.should_save:
         discard_checkpoints(Path(args.output_dir))
     trained = sum(trained for trained, _ in trained_parameters(model).values())
-    metrics = trainer.train(resume_from_checkpoint=resume).metrics
+    metrics = _train(trainer, model, resume)
     trainer.check_weights()
     eval_loss = {}
     for name, blocks in held_out.items():

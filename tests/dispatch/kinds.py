@@ -11,9 +11,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from modeling_moe.dispatch import function
+from modeling_moe.dispatch import backend_of, function
+from modeling_moe.dispatch.interface import gate_of
 from modeling_moe.modeling_moe import MoEExperts
-from tests.conftest import tiny_config
+from tests.conftest import NEEDS_TRITON, tiny_config
 
 
 OURS = {
@@ -35,15 +36,49 @@ THEIRS = {
     "gpt_oss": (GptOssExperts, "gpt_oss"),
 }
 HIDDEN, WIDTH = 32, 24
-NEEDS_TRITON = pytest.mark.skipif("triton" not in function.BACKENDS, reason="Triton is not installed")
 NEEDS_NATIVE = pytest.mark.skipif(
     not function.native.available(torch.float32, "silu_gated"), reason="no gcc, or another system than Linux"
 )
 CPU_BACKENDS = [pytest.param("moe_native", marks=NEEDS_NATIVE), "moe_loop", "moe_grouped_mm"]
+BACKENDS = [*CPU_BACKENDS, pytest.param("moe_triton", marks=NEEDS_TRITON)]
 
 
-def make(kind: str, implementation: str, experts=5, hidden=HIDDEN, width=WIDTH, dtype=torch.float64, **fields):
-    """Experts of `kind` with random weights, the same for every implementation."""
+def fastest(device: str, dtype: torch.dtype = torch.float32) -> str:
+    """The back end that `experts_implementation="moe"` means on `device`."""
+    if device == "cuda":
+        return "loop" if dtype == torch.float64 else "triton"
+    return "native" if function.native.available(dtype, "silu_gated") else "loop"
+
+
+def assert_backend(module, arguments) -> None:
+    """Fails if experts are about to be computed by another back end than their implementation names.
+
+    A back end that cannot serve gives way to the next without a word, so a test of it would pass by another.
+    """
+    states, index = arguments[:2]
+    name, dtype = module.config._experts_implementation, next(module.parameters()).dtype
+    asked = name.removeprefix("moe_") if name != "moe" else None
+    # the CPU's choice, and what `native` is not compiled for, are for test_native.py
+    left_open = asked is None and states.device.type == "cpu"
+    left_open |= asked == "native" and not function.native.available(dtype, gate_of(module)[0])
+    if name == "eager" or left_open:
+        return
+    served = backend_of(module, states, index, backend=asked).removesuffix(" (decode)")
+    expected = asked or fastest("cuda", dtype)
+    assert served == expected, f"{served} would serve, not {expected}"
+
+
+def make(
+    kind: str,
+    implementation: str,
+    experts=5,
+    hidden=HIDDEN,
+    width=WIDTH,
+    dtype=torch.float64,
+    device: str = "cpu",
+    **fields,
+):
+    """Experts of `kind` with random weights, the same for every implementation, which each call asserts."""
     sizes = {"hidden_size": hidden, "moe_intermediate_size": width, "intermediate_size": width}
     if kind in OURS:
         config, build = (
@@ -60,14 +95,16 @@ def make(kind: str, implementation: str, experts=5, hidden=HIDDEN, width=WIDTH, 
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.5)
-    return module
+    module.register_forward_pre_hook(assert_backend)
+    return module.to(device)
 
 
-def draw(tokens, experts, top_k, dtype=torch.float64, hidden=HIDDEN):
-    """States, ids of distinct experts, weights, and the gradient of the output."""
+def draw(tokens, experts, top_k, dtype=torch.float64, hidden=HIDDEN, device: str = "cpu"):
+    """States, ids of distinct experts, weights, and the gradient of the output: the same on every device."""
     states = torch.randn(tokens, hidden, dtype=dtype)
     index = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
-    return states, index, torch.rand(tokens, top_k, dtype=dtype), torch.randn(tokens, hidden, dtype=dtype)
+    weight, direction = torch.rand(tokens, top_k, dtype=dtype), torch.randn(tokens, hidden, dtype=dtype)
+    return tuple(tensor.to(device) for tensor in (states, index, weight, direction))
 
 
 def run(module, states, index, weight, direction):

@@ -9,17 +9,19 @@ from modeling_moe import MoEForCausalLM
 from modeling_moe.dispatch import backend_of, function, loop
 from modeling_moe.dispatch.slots import group_slots
 from modeling_moe.modeling_moe import MoEExperts
-from tests.conftest import tiny_config
+from tests.conftest import NEEDS_GPU, NEEDS_TRITON, tiny_config
 from tests.dispatch.kinds import (
+    BACKENDS,
     CPU_BACKENDS,
     HIDDEN,
-    NEEDS_TRITON,
+    NEEDS_NATIVE,
     OURS,
     SHAPES,
     THEIRS,
     WIDTH,
     assert_close,
     draw,
+    fastest,
     make,
     oracle,
     run,
@@ -44,16 +46,28 @@ def test_loop(kind, shape, recompute):
 
 @pytest.mark.parametrize("kind", [*OURS, *THEIRS])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("backend", ["grouped_mm", pytest.param("triton", marks=NEEDS_TRITON)])
-def test_gpu_backends(backend, kind, recompute):
-    module = make(kind, f"moe_{backend}", dtype=torch.float32)
+@pytest.mark.parametrize("backend", ["moe_grouped_mm", pytest.param("moe_triton", marks=NEEDS_TRITON)])
+def test_gpu_backends(backend, kind, recompute, device):
+    module = make(kind, backend, dtype=torch.float32, device=device)
     module.config.experts_recompute = recompute
-    inputs = draw(9, 5, 3, torch.float32)
+    inputs = draw(9, 5, 3, torch.float32, device=device)
     if kind in OURS:  # gpt-oss's own loop, and others' before transformers 5.19, know no empty slots
         inputs[1][1, 2] = 5
-    if backend == "grouped_mm":
-        assert backend_of(module, *inputs[:2], backend=backend) == backend
     assert_close(run(module, *inputs), oracle(module, *inputs), 2e-5)
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "triton"])
+def test_another_back_end_than_the_named_one_fails_a_test(backend):
+    """float64 is the loop's, whatever was asked for."""
+    module, inputs = make("gated", f"moe_{backend}"), draw(9, 5, 3)
+    with pytest.raises(AssertionError, match=f"loop would serve, not {backend}"):
+        module(*inputs[:3])
+
+
+def test_loop_in_float64_on_the_device(device):
+    module, inputs = make("gated-bias", "moe", device=device), draw(9, 5, 3, device=device)
+    assert backend_of(module, *inputs[:2]) == "loop"
+    assert_close(run(module, *inputs), oracle(module, *inputs), 1e-13)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -71,12 +85,33 @@ def test_decode(kind, shape):
         assert_close([module.float()(states.float(), index, weight.float())], expected, 2e-5)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@NEEDS_TRITON
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["gated-bias", "gpt_oss"])
+def test_decode_by_triton(kind, shape, device):
+    sizes = SHAPES[shape] | {"tokens": min(SHAPES[shape]["tokens"], 16)}
+    module = make(kind, "moe_triton", sizes["experts"], dtype=torch.float32, device=device)
+    states, index, weight, direction = draw(**sizes, dtype=torch.float32, device=device)
+    with torch.no_grad():
+        assert backend_of(module, states, index, backend="triton") == "triton (decode)"
+        output = module(states, index, weight)
+    assert_close([output], oracle(module, states, index, weight, direction)[:1], 2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("hidden", "width"), [(10, 6), (7, 3), (1, 1)])
-def test_odd_sizes(hidden, width, backend):
-    module = make("gated", backend, hidden=hidden, width=width, dtype=torch.float32, head_dim=2)
-    inputs = draw(9, 5, 3, torch.float32, hidden)
+def test_odd_sizes(hidden, width, backend, device):
+    if backend == "moe_grouped_mm":
+        pytest.skip("it takes rows of a multiple of 16 bytes alone")
+    module = make("gated", backend, hidden=hidden, width=width, dtype=torch.float32, head_dim=2, device=device)
+    inputs = draw(9, 5, 3, torch.float32, hidden, device)
     assert_close(run(module, *inputs), oracle(module, *inputs), 2e-5)
+
+
+@NEEDS_NATIVE
+def test_grouped_mm_gives_way_where_sizes_are_odd():
+    module = make("gated", "moe_loop", hidden=7, width=3, dtype=torch.float32, head_dim=2)
+    assert backend_of(module, *draw(9, 5, 3, torch.float32, 7)[:2], backend="grouped_mm") == "native"
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -94,27 +129,42 @@ def test_half_precision(backend, dtype, tolerance, native, monkeypatch):
         assert_close([module(states[:5], index[:5], weight[:5])], [got[0][:5].double()], tolerance)
 
 
-def test_combine_is_fp32():
+@NEEDS_TRITON
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)], ids=["fp16", "bf16"])
+def test_half_precision_by_triton(dtype, device):
+    tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    module = make("gated-bias", "moe_triton", dtype=dtype, device=device)
+    states, index, weight, direction = draw(40, 5, 3, dtype, device=device)
+    weight = weight.float()
+    got = run(module, states, index, weight, direction)
+    assert [tensor.dtype for tensor in got] == [dtype, dtype, torch.float32] + [dtype] * 4
+    assert_close(got, oracle(module, states, index, weight, direction), tolerance)
+    with torch.no_grad():
+        assert_close([module(states[:5], index[:5], weight[:5])], [got[0][:5].double()], tolerance)
+
+
+def test_combine_is_fp32(device):
     """1 + 255 * 2**-9: in bf16 each of the small terms would be lost."""
-    module = make("gated", "moe", experts=256, hidden=8, width=8, dtype=torch.bfloat16, head_dim=2)
+    fields = {"experts": 256, "hidden": 8, "width": 8, "head_dim": 2, "device": device}
+    module = make("gated", "moe", dtype=torch.bfloat16, **fields)
     with torch.no_grad():
         module.gate_up_proj.fill_(1)
         module.down_proj.fill_(1)
-    states, index = torch.ones(1, 8, dtype=torch.bfloat16), torch.arange(256)[None]
-    weight = torch.full((1, 256), 2.0**-9)
+    states = torch.ones(1, 8, dtype=torch.bfloat16, device=device)
+    index, weight = torch.arange(256, device=device)[None], torch.full((1, 256), 2.0**-9, device=device)
     weight[0, 0] = 1
-    single = module(states, index[:, :1], torch.ones(1, 1)).double()
+    single = module(states, index[:, :1], torch.ones(1, 1, device=device)).double()
     expected = single * (1 + 255 * 2.0**-9)
     for tokens in (1, 40):
         output = module(states.expand(tokens, -1), index.expand(tokens, -1), weight.expand(tokens, -1)).double()
         torch.testing.assert_close(output, expected.expand(tokens, -1), atol=0, rtol=2**-7)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["gated-bias", "gated"])
-def test_empty_slots(backend, kind):
-    module = make(kind, backend, dtype=torch.float32)
-    states, index, weight, direction = draw(9, 5, 3, torch.float32)
+def test_empty_slots(backend, kind, device):
+    module = make(kind, backend, dtype=torch.float32, device=device)
+    states, index, weight, direction = draw(9, 5, 3, torch.float32, device=device)
     index[1, 2], index[4], index[5, 0], index[6, 1] = 5, 5, -1, 1000
     reference = index.clone().masked_fill_(index < 0, 5)
     got = run(module, states, index, weight, direction)
@@ -127,32 +177,32 @@ def test_empty_slots(backend, kind):
         assert_close([module(states, index, weight)], [got[0].double()], 2e-5)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_nothing_but_empty_slots(backend):
-    module = make("gated", backend, dtype=torch.float32)
-    states, _, weight, direction = draw(4, 5, 3, torch.float32)
-    index = torch.full((4, 3), 5)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_but_empty_slots(backend, device):
+    module = make("gated", backend, dtype=torch.float32, device=device)
+    states, _, weight, direction = draw(4, 5, 3, torch.float32, device=device)
+    index = torch.full((4, 3), 5, device=device)
     assert not any(tensor.any() for tensor in run(module, states, index, weight, direction))
     with torch.no_grad():
         assert not module(states, index, weight).any()
 
 
-def test_no_tokens():
-    module = make("gated", "moe")
-    states = torch.zeros(0, HIDDEN, dtype=torch.float64, requires_grad=True)
-    weight = torch.zeros(0, 3, dtype=torch.float64, requires_grad=True)
-    output = module(states, torch.zeros(0, 3, dtype=torch.long), weight)
+def test_no_tokens(device):
+    module = make("gated", "moe", dtype=torch.float32, device=device)
+    states = torch.zeros(0, HIDDEN, requires_grad=True, device=device)
+    weight = torch.zeros(0, 3, requires_grad=True, device=device)
+    output = module(states, torch.zeros(0, 3, dtype=torch.long, device=device), weight)
     assert output.shape == (0, HIDDEN)
     output.sum().backward()
     assert states.grad.shape == (0, HIDDEN)
     assert all(not parameter.grad.any() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_idle_experts_get_zeros(backend):
-    module = make("gated-bias", backend, dtype=torch.float32)
-    states, _, weight, direction = draw(6, 5, 1, torch.float32)
-    gradients = run(module, states, torch.full((6, 1), 2), weight, direction)[3:]
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_idle_experts_get_zeros(backend, device):
+    module = make("gated-bias", backend, dtype=torch.float32, device=device)
+    states, _, weight, direction = draw(6, 5, 1, torch.float32, device=device)
+    gradients = run(module, states, torch.full((6, 1), 2, device=device), weight, direction)[3:]
     for gradient in gradients:
         assert gradient[2].any()
         assert not gradient[[0, 1, 3, 4]].any()
@@ -226,10 +276,10 @@ def saved_bytes(call, *known: torch.Tensor) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("backend", [*CPU_BACKENDS, pytest.param("moe_triton", marks=NEEDS_TRITON)])
-def test_saved_for_backward(backend):
-    module = make("gated", backend, dtype=torch.float32)
-    states, index, weight, _ = draw(40, 5, 3, torch.float32)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saved_for_backward(backend, device):
+    module = make("gated", backend, dtype=torch.float32, device=device)
+    states, index, weight, _ = draw(40, 5, 3, torch.float32, device=device)
     known = [states, weight, *module.parameters()]
     states.requires_grad_()
     weight.requires_grad_()
@@ -239,9 +289,9 @@ def test_saved_for_backward(backend):
     assert saved_bytes(lambda: module(states, index, weight), *known) == grouping
 
 
-def test_retained_graph_and_second_derivative():
-    module = make("gated", "moe")
-    states, index, weight, direction = draw(9, 5, 3)
+def test_retained_graph_and_second_derivative(device):
+    module = make("gated", "moe", dtype=torch.float32, device=device)
+    states, index, weight, direction = draw(9, 5, 3, torch.float32, device=device)
     states.requires_grad_()
     loss = (module(states, index, weight) * direction).sum()
     first = torch.autograd.grad(loss, states, retain_graph=True)
@@ -253,9 +303,9 @@ def test_retained_graph_and_second_derivative():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing(reentrant):
-    module = make("gated", "moe")
-    states, index, weight, direction = draw(40, 5, 3)
+def test_checkpointing(reentrant, device):
+    module = make("gated", "moe", dtype=torch.float32, device=device)
+    states, index, weight, direction = draw(40, 5, 3, torch.float32, device=device)
     expected = run(module, states, index, weight, direction)
     states.requires_grad_()
     output = checkpoint(module, states, index, weight, use_reentrant=reentrant)
@@ -279,9 +329,9 @@ def test_autocast(backend):
     torch.testing.assert_close(got[0], expected[0].float(), atol=0, rtol=0)
 
 
-def test_deterministic():
-    module = make("gated", "moe", dtype=torch.float32)
-    inputs = draw(200, 5, 3, torch.float32)
+def test_deterministic(device):
+    module = make("gated", "moe", dtype=torch.float32, device=device)
+    inputs = draw(200, 5, 3, torch.float32, device=device)
     torch.testing.assert_close(run(module, *inputs), run(module, *inputs), atol=0, rtol=0)
 
 
@@ -302,17 +352,17 @@ def test_bad_input(change, message):
         "top_k_weights": torch.zeros(4, 3),
     }
     with pytest.raises(ValueError, match=message):
-        make("gated", "moe", dtype=torch.float32)(**(inputs | change))
+        make("gated", "moe", dtype=torch.float32)(*(inputs | change).values())
 
 
-def test_left_to_transformers():
+def test_left_to_transformers(device):
     """A gate without a derivative here: transformers' functions, with empty slots all the same."""
-    states, index, weight, direction = draw(9, 5, 3)
+    states, index, weight, direction = draw(9, 5, 3, device=device)
     index[1, 2], index[3, 0] = 5, -1
     reference = index.clone().masked_fill_(index < 0, 5)
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2e-5)):
         config = tiny_config(hidden_act="quick_gelu", experts_implementation="moe")
-        module = MoEExperts(config).to(dtype)
+        module = MoEExperts(config).to(device, dtype)
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.normal_()
@@ -329,41 +379,47 @@ def test_norm_after_experts_is_left_to_transformers():
     assert backend_of(module, *draw(9, 5, 3)[:2]) == "transformers: it has a norm after each expert"
 
 
-def test_choice_by_name(tmp_path):
+def test_choice_by_name(tmp_path, device):
     """`experts_implementation` of from_pretrained, for a model of transformers' own."""
     config = AutoConfig.for_model(
         "mixtral", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, vocab_size=99,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval().to(device)
     model.save_pretrained(tmp_path)
-    ids = torch.arange(3, 39).view(2, 18)
+    ids = torch.arange(3, 39, device=device).view(2, 18)
     expected = model(ids).logits
-    for name in ("moe", "moe_native", "moe_loop", "moe_grouped_mm"):
-        chosen = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=name)
+    names = {"moe": fastest(device), "moe_loop": "loop", "moe_grouped_mm": "grouped_mm"}
+    if device == "cpu":
+        names["moe_native"] = fastest(device)
+    for name, backend in names.items():
+        chosen = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=name).to(device)
         assert chosen.config._experts_implementation == name
+        experts, states = chosen.model.layers[0].mlp.experts, torch.zeros(36, 32, device=device)
+        index = torch.zeros(36, 2, dtype=torch.long, device=device)
+        asked = None if name == "moe" else name.removeprefix("moe_")
+        assert backend_of(experts, states, index, asked) == backend
         torch.testing.assert_close(chosen(ids).logits, expected, atol=1e-5, rtol=1e-5)
     assert (
         chosen.generate(ids[:, :5], max_new_tokens=8).tolist() == model.generate(ids[:, :5], max_new_tokens=8).tolist()
     )
 
 
-def test_default_of_our_model():
-    model = MoEForCausalLM(tiny_config())
+def test_default_of_our_model(device):
+    model = MoEForCausalLM(tiny_config()).to(device)
     assert model.config._experts_implementation == "moe"
-    experts = model.model.layers[0].mlp.experts
-    index = torch.zeros(40, 3, dtype=torch.long)
-    fastest = "native" if function.native.available(torch.float32, "silu_gated") else "loop"
-    assert backend_of(experts, torch.zeros(40, 32), index) == fastest
-    assert backend_of(experts, torch.zeros(40, 32), index, backend="grouped_mm") == "grouped_mm"
+    experts, states = model.model.layers[0].mlp.experts, torch.zeros(40, 32, device=device)
+    index = torch.zeros(40, 3, dtype=torch.long, device=device)
+    assert backend_of(experts, states, index) == fastest(device)
+    assert backend_of(experts, states, index, backend="grouped_mm") == "grouped_mm"
 
 
-@pytest.mark.parametrize("backend", [*CPU_BACKENDS, pytest.param("moe_triton", marks=NEEDS_TRITON)])
-def test_compiles_whole(backend):
-    module = make("gated-bias", backend, dtype=torch.float32)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_whole(backend, device):
+    module = make("gated-bias", backend, dtype=torch.float32, device=device)
     torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    inputs = draw(40, 5, 3, torch.float32)
+    inputs = draw(40, 5, 3, torch.float32, device=device)
     torch.testing.assert_close(run_compiled(compiled, module, *inputs), run(module, *inputs), atol=1e-6, rtol=1e-5)
     with torch.no_grad():
         few = inputs[0][:4], inputs[1][:4], inputs[2][:4]
@@ -376,11 +432,12 @@ def run_compiled(compiled, module, states, index, weight, direction):
     return [output, *torch.autograd.grad((output * direction).sum(), [states, weight, *module.parameters()])]
 
 
-def test_operators_keep_torchs_rules():
-    module = make("gated-bias", "moe", dtype=torch.float32)
-    states, index, weight, _ = draw(9, 5, 3, torch.float32)
+@pytest.mark.parametrize("backend", ["loop", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_operators_keep_torchs_rules(backend, device):
+    module = make("gated-bias", "moe", dtype=torch.float32, device=device)
+    states, index, weight, _ = draw(9, 5, 3, torch.float32, device=device)
     weights = [module.gate_up_proj, module.down_proj, module.gate_up_proj_bias, module.down_proj_bias]
-    arguments = (states.requires_grad_(), index, weight.requires_grad_(), *weights, "silu_gated", [], "loop", True)
+    arguments = (states.requires_grad_(), index, weight.requires_grad_(), *weights, "silu_gated", [], backend, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(function.experts, arguments, test_utils=checks)
     torch.library.opcheck(
@@ -388,8 +445,8 @@ def test_operators_keep_torchs_rules():
     )
 
 
-def test_slots_by_hand():
-    slots = group_slots(torch.tensor([[2, 0], [3, -1], [0, 2]]), 3)
+def test_slots_by_hand(device):
+    slots = group_slots(torch.tensor([[2, 0], [3, -1], [0, 2]], device=device), 3)
     assert slots.order.tolist() == [1, 4, 0, 5, 2, 3]
     assert slots.offsets.tolist() == [0, 2, 2, 4]
     assert slots.order.dtype == slots.offsets.dtype == torch.int32

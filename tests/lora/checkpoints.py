@@ -38,8 +38,9 @@ def fill(model, scale: float, only: str = "") -> None:
 def train(model, steps: int = 3) -> None:
     """A few steps of plain gradient descent."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = IDS.to(model.device)
     for _ in range(steps):
-        gradients = torch.autograd.grad(model(IDS, labels=IDS).loss, parameters)
+        gradients = torch.autograd.grad(model(ids, labels=ids).loss, parameters)
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter -= 0.5 * gradient

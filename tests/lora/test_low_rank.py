@@ -7,10 +7,10 @@ import torch
 
 from modeling_moe.dispatch import backend_of, function, loop
 from modeling_moe.dispatch.low_rank import LowRank, LowRankPair, arguments
+from tests.conftest import NEEDS_TRITON
 from tests.dispatch.kinds import (
-    CPU_BACKENDS,
+    BACKENDS,
     NEEDS_NATIVE,
-    NEEDS_TRITON,
     OURS,
     SHAPES,
     THEIRS,
@@ -23,7 +23,6 @@ from tests.dispatch.test_dispatch import run_compiled, saved_bytes
 
 RANK = 3
 DOWN, UPS = "down_proj", ("gate_up_proj", "up_proj")
-BACKENDS = [*CPU_BACKENDS, pytest.param("moe_triton", marks=NEEDS_TRITON)]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +44,7 @@ def factors_for(module, names=None, rank=RANK, dtype=None, packed=True) -> dict[
         a = torch.randn(experts, rank, columns, dtype=torch.float64) * 0.3
         b = torch.randn(rows, rank, experts, dtype=torch.float64).permute(2, 0, 1) * 0.3
         b = b if packed else b.contiguous()
-        a, b = (factor.to(dtype or weight.dtype).requires_grad_() for factor in (a, b))
+        a, b = (factor.to(weight.device, dtype or weight.dtype).requires_grad_() for factor in (a, b))
         updates[name] = LowRank(a, b, scaling / 2)
     return updates
 
@@ -99,16 +98,13 @@ def test_loop(kind, shape, recompute):
 
 @pytest.mark.parametrize("kind", [*OURS, *THEIRS])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("backend", ["grouped_mm", pytest.param("triton", marks=NEEDS_TRITON)])
-def test_gpu_backends(backend, kind, recompute):
-    module = make(kind, f"moe_{backend}", dtype=torch.float32)
+@pytest.mark.parametrize("backend", ["moe_grouped_mm", pytest.param("moe_triton", marks=NEEDS_TRITON)])
+def test_gpu_backends(backend, kind, recompute, device):
+    module = make(kind, backend, dtype=torch.float32, device=device)
     module.config.experts_recompute = recompute
-    inputs, updates = draw(9, 5, 3, torch.float32), factors_for(module)
+    inputs, updates = draw(9, 5, 3, torch.float32, device=device), factors_for(module)
     if kind in OURS:
         inputs[1][1, 2] = 5
-    if backend == "grouped_mm":
-        module.low_rank = updates
-        assert backend_of(module, *inputs[:2], backend=backend) == backend
     assert_close(run(module, updates, *inputs), oracle(module, updates, *inputs), 3e-5)
 
 
@@ -154,9 +150,10 @@ def test_native_in_bf16_with_factors_in_fp32():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("packed", [True, False], ids=["PEFT's layout", "contiguous"])
-def test_one_matrix(backend, name, packed):
-    module = make("gated-bias", backend, dtype=torch.float32)
-    inputs, updates = draw(9, 5, 3, torch.float32), factors_for(module, [name], packed=packed)
+def test_one_matrix(backend, name, packed, device):
+    module = make("gated-bias", backend, dtype=torch.float32, device=device)
+    inputs = draw(9, 5, 3, torch.float32, device=device)
+    updates = factors_for(module, [name], packed=packed)
     assert_close(run(module, updates, *inputs), oracle(module, updates, *inputs), 3e-5)
 
 
@@ -175,9 +172,9 @@ def test_decode(kind, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_empty_slots(backend):
-    module = make("gated", backend, dtype=torch.float32)
-    states, index, weight, direction = draw(9, 5, 3, torch.float32)
+def test_empty_slots(backend, device):
+    module = make("gated", backend, dtype=torch.float32, device=device)
+    states, index, weight, direction = draw(9, 5, 3, torch.float32, device=device)
     index[1, 2], index[4], index[5, 0] = 5, 5, -1
     updates, reference = factors_for(module), index.clone().masked_fill_(index < 0, 5)
     got = run(module, updates, states, index, weight, direction)
@@ -188,25 +185,26 @@ def test_empty_slots(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_tokens_and_idle_experts(backend):
-    module = make("gated", backend, dtype=torch.float32)
+def test_no_tokens_and_idle_experts(backend, device):
+    module = make("gated", backend, dtype=torch.float32, device=device)
     updates = factors_for(module)
     empty = torch.zeros(0, 32), torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3), torch.zeros(0, 32)
-    output, *gradients = run(module, updates, *empty)
+    output, *gradients = run(module, updates, *(tensor.to(device) for tensor in empty))
     assert output.shape == (0, 32)
     assert not any(gradient.any() for gradient in gradients)
-    states, _, weight, direction = draw(6, 5, 1, torch.float32)
-    for gradient in run(module, updates, states, torch.full((6, 1), 2), weight, direction)[-4:]:
+    states, _, weight, direction = draw(6, 5, 1, torch.float32, device=device)
+    for gradient in run(module, updates, states, torch.full((6, 1), 2, device=device), weight, direction)[-4:]:
         assert gradient[2].any()
         assert not gradient[[0, 1, 3, 4]].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fp32_factors_on_bf16_experts(backend):
-    if backend == "moe_triton":
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_fp32_factors_on_16_bit_experts(backend, dtype, device):
+    if backend == "moe_triton" and dtype == torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter has no bfloat16")
-    module = make("gated-bias", backend, dtype=torch.bfloat16).requires_grad_(False)
-    states, index, weight, direction = draw(40, 5, 3, torch.bfloat16)
+    module = make("gated-bias", backend, dtype=dtype, device=device).requires_grad_(False)
+    states, index, weight, direction = draw(40, 5, 3, dtype, device=device)
     updates = factors_for(module, dtype=torch.float32)
     got = run(module, updates, states, index, weight.float(), direction)
     assert [tensor.dtype for tensor in got[-4:]] == [torch.float32] * 4
@@ -216,11 +214,14 @@ def test_fp32_factors_on_bf16_experts(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout(backend, monkeypatch):
-    """Against the same masks applied by hand; none is drawn without dropout."""
-    module = make("gated", backend, dtype=torch.float32)
-    states, index, weight, direction = draw(40, 5, 3, torch.float32)
+def test_dropout(backend, monkeypatch, device):
+    """Against the same masks applied by hand; none is drawn without dropout, and the CPU's drops out in the loop."""
+    module = make("gated", "moe" if backend == "moe_native" else backend, dtype=torch.float32, device=device)
+    states, index, weight, direction = draw(40, 5, 3, torch.float32, device=device)
     updates = {name: update._replace(dropout=0.3) for name, update in factors_for(module).items()}
+    if backend == "moe_native":
+        module.low_rank = updates
+        assert backend_of(module, states, index) == "loop"
     masks, rand = [], torch.rand
     monkeypatch.setattr(torch, "rand", lambda *size, **kw: masks.append(rand(*size, **kw)) or masks[-1])
     got = run(module, updates, states, index, weight, direction)
@@ -244,10 +245,10 @@ def test_dropout(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_saved_for_backward(backend):
+def test_saved_for_backward(backend, device):
     """h and the grouping, as without updates: no matrix of an expert, and no copy of a factor."""
-    module = make("gated", backend, dtype=torch.float32).requires_grad_(False)
-    states, index, weight, _ = draw(40, 5, 3, torch.float32)
+    module = make("gated", backend, dtype=torch.float32, device=device).requires_grad_(False)
+    states, index, weight, _ = draw(40, 5, 3, torch.float32, device=device)
     module.low_rank = factors_for(module)
     known = [states, weight, *leaves(module, module.low_rank)]
     states.requires_grad_()
@@ -256,11 +257,11 @@ def test_saved_for_backward(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_whole(backend):
+def test_compiles_whole(backend, device):
     torch.compiler.reset()
-    module = make("gated-bias", backend, dtype=torch.float32)
+    module = make("gated-bias", backend, dtype=torch.float32, device=device)
     updates = factors_for(module)
-    inputs = draw(40, 5, 3, torch.float32)
+    inputs = draw(40, 5, 3, torch.float32, device=device)
     expected = run(module, updates, *inputs)[:-4]
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run_compiled(compiled, module, *inputs), expected, atol=1e-6, rtol=1e-5)
@@ -269,11 +270,12 @@ def test_compiles_whole(backend):
         torch.testing.assert_close(compiled(*few), module(*few), atol=1e-6, rtol=1e-5)
 
 
-def test_operator_keeps_torchs_rules():
-    module = make("gated-bias", "moe", dtype=torch.float32)
-    states, index, weight, _ = draw(9, 5, 3, torch.float32)
+@pytest.mark.parametrize("backend", ["loop", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_operator_keeps_torchs_rules(backend, device):
+    module = make("gated-bias", "moe", dtype=torch.float32, device=device)
+    states, index, weight, _ = draw(9, 5, 3, torch.float32, device=device)
     weights = [module.gate_up_proj, module.down_proj, module.gate_up_proj_bias, module.down_proj_bias]
-    base = (states.requires_grad_(), index, weight.requires_grad_(), *weights, "silu_gated", [], "loop")
+    base = (states.requires_grad_(), index, weight.requires_grad_(), *weights, "silu_gated", [], backend)
     updates = factors_for(module)
     low_rank = arguments(LowRankPair(updates["gate_up_proj"], updates["down_proj"]))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")

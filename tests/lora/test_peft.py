@@ -35,16 +35,17 @@ def model_of(family: str, **fields):
     return model
 
 
-def adapted(family: str = "moe", config=None, **fields):
+def adapted(family: str = "moe", config=None, device: str = "cpu", **fields):
     config = config or LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=TARGETS)
-    model = get_peft_model(model_of(family, **fields), config)
+    model = get_peft_model(model_of(family, **fields).to(device), config)
     fill(model, 0.2, only="lora_")
     return model
 
 
 def results(model, alone: bool = False) -> dict[str, torch.Tensor]:
+    ids = IDS.to(model.device)
     with layers.peft_alone() if alone else nullcontext():
-        output = model(IDS, labels=IDS)
+        output = model(ids, labels=ids)
         output.loss.backward()
     named = {"logits": output.logits.detach()}
     named |= {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
@@ -62,10 +63,11 @@ def assert_same(got, expected, tolerance=2e-5):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Whether each call of the operator had updates."""
+    """Whether each call of the operator had updates; on a GPU each has to be Triton's."""
     seen, operator = [], interface.experts
 
     def spy(*arguments):
+        assert arguments[0].device.type == "cpu" or arguments[9] == "triton"
         seen.append(len(arguments) > 11)
         return operator(*arguments)
 
@@ -106,8 +108,8 @@ def test_import_order(first):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_peft(family, calls):
-    model = adapted(family)
+def test_equals_peft(family, calls, device):
+    model = adapted(family, device=device)
     got = results(model)
     assert calls
     assert all(calls)
@@ -115,9 +117,10 @@ def test_equals_peft(family, calls):
 
 
 @pytest.mark.parametrize("fields", [{"gated_experts": False, "mlp_bias": True}, {"num_null_experts": 2}])
-def test_our_other_experts(fields, calls):
+def test_our_other_experts(fields, calls, device):
     targets = TARGETS if fields.get("gated_experts", True) else ["mlp.experts.up_proj", "mlp.experts.down_proj"]
-    model = adapted(config=LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=targets), **fields)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=targets)
+    model = adapted(config=config, device=device, **fields)
     got = results(model)
     assert all(calls)
     assert_same(got, results(model, alone=True))
@@ -144,14 +147,14 @@ def test_rslora_and_bf16():
     torch.testing.assert_close(got["logits"].float(), expected["logits"], atol=0.3, rtol=0.1)
 
 
-def test_adapters(calls):
+def test_adapters(calls, device):
     """Two, one after the other, both at once, and none."""
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=TARGETS)
     other = LoraConfig(r=3, lora_alpha=2, target_modules=["q_proj"], target_parameters=TARGETS)
-    model = adapted(config=config)
+    model, ids = adapted(config=config, device=device), IDS.to(device)
     model.add_adapter("other", other)
     fill(model, 0.25, only="lora_")
-    base = model_of("moe")(IDS).logits
+    base = model_of("moe").to(device)(ids).logits
     seen = []
     for active in ("default", "other", ["default", "other"]):
         model.base_model.set_adapter(active)
@@ -161,7 +164,7 @@ def test_adapters(calls):
         assert_same(got, results(model, alone=True))
         seen.append(got["logits"])
         with model.disable_adapter():
-            torch.testing.assert_close(model(IDS).logits, base)
+            torch.testing.assert_close(model(ids).logits, base)
     assert all((first - second).abs().max() > 1e-3 for first, second in zip(seen, seen[1:] + seen[:1], strict=True))
 
 
@@ -178,34 +181,34 @@ def test_merging():
     torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_decoding_equals_prefill():
-    model = adapted().eval()
-    prompt = IDS[:, :4]
+def test_decoding_equals_prefill(device):
+    model, ids = adapted(device=device).eval(), IDS.to(device)
+    prompt = ids[:, :4]
     tokens = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
     plain = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, use_cache=False)
     assert tokens.tolist() == plain.tolist()
     with torch.no_grad():
-        output = model(IDS[:, :4], use_cache=True)
-        step = model(IDS[:, 4:5], past_key_values=output.past_key_values).logits
-        torch.testing.assert_close(step, model(IDS[:, :5]).logits[:, 4:], atol=1e-4, rtol=1e-4)
+        output = model(ids[:, :4], use_cache=True)
+        step = model(ids[:, 4:5], past_key_values=output.past_key_values).logits
+        torch.testing.assert_close(step, model(ids[:, :5]).logits[:, 4:], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing(reentrant):
-    model = adapted().train()
+def test_checkpointing(reentrant, device):
+    model = adapted(device=device).train()
     expected = results(model)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     assert_same(results(model), expected)
 
 
-def test_compiles_whole():
-    model = adapted("mixtral")
+def test_compiles_whole(device):
+    model, ids = adapted("mixtral", device=device), IDS.to(device)
     expected = results(model)
     results(model)  # the implementation is chosen in the first forward
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    output = compiled(IDS, labels=IDS)
+    output = compiled(ids, labels=ids)
     output.loss.backward()
     got = {"logits": output.logits.detach()}
     got |= {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
@@ -322,8 +325,8 @@ def test_with_peft_alone(family, tmp_path, calls):
 
 @pytest.mark.parametrize("rank_per", ["expert", "token"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_moe_lora_config(family, rank_per, calls):
-    model = model_of(family)
+def test_moe_lora_config(family, rank_per, calls, device):
+    model = model_of(family).to(device)
     config = moe_lora_config(model, r=6, rank_per=rank_per, lora_alpha=4)
     counted = trainable_parameters(model, config)
     model = get_peft_model(model, config)

@@ -3,7 +3,6 @@
 import copy
 import sys
 
-import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -20,8 +19,11 @@ from tests.lora.checkpoints import IDS, TARGETS, build, fill, train
 from tests.lora.test_peft import FAMILIES, model_of, results
 
 
-def adapted(family: str, dtype=torch.bfloat16, **fields):
-    model = model_of(family, **fields).to(dtype)
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+
+def adapted(family: str, dtype=torch.bfloat16, device: str = "cpu", **fields):
+    model = model_of(family, **fields).to(device, dtype)
     model = get_peft_model(model, moe_lora_config(model, r=2, lora_alpha=3))
     fill(model, 0.2, only="lora_")
     return model
@@ -36,9 +38,16 @@ def matrices_of(model):
 
 
 @torch.no_grad()
-def pair(family: str, dtype=torch.bfloat16, quant_type: str = "nf4", compress_statistics: bool = True, **fields):
+def pair(
+    family: str,
+    dtype=torch.bfloat16,
+    quant_type: str = "nf4",
+    compress_statistics: bool = True,
+    device: str = "cpu",
+    **fields,
+):
     """A model in 4 bits, and one in `dtype` whose experts are what the first one's are dequantized to."""
-    model, reference = adapted(family, dtype, **fields), adapted(family, dtype, **fields)
+    model, reference = (adapted(family, dtype, device, **fields) for _ in range(2))
     quantize_experts(model, quant_type, compress_statistics)
     for (module, name), (other, _) in zip(matrices_of(model), matrices_of(reference), strict=True):
         getattr(other, name).copy_(getattr(module, name))
@@ -53,8 +62,8 @@ def assert_equal(got, expected):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_equals_the_dequantized_model(family, dtype):
-    model, reference = pair(family, dtype)
+def test_equals_the_dequantized_model(family, dtype, device):
+    model, reference = pair(family, dtype, device=device)
     for module, name in matrices_of(model):
         weight = getattr(module, name)
         assert parametrize.is_parametrized(module, name)
@@ -90,8 +99,8 @@ def test_close_to_what_was_there(quant_type, compress_statistics):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", ["moe", "gpt_oss"])
-def test_checkpointing(family, reentrant):
-    model, reference = pair(family)
+def test_checkpointing(family, reentrant, device):
+    model, reference = pair(family, device=device)
     expected = results(reference.train())
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -123,14 +132,14 @@ def watch(model) -> list[StorageWeakRef]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_backward_keeps_no_matrix(family):
+def test_backward_keeps_no_matrix(family, device):
     """Less is saved than for the 16-bit model, by all its experts' matrices, and none that was dequantized lives on."""
-    model, reference = pair(family)
+    (model, reference), ids = pair(family, device=device), IDS.to(device)
     made = watch(model)
-    (loss, got), (_, expected) = (saved(lambda each=each: each(IDS, labels=IDS).loss) for each in (model, reference))
+    (loss, got), (_, expected) = (saved(lambda each=each: each(ids, labels=ids).loss) for each in (model, reference))
     assert expected - got == sum(getattr(module, name).nbytes for module, name in matrices_of(reference))
     made.clear()
-    loss = model(IDS, labels=IDS).loss
+    loss = model(ids, labels=ids).loss
     assert made
     assert all(storage.expired() for storage in made)
     loss.backward()
@@ -186,9 +195,9 @@ def test_checkpointing_keeps_no_states(monkeypatch):
     assert len(states) == 4
 
 
-def test_decoding_and_generation():
-    model, reference = pair("mixtral")
-    prompt = {"input_ids": IDS[:, :4], "max_new_tokens": 6, "do_sample": False}
+def test_decoding_and_generation(device):
+    model, reference = pair("mixtral", device=device)
+    prompt = {"input_ids": IDS[:, :4].to(device), "max_new_tokens": 6, "do_sample": False}
     assert model.eval().generate(**prompt).equal(reference.eval().generate(**prompt))
 
 
