@@ -4,6 +4,7 @@
 # T tokens, K experts per token, S = T*K slots; E experts; H hidden, I expert width, C = I or 2I columns of h
 # x, grad (T, H); h (S, C), in the order of slots.order, where rows of empty slots are neither written nor read
 # weight (T, K) float32; up (E, C, H), down (E, H, I) of any strides; up_bias (E, C), down_bias (E, H) or None
+# matrices and biases may be float32 beside x in 16 bits: casting.py
 # gate: a key of gates.GATES; constants: what it takes, [alpha, limit] for the clamped ones, else []
 # R rank of a low-rank update; `narrow` (S, R) is what its first matrix gives
 
