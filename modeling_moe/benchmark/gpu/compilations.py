@@ -1,0 +1,42 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Counts what Triton compiles while something runs."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import triton
+
+
+@contextmanager
+def specialisations() -> Iterator[list[str]]:
+    """Yields a list that receives the kernel's name each time that Triton needs a version of a kernel which this process
+    has not used yet, whether it is compiled or comes from the cache on disk."""
+    needed: list[str] = []
+
+    def note(*, fn: Any, **_) -> None:
+        needed.append(fn.name)
+
+    before = triton.knobs.runtime.jit_post_compile_hook
+    triton.knobs.runtime.jit_post_compile_hook = note
+    try:
+        yield needed
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = before
+
+
+@contextmanager
+def cache_use() -> Iterator[Counter[str]]:
+    """Yields counts of the kernels that were `"loaded"` from Triton's cache on disk, and of those `"compiled"`."""
+    counts: Counter[str] = Counter(loaded=0, compiled=0)
+
+    def note(*, cache_hit: bool, **_) -> None:
+        counts["loaded" if cache_hit else "compiled"] += 1
+
+    before = triton.knobs.compilation.listener
+    triton.knobs.compilation.listener = note
+    try:
+        yield counts
+    finally:
+        triton.knobs.compilation.listener = before
