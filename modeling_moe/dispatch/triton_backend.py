@@ -205,12 +205,11 @@ class _Rows:
         stored, block = weight, [1, tile.BLOCK_N, tile.BLOCK_K]
         if transposed:
             stored, block = weight.transpose(1, 2), [1, tile.BLOCK_K, tile.BLOCK_N]
-        programs = _multiprocessors(left.device)
         launch(
-            products.multiply_persistent, (programs,),
+            products.multiply_persistent, (_multiprocessors(left.device),),
             TensorDescriptor.from_tensor(left, [tile.BLOCK_M, tile.BLOCK_K]), self.slots.offsets, self.tiles,
             self.number, TensorDescriptor.from_tensor(stored, block), _contiguous(bias), out, n, k,
-            PROGRAMS=programs, TRANSPOSED=transposed, PRECISION=self.precision, **tile.options(),
+            TRANSPOSED=transposed, PRECISION=self.precision, **tile.options(),
         )  # fmt: skip
         return out
 

@@ -153,7 +153,7 @@ def _patch_package(patch, torch, mode):
     patch.setattr(tiles, "_family_of_gpu", lambda index: "hopper")
     # a capture runs nothing, and each replay the call once
     patch.setattr(capturing, "capture", lambda call: call)
-    patch.setattr(precompile, "describe_gpu", lambda: ("sm_90", 132))
+    patch.setattr(precompile, "describe_gpu", lambda: "sm_90")
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ SCENARIOS = {"forward": ("infer",), "forward_backward": ("train", "recompute"), 
 MODEL_SCENARIOS = ("train", "infer", "lora", "lora_infer")
 
 
-def describe_gpu() -> tuple[str, int]:
-    """The GPU's key in [`~modeling_moe.benchmark.compilation.TARGETS`], and its number of multiprocessors.
+def describe_gpu() -> str:
+    """The GPU's key in [`~modeling_moe.benchmark.compilation.TARGETS`].
 
     A process of its own asks, since processes that compile are forked, which a process that uses the GPU must not be.
     """
@@ -32,22 +32,21 @@ def describe_gpu() -> tuple[str, int]:
         return pool.apply(_ask)
 
 
-def _ask() -> tuple[str, int]:
+def _ask() -> str:
     properties = torch.cuda.get_device_properties(0)
-    name = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip is not None:
-        name = properties.gcnArchName.split(":")[0]
-    return name, properties.multi_processor_count
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def run(results: Results, size: Size) -> None:
     """Writes a line for each kernel that does not compile, and one for all."""
     start = time.time()
-    target, multiprocessors = describe_gpu()
+    target = describe_gpu()
     if target not in TARGETS:
         raise RuntimeError(f"compilation.TARGETS has no {target}: add what Triton calls it")
     jobs = os.cpu_count() or 1
-    launches = list(distinct(_launches(size, TARGETS[target].family, multiprocessors), target).values())
+    launches = list(distinct(_launches(size, TARGETS[target].family), target).values())
     results.put(target=target, jobs=jobs, kernels=len(launches), recorded_s=time.time() - start)
     done, cpu_seconds = 0, 0.0
     for first in range(0, len(launches), CHUNK * jobs):
@@ -60,7 +59,7 @@ def run(results: Results, size: Size) -> None:
     results.put(compiled=done, left_to_later_parts=len(launches) - done, cpu_s=cpu_seconds, wall_s=time.time() - start)
 
 
-def _launches(size: Size, family: str, multiprocessors: int) -> Iterator[Launch]:
+def _launches(size: Size, family: str) -> Iterator[Launch]:
     """What the other parts launch, in their order."""
     for call in calls(size):
         yield from record(call, family)
@@ -70,10 +69,7 @@ def _launches(size: Size, family: str, multiprocessors: int) -> Iterator[Launch]
             recorded: list[Launch] = []
             with tiles.assumed(family), launching.intercepted(recorded.append):
                 passes.run(problem, config)
-            for launch in recorded:
-                # a constant of the kernel, which meta tensors do not know
-                known = {"PROGRAMS": multiprocessors} if "PROGRAMS" in launch.options else {}
-                yield launch._replace(options=launch.options | known)
+            yield from recorded
     for shape in size.crossover:
         for _, config in table(shape.dtype, family)[-2:]:
             for scenario in ("train", "infer"):
@@ -91,6 +87,8 @@ def calls(size: Size) -> Iterator[Call]:
             yield Call("model", experts, size.batch[0] * size.batch[1], dtype, scenario)
         for tokens in (1, size.batch[0]):
             yield Call("model", experts, tokens, dtype, "decode")
+    for experts, tokens in size.science:
+        yield Call("science", experts, tokens, size.half, "train")
     shapes: Iterable[Shape | Comparison] = (*size.comparison, *size.kernels, *size.memory)
     for shape in shapes:
         scenarios = SCENARIOS[shape.mode] if isinstance(shape, Comparison) else (shape.scenario,)

@@ -3,6 +3,8 @@
 
 from typing import NamedTuple
 
+from ..compilation import Experts
+
 
 class Shape(NamedTuple):
     """One pass through the experts of one layer.
@@ -41,6 +43,7 @@ class Size(NamedTuple):
         crossover: passes for which tiles of different heights are compared.
         lora: passes in which full fine-tuning is compared with LoRA.
         memory: passes whose memory is compared.
+        science: layers of part `science` and their tokens, which are compiled beforehand.
         matrix: rows of the square matrices that give the rate of products.
         copied: bytes of the copy that gives the bandwidth.
         model: fields of the configuration whose model is checked.
@@ -61,6 +64,7 @@ class Size(NamedTuple):
     crossover: tuple[Shape, ...]
     lora: tuple[Shape, ...]
     memory: tuple[Shape, ...]
+    science: tuple[tuple[Experts, int], ...]
     matrix: int
     copied: int
     model: dict[str, int]
@@ -103,6 +107,8 @@ FULL = Size(
     crossover=tuple(Shape(QWEN3, tokens) for tokens in (1024, 1536, 2048, 3072, 4096, 6144, 8192)),
     lora=(Shape(QWEN3, 32768), Shape(QWEN3, 4096)),
     memory=(*(Shape(QWEN3, tokens) for tokens in (32768, 4096)), Shape("mixtral_8x7b", 32768), Shape("olmoe", 32768)),
+    # SmolLM2's layers as part `science` upcycles them
+    science=((Experts(576, 192, 64, 8), 16384), (Experts(576, 1536, 8, 2), 16384)),
     matrix=8192,
     copied=1 << 32,
     model={
@@ -120,7 +126,17 @@ FULL = Size(
     batch=(4, 256),
     new_tokens=24,
     steps=50,
-    tests=("-q", "-n", "8", "-m", "gpu and not slow", "tests/dispatch", "tests/lora", "tests/core", "tests/training"),
+    tests=(
+        "-q",
+        "-n",
+        "auto",
+        "-m",
+        "gpu and not slow",
+        "tests/dispatch",
+        "tests/lora",
+        "tests/core",
+        "tests/training",
+    ),
     case_s=1.0,
     case_rounds=None,
     rounds=12,
@@ -133,6 +149,7 @@ TINY = Size(
     crossover=(Shape("tiny", 9, "float32"),),
     lora=(Shape("tiny", 9, "float32"),),
     memory=(Shape("tiny", 9, "float32"),),
+    science=((Experts(32, 16, 4, 2), 9),),
     matrix=64,
     copied=1 << 16,
     model=FULL.model

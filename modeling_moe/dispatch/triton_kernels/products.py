@@ -126,7 +126,7 @@ def multiply(
 @triton.jit(do_not_specialize=["num_tiles"])
 def multiply_persistent(
     left, offsets, tiles, num_tiles, weight, bias, out, n, k,
-    PROGRAMS: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out (S, N) = left (S, K) weight_e (N, K)^T + bias_e (N,), a program working on one tile after another.
@@ -137,7 +137,7 @@ def multiply_persistent(
     """
     num_n = (n + BLOCK_N - 1) // BLOCK_N
     used = tl.load(tiles + 2 * num_tiles)
-    for program in tl.range(tl.program_id(0), used * num_n, PROGRAMS, flatten=True):
+    for program in tl.range(tl.program_id(0), used * num_n, tl.num_programs(0), flatten=True):
         tile, tile_n = swizzle(program, used, num_n)
         expert = tl.load(tiles + tile)
         begin = tl.load(tiles + num_tiles + tile)
