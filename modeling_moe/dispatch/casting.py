@@ -38,7 +38,7 @@ class _Copies:
     def of(self, matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`matrices` in `dtype`."""
         memory = matrices.untyped_storage()
-        if memory.nbytes() != matrices.nbytes:
+        if memory.nbytes() != matrices.nbytes or matrices.storage_offset():
             return matrices.to(dtype)  # they are a part of something larger
         key, state = memory._cdata, (matrices._version, dtype)
         copy = self.copies.get(key)
@@ -60,8 +60,9 @@ def cast_once() -> Iterator[None]:
 
     Open it for one optimizer step: its micro-batches, their backward and the recomputation in it then share one copy in
     16 bits of each matrix, half as large as the matrix, which is dropped on leaving. Leave it before the optimizer
-    steps. A matrix that is changed in place is cast again, but a change through `.data` is not seen. It holds for all
-    threads, and within another one it does nothing. A CUDA graph that is captured within casts for itself.
+    steps. A matrix that is changed in place is cast again, but a change through `.data` is not seen: FSDP and DeepSpeed
+    ZeRO-3, which give matrices new memory in each layer, have no use for it. It holds for all threads, and within
+    another one it does nothing. All within must run on one stream. A CUDA graph that is captured within casts for itself.
 
     Example:
         >>> from modeling_moe.dispatch.casting import cast_once

@@ -4,7 +4,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -58,6 +58,19 @@ class Config(NamedTuple):
     narrow: Tile
     persistent: bool = False
 
+    def block_of_rows(self) -> int:
+        """The BLOCK_M of all tiles that run over blocks of rows.
+
+        Raises:
+            ValueError: if they have several, with which rows would be left out.
+        """
+        blocks = {tile.BLOCK_M for tile in (self.up, self.down, self.gate, self.narrow)}
+        if len(blocks) > 1:
+            raise ValueError(
+                f"up, down, gate and narrow run over the same blocks of rows: make BLOCK_M one of {blocks}."
+            )
+        return blocks.pop()
+
 
 class Decoding(NamedTuple):
     """The blocks of the matrix-vector products. One block has 8192 numbers, to have enough loads in flight.
@@ -109,13 +122,13 @@ CONFIGS: dict[str, dict[str, Table]] = {
     "ampere": {
         "16bit": [
             (16, Config(up=Tile(16, 64, 128, 4, 3), down=Tile(16, 64, 128, 4, 4), gate=Tile(16, 64, 128, 4, 3),
-                        gradient=Tile(128, 128, 16, 8, 5), narrow=Tile(16, 64, 128, 4, 4))),
+                        gradient=Tile(128, 64, 16, 4, 5), narrow=Tile(16, 64, 128, 4, 4))),
             (32, Config(up=Tile(32, 64, 128, 4, 3), down=Tile(32, 64, 128, 4, 4), gate=Tile(32, 64, 128, 4, 3),
                         gradient=Tile(128, 128, 32, 8, 5), narrow=Tile(32, 64, 128, 4, 4))),
             (160, Config(up=Tile(64, 64, 64, 4, 4), down=Tile(64, 128, 64, 4, 4), gate=Tile(64, 64, 64, 4, 4),
                          gradient=Tile(128, 128, 64, 8, 5), narrow=Tile(64, 64, 64, 4, 4))),
-            # with 128 columns the two accumulators of `up` spill in the loop
-            (math.inf, Config(up=Tile(128, 64, 64, 8, 3), down=Tile(128, 256, 64, 8, 3), gate=Tile(128, 128, 64, 8, 3),
+            # with twice the columns `up` and `down` spill in the loop
+            (math.inf, Config(up=Tile(128, 64, 64, 8, 3), down=Tile(128, 128, 64, 8, 3), gate=Tile(128, 128, 64, 8, 3),
                               gradient=Tile(128, 128, 64, 8, 5), narrow=Tile(128, 64, 64, 4, 4))),
         ],
         "tf32": [
@@ -145,6 +158,9 @@ _FLOAT32: Table = [
     (math.inf, Config(up=Tile(64, 32, 32, 4, 2), down=Tile(64, 64, 32, 4, 2), gate=Tile(64, 64, 32, 4, 2),
                       gradient=Tile(64, 64, 32, 4, 3), narrow=Tile(64, 32, 32, 4, 2))),
 ]
+# widths that are no multiple of 16 are loaded number by number, which takes the registers of larger tiles
+UNALIGNED = Config(up=Tile(16, 16, 32, 4, 2), down=Tile(16, 32, 32, 4, 2), gate=Tile(16, 32, 32, 4, 2),
+                   gradient=Tile(32, 32, 16, 4, 4), narrow=Tile(16, 32, 32, 4, 2))
 # fmt: on
 for _tables in CONFIGS.values():
     _tables["float32"] = _FLOAT32
@@ -201,7 +217,8 @@ def _family_of_gpu(index: int) -> str | None:
         )
         return None
     if torch.version.hip is not None:
-        return "cdna" if shared >= FAMILIES["cdna"] else None
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+        return "cdna" if name in ("gfx942", "gfx950") else None
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0) or shared < FAMILIES["ampere"]:
         return None
@@ -224,8 +241,18 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
-def choose_config(num_slots: int, num_experts: int, dtype: torch.dtype, family: str) -> Config:
-    """The tiles for an average expert's rows, whatever the router's balance: the host does not know it."""
+def choose_config(num_slots: int, down: Sequence[int], dtype: torch.dtype, family: str) -> Config:
+    """The tiles for an average expert's rows, whatever the router's balance: the host does not know it.
+
+    Args:
+        num_slots: S.
+        down: (E, H, I), the shape of the second matrices.
+        dtype: of the products.
+        family: key of `CONFIGS`.
+    """
+    num_experts, *widths = down
+    if any(width % 16 for width in widths):
+        return UNALIGNED
     numbers = "16bit" if dtype.itemsize == 2 else "tf32" if precision_of(dtype) == "tf32" else "float32"
-    table = CONFIGS[family][numbers]
+    table = CONFIGS[family].get(numbers, CONFIGS[family]["float32"])
     return next(config for rows, config in table if num_slots <= rows * num_experts)

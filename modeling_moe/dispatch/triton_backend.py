@@ -21,16 +21,20 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .casting import cast
-from .launching import launch
+from .launching import launch, uninterrupted
 from .low_rank import LowRank, LowRankPair
 from .slots import Slots
+from .slots import group_slots as by_torch
 from .tiles import DECODING, Config, Decoding, Tile, choose_config, family_of, precision_of, serves
 from .triton_kernels import decoding, gradients, products, sorting
 
 
 INTERPRETED = not isinstance(products.combine, triton.JITFunction)
-# slots that a program of the sort counts, and those it places at a time
-SORT_BLOCK, SORT_STEP = 1024, 128
+# slots that a program of the sort counts, more of them from so many slots on, and those it places at a time: each
+# program reads the counts of all
+SORT_BLOCK, LARGE_SORT_BLOCK, LARGE_SORT, SORT_STEP = 1024, 4096, 1 << 18, 128
+# experts of a token whose second matrices decoding reads without a loop
+DECODE_UNROLL = 8
 # the most columns of a narrow product that one step of an update takes
 RANK_BLOCK = 64
 
@@ -40,14 +44,15 @@ def available(device: torch.device) -> bool:
     """Whether the kernels run on `device`: a GPU that multiplies bfloat16, or anything if Triton is interpreted."""
     if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
         return INTERPRETED
-    return serves(device) and _launches(device)
+    # within the capture of a CUDA graph nothing may be read back; a pass before it, which warms up, has asked
+    return serves(device) and (torch.cuda.is_current_stream_capturing() or _launches(device))
 
 
 @functools.cache
 def _launches(device: torch.device) -> bool:
     """Whether a kernel of the smallest kind really runs on `device`; says once why not."""
     try:
-        with _disable_current_modes():
+        with _disable_current_modes(), uninterrupted():
             offsets = group_slots(torch.tensor([1, 0, 1], device=device), 2).offsets.tolist()
     except Exception as error:  # compilers, drivers and launchers fail in as many ways as there are machines
         offsets = f"{type(error).__name__}: {error}"
@@ -78,12 +83,15 @@ def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
 def group_slots(index: torch.Tensor, num_experts: int) -> Slots:
     """[`~modeling_moe.dispatch.slots.group_slots`] in two launches."""
     index, number = index.contiguous(), index.numel()
-    blocks, bins = triton.cdiv(number, SORT_BLOCK), triton.next_power_of_2(num_experts + 1)
+    if not number:
+        return by_torch(index, num_experts)
+    block = SORT_BLOCK if number <= LARGE_SORT else LARGE_SORT_BLOCK
+    blocks, bins = triton.cdiv(number, block), triton.next_power_of_2(num_experts + 1)
     order, offsets, counts = (
         torch.empty(size, dtype=torch.int32, device=index.device)
         for size in ((number,), (num_experts + 1,), (blocks, bins))
     )
-    sizes = {"BLOCK": SORT_BLOCK, "BINS": bins}
+    sizes = {"BLOCK": block, "BINS": bins}
     with torch.cuda.device_of(index):
         launch(sorting.count_slots, (blocks,), index, counts, number, num_experts, **sizes)
         launch(
@@ -125,13 +133,13 @@ class _Rows:
         inverse: (S,) int32, each slot's row.
     """
 
-    def __init__(self, slots: Slots, top_k: int, dtype: torch.dtype, config: Config | None):
+    def __init__(self, slots: Slots, top_k: int, down: torch.Tensor, dtype: torch.dtype, config: Config | None):
         self.slots, self.top_k = slots, top_k
         self.num_slots, self.num_experts = len(slots.order), len(slots.offsets) - 1
         self.precision = precision_of(dtype)
         family = family_of(slots.order.device)
-        self.config = config or choose_config(self.num_slots, self.num_experts, dtype, family)
-        block = self.config.up.BLOCK_M
+        self.config = config or choose_config(self.num_slots, down.shape, dtype, family)
+        block = self.config.block_of_rows()
         self.number = min(self.num_slots, triton.cdiv(self.num_slots, block) + self.num_experts)
         self.tiles = torch.empty(2 * self.number + 1, dtype=torch.int32, device=slots.order.device)
         self.inverse = torch.empty_like(slots.order)
@@ -182,8 +190,9 @@ class _Rows:
     def multiply(self, left, weight, bias, update: _Update | None = None) -> torch.Tensor:
         """left (S, N) times each expert's weight (E, M, N), plus bias (E, M): (S, M)."""
         tile = self.config.down
-        if self.config.persistent and update is None and _has_descriptor(left, weight):
-            return self._multiply_persistent(tile, left, weight, bias)
+        stored = weight if weight.stride(2) == 1 else weight.transpose(1, 2)
+        if self.config.persistent and update is None and _has_descriptor(left, stored):
+            return self._multiply_persistent(tile, left, stored, bias, transposed=stored is not weight)
         if update is not None and update.kept is not None:
             # a dropped update needs an accumulator of its own
             tile = tile.shrunk(tile.BLOCK_N // 2)
@@ -199,12 +208,11 @@ class _Rows:
         )  # fmt: skip
         return out
 
-    def _multiply_persistent(self, tile, left, weight, bias) -> torch.Tensor:
-        (_, n, k), out = weight.shape, left.new_empty(self.num_slots, weight.shape[1])
-        transposed = weight.stride(2) != 1
-        stored, block = weight, [1, tile.BLOCK_N, tile.BLOCK_K]
-        if transposed:
-            stored, block = weight.transpose(1, 2), [1, tile.BLOCK_K, tile.BLOCK_N]
+    def _multiply_persistent(self, tile, left, stored, bias, transposed: bool) -> torch.Tensor:
+        """`multiply` by `stored`, each expert's weight (E, M, N), or (E, N, M) if `transposed`."""
+        n, k = stored.shape[:0:-1] if transposed else stored.shape[1:]
+        block = [1, tile.BLOCK_K, tile.BLOCK_N] if transposed else [1, tile.BLOCK_N, tile.BLOCK_K]
+        out = left.new_empty(self.num_slots, n)
         launch(
             products.multiply_persistent, (_multiprocessors(left.device),),
             TensorDescriptor.from_tensor(left, [tile.BLOCK_M, tile.BLOCK_K]), self.slots.offsets, self.tiles,
@@ -257,6 +265,9 @@ class _Rows:
         than (S, .): "left", "right" or "neither"."""
         out, (_, m, n) = torch.empty_like(like), like.shape
         tile = self.config.gradient.shrunk(n, m)
+        if gather == "neither":
+            # no rows' numbers are fetched ahead, so all stages are buffers
+            tile = tile._replace(num_stages=tile.num_stages - 2)
         launch(
             gradients.weight_gradient, (len(out) * triton.cdiv(m, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),),
             left, right, *self.slots, out, *out.stride(), m, n,
@@ -274,12 +285,11 @@ class _Rows:
         return out
 
 
-def _has_descriptor(left: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the bulk copy engine takes both: a stretch of memory in one dimension, the others in 16-byte steps."""
-    if weight.stride(2) != 1 and weight.stride(1) != 1:
-        return False
-    steps = [left.stride(0), *(stride for stride in weight.stride() if stride != 1)]
-    return all(step * left.element_size() % 16 == 0 for step in steps) and weight.data_ptr() % 16 == 0
+def _has_descriptor(left: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether the bulk copy engine takes both: a stretch of memory in the last dimension, the others in 16-byte steps."""
+    steps = [left.stride(0), *stored.stride()[:-1]]
+    aligned = all(step * left.element_size() % 16 == 0 for step in steps) and stored.data_ptr() % 16 == 0
+    return stored.stride(-1) == 1 and aligned
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -298,8 +308,9 @@ class _LowRank:
 
     def __init__(self, low_rank: LowRank, rows: _Rows, dtype: torch.dtype, gathered: bool):
         self.low_rank, self.kernels, self.gathered = low_rank, rows, gathered
-        self.a = low_rank.a.to(dtype)
-        self.b = low_rank.b.to(dtype) if low_rank.scaling == 1 else (low_rank.b * low_rank.scaling).to(dtype)
+        # PEFT's b lies with the experts last, one number of an expert in each stretch of memory
+        b = low_rank.b if low_rank.scaling == 1 else low_rank.b * low_rank.scaling
+        self.a, self.b = low_rank.a.to(dtype).contiguous(), b.to(dtype).contiguous()
         self.kept = low_rank.kept
 
     def _dropped(self, source: torch.Tensor) -> torch.Tensor:
@@ -307,14 +318,14 @@ class _LowRank:
             return source
         return source * (self.kept if self.gathered else self.kept.index_select(0, self.kernels.slots.order))
 
-    def _narrow(self, source: torch.Tensor) -> torch.Tensor:
-        """a times the input: (S, R)."""
+    def _narrow(self, dropped: torch.Tensor) -> torch.Tensor:
+        """a times what dropout left of the input: (S, R)."""
         multiply = self.kernels.gathered_narrow if self.gathered else self.kernels.narrow
-        return multiply(self._dropped(source), self.a)
+        return multiply(dropped, self.a)
 
     def forward(self, source: torch.Tensor) -> _Update:
         """What the product of `source` with the matrix has to add."""
-        return _Update(self._narrow(source), self.b)
+        return _Update(self._narrow(self._dropped(source)), self.b)
 
     def backward(self, grad: torch.Tensor) -> _Update:
         """What the product of the output's gradient with the matrix has to add; (S, N) if `gathered`, else (T, N)."""
@@ -325,12 +336,15 @@ class _LowRank:
     def gradients(self, grad: torch.Tensor, source: torch.Tensor, needs: list[bool]) -> list[torch.Tensor | None]:
         """Those of a and b; `source` of an update that does not gather carries the row's weight."""
         low_rank, grad_a, grad_b = self.low_rank, None, None
+        if not any(needs):
+            return [None, None]
+        dropped = self._dropped(source)
         if needs[0]:
             side = "right" if self.gathered else "neither"
-            grad_a = self.kernels.weight_gradient(self.grad_narrow, self._dropped(source), low_rank.a, side)
+            grad_a = self.kernels.weight_gradient(self.grad_narrow, dropped, low_rank.a, side)
         if needs[1]:
             side = "neither" if self.gathered else "left"
-            grad_b = self.kernels.weight_gradient(grad, self._narrow(source), low_rank.b, side).mul_(low_rank.scaling)
+            grad_b = self.kernels.weight_gradient(grad, self._narrow(dropped), low_rank.b, side).mul_(low_rank.scaling)
         return [grad_a, grad_b]
 
 
@@ -347,11 +361,12 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The experts' weighted sum (T, H), added up in float32, and h, or (0, C) if it is not kept."""
     with torch.cuda.device_of(x):
-        x, rows = x.contiguous(), _Rows(slots, weight.shape[1], x.dtype, config)
+        x, rows = x.contiguous(), _Rows(slots, weight.shape[1], down, x.dtype, config)
         up_update, down_update = _low_ranks(low_rank, rows, x.dtype)
         update = up_update and up_update.forward(x)
         cast_up = cast(up, x.dtype)
         h, a = rows.project_up(x, cast_up, up_bias, gate, constants, kept=keep_h, acted=True, update=update)
+        del cast_up
         y = rows.multiply(a, cast(down, x.dtype), down_bias, down_update and down_update.forward(a))
         out = rows.combine(y, weight.contiguous())
     return out, x.new_empty(0, up.shape[1]) if h is None else h
@@ -371,7 +386,7 @@ def backward(
     needs_up_factors, needs_down_factors = needs_factors[:2], needs_factors[2:]
     with torch.cuda.device_of(x):
         x, grad, weight = x.contiguous(), grad.contiguous(), weight.contiguous()
-        rows = _Rows(slots, weight.shape[1], x.dtype, config)
+        rows = _Rows(slots, weight.shape[1], down, x.dtype, config)
         up_update, down_update = _low_ranks(low_rank, rows, x.dtype)
         cast_up, cast_down = cast(up, x.dtype), cast(down, x.dtype)
         if not len(h):
@@ -411,9 +426,9 @@ def backward(
 
 
 def _decode_blocks(contiguous: bool, rows: int, depth: int, per_block: int, num_warps: int) -> dict[str, int]:
-    """Blocks of 8192 numbers, which run along the matrix's stretches of memory."""
-    block_n = rows if contiguous else 32
-    block_k = min(8192 // (block_n * per_block), triton.next_power_of_2(depth))
+    """Blocks of 8192 numbers along the matrix's stretches of memory, of half as many across them."""
+    block_n, numbers = (rows, 8192) if contiguous else (32, 4096)
+    block_k = min(numbers // (block_n * per_block), triton.next_power_of_2(depth))
     return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": num_warps}
 
 
@@ -442,6 +457,6 @@ def decode(
         launch(
             decoding.decode_down, (num_tokens, triton.cdiv(hidden, blocks["BLOCK_N"])),
             a, index, weight.contiguous(), down, *down.stride(), _contiguous(down_bias), out, num_experts, hidden,
-            inner, TOP_K=top_k, **blocks,
+            inner, TOP_K=top_k, UNROLL=min(top_k, DECODE_UNROLL), **blocks,
         )  # fmt: skip
     return out

@@ -80,7 +80,7 @@ class CastOnceCallback(TrainerCallback):
     """Casts experts in fp32 to the dtype of autocast once per optimizer step, for all its micro-batches, on a GPU.
 
     It opens [`~modeling_moe.dispatch.casting.cast_once`], which says what that costs, and closes it before the optimizer
-    steps. Neither torch.compile's CUDA graphs nor FSDP should have it: their matrices live elsewhere in each step.
+    steps. Neither torch.compile's CUDA graphs nor FSDP or DeepSpeed should have it: their matrices live elsewhere in each step.
 
     Example:
         >>> from modeling_moe.training.callbacks import CastOnceCallback

@@ -207,7 +207,7 @@ CONFIGS = {
     for family, tables in tiles.CONFIGS.items()
     for numbers, table in tables.items()
     for rows, config in table
-}
+} | {f"unaligned {numbers}": (numbers, tiles.UNALIGNED) for numbers in ("16bit", "float32")}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -233,6 +233,7 @@ def test_strided_and_expanded_inputs():
         pytest.param([[3, 0], [-1, 3], [1, -1], [7, 2]], {"bias": True}, id="empty slots"),
         pytest.param(INDEX, {"gate": "clamped_swiglu_pairs", "bias": True, "transposed": True}, id="gpt-oss"),
         pytest.param(INDEX, {"gate": "gelu", "hidden": 10, "inner": 70}, id="odd widths"),
+        pytest.param([[0, 2, -1, 1] * 5, [3, 0, 1, 2] * 5], {"bias": True}, id="more experts than are unrolled"),
         pytest.param(
             [[0, 1]], {"gate": "clamped_swiglu_pairs", "hidden": 300, "dtype": torch.float16}, id="one token"
         ),
@@ -250,12 +251,14 @@ def test_decode(index, shape):
 
 def test_config_follows_the_rows_of_an_expert():
     def block(average: int) -> int:
-        return tiles.choose_config(8 * average, 8, torch.float16, "hopper").up.BLOCK_M
+        return tiles.choose_config(8 * average, (8, 64, 32), torch.float16, "hopper").up.BLOCK_M
 
     assert [block(average) for average in (1, 16, 17, 100, 160, 161, 9999)] == [16, 16, 32, 64, 64, 128, 128]
 
 
 def test_configs_have_one_block_of_rows():
     for _, config in CONFIGS.values():
-        blocks = {tile.BLOCK_M for tile in (config.up, config.down, config.gate, config.narrow)}
-        assert len(blocks) == 1
+        assert config.block_of_rows() == config.up.BLOCK_M
+    _, config = CONFIGS["hopper 16bit 32"]
+    with pytest.raises(ValueError, match="make BLOCK_M one of"):
+        Problem(INDEX).run(config=config._replace(up=config.up._replace(BLOCK_M=16)))

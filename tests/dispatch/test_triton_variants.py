@@ -134,7 +134,7 @@ def test_an_update_costs_no_pass_over_wide_rows():
 
 
 def persistent(dtype: torch.dtype) -> tiles.Config:
-    return tiles.choose_config(9999, 1, dtype, "hopper")._replace(persistent=True)
+    return tiles.choose_config(9999, (1, 64, 64), dtype, "hopper")._replace(persistent=True)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -172,11 +172,33 @@ def test_sort(tokens, top_k, experts):
     assert slots.order.dtype == slots.offsets.dtype == torch.int32
 
 
+def test_sort_of_more_slots_than_small_blocks_take():
+    index = torch.randint(-1, 4, (triton_backend.LARGE_SORT // 2 + 700, 2), device=DEVICE)
+    slots, expected = triton_backend.group_slots(index, 4), group_slots(index.masked_fill(index < 0, 4), 4)
+    assert torch.equal(slots.order, expected.order)
+    assert torch.equal(slots.offsets, expected.offsets)
+
+
+def test_sort_of_bytes():
+    """The last expert of 256 is the greatest byte, which no slot beyond the end may be taken for."""
+    index = torch.randint(0, 256, (20, 3), device=DEVICE).to(torch.uint8)
+    slots, expected = triton_backend.group_slots(index, 256), group_slots(index.long(), 256)
+    assert torch.equal(slots.order, expected.order)
+    assert torch.equal(slots.offsets, expected.offsets)
+
+
+def test_sort_of_nothing():
+    slots = triton_backend.group_slots(torch.zeros(0, 2, dtype=torch.long, device=DEVICE), 3)
+    assert slots.offsets.tolist() == [0, 0, 0, 0]
+    assert not len(slots.order)
+
+
 @pytest.mark.parametrize("experts", [1, 5, 64])
 def test_map_of_rows(experts):
     index = torch.randint(-1, experts, (400, 2), device=DEVICE)
     slots = group_slots(index, experts)
-    rows = triton_backend._Rows(slots, 2, torch.float16, tiles.choose_config(16, 1, torch.float16, "hopper"))
+    config = tiles.choose_config(16, (1, 64, 64), torch.float16, "hopper")
+    rows = triton_backend._Rows(slots, 2, torch.empty(experts, 64, 64), torch.float16, config)
     assert torch.equal(rows.inverse, invert(slots.order))
     block, offsets = rows.config.up.BLOCK_M, slots.offsets.tolist()
     expected = [
@@ -200,13 +222,18 @@ def tf32():
 def test_tf32_where_the_user_allows_it(tf32):
     assert tiles.precision_of(torch.float32) == "tf32"
     assert tiles.precision_of(torch.bfloat16) == "ieee"
-    config = tiles.choose_config(9999, 1, torch.float32, "hopper")
+    config = tiles.choose_config(9999, (1, 64, 64), torch.float32, "hopper")
     assert config in [entry for _, entry in tiles.CONFIGS["hopper"]["tf32"]]
     precisions = []
     problem = Problem(INDEX)
     with launching.intercepted(lambda launch: (precisions.append(launch.options.get("PRECISION")), launch.run())):
         problem.run()
     assert set(precisions) - {None} == {"tf32"}
+
+
+def test_widths_that_are_no_multiple_of_16_have_small_tiles():
+    for widths in ((64, 24), (1000, 64)):
+        assert tiles.choose_config(9999, (1, *widths), torch.bfloat16, "hopper") is tiles.UNALIGNED
 
 
 def test_ieee_is_the_default():
@@ -221,7 +248,9 @@ def fake_gpu(monkeypatch, kib: int, capability=(9, 0), hip=None):
     active = types.SimpleNamespace(utils=utils)
     monkeypatch.setattr(triton.runtime, "driver", types.SimpleNamespace(active=active))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "hip", hip and "6.4")
+    properties = types.SimpleNamespace(gcnArchName=f"{hip}:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     return tiles._family_of_gpu.__wrapped__(0)
 
 
@@ -234,9 +263,9 @@ def fake_gpu(monkeypatch, kib: int, capability=(9, 0), hip=None):
         (99, (8, 9), None, "ampere"),
         (99, (12, 0), None, "ampere"),
         (96, (7, 5), None, None),
-        (64, (9, 4), "6.4", "cdna"),
-        (160, (9, 5), "6.4", "cdna"),
-        (32, (11, 0), "6.4", None),
+        (64, (9, 4), "gfx942", "cdna"),
+        (160, (9, 5), "gfx950", "cdna"),
+        (64, (11, 0), "gfx1100", None),
     ],
 )
 def test_family_of_a_gpu(monkeypatch, kib, capability, hip, family):
@@ -265,7 +294,10 @@ def test_kernels_that_do_not_launch_are_left_to_grouped_mm(monkeypatch):
         raise OSError("ptxas: not found")
 
     device = torch.device(DEVICE)
-    assert triton_backend._launches.__wrapped__(device)
+    launches = []
+    with launching.intercepted(launches.append):
+        assert triton_backend._launches.__wrapped__(device)
+    assert not launches
     monkeypatch.setattr(triton_backend, "group_slots", broken)
     with pytest.warns(UserWarning, match="ptxas: not found"):
         assert not triton_backend._launches.__wrapped__(device)

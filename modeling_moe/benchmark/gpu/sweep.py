@@ -54,7 +54,6 @@ CHANGES: dict[str, tuple[dict[str, int], ...]] = {
         {"BLOCK_N": 128, "num_warps": 4, "num_stages": 4},
     ),
     "gate": (
-        {"maxnreg": 128},
         {"BLOCK_N": 256},
         # two programs at a time, so that one's products hide the other's end
         {"maxnreg": 128},
@@ -91,7 +90,9 @@ def alternatives(shape: Shape, own: Config | Decoding, most: int) -> Iterator[tu
         yield "persistent", own._replace(persistent=not own.persistent)
     for field in fields:
         tile: Tile = getattr(own, field)
-        changed = (tile._replace(**change) for change in CHANGES[field])
+        # AMD's compiler knows no such bound
+        known = (change for change in CHANGES[field] if torch.version.hip is None or "maxnreg" not in change)
+        changed = (tile._replace(**change) for change in known)
         for value in list(dict.fromkeys([tile, *changed]))[: 1 + most]:
             yield field, own._replace(**{field: value})
 

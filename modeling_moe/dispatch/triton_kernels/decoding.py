@@ -54,31 +54,33 @@ def decode_up(
 @triton.jit
 def decode_down(
     a, index, weight, down, stride_e, stride_h, stride_i, bias, out, num_experts, hidden, inner,
-    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOP_K: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out (T, H) = sum over a token's slots of weight * (down_e a + bias_e), one token per program."""
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     result = tl.full((BLOCK_N,), 0.0, tl.float32)
-    # unrolled, so that all experts' numbers are asked for before the first matrix is
-    for choice in tl.static_range(TOP_K):
-        slot = token * TOP_K + choice
-        expert = tl.load(index + slot).to(tl.int64)
-        # no branch: of an empty slot no column and no depth is read
-        served = (expert >= 0) & (expert < num_experts)
-        width = tl.where(served, hidden, 0)
-        length = tl.where(served, inner, 0)
-        share = tl.load(weight + slot, mask=served, other=0.0)
-        down_pointers = down + expert * stride_e + columns[:, None] * stride_h + depth[None, :] * stride_i
-        total = tl.full((BLOCK_N, BLOCK_K), 0.0, tl.float32)
-        for k in range(0, inner, BLOCK_K):
-            inside = k + depth < length
-            taken = tl.load(a + slot * inner + k + depth, mask=inside, other=0.0)
-            mask = inside[None, :] & (columns < width)[:, None]
-            total += taken[None, :] * tl.load(down_pointers + k * stride_i, mask=mask, other=0.0).to(tl.float32)
-        values = tl.sum(total, axis=1)
-        if bias is not None:
-            values += tl.load(bias + expert * hidden + columns, mask=columns < width, other=0.0).to(tl.float32)
-        result += share * values
+    for first in range(0, TOP_K, UNROLL):
+        # unrolled, so that the numbers of all these experts are asked for before the first matrix is
+        for step in tl.static_range(UNROLL):
+            choice = first + step
+            slot = token * TOP_K + choice
+            expert = tl.load(index + slot, mask=choice < TOP_K, other=0).to(tl.int64)
+            # no branch: of an empty slot no column and no depth is read
+            served = (choice < TOP_K) & (expert >= 0) & (expert < num_experts)
+            width = tl.where(served, hidden, 0)
+            length = tl.where(served, inner, 0)
+            share = tl.load(weight + slot, mask=served, other=0.0)
+            down_pointers = down + expert * stride_e + columns[:, None] * stride_h + depth[None, :] * stride_i
+            total = tl.full((BLOCK_N, BLOCK_K), 0.0, tl.float32)
+            for k in range(0, inner, BLOCK_K):
+                inside = k + depth < length
+                taken = tl.load(a + slot * inner + k + depth, mask=inside, other=0.0)
+                mask = inside[None, :] & (columns < width)[:, None]
+                total += taken[None, :] * tl.load(down_pointers + k * stride_i, mask=mask, other=0.0).to(tl.float32)
+            values = tl.sum(total, axis=1)
+            if bias is not None:
+                values += tl.load(bias + expert * hidden + columns, mask=columns < width, other=0.0).to(tl.float32)
+            result += share * values
     tl.store(out + token * hidden + columns, result.to(out.dtype.element_ty), mask=columns < hidden)

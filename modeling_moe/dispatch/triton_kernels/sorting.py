@@ -11,8 +11,9 @@ import triton.language as tl
 @triton.jit
 def load_experts(index, slots, num_slots, num_experts):
     """The experts of slots (N,), E for an empty slot and for one that there is not."""
-    experts = tl.load(index + slots, mask=slots < num_slots, other=-1)
-    return tl.where((experts < 0) | (experts >= num_experts), num_experts, experts).to(tl.int32)
+    experts = tl.load(index + slots, mask=slots < num_slots, other=0)
+    empty = (slots >= num_slots) | (experts < 0) | (experts >= num_experts)
+    return tl.where(empty, num_experts, experts.to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["num_slots"])
