@@ -51,7 +51,7 @@ def experts(
 
     Args:
         x: (T, H).
-        index: (T, K) int64; an id outside [0, E) is an empty slot.
+        index: (T, K) integer; an id outside [0, E) is an empty slot.
         weight: (T, K) fp32, or fp64 with fp64 weights.
         up: (E, C, H), C columns of the first projection. Matrices and biases have the dtype of `x`; for Triton's back
             end they may be fp32 beside an `x` of 16 bits, and so are their gradients.
