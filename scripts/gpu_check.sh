@@ -85,6 +85,7 @@ run_part() {
     timeout -k 5 "$limit" python3 -m modeling_moe.benchmark.gpu "$part" --output "$OUT" --size "$size" \
         --until "$until" 2>&1 | tee -a "$log"
     code=${PIPESTATUS[0]} spent=$((SECONDS - start))
+    [ "$code" != 2 ] || exit 2 # it cannot be run, and has said why
     if [ "$code" = 124 ] || { [ "$code" = 137 ] && [ "$spent" -ge "$limit" ]; }; then
         record "$part" "$spent" "over its limit of $limit s"
     elif [ "$code" -gt 128 ]; then

@@ -553,3 +553,12 @@ def test_all_of_it(shell, tmp_path, monkeypatch):
     headings = [line for line in page.read_text().splitlines() if line.startswith("## ")]
     expected = ["Targets", "Against others", "Kernels", "LoRA on experts", "Memory", "Tiles", "Correctness", "Machine"]
     assert headings == [f"## {name}" for name in expected]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_ends(shell):
+    code, printed, rows = shell(script=f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
+    assert code == 2
+    assert "torch sees no GPU here" in printed
+    assert rows == []
+    assert "precompile" not in printed

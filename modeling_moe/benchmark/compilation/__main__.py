@@ -44,7 +44,7 @@ class CompilationArguments:
     )
     presets: list[str] = field(default_factory=list, metadata={"help": "shapes, instead of a part"})
     tokens: list[int] = field(default_factory=list, metadata={"help": "tokens of a call of --presets"})
-    dtypes: list[str] = field(default_factory=list, metadata={"help": f"{', '.join(KINDS)}; bfloat16"})
+    dtypes: list[str] = field(default_factory=list, metadata={"help": f"{', '.join(KINDS)}; without it bfloat16"})
     scenarios: list[str] = field(default_factory=list, metadata={"help": ", ".join(SCENARIOS)})
     tiles: list[str] = field(
         default_factory=list, metadata={"help": "changes of the tiles: gate=128,256,64,8,3 or persistent=1"}

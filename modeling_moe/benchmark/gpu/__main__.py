@@ -13,6 +13,8 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 from ...cli import UserError, run
 from .compilations import cache_use
 from .results import FILE, DeviceLost, Results, read
@@ -55,6 +57,9 @@ def main() -> None:
     path = arguments.output / FILE
     if arguments.part == "summary":
         sys.exit(print_summary(read(path)))
+    # precompile does not ask, since who has asked must not fork
+    if arguments.part != "precompile" and not torch.cuda.is_available():
+        raise UserError("torch sees no GPU here: run the check where there is one")
     results = Results(path, arguments.part, arguments.until)
     try:
         with cache_use() as kernels, results.attempt(what="the part"):
