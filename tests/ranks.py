@@ -27,6 +27,8 @@ def _start(rank: int, main: Callable, ranks: int, port: int, arguments: tuple) -
     os.environ.update({name: str(value) for name, value in address.items()})
     dist.init_process_group("gloo")
     main(rank, *arguments)
+    # a rank that leaves while another still talks to it can abort that one's process in gloo's thread
+    dist.barrier()
     dist.destroy_process_group()
 
 
