@@ -73,7 +73,7 @@ class Config(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """The blocks of the matrix-vector products. One block has 8192 numbers, to have enough loads in flight.
+    """The blocks of the matrix-vector products, large enough to have enough loads in flight.
 
     Attributes:
         up: rows of the first matrices that a program reads.
