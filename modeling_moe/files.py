@@ -1,17 +1,13 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Reading source checkpoints and writing result folders that are whole or not there."""
+"""This writes result folders that are whole or not there, and copies what lies beside a source's weights."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.distributed import DistributedConfig
 
 from .cli import UserError
+from .utils.loading import load_tokenizer
 
 
 COMPANIONS = (
@@ -63,55 +59,6 @@ def whole_folder(output_dir: str | Path, overwrite: bool = False) -> Iterator[Pa
         put_in_place(partial, output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def parse_dtype(name: str) -> torch.dtype | None:
-    """The torch dtype of that name; None for `auto`.
-
-    Raises:
-        UserError: if it is none of the floating dtypes that a checkpoint is kept in.
-    """
-    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise UserError(f"dtype {name!r} is unknown: it must be one of {', '.join(dtypes)}")
-    return dtypes[name]
-
-
-def load_source(
-    name_or_path: str,
-    gguf_file: str | None = None,
-    dtype: str = "auto",
-    distributed_config: DistributedConfig | None = None,
-) -> PreTrainedModel:
-    """Loads a causal LM by path or Hub name, GGUF included: on the CPU, or split over processes.
-
-    Raises:
-        UserError: if transformers cannot load it; the message is transformers' own.
-    """
-    options: dict[str, Any] = {"dtype": parse_dtype(dtype) or "auto"}
-    if gguf_file:
-        options["gguf_file"] = gguf_file
-    if distributed_config is not None:
-        options["distributed_config"] = distributed_config
-    try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"model_name_or_path {name_or_path} cannot be loaded: {error}") from error
-
-
-def load_tokenizer(name_or_path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model by path or Hub name, GGUF included.
-
-    Raises:
-        UserError: if there is none.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **({"gguf_file": gguf_file} if gguf_file else {}))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name_or_path} has no tokenizer that can be loaded: {error}") from error
-    if tokenizer is None:
-        raise UserError(f"{name_or_path} has no tokenizer: save one beside the model")
-    return tokenizer
 
 
 def copy_companions(name_or_path: str, output_dir: Path, gguf_file: str | None = None) -> None:

@@ -12,9 +12,10 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
-from ..files import copy_companions, parse_dtype
+from ..files import copy_companions
 from ..modeling_moe import MoEForCausalLM, name_code
 from ..streaming import Source, State, check_hashes, open_source, write_checkpoint
+from ..utils.loading import parse_dtype
 from .families import moe_config, source_config
 from .importer import import_state
 from .targets import TARGETS, export_plan

@@ -4,10 +4,11 @@
 import json
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
+from ..utils.loading import load_config
 from .dense_families import DENSE_FAMILIES
 from .family import Family, SourceFields
 from .sparse_families import SPARSE_FAMILIES
@@ -63,6 +64,6 @@ def source_config(folder: Path, gguf_file: str | None = None) -> PreTrainedConfi
                 config = PreTrainedConfig(**values)
                 config.model_type = values["model_type"]
                 return config
-        return AutoConfig.from_pretrained(folder, **({"gguf_file": gguf_file} if gguf_file else {}))
+        return load_config(str(folder), gguf_file)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model_name_or_path {folder} has no configuration that can be read: {error}") from error

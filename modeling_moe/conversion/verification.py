@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..files import load_source, load_tokenizer
+from ..utils.loading import load_model, load_tokenizer
 
 
 VERIFICATION_TEXT = (
@@ -78,6 +78,6 @@ def verify(
     """
     tokenizer = load_tokenizer(str(source), gguf_file)
     input_ids = tokenizer(text, return_tensors="pt").input_ids[:, :512]
-    source_loss, expected, _ = _run(load_source(str(source), gguf_file, dtype), input_ids)
-    result_loss, got, spread = _run(load_source(str(result)), input_ids)
+    source_loss, expected, _ = _run(load_model(str(source), gguf_file, dtype), input_ids)
+    result_loss, got, spread = _run(load_model(str(result)), input_ids)
     return Verification(source_loss, result_loss, (expected - got).abs().max().item(), spread)

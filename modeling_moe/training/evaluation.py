@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..cli import UserError
-from ..files import load_source, load_tokenizer
+from ..utils.loading import load_model, load_tokenizer
 from .data import DataArguments, pack
 from .measures import BitsPerByte, RouterBalance
 
@@ -127,5 +127,5 @@ def evaluate_lm(args: EvaluationArguments, data_args: DataArguments) -> dict[str
         if args.max_tokens is not None:
             blocks = blocks.select(range(min(len(blocks), args.max_tokens // data_args.max_length)))
         domains[name] = blocks
-    model = load_source(args.model_name_or_path, args.gguf_file, args.dtype).to(PartialState().device)
+    model = load_model(args.model_name_or_path, args.gguf_file, args.dtype).to(PartialState().device)
     return {name: score(model, blocks, args.batch_size, desc=name) for name, blocks in domains.items()}

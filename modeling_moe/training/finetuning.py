@@ -11,7 +11,6 @@ from statistics import fmean
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -23,8 +22,8 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..cli import UserError
-from ..files import load_source, load_tokenizer
 from ..lora.sharding import full_shape
+from ..utils.loading import load_config, load_model, load_tokenizer
 from .arguments import LoraArguments, ModelArguments
 from .callbacks import CastOnceCallback
 from .data import DataArguments, load_and_pack
@@ -116,7 +115,7 @@ def _load_for_training(
     if resume is not None and (Path(resume) / "config.json").is_file():
         # `Trainer` looks for fused experts, and transformers' own models have one tensor for each in the checkpoint
         source = resume
-    model = load_source(source, dtype=model_args.dtype or "auto", distributed_config=model_args.distributed_config())
+    model = load_model(source, dtype=model_args.dtype or "auto", distributed_config=model_args.distributed_config())
     if model_args.method == "lora":
         model = _add_lora(model, lora_args)
     elif model_args.method != "full":
@@ -258,6 +257,6 @@ def finetune(
     for name, blocks in held_out.items():
         eval_loss[name] = trainer.evaluate(blocks, metric_key_prefix=f"eval_{name}")[f"eval_{name}_loss"]
     # `Trainer` turns it off for checkpointing, in the checkpoints that a run resumes from too
-    model.config.use_cache = getattr(AutoConfig.from_pretrained(model_args.model_name_or_path), "use_cache", True)
+    model.config.use_cache = getattr(load_config(model_args.model_name_or_path), "use_cache", True)
     save_result(trainer, tokenizer, merge)
     return _result(trainer, trained, eval_loss, data_args.max_length, metrics)

@@ -30,10 +30,10 @@ from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmu
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..conversion import load_state, open_checkpoint
-from ..files import load_tokenizer
 from ..modeling_moe import MoEForCausalLM
 from ..streaming import LazyTensor, State
 from ..training.comparison import python_documents
+from ..utils.loading import load_tokenizer
 from .layers import upcycle
 from .options import UpcyclingOptions
 from .plan import sparse_config

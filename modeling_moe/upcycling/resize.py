@@ -8,8 +8,8 @@ from pathlib import Path
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..conversion import Checkpoint, load_state, open_checkpoint, save_checkpoint
-from ..files import load_tokenizer
 from ..streaming import LazyTensor, State
+from ..utils.loading import load_tokenizer
 from .calibration import load_domains, token_ids
 from .extraction import extract_task
 from .growth import GrowthOptions, grow

@@ -10,7 +10,7 @@ import torch
 
 from ..cli import UserError
 from ..conversion import Checkpoint, Verification, load_state, open_checkpoint, save_checkpoint, verify
-from ..files import load_tokenizer
+from ..utils.loading import load_tokenizer
 from .calibration import load_domains, measure
 from .layers import average, refuse_different_tensors, upcycle
 from .options import UpcyclingOptions

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..conversion import load_state, open_checkpoint
-from ..files import load_source, load_tokenizer
 from ..streaming import LazyTensor, State
 from ..training.comparison import cross_entropy, python_documents
 from ..training.data import DataArguments, cut_documents, hold_out
+from ..utils.loading import load_model, load_tokenizer
 from .calibration import measure
 from .growth import GrowthOptions, grow
 from .layers import upcycle
@@ -221,7 +221,7 @@ def step_zero_table(args: TableArguments) -> StepZeroTable:
     tokenizer = load_tokenizer(str(checkpoint.source.folder), args.gguf_file)
     ids = held_out_ids(tokenizer, {name: held_out for name, (_, held_out) in parts.items()}, args.tokens)
     with torch.no_grad():
-        expected = load_source(args.model_name_or_path, args.gguf_file, "float32").eval()(ids).logits.float()
+        expected = load_model(args.model_name_or_path, args.gguf_file, "float32").eval()(ids).logits.float()
     # read once, and not once for each copy
     state = {name: LazyTensor.of(tensor.read()) for name, tensor in checkpoint.state.items()}
     dense = load_state(checkpoint.config, state)

@@ -32,7 +32,6 @@ from ...cli import run as run_main
 from ...configuration_moe import MoEConfig
 from ...conversion import load_state, open_checkpoint
 from ...dispatch import backend_of
-from ...files import load_tokenizer, parse_dtype
 from ...modeling_moe import MoEForCausalLM
 from ...streaming import LazyTensor, State
 from ...training.evaluation import score
@@ -40,6 +39,7 @@ from ...upcycling import UpcyclingOptions, inexactness, sparse_config, upcycle
 from ...upcycling.capacity_experiment import shuffled
 from ...upcycling.seeds import generator_for
 from ...upcycling.step_zero import TOLERANCE, compare_logits
+from ...utils.loading import load_tokenizer, parse_dtype
 from .results import Results
 from .science_text import TOKEN_CHARACTERS, Blocks, Text, installed_sources, make_blocks, read_text, sources_in
 from .sizes import FULL, TINY, Size
