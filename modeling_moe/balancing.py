@@ -168,8 +168,11 @@ def update_routers(model: nn.Module) -> None:
     """Steps the routers' controllers and begins a new optimizer step: call it once after each `optimizer.step()`.
 
     [`~modeling_moe.training.MoECallback`] does so in a `Trainer`. Sums what was measured over all ranks, so all must call
-    it. A second call before the next forward pass does nothing. Warns, once, if more than 10 % of the assignments of a step were dropped for want of capacity. Does nothing to a
-    model that has no such thing.
+    it. A second call before the next forward pass does nothing. A warning comes once for each model if more than 10 % of
+    the assignments of a step were dropped for want of capacity. A model that has no such thing is left alone.
+
+    Every pass in training since the last call counts. A loop that abandons a step (no `optimizer.step()`, because the
+    loss was NaN for example) calls [`forget_counts`] in its place.
 
     Args:
         model: any model that holds a [`MoEModel`], wrapped or not.
@@ -178,18 +181,65 @@ def update_routers(model: nn.Module) -> None:
         totals = decoder.router_totals
         if totals.statistics is not None and totals.statistics.numel():
             controlled = [i for i, block in enumerate(decoder.sparse_blocks()) if block.controller is not None]
-            routers = [decoder.sparse_blocks()[i].gate for i in controlled]
+            routers = [decoder.sparse_blocks()[i].router for i in controlled]
             statistics = all_ranks(totals.statistics)[controlled]
             if statistics.any():
                 decoder.sparse_blocks()[controlled[0]].controller.step(routers, statistics)
         if totals.dropped is not None:
             dropped, assigned = all_ranks(totals.dropped).tolist()
             if dropped > 0.1 * assigned:
-                logger.warning_once(
+                totals.warn_once(
+                    "dropped",
                     f"{dropped / assigned:.0%} of the experts' assignments were dropped: raise the capacity, or balance "
-                    "the load (router_aux_loss_coef, router_controller)."
+                    "the load (router_aux_loss_coef, router_controller).",
                 )
         totals.reset()
+        totals.watching = False
+
+
+def forget_counts(model: nn.Module) -> None:
+    """Drops what the routers' controllers have measured, so that the passes of an abandoned step move nothing.
+
+    [`~modeling_moe.training.MoECallback`] does so at the beginning of each step of a `Trainer`.
+
+    Args:
+        model: any model that holds a [`MoEModel`], wrapped or not.
+    """
+    for decoder in _decoders(model):
+        decoder.router_totals.reset()
+
+
+FORGOTTEN = (
+    "the model trains, and nobody has called update_routers: selection biases, thresholds and the like do not move, "
+    "and a load that is balanced globally adds up over all steps. Call model.update_routers() after each optimizer.step(), "
+    "or give a Trainer the callback modeling_moe.training.MoECallback()."
+)
+
+
+def warn_if_forgotten(decoder: Any) -> None:
+    """Warns, once for each model, of an optimizer step that no [`update_routers`] followed: to be called in each pass.
+
+    An optimizer's step is told by the counter of what was written to the trained parameters, which the accumulation of
+    gradients leaves alone. Nobody looks any more after the first [`update_routers`], and inside a compiled graph.
+    """
+    totals = decoder.router_totals
+    # in this order: a compiled graph would be made anew when the flag falls
+    if torch.compiler.is_compiling() or not totals.watching:
+        return
+    writes = sum(parameter._version for parameter in decoder.parameters() if parameter.requires_grad)
+    if totals.writes is not None and writes != totals.writes:
+        totals.warn_once("forgotten", FORGOTTEN)
+        totals.watching = False
+    totals.writes = writes
+
+
+def warn_of_unused(model: nn.Module) -> None:
+    """Warns, once for each model, if controllers have measured and never stepped: to be called when a model is saved."""
+    for decoder in _decoders(model):
+        totals = decoder.router_totals
+        counted = [x for x in (totals.statistics, totals.load) if x is not None and not x.is_meta and bool(x.any())]
+        if totals.watching and counted:
+            totals.warn_once("forgotten", FORGOTTEN)
 
 
 class RouterTotals(nn.Module):
@@ -202,6 +252,8 @@ class RouterTotals(nn.Module):
         load_of_step: (L, E + Z), the load of the whole optimizer step, where it is known beforehand; see
             [`exact_global_balance`].
         counting: whether a pass without gradient counts too.
+        watching: whether an optimizer step without [`update_routers`] would matter, and none of them is known yet.
+        writes: what the parameters' counters of writes add up to after the last pass; None before the first.
     """
 
     def __init__(self, layers: int, statistics: int, load: int, drops: bool):
@@ -209,10 +261,21 @@ class RouterTotals(nn.Module):
         new = {"statistics": (layers, statistics), "load": (layers, load), "dropped": (2,)}
         wanted = {"statistics": statistics > 0, "load": load > 0, "dropped": drops}
         for name, shape in new.items():
-            buffer = torch.zeros(shape, dtype=torch.float32) if wanted[name] else None
-            self.register_buffer(name, buffer, persistent=False)
+            if wanted[name]:
+                self.register_buffer(name, torch.zeros(shape, dtype=torch.float32), persistent=False)
+            else:
+                setattr(self, name, None)  # accelerate takes a registered None for a tensor to move
         self.load_of_step = None
         self.counting = False
+        self.watching = statistics > 0 or load > 0
+        self.writes: int | None = None
+        self.told: set[str] = set()
+
+    def warn_once(self, kind: str, message: str) -> None:
+        """Warns, unless a message of this kind, however it was worded, has come before."""
+        if kind not in self.told:
+            self.told.add(kind)
+            logger.warning(message)
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -5,7 +5,7 @@ In a causal model a token's experts must not depend on later tokens: choosing am
 one which experts the later ones did not take (arXiv:2408.15664). Such routers say so by `causal = False` and
 the configuration refuses them unless `allow_noncausal` is set.
 
-# B sequences, S tokens of each, T = B*S, E experts, K slots per token
+# T tokens, E experts, K slots per token
 """
 
 import math
@@ -22,7 +22,8 @@ from .token_choice import TopKRouter
 class ExpertChoiceRouter(VariableRouter):
     """Each expert takes its `ceil(n K / E)` best of a sequence's n tokens (Zhou et al., arXiv:2202.09368).
 
-    Within each sequence, so that sequences do not depend on each other; padding is never taken. Not causal.
+    Within each sequence, packed with others or not, so that sequences do not depend on each other; padding is never taken.
+    Not causal.
     """
 
     causal = False
@@ -30,18 +31,20 @@ class ExpertChoiceRouter(VariableRouter):
     bounded = False
 
     def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
-        scores = scores.unflatten(0, (context.batch_size, -1))  # (B, S, E)
-        count = torch.full((context.batch_size, 1, 1), scores.shape[1], device=scores.device)
+        sequence = context.sequences(len(scores), scores.device)
+        real = torch.ones_like(sequence)
         if context.token_mask is not None:
-            real = context.token_mask.view(context.batch_size, -1, 1) > 0
-            count = real.sum(dim=1, keepdim=True)
-            scores = scores.masked_fill(~real, -1.0)
+            real = (context.token_mask > 0).long()
+            scores = scores.masked_fill(real[:, None] == 0, -1.0)
+        count = torch.zeros_like(real).scatter_add(0, sequence, real)[sequence]
         capacity = (count * self.top_k + self.num_experts - 1) // self.num_experts
-        # of equal scores the earlier token is taken
-        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        chosen = (rank < capacity) & (scores >= 0)
+        # best first, of equal scores the earlier token; then sequence by sequence, of which each keeps its place
+        order = scores.argsort(dim=0, descending=True, stable=True)  # (T, E)
+        order = order.gather(0, sequence[order].argsort(dim=0, stable=True))
+        rank = order.argsort(dim=0) - sequence[:, None]
+        chosen = (rank < capacity[:, None]) & (scores >= 0)
         slots = torch.arange(self.num_experts, device=scores.device).expand_as(chosen)
-        return slots.where(chosen, self.num_experts).flatten(0, 1)
+        return slots.where(chosen, self.num_experts)
 
 
 class ExpertThresholdRouter(VariableRouter):

@@ -2,14 +2,20 @@
 """How many tokens of a sequence an expert takes, and which ones it drops: the output of a dropped slot is 0, so the token
 passes on its residual.
 
-Each sequence of the batch is counted by itself, padding counts for nothing, and experts without weights are never full.
+Each sequence is counted by itself, alone in a row or packed with others; padding counts for nothing, and experts without
+weights are never full.
 
-# B sequences, S tokens of each, T = B*S, E experts, Z experts without weights, K slots per token
+# B rows, S tokens of each, T = B*S, E experts, Z experts without weights, K slots per token
 """
 
 import torch
 
+from .packing import running_min, running_sum
 from .routing import Routing, RoutingContext, extend_history, history_slot
+
+
+# places that no sequence fills, in integers that [`running_min`] can shift
+_MANY = 2**38
 
 
 class Capacity:
@@ -40,64 +46,86 @@ class Capacity:
         if factor is None and self.absolute is None:
             return routing
         real = torch.ones_like(routing.index[:, 0]) if context.token_mask is None else (context.token_mask > 0).long()
-        real = real.view(context.batch_size, -1)  # (B, S)
-        index = routing.index.unflatten(0, real.shape)  # (B, S, K)
-        counted = (index < self.num_experts) & (real[..., None] > 0)
-        index = index.where(counted, self.num_experts)
-        if self.priority != "token":
-            kept = self._by_priority(index, self._limit(real.sum(dim=1), factor), routing.weight.detach())
+        counted = (routing.index < self.num_experts) & (real[:, None] > 0)
+        index = routing.index.where(counted, self.num_experts)
+        sequence = context.sequences(len(real), real.device)
+        if self.priority == "token":
+            kept = self._in_order(index, real, sequence, factor, context)
         else:
-            remembers = self.absolute is not None or self.running
-            kept = self._in_order(index, real, factor, context.cache if remembers else None)
-        kept = (kept | ~counted).flatten(0, 1)
+            limit = self._limit(_totals(real, sequence), factor)
+            kept = self._by_priority(index, sequence, limit, routing.weight.detach())
+        kept = kept | ~counted
         empty = routing.logits.shape[-1]
         return routing._replace(index=routing.index.where(kept, empty), weight=routing.weight.where(kept, 0.0))
 
     def _limit(self, tokens: torch.Tensor, factor: float | None) -> torch.Tensor:
         """Places of each expert for so many tokens of a sequence."""
         if self.absolute is not None:
-            return torch.full_like(tokens, self.absolute)
+            return torch.full_like(tokens, min(self.absolute, _MANY))
         # 0.55 * 100 is 55.00000000000001, which is no 56 places
         places = factor * (tokens.double() * self.per_token / self.num_experts)
-        return (places - 1e-9).ceil().to(tokens.dtype)
+        return (places - 1e-9).ceil().clamp(max=_MANY).to(tokens.dtype)
 
-    def _in_order(self, index: torch.Tensor, real: torch.Tensor, factor: float | None, cache) -> torch.Tensor:
-        """Slots (B, S, K) that find room if tokens come one after another, with all their experts.
+    def _in_order(
+        self,
+        index: torch.Tensor,
+        real: torch.Tensor,
+        sequence: torch.Tensor,
+        factor: float | None,
+        context: RoutingContext,
+    ) -> torch.Tensor:
+        """Slots (T, K) that find room if tokens come one after another, with all their experts.
 
         An expert that has taken `a` tokens takes the next one if a is below its limit: `a' = min(a + 1, limit)`. As the
         limit never falls, `a_t = n_t + min(a_0, min_(s <= t) (limit_s - n_s))` with n_t the tokens that wanted it so far.
         """
-        wanted = torch.zeros(*real.shape, self.num_experts + 1, device=index.device, dtype=torch.long)
-        wanted = wanted.scatter(-1, index, 1)[..., :-1].cumsum(dim=1)  # (B, S, E)
-        tokens, taken = real.cumsum(dim=1), torch.zeros_like(wanted[:, :1])
-        if cache is not None:
-            past = cache.layers[self.history].keys if len(cache.layers) > self.history else None
-            if past is not None and past.shape[-2]:
-                before = past[:, 0, -1:].long()
-                taken, tokens = before[..., :-1], tokens + before[..., -1]
-        if self.absolute is None and not self.running:
-            limit = self._limit(real.sum(dim=1), factor)[:, None, None]
-        else:
-            limit = self._limit(tokens, factor)[..., None]
-        room = (limit - wanted).cummin(dim=1).values
-        accepted = wanted + torch.minimum(taken, room)
+        begins = context.by_row(context.begins)  # (B, S)
+        wanted = torch.zeros(len(real), self.num_experts + 1, device=index.device, dtype=torch.long)
+        wanted = running_sum(context.by_row(wanted.scatter(-1, index, 1)[..., :-1]), begins)  # (B, S, E)
+        tokens, taken = running_sum(context.by_row(real), begins), torch.zeros_like(wanted)
+        remembers = self.absolute is not None or self.running
+        cache = context.cache if remembers else None
+        if cache is not None and len(cache.layers) > self.history and cache.layers[self.history].get_seq_length():
+            before = cache.layers[self.history].keys[:, 0, -1:].long()
+            if begins is not None:
+                # what the cache holds is of the sequence that a row goes on with
+                before = before * (begins.cumsum(dim=1) == 0)[..., None]
+            taken, tokens = before[..., :-1].expand_as(wanted), tokens + before[..., -1]
+        limit = tokens if remembers else context.by_row(_totals(real, sequence))
+        limit = self._limit(limit, factor)[..., None]
+        accepted = wanted + torch.minimum(taken, running_min(limit - wanted, begins))
         if cache is not None:
             extend_history(cache, self.history, torch.cat([accepted, tokens[..., None]], dim=-1).float())
-        grew = accepted > torch.cat([taken, accepted[:, :-1]], dim=1)
+        previous = torch.cat([taken[:, :1], accepted[:, :-1]], dim=1)
+        if begins is not None:
+            previous = previous.where(~begins[..., None], taken)
+        grew = (accepted > previous).flatten(0, 1)
         return torch.nn.functional.pad(grew, (0, 1)).gather(-1, index)
 
-    def _by_priority(self, index: torch.Tensor, limit: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Slots (B, S, K) that find room if all first choices come before all second ones (GShard, arXiv:2006.16668), and
-        with `capacity_priority="probability"` tokens in the order of their largest weight (V-MoE, arXiv:2106.05974)."""
-        batch, sequence, slots = index.shape
-        order = torch.arange(sequence, device=index.device).expand(batch, -1)
+    def _by_priority(
+        self, index: torch.Tensor, sequence: torch.Tensor, limit: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Slots (T, K) that find room if a sequence's first choices come before all its second ones (GShard,
+        arXiv:2006.16668), and with `capacity_priority="probability"` tokens in the order of their largest weight (V-MoE,
+        arXiv:2106.05974)."""
+        tokens, slots = index.shape
+        order = torch.arange(tokens, device=index.device)
         if self.priority == "probability":
-            order = weight.view(index.shape).amax(dim=-1).argsort(dim=1, descending=True, stable=True)
-        queue = index.gather(1, order[..., None].expand_as(index)).transpose(1, 2).flatten(1)  # (B, K * S)
-        wanted = torch.nn.functional.one_hot(queue, self.num_experts + 1).cumsum(dim=1)
-        rank = wanted.gather(-1, queue[..., None]).squeeze(-1)
-        kept = (rank <= limit[:, None]).view(batch, slots, sequence).transpose(1, 2)
-        return torch.zeros_like(kept).scatter(1, order[..., None].expand_as(kept), kept)
+            order = weight.amax(dim=-1).argsort(descending=True, stable=True)
+        token, expert = order.repeat(slots), index[order].T.flatten()  # (K * T), a queue of all assignments
+        queue = sequence[token] * (self.num_experts + 1) + expert
+        by_queue = queue.argsort(stable=True)
+        # an assignment's rank is its distance from where its queue begins
+        queue, place = queue[by_queue], torch.arange(len(queue), device=index.device)
+        heads = torch.nn.functional.pad(queue.diff() != 0, (1, 0), value=True)
+        rank = place - place.where(heads, 0).cummax(dim=0).values
+        kept = torch.zeros_like(rank, dtype=torch.bool).scatter(0, by_queue, rank < limit[token[by_queue]])
+        return torch.zeros_like(index, dtype=torch.bool).index_copy(0, order, kept.view(slots, tokens).T)
+
+
+def _totals(values: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    """Sum of `values` (T,) over each token's sequence, whose number is below T: (T,)."""
+    return torch.zeros_like(values).scatter_add(0, sequence, values)[sequence]
 
 
 def count_dropped(before: Routing, after: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,18 +1,11 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""How a checkpoint lies on disk: one tensor for each expert, fused in memory; and refusing one that is damaged."""
+"""How a checkpoint lies on disk: one tensor for each expert, fused in memory."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, revert_weight_conversion
-
-
-class CheckpointError(ValueError, RuntimeError):
-    """A checkpoint that does not fit its configuration; also the RuntimeError that transformers raises for it."""
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 
 def register_expert_layout(model_type: str) -> None:
@@ -36,6 +29,10 @@ def register_expert_layout(model_type: str) -> None:
     )
 
 
+# parameter -> what it is made of on disk, one below the other
+PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+
+
 def fuse_experts(state_dict: dict[str, torch.Tensor], prefix: str, num_experts: int) -> None:
     """Replaces one tensor for each expert by the fused ones, in place; a fused state dict stays as it is."""
     stacks = {}
@@ -48,58 +45,45 @@ def fuse_experts(state_dict: dict[str, torch.Tensor], prefix: str, num_experts: 
     state_dict |= {f"{prefix}{name}": stack for name, stack in stacks.items()}
 
 
-def _shapes_on_disk(folder: Path) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                # the headless model's names, whichever model was saved
-                shapes[name.removeprefix("model.")] = tuple(tensors.get_slice(name).get_shape())
-    return shapes
+def fill_experts(experts: Any, state_dict: dict[str, torch.Tensor], prefix: str) -> tuple[list[str], list[str]]:
+    """Replaces one tensor for each expert by the fused ones, in place; experts that are not there keep their weights.
 
+    So a layer whose experts lie in two files is loaded file by file.
 
-def _first_misfit(model_class: type, config, folder: Path) -> str:
-    """What the first tensor is that the checkpoint lacks or has in another shape; empty if there is none."""
-    with torch.device("meta"):
-        model = model_class(config)
-    found = _shapes_on_disk(folder)
-    for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
-        shape = found.get(name.removeprefix("model."))
-        if shape is None and not (name == "lm_head.weight" and config.tie_word_embeddings):
-            return f"it has no {name}"
-        if shape is not None and shape != tuple(tensor.shape):
-            return f"{name} has shape {shape} where config.json asks for {tuple(tensor.shape)}"
-    return ""
+    Args:
+        experts: a module of `num_experts` experts with the parameters `gate_up_proj` (E, 2I, H) or `up_proj` (E, I, H), and
+            `down_proj` (E, H, I).
+        state_dict: of any tensors.
+        prefix: what the names of this module's tensors begin with.
 
-
-@contextmanager
-def refuse_incomplete(model_class: type, name_or_path, config=None) -> Iterator[Callable]:
-    """Around transformers' loading: names what a damaged checkpoint lacks.
-
-    transformers reports a missing expert as a failed conversion, and fills in new weights for a layer whose experts
-    are all missing. Yields `check(model, loading_info)`, to be called with what was loaded.
-
-    Raises:
-        CheckpointError: if a tensor is misshapen, or some experts are missing while others are there.
+    Returns:
+        The names of the tensors of experts that lack where others of their kind are there, and what is wrong with others.
     """
-
-    def refuse(cause=None):
-        folder, problem = Path(str(name_or_path)), ""
-        if folder.is_dir():
-            problem = _first_misfit(model_class, config or model_class.config_class.from_pretrained(folder), folder)
-        raise CheckpointError(
-            f"the checkpoint {name_or_path} does not fit its config.json: {problem or cause}. Restore the file or "
-            "correct the field."
-        ) from cause
-
-    def check(model, info):
-        experts = {name for name, _ in model.named_parameters() if ".mlp.experts." in name}
-        if experts.intersection(info["missing_keys"]) not in (set(), experts):
-            refuse()
-
-    try:
-        yield check
-    except RuntimeError as error:
-        if isinstance(error, CheckpointError) or "report" not in str(error):
-            raise
-        refuse(error)
+    missing: list[str] = []
+    errors: list[str] = []
+    for fused, parts in PARTS.items():
+        parameter = experts._parameters.get(fused)
+        keys = [f"{prefix}{expert}.{part}.weight" for expert in range(experts.num_experts) for part in parts]
+        found = {place: state_dict.pop(key) for place, key in enumerate(keys) if key in state_dict}
+        if parameter is None or not found:
+            state_dict |= {keys[place]: tensor for place, tensor in found.items()}
+        elif len(found) == len(keys) and len({tensor.shape for tensor in found.values()}) == 1:
+            state_dict[f"{prefix}{fused}"] = (
+                torch.stack(list(found.values())).flatten(0, 1).unflatten(0, (experts.num_experts, -1))
+            )
+        elif parameter.is_meta:
+            errors.append(
+                f"{prefix}{fused} has no memory that some of its experts could be written to: load all at once"
+            )
+        else:
+            missing += [key for place, key in enumerate(keys) if place not in found]
+            filled = parameter.detach().clone()
+            rows = [row for expert in filled for row in expert.chunk(len(parts))]
+            for place, tensor in found.items():
+                if tensor.shape == rows[place].shape:
+                    rows[place].copy_(tensor)
+                else:
+                    shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(rows[place].shape)} in the model"
+                    errors.append(f"size mismatch for {keys[place]}: {shapes}")
+            state_dict[f"{prefix}{fused}"] = filled
+    return missing, errors

@@ -2,7 +2,7 @@
 """MoEConfig: one declared configuration for every sparse decoder this package holds."""
 
 import difflib
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -12,8 +12,11 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
 from .compatibility import CACHE_NAMES
-from .losses import LOSSES
-from .normalization import PLACEMENTS
+from .configuration_fields import number, plain_errors, shown
+from .derived_fields import PER_LAYER, first_layers, follow, settle
+from .parallel_plans import expert_parallel_plan, tensor_parallel_plan
+from .parameter_counts import params_with
+from .rope_parameters import KINDS, check_numbers, check_shape
 from .routers import ROUTERS, router_class
 from .routing import SCORING_FUNCS, Router
 
@@ -21,6 +24,7 @@ from .routing import SCORING_FUNCS, Router
 logger = logging.get_logger(__name__)
 
 
+@plain_errors
 @strict
 class MoEConfig(PreTrainedConfig):
     r"""Configuration of a [`MoEModel`]: a decoder whose feed-forward networks are, layer by layer, dense or sparse.
@@ -72,7 +76,8 @@ class MoEConfig(PreTrainedConfig):
         qk_nope_head_dim: width of a head's queries and keys that does not rotate, in latent attention.
         qk_rope_head_dim: width that does; `head_dim` is this then.
         v_head_dim: width of a head's values.
-        sliding_window: window in tokens of the layers whose type is `"sliding_attention"`.
+        sliding_window: window in tokens, 2 or more, of the layers whose type is `"sliding_attention"`; given with none of
+            them it is refused. (With 1 transformers' cache keeps all tokens, and decoding differs from one pass.)
         use_sliding_window: False ignores `sliding_window` (Qwen's switch).
         layer_types: `"full_attention"` or `"sliding_attention"` for each layer; all sliding if there is a window.
         gated_mlp: dense feed-forward networks are `down(act(gate(x)) * up(x))` rather than `down(act(up(x)))`.
@@ -147,6 +152,9 @@ class MoEConfig(PreTrainedConfig):
         router_entropy_loss_coef: weight of the entropy of a token's probabilities (with `top_p`, 1e-4).
         output_router_logits: return the router's logits and the balance loss. It does not switch any loss on or off.
 
+    A field that is left None and follows from others (`modeling_moe.derived_fields.DERIVED`) follows them when they are
+    assigned later, too. What the fields are together is checked when a model is made, and on saving.
+
     Raises:
         ValueError: for a value that no model can have; the message names the field and the remedy.
 
@@ -173,17 +181,17 @@ class MoEConfig(PreTrainedConfig):
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 
-    vocab_size: int = 32000
-    hidden_size: int = 1024
-    intermediate_size: int = 2816
-    num_hidden_layers: int = 16
-    num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    vocab_size: int = number(32000, 1, 2**28)
+    hidden_size: int = number(1024, 1, 2**20)
+    intermediate_size: int = number(2816, 1, 2**24)
+    num_hidden_layers: int = number(16, 1, 10_000)
+    num_attention_heads: int = number(16, 1, 2**16)
+    num_key_value_heads: int | None = number(None, 1, 2**16)
+    head_dim: int | None = number(None, 2, 2**20)
     hidden_act: str = "silu"
-    max_position_embeddings: int = 4096
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = number(4096, 1, 2**31)
+    initializer_range: float = number(0.02, 0, 100)
+    rms_norm_eps: float = number(1e-6, 1e-30, 1)
     norm_type: Literal["rms", "rms_fp32", "rms_plus_one", "layer"] = "rms"
     norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
     use_cache: bool = True
@@ -193,40 +201,40 @@ class MoEConfig(PreTrainedConfig):
     rope_fp32: bool = False
     no_rope_layers: list[int] | None = None
     scale_embeddings: bool = False
-    embedding_multiplier: float | int = 1.0
-    residual_multiplier: float | int = 1.0
-    logits_scaling: float | int = 1.0
-    final_logit_softcapping: float | int | None = None
-    embd_pdrop: float | int = 0.0
-    resid_pdrop: float | int = 0.0
+    embedding_multiplier: float | int = number(1.0, 1e-6, 1e6)
+    residual_multiplier: float | int = number(1.0, 1e-6, 1e6)
+    logits_scaling: float | int = number(1.0, 1e-6, 1e6)
+    final_logit_softcapping: float | int | None = number(None, 1e-6, 1e6)
+    embd_pdrop: float | int = number(0.0, 0, below=1)
+    resid_pdrop: float | int = number(0.0, 0, below=1)
     attention_bias: bool = False
     qkv_bias: bool = False
     qk_norm: Literal["head", "full"] | None = None
-    clip_qkv: float | None = None
-    attention_dropout: float | int = 0.0
-    attention_multiplier: float | int | None = None
+    clip_qkv: float | int | None = number(None, 1e-6, 1e6)
+    attention_dropout: float | int = number(0.0, 0, below=1)
+    attention_multiplier: float | int | None = number(None, 1e-6, 1e6)
     scale_attn_by_inverse_layer_idx: bool = False
-    attn_logit_softcapping: float | int | None = None
+    attn_logit_softcapping: float | int | None = number(None, 1e-6, 1e6)
     attention_sinks: bool = False
-    kv_lora_rank: int | None = None
-    q_lora_rank: int | None = None
-    qk_nope_head_dim: int | None = None
-    qk_rope_head_dim: int | None = None
-    v_head_dim: int | None = None
-    sliding_window: int | None = None
+    kv_lora_rank: int | None = number(None, 1, 2**20)
+    q_lora_rank: int | None = number(None, 1, 2**20)
+    qk_nope_head_dim: int | None = number(None, 1, 2**20)
+    qk_rope_head_dim: int | None = number(None, 2, 2**20)
+    v_head_dim: int | None = number(None, 1, 2**20)
+    sliding_window: int | None = number(None, 2, 2**31)
     use_sliding_window: bool = True
     layer_types: list[str] | None = None
     gated_mlp: bool = True
     mlp_bias: bool = False
     mlp_layer_types: list[str] | None = None
-    num_experts: int = 8
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int | None = None
+    num_experts: int = number(8, 1, 2**16)
+    num_experts_per_tok: int = number(2, 1, 2**17)
+    moe_intermediate_size: int | None = number(None, 1, 2**24)
     gated_experts: bool | None = None
-    swiglu_limit: float | int | None = None
-    swiglu_alpha: float | int = 1.702
-    num_shared_experts: int = 0
-    shared_expert_intermediate_size: int | None = None
+    swiglu_limit: float | int | None = number(None, 1e-6, 1e6)
+    swiglu_alpha: float | int = number(1.702, 1e-6, 1e6)
+    num_shared_experts: int = number(0, 0, 2**16)
+    shared_expert_intermediate_size: int | None = number(None, 0, 2**24)
     shared_expert_gate: bool = False
     experts_recompute: bool = False
     router_type: str = "topk"
@@ -234,67 +242,88 @@ class MoEConfig(PreTrainedConfig):
     scoring_func: str = "softmax"
     router_bias: bool = False
     norm_topk_prob: bool | None = None
-    routed_scaling_factor: float | int = 1.0
-    n_group: int = 1
-    topk_group: int = 1
+    routed_scaling_factor: float | int = number(1.0, 1e-6, 1e6)
+    n_group: int = number(1, 1, 2**16)
+    topk_group: int = number(1, 1, 2**16)
     group_score: Literal["top2sum", "max"] = "top2sum"
-    num_null_experts: int = 0
-    num_copy_experts: int = 0
-    expected_experts_per_tok: float | int | None = None
+    num_null_experts: int = number(0, 0, 2**16)
+    num_copy_experts: int = number(0, 0, 2**16)
+    expected_experts_per_tok: float | int | None = number(None, above=0, highest=2**17)
     router_selection_bias: bool = False
     router_controller: Literal["bias", "pid", "quantile"] | None = None
-    router_bias_update_rate: float | int = 0.0
-    router_ema_decay: float | int = 0.99
-    router_jitter_noise: float | int = 0.0
+    router_bias_update_rate: float | int = number(0.0, 0, 1e6)
+    router_ema_decay: float | int = number(0.99, 0, below=1)
+    router_jitter_noise: float | int = number(0.0, 0, 1)
     router_gradient: Literal["topk", "dense", "sparsemixer"] = "topk"
-    router_temperature: float | int = 1.0
-    router_top_p: float | int = 0.4
-    max_experts_per_tok: int | None = None
-    router_threshold: float | int = 0.0
+    router_temperature: float | int = number(1.0, 1e-6, 1e6)
+    router_top_p: float | int = number(0.4, above=0, highest=1)
+    max_experts_per_tok: int | None = number(None, 1, 2**16)
+    router_threshold: float | int = number(0.0, -1e6, 1e6)
     router_threshold_mode: Literal["fixed", "learned", "budget"] = "budget"
-    router_cutoff: float | int = 0.01
-    router_sparsity_coef: float | int = 1e-8
-    router_sparsity_step: float | int = 1.2
-    hash_seed: int = 0
-    num_hash_layers: int = 0
-    num_tasks: int = 1
-    slots_per_expert: int = 1
-    segment_length: int = 256
-    capacity_factor: float | int | None = None
-    eval_capacity_factor: float | int | None = None
-    expert_capacity: int | None = None
+    router_cutoff: float | int = number(0.01, 0, 1)
+    router_sparsity_coef: float | int = number(1e-8, 0, 1e6)
+    router_sparsity_step: float | int = number(1.2, 1, 1e6)
+    hash_seed: int = number(0, 0, 2**32)
+    num_hash_layers: int = number(0, 0, 10_000)
+    num_tasks: int = number(1, 1, 2**16)
+    slots_per_expert: int = number(1, 1, 2**16)
+    segment_length: int = number(256, 1, 2**31)
+    capacity_factor: float | int | None = number(None, 1e-6, 1e6)
+    eval_capacity_factor: float | int | None = number(None, 1e-6, 1e6)
+    expert_capacity: int | None = number(None, 1, 2**31)
     capacity_running: bool = False
     capacity_includes_k: bool = True
     capacity_priority: Literal["token", "k_major", "probability"] = "token"
-    router_aux_loss_coef: float | int = 0.01
+    router_aux_loss_coef: float | int = number(0.01, 0, 1e6)
     router_aux_loss_scope: Literal["sequence", "batch", "global"] = "batch"
-    router_z_loss_coef: float | int = 0.001
-    router_seq_aux_loss_coef: float | int = 0.0
-    router_importance_loss_coef: float | int = 0.0
-    router_load_loss_coef: float | int = 0.0
-    router_entropy_loss_coef: float | int = 0.0
+    router_z_loss_coef: float | int = number(0.001, 0, 1e6)
+    router_seq_aux_loss_coef: float | int = number(0.0, 0, 1e6)
+    router_importance_loss_coef: float | int = number(0.0, 0, 1e6)
+    router_load_loss_coef: float | int = number(0.0, 0, 1e6)
+    router_entropy_loss_coef: float | int = number(0.0, 0, 1e6)
     output_router_logits: bool = False
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = number(None, -1, 2**31)
+    bos_token_id: int | None = number(None, -1, 2**31)
+    eos_token_id: int | list[int] | None = number(None, -1, 2**31)
 
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
-        for alias in self.attribute_map:
-            if alias in kwargs:
-                setattr(self, alias, kwargs.pop(alias))
-        self._fill_defaults()
-        self._fill_router_defaults()
-        # `@strict` runs the checks too, but wraps what they say in an error of its own that is no ValueError
+        self._refuse_reserved(kwargs)
+        self._take_aliases(kwargs)
+        self._take_dense_layers(kwargs)
+        self._check_inherited(kwargs)
+        if not self.use_sliding_window:
+            self.sliding_window = None
+        settle(self)
+        # before transformers reads them, which takes them to be right
+        self.validate_layer_type()
         self.validate_moe()
         self.validate_routing()
-        self.base_model_tp_plan = self._tensor_parallel_plan()
+        check_shape(self)
         super().__post_init__(**kwargs)
         if self.num_experts_per_tok == 1 and self.norm_topk_prob and "sparse" in self.mlp_layer_types:
             logger.warning_once(
                 "num_experts_per_tok=1 with norm_topk_prob=True gives every expert the weight 1: the router gets no "
                 "gradient from the task. Set norm_topk_prob=False unless the router is meant to stay as it is."
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if "_derived" in self.__dict__ and name in self.__dataclass_fields__:
+            follow(self, name)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As transformers' own, but what the overrides imply is derived anew, and the result is checked as a new one is.
+
+        Lists that name more layers than `num_hidden_layers` are cut to the first ones.
+
+        Raises:
+            ValueError: for a value that no model can have; the message names the field and the remedy.
+        """
+        result = super().from_dict(config_dict | first_layers(config_dict), **kwargs)
+        (result[0] if isinstance(result, tuple) else result).validate()
+        return result
 
     def convert_rope_params_to_dict(self, **kwargs):
         """As transformers' own, which in 5.17 puts a theta beside the parameters of each kind of attention."""
@@ -303,44 +332,69 @@ class MoEConfig(PreTrainedConfig):
         self.standardize_rope_params()
         return kwargs
 
-    def _fill_defaults(self) -> None:
-        """Gives the fields left None the value that others imply."""
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.kv_lora_rank is not None:
-            self.head_dim = self.qk_rope_head_dim
-        self._fill_head_dim()
-        if not self.use_sliding_window:
-            self.sliding_window = None
-        if self.layer_types is None:
-            attention = "full_attention" if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [attention] * self.num_hidden_layers
-        if self.mlp_layer_types is None:
-            self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
-        if self.moe_intermediate_size is None:
-            self.moe_intermediate_size = self.intermediate_size
-        if self.gated_experts is None:
-            self.gated_experts = self.gated_mlp
-        if self.shared_expert_intermediate_size is None:
-            self.shared_expert_intermediate_size = self.num_shared_experts * self.moe_intermediate_size
+    def _take_aliases(self, kwargs: dict[str, Any]) -> None:
+        for alias, name in self.attribute_map.items():
+            if alias not in kwargs:
+                continue
+            value, held = kwargs.pop(alias), getattr(self, name)
+            if held not in (value, self.__dataclass_fields__[name].default):
+                raise ValueError(f"{alias} is {shown(value)} and {name} {shown(held)}: they name one thing, give one.")
+            setattr(self, alias, value)
 
-    def _fill_head_dim(self) -> None:
-        if self.head_dim is not None:
+    def _take_dense_layers(self, kwargs: dict[str, Any]) -> None:
+        given = [kwargs.pop(name, None) for name in ("first_k_dense_replace", "mlp_only_layers")]
+        if given == [None, None]:
             return
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+        kinds = self._kinds_of_layers(*given)
+        if self.mlp_layer_types not in (None, kinds):
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                f"({self.num_attention_heads}): change one of them or set head_dim."
+                "mlp_layer_types names other dense layers than first_k_dense_replace and mlp_only_layers do: give one."
             )
-        self.head_dim = self.hidden_size // self.num_attention_heads
+        self.mlp_layer_types = kinds
 
-    def _fill_router_defaults(self) -> None:
-        if self.norm_topk_prob is None:
-            self.norm_topk_prob = router_class(self).norm_topk_prob_default
-        if self.router_controller is None and self.router_bias_update_rate:
-            self.router_controller = "bias"
-        if self.expected_experts_per_tok is None:
-            self.expected_experts_per_tok = self.num_experts_per_tok
+    def _kinds_of_layers(self, first: int | None, dense: list[int] | None) -> list[str]:
+        """`mlp_layer_types` of a model whose first layers, and those listed, are dense."""
+        layers = range(self.num_hidden_layers)
+        first, dense = 0 if first is None else first, [] if dense is None else dense
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise ValueError(f"first_k_dense_replace is {shown(first)}: it must be a number of layers, 0 or more.")
+        if not isinstance(dense, list) or not all(
+            isinstance(i, int) and not isinstance(i, bool) and i in layers for i in dense
+        ):
+            raise ValueError(
+                f"mlp_only_layers is {shown(dense)}: it must list layers from 0 to {self.num_hidden_layers - 1}."
+            )
+        return ["dense" if i < first or i in set(dense) else "sparse" for i in layers]
+
+    def _check_inherited(self, kwargs: dict[str, Any]) -> None:
+        """What transformers' own part of the configuration takes without a look, or ends at with another error."""
+        for name, value in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
+            dtype = getattr(torch, value, None) if isinstance(value, str) else value
+            if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise ValueError(f"{name} is {shown(value)}: it must be the name of a floating-point dtype of torch.")
+        labels = kwargs.get("num_labels")
+        if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int) or not 0 <= labels < 2**20):
+            raise ValueError(f"num_labels is {shown(labels)}: it must be from 0 to {2**20 - 1}.")
+        labels = self.id2label
+        if labels is not None and not (
+            isinstance(labels, dict) and all(isinstance(key, int) or str(key).isdecimal() for key in labels)
+        ):
+            raise ValueError(f"id2label is {shown(labels)}: it must be a dictionary whose keys are integers.")
+        if self.is_encoder_decoder:
+            raise ValueError("is_encoder_decoder is True: the model has no encoder, set it to False.")
+
+    @classmethod
+    def _refuse_reserved(cls, kwargs: dict[str, Any]) -> None:
+        """Keys that would replace a method, or that this model cannot follow."""
+        if kwargs.get("per_layer_config"):
+            raise ValueError(
+                "per_layer_config is not read: say what layers differ in by layer_types, mlp_layer_types and "
+                "no_rope_layers."
+            )
+        for name in kwargs:
+            held = getattr(cls, name, None)
+            if callable(held) or (isinstance(held, property) and held.fset is None):
+                raise ValueError(f"{name} is no field that can be set: remove it, it follows from the others.")
 
     @classmethod
     def _refuse_misspelt(cls, kwargs: dict) -> None:
@@ -355,69 +409,84 @@ class MoEConfig(PreTrainedConfig):
     @property
     def base_model_ep_plan(self) -> dict[str, str]:
         """transformers' plan of expert parallelism."""
-        if "sparse" not in self.mlp_layer_types:
-            return {}
-        names = ["gate_up_proj" if self.gated_experts else "up_proj", "down_proj"]
-        names += [f"{name}_bias" for name in names] * self.mlp_bias
-        plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in names}
-        return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
+        return expert_parallel_plan(self)
 
-    def _tensor_parallel_plan(self) -> dict[str, str]:
-        sparse = "sparse" in self.mlp_layer_types
-        # a norm over all heads needs the gathered projection
-        colwise, rowwise = "colwise", "rowwise"
-        if self.qk_norm == "full":
-            colwise, rowwise = "colwise_gather_output", "rowwise_split_input"
-        plan = {"layers.*.self_attn.o_proj": rowwise}
-        if self.kv_lora_rank is None:
-            plan |= {f"layers.*.self_attn.{name}_proj": colwise for name in "qkv"}
-        else:
-            queries = "q_proj" if self.q_lora_rank is None else "q_b_proj"
-            plan |= {f"layers.*.self_attn.{name}": colwise for name in (queries, "kv_b_proj")}
-            plan["layers.*.self_attn.kv_a_proj_with_mqa"] = "mla_kv_a_proj"
-        if self.qk_norm == "head":
-            plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
-        networks = [("mlp", self.gated_mlp)] * ("dense" in self.mlp_layer_types)
-        networks += [("mlp.shared_experts", self.gated_experts)] * (self.has_shared_experts and sparse)
-        for network, gated in networks:
-            plan |= {f"layers.*.{network}.{name}_proj": "colwise" for name in ["gate"] * gated + ["up"]}
-            plan[f"layers.*.{network}.down_proj"] = "rowwise"
-        if sparse and not self.mlp_bias:
-            up, split = ("gate_up_proj", "packed_colwise") if self.gated_experts else ("up_proj", "colwise")
-            plan[f"layers.*.mlp.experts.{up}"] = split
-            plan["layers.*.mlp.experts.down_proj"] = "rowwise"
-            plan["layers.*.mlp.experts"] = "moe_tp_experts"
-        return plan
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """transformers' plan of tensor parallelism."""
+        return tensor_parallel_plan(self) | self.__dict__.get("_added_to_plan", {})
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, value: dict[str, str]):
+        # transformers 5.19 adds the embedding of a tied head
+        own = tensor_parallel_plan(self)
+        self.__dict__["_added_to_plan"] = {name: rule for name, rule in value.items() if own.get(name) != rule}
+
+    def validate_layer_type(self):
+        """Checks the lists that have an entry for each layer; run on construction, by a model, and on saving."""
+        allowed = {"layer_types": KINDS, "mlp_layer_types": ("sparse", "dense"), "no_rope_layers": (0, 1)}
+        for name in PER_LAYER:
+            if (entries := getattr(self, name)) is None:
+                continue
+            if len(entries) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} names {len(entries)} layers and num_hidden_layers is {self.num_hidden_layers}: give one "
+                    "entry for each layer."
+                )
+            for entry in entries:
+                if entry not in allowed[name]:
+                    choices = ", ".join(map(str, allowed[name]))
+                    raise ValueError(f"{name} has the entry {shown(entry)}: choose among {choices}.")
+        slides = "sliding_attention" in self.layer_types
+        if slides and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention but sliding_window is not set: set it, in tokens.")
+        if self.sliding_window is not None and not (slides and self.use_sliding_window):
+            raise ValueError(
+                f"sliding_window is {self.sliding_window} and no layer uses it: leave layer_types unset or give it a "
+                "sliding_attention, with use_sliding_window=True, or unset sliding_window."
+            )
 
     def validate_moe(self):
-        """Checks what the types cannot say; run on construction, and by `@strict` on saving."""
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+        """Checks what types and ranges cannot say; run as `validate_layer_type` is."""
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads}): choose a divisor."
+            )
+        if self.kv_lora_rank is not None:
+            self._validate_latent_attention()
+        if self.head_dim is None:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                f"({self.num_attention_heads}): change one of them or set head_dim."
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: the rotary embedding needs an even number of at least 2.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
-        for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
-            if getattr(self, name) is not None and len(getattr(self, name)) != self.num_hidden_layers:
-                raise ValueError(
-                    f"{name} names {len(getattr(self, name))} layers and num_hidden_layers is "
-                    f"{self.num_hidden_layers}: give one entry for each layer."
-                )
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("layer_types has sliding_attention but sliding_window is not set: set it, in tokens.")
         if self.attention_sinks and self.attn_logit_softcapping is not None:
             raise ValueError("attention_sinks and attn_logit_softcapping exclude each other: unset one of them.")
         if self.swiglu_limit is not None and not self.gated_experts:
             raise ValueError("swiglu_limit clamps the gate of gated experts: set gated_experts=True or unset it.")
-        self._validate_latent_attention()
-        self._validate_ranges()
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id} and vocab_size {self.vocab_size}: it must lie within the vocabulary."
+            )
+
+    def validate_rope(self):
+        """Checks the numbers of `rope_parameters`, then as transformers does; run as `validate_layer_type` is."""
+        check_numbers(self)
+        super().validate_rope()
+
+    def validate_size(self):
+        """Refuses a model that no machine holds, before anything of it is made; run as `validate_layer_type` is."""
+        if (params := self.num_params()) > 2**49:
+            raise ValueError(
+                f"vocab_size, hidden_size, num_hidden_layers, num_experts and the widths make {params:.1e} parameters, "
+                "more than a petabyte: one of them is too large."
+            )
 
     def _validate_latent_attention(self) -> None:
-        if self.kv_lora_rank is None:
-            return
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             if (getattr(self, name) or 0) < 1:
                 raise ValueError(
@@ -426,62 +495,29 @@ class MoEConfig(PreTrainedConfig):
         plain = {"qkv_bias": False, "qk_norm": None, "clip_qkv": None, "attention_sinks": False}
         plain |= {"position_embedding_type": "rope", "no_rope_layers": None, "rope_fp32": False}
         plain |= {"scale_attn_by_inverse_layer_idx": False, "attn_logit_softcapping": None}
-        plain |= {"num_key_value_heads": self.num_attention_heads}
+        plain |= {"num_key_value_heads": self.num_attention_heads, "head_dim": self.qk_rope_head_dim}
         for name, value in plain.items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}: latent attention (kv_lora_rank) holds {value!r} alone."
                 )
 
-    def _validate_ranges(self) -> None:
-        for name in (
-            *LOSSES,
-            "router_bias_update_rate",
-            "router_jitter_noise",
-            "attention_dropout",
-            "num_shared_experts",
-            "shared_expert_intermediate_size",
-            "num_null_experts",
-            "num_copy_experts",
-            "num_hash_layers",
-            "router_cutoff",
-            "router_sparsity_coef",
-            "embd_pdrop",
-            "resid_pdrop",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 (off) or positive.")
-        for name in (
-            "router_temperature",
-            "router_top_p",
-            "router_sparsity_step",
-            "num_tasks",
-            "slots_per_expert",
-            "segment_length",
-            "capacity_factor",
-            "eval_capacity_factor",
-            "expert_capacity",
-            "attn_logit_softcapping",
-            "final_logit_softcapping",
-            "logits_scaling",
-            "swiglu_limit",
-        ):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} is {value}: it must be positive.")
-
     def validate_routing(self):
-        """Checks the fields of the router; run as `validate_moe` is."""
+        """Checks the fields of the router; run as `validate_layer_type` is."""
         experts, top_k, outputs = self.num_experts, self.num_experts_per_tok, self.num_router_outputs
         router = router_class(self)
         if self.scoring_func not in SCORING_FUNCS:
             raise ValueError(
                 f"scoring_func {self.scoring_func!r} is unknown: choose one of {', '.join(SCORING_FUNCS)}."
             )
-        if experts < 1:
-            raise ValueError(f"num_experts is {experts}: a sparse layer needs at least 1.")
         if not 1 <= top_k <= outputs:
             raise ValueError(f"num_experts_per_tok is {top_k}: it must lie between 1 and num_experts ({outputs}).")
-        if self.n_group < 1 or experts % self.n_group:
+        if not 0 < self.expected_experts_per_tok <= top_k:
+            raise ValueError(
+                f"expected_experts_per_tok is {self.expected_experts_per_tok}: it must be above 0 and at most "
+                f"num_experts_per_tok ({top_k})."
+            )
+        if experts % self.n_group:
             raise ValueError(f"n_group ({self.n_group}) does not divide num_experts ({experts}): choose a divisor.")
         if not 1 <= self.topk_group <= self.n_group:
             raise ValueError(f"topk_group is {self.topk_group}: it must lie between 1 and n_group ({self.n_group}).")
@@ -529,11 +565,12 @@ class MoEConfig(PreTrainedConfig):
                 "them to 0 or change these.",
             ),
             (
-                self.router_gradient == "dense" and (self.num_copy_experts or router.mix is not Router.mix),
+                self.router_gradient == "dense"
+                and (self.num_copy_experts or router.mix is not Router.mix or router.forward is not Router.forward),
                 f"router_gradient='dense' cannot compute copy experts, nor {name}: set it to 'topk'.",
             ),
             (
-                self.router_bias and router.logits is not Router.logits,
+                self.router_bias and (router.logits is not Router.logits or not router.biased),
                 f"router_bias has no effect with {name}: set it to False.",
             ),
             (
@@ -568,28 +605,32 @@ class MoEConfig(PreTrainedConfig):
             ),
             (
                 self.has_capacity and router.mix is not Router.mix,
-                f"{name} drops no token: leave the capacity fields unset.",
+                f"{name} drops no token: leave capacity_factor, eval_capacity_factor and expert_capacity unset.",
             ),
         ]
         for refused, message in rules:
             if refused:
                 raise ValueError(message)
 
-    def refuse_continuous_batching(self) -> None:
+    def refuse_continuous_batching(self, training: bool = False) -> None:
         """Raises unless a token's output is the same when the tokens of many sequences lie in one row, their keys in pages.
+
+        Args:
+            training: whether the model is in training mode, in which other fields count.
 
         Raises:
             ValueError: names the field that makes the tokens depend on their neighbours in the row, or has no pages.
         """
         router = router_class(self)
-        capacity = next(
-            (name for name in ("expert_capacity", "eval_capacity_factor") if getattr(self, name) is not None), None
-        )
+        factor = "capacity_factor" if training else "eval_capacity_factor"
+        capacity = next((name for name in ("expert_capacity", factor) if getattr(self, name) is not None), None)
         reason = None
         if self.kv_lora_rank is not None:
             reason = "kv_lora_rank is set, and the pages have no room for latents"
-        elif not router.per_token and "sparse" in self.mlp_layer_types:
+        elif not (router.per_token and (router.causal or not training)) and "sparse" in self.mlp_layer_types:
             reason = f"router_type={self.router_type!r} mixes the tokens of a row"
+        elif router.asks_for is not None and "sparse" in self.mlp_layer_types:
+            reason = f"router_type={self.router_type!r} asks for {router.asks_for}, which a request cannot give"
         elif capacity is not None:
             reason = f"{capacity} counts the tokens of a row"
         elif dynamic := self._rope_types().intersection(("dynamic", "longrope")):
@@ -648,7 +689,7 @@ class MoEConfig(PreTrainedConfig):
 
     @first_k_dense_replace.setter
     def first_k_dense_replace(self, value: int):
-        self.mlp_only_layers = list(range(value))
+        self.mlp_layer_types = self._kinds_of_layers(value, None)
 
     @property
     def mlp_only_layers(self) -> list[int]:
@@ -657,66 +698,20 @@ class MoEConfig(PreTrainedConfig):
 
     @mlp_only_layers.setter
     def mlp_only_layers(self, value: list[int]):
-        self.mlp_layer_types = ["dense" if i in value else "sparse" for i in range(self.num_hidden_layers)]
-        self.base_model_tp_plan = self._tensor_parallel_plan()
+        self.mlp_layer_types = self._kinds_of_layers(None, value)
 
-    def _mlp_params(self, width: int, gated: bool) -> int:
-        weights = self.hidden_size * width * (3 if gated else 2)
-        return weights + self.mlp_bias * (width * (2 if gated else 1) + self.hidden_size)
-
-    def _norm_params(self) -> int:
-        return self.hidden_size * (2 if self.norm_type == "layer" else 1)
-
-    def _latent_attention_params(self) -> int:
-        heads, hidden = self.num_attention_heads, self.hidden_size
-        latents = self.kv_lora_rank + (self.q_lora_rank or 0)
-        queries = heads * self.qk_head_dim * (self.q_lora_rank or hidden)
-        keys = self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
-        compressions = hidden * (latents + self.qk_rope_head_dim) + latents
-        biases = (latents + self.qk_rope_head_dim + hidden) * self.attention_bias
-        return queries + keys + compressions + biases + heads * self.v_head_dim * hidden
-
-    def _attention_params(self) -> int:
-        if self.kv_lora_rank is not None:
-            return self._latent_attention_params()
-        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        params = 2 * self.hidden_size * (queries + keys)
-        if self.attention_bias or self.qkv_bias:
-            params += queries + 2 * keys
-        if self.attention_bias:
-            params += self.hidden_size
-        if self.attention_sinks:
-            params += self.num_attention_heads
-        return params + {None: 0, "head": 2 * self.head_dim, "full": queries + keys}[self.qk_norm]
-
-    def _router_params(self, layer_idx: int) -> int:
-        with torch.device("meta"):
-            router = router_class(self, layer_idx)(self, layer_idx)
-        return sum(parameter.numel() for parameter in router.parameters())
-
-    def _params_with(self, experts: int) -> int:
-        """Parameters of the causal LM if a sparse layer had `experts` routed experts and its router all of them."""
-        dense = self._mlp_params(self.intermediate_size, self.gated_mlp)
-        sparse = experts * self._mlp_params(self.moe_intermediate_size, self.gated_experts)
-        if self.has_shared_experts:
-            sparse += self._mlp_params(self.shared_expert_intermediate_size, self.gated_experts)
-            sparse += self.shared_expert_gate * self.hidden_size
-        layers = sum({"dense": dense, "sparse": sparse}[kind] for kind in self.mlp_layer_types)
-        layers += sum(self._router_params(i) for i, kind in enumerate(self.mlp_layer_types) if kind == "sparse")
-        norms = sum(name is not None for name in PLACEMENTS[self.norm_placement]) * self._norm_params()
-        layers += self.num_hidden_layers * (self._attention_params() + norms)
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        if self.position_embedding_type == "learned":
-            embeddings += self.max_position_embeddings * self.hidden_size
-        return embeddings + layers + self._norm_params()
+    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
+        super()._remove_keys_not_serialized(d)
+        for name in ("_derived", "_added_to_plan"):
+            d.pop(name, None)
 
     def num_params(self) -> int:
         """Number of parameters of `MoEForCausalLM`, a tied head counted once."""
-        return self._params_with(self.num_experts)
+        return params_with(self, self.num_experts)
 
     def num_active_params(self) -> int:
         """Number of parameters that one token uses: all but the routed experts it is not sent to."""
-        return self._params_with(min(self.num_experts_per_tok, self.num_experts))
+        return params_with(self, min(self.num_experts_per_tok, self.num_experts))
 
 
 __all__ = ["MoEConfig"]

@@ -159,6 +159,6 @@ def relu_loss(routing: Routing, top_k: int, token_mask: torch.Tensor | None = No
         token_mask: (T,), 0 for tokens that do not count (padding).
     """
     load = expert_load(routing, token_mask)
-    tokens = token_mask.sum().clamp(min=1) if token_mask is not None else len(routing.index)
+    tokens = token_mask.sum().clamp(min=1) if token_mask is not None else max(len(routing.index), 1)
     factor = nn.functional.pad(load * (len(load) / (top_k * tokens)), (0, 1))  # 0 for an empty slot
     return masked_mean((factor[routing.index] * routing.weight).sum(dim=-1), token_mask)

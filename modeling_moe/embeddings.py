@@ -12,12 +12,20 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Embedding times sqrt(H), the factor rounded to the weight's dtype (Gemma)."""
+    """Embedding times sqrt(H), the factor rounded to the weight's dtype (Gemma).
+
+    PEFT multiplies what an adapter adds to an embedding by the number `embed_scale`, where the embedding has it.
+    """
+
+    @property
+    def embed_scale(self) -> float:
+        """The factor, which no weight holds."""
+        return self.embedding_dim**0.5
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Maps (B, S) to (B, S, H)."""
         states = super().forward(input_ids)
-        return states * states.new_full((), self.embedding_dim**0.5)
+        return states * states.new_full((), self.embed_scale)
 
 
 class RotaryEmbeddings(nn.Module):

@@ -39,7 +39,7 @@ class TokenWeights(NamedTuple):
 
 
 def weigh_tokens(
-    token_mask: torch.Tensor, position_ids: torch.Tensor | None = None, label_mask: torch.Tensor | None = None
+    token_mask: torch.Tensor, begins: torch.Tensor | None = None, label_mask: torch.Tensor | None = None
 ) -> TokenWeights:
     """Gives each sequence the weight of its labels, shared evenly by all of its tokens that count, prompts too.
 
@@ -47,15 +47,16 @@ def weigh_tokens(
 
     Args:
         token_mask: (B, S) of a floating dtype, 0 at padding.
-        position_ids: (B, S) or (1, S), whose restarts part a row into sequences; None if each row is one.
+        begins: (B, S) bool, whether a token begins a sequence, as [`~modeling_moe.packing.find_beginnings`] says; None
+            if each row is one.
         label_mask: (B, S), true where a token predicts a label; None to give every sequence the weight 1.
     """
     rows, length = token_mask.shape
-    if position_ids is None:
+    if begins is None:
         sequence, bound = torch.arange(rows, device=token_mask.device).repeat_interleave(length), rows
     else:
-        starts = torch.nn.functional.pad(position_ids.expand(rows, -1).diff(dim=-1) != 1, (1, 0), value=True)
-        sequence, bound = starts.flatten().cumsum(0) - 1, rows * length
+        context = RoutingContext(rows, begins=begins.flatten())
+        sequence, bound = context.sequences(rows * length, token_mask.device), rows * length
     mask = token_mask.flatten()
     tokens = mask.new_zeros(bound).scatter_add(0, sequence, mask)
     weight = (tokens > 0).to(mask.dtype)
@@ -264,4 +265,7 @@ def loss_share(labels: torch.Tensor, num_items_in_batch=None, **kwargs):
     """
     if num_items_in_batch is None:
         return 1.0
-    return predicts_label(labels, **kwargs).sum() / torch.as_tensor(num_items_in_batch, device=labels.device)
+    # a step without any label has no share: 0 / 0 would make every gradient NaN
+    return predicts_label(labels, **kwargs).sum() / torch.as_tensor(num_items_in_batch, device=labels.device).clamp(
+        min=1
+    )

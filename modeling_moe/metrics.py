@@ -7,7 +7,7 @@ of experts with weights, if the router also has Z without. None waits for the de
 # T tokens, E experts, Z experts without weights (null and copy), K slots per token
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -94,7 +94,7 @@ def co_activation(routing: Routing, token_mask: torch.Tensor | None = None) -> t
     """
     tokens, outputs = routing.probs.shape
     used = routing.probs.new_zeros(tokens, outputs + 1).scatter(-1, routing.index, 1.0)[:, :outputs]
-    count = tokens
+    count: Any = max(tokens, 1)
     if token_mask is not None:
         used = used * (token_mask > 0)[:, None]
         count = (token_mask > 0).sum().clamp(min=1)

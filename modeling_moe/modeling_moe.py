@@ -9,6 +9,8 @@ MoEBlock:       routing = capacity(gate(tokens));  y = experts(tokens, routing.i
 training:       loss = cross entropy + sum of (coefficient * router loss), the mean over sparse layers
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -33,9 +35,10 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import MoEAttention
-from .balancing import CONTROLLERS, RouterTotals, update_routers
+from .balancing import CONTROLLERS, RouterTotals, update_routers, warn_of_unused
 from .capacity import Capacity
-from .checkpoints import fuse_experts, refuse_incomplete, register_expert_layout
+from .checkpoint_damage import refuse_damaged
+from .checkpoints import fill_experts, register_expert_layout
 from .compatibility import (
     CACHE_NAMES,
     GenerationInputs,
@@ -52,9 +55,11 @@ from .latent_attention import MoELatentAttention
 from .losses import LOSSES, AttachLoss, TokenWeights, loss_share, predicts_label, weigh_tokens
 from .normalization import PLACEMENTS, init_norm, make_norm
 from .outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
+from .own_code import name_own_router, own_classes, save_own_code, warn_of_other_class
+from .packing import find_beginnings
 from .router_signals import RouterSignals, collect, measure
 from .routers import router_class
-from .routing import Router, RoutingContext, router_dtype
+from .routing import Router, Routing, RoutingContext, router_dtype
 
 
 class MoEMLP(nn.Module):
@@ -94,10 +99,16 @@ class ExpertsBase(nn.Module):
             self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, hidden))
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         # `Trainer` resumes by `load_state_dict`, which knows nothing of the layout on disk
-        fuse_experts(state_dict, prefix, self.num_experts)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing, errors = fill_experts(self, state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing_keys.extend(missing)
+        error_msgs.extend(errors)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -114,7 +125,7 @@ class ExpertsBase(nn.Module):
         """
         # one unbind: indexing expert by expert would make each backward fill the whole tensor
         up, down = getattr(self, self.up_name).unbind(0), self.down_proj.unbind(0)
-        output = torch.zeros_like(hidden_states)
+        output, top_k_index = torch.zeros_like(hidden_states), top_k_index.long()
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
             if len(token) == 0:
@@ -141,6 +152,49 @@ class MoEExperts(ExpertsBase):
         # under this flag alone transformers' functions skip ids beyond the last expert, at some cost
         self._is_expert_parallel = config.leaves_slots_empty
 
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        gates: torch.Tensor | None = None,
+        frozen: bool = False,
+    ) -> torch.Tensor:
+        """Sums the chosen experts' outputs; arguments as of [`ExpertsBase`], and:
+
+        Args:
+            gates: (G, E); where given there are G experts, whose weights are these means of the E experts' weights.
+            frozen: lets no gradient reach the experts' weights.
+
+        Raises:
+            ValueError: for `gates` under LoRA on the experts with dropout, which merged weights cannot have.
+        """
+        experts = self if gates is None and not frozen else self._changed(gates)
+        return ExpertsBase.forward(experts, hidden_states, top_k_index, top_k_weights)
+
+    def _changed(self, gates: torch.Tensor | None) -> "MoEExperts":
+        """Experts whose weights are means of these by gates (G, E), or these without gradient."""
+        # `modeling_moe.lora` leaves the factors of its updates here
+        updates: dict[str, Any] = self.__dict__.get("low_rank", {})
+        names = [self.up_name, "down_proj", *([f"{self.up_name}_bias", "down_proj_bias"] if self.has_bias else [])]
+        # read as attributes: PEFT and quantizers put what they compute in a parameter's place
+        weights = {name: getattr(self, name) for name in names}
+        if gates is None:
+            weights = {name: weight.detach() for name, weight in weights.items()}
+            updates = {name: x._replace(a=x.a.detach(), b=x.b.detach()) for name, x in updates.items()}
+        else:
+            for name, update in updates.items():
+                if update.dropout:
+                    raise ValueError("router_type='segment' merges the experts' weights: set lora_dropout to 0.")
+                weights[name] = weights[name] + update.scaling * (update.b @ update.a).to(weights[name].dtype)
+            weights = {name: torch.tensordot(gates.to(w.dtype), w, dims=1) for name, w in weights.items()}
+            updates = {}
+        changed = MoEExperts.__new__(MoEExperts)
+        changed.__dict__.update(self.__dict__, _parameters=weights, low_rank=updates)
+        if gates is not None:
+            changed.num_experts = len(gates)
+        return changed
+
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """From (R, 2I), the gate first, to (R, I): `act(gate) * up`, or gpt-oss's clamped gate."""
         gate, up = gate_up.chunk(2, dim=-1)
@@ -157,7 +211,8 @@ class MoEBlock(nn.Module):
     def __init__(self, config: MoEConfig, layer_idx: int = 0):
         super().__init__()
         self.config = config
-        self.gate = router_class(config, layer_idx)(config, layer_idx)
+        router = router_class(config, layer_idx)
+        self.gate, self.mix = router(config, layer_idx), router.mix
         # transformers makes a model in the dtype it is to have
         if (dtype := router_dtype(torch.get_default_dtype())) != torch.get_default_dtype():
             self.gate.to(dtype)
@@ -171,6 +226,14 @@ class MoEBlock(nn.Module):
         name = config.controller
         self.controller = None if name is None or layer_idx < config.num_hash_layers else CONTROLLERS[name]
 
+    @property
+    def router(self) -> Router:
+        """The router itself, where PEFT has put a layer of its own in the gate's place."""
+        router: Any = self.gate
+        while not hasattr(router, "own_loss"):
+            router = router.base_layer
+        return router
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -181,9 +244,10 @@ class MoEBlock(nn.Module):
         [`RouterSignals`] names follows it in a tuple."""
         context = context or RoutingContext(hidden_states.shape[0])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        chosen = self.gate(tokens, context)
+        # what wraps or hooks a gate may hand on a plain tuple
+        chosen = Routing(*self.gate(tokens, context))
         routing = self.capacity(chosen, context, self.training)
-        output = self.gate.mix(self.experts, tokens, routing, context)
+        output = self.mix(self.experts, tokens, routing, context, self.config)
         if self.shared_expert_gate is not None:
             output = output + self.shared_expert_gate(tokens).sigmoid() * self.shared_experts(tokens)
         elif self.shared_experts is not None:
@@ -242,14 +306,14 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         )
         attended = self._update(self._normed(after_attention, attended))
         residual = hidden_states if self.parallel else hidden_states + attended
-        signals: tuple[torch.Tensor, ...] = ()
+        signals: list[torch.Tensor] = []
         states = self._normed(before_mlp, residual)
         if self.is_sparse:
             # the layer's own argument: checkpointing in training takes the cache away
             context = (routing_context or RoutingContext(len(states)))._replace(cache=cache)
-            states = self.mlp(states, context, token_weights)
-            if token_weights is not None:
-                states, signals = states[0], states[1:]
+            output = self.mlp(states, context, token_weights)
+            # a hook may put the output into a tuple
+            states, *signals = output if isinstance(output, (tuple, list)) else (output,)
         else:
             states = self.mlp(states)
         states = self._update(self._normed(after_mlp, states))
@@ -287,6 +351,8 @@ class MoEPreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: MoEConfig, *args, **kwargs):
+        # a field may have been assigned since the configuration was made
+        config.validate()
         # torch's own attention function knows neither
         self._supports_sdpa = config.attn_logit_softcapping is None and not config.attention_sinks
         super().__init__(config, *args, **kwargs)
@@ -319,24 +385,54 @@ class MoEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As transformers' own, but a checkpoint that lacks some of its experts, or has them in another shape, is
-        refused with their names.
+        """As transformers' own, but a checkpoint that lacks a tensor, or has one that nothing takes, is refused.
+
+        A head may be new where the checkpoint was saved from a class without it.
 
         Raises:
-            CheckpointError: names the first tensor that is missing or misshapen.
+            CheckpointError: names the first tensor that is missing, misshapen or too many.
         """
-        with refuse_incomplete(cls, pretrained_model_name_or_path, kwargs.get("config")) as check:
+        with refuse_damaged(cls, pretrained_model_name_or_path, kwargs) as check:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
             check(model, info)
         warn_of_old_code(model.config)
+        warn_of_other_class(model)
         return (model, info) if output_loading_info else model
 
+    def tie_weights(self, *args, **kwargs) -> None:
+        """As transformers' own, which in loading hands over the names of the tensors that the checkpoint lacks."""
+        super().tie_weights(*args, **kwargs)
+        if kwargs.get("missing_keys"):
+            self._missing_at_load = set(kwargs["missing_keys"])
+
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Saves weights, configuration and the code to load them where this package is not installed."""
+        """Saves weights, configuration and the code to load them where this package is not installed.
+
+        Raises:
+            ValueError: for `push_to_hub=True` with a router or a class of one's own, whose code would come too late.
+        """
+        warn_of_unused(self)
         name_code(self.config)
+        own = own_classes(self)
+        if not own:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            raise ValueError(f"{own[0].__name__} is your own code: save first, and call push_to_hub after that.")
+        name_own_router(self.config)
         super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            save_own_code(self, save_directory)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As transformers' own; a table from token ids to experts grows too, and its old ids keep their experts."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.resize_vocabulary(self.config.vocab_size)
+        return embeddings
 
     def update_routers(self) -> None:
         """See [`~modeling_moe.balancing.update_routers`]; call it once after each optimizer step."""
@@ -412,7 +508,9 @@ class MoEModel(MoEPreTrainedModel):
             input_ids: (B, S).
             attention_mask: (B, S), 0 at padding; or what transformers' mask utilities accept, of which the router losses
                 cannot tell the padding: every token counts.
-            position_ids: (B, S) or (1, S); restarts mark packed sequences.
+            position_ids: (B, S) or (1, S); restarts mark packed sequences, each of which is routed as if it were alone
+                (but by `base` and `sinkhorn` in training, which share out the tokens of the whole batch). So do
+                `cu_seq_lens_q`, which FlashAttention reads.
             cache: of earlier tokens; `past_key_values` is another name for it.
             inputs_embeds: (B, S, H), in the place of `input_ids`.
             use_cache: whether to return a cache.
@@ -424,13 +522,14 @@ class MoEModel(MoEPreTrainedModel):
             task_ids: (B,) or (B, S), the task of each sequence or token, for the routers that ask for it.
 
         Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or the latter holds a NaN.
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or the latter holds a NaN. For
+                `task_ids` of another shape.
                 Or if continuous batching would change what this model computes.
             TypeError: for a keyword argument that nothing reads.
         """
         refuse_unknown(self, kwargs)
         if is_paged(cache):
-            self.config.refuse_continuous_batching()
+            self.config.refuse_continuous_batching(self.training)
         inputs_embeds = self._embeddings(input_ids, inputs_embeds)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -446,12 +545,14 @@ class MoEModel(MoEPreTrainedModel):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         context = self._routing_context(inputs_embeds, input_ids, attention_mask, task_ids)
+        context = context._replace(begins=self._beginnings(inputs_embeds, context, packing, **kwargs))
         token_weights = None
         if self.training or output_router_logits:
-            token_weights = self._token_weights(inputs_embeds, context, packing, label_mask)
+            token_weights = self._token_weights(inputs_embeds, context, label_mask)
 
         signals = []
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+        # as in transformers, `layers` may be cut after the model was made
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
             output = layer(
                 hidden_states,
                 attention_mask=causal_masks[layer_type],
@@ -463,7 +564,7 @@ class MoEModel(MoEPreTrainedModel):
                 **cache_keyword(cache),
                 **kwargs,
             )
-            hidden_states, *signal = (output,) if token_weights is None else output
+            hidden_states, *signal = output if isinstance(output, (tuple, list)) else (output,)
             if signal:
                 signals.append(RouterSignals(*signal))
 
@@ -530,18 +631,31 @@ class MoEModel(MoEPreTrainedModel):
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -length:].reshape(-1)
         if task_ids is not None:
+            if task_ids.shape not in ((batch_size,), (batch_size, length)):
+                raise ValueError(
+                    f"task_ids has shape {tuple(task_ids.shape)}: give one task for each sequence, ({batch_size},), or for "
+                    f"each token, ({batch_size}, {length})."
+                )
             task_ids = (task_ids if task_ids.dim() == 2 else task_ids[:, None]).expand(-1, length).reshape(-1)
         if input_ids is not None:
             input_ids = input_ids.reshape(-1)
         return RoutingContext(batch_size, token_mask, input_ids, task_ids)
 
-    def _token_weights(self, inputs_embeds, context, position_ids, label_mask) -> TokenWeights:
+    def _beginnings(self, inputs_embeds, context, position_ids, cu_seq_lens_q=None, **_) -> torch.Tensor | None:
+        """Whether a token begins a sequence (T,); None where each row is one, or goes on with one by a single token."""
+        if inputs_embeds.shape[1] == 1:
+            return None
+        shape, token_mask = inputs_embeds.shape[:2], context.by_row(context.token_mask)
+        begins = find_beginnings(shape, position_ids, token_mask, cu_seq_lens_q)
+        return None if begins is None else begins.flatten()
+
+    def _token_weights(self, inputs_embeds, context, label_mask) -> TokenWeights:
         """What each token counts in the router losses, in fp32 at least."""
         dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
         mask = torch.ones(inputs_embeds.shape[:2], dtype=dtype, device=inputs_embeds.device)
         if context.token_mask is not None:
             mask = context.token_mask.view(mask.shape).to(mask)
-        return weigh_tokens(mask, position_ids, label_mask)
+        return weigh_tokens(mask, context.by_row(context.begins), label_mask)
 
 
 class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
@@ -635,11 +749,18 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         ):
             cache, kwargs["next_sequence_length"] = None, None
         # by name: transformers asks the signature whether a prompt may be embeddings
-        return GenerationInputs(
+        inputs = GenerationInputs(
             super().prepare_inputs_for_generation(
                 input_ids, inputs_embeds=inputs_embeds, **cache_keyword(cache), **kwargs
             )
         )
+        if (tasks := inputs.get("task_ids")) is not None and tasks.dim() == 2:
+            # (B, S) of the prompt: a new token has the task of the last one
+            seen = 0 if cache is None else int(cache.get_seq_length())
+            given = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+            columns = torch.arange(seen, seen + given.shape[1], device=tasks.device)
+            inputs["task_ids"] = tasks[:, columns.clamp(max=tasks.shape[1] - 1)]
+        return inputs
 
     def generate(self, *args, **kwargs):
         """As transformers' own; the release's `generate` knows one name of the cache, this one both."""
@@ -652,7 +773,7 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
 
     def init_continuous_batching(self, *args, **kwargs):
         """As transformers' own, behind `generate_batch` and its server; ValueError where it would change the text."""
-        self.config.refuse_continuous_batching()
+        self.config.refuse_continuous_batching(self.training)
         return super().init_continuous_batching(*args, **kwargs)
 
     def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:

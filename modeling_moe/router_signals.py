@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .balancing import CONTROLLERS, all_ranks
+from .balancing import CONTROLLERS, all_ranks, warn_if_forgotten
 from .capacity import count_dropped
 from .losses import LOSSES, TokenWeights, balance, mean_probs, router_losses
 from .routing import Routing, RoutingContext, expert_load
@@ -40,13 +40,14 @@ def measure(
     """The signals of a sparse block, from its routing before and after capacity."""
     mask = context.token_mask
     losses = router_losses(chosen, context, block.config, weights)
-    own_loss = block.gate.own_loss(chosen, mask)
+    # a router's own buffers are for training: where weights are offloaded they lie elsewhere
+    own_loss = block.router.own_loss(chosen, mask) if block.training else None
     with torch.no_grad():
         statistics = losses.new_zeros(0)
-        if block.controller is not None:
-            statistics = block.controller.measure(block.gate, chosen, mask)
+        if block.controller is not None and block.training:
+            statistics = block.controller.measure(block.router, chosen, mask)
         elif block.config.controller is not None:
-            statistics = losses.new_zeros(CONTROLLERS[block.config.controller].size(block.gate.num_outputs))
+            statistics = losses.new_zeros(CONTROLLERS[block.config.controller].size(block.config.num_router_outputs))
     return RouterSignals(
         losses=torch.cat([losses, losses.new_zeros(1) if own_loss is None else own_loss[None]]),
         load=expert_load(chosen, mask),
@@ -66,6 +67,8 @@ def collect(decoder: Any, layers: list[RouterSignals]) -> dict[str, torch.Tensor
     signals = RouterSignals(*(torch.stack([x.to(device) for x in field]) for field in zip(*layers, strict=True)))
     losses = signals.losses.mean(dim=0)
     counts = decoder.training and (torch.is_grad_enabled() or totals.counting)
+    if counts:
+        warn_if_forgotten(decoder)
     if decoder.training and totals.load is not None:
         load = totals.load_of_step
         if load is None:

@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """The catalogue: what `router_type` may be. A router of one's own is added to it by its name."""
 
+from collections.abc import Callable
+
 from .batch_choice import BaseRouter, ExpertChoiceRouter, ExpertThresholdRouter, SinkhornRouter
 from .dynamic_k import ContinuousRouter, ReLURouter, TopPRouter
 from .routing import Router
@@ -43,6 +45,8 @@ ROUTERS: dict[str, type[Router]] = {
     "soft": SoftRouter,
     "segment": SegmentRouter,
 }
+# router_type -> what imports the class, in a checkpoint that brings the code of a router of its author's own
+OWN_ROUTERS: dict[str, Callable[[], type[Router]]] = {}
 
 
 def router_class(config, layer_idx: int | None = None) -> type[Router]:
@@ -54,6 +58,11 @@ def router_class(config, layer_idx: int | None = None) -> type[Router]:
     name = "sparsemixer" if config.router_gradient == "sparsemixer" else config.router_type
     if layer_idx is not None and layer_idx < config.num_hash_layers:
         name = "hash_scored"
+    if name in OWN_ROUTERS and name not in ROUTERS:
+        ROUTERS[name] = OWN_ROUTERS[name]()
     if name not in ROUTERS:
-        raise ValueError(f"router_type {name!r} is unknown: choose one of {', '.join(ROUTERS)}.")
+        raise ValueError(
+            f"router_type {name!r} is unknown: choose one of {', '.join(ROUTERS)}; if it is yours, import what registers it "
+            "in ROUTERS, or run the code that a checkpoint brings by modeling_moe.own_code.import_own_router(folder)."
+        )
     return ROUTERS[name]

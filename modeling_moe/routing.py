@@ -7,7 +7,7 @@ A router is `score -> select -> weigh` and returns a [`Routing`]; a new one over
 # B sequences, T tokens, H hidden, E experts, Z experts without weights (null and copy), K slots per token
 """
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from transformers import initialization as init
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations import deepspeed_config
 from transformers.utils.generic import maybe_autocast
+
+from .packing import first_columns
 
 
 class Routing(NamedTuple):
@@ -27,6 +29,8 @@ class Routing(NamedTuple):
             an empty slot (dropped or unused). The experts skip all that is E or more.
         probs: (T, E + Z) fp32, scores normalised to sum 1.
         chance: (T, E + Z) fp32, probability that the noise selects an expert, differentiable; None without noise.
+        mixture: fp32, what [`Router.mix`] needs beside the others, if anything: by default (T, E + Z), the weights that
+            `router_gradient="dense"` differentiates in training.
     """
 
     logits: torch.Tensor
@@ -34,24 +38,40 @@ class Routing(NamedTuple):
     index: torch.Tensor
     probs: torch.Tensor
     chance: torch.Tensor | None = None
+    mixture: torch.Tensor | None = None
 
 
 class RoutingContext(NamedTuple):
     """What a router may know beside the tokens; all that has T entries is in the tokens' order, row after row.
 
     Attributes:
-        batch_size: number B of sequences the T tokens belong to.
+        batch_size: number B of equally long rows the T tokens lie in.
         token_mask: (T,), 0 for tokens that do not count (padding); None if all count.
         input_ids: (T,) int64, None if the model was given embeddings.
         task_ids: (T,) int64, None if the batch names no task.
         cache: the model's key-value cache, in which a router keeps what later tokens of a sequence need; None without.
+        begins: (T,) bool, whether a token begins a sequence, of which a row can hold several; None if each row is one.
+            A row whose first token begins none continues the last sequence that the cache holds.
     """
 
     batch_size: int = 1
     token_mask: torch.Tensor | None = None
     input_ids: torch.Tensor | None = None
     task_ids: torch.Tensor | None = None
-    cache: object | None = None
+    cache: Any = None
+    begins: torch.Tensor | None = None
+
+    def by_row(self, values: Any) -> Any:
+        """`values` (T, ...) as (B, S, ...); None stays None."""
+        return None if values is None else values.unflatten(0, (self.batch_size, -1))
+
+    def sequences(self, tokens: int, device: torch.device | str) -> torch.Tensor:
+        """Number (T,) int64 of each token's sequence: how many tokens lie before the first one of it in the batch."""
+        length = tokens // self.batch_size
+        number = torch.arange(self.batch_size, device=device)[:, None] * length
+        if self.begins is None:
+            return number.expand(-1, length).flatten()
+        return (number + first_columns(self.begins.view(self.batch_size, -1))).flatten()
 
 
 def expert_load(routing: Routing, token_mask: torch.Tensor | None = None, batch_size: int = 1) -> torch.Tensor:
@@ -76,10 +96,10 @@ def expert_load(routing: Routing, token_mask: torch.Tensor | None = None, batch_
 def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     """Mean over the tokens (dimension 0 of `values`) that count; 0 if none does."""
     if token_mask is None:
-        return values.mean(dim=0)
+        return values.sum(dim=0) / max(len(values), 1)
     mask = token_mask.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
-    # no matrix product: autocast would run it in bf16
-    return (mask * values).sum(dim=0) / mask.sum().clamp(min=1)
+    # no matrix product: autocast would run it in bf16; padding may hold a NaN, which times 0 is one
+    return (mask * values).where(mask > 0, 0.0).sum(dim=0) / mask.sum().clamp(min=1)
 
 
 def history_slot(config, layer_idx: int) -> int:
@@ -124,13 +144,13 @@ def softmax_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def sigmoid_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A sigmoid of each logit (T, E), and the same normalised to sum 1 (DeepSeek-V3, arXiv:2412.19437, eq. 15)."""
     scores = logits.sigmoid()
-    return scores, scores / scores.sum(dim=-1, keepdim=True)
+    return scores, renormalise(scores)
 
 
 def sqrt_softplus_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`sqrt(softplus(logit))` (T, E), and the same normalised to sum 1 (DeepSeek-V4)."""
     scores = nn.functional.softplus(logits).sqrt()
-    return scores, scores / scores.sum(dim=-1, keepdim=True)
+    return scores, renormalise(scores)
 
 
 # scoring_func -> logits (T, E) to scores (T, E) and probs (T, E)
@@ -165,16 +185,15 @@ def dense_gradient(experts: nn.Module, hidden_states: torch.Tensor, weight: torc
     DenseMixer's straight-through estimator (Yao et al. 2025, "DenseMixer: improving MoE post-training with precise
     router gradient"), at the cost of E / K times the experts' forward.
     """
-    frozen = {name: parameter.detach() for name, parameter in experts.named_parameters()}
     index = torch.arange(weight.shape[-1], device=weight.device).expand_as(weight)
-    output = torch.func.functional_call(experts, frozen, (hidden_states.detach(), index, weight))
+    output = experts(hidden_states.detach(), index, weight, frozen=True)
     return output - output.detach()
 
 
 class Router(nn.Module):
     """A linear gate (E + Z, H), scored by `scoring_func`; what it leaves open is `select`.
 
-    A subclass overrides what differs, and declares in the class variables what the configuration has to know.
+    A subclass overrides what differs, but never `forward`, and declares in the class variables what the configuration has to know.
     """
 
     # the routing of a token depends on no later token and no other sequence, in training and in evaluation
@@ -185,8 +204,12 @@ class Router(nn.Module):
     variable_k: ClassVar[bool] = False
     # `max_experts_per_tok` has an effect
     bounded: ClassVar[bool] = False
+    # `router_bias` has an effect, unless `logits` is overridden
+    biased: ClassVar[bool] = True
     # value of `norm_topk_prob` where the configuration gives none
     norm_topk_prob_default: ClassVar[bool] = True
+    # argument of the model's forward that the router cannot do without, beside the tokens
+    asks_for: ClassVar[str | None] = None
     # controller that the router cannot do without, a key of `modeling_moe.balancing.CONTROLLERS`
     own_controller: ClassVar[str | None] = None
 
@@ -216,17 +239,32 @@ class Router(nn.Module):
         if self.bias is not None:
             init.zeros_(self.bias)
 
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """Makes room for the token ids below `vocab_size`; a router that does not look at ids has nothing to do."""
+
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext | None = None) -> Routing:
-        """Routes tokens (T, H)."""
-        context = context or RoutingContext()
+        """Routes tokens (T, H).
+
+        The block calls nothing else, neither before nor after: what wraps a router (PEFT, offloading) wraps this alone.
+        """
+        routing = self.decide(hidden_states, context or RoutingContext())
+        if self.training and self.gradient == "dense":
+            routing = routing._replace(mixture=self.dense_weight(routing))
+        return routing
+
+    def decide(self, hidden_states: torch.Tensor, context: RoutingContext) -> Routing:
+        """The routing of tokens (T, H)."""
         return self.route(self.logits(hidden_states, context), context)
 
     def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         """Raw scores (T, E + Z) of tokens (T, H)."""
-        if self.training and self.jitter_noise > 0:
-            noise = torch.empty_like(hidden_states).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-            hidden_states = hidden_states * noise
-        return fp32_linear(hidden_states, self.weight, self.bias)
+        return fp32_linear(self.jittered(hidden_states), self.weight, self.bias)
+
+    def jittered(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Tokens (T, H) times the noise of `router_jitter_noise`, in training."""
+        if not self.training or self.jitter_noise <= 0:
+            return hidden_states
+        return hidden_states * torch.empty_like(hidden_states).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
 
     def route(self, logits: torch.Tensor, context: RoutingContext) -> Routing:
         """From raw scores (T, E + Z) to the routing."""
@@ -258,22 +296,36 @@ class Router(nn.Module):
         scores = routing.probs if self.norm_topk_prob else self.score(routing.logits)[0]
         return scores * self.scaling
 
-    def mix(self, experts: nn.Module, hidden_states: torch.Tensor, routing: Routing, context: RoutingContext):
-        """Output (T, H) for tokens (T, H): the weighted sum of the chosen experts', a copy expert's being the token."""
+    @staticmethod
+    def mix(
+        experts: nn.Module, hidden_states: torch.Tensor, routing: Routing, context: RoutingContext, config: Any
+    ) -> torch.Tensor:
+        """Output (T, H) for tokens (T, H): the weighted sum of the chosen experts', a copy expert's being the token.
+
+        It sees no router: whatever it needs of one is in the routing.
+
+        Args:
+            experts: called as [`~modeling_moe.modeling_moe.MoEExperts`] says, and not otherwise used.
+            hidden_states: (T, H).
+            routing: of these tokens, after capacity.
+            context: of these tokens.
+            config: the model's configuration.
+        """
         index, weight = routing.index, routing.weight
-        real = index < self.num_experts
-        if self.num_copies:
+        real = index < config.num_experts
+        if config.num_copy_experts:
             # some of transformers' functions tell an empty slot by its weight
             weight = weight.where(real, 0.0)
-        if experts.num_experts < self.num_experts:
+        if getattr(experts, "num_experts", config.num_experts) < config.num_experts:
             # transformers' exchange between processes knows no empty slot: an expert gets the token, with weight 0
             index, weight = index.where(real, 0), weight.where(real, 0.0)
-        if self.training and self.gradient == "dense":
-            dense = dense_gradient(experts, hidden_states, self.dense_weight(routing))
+        if routing.mixture is not None:
+            dense = dense_gradient(experts, hidden_states, routing.mixture)
             return experts(hidden_states, index, weight.detach()) + dense
         output = experts(hidden_states, index, weight)
-        if self.num_copies:
-            copies = (routing.index >= self.num_experts + self.num_null) & (routing.index < self.num_outputs)
+        if config.num_copy_experts:
+            first = config.num_experts + config.num_null_experts
+            copies = (routing.index >= first) & (routing.index < config.num_router_outputs)
             share = (routing.weight * copies).sum(dim=-1, keepdim=True)  # (T, 1)
             output = output + (share * hidden_states).to(output.dtype)
         return output

@@ -82,12 +82,11 @@ class NoisyTopKRouter(TopKRouter):
             )
 
     def init_weights(self, std: float) -> None:
+        super().init_weights(std)
         init.zeros_(self.weight)
         init.zeros_(self.noise_weight)
 
-    def forward(self, hidden_states: torch.Tensor, context: RoutingContext | None = None) -> Routing:
-        """Routes tokens (T, H)."""
-        context = context or RoutingContext()
+    def decide(self, hidden_states: torch.Tensor, context: RoutingContext) -> Routing:
         clean = self.logits(hidden_states, context)
         if not self.training:
             return self.route(clean, context)
@@ -204,6 +203,8 @@ class HierarchicalRouter(Router):
     not computed: H (G + topk_group * E / G) products rather than H E. `logits` of their experts are -inf, `probs` 0.
     """
 
+    biased = False
+
     @classmethod
     def validate(cls, config) -> None:
         if config.n_group < 2 or config.num_experts_per_tok % config.topk_group:
@@ -223,8 +224,7 @@ class HierarchicalRouter(Router):
         super().init_weights(std)
         init.normal_(self.group_weight, mean=0.0, std=std)
 
-    def forward(self, hidden_states: torch.Tensor, context: RoutingContext | None = None) -> Routing:
-        """Routes tokens (T, H)."""
+    def decide(self, hidden_states: torch.Tensor, context: RoutingContext) -> Routing:
         outer = fp32_linear(hidden_states, self.group_weight)  # (T, G)
         group = outer.detach().topk(self.topk_group, dim=-1).indices  # (T, k1)
         inner = self.inner_logits(hidden_states, group)  # (T, k1, E / G)
@@ -298,7 +298,7 @@ class HashRouter(Router):
     It is saved with the model. `hash_scored` is DeepSeek-V4's: a learned gate weighs the experts of the table.
     """
 
-    scored = False
+    scored = biased = False
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -314,17 +314,28 @@ class HashRouter(Router):
         init.copy_(self.table, hash_table(len(self.table), self.num_experts, self.top_k, self.seed))
 
     @torch.no_grad()
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """Gives new token ids experts by the layer's seed; ids that were there keep theirs."""
+        old = min(vocab_size, len(self.table))
+        if self.table.is_meta:
+            self.table = nn.Buffer(self.table.new_empty(vocab_size, self.top_k))
+            return
+        table = hash_table(vocab_size, self.num_experts, self.top_k, self.seed).to(self.table.device)
+        table[:old] = self.table[:old]
+        self.table = nn.Buffer(table)
+
+    @torch.no_grad()
     def set_counts(self, counts: torch.Tensor) -> None:
         """Balances the table for token ids that occur `counts` (V,) times."""
         self.table.copy_(hash_table(len(self.table), self.num_experts, self.top_k, self.seed, counts.cpu()))
 
-    def forward(self, hidden_states: torch.Tensor, context: RoutingContext | None = None) -> Routing:
-        """Routes tokens (T, H).
+    def decide(self, hidden_states: torch.Tensor, context: RoutingContext) -> Routing:
+        """The routing of tokens (T, H).
 
         Raises:
             ValueError: without token ids.
         """
-        if context is None or context.input_ids is None:
+        if context.input_ids is None:
             raise ValueError("a hash router chooses by token id: give input_ids, not inputs_embeds alone.")
         index = self.table[context.input_ids]
         if self.scored:
@@ -340,7 +351,7 @@ class HashRouter(Router):
 class ScoredHashRouter(HashRouter):
     """DeepSeek-V4's first layers: the table chooses, a learned gate weighs. See [`HashRouter`]."""
 
-    scored = True
+    scored = biased = True
 
 
 def task_of(context: RoutingContext) -> torch.Tensor:
@@ -361,6 +372,8 @@ class TaskRouter(TopKRouter):
     [`~modeling_moe.upcycling.extract_task`] takes out as a model of its own.
     """
 
+    asks_for = "task_ids"
+
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
         self.task_embedding = nn.Parameter(torch.empty(config.num_tasks, config.hidden_size))
@@ -371,8 +384,9 @@ class TaskRouter(TopKRouter):
 
     def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         task = task_of(context)
-        # product first, so that a token's logits are the same in every batch
-        return super().logits(self.task_embedding, context)[task]
+        # product first, so that a token's logits are the same in every batch; of copies, since the last bit of a small
+        # product depends on where its operands lie, and those of a loaded checkpoint lie in the file
+        return fp32_linear(self.jittered(self.task_embedding.clone()), self.weight.clone(), self.bias)[task]
 
 
 class TaskGateRouter(TopKRouter):
@@ -380,6 +394,8 @@ class TaskGateRouter(TopKRouter):
 
     The paper mixes all experts: `num_experts_per_tok=num_experts`; fewer make it sparse.
     """
+
+    asks_for = "task_ids"
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -398,6 +414,8 @@ class FixedRouter(Router):
     The weights are `expert_weight` (E,), a parameter.
     """
 
+    biased = False
+
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
         self.weight = None
@@ -411,12 +429,11 @@ class FixedRouter(Router):
     def init_weights(self, std: float) -> None:
         init.constant_(self.expert_weight, 1 / self.num_experts)
 
-    def forward(self, hidden_states: torch.Tensor, context: RoutingContext | None = None) -> Routing:
-        """Routes tokens (T, H)."""
+    def decide(self, hidden_states: torch.Tensor, context: RoutingContext) -> Routing:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         weight = self.expert_weight.to(dtype).expand(len(hidden_states), -1)
         index = torch.arange(self.num_experts, device=weight.device).expand_as(weight)
-        return Routing(weight, weight, index, renormalise(weight))
+        return Routing(weight, weight * self.scaling, index, renormalise(weight))
 
     def dense_weight(self, routing: Routing) -> torch.Tensor:
         """The weights (T, E): every expert is chosen."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What each router of the catalogue makes of the same text, from the same weights: loss, balance and entropies.
 
-    python scripts/compare_routers.py --workers 2 --output_json routers.json --plot routers.png --markdown routers.md
+    python scripts/compare_routers.py --workers 2 --runs_file runs.jsonl --output_json routers.json --plot routers.png
     python scripts/compare_routers.py --only topk "topk, no balance" --steps 100
     python scripts/compare_routers.py --data wiki=wiki.txt code=code.jsonl --routers_file my_routers.yaml
 
@@ -9,7 +9,8 @@ A small model for each configuration of --routers_file, bytes as tokens. Without
 language reference and modules of its library. Losses are nats per byte without the router losses: of training the mean of
 the last 50 steps, held-out in evaluation. MaxVio is the busiest expert's load over the mean load, less 1; entropies are in
 nats: of a token's probabilities, and of their mean over all tokens, which is ln 8 in balance and low in collapse.
-A router that is not causal sees later tokens: its loss is no measure of it.
+A router that is not causal sees later tokens: its loss is no measure of it. With --runs_file a comparison that was stopped goes
+on with the same command.
 """
 
 from pathlib import Path

@@ -30,15 +30,23 @@ class Arguments:
     )
     gguf_file: str | None = field(default=None, metadata={"help": "name of the GGUF file in the source's folder"})
     dtype: str = field(default="auto", metadata={"help": "auto (the source's), float32, bfloat16 or float16"})
-    overwrite: bool = field(default=False, metadata={"help": "replace output_dir"})
+    overwrite: bool = field(default=False, metadata={"help": "replace what an earlier run wrote there"})
     verify: bool = field(default=False, metadata={"help": "run source and result on a text and compare"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the checkpoint brings"})
 
 
 def main() -> None:
     """Converts and prints what came out."""
     (args,) = parse([Arguments], __doc__)
     config, verification = convert_checkpoint(
-        args.model_name_or_path, args.output_dir, args.target, args.gguf_file, args.dtype, args.overwrite, args.verify
+        args.model_name_or_path,
+        args.output_dir,
+        args.target,
+        args.gguf_file,
+        args.dtype,
+        args.overwrite,
+        args.verify,
+        trust_remote_code=args.trust_remote_code,
     )
     table = Table("", args.output_dir)
     table.add_row("parameters", f"{config.num_params():,}")

@@ -56,7 +56,7 @@ $python scripts/finetune.py configuration/recipes/demo.yaml --model_name_or_path
     --output_dir "$out/model" --max_steps "$steps" --overwrite true
 step "Evaluate the trained model"
 $python scripts/eval_lm.py --model_name_or_path "$out/model" "${scores[@]}" --output_json "$out/after.json"
-step "Text after training, in a fresh process that loads the model with its own code"
+step "Text after training, in a fresh process"
 $python scripts/generate.py --model_name_or_path "$out/model" "${prompts[@]}"
 step "Result"
 $python scripts/demo_report.py --model_dir "$out/model" --scores_dir "$out" --base_model "$base"

@@ -15,8 +15,8 @@ from importlib import import_module
 from pathlib import Path
 
 from modeling_moe.cli import parse, run
-from modeling_moe.files import whole_folder
 from modeling_moe.training.data import DataArguments, cut_documents, hold_out
+from modeling_moe.utils.folders import whole_folder
 
 
 CODE = (
@@ -34,7 +34,7 @@ class Arguments:
     output_dir: str = field(metadata={"help": "folder for DOMAIN_train.txt and DOMAIN_eval.txt"})
     data: list[str] = field(default_factory=list, metadata={"help": "domain=source ..., as of finetune.py"})
     seed: int = field(default=0, metadata={"help": "seed of what is held out of your own data"})
-    overwrite: bool = field(default=False, metadata={"help": "replace output_dir"})
+    overwrite: bool = field(default=False, metadata={"help": "replace what an earlier run wrote there"})
 
 
 def without(text: str, seen: str) -> str:
@@ -67,7 +67,8 @@ def main() -> None:
     """Writes the files and prints their sizes."""
     (args,) = parse([Arguments], __doc__)
     domains = own_domains(args.data, args.seed) if args.data else python_domains()
-    with whole_folder(args.output_dir, args.overwrite) as folder:
+    recipe = {"method": "demo_data", "data": args.data, "seed": args.seed}
+    with whole_folder(args.output_dir, recipe, args.overwrite) as folder:
         for name, texts in domains.items():
             for part, text in zip(("train", "eval"), texts, strict=True):
                 (folder / f"{name}_{part}.txt").write_text(text, encoding="utf-8")

@@ -5,10 +5,12 @@
     python scripts/eval_lm.py --model_name_or_path ./moe --data wiki=Salesforce/wikitext:wikitext-2-raw-v1 --split test \\
         --max_tokens 65536 --output_json scores.json
     python scripts/eval_lm.py --model_name_or_path ./dense --gguf_file model.gguf --data wiki=wiki.txt
+    python scripts/eval_lm.py --model_name_or_path ./moe --data chat=chats.jsonl
 
 Documents are joined by the tokenizer's eos and cut into blocks of --max_length tokens that do not overlap. A block is
-scored on its own, all tokens but its first. Bits per byte divide by the UTF-8 bytes that the scored tokens stand for,
-which makes models with different tokenizers comparable. MaxVio is the busiest expert's load over the mean load, less 1.
+scored on its own, all tokens but its first; of conversations and completions only what the assistant says, as finetune.py
+trains on it, or all tokens with --assistant_only false. Bits per byte divide by the UTF-8 bytes that the scored tokens stand for,
+which makes models with different tokenizers comparable; a special token has none. MaxVio is the busiest expert's load over the mean load, less 1.
 """
 
 import json

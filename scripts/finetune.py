@@ -6,12 +6,16 @@
         --method full --freeze_experts 0-7 --learning_rate 1e-4 --max_steps 200 --report_to tensorboard
     python scripts/finetune.py configuration/recipes/sft_router.yaml --model_name_or_path ./moe --data chat=chats/ \\
         --resume_from_checkpoint true
+    python scripts/finetune.py configuration/recipes/pretrain.yaml --data wiki=wiki.txt --output_dir outputs/scratch \\
+        --model_name_or_path configuration/models/moe_tiny.json --tokenizer_name ./dense
     accelerate launch --config_file configuration/accelerate/ddp.yaml scripts/finetune.py RECIPE.yaml
     torchrun --nproc_per_node 8 scripts/finetune.py RECIPE.yaml --fsdp_size 8 --ep_size 8 --merge_lora false
 
-The first argument may be a recipe, whose keys are the flags below; flags after it win. Rows with `messages` go through the
-tokenizer's chat template, with the loss on what the assistant says if the template marks it. LoRA is merged when it is saved
-(--merge_lora false: not). A run that was cut short goes on, with --resume_from_checkpoint true, as if it had not been. A loss
+The first argument may be a recipe, whose keys are the flags below; flags after it win. Conversations (messages,
+ShareGPT, Alpaca) go through the tokenizer's chat template, with the loss on what the assistant says, and prompts with
+completions are plain text, with the loss on the completion; --assistant_only false: on all tokens. LoRA is merged when it is saved
+(--merge_lora false: not). A run that was cut short goes on, with --resume_from_checkpoint true, as if it had not been; Ctrl-C
+finishes the step and saves it, a second one stops at once. A loss
 or gradient that is not finite stops the run and names the layer.
 """
 
@@ -54,6 +58,7 @@ def print_result(result: FinetuneResult, title: str) -> None:
     """Prints what the run did."""
     table = Table("", title)
     table.add_row("steps", f"{result.steps}")
+    table.add_row("processes", f"{result.processes}")
     table.add_row("trained parameters", f"{result.trained_params:,}")
     table.add_row("training loss, first and last quarter", f"{result.first_loss:.4f}, {result.last_loss:.4f}")
     for domain, loss in result.eval_loss.items():
@@ -80,4 +85,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(
+        main,
+        on_interrupt="the same flags with --resume_from_checkpoint true go on after the last checkpoint, if there is one",
+    )

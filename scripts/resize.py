@@ -26,14 +26,22 @@ class Arguments:
     model_name_or_path: str = field(metadata={"help": "folder or Hub name of the sparse model"})
     output_dir: str = field(metadata={"help": "folder to write, whole or not at all; an interrupted run goes on"})
     dtype: str = field(default="auto", metadata={"help": "auto (the source's), float32, bfloat16 or float16"})
-    overwrite: bool = field(default=False, metadata={"help": "replace output_dir"})
+    overwrite: bool = field(default=False, metadata={"help": "replace what an earlier run wrote there"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the checkpoint brings"})
 
 
 def main() -> None:
     """Resizes and prints what came out."""
     args, options, growth, pruning = parse([Arguments, ResizeOptions, GrowthOptions, PruningOptions], __doc__)
     before, after, inexactness = resize_checkpoint(
-        args.model_name_or_path, args.output_dir, options, growth, pruning, args.dtype, args.overwrite
+        args.model_name_or_path,
+        args.output_dir,
+        options,
+        growth,
+        pruning,
+        args.dtype,
+        args.overwrite,
+        trust_remote_code=args.trust_remote_code,
     )
     table = Table("", args.model_name_or_path, args.output_dir)
     for title, values in {

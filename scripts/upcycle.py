@@ -30,10 +30,11 @@ class Arguments:
     output_dir: str = field(metadata={"help": "folder to write, whole or not at all; an interrupted run goes on"})
     gguf_file: str | None = field(default=None, metadata={"help": "name of the GGUF file in the source's folder"})
     dtype: str = field(default="auto", metadata={"help": "auto (the source's), float32, bfloat16 or float16"})
-    overwrite: bool = field(default=False, metadata={"help": "replace output_dir"})
+    overwrite: bool = field(default=False, metadata={"help": "replace what an earlier run wrote there"})
     max_shard_size: str = field(default="5GB", metadata={"help": "largest file; what an interruption costs at most"})
     dry_run: bool = field(default=False, metadata={"help": "print the plan, read no weights, write nothing"})
     verify: bool = field(default=False, metadata={"help": "run source and result on a text and compare"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the checkpoint brings"})
 
 
 def print_plan(plan: UpcyclingPlan, verification: Verification | None, title: str) -> None:
@@ -66,7 +67,9 @@ def main() -> None:
     """Plans or upcycles, and prints the plan."""
     args, options = parse([Arguments, UpcyclingOptions], __doc__)
     if args.dry_run:
-        sources = open_sources(args.model_name_or_path, options, args.gguf_file, args.dtype)
+        sources = open_sources(
+            args.model_name_or_path, options, args.gguf_file, args.dtype, trust_remote_code=args.trust_remote_code
+        )
         print_plan(plan_upcycling(sources, options), None, "plan, nothing written")
         return
     plan, verification = upcycle_checkpoint(
@@ -78,6 +81,7 @@ def main() -> None:
         args.overwrite,
         args.verify,
         args.max_shard_size,
+        trust_remote_code=args.trust_remote_code,
     )
     print_plan(plan, verification, args.output_dir)
 

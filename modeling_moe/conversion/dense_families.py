@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..streaming import LazyTensor, State
 from .family import COMMON, Family, SourceFields, parameters
@@ -40,20 +39,10 @@ GPT_NEOX_NAMES = {
 def _dense(
     fields: SourceFields, common: Iterable[str] = (*COMMON, "head_dim"), partial: bool = False
 ) -> dict[str, Any]:
-    """The fields `common` of a model without a sparse layer.
-
-    Raises:
-        UserError: if heads are to rotate in part and the family is none of these (`partial`): transformers ignores it
-            there, or fails on it.
-    """
+    """The fields `common` of a model without a sparse layer, whose heads may rotate in part if `partial` is set."""
+    if not partial:
+        fields.refuse_partial_rotation()
     values = fields.same(*common)
-    rope = values["rope_parameters"]
-    for kind in (rope, *rope.values()):
-        if not partial and isinstance(kind, dict) and (factor := kind.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise UserError(
-                f"partial_rotary_factor is {factor!r} in the config.json of this {fields.model_type} model, whose family "
-                "rotates whole heads: remove it."
-            )
     return values | {"mlp_layer_types": ["dense"] * values["num_hidden_layers"]}
 
 
@@ -164,8 +153,9 @@ def _gpt2(fields: SourceFields) -> dict[str, Any]:
     same = ("vocab_size", "initializer_range", "use_cache", "tie_word_embeddings", "resid_pdrop", "embd_pdrop")
     tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
     values = {name: fields.take(theirs) for name, theirs in names.items()} | fields.same(*same, *tokens)
+    inner = fields.take("n_inner")
     return values | {
-        "intermediate_size": fields.take("n_inner") or 4 * values["hidden_size"],
+        "intermediate_size": 4 * values["hidden_size"] if inner is None else inner,
         "attention_multiplier": None if fields.take("scale_attn_weights") else 1.0,
         "scale_attn_by_inverse_layer_idx": fields.take("scale_attn_by_inverse_layer_idx"),
         "position_embedding_type": "learned",

@@ -99,6 +99,22 @@ class SourceFields:
                 f"{' or '.join(map(repr, allowed))} can."
             )
 
+    def refuse_partial_rotation(self) -> None:
+        """Refuses heads that are to rotate in part, for a family that rotates whole heads.
+
+        transformers ignores the field there, or fails on it.
+
+        Raises:
+            UserError: if partial_rotary_factor is not 1, for all layers or one kind of them.
+        """
+        rope = self.take("rope_parameters") or {}
+        for kind in (rope, *rope.values()):
+            if isinstance(kind, dict) and (factor := kind.get("partial_rotary_factor", 1.0)) != 1.0:
+                raise UserError(
+                    f"partial_rotary_factor is {factor!r} in the config.json of this {self.model_type} model, whose family "
+                    "rotates whole heads: remove it."
+                )
+
     def refuse_unread(self) -> None:
         """Refuses a field that nobody read: what it does to the model is not known.
 

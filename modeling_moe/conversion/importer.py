@@ -14,16 +14,38 @@ from ..streaming import LazyTensor, State, refuse_quantised
 from .families import family_of, moe_config
 
 
+# fields that are a side of a tensor by themselves
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts", "kv_lora_rank")
+
+
+def _on_disk(config: MoEConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a MoE checkpoint on disk without their numbers, one for each expert.
+
+    Raises:
+        UserError: if the configuration's numbers are each allowed and make no model together.
+    """
+    try:
+        with torch.device("meta"):
+            model = MoEForCausalLM(config)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"no model can be built from the source's config.json ({error}): check its numbers") from error
+    tensors = revert_weight_conversion(model, model.state_dict())
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return tensors
+
+
 def tensors_on_disk(config: MoEConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a MoE checkpoint's tensors, one for each expert."""
-    with torch.device("meta"):
-        model = MoEForCausalLM(config)
-    shapes = {
-        name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()
-    }
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    return shapes
+    return {name: tuple(tensor.shape) for name, tensor in _on_disk(config).items()}
+
+
+def _reason(config: MoEConfig, found: tuple[int, ...], asked: tuple[int, ...]) -> str:
+    """The end of a message: a field of the configuration that gives a size which the tensor has not."""
+    for name in SIZES:
+        if (size := getattr(config, name)) in set(asked) - set(found):
+            return f": {name} is {size} there"
+    return ""
 
 
 def import_state(state: State, source: PreTrainedConfig, config: MoEConfig) -> State:
@@ -40,22 +62,28 @@ def import_state(state: State, source: PreTrainedConfig, config: MoEConfig) -> S
     """
     if source.model_type != MoEConfig.model_type:
         state = family_of(source).tensors(state, config)
-    shapes = tensors_on_disk(config)
+    expected = _on_disk(config)
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     for name in state:
-        if name not in shapes:
+        if name not in expected:
             raise UserError(f"the source has a tensor {name} that its config.json does not account for: check both")
-    for name, shape in shapes.items():
+    for name, tensor in expected.items():
+        shape = tuple(tensor.shape)
         if name not in state:
             remedy = "set tie_word_embeddings if it is tied" if name == "lm_head.weight" else "restore it"
             raise UserError(f"the source has no tensor for {name}: {remedy}")
         if state[name].shape != shape:
             raise UserError(
                 f"the source's tensor for {name} has shape {state[name].shape} where its config.json asks for {shape}"
+                f"{_reason(config, state[name].shape, shape)}"
             )
     refuse_quantised(state)
-    return {name: state[name] for name in shapes}
+    for name, tensor in expected.items():
+        if state[name].dtype.is_floating_point != tensor.is_floating_point():
+            found, wanted = (str(dtype).removeprefix("torch.") for dtype in (state[name].dtype, tensor.dtype))
+            raise UserError(f"the source's tensor for {name} is {found} where {wanted} belongs: download it again")
+    return {name: state[name] for name in expected}
 
 
 def load_state(config: MoEConfig, state: State) -> MoEForCausalLM:

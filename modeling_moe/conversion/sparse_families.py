@@ -32,6 +32,7 @@ FP8_BLOCK = 128
 
 def _sparse(fields: SourceFields) -> dict[str, Any]:
     """What all have: the fields of `COMMON` that the source gives, and how many experts."""
+    fields.refuse_partial_rotation()
     common = {name: value for name, value in fields.same(*COMMON).items() if value is not None}
     # configurations of one family call the number by its own name or by transformers' standard one
     counts = [fields.take(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")]
@@ -58,6 +59,10 @@ def _qwen(fields: SourceFields) -> dict[str, Any]:
     layers = range(fields.take("num_hidden_layers"))
     # transformers has worked these two into the window and the layer types
     fields.same("use_sliding_window", "max_window_layers")
+    if fields.take("use_sliding_window") and fields.take("sliding_window") == 0:
+        raise UserError(
+            f"sliding_window is 0 in the config.json of this {fields.model_type} model: set use_sliding_window to false"
+        )
     return _standard(fields) | {
         "moe_intermediate_size": fields.take("moe_intermediate_size"),
         "norm_topk_prob": fields.take("norm_topk_prob"),
@@ -133,11 +138,14 @@ def _deepseek(fields: SourceFields) -> dict[str, Any]:
 def _latent_attention(fields: SourceFields) -> dict[str, Any]:
     """Multi-head latent attention; yarn's second factor, on all dimensions, goes into the scale of q·k."""
     widths = fields.same("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    fields.same("head_dim", "qk_head_dim")  # follow from the widths
+    # these two follow from the widths, and transformers' model fails on others
+    plain, rotated = widths["qk_nope_head_dim"], widths["qk_rope_head_dim"]
+    fields.require("head_dim", rotated, None)
+    fields.require("qk_head_dim", plain + rotated, None)
     rope, scale = fields.take("rope_parameters"), None
     if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
         mscale = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
-        scale = (widths["qk_nope_head_dim"] + widths["qk_rope_head_dim"]) ** -0.5 * mscale * mscale
+        scale = (plain + rotated) ** -0.5 * mscale * mscale
     return widths | {"attention_multiplier": scale}
 
 
@@ -162,8 +170,10 @@ def _deepseek_v3(fields: SourceFields) -> dict[str, Any]:
     _require_quantization(fields, "fp8", weight_block_size=[FP8_BLOCK, FP8_BLOCK])
     # the layers that predict further tokens are left out
     fields.same("num_nextn_predict_layers", "num_mtp_layers")
-    router = fields.same("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+    router = fields.same("n_group", "topk_group", "routed_scaling_factor")
     router |= {
+        # null is false there
+        "norm_topk_prob": bool(fields.take("norm_topk_prob")),
         "scoring_func": "sigmoid",
         "group_score": "top2sum",
         "router_selection_bias": True,

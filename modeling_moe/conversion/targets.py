@@ -135,7 +135,10 @@ class Target:
         try:
             held = moe_config(family)
         except ValueError as error:
-            return [*reasons, f"{self.model_type} has no such configuration ({' '.join(str(error).split())})"]
+            return [
+                *reasons,
+                f"{self.model_type} has no such configuration ({' '.join(str(error.__cause__ or error).split())})",
+            ]
         absorbed = self.absorbed(config)
         for name in MoEConfig.__annotations__:
             if name in TRAINING or name in DETAILS or (name in COUNTS and not COUNTS[name](config)):

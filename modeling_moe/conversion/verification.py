@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..cli import UserError
 from ..utils.loading import load_model, load_tokenizer
 
 
@@ -21,8 +22,8 @@ class Verification:
     """Source and result on the same text.
 
     Attributes:
-        source_loss: of the source, nats per token.
-        result_loss: of the result, nats per token.
+        source_loss: cross entropy of the source, nats per token.
+        result_loss: cross entropy of the result, nats per token.
         largest_difference: between any two of their logits, compared in fp32.
         router_spread: of the result's sparse layers the least and the largest share of the tokens that one expert has,
             times the number of experts: (1, 1) is balance. None for a result without sparse layers of this package.
@@ -36,7 +37,7 @@ class Verification:
     def rows(self) -> list[tuple[str, str]]:
         """Titles and texts of a table."""
         rows = [
-            ("loss, source and result", f"{self.source_loss:.4f}, {self.result_loss:.4f}"),
+            ("cross entropy, source and result", f"{self.source_loss:.4f}, {self.result_loss:.4f}"),
             ("largest logit difference", f"{self.largest_difference:.1e}"),
         ]
         if self.router_spread is not None:
@@ -45,16 +46,66 @@ class Verification:
         return rows
 
 
+def verification_ids(
+    source: str | Path,
+    gguf_file: str | None = None,
+    text: str = VERIFICATION_TEXT,
+    trust_remote_code: bool = False,
+) -> torch.Tensor:
+    """Reads the text that a verification runs on with the source's tokenizer.
+
+    Args:
+        source: folder or Hub name of the source.
+        gguf_file: name of the GGUF file in the source's folder.
+        text: what the models will read, up to 512 tokens of it.
+        trust_remote_code: run code that the source brings.
+
+    Returns:
+        Token ids, int64 of shape (1, S).
+
+    Raises:
+        UserError: if the source has no tokenizer, or the text has fewer than two tokens.
+    """
+    tokenizer = load_tokenizer(str(source), gguf_file, trust_remote_code=trust_remote_code)
+    input_ids = tokenizer(text, return_tensors="pt").input_ids[:, :512]
+    if input_ids.shape[1] < 2:
+        raise UserError(
+            f"the tokenizer of {source} makes fewer than 2 tokens of a text to verify on: save another tokenizer"
+        )
+    return input_ids
+
+
+def damaged_weight(model: PreTrainedModel) -> str | None:
+    """The name of the first parameter with a NaN or an infinity, None if every parameter is finite."""
+    return next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+
+
 @torch.no_grad()
-def _run(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[float, torch.Tensor, tuple[float, float] | None]:
+def _run(
+    model: PreTrainedModel, input_ids: torch.Tensor, name: str | Path
+) -> tuple[float, torch.Tensor, tuple[float, float] | None]:
+    """Cross entropy in nats per token, logits (1, S, V) in fp32, and the spread of the experts' loads."""
+    if (damaged := damaged_weight(model)) is not None:
+        raise UserError(
+            f"{damaged} of {name} holds NaN or infinity, so that nothing can be verified: download it again"
+        )
+    if (largest := input_ids.max().item()) >= (rows := model.get_input_embeddings().num_embeddings):
+        raise UserError(
+            f"the tokenizer has a token {largest} and {name} an embedding of {rows}: they do not belong together"
+        )
     wanted = {"output_router_logits": True} if hasattr(model, "update_routers") else {}
-    output = model.eval()(input_ids, labels=input_ids, **wanted)
+    # transformers' own loss holds the router loss too
+    output = model.eval()(input_ids, **wanted)
+    logits = output.logits.float()
+    if not logits.isfinite().all():
+        raise UserError(f"the logits of {name} are not finite in {model.dtype}: convert it with --dtype float32")
     load = getattr(output, "expert_load", None)
     spread = None
     if load is not None:
         share = load.float() / load.float().mean(dim=-1, keepdim=True)
         spread = (share.min().item(), share.max().item())
-    return output.loss.item(), output.logits.float(), spread
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], input_ids[0, 1:])
+    return loss.item(), logits, spread
 
 
 def verify(
@@ -63,6 +114,7 @@ def verify(
     gguf_file: str | None = None,
     dtype: str = "auto",
     text: str = VERIFICATION_TEXT,
+    trust_remote_code: bool = False,
 ) -> Verification:
     """Loads two checkpoints, one after the other, and compares them on a text.
 
@@ -72,12 +124,15 @@ def verify(
         gguf_file: name of the GGUF file in the source's folder.
         dtype: in which the source is loaded: the result's.
         text: what they read, up to 512 tokens of it.
+        trust_remote_code: run code that the source brings.
 
     Raises:
-        UserError: if one of them cannot be loaded.
+        UserError: if one of them cannot be loaded, has a weight that is not finite (the message names it), or gives
+            logits that are not.
     """
-    tokenizer = load_tokenizer(str(source), gguf_file)
-    input_ids = tokenizer(text, return_tensors="pt").input_ids[:, :512]
-    source_loss, expected, _ = _run(load_model(str(source), gguf_file, dtype), input_ids)
-    result_loss, got, spread = _run(load_model(str(result)), input_ids)
+    input_ids = verification_ids(source, gguf_file, text, trust_remote_code)
+    model = load_model(str(source), gguf_file, dtype, trust_remote_code=trust_remote_code)
+    source_loss, expected, _ = _run(model, input_ids, source)
+    del model
+    result_loss, got, spread = _run(load_model(str(result)), input_ids, result)
     return Verification(source_loss, result_loss, (expected - got).abs().max().item(), spread)

@@ -55,6 +55,8 @@ def _project_few(states: torch.Tensor, matrices: torch.Tensor, experts: list[int
         for expert, row, result in zip(experts, states, out, strict=True):
             torch.mv(matrices[expert], row, out=result)
         return out
+    # rows that repeat one token have the stride 0, which oneDNN does not take
+    states = states.contiguous()
     # in fp32 BLAS reads a matrix faster on the left of several rows; else one call for all experts costs least
     if states.dtype != torch.float32 and _fits_grouped_mm(matrices):
         ends = torch.tensor(experts, device=states.device).bincount(minlength=len(matrices)).cumsum(0).int()

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """From transformers' experts interface to the operator: which back end serves a module, and what none can."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -191,6 +192,8 @@ def experts_forward(
         ValueError: for inputs whose shapes or dtypes do not fit.
     """
     _check(hidden_states, top_k_index, top_k_weights, module)
+    # a narrower integer has no room for the number of experts, which marks an empty slot
+    top_k_index = top_k_index.long()
     weights, low_rank = _weights(module), _low_rank(module)
     gate = gate_of(module)
     if reason := unserved(module, gate):
@@ -243,11 +246,24 @@ def _check(hidden_states, top_k_index, top_k_weights, module) -> None:
         )
 
 
+def _eager_forward(experts_class: type[nn.Module]) -> Callable[..., torch.Tensor]:
+    """The forward that a class of experts was written with, beneath transformers' choice of an implementation."""
+    forwards = (vars(base).get("forward") for base in experts_class.__mro__)
+    return next(forward.__wrapped__ for forward in forwards if hasattr(forward, "__wrapped__"))
+
+
 def _by_transformers(module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
-    """transformers' grouped_mm, or its eager loop for the dtype and the sizes that this cannot do."""
-    if not _served_by("grouped_mm", hidden_states, _weights(module)):
-        return type(module).forward.__wrapped__(module, hidden_states, top_k_index, top_k_weights)
-    # grouped_mm expects empty slots under expert parallelism alone
+    """transformers' grouped_mm on an accelerator; the class's own loop over the experts elsewhere, and for the dtype and
+    the sizes that grouped_mm cannot do."""
+    # on CPUs grouped_mm rounds sums of 16-bit products more than the loop does, and is no faster
+    if hidden_states.device.type == "cpu" or not _served_by("grouped_mm", hidden_states, _weights(module)):
+        return _eager_forward(type(module))(module, hidden_states, top_k_index, top_k_weights)
     empty = (top_k_index < 0) | (top_k_index >= module.num_experts)
-    index = top_k_index.masked_fill(empty, 0)
+    if module._is_expert_parallel:
+        # under this flag alone grouped_mm skips the slots whose id is beyond the last expert
+        index = top_k_index.masked_fill(empty, module.num_experts)
+    else:
+        # a row that no expert takes may hold anything, and 0 times NaN is NaN
+        hidden_states = hidden_states.masked_fill(empty.all(dim=-1, keepdim=True), 0)
+        index = top_k_index.masked_fill(empty, 0)
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, index, top_k_weights.masked_fill(empty, 0))

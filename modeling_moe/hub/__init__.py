@@ -2,7 +2,7 @@
 """What a checkpoint needs besides its weights to stand on the Hub, and the way there."""
 
 from .card import write_model_card
-from .push import check_without_package, push_folder
+from .push import Published, check_without_package, push_folder
 
 
-__all__ = ["check_without_package", "push_folder", "write_model_card"]
+__all__ = ["Published", "check_without_package", "push_folder", "write_model_card"]

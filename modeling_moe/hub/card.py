@@ -1,30 +1,28 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """The model card: metadata, facts from the saved config.json, how the model was made, results, how to load it."""
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..cli import UserError
-from ..configuration_moe import MoEConfig
-from ..modeling_moe import MODELS, MoEForCausalLM, MoEPreTrainedModel
+from .facts import describe, has_chat_template
+from .history import history
 
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 MEASURES = {"loss": "Loss", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}
-PIPELINES = {
-    "AutoModel": "feature-extraction",
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForTokenClassification": "token-classification",
-    "AutoModelForQuestionAnswering": "question-answering",
-}
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+# the last line of a card that this module wrote: the hash of all before it, and what it was told, as JSON in base64
+MARK = re.compile(r"<!-- modeling_moe card ([0-9a-f]{64}) ([A-Za-z0-9+/=]+) -->\n?\Z")
+PEFT_CARD = ("# Model Card for Model ID", "[More Information Needed]")
 
 
 def write_model_card(
@@ -32,22 +30,24 @@ def write_model_card(
     *,
     repo_id: str | None = None,
     base_model: str | Sequence[str] | None = None,
-    language: str | list[str] = "en",
-    license: str = "apache-2.0",
+    language: str | list[str] | None = None,
+    license: str | None = None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     upcycling: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     tags: Sequence[str] = ("moe", "modeling_moe"),
 ) -> ModelCard:
-    """Writes `README.md` into the folder of a saved model. Needs no network.
+    """Writes `README.md` into the folder of a saved model or LoRA adapter. Needs no network.
+
+    What is not given comes from the records in the folder: `conversion.json`, `finetuning.json` and `scores.json`.
 
     Args:
         folder: where `save_pretrained` wrote the model; the facts come from its `config.json`.
         repo_id: name on the Hub, for title and load snippet; the folder's name if not given.
-        base_model: dense checkpoint(s) the model was made from. Names on the Hub become metadata, of a local path the
-            card tells the last part.
-        language: the card's metadata, as `license` and `tags`.
-        license: identifier of the Hub.
+        base_model: checkpoint(s) the model was made from. Names on the Hub become metadata, of a local path the card
+            tells the last part.
+        language: the card's metadata, as `tags`; left out if nobody knows.
+        license: identifier of the Hub, such as `apache-2.0` or `llama3.2`; left out if nobody knows.
         metrics: results of each domain, `{"wiki": {"loss": ..., "perplexity": ..., "bits_per_byte": ...}}`, any of the
             three; or before and after training, `{"wiki": {"before": {...}, "after": {...}}}`.
         upcycling: how the dense model became sparse, names and values to print.
@@ -58,71 +58,123 @@ def write_model_card(
         The card as written.
 
     Raises:
-        UserError: if the folder holds no MoE model, or a domain has none of the measures.
+        UserError: if the folder holds no model, a record is damaged, the license is no identifier, or a domain has none
+            of the measures.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    name = repo_id or folder.resolve().name
-    sources = [base_model] if isinstance(base_model, str) else list(base_model or [])
-    results = _results(metrics or {})
-    model_class = _model_class(config)
-    total, active = _count_params(model_class, config)
-    auto_class = str(model_class._auto_class)
-    task = PIPELINES[auto_class]
+    given = {
+        "repo_id": repo_id,
+        "base_model": [base_model] if isinstance(base_model, str) else list(base_model or []),
+        "language": language,
+        "license": license,
+        "metrics": metrics,
+        "upcycling": upcycling,
+        "training": training,
+        "tags": list(tags),
+    }
+    card = ModelCard(_card_text(folder, _told(given)))
+    (folder / "README.md").write_text(card.content, encoding="utf-8")
+    return card
+
+
+def own_card(
+    folder: Path,
+    *,
+    repo_id: str,
+    base_model: str | None = None,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str | None:
+    """The text of the card to publish under a name, nothing of it written.
+
+    Args:
+        folder: of a model or adapter.
+        repo_id: name on the Hub.
+        base_model: see [`write_model_card`], as are the others; what is not given stays as an earlier card has it.
+
+    Returns:
+        The text; None if the folder has a card that somebody else wrote, or has edited: it is left as it is.
+
+    Raises:
+        UserError: see [`write_model_card`]; or the license is not known.
+    """
+    earlier: dict[str, Any] = {}
+    file = folder / "README.md"
+    if file.is_file() and (text := file.read_text(encoding="utf-8")).strip():
+        mark = MARK.search(text)
+        if mark is not None and mark[1] == _hash(text[: mark.start()]):
+            earlier = json.loads(base64.b64decode(mark[2]))
+        elif not all(part in text for part in PEFT_CARD):
+            return None
+    given = {
+        "base_model": [base_model] if base_model else None,
+        "language": language,
+        "license": license,
+        "metrics": metrics,
+    }
+    told = _told(earlier | {name: value for name, value in given.items() if value is not None} | {"repo_id": repo_id})
+    text = _card_text(folder, told)
+    if not ModelCard(text).data.to_dict().get("license"):
+        raise UserError(
+            "the license of the base model is recorded nowhere: pass --license, such as apache-2.0 or llama3.2"
+        )
+    return text
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _told(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card was told, in JSON's types and without paths of this machine, and no entry that says nothing."""
+    told = {name: value for name, value in given.items() if value not in (None, [], {}, "")}
+    return {name: value if name == "repo_id" else plain(value) for name, value in told.items()}
+
+
+def _card_text(folder: Path, told: Mapping[str, Any]) -> str:
+    description = describe(folder)
+    known = history(folder) | {name: value for name, value in told.items() if name != "repo_id"}
+    name = told.get("repo_id") or folder.resolve().name
+    license = known.get("license")
+    if license is not None and not (isinstance(license, str) and LICENSE.fullmatch(license)):
+        raise UserError(f"license {license!r} is no identifier of the Hub: write it like apache-2.0, or other")
+    sources = known.get("base_model") or []
+    results = _results(known.get("metrics") or {})
     data = ModelCardData(
-        language=language,
+        language=known.get("language"),
         license=license,
-        library_name="transformers",
-        pipeline_tag=task,
-        tags=list(tags),
-        base_model=[source for source in sources if _is_hub_name(source)] or None,
-        model_name=name.rpartition("/")[2] if results else None,
-        eval_results=_eval_results(results, task) or None,
+        license_name=known.get("license_name"),
+        license_link=known.get("license_link"),
+        library_name=description["library"],
+        pipeline_tag=description["task"],
+        tags=known.get("tags") or ["moe", "modeling_moe"],
+        base_model=[source for source in sources if is_hub_name(source)] or None,
+        model_name=_printed(name).rpartition("/")[2] if results else None,
+        eval_results=_eval_results(results, description["task"]) or None,
     )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=name,
-        auto_class=auto_class,
+        title=_printed(name),
         has_code=(folder / "modeling_moe.py").is_file(),
-        facts=_facts(config, total, active),
-        total=_short(total),
-        active=_short(active),
-        is_sparse=_sparse_layers(config) > 0,
+        chats=has_chat_template(folder),
         sources=[_printed(source) for source in sources],
-        upcycling=_rows(upcycling),
-        training=_rows(training),
+        upcycling=_rows(known.get("upcycling")),
+        training=_rows(known.get("training")),
         results=_table(results),
         compared=any("before" in stages for stages in results.values()),
+        **description,
     )
-    card.save(folder / "README.md")
-    return card
+    text = card.content.rstrip("\n") + "\n\n"
+    code = base64.b64encode(json.dumps(dict(told)).encode()).decode()
+    return f"{text}<!-- modeling_moe card {_hash(text)} {code} -->\n"
 
 
-def _read_config(folder: Path) -> MoEConfig:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} has no config.json: save the model there before its card")
-    model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    if model_type != MoEConfig.model_type:
-        raise UserError(f"{file} has model_type {model_type!r}: the card is made for {MoEConfig.model_type!r}")
-    return MoEConfig.from_pretrained(folder)
-
-
-def _model_class(config: MoEConfig) -> type[MoEPreTrainedModel]:
-    classes = {model.__name__: model for model in MODELS}
-    return classes.get((config.architectures or [""])[0], MoEForCausalLM)
-
-
-def _count_params(model_class: type[MoEPreTrainedModel], config: MoEConfig) -> tuple[int, int]:
-    """Total and active parameters; the head may be another than the causal LM's, which the config counts."""
-    with torch.device("meta"):
-        total = sum(parameter.numel() for parameter in model_class(config).parameters())
-    return total, total - (config.num_params() - config.num_active_params())
-
-
-def _is_hub_name(name: str) -> bool:
-    if Path(name).exists():
+def is_hub_name(name: str) -> bool:
+    """Whether a text is `owner/name` as on the Hub, and no path on this machine."""
+    if name.count("/") != 1 or Path(name).exists():
         return False
     try:
         validate_repo_id(name)
@@ -131,67 +183,12 @@ def _is_hub_name(name: str) -> bool:
     return True
 
 
-def _short(count: int) -> str:
-    """`46702792704` as `46.7B`."""
-    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if count >= size:
-            return f"{count / size:.1f}{unit}"
-    return str(count)
-
-
-def _sparse_layers(config: MoEConfig) -> int:
-    return config.num_hidden_layers - len(config.mlp_only_layers)
-
-
-def _facts(config: MoEConfig, total: int, active: int) -> list[tuple[str, str]]:
-    sparse = _sparse_layers(config)
-    facts = [("Layers", f"{config.num_hidden_layers}, of which {sparse} sparse")]
-    if sparse:
-        facts += [
-            ("Routed experts", f"{config.num_experts}, width {config.moe_intermediate_size:,}"),
-            ("Experts per token", str(config.num_experts_per_tok)),
-        ]
-        if config.has_shared_experts:
-            facts.append(("Shared experts", _shared_experts(config)))
-        facts.append(("Router", _router(config)))
-        losses = {"load balance": config.router_aux_loss_coef, "z-loss": config.router_z_loss_coef}
-        if any(losses.values()):
-            weights = ", ".join(f"{loss} {weight:g}" for loss, weight in losses.items() if weight)
-            facts.append(("Router losses in training", weights))
-    facts += [
-        ("Total parameters", f"{total:,}"),
-        ("Active parameters per token", f"{active:,}"),
-        ("Hidden size", f"{config.hidden_size:,}"),
-        ("Context", f"{config.max_position_embeddings:,} tokens"),
-    ]
-    if config.dtype is not None:
-        facts.append(("Data type", str(config.dtype).removeprefix("torch.")))
-    return facts
-
-
-def _shared_experts(config: MoEConfig) -> str:
-    gate = ", gated" if config.shared_expert_gate else ""
-    count = {0: "", 1: "1, "}.get(config.num_shared_experts, f"{config.num_shared_experts}, together of ")
-    return f"{count}width {config.shared_expert_intermediate_size:,}{gate}"
-
-
-def _router(config: MoEConfig) -> str:
-    parts = [f"`{config.router_type}` on {config.scoring_func} scores"]
-    if config.norm_topk_prob:
-        parts.append("weights divided by their sum")
-    if config.routed_scaling_factor != 1:
-        parts.append(f"scaled by {config.routed_scaling_factor:g}")
-    if config.n_group > 1:
-        parts.append(f"{config.topk_group} of {config.n_group} groups")
-    if config.router_selection_bias:
-        parts.append("bias on the selection")
-    return ", ".join(parts)
-
-
 def _results(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """Domain -> `"before"` or `"after"` -> measure -> value, known measures only."""
     results = {}
     for domain, values in metrics.items():
+        if not isinstance(values, Mapping):
+            raise UserError(f"metrics of domain {domain!r} are no table: give {', '.join(MEASURES)}")
         stages = values if {"before", "after"} & set(values) else {"after": values}
         results[domain] = {
             stage: {measure: float(stages[stage][measure]) for measure in MEASURES if measure in stages[stage]}
@@ -245,8 +242,20 @@ def _rows(values: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     ]
 
 
+def plain(value: Any) -> Any:
+    """A value in JSON's types; of an absolute path the last part, since the rest is of no use to a reader."""
+    if isinstance(value, Mapping):
+        return {str(plain(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = str(value)
+    return Path(text).name if Path(text).is_absolute() or text.startswith("~") else text
+
+
 def _printed(value: Any) -> str:
-    """A value as a table cell; of an absolute path the last part, since the rest is of no use to a reader."""
+    """A value as a table cell, in one line; nothing in it is taken for Markdown's cells or for HTML."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -255,7 +264,5 @@ def _printed(value: Any) -> str:
         return ", ".join(f"{_printed(key)}: {_printed(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, Iterable) and not isinstance(value, str):
         return ", ".join(_printed(item) for item in value if item is not None)
-    text = str(value)
-    if Path(text).is_absolute():
-        text = Path(text).name
-    return text.replace("|", "\\|").replace("\n", " ")
+    text = " ".join(str(plain(value)).split())
+    return text.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;").replace("`", "'")

@@ -3,6 +3,9 @@
 
 With this package imported, PEFT's `target_parameters` on experts that [`~modeling_moe.dispatch`] serves are low-rank
 products on the tokens, in place of an updated copy of every expert's weight. PEFT is imported when it is used.
+
+PEFT's other methods know no default layers of this model: name them, as in
+`IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])`.
 """
 
 from importlib import import_module

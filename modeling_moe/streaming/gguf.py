@@ -1,11 +1,13 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """GGUF files, read tensor by tensor with what transformers and the `gguf` library know of their names and layouts."""
 
+import itertools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from ..cli import UserError
+from .damage import refuse_not_finite
+from .gguf_header import refuse_damaged_header
 from .tensors import Index, LazyTensor, State
 
 
@@ -46,7 +50,12 @@ class _Stored:
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         count = (self.shape[0] if stop is None else stop) - start
         packed = np.fromfile(self.file, np.uint8, count * row, offset=self.offset + start * row)
-        return dequantize(packed.view(self.dtype).reshape(count, *self.shape[1:]), self.kind)
+        if len(packed) != count * row:
+            raise UserError(f"{self.file} became shorter while it was read: download it again")
+        values = dequantize(packed.view(self.dtype).reshape(count, *self.shape[1:]), self.kind)
+        remedy = "the file is damaged, download it again"
+        refuse_not_finite(torch.from_numpy(values), f"{self.name} in {self.file}", remedy)
+        return values
 
 
 def read_gguf(file: Path) -> State:
@@ -58,17 +67,22 @@ def read_gguf(file: Path) -> State:
     """
     if not file.is_file():
         raise UserError(f"gguf_file {file.name} is not in {file.parent}: name a file of that folder")
+    refuse_damaged_header(file)
     try:
         architecture, stored = _stored_tensors(file)
         config = load_gguf_checkpoint(file)["config"]
+        _refuse_more_layers(file, config, stored)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
         mapping = get_gguf_hf_weights_map(_names(model), processor)
     except ImportError as error:
         raise UserError(f"{file} needs the gguf library: pip install gguf") from error
-    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
-        raise UserError(f"{file} cannot be read as a GGUF file: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        # both libraries take what a file says without looking, and fail where it does not fit in any way
+        raise UserError(f"{file} cannot be read as a GGUF file: {type(error).__name__} {error}") from error
     members = defaultdict(list)
     for tensor in stored:
         if name := mapping.get(tensor.name) or mapping.get(tensor.name.removesuffix(".weight")):
@@ -89,7 +103,19 @@ def _stored_tensors(file: Path) -> tuple[str, list[_Stored]]:
         _Stored(file, t.name, t.tensor_type, t.data_offset, t.data.shape, t.data.dtype, t.n_elements)
         for t in reader.tensors
     ]
+    ends = sorted((t.data_offset, t.data_offset + t.n_bytes, t.name) for t in reader.tensors)
+    for (_, end, name), (start, _, other) in itertools.pairwise(ends):
+        if start < end:
+            raise UserError(f"{file} is damaged: {name} and {other} overlap; download it again")
     return read_field(reader, "general.architecture")[0], stored
+
+
+def _refuse_more_layers(file: Path, config: dict[str, Any], stored: list[_Stored]) -> None:
+    """Refuses metadata with more layers than there are tensors, before a model is built that has so many."""
+    if (layers := config.get("num_hidden_layers", 0)) > len(stored):
+        raise UserError(
+            f"{file} is damaged: it asks for {layers} layers and has {len(stored)} tensors; download it again"
+        )
 
 
 def _names(model: PreTrainedModel) -> SimpleNamespace:

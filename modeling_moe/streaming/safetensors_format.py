@@ -6,10 +6,13 @@ import math
 import struct
 from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..cli import UserError
+from .damage import refuse_not_finite
 from .tensors import Index, LazyTensor, State
 
 
@@ -40,6 +43,8 @@ BLOCK = 1 << 24
 def read_tensors(file: Path) -> State:
     """The tensors of a safetensors file, of which only the header is read.
 
+    The safetensors library checks the header: that tensors neither overlap nor leave holes, and that names differ.
+
     Raises:
         UserError: if the file is damaged, or has a dtype that torch lacks.
     """
@@ -49,15 +54,39 @@ def read_tensors(file: Path) -> State:
         if size < 8 or length > size - 8:
             raise UserError(f"{file} is truncated or no safetensors file ({size} bytes): download it again")
         try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise UserError(f"{file} is no safetensors file, its header is not JSON: download it again") from error
+            # it maps the file and touches the header alone, so that no memory counts
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            held = _held_bytes(stream, length)
+            if held is not None and held != size:
+                raise UserError(
+                    f"{file} has {size} bytes where its header asks for {held}: download it again"
+                ) from error
+            raise UserError(f"{file} is damaged or no safetensors file: {error}; download it again") from error
+        stream.seek(8)
+        header = json.loads(stream.read(length), object_pairs_hook=partial(_distinct, file))
     header.pop("__metadata__", None)
-    start = 8 + length
-    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != end:
-        raise UserError(f"{file} has {size} bytes where its header asks for {end}: download it again")
-    return {name: _tensor(file, name, entry, start) for name, entry in header.items()}
+    return {name: _tensor(file, name, entry, 8 + length) for name, entry in header.items()}
+
+
+def _held_bytes(stream: BinaryIO, length: int) -> int | None:
+    """Size of the file that a header asks for; None if it is no header."""
+    stream.seek(8)
+    try:
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        return 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError):
+        return None
+
+
+def _distinct(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{file} has {twice} twice in its header: download it again")
+    return dict(pairs)
 
 
 def _tensor(file: Path, name: str, entry: dict, start: int) -> LazyTensor:
@@ -71,7 +100,7 @@ def _tensor(file: Path, name: str, entry: dict, start: int) -> LazyTensor:
         raise UserError(
             f"{name} in {file} has {last - first} bytes, which do not fit its shape: download the file again"
         )
-    whole = LazyTensor(shape, dtype, partial(_read, file, start + first, shape, dtype))
+    whole = LazyTensor(shape, dtype, partial(_read, file, name, start + first, shape, dtype))
     if whole.nbytes <= BLOCK or shape[0] == 1:
         return whole
     rows = max(1, BLOCK * shape[0] // whole.nbytes)
@@ -79,31 +108,37 @@ def _tensor(file: Path, name: str, entry: dict, start: int) -> LazyTensor:
     return LazyTensor(shape, dtype, whole.load, parts)
 
 
-def _read(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype, index: Index) -> torch.Tensor:
+def _read(
+    file: Path, name: str, offset: int, shape: tuple[int, ...], dtype: torch.dtype, index: Index
+) -> torch.Tensor:
     """The part `tensor[index]`; rows are read whole, and where only some columns are asked for, block by block."""
     if not shape:
-        return _read_rows(file, offset, (1,), dtype).reshape(())
+        return _read_rows(file, name, offset, (1,), dtype).reshape(())
     ranges = [range(size)[part] for size, part in zip(shape, index + (slice(None),) * len(shape), strict=False)]
     rows, columns = ranges[0], tuple(slice(part.start, part.stop) for part in ranges[1:])
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     offset += rows.start * row_bytes
     if all(len(part) == size for part, size in zip(ranges[1:], shape[1:], strict=True)):
-        return _read_rows(file, offset, (len(rows), *shape[1:]), dtype)
+        return _read_rows(file, name, offset, (len(rows), *shape[1:]), dtype)
     result = torch.empty([len(part) for part in ranges], dtype=dtype)
     step = max(1, BLOCK // max(1, row_bytes))
     for row in range(0, len(rows), step):
         block = (min(step, len(rows) - row), *shape[1:])
-        result[row : row + step] = _read_rows(file, offset + row * row_bytes, block, dtype)[(slice(None), *columns)]
+        result[row : row + step] = _read_rows(file, name, offset + row * row_bytes, block, dtype)[
+            (slice(None), *columns)
+        ]
     return result
 
 
-def _read_rows(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _read_rows(file: Path, name: str, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
     with open(file, "rb") as stream:
         stream.seek(offset)
         if stream.readinto(buffer.numpy()) != len(buffer):
             raise UserError(f"{file} became shorter while it was read: download it again")
-    return buffer.view(dtype).reshape(shape)
+    tensor = buffer.view(dtype).reshape(shape)
+    refuse_not_finite(tensor, f"{name} in {file}", "the file is damaged, download it again")
+    return tensor
 
 
 def make_header(tensors: State) -> bytes:

@@ -4,11 +4,9 @@
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +14,18 @@ import numpy as np
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from .. import __version__
-from ..cli import UserError
-from ..files import put_in_place, refuse_occupied
-from .hashes import SUMS_NAME, hash_file, read_sums
-from .progress import byte_progress
+from ..cli import Interrupted, UserError
+from ..utils.atomic import part_of, write_text
+from ..utils.folders import RECORD_NAME, STAGE_NAME, ResultFolder, describe
+from ..utils.hashes import hash_file, read_sums, write_sums
+from ..utils.progress import byte_progress
+from ..utils.sizes import size_text
+from .damage import UnusableError, refuse_not_finite
 from .safetensors_format import make_header
 from .tensors import State
 
 
-RECIPE_NAME = "conversion.json"
+INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class _Shard:
             for chunk in tensor.chunks():
                 if chunk.dtype != tensor.dtype:
                     raise RuntimeError(f"{name} is {chunk.dtype} where {tensor.dtype} was announced")
+                refuse_not_finite(chunk, f"{name} of the result", "it overflows in this dtype: choose another dtype")
                 count += chunk.numel()
                 yield chunk.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
             if count != tensor.numel:
@@ -53,59 +54,101 @@ class _Shard:
 
 
 def write_checkpoint(
-    output_dir: str | Path,
+    output_dir: str | Path | ResultFolder,
     state: State,
     recipe: dict,
     finish: Callable[[Path], None],
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
+    sources: Sequence[str | Path] = (),
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a checkpoint that transformers loads; memory holds about one tensor at a time.
 
-    The shards grow in a hidden folder beside `output_dir`, which takes its place at the end. After an interruption the
-    same call goes on after the last whole shard, and ends with the same bytes.
+    The shards grow in a hidden folder, which takes the place of `output_dir` at the end, see [`ResultFolder`]. After an
+    interruption the same call goes on after the last whole shard, and ends with the same bytes.
 
     Args:
-        output_dir: written whole or not at all.
+        output_dir: written whole or not at all; of a `ResultFolder` its own `overwrite` and sources count.
         state: names to tensors; read in this order, but for those of a shard with larger elements, which come first.
         recipe: what the tensors were made from and how, in JSON's types. It is kept in `conversion.json`, and tells
             whether an interrupted run was the same: name in it all that changes a byte.
-        finish: writes what else belongs into the folder that it is given: configuration, tokenizer.
-        overwrite: replace `output_dir`, and an interrupted run of another recipe.
+        finish: writes what else belongs into the empty folder that it is given: configuration, tokenizer.
+        overwrite: replace what an earlier run wrote at `output_dir`, and an interrupted run of another recipe.
         max_shard_size: as transformers' `save_pretrained` takes it; a larger tensor gets a file of its own.
         progress: show a progress bar on stderr.
+        sources: folders that are read; none may be, hold or lie in `output_dir`.
+        check: looks at the whole folder before it takes its place, and raises if it will not do.
 
     Raises:
-        UserError: if `output_dir` is not empty, an interrupted run had another recipe, or the disk is or becomes full.
+        UserError: if `output_dir` may not be written, an interrupted run had another recipe, the disk is or becomes full,
+            or another process writes there.
+        UnusableError: if a tensor has a value that is not finite; nothing is left then.
+        Interrupted: on Ctrl-C; whole shards are kept.
     """
-    output_dir = Path(output_dir)
-    refuse_occupied(output_dir, overwrite)
+    folder = output_dir if isinstance(output_dir, ResultFolder) else ResultFolder(output_dir, overwrite, sources)
     shards, index = _plan(state, max_shard_size)
-    description = _describe(recipe, shards)
-    partial = output_dir.with_name(f".{output_dir.name}.partial")
-    _refuse_other_run(partial, description, overwrite)
-    with byte_progress("writing", sum(shard.nbytes for shard in shards), progress) as advance:
-        sums = _whole_shards(partial, shards, advance)
-        missing = [shard for shard in shards if shard.name not in sums]
-        _refuse_full_disk(output_dir, sum(shard.nbytes for shard in missing))
+    layout = hashlib.sha256(b"".join(shard.name.encode() + shard.header for shard in shards)).hexdigest()
+    description = describe(recipe, layout=layout)
+    refuse_full_disk(folder, sum(shard.nbytes for shard in shards))
+    with folder.writing() as partial:
+        _refuse_other_run(folder, description)
+        sums: dict[str, str] = {}
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            _write_text(partial / RECIPE_NAME, description)
-            for shard in missing:
-                sums[shard.name] = _write_shard(partial / shard.name, shard, advance)
-                _write_sums(partial, sums)
-            if index:
-                _write_text(partial / "model.safetensors.index.json", index)
-            finish(partial)
-            _sync(partial)
+            with byte_progress("writing", sum(shard.nbytes for shard in shards), progress) as advance:
+                sums |= _whole_shards(folder, shards, advance)
+                write_text(partial / RECORD_NAME, description)
+                for shard in shards:
+                    if shard.name not in sums:
+                        sums[shard.name] = _write_shard(partial / shard.name, shard, advance)
+                        write_sums(partial, sums)
+            _finish(folder, index, sums, finish, check)
         except BaseException as error:
-            if not sums:
-                shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _disk_full(output_dir, shards, sums) from error
+            _give_up(folder, shards, sums, error)
             raise
-    put_in_place(partial, output_dir)
+        folder.commit()
+
+
+def _finish(
+    folder: ResultFolder,
+    index: str,
+    sums: dict[str, str],
+    finish: Callable[[Path], None],
+    check: Callable[[Path], None] | None,
+) -> None:
+    """Adds what is not a shard, and has the whole result looked at."""
+    stage = folder.partial / STAGE_NAME
+    stage.mkdir()
+    if index:
+        write_text(stage / INDEX_NAME, index)
+    finish(stage)
+    folder.seal(sums)
+    if check is None:
+        return
+    try:
+        check(folder.partial)
+    except UserError as error:
+        # the next run would write the same bytes and fail here again
+        raise UnusableError(str(error)) from error
+
+
+def _give_up(folder: ResultFolder, shards: list[_Shard], sums: dict[str, str], error: BaseException) -> None:
+    """Keeps whole shards for the next run where it can use them, and says so."""
+    if not sums or isinstance(error, UnusableError):
+        folder.clear()
+    else:
+        folder.clear(but=sums)
+        write_sums(folder.partial, sums)
+    rest = f", it goes on after shard {len(sums)} of {len(shards)}" if sums else ""
+    if isinstance(error, KeyboardInterrupt):
+        raise Interrupted(f"give the same command again{rest}") from error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        needed = sum(shard.nbytes for shard in shards if shard.name not in sums)
+        lacking = max(0, needed - free_bytes(folder))
+        raise UserError(
+            f"No space left for output_dir {folder.path}: free {size_text(lacking)} and run the same command again{rest}"
+        ) from error
 
 
 def _plan(state: State, max_shard_size: int | str) -> tuple[list[_Shard], str]:
@@ -131,86 +174,72 @@ def _plan(state: State, max_shard_size: int | str) -> tuple[list[_Shard], str]:
     return shards, json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def _describe(recipe: dict, shards: list[_Shard]) -> str:
-    """What `conversion.json` says: the recipe, the version, and a fingerprint of the layout."""
-    layout = hashlib.sha256()
-    for shard in shards:
-        layout.update(shard.name.encode() + shard.header)
-    description = {"modeling_moe_version": __version__, "recipe": recipe, "layout": layout.hexdigest()}
-    return json.dumps(description, indent=2) + "\n"
-
-
-def _refuse_other_run(partial: Path, description: str, overwrite: bool) -> None:
+def _refuse_other_run(folder: ResultFolder, description: str) -> None:
     """Removes what an interrupted run of another recipe left, if that may be replaced."""
-    recipe = partial / RECIPE_NAME
-    if not partial.exists() or (recipe.exists() and recipe.read_text() == description):
+    recipe = folder.partial / RECORD_NAME
+    if recipe.exists() and recipe.read_text(encoding="utf-8") == description:
         return
-    if recipe.exists() and not overwrite:
+    if recipe.exists() and not folder.overwrite:
         raise UserError(
-            f"{partial} holds an interrupted run with other options, another source or another version: remove it, or "
-            "pass --overwrite to start afresh"
+            f"{folder.partial} holds an interrupted run with other options, another source or another version: remove it, "
+            "or pass --overwrite to start afresh"
         )
-    shutil.rmtree(partial)
+    folder.clear()
 
 
-def _whole_shards(partial: Path, shards: list[_Shard], advance: Callable[[int], None]) -> dict[str, str]:
+def _whole_shards(folder: ResultFolder, shards: list[_Shard], advance: Callable[[int], None]) -> dict[str, str]:
     """The finished shards of an interrupted run, with their hashes; all else that it left is removed."""
-    if not partial.exists():
-        return {}
-    listed, sums = read_sums(partial), {}
+    listed, sums = read_sums(folder.partial), {}
     for shard in shards:
-        file = partial / shard.name
+        file = folder.partial / shard.name
         if shard.name not in listed or not file.exists() or file.stat().st_size != shard.nbytes:
             continue
         if hash_file(file, advance) == listed[shard.name]:
             sums[shard.name] = listed[shard.name]
         else:
             advance(-shard.nbytes)
-    for file in partial.iterdir():
-        if file.name not in (RECIPE_NAME, *sums):
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
-    _write_sums(partial, sums)
+    folder.clear(but=sums)
+    if sums:
+        write_sums(folder.partial, sums)
     return sums
 
 
-def _refuse_full_disk(output_dir: Path, needed: int) -> None:
-    free = _free_bytes(output_dir)
+def free_bytes(folder: ResultFolder) -> int:
+    """Bytes that the disk has for a result."""
+    return shutil.disk_usage(next(parent for parent in folder.partial.parents if parent.exists())).free
+
+
+def refuse_full_disk(folder: ResultFolder, nbytes: int) -> None:
+    """Refuses a result that does not fit, what an interrupted run has written of it deducted.
+
+    Args:
+        folder: where it goes.
+        nbytes: of the whole result.
+
+    Raises:
+        UserError: names what is needed and what is free.
+    """
+    written = folder.partial.glob("*.safetensors") if folder.partial.is_dir() else ()
+    needed, free = nbytes - sum(file.stat().st_size for file in written), free_bytes(folder)
     if needed > free:
         raise UserError(
-            f"output_dir {output_dir} needs {_gigabytes(needed)} where {_gigabytes(free)} are free: free "
-            f"{_gigabytes(needed - free)} or choose another"
+            f"output_dir {folder.path} needs {size_text(needed)} where {size_text(free, up=False)} are free: free "
+            f"{size_text(needed - free)} or choose another"
         )
 
 
-def _disk_full(output_dir: Path, shards: list[_Shard], sums: dict[str, str]) -> UserError:
-    needed = sum(shard.nbytes for shard in shards if shard.name not in sums)
-    lacking = max(0, needed - _free_bytes(output_dir))
-    rest = f", it goes on after shard {len(sums)} of {len(shards)}" if sums else ""
-    return UserError(
-        f"No space left for output_dir {output_dir}: free {_gigabytes(lacking)} and run the same command again{rest}"
-    )
-
-
-def _free_bytes(output_dir: Path) -> int:
-    return shutil.disk_usage(next(folder for folder in output_dir.absolute().parents if folder.exists())).free
-
-
-def _gigabytes(count: int) -> str:
-    return f"{math.ceil(count / 1e8) / 10} GB"
-
-
 def _write_shard(file: Path, shard: _Shard, advance: Callable[[int], None]) -> str:
-    """Writes a shard and returns its SHA-256 in hex; the file appears under its name when it is whole."""
-    digest, part = hashlib.sha256(), _part(file)
+    """Writes a shard and returns its SHA-256 in hex; the file appears under its name when it is whole.
+
+    It hashes in this thread, at some loss of speed: whoever waits for another thread when Ctrl-C comes can wait forever.
+    """
+    digest, part = hashlib.sha256(), part_of(file)
     try:
-        with open(part, "wb") as stream, ThreadPoolExecutor(1) as hasher:
-            hashed = hasher.submit(digest.update, b"")
+        with open(part, "wb") as stream:
             for piece in shard.pieces():
-                hashed.result()  # of the piece before, so that no more than two are in memory
-                hashed = hasher.submit(digest.update, piece)
+                digest.update(piece)
                 stream.write(piece)
                 advance(len(piece))
-            hashed.result()
             stream.flush()
             os.fsync(stream.fileno())
         part.rename(file)
@@ -218,29 +247,3 @@ def _write_shard(file: Path, shard: _Shard, advance: Callable[[int], None]) -> s
         part.unlink(missing_ok=True)
         raise
     return digest.hexdigest()
-
-
-def _part(file: Path) -> Path:
-    """Where a file grows; of each process its own, so that two of them cannot mix their bytes."""
-    return file.with_name(f"{file.name}.{os.getpid()}.part")
-
-
-def _write_text(file: Path, text: str) -> None:
-    part = _part(file)
-    with open(part, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.rename(file)
-
-
-def _write_sums(folder: Path, sums: dict[str, str]) -> None:
-    _write_text(folder / SUMS_NAME, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
-
-
-def _sync(folder: Path) -> None:
-    """Makes sure that all files are on the disk before the folder is taken for whole."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())

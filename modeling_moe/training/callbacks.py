@@ -9,8 +9,9 @@ from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_utils import has_length
 
-from ..balancing import update_routers
+from ..balancing import forget_counts, update_routers
 from ..dispatch.casting import cast_once
+from .restoring import RestoringError, load_from_disk_names, restore_hook
 
 
 def _set_router_loss_scale(model: nn.Module, scale: float) -> None:
@@ -44,6 +45,9 @@ class MoECallback(TrainerCallback):
     micro-batches, and the scale of fp16 training (not DeepSpeed's own). So a step's gradient is the mean over its
     sequences, however micro-batches of equally many sequences split it.
     Both reach through PEFT, DDP and FSDP wrappers, and do nothing to a model without experts.
+    The model's `load_state_dict` takes the names that its checkpoints have on disk ([`~modeling_moe.training.restoring`]), so
+    that resuming and `load_best_model_at_end` give transformers' own models their experts and routers, from one file or
+    shards; what a checkpoint lacks is an error.
 
     `import modeling_moe.training` gives one to each `Trainer` made after, TRL's included. To pass one by hand changes
     nothing.
@@ -53,8 +57,23 @@ class MoECallback(TrainerCallback):
         >>> trainer = Trainer(model=model, args=args, train_dataset=dataset)
     """
 
+    def on_init_end(self, args, state, control, **kwargs):
+        """Lets the model load what its checkpoints hold."""
+        load_from_disk_names(kwargs["model"])
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Refuses to go on from a checkpoint that was not loaded whole."""
+        hook, resumed = restore_hook(kwargs["model"]), state.global_step > 0
+        if hook is not None:
+            hook.finish(whole=resumed)
+        elif load_from_disk_names(kwargs["model"]) is not None and resumed:
+            raise RestoringError(
+                "resuming with model_init does not load the experts: give the Trainer a model instead"
+            )
+
     def on_step_begin(self, args, state, control, **kwargs):
-        """Scales the router losses of one micro-batch."""
+        """Scales the router losses of one micro-batch, and forgets what an abandoned step has counted."""
+        forget_counts(kwargs["model"])
         loader = kwargs["train_dataloader"]
         batches = len(loader) if has_length(loader) else None
         scale = 1 / micro_batches(args.gradient_accumulation_steps, state.global_step, batches)
@@ -68,8 +87,11 @@ class MoECallback(TrainerCallback):
         update_routers(kwargs["model"])
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Takes the scale back."""
+        """Takes the scale back, and refuses a best checkpoint that was not loaded whole."""
         _set_router_loss_scale(kwargs["model"], 1.0)
+        hook = restore_hook(kwargs["model"])
+        if hook is not None:
+            hook.finish(whole=args.load_best_model_at_end and state.best_model_checkpoint is not None)
 
 
 class DefaultMoECallback(MoECallback):

@@ -13,11 +13,9 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ import numpy as np
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from tqdm.auto import tqdm
 
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
@@ -35,6 +32,7 @@ from ..modeling_moe import MoEForCausalLM
 from ..routers import router_class
 from ..routing import Routing, expert_load
 from .data import DataArguments, cut_documents, hold_out
+from .runs import RunsFile, run_all
 
 
 PAD = 256
@@ -80,6 +78,10 @@ class ComparisonArguments:
     learning_rate: float = field(default=3e-3, metadata={"help": "of AdamW"})
     seed: int = field(default=0, metadata={"help": "of weights, batches and the routers' noise"})
     workers: int = field(default=1, metadata={"help": "routers trained at a time, each by one thread"})
+    runs_file: str | None = field(
+        default=None,
+        metadata={"help": "JSON lines, one for each router that is trained: those there are not trained again"},
+    )
     output_json: str | None = field(default=None, metadata={"help": "file for the results, curves included"})
     plot: str | None = field(default=None, metadata={"help": "PNG of loss and MaxVio over the steps"})
     markdown: str | None = field(default=None, metadata={"help": "file for the table as GitHub markdown"})
@@ -88,7 +90,7 @@ class ComparisonArguments:
         for name, least in {"steps": 1, "batch_size": 1, "length": 2, "eval_batches": 1, "workers": 1}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        for name in ("output_json", "plot", "markdown"):
+        for name in ("runs_file", "output_json", "plot", "markdown"):
             path = getattr(self, name)
             if path is not None and not Path(path).parent.is_dir():
                 raise UserError(f"{name} {path}: make the folder {Path(path).parent} first")
@@ -394,17 +396,26 @@ def compare_routers(args: ComparisonArguments) -> list[RouterResult]:
                 f"router {entry.name!r} has num_tasks={config.num_tasks} and the data {len(corpus.training)} domains, each "
                 "of which is a task: raise it"
             )
-    if args.workers == 1:
-        return [train_router(entry, model, corpus, args) for entry in tqdm(entries, desc="routers")]
-    with ProcessPoolExecutor(min(args.workers, len(entries)), mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(train_router, entry, model, corpus, args) for entry in entries]
-        try:
-            for job in tqdm(as_completed(jobs), desc="routers", total=len(jobs)):
-                job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        return [job.result() for job in jobs]
+    file = RunsFile(args.runs_file, _settings(args, model))
+    done = {_key(run): run for run in file.read(lambda run: RouterResult(**run))}
+
+    def finish(run: RouterResult) -> None:
+        done[_key(run)] = run
+        file.add(asdict(run))
+
+    missing = [(entry, model, corpus, args) for entry in entries if _key(entry) not in done]
+    run_all(missing, train_router, args.workers, finish, file, "routers")
+    return [done[_key(entry)] for entry in entries]
+
+
+def _settings(args: ComparisonArguments, model: dict[str, Any]) -> dict[str, Any]:
+    """All that a run depends on, beside the router's entry."""
+    free = ("routers_file", "only", "workers", "runs_file", "output_json", "plot", "markdown")
+    return {name: value for name, value in asdict(args).items() if name not in free} | {"model": model}
+
+
+def _key(entry: RouterEntry | RouterResult) -> str:
+    return json.dumps([entry.name, entry.fields, entry.source, entry.highlight], sort_keys=True)
 
 
 def write_json(path: str, args: ComparisonArguments, results: list[RouterResult]) -> None:

@@ -1,13 +1,17 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """Fine-tuning by transformers' `Trainer`: all weights, some of them, or LoRA by PEFT."""
 
+import logging
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -23,15 +27,21 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..cli import UserError
 from ..lora.sharding import full_shape
-from ..utils.loading import load_config, load_model, load_tokenizer
+from ..utils.loading import load_config, load_model, load_tokenizer, refuse_misfit
 from .arguments import LoraArguments, ModelArguments
 from .callbacks import CastOnceCallback
 from .data import DataArguments, load_and_pack
 from .freezing import FreezeExpertsCallback
+from .interruption import SaveOnInterrupt
 from .nan_stop import NanStopMixin
+from .presets import is_preset, new_model, preset_config
+from .record import write_record
+from .resume_state import read_trainer_state
 from .resuming import WholeCheckpointsTrainer, checkpoint_to_resume, discard_checkpoints, save_result
 from .sharded import ShardedResumeMixin, is_split
 
+
+logger = logging.getLogger(__name__)
 
 # part of a model -> names of its parameters
 PARTS = {
@@ -47,6 +57,7 @@ class FinetuneResult:
 
     Attributes:
         steps: optimizer steps, those before a resumption included.
+        processes: how many trained, each on batches of its own unless the model was split over them.
         trained_params: parameters that were trained.
         first_loss: mean of the first quarter of the training losses logged, nats per token, router losses included;
             NaN if none was.
@@ -57,6 +68,7 @@ class FinetuneResult:
     """
 
     steps: int
+    processes: int
     trained_params: int
     first_loss: float
     last_loss: float
@@ -68,6 +80,33 @@ class FinetuneResult:
 class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer):
     """transformers' `Trainer` that stops at NaN, and whose checkpoints are enough to resume and tell whether they are
     whole."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Evaluates; of several domains it adds the mean of their losses, by which the best checkpoint is chosen."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        domains = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(domains, dict):
+            metrics[f"{metric_key_prefix}_loss"] = fmean(
+                metrics[f"{metric_key_prefix}_{name}_loss"] for name in domains
+            )
+        return metrics
+
+
+class ScheduleCallback(TrainerCallback):
+    """Says that a resumed run goes on with another learning rate than the run that it resumes would have had."""
+
+    def __init__(self, checkpoint: str):
+        self._before = read_trainer_state(checkpoint)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Compares the last steps of both."""
+        constant = str(args.lr_scheduler_type) in ("constant", "SchedulerType.CONSTANT", "constant_with_warmup")
+        if state.max_steps != self._before.max_steps and not constant and state.is_world_process_zero:
+            logger.warning(
+                f"The run that is resumed was to end at step {self._before.max_steps} and this one ends at "
+                f"{state.max_steps}: from here on the learning rate follows another schedule, and the result is not that of a "
+                "run in one piece."
+            )
 
 
 class LogAtCheckpoints(TrainerCallback):
@@ -105,17 +144,29 @@ def _add_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
         raise UserError(
             "lora_router false would lose what the routers' controller moves in training: set lora_router true"
         )
-    return get_peft_model(model, args.config(model))
+    adapted = get_peft_model(model, args.config(model))
+    for config in adapted.peft_config.values():
+        if config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
+            # an adapter may be loaded from any folder
+            config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
+    return adapted
 
 
 def _load_for_training(
-    model_args: ModelArguments, lora_args: LoraArguments, checkpointing: bool, resume: str | None
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    checkpointing: bool,
+    resume: str | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel | PeftModel:
-    source = model_args.model_name_or_path
-    if resume is not None and (Path(resume) / "config.json").is_file():
-        # `Trainer` looks for fused experts, and transformers' own models have one tensor for each in the checkpoint
+    source, split = model_args.model_name_or_path, model_args.distributed_config()
+    if resume is not None and split is not None and (Path(resume) / "config.json").is_file():
+        # `Trainer` loads no weights into a model that is split already
         source = resume
-    model = load_model(source, dtype=model_args.dtype or "auto", distributed_config=model_args.distributed_config())
+    dtype, trust = model_args.dtype or "auto", model_args.trust_remote_code
+    if is_preset(source):
+        return new_model(source, tokenizer, dtype, trust_remote_code=trust)
+    model = load_model(source, dtype=dtype, distributed_config=split, trust_remote_code=trust)
     if model_args.method == "lora":
         model = _add_lora(model, lora_args)
     elif model_args.method != "full":
@@ -127,6 +178,11 @@ def _load_for_training(
 
 
 def _check_processes(args: TrainingArguments, model_args: ModelArguments) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and args.world_size == 1:
+        raise UserError(
+            f"{launched} processes were started, and each would train alone, for there is no GPU: add --use_cpu true"
+        )
     needed = model_args.fsdp_size * model_args.tp_size
     if needed not in (1, args.world_size):
         raise UserError(
@@ -153,13 +209,6 @@ def _check_report_to(args: TrainingArguments) -> None:
         raise UserError(f"report_to: {error}") from error
 
 
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel) -> None:
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: match them"
-        )
-
-
 def _casts_once(trainer: Trainer, model: nn.Module) -> bool:
     """Whether the experts' copies under autocast can be shared by a whole step."""
     args = trainer.args
@@ -169,13 +218,60 @@ def _casts_once(trainer: Trainer, model: nn.Module) -> bool:
 
 def _train(trainer: Trainer, model: nn.Module, resume: str | None) -> dict[str, float]:
     """Trains, and returns the metrics of that."""
-    casting = CastOnceCallback()
+    casting, stopping = CastOnceCallback(), SaveOnInterrupt()
+    trainer.add_callback(stopping)
     if _casts_once(trainer, model):
         trainer.add_callback(casting)
     try:
-        return trainer.train(resume_from_checkpoint=resume).metrics
+        with stopping.listening():
+            return trainer.train(resume_from_checkpoint=resume).metrics
     finally:
         casting.close()
+
+
+def _make_trainer(
+    model: PreTrainedModel | PeftModel,
+    args: TrainingArguments,
+    train: Dataset,
+    held_out: dict[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: list[TrainerCallback],
+) -> FinetuneTrainer:
+    try:
+        trainer = FinetuneTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out or None,
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+            callbacks=[LogAtCheckpoints(), *callbacks],
+        )
+    except ValueError as error:
+        # arguments that do not go together; the message is transformers' own
+        raise UserError(str(error)) from error
+    _check_dtypes(trainer, model)
+    return trainer
+
+
+def _check_merge(trainer: Trainer, model: nn.Module, merge: bool) -> None:
+    if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_split(model)):
+        raise UserError(
+            "merge_lora true cannot merge a model that is split over ranks: set merge_lora false, and merge the adapter "
+            "into the whole model by PEFT's merge_and_unload"
+        )
+
+
+def _save(
+    trainer: FinetuneTrainer, tokenizer: PreTrainedTokenizerBase, merge: bool, model_args: ModelArguments
+) -> None:
+    # `Trainer` turns it off for checkpointing, in the checkpoints that a run resumes from too
+    source = model_args.model_name_or_path
+    read_config = preset_config if is_preset(source) else load_config
+    config: Any = read_config(source, trust_remote_code=model_args.trust_remote_code)
+    model: Any = trainer.model
+    model.config.use_cache = getattr(config, "use_cache", True)
+    save_result(trainer, tokenizer, merge)
 
 
 def _result(trainer: Trainer, trained: int, eval_loss: dict[str, float], max_length: int, metrics) -> FinetuneResult:
@@ -183,6 +279,7 @@ def _result(trainer: Trainer, trained: int, eval_loss: dict[str, float], max_len
     quarter = max(1, len(losses) // 4)
     return FinetuneResult(
         steps=trainer.state.global_step,
+        processes=trainer.args.world_size,
         trained_params=trained,
         first_loss=fmean(losses[:quarter]),
         last_loss=fmean(losses[-quarter:]),
@@ -214,6 +311,7 @@ def finetune(
     Raises:
         UserError: for an argument that cannot work, before anything is written.
         NonFiniteError: at the first loss or gradient that is not finite, a `UserError` too.
+        Interrupted: after Ctrl-C or SIGTERM in training, when the step is done and a checkpoint of it saved.
     """
     _check_processes(args, model_args)
     if args.gradient_checkpointing and args.ddp_find_unused_parameters is None:
@@ -221,33 +319,19 @@ def finetune(
         args.ddp_find_unused_parameters = False
     resume = checkpoint_to_resume(args, model_args)
     _check_report_to(args)
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    trust = model_args.trust_remote_code
+    tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path, trust_remote_code=trust)
     with args.main_process_first(desc="data"):
         train, held_out = load_and_pack(data_args, tokenizer, model_args.eval_fraction, args.data_seed or args.seed)
     set_seed(args.seed)
-    model = _load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume)
-    _check_vocabulary(tokenizer, model)
-    frozen = [FreezeExpertsCallback(model_args.frozen_experts())] if model_args.freeze_experts else []
-    try:
-        trainer = FinetuneTrainer(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held_out or None,
-            processing_class=tokenizer,
-            data_collator=default_data_collator,
-            callbacks=[LogAtCheckpoints(), *callbacks, *frozen],
-        )
-    except ValueError as error:
-        # arguments that do not go together; the message is transformers' own
-        raise UserError(str(error)) from error
-    _check_dtypes(trainer, model)
+    model = _load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume, tokenizer)
+    refuse_misfit(tokenizer, model)
+    more = [*callbacks, *([FreezeExpertsCallback(model_args.frozen_experts())] if model_args.freeze_experts else [])]
+    trainer = _make_trainer(
+        model, args, train, held_out, tokenizer, [*more, *([ScheduleCallback(resume)] if resume else [])]
+    )
     merge = model_args.method == "lora" and lora_args.merge_lora
-    if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_split(model)):
-        raise UserError(
-            "merge_lora true cannot merge a model that is split over ranks: set merge_lora false, and merge the adapter "
-            "into the whole model by PEFT's merge_and_unload"
-        )
+    _check_merge(trainer, model, merge)
     if resume is None and args.should_save:
         discard_checkpoints(Path(args.output_dir))
     trained = sum(trained for trained, _ in trained_parameters(model).values())
@@ -256,7 +340,8 @@ def finetune(
     eval_loss = {}
     for name, blocks in held_out.items():
         eval_loss[name] = trainer.evaluate(blocks, metric_key_prefix=f"eval_{name}")[f"eval_{name}_loss"]
-    # `Trainer` turns it off for checkpointing, in the checkpoints that a run resumes from too
-    model.config.use_cache = getattr(load_config(model_args.model_name_or_path), "use_cache", True)
-    save_result(trainer, tokenizer, merge)
+    _save(trainer, tokenizer, merge, model_args)
+    if args.should_save:
+        tokens = round((trainer.state.epoch or 0) * len(train)) * data_args.max_length
+        write_record(Path(args.output_dir), model_args, data_args, args, trainer.state.global_step, tokens, eval_loss)
     return _result(trainer, trained, eval_loss, data_args.max_length, metrics)

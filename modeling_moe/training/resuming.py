@@ -1,27 +1,38 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """An output folder and its checkpoints: which one to go on from, and files that are whole or not there."""
 
-import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..cli import UserError
+from ..utils.lineage import FINETUNING
 from .arguments import ModelArguments
+from .resume_state import STATE_FILE, check_resume_states, read_trainer_state
 
 
-STATE_FILE = "trainer_state.json"
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
+WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+CONFIGURATIONS = ("config.json", "adapter_config.json")
+# what a `Trainer` and a model's `save_pretrained` write into a checkpoint, folders last
+WRITTEN = re.compile(
+    r".*\.(safetensors|safetensors\.index\.json|pt|pth|bin|bin\.index\.json|py)"
+    r"|(adapter_|generation_|tokenizer_)?config\.json|tokenizer.*\.json|tokenizer\.model|vocab\..*|merges\.txt"
+    r"|special_tokens_map\.json|added_tokens\.json|chat_template.*|trainer_state\.json|README\.md|latest"
+    r"|optimizer(_\d+)?|pytorch_model_fsdp_\d+|global_step\d+"
+)
 
 
 def _is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end: the trainer's state comes last."""
     try:
-        return isinstance(json.loads((checkpoint / STATE_FILE).read_text()), dict)
-    except (OSError, ValueError):
+        read_trainer_state(checkpoint)
+    except UserError:
         return False
+    return True
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -34,7 +45,8 @@ def checkpoint_to_resume(args: TrainingArguments, model_args: ModelArguments) ->
     """Checkpoint to resume from, if any.
 
     Raises:
-        UserError: if there is none that is asked for, or `output_dir` has files that nobody said to overwrite.
+        UserError: if there is none that is asked for, it is damaged or past the last step, or `output_dir` has files that
+            nobody said to overwrite, or that no fine-tuning wrote.
     """
     folder = Path(args.output_dir)
     resume = args.resume_from_checkpoint
@@ -44,17 +56,40 @@ def checkpoint_to_resume(args: TrainingArguments, model_args: ModelArguments) ->
             raise UserError(
                 f"resume_from_checkpoint: {folder} holds no checkpoint that is whole, pass --overwrite instead to start anew"
             )
-    if resume is not None and not _is_whole(Path(resume)):
-        raise UserError(f"resume_from_checkpoint {resume} is no whole checkpoint: name one, or true for the last one")
-    occupied = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if occupied and resume is None and not model_args.overwrite:
+    if resume is not None:
+        _check_state(Path(resume), args.max_steps)
+        return resume
+    _refuse_occupied(folder, model_args)
+    return None
+
+
+def _check_state(checkpoint: Path, max_steps: int) -> None:
+    if not (checkpoint / STATE_FILE).is_file():
+        raise UserError(
+            f"resume_from_checkpoint {checkpoint} is no whole checkpoint: name one, or true for the last one"
+        )
+    step = read_trainer_state(checkpoint).global_step
+    if 0 < max_steps < step:
+        raise UserError(f"resume_from_checkpoint {checkpoint} is at step {step}, past max_steps {max_steps}: raise it")
+
+
+def _refuse_occupied(folder: Path, model_args: ModelArguments) -> None:
+    """Refuses an output folder of other things, or one that the model to train lies in."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not model_args.overwrite):
         raise UserError(
             f"output_dir {folder} is not empty: choose another, or pass --overwrite or --resume_from_checkpoint true"
         )
     source = Path(model_args.model_name_or_path).resolve()
-    if resume is None and source in [checkpoint.resolve() for checkpoint in folder.glob("checkpoint-*")]:
+    if source == folder.resolve():
+        raise UserError(f"output_dir {folder} is the model to train, which would be replaced: choose another")
+    if source in [checkpoint.resolve() for checkpoint in folder.glob("checkpoint-*")]:
         raise UserError(f"model_name_or_path {source} is a checkpoint in output_dir, which overwrite deletes: move it")
-    return resume
+    ours = (folder / FINETUNING).is_file() or any(folder.glob(f"checkpoint-*/{STATE_FILE}"))
+    foreign = sorted(
+        file.name for file in folder.glob("*") if WEIGHTS.fullmatch(file.name) or WRITTEN.fullmatch(file.name)
+    )
+    if foreign and not ours:
+        raise UserError(f"output_dir {folder} holds {foreign[0]}, which no fine-tuning wrote: choose another")
 
 
 def save_result(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge: bool) -> None:
@@ -69,8 +104,8 @@ def save_result(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge: boo
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         if trainer.args.should_save:
-            for pattern in REPLACED:
-                for stale in output_dir.glob(pattern):
+            for stale in list(output_dir.iterdir()):
+                if WEIGHTS.fullmatch(stale.name) or stale.name in CONFIGURATIONS:
                     stale.unlink()
             for file in partial.iterdir():
                 os.replace(file, output_dir / file.name)
@@ -81,7 +116,7 @@ def save_result(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge: boo
 
 
 class WholeCheckpointsTrainer(Trainer):
-    """transformers' `Trainer` whose checkpoints tell whether they are whole."""
+    """transformers' `Trainer` whose checkpoints tell whether they are whole, and that resumes from no damaged one."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model; a checkpoint that it is part of is not whole until its state is written."""
@@ -89,8 +124,33 @@ class WholeCheckpointsTrainer(Trainer):
             (Path(output_dir) / STATE_FILE).unlink(missing_ok=True)
         super().save_model(output_dir, _internal_call)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except UserError:
+            raise
+        except Exception as error:
+            # safetensors, pickle, JSON, PEFT and torch have no class of errors in common
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"resume_from_checkpoint {resume_from_checkpoint}: its weights cannot be loaded ({text[:300]}): resume from "
+                "another checkpoint"
+            ) from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            process = self.args.process_index if self.args.world_size > 1 else None
+            check_resume_states(checkpoint, self.optimizer, self.lr_scheduler, process)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
 
 def discard_checkpoints(output_dir: Path) -> None:
-    """Deletes those of another run, for one that resumes here must not find them."""
+    """Deletes those of another run, for one that resumes here must not find them; what no run wrote stays."""
     for checkpoint in output_dir.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+        if not (checkpoint / STATE_FILE).is_file() or checkpoint.is_symlink():
+            continue
+        for file in checkpoint.iterdir():
+            if WRITTEN.fullmatch(file.name) and not file.is_symlink():
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        if not any(checkpoint.iterdir()):
+            checkpoint.rmdir()

@@ -8,7 +8,6 @@ lower than a full one's, in all arms by the same rule.
 # N facts, M tokens of each, B rows of a batch, S = facts_per_row * M tokens of a row, H hidden, V tokens in the data
 """
 
-import json
 import math
 import random
 import statistics
@@ -16,9 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from ..conversion import load_state, open_checkpoint
 from ..modeling_moe import MoEForCausalLM
 from ..streaming import LazyTensor, State
 from ..training.comparison import python_documents
+from ..training.runs import RunsFile, run_all
 from ..utils.loading import load_tokenizer
 from .layers import upcycle
 from .options import UpcyclingOptions
@@ -75,7 +73,7 @@ PAIRS = (
 )
 METRICS = ("recall_bits", "exact_match", "prose_loss")
 # arguments that change no run
-FREE_ARGUMENTS = ("rates", "seeds", "only", "workers", "runs_file", "output_json")
+FREE_ARGUMENTS = ("rates", "seeds", "only", "workers", "runs_file", "output_json", "trust_remote_code")
 
 
 @dataclass
@@ -106,6 +104,7 @@ class CapacityArguments:
         default=None, metadata={"help": "JSON lines, one for each run that is finished: those there are not run again"}
     )
     output_json: str | None = field(default=None, metadata={"help": "file for the results"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the checkpoint brings"})
 
     def __post_init__(self):
         names = (
@@ -317,6 +316,8 @@ def cut(config: MoEConfig, state: State, first: int, last: int) -> tuple[MoEConf
     for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
         if (values := getattr(config, name)) is not None:
             changes[name] = values[first:last]
+    if "sliding_attention" not in changes["layer_types"]:
+        changes["sliding_window"] = None
     return MoEConfig(**(config.to_dict() | changes)), tensors
 
 
@@ -351,7 +352,8 @@ def prepare(args: CapacityArguments) -> dict[str, Any]:
     Raises:
         UserError: for a model or a number that cannot work.
     """
-    checkpoint = open_checkpoint(args.model_name_or_path, args.gguf_file, "float32")
+    trust = {"trust_remote_code": args.trust_remote_code}
+    checkpoint = open_checkpoint(args.model_name_or_path, args.gguf_file, "float32", **trust)
     config = checkpoint.config
     if "sparse" in config.mlp_layer_types or not args.layers < config.num_hidden_layers:
         raise UserError(
@@ -360,7 +362,7 @@ def prepare(args: CapacityArguments) -> dict[str, Any]:
     for arm in args.arms:
         # refuses, before anything is computed, an arm that this width cannot be cut for
         arm_model(arm, config, checkpoint.state, args.seed)
-    tokenizer = load_tokenizer(str(checkpoint.source.folder), args.gguf_file)
+    tokenizer = load_tokenizer(str(checkpoint.source.folder), checkpoint.source.gguf_file, **trust)
     facts = make_facts(tokenizer, args.facts, 1 + args.seeds, args.seed)  # (1 + seeds, N, M)
     length = args.facts_per_row * facts.shape[-1]
     pool, held_out = prose_rows(tokenizer, length, (args.prose_pool, args.held_out_rows), args.seed)
@@ -530,43 +532,21 @@ def finished_runs(args: CapacityArguments) -> dict[Job, Run]:
     Raises:
         UserError: if they are of other arguments, or it is not such a file.
     """
-    done: dict[Job, Run] = {}
-    if args.runs_file is None or not Path(args.runs_file).exists():
-        return done
-    for number, line in enumerate(Path(args.runs_file).read_text("utf-8").splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            run, settings = Run(**entry["run"]), entry["settings"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"runs_file {args.runs_file} holds no run in line {number}: remove the line") from error
-        if settings != settings_of(args):
-            raise UserError(f"runs_file {args.runs_file} holds runs with other arguments: name another file")
-        done[run.job] = run
-    return done
+    file = RunsFile(args.runs_file, settings_of(args))
+    return {run.job: run for run in file.read(lambda run: Run(**run))}
 
 
-def run_jobs(jobs: Sequence[Job], path: str, args: CapacityArguments, done: dict[Job, Run], desc: str) -> list[Run]:
-    """Runs what is not in `done`, adds it there and to `runs_file`; results in the order of `jobs`."""
-    missing = [job for job in jobs if job not in done]
+def run_jobs(
+    jobs: Sequence[Job], path: str, args: CapacityArguments, done: dict[Job, Run], file: RunsFile, desc: str
+) -> list[Run]:
+    """Runs what is not in `done`, adds it there and to `file`; results in the order of `jobs`."""
 
     def finish(run: Run) -> None:
         done[run.job] = run
-        if args.runs_file is not None:
-            with Path(args.runs_file).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"settings": settings_of(args), "run": asdict(run)}) + "\n")
+        file.add(asdict(run))
 
-    if args.workers == 1 or len(missing) < 2:
-        for job in tqdm(missing, desc=desc):
-            finish(train_from_file(job, path, args))
-        return [done[job] for job in jobs]
-    with ProcessPoolExecutor(min(args.workers, len(missing)), mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(train_from_file, job, path, args) for job in missing]
-        try:
-            for future in tqdm(as_completed(running), desc=desc, total=len(running)):
-                finish(future.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    missing = [(job, path, args) for job in jobs if job not in done]
+    run_all(missing, train_from_file, args.workers, finish, file, desc)
     return [done[job] for job in jobs]
 
 
@@ -616,7 +596,7 @@ def capacity_experiment(args: CapacityArguments) -> CapacityResult:
     Raises:
         UserError: for an argument, a model or a `runs_file` that cannot work, before anything is trained.
     """
-    done = finished_runs(args)
+    file, done = RunsFile(args.runs_file, settings_of(args)), finished_runs(args)
     data = prepare(args)
     width = data["config"]["intermediate_size"]
     row = data["states"]["prose"].shape[1]
@@ -630,12 +610,12 @@ def capacity_experiment(args: CapacityArguments) -> CapacityResult:
         short = [
             Job(arm, 0, rate, steps_of(arm, args.sweep_steps, width), some) for arm in args.arms for rate in args.rates
         ]
-        sweeps = run_jobs(short, path, args, done, "search for rates")
+        sweeps = run_jobs(short, path, args, done, file, "search for rates")
         rates = best_rates(sweeps)
         steps = {arm: steps_of(arm, args.steps, width) for arm in args.arms}
         seeds = range(1, args.seeds + 1)
         jobs = [Job(arm, seed, rates[arm], steps[arm], args.facts) for seed in seeds for arm in args.arms]
-        runs = run_jobs(jobs, path, args, done, "runs")
+        runs = run_jobs(jobs, path, args, done, file, "runs")
     return CapacityResult(
         tokens=args.steps * (args.fact_rows + args.prose_rows) * row,
         active_widths={arm: active_width(arm, width) for arm in args.arms},

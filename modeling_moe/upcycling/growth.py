@@ -15,6 +15,7 @@ from torch import nn
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..streaming.tensors import LazyTensor, State
+from .limits import refuse_vast
 from .seeds import generator_for
 from .usage import Usage
 
@@ -221,9 +222,10 @@ def grow(
         bias = LazyTensor.of(torch.zeros(config.num_experts))
         sparse = [i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
         state = state | {f"model.layers.{i}.mlp.gate.e_score_correction_bias": bias for i in sparse}
+    grown = MoEConfig(**(config.to_dict() | changes | {"num_experts": target}))
+    refuse_vast(grown, next(iter(state.values())).dtype)
     growth = _Growth(config, options, target, usage)
-    result = replace_experts(state, (config.num_experts, target), growth.expert, growth.router)
-    return result, MoEConfig(**(config.to_dict() | changes | {"num_experts": target}))
+    return replace_experts(state, (config.num_experts, target), growth.expert, growth.router), grown
 
 
 def _shifted(weight: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
@@ -243,9 +245,15 @@ class _Growth:
     options: GrowthOptions
     target: int
     usage: Usage | None
+    origins: dict[int, list[int]] = field(default_factory=dict)
 
     def origin(self, layer: int) -> list[int]:
         """The old expert that each new one is, or is a copy of."""
+        if layer not in self.origins:
+            self.origins[layer] = self._origin(layer)
+        return self.origins[layer]
+
+    def _origin(self, layer: int) -> list[int]:
         before = self.config.num_experts
         if self.usage is None:
             return [i % before for i in range(self.target)]

@@ -13,6 +13,7 @@ from ..configuration_moe import MoEConfig
 from ..conversion import DENSE_FAMILIES, moe_config
 from ..modeling_moe import MoEForCausalLM
 from .layers import refuse_mismatch
+from .limits import refuse_vast
 from .methods import inexactness
 from .options import UpcyclingOptions
 
@@ -107,6 +108,7 @@ def sparse_config(dense: MoEConfig, options: UpcyclingOptions, dtype: torch.dtyp
     changes = {
         "num_experts": options.num_experts,
         "num_experts_per_tok": options.num_experts_per_tok,
+        "expected_experts_per_tok": None,
         "moe_intermediate_size": dense.intermediate_size // parts,
         "norm_topk_prob": options.norm_topk_prob,
         "router_aux_loss_coef": options.router_aux_loss_coef,
@@ -167,6 +169,7 @@ def make_plan(
     dense, *others = (moe_config(config) for config in (source, *further))
     refuse_mismatch([dense, *others], ["the first source", *(options.sources or [])])
     config = sparse_config(dense, options, dtype)
+    refuse_vast(config, dtype)
     return UpcyclingPlan(
         config=config,
         dtype=dtype,

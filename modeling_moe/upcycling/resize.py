@@ -8,7 +8,9 @@ from pathlib import Path
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..conversion import Checkpoint, load_state, open_checkpoint, save_checkpoint
+from ..conversion.checkpoint import result_folder
 from ..streaming import LazyTensor, State
+from ..streaming.writer import refuse_full_disk
 from ..utils.loading import load_tokenizer
 from .calibration import load_domains, token_ids
 from .extraction import extract_task
@@ -54,18 +56,20 @@ def _merge(checkpoint: Checkpoint, growth: GrowthOptions, pruning: PruningOption
 METHODS: dict[str, Callable[..., tuple[State, MoEConfig, str]]] = {"grow": _grow, "prune": _prune, "merge": _merge}
 
 
-def usage_on(checkpoint: Checkpoint, data: list[str], tokens: int) -> Usage:
+def usage_on(checkpoint: Checkpoint, data: list[str], tokens: int, *, trust_remote_code: bool = False) -> Usage:
     """What texts use of a checkpoint's experts; it runs the model, and so holds it in memory.
 
     Args:
         checkpoint: of a sparse model.
         data: `domain=file` each.
         tokens: of each domain.
+        trust_remote_code: run code that the source's tokenizer brings.
 
     Raises:
         UserError: if a text or the tokenizer cannot be read, or a domain has fewer tokens.
     """
-    tokenizer = load_tokenizer(str(checkpoint.source.folder), checkpoint.source.gguf_file)
+    source = checkpoint.source
+    tokenizer = load_tokenizer(str(source.folder), source.gguf_file, trust_remote_code=trust_remote_code)
     blocks = [
         {"input_ids": block[None]}
         for name, documents in load_domains(data).items()
@@ -87,6 +91,8 @@ def resize_checkpoint(
     pruning: PruningOptions,
     dtype: str = "auto",
     overwrite: bool = False,
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[MoEConfig, MoEConfig, str]:
     """Writes a sparse checkpoint with other experts, tokenizer, chat template and code included.
 
@@ -97,7 +103,8 @@ def resize_checkpoint(
         growth: how, if they grow.
         pruning: how, if they become fewer.
         dtype: of the result; `auto` keeps the source's.
-        overwrite: replace `output_dir`.
+        overwrite: replace what an earlier run wrote at `output_dir`.
+        trust_remote_code: run code that the source brings.
 
     Returns:
         The configurations of source and result, and why the function changes; empty if it does not.
@@ -107,18 +114,22 @@ def resize_checkpoint(
     """
     if options.method not in (*METHODS, "extract"):
         raise UserError(f"method {options.method!r} is unknown: it must be one of {', '.join(METHODS)}, extract")
-    checkpoint = open_checkpoint(name_or_path, dtype=dtype)
+    if options.method == "extract" and options.task is None:
+        raise UserError("method 'extract' keeps the experts of one task: give task")
+    if options.method in ("prune", "merge") and not options.data:
+        raise UserError(f"method {options.method!r} ranks the experts by what a text uses: give data")
+    checkpoint = open_checkpoint(name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
     if len(checkpoint.config.mlp_only_layers) == checkpoint.config.num_hidden_layers:
         raise UserError(f"{name_or_path} has no sparse layer: upcycle it first")
-    usage = usage_on(checkpoint, options.data, options.tokens) if options.data else None
+    folder = result_folder(output_dir, overwrite, [checkpoint], 0)
+    usage = None
+    if options.data:
+        usage = usage_on(checkpoint, options.data, options.tokens, trust_remote_code=trust_remote_code)
     if options.method == "extract":
-        if options.task is None:
-            raise UserError("method 'extract' keeps the experts of one task: give task")
         (state, config), inexactness = _extract(checkpoint, options.task), ""
-    elif usage is None and options.method != "grow":
-        raise UserError(f"method {options.method!r} ranks the experts by what a text uses: give data")
     else:
         state, config, inexactness = METHODS[options.method](checkpoint, growth, pruning, usage)
+    refuse_full_disk(folder, sum(tensor.nbytes for tensor in state.values()))
     config.dtype = checkpoint.config.dtype
     scores = None if usage is None else {i: layer.load.tolist() for i, layer in usage.layers.items()}
     recipe = {
@@ -127,5 +138,5 @@ def resize_checkpoint(
         "load": scores,
         "dtype": str(checkpoint.config.dtype),
     }
-    save_checkpoint(output_dir, config, state, checkpoint, recipe, overwrite=overwrite)
+    save_checkpoint(folder, config, state, checkpoint, recipe, trust_remote_code=trust_remote_code)
     return checkpoint.config, config, inexactness

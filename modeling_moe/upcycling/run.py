@@ -10,6 +10,8 @@ import torch
 
 from ..cli import UserError
 from ..conversion import Checkpoint, Verification, load_state, open_checkpoint, save_checkpoint, verify
+from ..conversion.checkpoint import result_folder
+from ..conversion.verification import verification_ids
 from ..utils.loading import load_tokenizer
 from .calibration import load_domains, measure
 from .layers import average, refuse_different_tensors, upcycle
@@ -22,11 +24,16 @@ TOLERANCE = 1e-3
 
 
 def open_sources(
-    name_or_path: str, options: UpcyclingOptions, gguf_file: str | None = None, dtype: str = "auto"
+    name_or_path: str,
+    options: UpcyclingOptions,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    *,
+    trust_remote_code: bool = False,
 ) -> list[Checkpoint]:
     """The dense checkpoint and `options.sources`, none of them read; arguments as [`upcycle_checkpoint`]'s."""
-    first = open_checkpoint(name_or_path, gguf_file, dtype)
-    return [first, *(open_checkpoint(source, dtype=dtype) for source in options.sources or [])]
+    paths = [(name_or_path, gguf_file), *((source, None) for source in options.sources or [])]
+    return [open_checkpoint(path, gguf, dtype, trust_remote_code=trust_remote_code) for path, gguf in paths]
 
 
 def plan_upcycling(checkpoints: Sequence[Checkpoint], options: UpcyclingOptions) -> UpcyclingPlan:
@@ -40,7 +47,11 @@ def plan_upcycling(checkpoints: Sequence[Checkpoint], options: UpcyclingOptions)
 
 
 def measure_sources(
-    checkpoints: Sequence[Checkpoint], plan: UpcyclingPlan, options: UpcyclingOptions
+    checkpoints: Sequence[Checkpoint],
+    plan: UpcyclingPlan,
+    options: UpcyclingOptions,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, torch.Tensor]:
     """What routers and neuron groups take from `options.calibration_data`; empty if they take nothing.
 
@@ -52,7 +63,8 @@ def measure_sources(
     if not options.needs_text:
         return {}
     domains = load_domains(options.calibration_data or [])
-    tokenizer = load_tokenizer(str(checkpoints[0].source.folder), checkpoints[0].source.gguf_file)
+    source = checkpoints[0].source
+    tokenizer = load_tokenizer(str(source.folder), source.gguf_file, trust_remote_code=trust_remote_code)
     states = [checkpoint.state for checkpoint in checkpoints]
     refuse_different_tensors(states, options.sources or [])
     merged = {name: average([state[name] for state in states], options.source_weights) for name in states[0]}
@@ -80,6 +92,8 @@ def upcycle_checkpoint(
     overwrite: bool = False,
     check: bool = False,
     max_shard_size: str = "5GB",
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[UpcyclingPlan, Verification | None]:
     """Writes dense checkpoints as a Mixture of Experts, tokenizer, chat template and code included.
 
@@ -92,9 +106,10 @@ def upcycle_checkpoint(
         options: how to upcycle.
         gguf_file: name of the GGUF file in that folder.
         dtype: of the result; `auto` keeps the source's.
-        overwrite: replace `output_dir`.
+        overwrite: replace what an earlier run wrote at `output_dir`.
         check: run source and result on a short text before the result takes its place.
         max_shard_size: largest file; what an interruption costs at most.
+        trust_remote_code: run code that the sources bring.
 
     Returns:
         What was made, and how it compares with the source if `check` is set.
@@ -102,15 +117,19 @@ def upcycle_checkpoint(
     Raises:
         UserError: if a source cannot be read or upcycled, `output_dir` cannot be written, or the check fails.
     """
-    checkpoints = open_sources(name_or_path, options, gguf_file, dtype)
+    checkpoints = open_sources(name_or_path, options, gguf_file, dtype, trust_remote_code=trust_remote_code)
     plan = plan_upcycling(checkpoints, options)
-    measured = measure_sources(checkpoints, plan, options)
+    folder = result_folder(output_dir, overwrite, checkpoints, plan.bytes_on_disk)
+    if check:
+        # a source without a tokenizer is known now, not after hours of writing
+        verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
+    measured = measure_sources(checkpoints, plan, options, trust_remote_code=trust_remote_code)
     state = upcycle([checkpoint.state for checkpoint in checkpoints], plan.config, options, measured)
     verification = None
 
-    def compare(folder: Path) -> None:
+    def compare(result: Path) -> None:
         nonlocal verification
-        verification = verify(name_or_path, folder, gguf_file, dtype)
+        verification = verify(name_or_path, result, gguf_file, dtype, trust_remote_code=trust_remote_code)
         inexact = plan.inexactness or plan.dtype != torch.float32
         if not inexact and not verification.largest_difference <= TOLERANCE:
             raise UserError(
@@ -119,13 +138,13 @@ def upcycle_checkpoint(
             )
 
     save_checkpoint(
-        output_dir,
+        folder,
         plan.config,
         state,
         checkpoints[0],
         recipe(checkpoints, options, measured),
-        overwrite=overwrite,
         max_shard_size=max_shard_size,
         check=compare if check else None,
+        trust_remote_code=trust_remote_code,
     )
     return plan, verification

@@ -57,6 +57,7 @@ class TableArguments:
     )
     output_json: str | None = field(default=None, metadata={"help": "file for the results"})
     seed: int = field(default=0, metadata={"help": "seed of all that is drawn"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the checkpoint brings"})
 
     def __post_init__(self):
         if self.tokens < 2:
@@ -217,11 +218,13 @@ def step_zero_table(args: TableArguments) -> StepZeroTable:
     methods = chosen_methods(args.only)
     texts = python_documents() if args.data is None else DataArguments(data=args.data).load()
     parts = {name: hold_out(cut_documents(text), HELD_OUT_PART, args.seed) for name, text in texts.items()}
-    checkpoint = open_checkpoint(args.model_name_or_path, args.gguf_file, "float32")
-    tokenizer = load_tokenizer(str(checkpoint.source.folder), args.gguf_file)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    checkpoint = open_checkpoint(args.model_name_or_path, args.gguf_file, "float32", **trust)
+    tokenizer = load_tokenizer(str(checkpoint.source.folder), checkpoint.source.gguf_file, **trust)
     ids = held_out_ids(tokenizer, {name: held_out for name, (_, held_out) in parts.items()}, args.tokens)
     with torch.no_grad():
-        expected = load_model(args.model_name_or_path, args.gguf_file, "float32").eval()(ids).logits.float()
+        model = load_model(args.model_name_or_path, args.gguf_file, "float32", **trust).eval()
+        expected = model(ids).logits.float()
     # read once, and not once for each copy
     state = {name: LazyTensor.of(tensor.read()) for name, tensor in checkpoint.state.items()}
     dense = load_state(checkpoint.config, state)

@@ -96,7 +96,7 @@ def measure_usage(model: MoEForCausalLM, batches: Iterable[dict[str, Any]]) -> U
         UserError: for a router that does not send tokens to experts (`soft`, `segment`), or without any token.
     """
     blocks = {i: layer.mlp for i, layer in enumerate(model.model.layers) if layer.is_sparse}
-    if any(block.gate.mix.__func__ is not Router.mix for block in blocks.values()):
+    if any(block.mix is not Router.mix for block in blocks.values()):
         raise UserError(
             f"router_type={model.config.router_type!r} sends no token to an expert: measure a model that does"
         )

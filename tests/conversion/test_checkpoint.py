@@ -167,8 +167,8 @@ def test_changed_file_is_refused(tmp_path):
     convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
     change_tensors(tmp_path / "moe", lambda t: t["model.norm.weight"].mul_(2))
     with pytest.raises(UserError, match=r"model.safetensors"):
-        convert_checkpoint(str(tmp_path / "moe"), tmp_path / "mixtral", target="mixtral")
-    assert not (tmp_path / "mixtral").exists()
+        convert_checkpoint(str(tmp_path / "moe"), tmp_path / "back", target="qwen2_moe")
+    assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_unknown_sources(tmp_path):
     (tmp_path / "source").mkdir()
     with pytest.raises(UserError, match=r"has no model\.safetensors"):
         convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
-    with pytest.raises(UserError, match="neither a folder nor a model that the Hub gives"):
+    with pytest.raises(UserError, match="there is no such folder"):
         convert_checkpoint(str(tmp_path / "nowhere"), tmp_path / "moe")
     save_source("llama", tmp_path / "source")
     convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
@@ -204,8 +204,11 @@ def test_full_output_dir_survives(tmp_path):
     save_source("llama", tmp_path / "source")
     (tmp_path / "moe").mkdir()
     (tmp_path / "moe" / "precious").write_text("1")
-    with pytest.raises(UserError, match=r"output_dir .* is not empty"):
-        convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
-    assert (tmp_path / "moe" / "precious").read_text() == "1"
-    convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe", overwrite=True)
-    assert not (tmp_path / "moe" / "precious").exists()
+    for overwrite, message in ((False, r"output_dir .* is not empty"), (True, "holds precious, which no run of this")):
+        with pytest.raises(UserError, match=message):
+            convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe", overwrite=overwrite)
+        assert (tmp_path / "moe" / "precious").read_text() == "1"
+    (tmp_path / "moe" / "precious").unlink()
+    convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
+    convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe", dtype="bfloat16", overwrite=True)
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -9,6 +9,7 @@ from transformers.models import llama, mistral, mixtral, olmoe, qwen2, qwen2_moe
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.cli import UserError
 from modeling_moe.conversion import convert_checkpoint, moe_config
+from modeling_moe.conversion.older_names import save_for_older_readers
 from modeling_moe.conversion.targets import COUNTS, DETAILS, TARGETS, TRAINING, export_plan
 from modeling_moe.streaming import LazyTensor
 
@@ -46,7 +47,6 @@ EXPRESSIBLE = {
     "mixtral": ("mixtral", {}),
     "mixtral-head_dim-gelu": ("mixtral", {"head_dim": 12, "hidden_act": "gelu"}),
     "mixtral-window-tied": ("mixtral", {"sliding_window": 4, "tie_word_embeddings": True}),
-    "mixtral-idle-window": ("mixtral", {"sliding_window": 4, "layer_types": ["full_attention"] * 3}),
     "mixtral-rope-scaling": ("mixtral", {"rope_parameters": LLAMA3_ROPE, "routed_scaling_factor": 2.5}),
     "mixtral-trained-elsewise": ("mixtral", {"capacity_factor": 0.5, "router_gradient": "dense", "hash_seed": 3}),
     "mixtral-all-groups": ("mixtral", {"num_experts": 6, "n_group": 2, "topk_group": 2, "gated_mlp": True}),
@@ -101,7 +101,8 @@ def export(folder, target: str, output):
     tensors = {name: tensor.read().contiguous() for name, tensor in lazy.items()}
     for name, tensor in tensors.items():
         assert (tuple(tensor.shape), tensor.dtype) == (lazy[name].shape, lazy[name].dtype)
-    plan.save_pretrained(output)
+    output.mkdir()
+    save_for_older_readers(plan, output)
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
     return tensors
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.balancing import update_routers
+from modeling_moe.balancing import FORGOTTEN, update_routers
 from tests.conftest import tiny_config
 
 
@@ -85,3 +85,70 @@ def test_bias_is_saved_in_fp32_and_its_counter_is_not(tmp_path):
     )
     assert loaded.lm_head.weight.dtype == torch.bfloat16
     assert not loaded.model.router_totals.statistics.any()
+
+
+def train(model, steps: int = 2, accumulate: int = 1, update: bool = False, optimizer=torch.optim.AdamW):
+    """A loop of one's own."""
+    optimizer = optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
+    for _ in range(steps):
+        for _ in range(accumulate):
+            model.train()(input_ids=IDS, labels=IDS).loss.backward()
+            with torch.no_grad():
+                model.eval()(input_ids=IDS)
+        optimizer.step()
+        optimizer.zero_grad()
+        if update:
+            update_routers(model)
+
+
+def only_attention(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "layers.1.self_attn" in name
+    return model
+
+
+def with_lora(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+
+
+GLOBAL = {"router_aux_loss_scope": "global", "router_aux_loss_coef": 0.01}
+
+
+@pytest.mark.parametrize("fields", [FIELDS, GLOBAL], ids=["bias", "global balance"])
+@pytest.mark.parametrize("prepare", [lambda model: model, only_attention, with_lora], ids=["all", "frozen", "lora"])
+def test_a_selection_bias_that_never_moves_is_said_once(fields, prepare, caplog):
+    train(prepare(MoEForCausalLM(tiny_config(**fields))), steps=4)
+    assert caplog.text.count(FORGOTTEN) == 1
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
+def test_any_optimizer_of_torch_is_noticed(optimizer, caplog):
+    train(MoEForCausalLM(tiny_config(**FIELDS)), optimizer=optimizer)
+    assert FORGOTTEN in caplog.text
+
+
+def test_no_false_alarm(caplog):
+    train(MoEForCausalLM(tiny_config(**FIELDS)), steps=1, accumulate=3)
+    train(MoEForCausalLM(tiny_config(**FIELDS)), steps=3, accumulate=2, update=True)
+    train(MoEForCausalLM(tiny_config()), steps=3)
+    assert FORGOTTEN not in caplog.text
+
+
+def test_a_model_saved_with_counts_that_nobody_used_warns(caplog, tmp_path):
+    model = MoEForCausalLM(tiny_config(**FIELDS)).train()
+    model.save_pretrained(tmp_path)
+    assert FORGOTTEN not in caplog.text
+    model(IDS)
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    assert caplog.text.count(FORGOTTEN) == 1
+
+
+def test_dropped_assignments_are_said_once_for_each_model_whatever_the_share(caplog):
+    for model in (MoEForCausalLM(tiny_config(capacity_factor=1.0)) for _ in range(2)):
+        for dropped in (20.0, 30.0, 40.0):
+            model.model.router_totals.dropped.copy_(torch.tensor([dropped, 100.0]))
+            update_routers(model)
+    said = [record.getMessage() for record in caplog.records if "assignments were dropped" in record.getMessage()]
+    assert [message.partition(" of")[0] for message in said] == ["20%", "20%"]

@@ -123,6 +123,27 @@ def test_continuous_batching_is_refused_where_tokens_of_a_row_mix(name):
         continuously(model_of(name, eos_token_id=None).eval(), PROMPTS)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        ("softmax", {"capacity_factor": 0.5}, "capacity_factor counts"),
+        ("sinkhorn", {}, "router_type='sinkhorn' mixes"),
+        ("base", {}, "router_type='base' mixes"),
+    ],
+)
+def test_continuous_batching_in_training_mode_is_refused_by_what_counts_there(name, fields, reason):
+    model = model_of(name, eos_token_id=None, **fields).train()
+    with pytest.raises(ValueError, match=reason):
+        continuously(model, PROMPTS)
+    model.config.refuse_continuous_batching(training=False)
+
+
+@pytest.mark.parametrize("name", ["task", "task_gate"])
+def test_continuous_batching_without_a_task_is_refused_before_it_starts(name):
+    with pytest.raises(ValueError, match=f"router_type='{name}' asks for task_ids, which a request cannot give"):
+        continuously(model_of(name, eos_token_id=None).eval(), PROMPTS)
+
+
 @pytest.mark.parametrize(("name", "field"), [("softcap", "attn_logit_softcapping"), ("latent", "kv_lora_rank")])
 def test_continuous_batching_is_refused_where_it_has_no_such_attention(name, field):
     with pytest.raises(ValueError, match=f"because {field} is set"):

@@ -13,7 +13,7 @@ from modeling_moe.balancing import CONTROLLERS, exact_global_balance
 from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.routers import ROUTERS
 from modeling_moe.routing import RoutingContext
-from tests.conftest import tiny_config
+from tests.conftest import eager_block, tiny_config
 
 
 SIGMOID_BIAS = {"scoring_func": "sigmoid", "router_selection_bias": True, "router_bias_update_rate": 0.01}
@@ -225,6 +225,28 @@ def test_saved_and_loaded_with_its_state(name, tmp_path):
         assert moved, controller
     # matrices lie at other addresses, where BLAS may round otherwise
     torch.testing.assert_close(logits_of(loaded.eval(), name), logits_of(model.eval(), name), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@ALL_NAMES
+def test_the_scaling_factor_multiplies_what_the_experts_give(name, training):
+    """`fixed` once ignored it, and `segment` scaled the merged weights; outputs and the gates' gradients."""
+    results = []
+    for factor in (1.0, 2.5):
+        torch.manual_seed(3)
+        block = eager_block(**ALL[name], routed_scaling_factor=factor).train(training)
+        tasks = torch.tensor([0] * 5 + [1] * 5) if "task" in name else None
+        states, context = torch.randn(2, 5, 32).double(), RoutingContext(2, None, torch.arange(10), tasks)
+        torch.manual_seed(4)  # for the noise
+        output = block(states, context)
+        output.sum().backward()
+        results.append((output.detach(), [p.grad for p in block.gate.parameters()]))
+    (plain, gradients), (scaled, scaled_gradients) = results
+    torch.testing.assert_close(scaled, 2.5 * plain)
+    for gradient, other in zip(gradients, scaled_gradients, strict=True):
+        assert (gradient is None) == (other is None)
+        if gradient is not None:
+            torch.testing.assert_close(other, 2.5 * gradient)
 
 
 def test_every_controller_is_used_above():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.modeling_moe import AUTO_MAP
@@ -74,6 +74,78 @@ def test_sharded(saved, tmp_path):
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "shards")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shard_after_shard_fills_experts_that_lie_in_two_shards(kind, tmp_path):
+    model = MoEForCausalLM(tiny_config(**KINDS[kind])).eval()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    other = MoEForCausalLM(tiny_config(**KINDS[kind])).eval()
+    shards = [load_file(file) for file in sorted(tmp_path.glob("*.safetensors"))]
+    assert len(shards) > 4
+    missing = [set(other.load_state_dict(shard, strict=False).missing_keys) for shard in shards]
+    assert set.intersection(*missing) <= {"lm_head.weight"} if "tied" in kind else not set.intersection(*missing)
+    other.tie_weights()
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_some_experts_leave_the_others_as_they_are(saved):
+    model, folder = saved
+    other = MoEForCausalLM(tiny_config())
+    experts = other.model.layers[2].mlp.experts
+    before = {name: parameter.clone() for name, parameter in experts.named_parameters()}
+    prefix = "model.layers.2.mlp.experts."
+    tensors = {key: value for key, value in load_file(folder / "model.safetensors").items() if f"{prefix}3." in key}
+    result = other.load_state_dict(tensors, strict=False)
+    assert f"{prefix}2.up_proj.weight" in result.missing_keys
+    assert f"{prefix}3.up_proj.weight" not in result.missing_keys
+    for name, parameter in model.model.layers[2].mlp.experts.named_parameters():
+        after = getattr(experts, name)
+        assert torch.equal(after[3], parameter[3])
+        rest = [0, 1, 2, 4]
+        assert torch.equal(after[rest], before[name][rest])
+
+
+def test_a_strict_load_names_the_expert_that_is_missing_or_misshapen(saved):
+    model, folder = saved
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.2.mlp.experts.3.up_proj.weight"
+    with pytest.raises(RuntimeError, match=rf'Missing key.* "{name}"\. '):
+        model.load_state_dict({key: value for key, value in tensors.items() if key != name})
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {name}: \(3, 3\) .* \(24, 32\)"):
+        model.load_state_dict(tensors | {name: torch.zeros(3, 3)})
+    with torch.device("meta"):
+        empty = MoEForCausalLM(tiny_config())
+    some = {key: value for key, value in tensors.items() if "experts.3." in key}
+    with pytest.raises(RuntimeError, match="has no memory that some of its experts could be written to"):
+        empty.load_state_dict(some, strict=False, assign=True)
+
+
+def test_a_plain_trainer_resumes_from_shards(tmp_path):
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in torch.randint(3, 99, (8, 9))]
+
+    def trainer(steps: int) -> Trainer:
+        torch.manual_seed(0)
+        args = TrainingArguments(
+            str(tmp_path), max_steps=steps, save_steps=2, use_cpu=True, report_to=[], disable_tqdm=True
+        )
+        # as `import modeling_moe.training` does not make it
+        trainer = Trainer(MoEForCausalLM(tiny_config()), args, train_dataset=rows)
+        for callback in list(trainer.callback_handler.callbacks):
+            if "modeling_moe" in type(callback).__module__:
+                trainer.remove_callback(callback)
+        trainer.model._load_state_dict_pre_hooks.clear()
+        return trainer
+
+    whole = trainer(4)
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    MoEForCausalLM.from_pretrained(checkpoint).save_pretrained(checkpoint, max_shard_size="20KB")
+    (checkpoint / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(checkpoint.glob("model-*.safetensors"))) > 2
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    expected = whole.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.model.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -166,9 +238,12 @@ SHIPPED = {
     "balancing.py",
     "batch_choice.py",
     "capacity.py",
+    "checkpoint_damage.py",
     "checkpoints.py",
     "compatibility.py",
+    "configuration_fields.py",
     "configuration_moe.py",
+    "derived_fields.py",
     "dynamic_k.py",
     "embeddings.py",
     "latent_attention.py",
@@ -176,6 +251,11 @@ SHIPPED = {
     "modeling_moe.py",
     "normalization.py",
     "outputs.py",
+    "own_code.py",
+    "packing.py",
+    "parallel_plans.py",
+    "parameter_counts.py",
+    "rope_parameters.py",
     "router_signals.py",
     "routers.py",
     "routing.py",

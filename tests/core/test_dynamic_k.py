@@ -52,7 +52,7 @@ def test_top_p_by_hand(top_p, experts, weights):
     torch.testing.assert_close(dense(routing), torch.tensor([weights]).double())
 
 
-@pytest.mark.parametrize("top_p", [1.0, 1.5])
+@pytest.mark.parametrize("top_p", [1.0])
 def test_top_p_of_one_uses_all_even_if_one_is_certain(top_p):
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [100.0, 0.0, 0.0, 0.0]]).double()
     assert used(router_of_logits(4, router_type="top_p", router_top_p=top_p).eval()(logits)) == [{0, 1, 2, 3}] * 2

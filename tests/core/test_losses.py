@@ -49,7 +49,7 @@ def best_routing(tokens=12, outputs=5, top_k=2) -> Routing:
 
 
 def cast(routing: Routing, dtype: torch.dtype) -> Routing:
-    return Routing(*(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in routing))
+    return Routing(*(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in routing[:5]))
 
 
 def real_tokens(routing: Routing, mask) -> list[int]:
@@ -144,7 +144,7 @@ def test_gradients_of_micro_batches_with_the_global_load_add_up():
     def gradients(load_of):
         total = 0
         for part in (slice(0, 4), slice(4, 12)):
-            piece = Routing(*(tensor[part] for tensor in routing))
+            piece = Routing(*(tensor[part] for tensor in routing[:5]))
             loss = balance(load_of(piece, MASK[part]), mean_probs(piece, MASK[part])[0])
             total = total + loss * MASK[part].sum() / MASK.sum()
         return torch.autograd.grad(total, routing.logits, retain_graph=True)[0]
@@ -226,7 +226,7 @@ def test_gradient_with_a_constant_index(loss):
 def test_padding_changes_nothing(loss):
     routing = random_routing(requires_grad=True)
     mask = torch.tensor([1] * 8 + [0] * 4)
-    short = Routing(*(tensor[:8] for tensor in routing))
+    short = Routing(*(tensor[:8] for tensor in routing[:5]))
     torch.testing.assert_close(loss(routing, token_mask=mask), loss(short))
     grad = torch.autograd.grad(loss(routing, token_mask=mask), routing.logits, retain_graph=True)[0]
     assert not grad[8:].any()

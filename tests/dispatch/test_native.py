@@ -2,7 +2,11 @@
 number of threads, and machines where it cannot be compiled."""
 
 import ctypes
+import hashlib
 import logging
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -215,3 +219,30 @@ def test_left_to_the_loop():
         module, inputs = make(kind, "moe_native", dtype=dtype), draw(40, 5, 3, dtype)
         assert backend_of(module, *inputs[:2], backend="native") == "loop"
         assert_close(run(module, *inputs), oracle(module, *inputs), 2e-5)
+
+
+@NEEDS_NATIVE
+def test_a_damaged_library_is_compiled_anew_and_does_not_kill_the_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling.constants, "HF_HOME", tmp_path)
+    monkeypatch.setattr(compiling, "FLAGS", ["-O0" if flag == "-O3" else flag for flag in compiling.FLAGS])
+    library = compiling.compiled(torch.float32, [])
+    whole = library.read_bytes()
+    for damaged in (whole[:5000], b"", whole[:-1], whole[:200] + b"x" * 99 + whole[299:]):
+        library.write_bytes(damaged)
+        assert compiling.compiled(torch.float32, []) == library
+        assert hashlib.sha256(library.read_bytes()[:-32]).digest() == library.read_bytes()[-32:]
+    assert ctypes.CDLL(str(library)).scratch_words
+
+
+@NEEDS_NATIVE
+def test_compiles_in_an_ascii_locale(tmp_path):
+    """The sources were opened in the locale's encoding, which has no dash and no accent."""
+    command = """
+import torch
+from modeling_moe.dispatch.native import compiling
+compiling.FLAGS.remove("-O3")
+compiling.compiled(torch.float32, [])
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -135,7 +135,7 @@ def test_deepseek_router(tmp_path):
 
 
 def test_dense_model_claims_no_experts(tmp_path):
-    config = shared_config(first_k_dense_replace=3)
+    config = shared_config(mlp_layer_types=["dense"] * 3)
     config.save_pretrained(tmp_path)
     card = write_model_card(tmp_path)
     told = facts(card)
@@ -209,10 +209,12 @@ def test_a_folder_without_code_promises_none(tmp_path):
     ("config", "arguments", "message"),
     [
         (None, {}, "has no config.json"),
-        ({"model_type": "llama"}, {}, "model_type 'llama'"),
+        ({"model_type": "no such model"}, {}, "the configuration of .* cannot be loaded"),
+        ([1], {}, r"config\.json is damaged"),
+        ({"model_type": "moe"}, {"license": "Some License"}, "license 'Some License' is no identifier"),
         ({"model_type": "moe"}, {"metrics": {"wiki": {"accuracy": 1.0}}}, "metrics of domain 'wiki'"),
     ],
-    ids=["no config", "other model", "unknown measure"],
+    ids=["no config", "unknown model", "damaged", "no license", "unknown measure"],
 )
 def test_refuses(tmp_path, config, arguments, message):
     if config is not None:

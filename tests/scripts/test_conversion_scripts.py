@@ -2,8 +2,8 @@
 
 import json
 import runpy
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from modeling_moe import MoEForCausalLM
+from modeling_moe.streaming import safetensors_format
 from tests.conftest import tiny_config
 
 
@@ -82,16 +83,34 @@ def test_convert(run, tmp_path):
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
+        ("upcycle.py", ["--num_experts", 65536], "num_experts is 65,536, 131,072 in all layers: at most 100,000 can"),
+        ("upcycle.py", ["--num_experts", 10**6], "num_experts is 1000000"),
+        ("upcycle.py", ["--num_experts", 10**15], "num_experts"),
+        ("upcycle.py", ["--num_experts", 10**30], "num_experts"),
+        ("upcycle.py", ["--verify", "true"], "tokenizer"),
+        (
+            "upcycle.py",
+            ["--overwrite", "true", "--output_dir", "SOURCE"],
+            "contain each other: choose another output_dir",
+        ),
+        (
+            "convert.py",
+            ["--overwrite", "true", "--output_dir", "PARENT"],
+            "contain each other: choose another output_dir",
+        ),
+        ("resize.py", ["--overwrite", "true", "--output_dir", "SOURCE/x"], "has no sparse layer"),
         ("upcycle.py", ["--num_experts", "1"], "num_experts_per_tok is 2: it must lie between 1 and num_experts (1)"),
         ("upcycle.py", ["--num_experts", "many"], "invalid int value: 'many'"),
-        ("upcycle.py", ["--num_expert", "4"], "--num_expert"),
+        ("upcycle.py", ["--num_expert", "4"], "did you mean 'num_experts'?"),
         ("upcycle.py", ["--dtype", "int3"], "dtype 'int3' is unknown"),
-        ("upcycle.py", ["--model_name_or_path", "/nowhere"], "model_name_or_path /nowhere is neither a folder nor"),
+        ("upcycle.py", ["--model_name_or_path", "/nowhere"], "model_name_or_path '/nowhere': there is no such folder"),
         ("convert.py", ["--target", "gguf"], "target 'gguf' is unknown: it must be moe or one of mixtral"),
         ("resize.py", [], "has no sparse layer: upcycle it first"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(run, dense, tmp_path, script, flags, message):
+    places = {"SOURCE": dense, "PARENT": tmp_path, "SOURCE/x": dense / "x"}
+    flags = [places.get(flag, flag) for flag in flags]
     code, _, err = run(script, "--model_name_or_path", dense, "--output_dir", tmp_path / "moe", *flags)
     complaint = [line for line in err.splitlines() if line.startswith(script)]
     assert code == 2
@@ -107,9 +126,56 @@ def test_full_output_dir_survives(run, dense, tmp_path):
     code, _, err = run("upcycle.py", *flags)
     assert code == 2
     assert "is not empty: choose another, or pass --overwrite" in err
-    assert (tmp_path / "moe" / "precious").exists()
-    assert run("upcycle.py", *flags, "--overwrite", "true")[0] == 0
-    assert not (tmp_path / "moe" / "precious").exists()
+    code, _, err = run("upcycle.py", *flags, "--overwrite", "true")
+    assert code == 2
+    assert "holds precious, which no run of this package wrote" in err
+    assert (tmp_path / "moe" / "precious").read_text() == "1"
+    (tmp_path / "moe" / "precious").unlink()
+    for _ in range(2):
+        assert run("upcycle.py", *flags, "--overwrite", "true")[0] == 0
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--factor", 10**5), ("--factor", 10**30), ("--num_experts", 4 * 10**5)])
+def test_a_vast_growth_is_refused_at_once(run, dense, tmp_path, flag, value):
+    assert (
+        run("upcycle.py", "--model_name_or_path", dense, "--output_dir", tmp_path / "moe", "--num_experts", 4)[0] == 0
+    )
+    flags = ["--model_name_or_path", tmp_path / "moe", "--output_dir", tmp_path / "larger", "--method", "grow"]
+    start = time.monotonic()
+    code, _, err = run("resize.py", *flags, flag, value)
+    assert code == 2
+    assert "num_experts" in err.splitlines()[-1]
+    assert time.monotonic() - start < 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(run, dense, tmp_path, monkeypatch):
+    flags = [
+        "--model_name_or_path",
+        dense,
+        "--output_dir",
+        tmp_path / "moe",
+        "--num_experts",
+        4,
+        "--max_shard_size",
+        "20KB",
+    ]
+    read, count = safetensors_format._read_rows, 0
+
+    def stop(*arguments):
+        nonlocal count
+        count += 1
+        if count > 20:
+            raise KeyboardInterrupt
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors_format, "_read_rows", stop)
+        code, _, err = run("upcycle.py", *flags)
+    assert code == 130
+    assert "upcycle.py: stopped: give the same command again, it goes on after shard" in err.splitlines()[-1]
+    assert run("upcycle.py", *flags)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
 
 
 def test_recipe_and_help(run, dense, tmp_path):
@@ -165,32 +231,3 @@ def test_demo_report_refuses_an_upcycling_that_changed_the_loss(run, tmp_path):
     code, _, err = run("demo_report.py", *flags)
     assert code == 2
     assert "upcycling changed the loss on wiki by 0.0100" in err
-
-
-def test_generate_runs_the_checkpoints_own_code(tmp_path):
-    from tests.training.conftest import train_tokenizer
-
-    tokenizer = train_tokenizer()
-    MoEForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    script = [sys.executable, ROOT / "scripts" / "generate.py", "--max_new_tokens", "3"]
-    flags = ["--model_name_or_path", tmp_path / "model", "--prompt", "one", "two"]
-    result = subprocess.run([*script, *flags], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "transformers_modules" in result.stdout
-    assert "experts by grouped_mm" in result.stdout
-    assert result.stdout.count("> ") == 2
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model_name_or_path", "/nowhere", "--prompt", "one"], "model_name_or_path /nowhere cannot be loaded"),
-        (["--model_name_or_path", "/nowhere"], "--prompt"),
-    ],
-)
-def test_generate_answers_mistakes_in_one_line(run, flags, message):
-    code, _, err = run("generate.py", *flags)
-    assert code == 2
-    assert len(err.splitlines()) == 1
-    assert message in err

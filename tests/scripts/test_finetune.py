@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+import modeling_moe
 from modeling_moe.hub import check_without_package
 from tests.training.conftest import checkpoint, text_file, tiny_model, tokenizer, train_tokenizer
 from tests.training.test_data import MARKED
@@ -349,11 +350,11 @@ def test_occupied_output_dir(checkpoint, text_file, tmp_path, monkeypatch, capsy
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("name", ["cpu", "single_gpu", "ddp", "fsdp2", "deepspeed_zero3"])
+@pytest.mark.parametrize("name", ["cpu", "cpu2", "single_gpu", "ddp", "fsdp2", "deepspeed_zero3"])
 def test_accelerate_reads_its_configuration(name):
     path = ROOT / "configuration" / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(path))
-    assert config.num_processes == (8 if name in ("ddp", "fsdp2", "deepspeed_zero3") else 1)
+    assert config.num_processes == {"cpu": 1, "cpu2": 2, "single_gpu": 1}.get(name, 8)
 
 
 @pytest.mark.slow
@@ -376,3 +377,51 @@ def test_help_shows_examples(monkeypatch, capsys):
         finetune(monkeypatch, "--help")
     assert exit_info.value.code == 0
     assert "python scripts/finetune.py configuration/recipes/sft_lora.yaml" in capsys.readouterr().out
+
+
+def test_a_result_forgot_what_it_was_made_from(checkpoint, text_file, tmp_path, monkeypatch):
+    output, home = tmp_path / "out", tmp_path / "home"
+    home.mkdir()
+    (checkpoint / "conversion.json").write_text('{"recipe": {"lineage": {"license": "mit"}}}')
+    monkeypatch.chdir(tmp_path)
+    flags = small("checkpoint", "sample.txt", output, steps=2)
+    finetune(monkeypatch, *flags, "--method", "router", "--seed", "5")
+    record = json.loads((output / "finetuning.json").read_text())
+    loss = record.pop("eval_loss")
+    assert record == {
+        "base_model": "checkpoint",
+        "method": "router",
+        "data": {"wiki": "sample.txt"},
+        "steps": 2,
+        "tokens": 2 * 16 * 32,
+        "learning_rate": 0.01,
+        "seed": 5,
+        "modeling_moe_version": modeling_moe.__version__,
+    }
+    assert 5 < loss["wiki"] < 7
+    assert (output / "conversion.json").read_bytes() == (checkpoint / "conversion.json").read_bytes()
+    (checkpoint / "conversion.json").unlink()
+    finetune(monkeypatch, *flags, "--overwrite")
+    assert not (output / "conversion.json").exists()
+
+
+def test_an_adapter_named_its_base_by_a_relative_path(checkpoint, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finetune(monkeypatch, *small("checkpoint", text_file, "out", steps=1), "--method", "lora", "--merge_lora", "false")
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(checkpoint.resolve())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_recipes_warned_of_a_name_that_transformers_gives_up(checkpoint, text_file, tmp_path, monkeypatch, recwarn):
+    finetune(monkeypatch, RECIPES / "sft_full.yaml", *small(checkpoint, text_file, tmp_path / "out", steps=1))
+    assert [str(w.message) for w in recwarn if "is deprecated and will be removed" in str(w.message)] == []
+
+
+def test_bf16_on_a_cpu_asked_for_another_setup(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+    flags = [flag for flag in small(checkpoint, text_file, tmp_path / "out") if flag != "--use_cpu"]
+    if not torch.cuda.is_available():
+        assert "add --use_cpu true" in mistake(monkeypatch, capsys, *flags, "--bf16", "true")

@@ -1,7 +1,8 @@
-"""scripts/generate.py: which code runs a checkpoint."""
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""scripts/generate.py, run in this process: the package runs a checkpoint, and mistakes are one line."""
 
 import runpy
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,50 +11,92 @@ from peft import LoraConfig, get_peft_model
 
 from modeling_moe import MoEForCausalLM
 from tests.conftest import tiny_config
-from tests.core.test_compatibility import OLD
 from tests.training.conftest import train_tokenizer
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
 
 
-@pytest.fixture
-def has_old_code():
-    return runpy.run_path(str(SCRIPT), run_name="a module")["has_old_code"]
-
-
-def save(folder: Path, old: bool) -> str:
-    """A checkpoint with its code, that of version 0.1.0 or of today."""
-    MoEForCausalLM(tiny_config()).save_pretrained(folder)
-    if old:
-        (folder / "compatibility.py").unlink()
-    return str(folder)
-
-
-def test_old_code_is_known(has_old_code, tmp_path):
-    assert has_old_code(str(OLD))  # by its configuration alone, as on the Hub
-    assert has_old_code(save(tmp_path / "old", old=True))  # though `code_version` is there
-    assert not has_old_code(save(tmp_path / "new", old=False))
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_of_an_adapter_the_base_tells(has_old_code, old, tmp_path):
-    base = save(tmp_path / "base", old)
-    adapted = get_peft_model(MoEForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
-    adapted.save_pretrained(tmp_path / "adapter")
-    assert has_old_code(str(tmp_path / "adapter")) == old
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_old_code_gives_way_to_the_package(old, tmp_path):
-    folder, tokenizer = tmp_path / "model", train_tokenizer()
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("generate") / "model", train_tokenizer()
     MoEForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if old:
-        (folder / "compatibility.py").unlink()
+    return folder
+
+
+@pytest.fixture
+def generate(monkeypatch, capsys):
+    """Runs the script; returns its exit code, what it printed and what it complained about."""
+
+    def run_script(*flags):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        output, errors = capsys.readouterr()
+        return code, output, [line for line in errors.splitlines() if line.startswith("generate.py: ")]
+
+    return run_script
+
+
+def expected_text(folder: Path, prompt: str, tokens: int) -> str:
+    tokenizer, model = train_tokenizer(), MoEForCausalLM.from_pretrained(folder).eval()
+    ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("code", ["as saved", "of somebody else", "none"])
+def test_the_package_runs_a_checkpoint_whatever_code_lies_beside_it(generate, saved, tmp_path, code):
+    """The code of the checkpoint ran, and nobody was asked."""
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    if code == "of somebody else":
         (folder / "modeling_moe.py").write_text("raise AssertionError('the code of the checkpoint ran')")
-    command = [sys.executable, SCRIPT, "--model_name_or_path", folder, "--prompt", "a", "--max_new_tokens", "2"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    module = result.stdout.partition(".")[0]
-    assert module == ("modeling_moe" if old else "transformers_modules")
+    for file in folder.glob("*.py") if code == "none" else ():
+        file.unlink()
+    status, output, errors = generate("--model_name_or_path", folder, "--prompt", "a b", "--max_new_tokens", 4)
+    assert (status, errors) == (0, [])
+    assert output.startswith("modeling_moe.modeling_moe.MoEForCausalLM, experts by moe\n")
+    assert f"> {expected_text(saved, 'a b', 4)}\n" in output
+
+
+def test_an_adapter_runs_on_its_base(generate, saved, tmp_path):
+    adapted = get_peft_model(MoEForCausalLM.from_pretrained(saved), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    status, output, _ = generate(
+        "--model_name_or_path", tmp_path / "adapter", "--prompt", "a b", "--max_new_tokens", 4
+    )
+    assert status == 0
+    # a new adapter adds nothing yet
+    assert f"> {expected_text(saved, 'a b', 4)}\n" in output
+
+
+def test_mistakes_are_one_line(generate, saved, tmp_path):
+    """A typo, damaged weights and a tokenizer that is too large were tracebacks."""
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    prompt = ("--prompt", "a")
+    cases = {
+        "'chot' is no flag": ("--model_name_or_path", folder, *prompt, "--chot"),
+        "prompt is missing": ("--model_name_or_path", folder),
+        "there is no such folder": ("--model_name_or_path", tmp_path / "nope", *prompt),
+        "max_new_tokens is 0": ("--model_name_or_path", folder, *prompt, "--max_new_tokens", 0),
+    }
+    for message, flags in cases.items():
+        status, _, errors = generate(*flags)
+        assert (status, len(errors)) == (2, 1)
+        assert message in errors[0]
+    tokenizer = train_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    status, _, errors = generate("--model_name_or_path", folder, *prompt)
+    assert (status, len(errors)) == (2, 1)
+    assert f"the tokenizer has {len(tokenizer)} tokens and the model {len(tokenizer) - 1}" in errors[0]
+    (folder / "model.safetensors").write_bytes(b"garbage")
+    status, _, errors = generate("--model_name_or_path", folder, *prompt)
+    assert (status, len(errors)) == (2, 1)
+    assert "SafetensorError" in errors[0]

@@ -7,7 +7,7 @@ import sys
 
 
 SCRIPT = """
-import json, os, random, signal, sys, time
+import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -33,23 +33,26 @@ def finish(folder):
         time.sleep(0.002)
 
 
-def write(output_dir):
-    state = {f"t{number}": tensor(number) for number in range(40)}
-    write_checkpoint(output_dir, state, {"seed": 0}, finish, overwrite=True, max_shard_size="2MB", progress=False)
+def write(output_dir, count=40):
+    state = {f"t{number}": tensor(number) for number in range(count)}
+    write_checkpoint(output_dir, state, {"count": count}, finish, overwrite=True, max_shard_size="2MB", progress=False)
 
 
 def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
 start = time.monotonic()
 write(root / "reference")
+write(root / "old", 1)
 whole_run = time.monotonic() - start
 expected, out = contents(root / "reference"), root / "out"
+old = contents(root / "old")
 killed = resumed = 0
 while killed < kills:
-    out.mkdir(exist_ok=True)
-    (out / "old").write_text("what was there before")
+    if not (root / ".out.replaced").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(root / "old", out)
     child = os.fork()
     if not child:
         write(out)
@@ -60,13 +63,13 @@ while killed < kills:
         killed += 1
         resumed += (root / ".out.partial" / "SHA256SUMS").exists()
     if not out.exists():
-        assert (root / ".out.replaced" / "old").exists()
-    elif not (out / "old").exists():
-        assert contents(out) == expected
+        assert contents(root / ".out.replaced") == old
+    else:
+        assert contents(out) in (old, expected)
 write(out)
 assert contents(out) == expected
 assert len(check_hashes(out, progress=False)) == 20
-assert sorted(file.name for file in root.iterdir()) == ["out", "reference"]
+assert sorted(file.name for file in root.iterdir()) == ["old", "out", "reference"]
 print(json.dumps({"killed": killed, "resumed": resumed}))
 """
 

@@ -128,7 +128,7 @@ def test_recipe_and_hashes_stay_in_the_result(out):
     write(out)
     description = json.loads((out / "conversion.json").read_text())
     assert description["recipe"] == RECIPE
-    assert len((out / "SHA256SUMS").read_text().splitlines()) == 3
+    assert len((out / "SHA256SUMS").read_text().splitlines()) == 3 + 4
     for line in (out / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert digest == hashlib.sha256((out / name).read_bytes()).hexdigest()
@@ -146,10 +146,9 @@ def test_folder_that_is_not_empty(out, tmp_path):
     (out / "precious").write_text("x")
     with pytest.raises(UserError, match="is not empty"):
         write(out)
+    with pytest.raises(UserError, match="holds precious, which no run of this package wrote"):
+        write(out, overwrite=True)
     assert contents(tmp_path) == {"out/precious": b"x"}
-    write(out, overwrite=True)
-    assert "precious" not in contents(out)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
 
 
 def test_too_little_space_is_told_before_anything_is_written(out, tmp_path):
@@ -195,7 +194,7 @@ def test_error_in_finish_keeps_the_shards(out, partial, expected):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_disk_that_becomes_full(out, partial, expected, monkeypatch):
-    original = writer._part
+    original = writer.part_of
 
     def on_full_device(file):
         part = original(file)
@@ -204,7 +203,7 @@ def test_disk_that_becomes_full(out, partial, expected, monkeypatch):
         return part
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_part", on_full_device)
+        patch.setattr(writer, "part_of", on_full_device)
         with pytest.raises(UserError, match=r"No space left .* same command again, it goes on after shard 2 of 3$"):
             write(out)
     assert len([name for name in contents(partial) if "safetensors" in name]) == 2
@@ -264,11 +263,11 @@ def test_interrupted_run_of_another_kind(out, partial, expected, change):
 
 
 def test_overwrite_goes_on_too(out, expected):
-    out.mkdir()
-    (out / "old").write_text("x")
+    write(out, {"old": torch.ones(3)})
+    before = contents(out)
     with pytest.raises(RuntimeError):
         write(out, failing_at(5, RuntimeError()), overwrite=True)
-    assert contents(out) == {"old": b"x"}
+    assert contents(out) == before
     unread = {f"t{number}": raises(AssertionError("read again")) for number in range(4)}
     write(out, six_tensors() | unread, overwrite=True)
     assert contents(out) == expected

@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, default_data_collator
 
-from modeling_moe.balancing import RouterTotals, update_routers
+from modeling_moe.balancing import RouterTotals, forget_counts, update_routers
 from modeling_moe.training import MoECallback
 from tests.training.conftest import tiny_model, training_arguments
 
@@ -162,3 +162,21 @@ def test_dense_model_is_left_alone(tmp_path):
     args = training_arguments(tmp_path)
     trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=default_data_collator)
     assert trainer.train().global_step == 1
+
+
+def test_counts_of_an_abandoned_step_do_not_move_the_bias(tmp_path):
+    """In a `Trainer`, and in a loop of one's own that says so."""
+    torch.manual_seed(0)
+    model, ids = biased_model(), torch.randint(3, 300, (8, 11))
+    alone = biased_model()
+    alone.load_state_dict(model.state_dict())
+    train(alone, ids, tmp_path / "alone", max_steps=1)
+    for _ in range(50):  # outweighs the step
+        model.train()(torch.full_like(ids, 7), labels=ids)
+    assert statistics(model).any()
+    train(model, ids, tmp_path / "after", max_steps=1)
+    assert torch.equal(biases(model), biases(alone))
+    model.train()(ids, labels=ids)
+    forget_counts(model)
+    update_routers(model)
+    assert torch.equal(biases(model), biases(alone))

@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ import torch
 import yaml
 
 from modeling_moe.routers import ROUTERS, router_class
+from modeling_moe.training import comparison
 from modeling_moe.training.comparison import (
     ComparisonArguments,
     Corpus,
@@ -192,3 +197,63 @@ def test_held_out_scores_of_a_router_whose_logits_are_known(size, entropy):
 
 def test_smoothed_is_the_mean_of_the_last_values():
     assert smoothed([1.0, 3.0, 8.0, 1.0], window=2).tolist() == pytest.approx([1.0, 2.0, 5.5, 4.5])
+
+
+def test_runs_that_were_finished_were_run_again(flags, tmp_path, monkeypatch, capsys):
+    runs = tmp_path / "runs.jsonl"
+    flags |= {"runs_file": runs, "output_json": tmp_path / "out.json"}
+    train, trained = comparison.train_router, []
+
+    def stop_at_second(entry, *args):
+        trained.append(entry.name)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train(entry, *args)
+
+    monkeypatch.setattr(comparison, "train_router", stop_at_second)
+    with pytest.raises(SystemExit) as exit_info:
+        compare(monkeypatch, flags)
+    assert exit_info.value.code == 130
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"compare_routers.py: stopped: the same command goes on, {runs} keeps the runs that are finished"
+    compare(monkeypatch, flags)
+    assert trained == ["plain", "all to all", "all to all"]
+    results = json.loads((tmp_path / "out.json").read_text())["routers"]
+    (tmp_path / "out.json").unlink()
+    runs.unlink()
+    compare(monkeypatch, flags)
+    for kept, new in zip(results, json.loads((tmp_path / "out.json").read_text())["routers"], strict=True):
+        assert {name: value for name, value in kept.items() if name != "seconds"} == {
+            name: value for name, value in new.items() if name != "seconds"
+        }
+    for change in ({"steps": 4}, {"seed": 1}):
+        with pytest.raises(SystemExit):
+            compare(monkeypatch, flags | change)
+        assert "holds runs with other arguments: name another file" in capsys.readouterr().err
+    runs.write_text("{}\n")
+    with pytest.raises(SystemExit):
+        compare(monkeypatch, flags)
+    assert "holds no run in line 1: remove the line" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_workers_ended_minutes_after_their_parent(flags, tmp_path):
+    flags |= {"steps": 100_000, "workers": 2, "runs_file": tmp_path / "runs.jsonl"}
+    command = [sys.executable, str(ROOT / "scripts" / "compare_routers.py")]
+    command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        while "routers: " not in process.stderr.read(1) + process.stderr.readline():
+            assert process.poll() is None
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert time.monotonic() - began < 30
+    assert "Traceback" not in error
+    assert error.strip().splitlines()[-1].endswith("keeps the runs that are finished")

@@ -5,11 +5,11 @@ from itertools import chain
 
 import pytest
 from datasets import Dataset
-from transformers.utils import logging
 
 from modeling_moe.cli import UserError
 from modeling_moe.training import DataArguments, load_and_pack, load_documents, pack
-from modeling_moe.training.data import cut_documents, hold_out, pack_conversations
+from modeling_moe.training.data import cut_documents, hold_out
+from modeling_moe.training.packing import pack_conversations
 from tests.training.conftest import sample_text, train_tokenizer
 
 
@@ -20,7 +20,10 @@ MARKED = (
     "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<eos>{% endgeneration %}"
     "{% else %}{{ message.content }}<eos>{% endif %}{% endfor %}"
 )
-PLAIN = "{% for message in messages %}<bos>{{ message.role }}:{{ message.content }}<eos>{% endfor %}"
+PLAIN = (
+    "{% for message in messages %}<bos>{{ message.role }}:{{ message.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant:{% endif %}"
+)
 
 
 def documents(*texts: str) -> Dataset:
@@ -79,8 +82,8 @@ def test_refused_sources(tmp_path):
     for source, column, message in [
         (tmp_path / "missing.txt", "text", "does not exist"),
         (tmp_path, "text", "holds files of several kinds"),
-        (tmp_path / "nothing", "text", "is none of .txt.* holds no such file"),
-        (table, "text", "is none of .txt"),
+        (tmp_path / "nothing", "text", "is a folder that holds no .txt"),
+        (table, "text", "holds no row"),
         (rows, "text", "text_column 'text' is not in .* choose one of body, n, chat, meta"),
         (rows, "n", "choose a text one"),
         (rows, "chat", "choose a text one"),
@@ -239,21 +242,17 @@ def test_loss_is_on_what_the_assistant_says():
     assert labels == [token if counts else -100 for token, counts in joined(learnt)]
 
 
-def test_unmarked_template_learns_all_and_says_so():
-    logger = logging.get_logger("modeling_moe.training.data")
-    with pytest.MonkeyPatch.context() as patch:
-        said = []
-        patch.setattr(logger, "warning", said.append)
-        packed = pack_conversations(conversations(40), chatting(PLAIN), max_length=16)
-        marked = pack_conversations(conversations(40), chatting(MARKED), max_length=16)
-    (warning,) = said
-    assert "loss is on ALL tokens" in warning
-    assert packed["labels"][:] == packed["input_ids"][:]
+def test_an_unmarked_template_learnt_the_users_words_too():
+    packed = pack_conversations(conversations(40), chatting(PLAIN), max_length=16)
+    marked = pack_conversations(conversations(40), chatting(MARKED), max_length=16)
     assert -100 in joined(marked["labels"])
+    assert packed[:] == marked[:]
+    everything = pack_conversations(conversations(40), chatting(PLAIN), max_length=16, assistant_only=False)
+    assert everything["labels"][:] == everything["input_ids"][:]
 
 
 @pytest.mark.parametrize(
-    "rows", [[{"messages": "hello"}], [{"messages": [{"from": "user", "value": "hi"}]}], [{"messages": None}]]
+    "rows", [[{"messages": "hello"}], [{"messages": [{"speaker": "user", "value": "hi"}]}], [{"messages": None}]]
 )
 def test_messages_that_no_template_renders(rows):
     template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}"

@@ -1,18 +1,29 @@
 """Perplexity and bits per byte by hand, and the experts' load."""
 
+import json
 import math
 
 import pytest
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3MoeConfig,
+)
 
 from modeling_moe.cli import UserError
 from modeling_moe.training import DataArguments, EvaluationArguments, evaluate_lm, pack, score
 from modeling_moe.training.measures import RouterBalance
 from tests.ranks import run_ranks
-from tests.training.conftest import sample_text, tiny_model
+from tests.training.conftest import sample_text, tiny_model, train_tokenizer
+from tests.training.test_data import MARKED, PLAIN, joined, write_chats
 
 
 @pytest.fixture
@@ -84,6 +95,159 @@ def test_max_tokens_takes_whole_blocks(checkpoint, text_file):
     assert result.tokens == 2 * 31
     with pytest.raises(UserError, match="max_tokens 70 is less than a block"):
         evaluate_lm(args, DataArguments(data=[f"a={text_file}"], max_length=71))
+
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+}
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_group": 1,
+}
+FOREIGN = {
+    "mixtral": lambda: MixtralConfig(**TINY, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**TINY, num_experts=4),
+    "olmoe": lambda: OlmoeConfig(**TINY, num_experts=4),
+    "gpt_oss": lambda: GptOssConfig(**TINY, num_local_experts=4),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **TINY | LATENT | {"num_key_value_heads": 2},
+        num_local_experts=4,
+        topk_group=1,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FOREIGN)
+def test_the_load_of_transformers_own_experts_was_missing(family, blocks):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FOREIGN[family]()).eval()
+    result = score(model, blocks.select(range(3)), batch_size=2)
+    seen, hooks = {}, []
+    for name, module in model.named_modules():
+        if name.endswith("mlp.experts"):
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda module, args, name=name: seen.setdefault(name, []).append(args[1])
+                )
+            )
+    for row in blocks.select(range(3)):
+        model(torch.tensor([row["input_ids"]]))
+    layers = [torch.cat(index).flatten() for index in seen.values()]
+    assert len(layers) == (1 if family == "deepseek_v3" else 2)
+    load = torch.stack([(layer[:, None] == torch.arange(4)).sum(dim=0) for layer in layers]).double()
+    assert load.sum() == len(layers) * 3 * 13 * 2
+    expected = RouterBalance(keep_in_memory=True).compute(load=[load.tolist()])
+    assert result.expert_share == pytest.approx(expected["expert_share"])
+    assert result.max_vio == pytest.approx(expected["max_violation"])
+    for hook in hooks:
+        hook.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_mixtrals_load_is_the_largest_of_its_router_logits(blocks):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FOREIGN["mixtral"]()).eval()
+    logits = model(torch.tensor(blocks[:2]["input_ids"]), output_router_logits=True).router_logits
+    load = [torch.bincount(layer.topk(2).indices.flatten(), minlength=4).tolist() for layer in logits]
+    expected = RouterBalance(keep_in_memory=True).compute(load=[load])
+    assert score(model, blocks.select([0, 1])).expert_share == pytest.approx(expected["expert_share"])
+
+
+def test_experts_that_cannot_be_watched_are_named(checkpoint, text_file, monkeypatch):
+    said = []
+    monkeypatch.setattr("modeling_moe.training.evaluation.logger.warning", said.append)
+    monkeypatch.setattr("modeling_moe.training.evaluation._load", lambda *_: None)
+    evaluate_lm(
+        EvaluationArguments(str(checkpoint), max_tokens=64), DataArguments(data=[f"a={text_file}"], max_length=32)
+    )
+    (warning,) = said
+    assert "MoEForCausalLM does not call them by transformers' interface" in warning
+
+
+@pytest.mark.parametrize("fields", [{"eval_capacity_factor": 0.5}, {"expert_capacity": 2}])
+def test_a_capacity_made_the_score_depend_on_the_batch_size(fields, blocks):
+    model = tiny_model(**fields)
+    one, all_at_once = score(model, blocks, batch_size=1), score(model, blocks, batch_size=100)
+    assert one.loss == pytest.approx(all_at_once.loss, rel=1e-6)
+    assert one.expert_share == all_at_once.expert_share
+    assert one.loss != pytest.approx(score(tiny_model(), blocks).loss, rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("template", [MARKED, PLAIN])
+def test_a_file_of_chats_was_refused(template, tmp_path):
+    tokenizer, model = train_tokenizer(), tiny_model()
+    tokenizer.chat_template = template
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    chats = write_chats(tmp_path / "chats.jsonl", count=4)
+    args = EvaluationArguments(str(tmp_path / "model"), batch_size=3)
+    scores = {
+        only: evaluate_lm(args, DataArguments(data=[f"a={chats}"], max_length=16, assistant_only=only))["a"]
+        for only in (True, False)
+    }
+    rows = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
+    tokenizer.chat_template = MARKED
+    encoded = [tokenizer.apply_chat_template(row, return_dict=True, return_assistant_tokens_mask=True) for row in rows]
+    ids, said = (joined(row[name] for row in encoded) for name in ("input_ids", "assistant_masks"))
+    for only, result in scores.items():
+        nats, tokens, size = 0.0, 0, 0
+        for start in range(0, len(ids), 16):
+            block = ids[start : start + 16]
+            log_probs = model.eval()(torch.tensor([block])).logits[0].log_softmax(dim=-1)
+            for i in range(1, len(block)):
+                if said[start + i] or not only:
+                    nats -= log_probs[i - 1, block[i]].item()
+                    tokens += 1
+                    size += len(tokenizer.decode([block[i]], skip_special_tokens=True).encode())
+        assert result.tokens == tokens
+        assert result.loss == pytest.approx(nats / tokens, rel=1e-5)
+        if only:
+            assert result.bits_per_byte == pytest.approx(nats / math.log(2) / result.bytes, rel=1e-5)
+    assert scores[True].tokens < scores[False].tokens
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"messages": [{"role": "user", "content": "der Weg"}]}], "nothing that the assistant says"),
+        ([{"text": "x"}], "fewer than the 2 tokens"),
+        ([{"prompt": "der Weg", "completion": ""}], "holds no text"),
+    ],
+)
+def test_nothing_to_score_was_not_a_number(rows, message, tmp_path):
+    tokenizer = train_tokenizer()
+    tokenizer.chat_template, tokenizer.eos_token = PLAIN, None
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(UserError, match=message):
+        evaluate_lm(EvaluationArguments(str(tmp_path / "model")), DataArguments(data=[f"a={tmp_path / 'a.jsonl'}"]))
+
+
+def test_a_tokenizer_larger_than_the_model_was_an_index_error(text_file, tokenizer, tmp_path):
+    model = tiny_model()
+    model.resize_token_embeddings(290)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="the tokenizer has 300 tokens and the model 290"):
+        evaluate_lm(EvaluationArguments(str(tmp_path / "model")), DataArguments(data=[f"a={text_file}"]))
 
 
 def rank_main(rank: int, blocks: Dataset, folder: str) -> None:

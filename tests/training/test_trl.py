@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import modeling_moe.training  # noqa: F401, gives each Trainer its MoECallback
 from modeling_moe.balancing import RouterTotals
 from tests.training.conftest import tiny_model, training_arguments
+from tests.training.families import tiny
+from tests.training.test_restoring import differing, shards
 
 
 trl = pytest.importorskip("trl")
@@ -158,3 +160,16 @@ def test_dpo_trains_the_routers_and_counts_no_reference_pass(adapter, tokenizer,
     whole, split, without = gradients
     assert whole.norm() > 10 * without.norm()
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-5 * whole.abs().max().item())
+
+
+@pytest.mark.slow
+def test_sft_resumed_without_transformers_own_experts(tokenizer, tmp_path, monkeypatch):
+    shards(monkeypatch)
+    data, models = rows(), [tiny("mixtral", vocab_size=300) for _ in range(2)]
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    for model, resume in zip(models, (None, str(tmp_path / "checkpoint-2")), strict=True):
+        args = arguments(trl.SFTConfig, tmp_path, learning_rate=0.1, lr_scheduler_type="constant", **steps)
+        trainer = trl.SFTTrainer(model, args, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=resume)
+    assert len(list((tmp_path / "checkpoint-2").glob("*.safetensors"))) > 1
+    assert differing(*models) == []

@@ -18,7 +18,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...cli import UserError
-from ...training.data import PIECE_CHARS, cut_documents, pack
+from ...training.data import PIECE_CHARS, cut_documents
+from ...training.packing import pack
 
 
 HELD_OUT = 20

@@ -20,6 +20,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SOURCE = Path(__file__).with_name("experts.c")
+HASH_BYTES = hashlib.sha256().digest_size
 # as numbers.h has them
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # traps and errno, which nobody looks at, keep loops from being vectorised; scratch changes its type from use to use
@@ -49,12 +50,24 @@ def processor_flags() -> list[str]:
     return flags
 
 
+def _is_whole(library: Path) -> bool:
+    """Whether a library ends with the hash of what stands before: loading a truncated one would kill the process."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    return content[-HASH_BYTES:] == hashlib.sha256(content[:-HASH_BYTES]).digest()
+
+
 def _build(command: list[str], library: Path) -> None:
     """Runs the compiler; processes that do the same at the same time do each other no harm."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         subprocess.run(["gcc", *command, "-o", str(built), "-lm"], check=True, capture_output=True, text=True)
+        with open(built, "ab") as stream:
+            # the loader of the system reads no further than the sections, which the file's header places
+            stream.write(hashlib.sha256(built.read_bytes()).digest())
         os.replace(built, library)
 
 
@@ -67,10 +80,10 @@ def compiled(dtype: torch.dtype, processor: Sequence[str]) -> Path:
     """
     command = [*FLAGS, *processor, f"-DELEMENT={ELEMENTS[dtype]}", str(SOURCE)]
     version = subprocess.run(["gcc", "-dumpfullversion"], check=True, capture_output=True, text=True).stdout
-    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("*.[ch]"))]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]"))]
     key = hashlib.sha256("\n".join([*command[:-1], version, *sources]).encode()).hexdigest()[:16]
     library = Path(constants.HF_HOME) / "modeling_moe" / f"experts-{key}.so"
-    if not library.exists():
+    if not _is_whole(library):
         _build(command, library)
     return library
 

@@ -1,0 +1,121 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""The numbers of `rope_parameters`, of which transformers checks few and warns of some."""
+
+from typing import Any
+
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .configuration_fields import Range, shown
+
+
+KINDS = ("full_attention", "sliding_attention")
+_SCALE = Range(0, 1e6, open_below=True)
+# number of a rope type -> its range
+RANGES = {
+    # up to here powers of it stay finite in fp32
+    "rope_theta": Range(0, 1e15, open_below=True),
+    "factor": _SCALE,
+    "attention_factor": _SCALE,
+    "beta_fast": _SCALE,
+    "beta_slow": _SCALE,
+    "mscale": Range(0, 1e6),
+    "mscale_all_dim": Range(0, 1e6),
+    "low_freq_factor": _SCALE,
+    "high_freq_factor": _SCALE,
+    "partial_rotary_factor": Range(0, 1, open_below=True),
+    "original_max_position_embeddings": Range(1, 2**31),
+}
+# rope type -> what it cannot do without, beside theta
+NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "proportional": (),
+}
+
+
+def by_kind(config) -> dict[str, Any]:
+    """Label in a message -> parameters of one kind of attention, or of all.
+
+    Raises:
+        ValueError: if some kinds have parameters of their own and one that a layer has does not.
+    """
+    rope = config.rope_parameters or {}
+    if not set(KINDS).intersection(rope):
+        return {"rope_parameters": rope}
+    for kind in sorted(set(config.layer_types)):
+        if not rope.get(kind):
+            raise ValueError(
+                f"rope_parameters has no {kind!r}, which layer_types has: give parameters for each kind of attention."
+            )
+    return {f"rope_parameters[{kind!r}]": rope[kind] for kind in KINDS if rope.get(kind)}
+
+
+def check_shape(config) -> None:
+    """Raises ValueError unless the parameters are dictionaries, before transformers fills what is missing in them."""
+    for label, rope in by_kind(config).items():
+        if not isinstance(rope, dict):
+            raise ValueError(f"{label} is {shown(rope)}: it must be a dictionary.")
+
+
+def check_numbers(config) -> None:
+    """Raises ValueError, naming the entry, for a number that makes no finite angle."""
+    check_shape(config)
+    for label, rope in by_kind(config).items():
+        kind = _rope_type(label, rope)
+        for name, limits in RANGES.items():
+            if (value := rope.get(name)) is not None and not _lies_in(limits, value):
+                raise ValueError(f"{name} of {label} is {shown(value)}: it must be a number {limits}.")
+        _check_formula(label, rope, kind)
+        # an odd number of features is rounded up
+        pairs = (int(config.head_dim * (rope.get("partial_rotary_factor") or 1.0)) + 1) // 2
+        if pairs < 1:
+            raise ValueError(
+                f"partial_rotary_factor of {label} is {rope['partial_rotary_factor']}: it lets none of the "
+                f"{config.head_dim} features of a head rotate, raise it."
+            )
+        if config.kv_lora_rank is not None and pairs * 2 < config.head_dim:
+            raise ValueError(
+                f"partial_rotary_factor of {label} is {rope['partial_rotary_factor']}: in latent attention "
+                "(kv_lora_rank) all qk_rope_head_dim features rotate, leave it out."
+            )
+        if kind == "longrope":
+            _check_longrope(label, rope, pairs)
+
+
+def _check_formula(label: str, rope: dict[str, Any], kind: str) -> None:
+    """Raises ValueError for numbers with which the formula of a rotary embedding divides by 0 or turns around."""
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise ValueError(f"high_freq_factor of {label} must be above its low_freq_factor: change one of them.")
+    if kind == "yarn" and (rope.get("beta_fast") or 32) < (rope.get("beta_slow") or 1):
+        raise ValueError(f"beta_fast of {label} must not be below its beta_slow: change one of them.")
+    # the first divides by the logarithm of theta, the second by that of the length
+    for name, of in (("rope_theta", "yarn"), ("original_max_position_embeddings", "longrope")):
+        if kind == of and rope[name] <= 1:
+            raise ValueError(f"{name} of {label} is {rope[name]}: rope_type {kind!r} needs more than 1.")
+
+
+def _rope_type(label: str, rope: dict[str, Any]) -> str:
+    """The kind of rotary embedding that the parameters are for, all of whose needs they name."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    known = [name for name in NEEDED if name == "default" or name in ROPE_INIT_FUNCTIONS]
+    if kind not in known:
+        raise ValueError(f"{label} has rope_type {shown(kind)}: choose one of {', '.join(known)}.")
+    for name in ("rope_theta", *NEEDED[kind]):
+        if rope.get(name) is None:
+            raise ValueError(f"{label} has no {name}, which rope_type {kind!r} needs: add it.")
+    return kind
+
+
+def _lies_in(limits: Range, value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and limits.holds(value)
+
+
+def _check_longrope(label: str, rope: dict[str, Any], pairs: int) -> None:
+    for name in ("short_factor", "long_factor"):
+        factors = rope[name]
+        if not isinstance(factors, list) or len(factors) != pairs or not all(_lies_in(_SCALE, x) for x in factors):
+            raise ValueError(f"{name} of {label} must be a list of {pairs} numbers {_SCALE}.")

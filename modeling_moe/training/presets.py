@@ -1,0 +1,75 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""A configuration file alone becomes a model with new random weights, to be trained from scratch."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..cli import UserError
+from ..utils.loading import parse_dtype, refuse_misfit
+
+
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def is_preset(name_or_path: str) -> bool:
+    """Whether a name is that of a configuration file, and not of a model."""
+    return name_or_path.endswith(".json")
+
+
+def preset_config(
+    file: str, tokenizer: PreTrainedTokenizerBase | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Reads a configuration file.
+
+    Args:
+        file: path of a config.json, such as one of configuration/models.
+        tokenizer: if given, the vocabulary's size and the special tokens become those of the tokenizer.
+        trust_remote_code: whether Python code that the file names may run.
+
+    Raises:
+        UserError: if there is no such file, or it is no configuration.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"model_name_or_path {file} does not exist: correct the path of the configuration")
+    fields = {}
+    if tokenizer is not None:
+        tokens = max([len(tokenizer), *(index + 1 for index in tokenizer.get_vocab().values())])
+        fields = {"vocab_size": tokens} | {name: getattr(tokenizer, name) for name in SPECIAL}
+    try:
+        return AutoConfig.from_pretrained(file, trust_remote_code=trust_remote_code, **fields)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"model_name_or_path {file} is no configuration of a causal LM: {error}") from error
+
+
+def new_model(
+    file: str, tokenizer: PreTrainedTokenizerBase, dtype: str = "float32", *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Makes a model with new random weights, the same for the same seed of torch.
+
+    Args:
+        file: path of a config.json.
+        tokenizer: its vocabulary and special tokens become the model's.
+        dtype: `float32`, `bfloat16` or `float16`, or `auto` for the configuration's.
+        trust_remote_code: whether Python code that the file names may run.
+
+    Raises:
+        UserError: if the file is no configuration of a causal LM.
+    """
+    config = preset_config(file, tokenizer, trust_remote_code=trust_remote_code)
+    dtype_of_weights = parse_dtype(dtype) or config.dtype or torch.float32
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype_of_weights, trust_remote_code=trust_remote_code)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"model_name_or_path {file} makes no causal LM: {error}") from error
+    model.generation_config = GenerationConfig.from_model_config(config)
+    refuse_misfit(tokenizer, model)
+    return model

@@ -1,0 +1,224 @@
+"""Source configurations that lie: each is refused in words, or converted to what transformers computes of the same folder."""
+
+import copy
+import json
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from modeling_moe.cli import UserError
+from modeling_moe.conversion import load_state, open_checkpoint
+from tests.conversion import test_dense_families as dense
+from tests.conversion import test_sparse_families as sparse
+
+
+# transformers has no class for it
+SPARSE = [name for name in sparse.CONFIGS if name.partition("-")[0] != "deepseek"]
+VARIANTS = [*dense.SOURCES, *SPARSE]
+IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
+JUNK = [None, "x", [], {}, True, math.nan, math.inf, 1e30, -1, 0, 0.5, 10**5, [1], "1"]
+NAMES = ["x", "gelu", "silu", "relu", "default", "yarn", "linear", "full_attention", None, 3]
+# fields that a configuration may not have
+ADDED = {
+    "rope_theta": [100.0, -1, "x", None, math.nan],
+    "rope_scaling": [
+        {"type": "linear", "factor": 4.0},
+        {"rope_type": "linear", "factor": math.nan},
+        {"type": "su"},
+        "x",
+    ],
+    "head_dim": [8, 16, 7, 0, -8],
+    "partial_rotary_factor": [0.5, 1.0, 2.0, -1, 0],
+    "sliding_window": [1, 0, -1, 4, 2],
+    "layer_types": [["full_attention"] * 3, ["sliding_attention"] * 3, ["x"] * 3, ["full_attention"] * 2],
+    "num_key_value_heads": [1, 4, 3, 0],
+    "use_sliding_window": [True, False],
+    "tie_word_embeddings": [True, False],
+    "attention_bias": [True],
+    "attention_multiplier": [0.5],
+    "n_group": [2],
+    "unknown_field": [1],
+}
+# the library's own bookkeeping
+KEPT = {"architectures", "transformers_version", "model_type", "dtype"}
+
+
+def other_value(choose: random.Random, value: Any) -> Any:
+    """A value that somebody could have written in its place."""
+    if isinstance(value, bool):
+        return choose.choice([not value, not value, None, "x", 2])
+    if isinstance(value, int):
+        near = [value + 1, value - 1, value * 2, value // 2, 1, 2, 3, float(value), str(value)]
+        return choose.choice([*near, value + 1, value * 2, value // 2, *JUNK])
+    if isinstance(value, float):
+        return choose.choice([value * 2, value / 2, -value, 0.0, 1.0, 1.5, str(value), *JUNK])
+    if isinstance(value, str):
+        return choose.choice(NAMES)
+    if isinstance(value, list):
+        inner = [other_value(choose, entry) if choose.random() < 0.5 else entry for entry in value]
+        return choose.choice(
+            [value[:-1], value + value[-1:], value[::-1], [], None, "x", {}, [None] * len(value), inner]
+        )
+    if not isinstance(value, dict) or not value:
+        return choose.choice([0, 1, 2, 3, 4, 7, "x", True, 0.5, [], {}])
+    changed, key = dict(value), choose.choice(sorted(value))
+    kind = choose.random()
+    if kind < 0.15:
+        del changed[key]
+    elif kind < 0.25:
+        changed["extra"] = 1
+    elif kind < 0.35:
+        return choose.choice([None, {}, "x", []])
+    else:
+        changed[key] = other_value(choose, changed[key])
+    return changed
+
+
+def mutated(choose: random.Random, values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with one field changed, taken away or added, sometimes two."""
+    values = copy.deepcopy(values)
+    for _ in range(choose.choice([1, 1, 1, 2])):
+        if choose.random() < 0.2:
+            name = choose.choice(sorted(ADDED))
+            values[name] = choose.choice(ADDED[name])
+            continue
+        name = choose.choice(sorted(set(values) - KEPT))
+        if choose.random() < 0.12:
+            del values[name]
+        else:
+            values[name] = other_value(choose, values[name])
+    return values
+
+
+def save_source(variant: str, folder) -> str:
+    """Saves a model of the variant; returns the attention to compare with."""
+    torch.manual_seed(0)
+    if variant in dense.SOURCES:
+        model = dense.random_source(dense.source_config(variant))
+    else:
+        model, _ = sparse.random_source(variant)
+    model.save_pretrained(folder)
+    return "eager" if variant.startswith(("gemma2", "gpt_oss")) else "sdpa"
+
+
+def theirs(folder, attention: str) -> torch.Tensor | None:
+    """transformers' logits; None where its model does not load whole, or fails."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation=attention, output_loading_info=True
+        )
+        if info["missing_keys"] or info["mismatched_keys"]:
+            return None
+        return model.eval()(IDS).logits
+    except Exception:
+        return None
+
+
+@torch.no_grad()
+def outcome(folder, attention: str) -> str:
+    """`refused`, `equal`, or `not computed by transformers`; everything else fails the test.
+
+    Raises:
+        AssertionError: if the converted model computes something else than transformers.
+    """
+    try:
+        checkpoint = open_checkpoint(str(folder))
+        model = load_state(checkpoint.config, checkpoint.state)
+    except UserError:
+        return "refused"
+    expected = theirs(folder, attention)
+    if expected is None:
+        return "not computed by transformers"
+    model.set_attn_implementation(attention)
+    torch.testing.assert_close(model(IDS).logits, expected, atol=2e-4, rtol=1e-4)
+    return "equal"
+
+
+def run(variant: str, folder, cases: int) -> dict[str, int]:
+    """Outcomes and how often each came."""
+    attention = save_source(variant, folder)
+    file = folder / "config.json"
+    written = json.loads(file.read_text())
+    choose, counts = random.Random(variant), {"refused": 0, "equal": 0, "not computed by transformers": 0}
+    assert outcome(folder, attention) == "equal"
+    for _ in range(cases):
+        values = mutated(choose, written)
+        file.write_text(json.dumps(values))
+        try:
+            counts[outcome(folder, attention)] += 1
+        except Exception as error:
+            changed = {k: values.get(k, "taken away") for k in {*values, *written} if values.get(k) != written.get(k)}
+            raise AssertionError(f"{variant} with {changed}: {type(error).__name__} {error}") from error
+    return counts
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_lying_configuration_is_refused_or_computed_right(variant, tmp_path):
+    run(variant, tmp_path / "source", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_three_hundred_lying_configurations_are_refused_or_computed_right(variant, tmp_path):
+    counts = run(variant, tmp_path / "source", 300)
+    assert counts["refused"] > 100
+    assert counts["equal"] > 20
+    assert counts["not computed by transformers"] < 15
+
+
+def with_fields(variant: str, folder, **fields) -> str:
+    attention = save_source(variant, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return attention
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields", "message"),
+    [
+        (
+            "llama",
+            {"vocab_size": 98},
+            r"has shape \(99, 32\) where its config.json asks for \(98, 32\): vocab_size is 98 there",
+        ),
+        (
+            "llama",
+            {"hidden_size": 36},
+            r"has shape \(99, 32\) where its config.json asks for \(99, 36\): hidden_size is 36",
+        ),
+        ("llama", {"intermediate_size": 44}, r"mlp\..*_proj\.weight has shape .*: intermediate_size is 44 there"),
+        ("llama", {"num_attention_heads": 8}, r"_proj\.weight has shape .* where its config.json asks for"),
+        (
+            "qwen3_moe",
+            {"num_experts": 4, "num_local_experts": 4},
+            r"a tensor .*experts\.4\..* that its config.json does not",
+        ),
+        ("qwen3_moe", {"num_experts": 6, "num_local_experts": 6}, r"no tensor for .*experts\.5\."),
+        ("qwen3_moe-renormalised", {"sliding_window": 0}, "sliding_window is 0 .*: set use_sliding_window to false"),
+        (
+            "deepseek_v2",
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor is 0.5 .* rotates whole heads: remove it",
+        ),
+        ("gpt2", {"n_inner": 0}, "intermediate_size is 0"),
+        ("phi3-long", {"original_max_position_embeddings": 1}, r"(original_max_position_embeddings|config\.json)"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": math.nan}}, "rope_theta"),
+        ("llama", {"rms_norm_eps": math.inf}, "rms_norm_eps"),
+        ("llama", {"hidden_size": 10**9}, "."),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ],
+)
+def test_a_field_that_lies_is_refused_by_name(variant, fields, message, tmp_path):
+    with_fields(variant, tmp_path / "source", **fields)
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(str(tmp_path / "source"))
+
+
+def test_null_for_norm_topk_prob_is_false_as_in_transformers(tmp_path):
+    attention = with_fields("deepseek_v3", tmp_path / "source", norm_topk_prob=None)
+    assert open_checkpoint(str(tmp_path / "source")).config.norm_topk_prob is False
+    assert outcome(tmp_path / "source", attention) == "equal"

@@ -1,0 +1,176 @@
+"""Exports as transformers 4 reads them: the old names stand beside the new, and its logits are ours."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer
+from transformers.testing_utils import CaptureLogger
+
+from modeling_moe import MoEConfig, MoEForCausalLM
+from modeling_moe.conversion import convert_checkpoint
+from modeling_moe.conversion.older_names import logger, older_names, save_for_older_readers
+from modeling_moe.conversion.targets import TARGETS, export_plan
+from tests.conversion.test_targets import EXPRESSIBLE, LLAMA3_ROPE, MOE, WINDOWS, export, randomised
+
+
+OLDER = ["transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"]
+ATTENTION = ["attention_dropout", "num_attention_heads", "num_key_value_heads", "rope_theta", "sliding_window"]
+SHARED = [
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "max_position_embeddings"),
+    *("initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings", "num_experts_per_tok", "torch_dtype"),
+    *("output_router_logits", "router_aux_loss_coef", "pad_token_id", "bos_token_id", "eos_token_id", "rope_scaling"),
+]
+QWEN = ["num_experts", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"]
+# the arguments of the configuration classes of transformers 4.57, and head_dim, which its models ask for
+READ_BY_OLDER = {
+    "mixtral": [*SHARED, *ATTENTION, "head_dim", "num_local_experts", "router_jitter_noise"],
+    "qwen2_moe": [
+        *(*SHARED, *ATTENTION, *QWEN, "use_sliding_window", "max_window_layers"),
+        *("shared_expert_intermediate_size", "qkv_bias"),
+    ],
+    "qwen3_moe": [*SHARED, *ATTENTION, *QWEN, "use_sliding_window", "head_dim", "attention_bias"],
+    "olmoe": [*SHARED, *ATTENTION[:-1], "num_experts", "attention_bias", "clip_qkv", "norm_topk_prob"],
+}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "long_factor": [1.5, 2.0, 3.0, 4.0],
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "original_max_position_embeddings": 16,
+}
+ROPES = {
+    "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0},
+    "yarn": YARN | {"beta_fast": 4.0, "beta_slow": 1.0, "mscale": 0.7, "mscale_all_dim": 0.7, "truncate": False},
+    "longrope": LONGROPE,
+    "llama3": LLAMA3_ROPE,
+}
+PLAIN = {
+    "mixtral": {},
+    "qwen2_moe": {"qkv_bias": True},
+    "qwen3_moe": {"qk_norm": "head"},
+    "olmoe": {"qk_norm": "full"},
+}
+
+
+def test_every_target_is_looked_at():
+    assert set(READ_BY_OLDER) == set(PLAIN) == set(TARGETS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_config_json_of_an_export_lacks_no_name_that_transformers_4_reads(target, tmp_path):
+    config = MoEConfig(**MOE | PLAIN[target] | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}})
+    config.dtype = torch.bfloat16
+    plan = export_plan(config, target)
+    save_for_older_readers(plan, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert not set(READ_BY_OLDER[target]) - set(written)
+    assert written["rope_theta"] == 500.0
+    assert written["rope_scaling"] is None
+    assert written["torch_dtype"] == written["dtype"] == "bfloat16"
+    assert {written[name] for name in ("num_experts", "num_local_experts") if name in written} == {5}
+    # transformers 5 takes the file for what it is without the old names
+    windows = {"max_window_layers": 3} if target == "qwen2_moe" else {}
+    read = AutoConfig.from_pretrained(tmp_path).to_dict() | {"_name_or_path": ""}
+    assert read == plan.to_dict() | windows
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_scaled_rotary_embedding_stands_under_its_old_names(kind, tmp_path):
+    plan = export_plan(MoEConfig(**MOE | {"rope_parameters": ROPES[kind]}), "mixtral")
+    save_for_older_readers(plan, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["rope_theta"] == ROPES[kind]["rope_theta"]
+    assert written["rope_scaling"]["type"] == written["rope_scaling"]["rope_type"] == kind
+    assert {name: written["rope_scaling"][name] for name in ROPES[kind] if name != "rope_theta"} | {
+        "rope_theta": written["rope_theta"]
+    } == ROPES[kind]
+    assert written.get("original_max_position_embeddings") == (16 if kind == "longrope" else None)
+    read = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert {name: value for name, value in read.items() if name != "type"} == plan.rope_parameters
+
+
+def test_windows_in_some_layers_are_said_to_be_wrong_in_transformers_4(tmp_path):
+    plan = export_plan(MoEConfig(**MOE | {"qkv_bias": True, "sliding_window": 4, "layer_types": WINDOWS}), "qwen2_moe")
+    assert older_names(plan)["max_window_layers"] == 1
+    with CaptureLogger(logger) as captured:
+        save_for_older_readers(plan, tmp_path)
+    assert "transformers 4 takes it in all of them" in captured.out
+
+
+@pytest.fixture(scope="module")
+def older_transformers(tmp_path_factory) -> Path:
+    """A folder with transformers 4.57, skipped where it cannot be fetched."""
+    folder = tmp_path_factory.mktemp("older")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, *OLDER]
+    # a constraint of this machine would keep the old release out
+    done = subprocess.run(install, env=os.environ | {"PIP_CONSTRAINT": "/dev/null"}, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"transformers 4.57 cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
+    return folder
+
+
+def read_by_older(site: Path, folder: Path) -> dict[str, dict]:
+    """What transformers 4.57 computes of every model in `folder`, by name."""
+    environment = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    reader = [sys.executable, Path(__file__).with_name("older_reader.py"), folder]
+    done = subprocess.run(reader, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = {path.name: torch.load(path / "theirs.pt") for path in folder.iterdir()}
+    assert {result["version"] for result in results.values()} == {"4.57.6"}
+    return results
+
+
+def exports() -> dict[str, tuple[str, dict]]:
+    """Targets and fields, without windows in some layers: transformers 4.57 takes them in all."""
+    cases = {name: case for name, case in EXPRESSIBLE.items() if case[1].get("layer_types") != WINDOWS}
+    for target, fields in PLAIN.items():
+        cases |= {f"{target}-{kind}": (target, fields | {"rope_parameters": rope}) for kind, rope in ROPES.items()}
+    return cases | {"qwen2_moe-all-windows": ("qwen2_moe", {"qkv_bias": True, "sliding_window": 4})}
+
+
+@pytest.mark.slow
+def test_transformers_4_computes_what_the_exported_model_computes(older_transformers, tmp_path):
+    ids, expected = torch.randint(3, 99, (2, 40)), {}
+    (tmp_path / "exports").mkdir()
+    for name, (target, fields) in exports().items():
+        model = randomised(MoEForCausalLM(MoEConfig(**MOE | fields)))
+        model.save_pretrained(tmp_path / "moe" / name)
+        export(tmp_path / "moe" / name, target, tmp_path / "exports" / name)
+        torch.save(ids, tmp_path / "exports" / name / "ids.pt")
+        with torch.no_grad():
+            expected[name] = model(ids).logits
+    results = read_by_older(older_transformers, tmp_path / "exports")
+    assert set(results) == set(expected)
+    for name, logits in expected.items():
+        torch.testing.assert_close(results[name]["logits"], logits, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_transformers_4_loads_a_tokenizer_that_transformers_5_saved(target, older_transformers, tmp_path):
+    from tests.training.conftest import train_tokenizer
+
+    tokenizer = train_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    tokenizer.chat_template = "{% for m in messages %}<bos>{{ m['content'] }}{% endfor %}"
+    model = randomised(MoEForCausalLM(MoEConfig(**MOE | PLAIN[target] | {"vocab_size": len(tokenizer)})))
+    model.save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    folder, text = tmp_path / "exports" / target, "über die <tool> Brücke<eos> 🙂"
+    convert_checkpoint(str(tmp_path / "moe"), folder, target)
+    ids = torch.randint(3, 99, (1, 9))
+    torch.save(ids, folder / "ids.pt")
+    (folder / "text.txt").write_text(text, "utf-8")
+    theirs = read_by_older(older_transformers, tmp_path / "exports")[target]
+    assert theirs["tokens"] == AutoTokenizer.from_pretrained(folder)(text).input_ids == tokenizer(text).input_ids
+    assert json.loads(theirs["specials"]) == tokenizer.special_tokens_map | {"additional_special_tokens": ["<tool>"]}
+    assert theirs["chat"] == tokenizer.chat_template
+    with torch.no_grad():
+        torch.testing.assert_close(theirs["logits"], model(ids).logits, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,182 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""What scripts/generate.py writes is what `generate` of transformers gives: continued texts, chats and samples."""
+
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, set_seed
+
+from modeling_moe import MoEForCausalLM
+from modeling_moe.utils.generation import GenerationArguments
+from tests.conftest import tiny_config
+from tests.training.conftest import train_tokenizer
+from tests.training.test_data import PLAIN
+
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+
+
+def save(folder: Path, kind: str = "moe", template: str | None = None) -> Path:
+    """A tiny model with its tokenizer, the same one each time."""
+    tokenizer = train_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    ours = MoEForCausalLM(tiny_config(vocab_size=300, max_position_embeddings=64))
+    if kind == "adapter":
+        ours.save_pretrained(folder / "base")
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(folder)
+        return folder
+    configs = {"llama": LlamaConfig(**TINY), "mixtral": MixtralConfig(**TINY, num_local_experts=4)}
+    model = AutoModelForCausalLM.from_config(configs[kind]) if kind in configs else ours
+    model.save_pretrained(folder)
+    return folder
+
+
+def generate(monkeypatch, *flags) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def greedy(folder: Path, text: str, tokens: int, **options) -> str:
+    """What transformers alone writes after a text."""
+    tokenizer, model = train_tokenizer(), AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    written = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        eos_token_id=2,
+        pad_token_id=2,
+        **{"do_sample": False} | options,
+    )
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["moe", "llama", "mixtral", "adapter"])
+def test_each_prompt_goes_on_greedily(kind, tmp_path, monkeypatch, capsys):
+    folder = save(tmp_path, kind)
+    generate(monkeypatch, "--model_name_or_path", folder, "--prompt", "the old", "der", "--max_new_tokens", 5)
+    first, _, text = capsys.readouterr().out.partition("\n")
+    assert "experts by" in first
+    assert text == "".join(f"> {prompt}{greedy(folder, prompt, 5)}\n\n" for prompt in ("the old", "der"))
+
+
+def test_a_chat_with_several_turns_was_not_to_be_had(tmp_path, monkeypatch, capsys):
+    folder = save(tmp_path, template=PLAIN)
+    flags = ["--model_name_or_path", folder, "--chat", "true", "--system", "to", "--max_new_tokens", 4]
+    generate(monkeypatch, *flags, "--prompt", "the old", "mill")
+    lead = "<bos>system:to<eos><bos>user:the old<eos><bos>assistant:"
+    one = greedy(folder, lead, 4).strip()
+    two = greedy(folder, f"{lead}{one}<eos><bos>user:mill<eos><bos>assistant:", 4).strip()
+    _, first, second = capsys.readouterr().out.split("user: ")
+    assert [part.strip() for part in first.split("\nassistant: ")] == ["the old", one]
+    assert [part.strip() for part in second.split("\nassistant: ")] == ["mill", two]
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the old\n\nmill\n"))
+    generate(monkeypatch, *flags)
+    answers = [answer.strip() for answer in capsys.readouterr().out.split("assistant: ")[1:]]
+    assert answers == [one, two]
+
+
+@pytest.mark.parametrize(("own", "ends"), [(5, [5, 2]), ([7, 2], [7, 2]), (None, [2])])
+def test_a_turn_ends_at_the_tokenizers_eos_too(own, ends, tmp_path):
+    model = MoEForCausalLM(tiny_config(vocab_size=300))
+    model.generation_config.eos_token_id = own
+    config = GenerationArguments(str(tmp_path), prompt=["a"]).config(model, train_tokenizer())
+    assert config.eos_token_id == ends
+    assert config.pad_token_id is not None
+    assert model.generation_config.eos_token_id == own
+
+
+def test_sampling_was_not_to_be_had(tmp_path, monkeypatch, capsys):
+    folder = save(tmp_path)
+    flags = ["--model_name_or_path", folder, "--prompt", "the old", "--max_new_tokens", 12, "--do_sample", "true"]
+    flags += ["--temperature", 1.5, "--top_k", 50, "--top_p", 0.9]
+    texts = []
+    for seed in (1, 1, 2):
+        generate(monkeypatch, *flags, "--seed", seed)
+        texts.append(capsys.readouterr().out.partition("> ")[2].removesuffix("\n\n"))
+    assert texts[0] == texts[1] != texts[2]
+    set_seed(1)
+    assert texts[0] == "the old" + greedy(folder, "the old", 12, do_sample=True, temperature=1.5, top_k=50, top_p=0.9)
+
+
+def test_the_checkpoints_own_sampling_holds_for_what_no_flag_says(tmp_path, monkeypatch, capsys):
+    folder = save(tmp_path)
+    model = MoEForCausalLM.from_pretrained(folder)
+    model.generation_config.update(do_sample=True, temperature=1.7, top_k=7)
+    model.save_pretrained(folder)
+    flags = ["--model_name_or_path", folder, "--prompt", "the old", "--max_new_tokens", 12]
+    generate(monkeypatch, *flags)
+    assert capsys.readouterr().out.partition("> ")[2] == f"the old{greedy(folder, 'the old', 12)}\n\n"
+    generate(monkeypatch, *flags, "--do_sample", "true")
+    set_seed(0)
+    drawn = greedy(folder, "the old", 12, do_sample=True, temperature=1.7, top_k=7)
+    assert capsys.readouterr().out.partition("> ")[2] == f"the old{drawn}\n\n"
+
+
+def test_the_text_came_only_when_it_was_whole(tmp_path, monkeypatch):
+    folder, pieces = save(tmp_path), []
+
+    class Out(io.StringIO):
+        def write(self, text):
+            pieces.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stdout", Out())
+    generate(monkeypatch, "--model_name_or_path", folder, "--prompt", "the old", "--max_new_tokens", 12)
+    after = pieces[pieces.index("> ") + 1 :]
+    assert "".join(after) == f"the old{greedy(folder, 'the old', 12)}\n\n"
+    assert len([piece for piece in after if piece.strip()]) > 1
+
+
+def test_a_chat_template_is_mentioned_once(tmp_path, monkeypatch, capsys):
+    flags = ["--model_name_or_path", save(tmp_path, template=PLAIN), "--prompt", "a", "b", "--max_new_tokens", 1]
+    generate(monkeypatch, *flags)
+    assert capsys.readouterr().err.count("--chat true applies it") == 1
+    generate(monkeypatch, *flags, "--chat", "false")
+    assert "--chat" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "0.5"], "temperature goes with sampling: set do_sample true"),
+        (["--do_sample", "true", "--temperature", "0"], "temperature is 0.0: it must be a positive number"),
+        (["--do_sample", "true", "--temperature", "nan"], "temperature is nan"),
+        (["--do_sample", "true", "--top_p", "1.5"], "top_p is 1.5"),
+        (["--do_sample", "true", "--top_k", "0"], "top_k is 0"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--max_new_tokens", "70"], "the prompt has .* and max_new_tokens is 70, more than the model's 64 positions"),
+        (["--prompt", "the old mill " * 40], "more than the model's 64 positions"),
+        (["--prompt", ""], "the prompt has no token"),
+        (["--chat", "true"], "the tokenizer has none: leave chat away"),
+        (["--system", "x"], "system goes with a chat"),
+        (["--device", "nowhere"], "device nowhere cannot be used"),
+        (["--dtype", "int3"], "dtype 'int3' is unknown"),
+    ],
+)
+def test_mistakes(flags, message, tmp_path, monkeypatch, capsys):
+    folder = save(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        generate(monkeypatch, "--model_name_or_path", folder, "--prompt", "the", *flags)
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generate.py: ")]
+    assert re.search(message, line)

@@ -1,0 +1,236 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""No command runs Python code that a checkpoint brings unless --trust_remote_code true is given, whatever stdin answers."""
+
+import io
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
+
+from modeling_moe import MoEForCausalLM
+from modeling_moe.cli import UserError
+from modeling_moe.hub import check_without_package
+from modeling_moe.utils.earlier_code import EARLIER
+from modeling_moe.utils.loading import load_config, load_model, load_tokenizer
+from modeling_moe.utils.trust import foreign_code, own_code
+from tests.conftest import tiny_config
+from tests.training.conftest import train_tokenizer
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+CODE = """
+from pathlib import Path
+Path({marker!r}).write_text("the code ran")
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class EvilConfig(LlamaConfig):
+    model_type = "evil"
+class EvilModel(LlamaForCausalLM):
+    config_class = EvilConfig
+class EvilTokenizer(PreTrainedTokenizerFast):
+    pass
+def generate(model, *args, **kwargs):
+    raise AssertionError("this generate is not asked for")
+"""
+KINDS = ("model", "model elsewhere", "tokenizer", "tokenizer elsewhere", "outside", "generate")
+# a standard class can load the model of these kinds, so that no code is needed
+NEEDLESS = ("generate",)
+OUTPUT = ["--output_dir", "OUT"]
+COMMANDS = {
+    "generate": ["--prompt", "a", "--max_new_tokens", "1"],
+    "eval_lm": ["--data", "text=TEXT", "--max_length", "16"],
+    "finetune": ["--data", "text=TEXT", "--max_length", "16", "--max_steps", "1", "--use_cpu", "true", *OUTPUT],
+    "convert": ["--verify", "true", *OUTPUT],
+    "upcycle": ["--verify", "true", "--num_experts", "2", *OUTPUT],
+    "resize": ["--method", "grow", *OUTPUT],
+    "merge_adapter": [*OUTPUT],
+    "push_to_hub": ["--repo_id", "you/evil", "--dry_run", "true", "--license", "mit"],
+    "upcycling_table": ["--data", "text=TEXT"],
+    "upcycling_experiment": [
+        *("--layers", "1", "--only", "dense", "--steps", "1", "--sweep_steps", "1", "--rates", "1e-3", "--seeds", "2"),
+        *("--facts", "32", "--prose_pool", "2", "--held_out_rows", "1"),
+    ],
+}
+
+
+def edit_json(file: Path, **values) -> None:
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(known | values))
+
+
+def bring_code(folder: Path, kind: str, marker: Path) -> None:
+    """Turns a Llama into a checkpoint that names code which writes `marker`."""
+    code = CODE.format(marker=str(marker))
+    place, module = folder, "evil"
+    if kind == "outside":
+        place, module = folder.parent, "../evil"
+    if kind == "generate":
+        place = folder / "custom_generate"
+        place.mkdir()
+    (place / ("generate.py" if kind == "generate" else "evil.py")).write_text(code)
+    prefix = "someone/repo--" if kind.endswith("elsewhere") else ""
+    if kind.startswith("tokenizer"):
+        names = [f"{prefix}{module}.EvilTokenizer", None]
+        edit_json(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map={"AutoTokenizer": names})
+    elif kind != "generate":
+        names = {"AutoConfig": f"{prefix}{module}.EvilConfig", "AutoModelForCausalLM": f"{prefix}{module}.EvilModel"}
+        edit_json(folder / "config.json", model_type="evil", auto_map=names)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("llama") / "model", train_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(request, llama, tmp_path, monkeypatch):
+    """A checkpoint of a kind, the file that its code writes, and a stdin that says yes to everything."""
+    folder, marker = tmp_path / "evil" / "model", tmp_path / "marker"
+    shutil.copytree(llama, folder)
+    bring_code(folder, request.param, marker)
+    monkeypatch.setattr(dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 15)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 1000))
+    return request.param, folder, marker
+
+
+def run_script(monkeypatch, name: str, folder: Path) -> int:
+    text = folder.parent / "text.txt"
+    text.write_text("a text of some words, more words than a block has.\n" * 4000)
+    if name == "merge_adapter":
+        (folder.parent / "adapter").mkdir()
+        known = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
+        edit_json(folder.parent / "adapter" / "adapter_config.json", base_model_name_or_path=str(folder), **known)
+        save_file({"a": torch.zeros(1)}, folder.parent / "adapter" / "adapter_model.safetensors")
+        folder = folder.parent / "adapter"
+    places = {"text=TEXT": f"text={text}", "OUT": str(folder.parent / "out")}
+    flags = ["--model_name_or_path", str(folder), *(places.get(flag, flag) for flag in COMMANDS[name])]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+    try:
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_every_script_that_takes_a_model_is_tried():
+    """A script added later is missed here, and not by its users."""
+    taking = {script.stem for script in SCRIPTS.glob("*.py") if "model_name_or_path" in script.read_text()}
+    assert taking <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_the_flag_that_its_refusal_names(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    assert "--trust_remote_code [TRUST_REMOTE_CODE]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("checkpoint", KINDS, indirect=True)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_runs_code_without_the_flag(name, checkpoint, monkeypatch, capsys):
+    """Every script asked on stdin or did not ask at all: `generate` and `push_to_hub` ran the code at once."""
+    kind, folder, marker = checkpoint
+    code = run_script(monkeypatch, name, folder)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{name}.py: ")]
+    assert not marker.exists()
+    if code == 2:
+        assert len(errors) == 1
+    # no tokenizer is loaded: merging copies it, and a dense model is refused before
+    if kind not in NEEDLESS and not (kind.startswith("tokenizer") and name in ("merge_adapter", "resize")):
+        assert code == 2
+        assert "--trust_remote_code true" in errors[0]
+
+
+@pytest.mark.parametrize("checkpoint", [kind for kind in KINDS if kind not in NEEDLESS], indirect=True)
+def test_loading_names_the_flag_and_asks_nothing(checkpoint):
+    kind, folder, marker = checkpoint
+    loaders = [load_tokenizer] if kind.startswith("tokenizer") else [load_config, load_model]
+    for load in loaders:
+        with pytest.raises(UserError, match="--trust_remote_code true"):
+            load(str(folder))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("checkpoint", KINDS, indirect=True)
+def test_what_transformers_would_run_is_listed(checkpoint):
+    kind, folder, _ = checkpoint
+    listed = foreign_code(folder)
+    expected = {
+        "model": ["evil.py"],
+        "tokenizer": ["evil.py"],
+        "generate": ["custom_generate/generate.py"],
+        "outside": ["config.json: ../evil.EvilConfig", "config.json: ../evil.EvilModel"],
+        "model elsewhere": [
+            "evil.py",
+            "config.json: someone/repo--evil.EvilConfig",
+            "config.json: someone/repo--evil.EvilModel",
+        ],
+        "tokenizer elsewhere": ["evil.py", "tokenizer_config.json: someone/repo--evil.EvilTokenizer"],
+    }
+    assert listed == expected[kind]
+
+
+@pytest.mark.parametrize("kind", ["model", pytest.param("tokenizer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_flag_decides_and_a_pipe_of_yes_does_not(kind, trusted, llama, tmp_path):
+    folder, marker = tmp_path / "evil" / "model", tmp_path / "marker"
+    shutil.copytree(llama, folder)
+    bring_code(folder, kind, marker)
+    flags = ["--model_name_or_path", folder, "--prompt", "a", "--max_new_tokens", "1"]
+    flags += ["--trust_remote_code", "true"] if trusted else []
+    command = [sys.executable, SCRIPTS / "generate.py", *flags]
+    result = subprocess.run(command, input="y\n" * 1000, capture_output=True, text=True)
+    assert marker.exists() == trusted
+    assert result.returncode == (0 if trusted else 2), result.stderr
+    assert trusted or result.stderr.count("--trust_remote_code true") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_own_code_is_known_by_its_hash_and_edited_code_is_not(tmp_path):
+    MoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    assert foreign_code(tmp_path) == []
+    with open(tmp_path / "routing.py", "a") as file:
+        file.write("\n# a line more\n")
+    assert foreign_code(tmp_path) == ["routing.py"]
+    with pytest.raises(UserError, match=r"routing\.py.*--trust_remote_code true"):
+        check_without_package(tmp_path)
+
+
+def test_code_of_an_earlier_version_is_known_by_its_hash():
+    for version, files in EARLIER.items():
+        assert {"modeling_moe.py", "configuration_moe.py"} <= files.keys(), version
+        assert all(digest in own_code()[name] for name, digest in files.items())
+
+
+def test_own_code_under_a_foreign_name_is_foreign(tmp_path):
+    """A hash tells a file by its name too: routing.py in the place of attention.py is another program."""
+    MoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    shutil.copyfile(tmp_path / "routing.py", tmp_path / "attention.py")
+    assert foreign_code(tmp_path) == ["attention.py"]
+
+
+@pytest.mark.parametrize("name", ["generate", "eval_lm", "finetune", "push_to_hub", "convert"])
+def test_a_foreign_router_of_our_own_model_type_does_not_run(name, tmp_path, monkeypatch, capsys):
+    """The model type is ours, the code that config.json names for its router is not."""
+    folder, marker, tokenizer = tmp_path / "evil" / "model", tmp_path / "marker", train_tokenizer()
+    MoEForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "evil.py").write_text(CODE.format(marker=str(marker)))
+    names = json.loads((folder / "config.json").read_text())["auto_map"] | {"MoERouter": "evil.EvilModel"}
+    edit_json(folder / "config.json", router_type="evil", auto_map=names)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 1000))
+    assert run_script(monkeypatch, name, folder) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{name}.py: ")]
+    assert len(errors) == 1
+    assert not marker.exists()
