@@ -219,26 +219,33 @@ FORGOTTEN = (
 def warn_if_forgotten(decoder: Any) -> None:
     """Warns, once for each model, of an optimizer step that no [`update_routers`] followed: to be called in each pass.
 
-    An optimizer's step is told by the counter of what was written to the trained parameters, which the accumulation of
+    An optimizer's step is told by the counters of what was written to the trained parameters, which the accumulation of
     gradients leaves alone. Nobody looks any more after the first [`update_routers`], and inside a compiled graph.
     """
     totals = decoder.router_totals
     # in this order: a compiled graph would be made anew when the flag falls
     if torch.compiler.is_compiling() or not totals.watching:
         return
-    writes = sum(parameter._version for parameter in decoder.parameters() if parameter.requires_grad)
-    if totals.writes is not None and writes != totals.writes:
+    if totals.stepped(decoder):
         totals.warn_once("forgotten", FORGOTTEN)
         totals.watching = False
-    totals.writes = writes
+    totals.writes = writes_of(decoder)
+
+
+def writes_of(decoder: nn.Module) -> dict[int, int]:
+    """How often each trained parameter, told by its `id`, has been written to."""
+    return {id(parameter): parameter._version for parameter in decoder.parameters() if parameter.requires_grad}
 
 
 def warn_of_unused(model: nn.Module) -> None:
-    """Warns, once for each model, if controllers have measured and never stepped: to be called when a model is saved."""
+    """Warns, once for each model, if controllers have measured a step and never moved: to be called when a model is saved.
+
+    Where all passes were compiled nobody has looked for a step, and what was measured is taken for one.
+    """
     for decoder in _decoders(model):
         totals = decoder.router_totals
         counted = [x for x in (totals.statistics, totals.load) if x is not None and not x.is_meta and bool(x.any())]
-        if totals.watching and counted:
+        if totals.watching and counted and (totals.writes is None or totals.stepped(decoder)):
             totals.warn_once("forgotten", FORGOTTEN)
 
 
@@ -253,7 +260,7 @@ class RouterTotals(nn.Module):
             [`exact_global_balance`].
         counting: whether a pass without gradient counts too.
         watching: whether an optimizer step without [`update_routers`] would matter, and none of them is known yet.
-        writes: what the parameters' counters of writes add up to after the last pass; None before the first.
+        writes: [`writes_of`] the decoder in the last pass; None before the first.
     """
 
     def __init__(self, layers: int, statistics: int, load: int, drops: bool):
@@ -268,8 +275,18 @@ class RouterTotals(nn.Module):
         self.load_of_step = None
         self.counting = False
         self.watching = statistics > 0 or load > 0
-        self.writes: int | None = None
+        self.writes: dict[int, int] | None = None
         self.told: set[str] = set()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        if self.writes is not None:
+            self.writes = {}  # what a state dict writes to the parameters is no step
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def stepped(self, decoder: nn.Module) -> bool:
+        """Whether a parameter that was trained in the last pass, and is now, has been written to since."""
+        before = self.writes or {}
+        return any(before.get(key, count) != count for key, count in writes_of(decoder).items())
 
     def warn_once(self, kind: str, message: str) -> None:
         """Warns, unless a message of this kind, however it was worded, has come before."""

@@ -34,6 +34,8 @@ class Capacity:
         self.absolute, self.running = config.expert_capacity, config.capacity_running
         self.per_token = self.top_k if config.capacity_includes_k else 1
         self.priority = config.capacity_priority
+        # whether earlier tokens of a sequence count that only a cache knows
+        self.remembers = self.priority == "token" and (self.absolute is not None or self.running)
         self.history = history_slot(config, layer_idx)
 
     def __call__(self, routing: Routing, context: RoutingContext, training: bool) -> Routing:
@@ -45,13 +47,15 @@ class Capacity:
         factor = self.factors[training]
         if factor is None and self.absolute is None:
             return routing
+        if len(routing.index) == context.batch_size and not self.remembers:
+            return routing  # the only token of each sequence finds room everywhere
         real = torch.ones_like(routing.index[:, 0]) if context.token_mask is None else (context.token_mask > 0).long()
         counted = (routing.index < self.num_experts) & (real[:, None] > 0)
         index = routing.index.where(counted, self.num_experts)
-        sequence = context.sequences(len(real), real.device)
         if self.priority == "token":
-            kept = self._in_order(index, real, sequence, factor, context)
+            kept = self._in_order(index, real, factor, context)
         else:
+            sequence = context.sequences(len(real), real.device)
             limit = self._limit(_totals(real, sequence), factor)
             kept = self._by_priority(index, sequence, limit, routing.weight.detach())
         kept = kept | ~counted
@@ -64,15 +68,10 @@ class Capacity:
             return torch.full_like(tokens, min(self.absolute, _MANY))
         # 0.55 * 100 is 55.00000000000001, which is no 56 places
         places = factor * (tokens.double() * self.per_token / self.num_experts)
-        return (places - 1e-9).ceil().clamp(max=_MANY).to(tokens.dtype)
+        return (places - 1e-9).ceil().clamp(min=1, max=_MANY).to(tokens.dtype)
 
     def _in_order(
-        self,
-        index: torch.Tensor,
-        real: torch.Tensor,
-        sequence: torch.Tensor,
-        factor: float | None,
-        context: RoutingContext,
+        self, index: torch.Tensor, real: torch.Tensor, factor: float | None, context: RoutingContext
     ) -> torch.Tensor:
         """Slots (T, K) that find room if tokens come one after another, with all their experts.
 
@@ -83,16 +82,17 @@ class Capacity:
         wanted = torch.zeros(len(real), self.num_experts + 1, device=index.device, dtype=torch.long)
         wanted = running_sum(context.by_row(wanted.scatter(-1, index, 1)[..., :-1]), begins)  # (B, S, E)
         tokens, taken = running_sum(context.by_row(real), begins), torch.zeros_like(wanted)
-        remembers = self.absolute is not None or self.running
-        cache = context.cache if remembers else None
+        cache = context.cache if self.remembers else None
         if cache is not None and len(cache.layers) > self.history and cache.layers[self.history].get_seq_length():
             before = cache.layers[self.history].keys[:, 0, -1:].long()
             if begins is not None:
                 # what the cache holds is of the sequence that a row goes on with
                 before = before * (begins.cumsum(dim=1) == 0)[..., None]
             taken, tokens = before[..., :-1].expand_as(wanted), tokens + before[..., -1]
-        limit = tokens if remembers else context.by_row(_totals(real, sequence))
-        limit = self._limit(limit, factor)[..., None]
+        whole = tokens
+        if not self.remembers:
+            whole = context.by_row(_totals(real, context.sequences(len(real), real.device)))
+        limit = self._limit(whole, factor)[..., None]
         accepted = wanted + torch.minimum(taken, running_min(limit - wanted, begins))
         if cache is not None:
             extend_history(cache, self.history, torch.cat([accepted, tokens[..., None]], dim=-1).float())

@@ -286,6 +286,10 @@ def refuse_damaged(model_class: Any, name_or_path: Any, options: dict[str, Any])
     """
 
     def check(model: Any, info: dict[str, Any]) -> None:
+        if options.get("state_dict") == {}:
+            # nothing was given, so that nothing lacks: a new model was asked for
+            vars(model).pop("_missing_at_load", None)
+            return
         source = "state_dict" if name_or_path is None else model.name_or_path
         shapes = {} if options.get("gguf_file") else shapes_on_disk(source, options)
         if problem := _expert_problem(shapes, model.config.num_experts):

@@ -3,6 +3,7 @@
 
 import difflib
 import json
+import logging
 import sys
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -13,6 +14,10 @@ from typing import Any, NoReturn
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, dynamic_module_utils
+
+
+# PEFT imports bitsandbytes, which warns at once of a package of kernels that quantized linear layers on a CPU could use
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class UserError(ValueError):

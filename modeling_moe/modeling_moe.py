@@ -531,15 +531,17 @@ class MoEModel(MoEPreTrainedModel):
         if is_paged(cache):
             self.config.refuse_continuous_batching(self.training)
         inputs_embeds = self._embeddings(input_ids, inputs_embeds)
+        packing, masked_cache = position_ids, cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        packing = position_ids
         if position_ids is None:
+            masked_cache = cache
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = positions[None]
 
-        causal_masks = self._causal_masks(attention_mask, inputs_embeds, cache, position_ids)
+        # transformers looks for packed sequences where there is no cache; a new one says nothing, so it may stay out
+        causal_masks = self._causal_masks(attention_mask, inputs_embeds, masked_cache, position_ids)
         hidden_states = self._embed(inputs_embeds, position_ids)
         position_embeddings = self.rotary_emb.for_each_type(hidden_states, position_ids)
         if output_router_logits is None:
@@ -629,7 +631,8 @@ class MoEModel(MoEPreTrainedModel):
         batch_size, length = inputs_embeds.shape[:2]
         token_mask = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            token_mask = attention_mask[:, -length:].reshape(-1)
+            # some callers number the sequences in it
+            token_mask = attention_mask[:, -length:].reshape(-1) > 0
         if task_ids is not None:
             if task_ids.shape not in ((batch_size,), (batch_size, length)):
                 raise ValueError(

@@ -3,13 +3,13 @@
 
 import ast
 import importlib.util
+import itertools
 import json
 import re
 import shutil
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -29,7 +29,7 @@ _LIBRARIES = {"builtins", "torch", "transformers", "peft", "accelerate", "typing
 # added to the copy of routers.py; the import waits, for the file may import the model
 _OWN_ROUTER = (
     "\n\ndef _own_router() -> type[Router]:\n    from .{file} import {cls}\n\n    return {cls}\n\n\n"
-    'OWN_ROUTERS["{router_type}"] = _own_router\n'
+    "OWN_ROUTERS[{router_type!r}] = _own_router\n"
 )
 
 
@@ -51,10 +51,21 @@ def _is_ours(cls: type) -> bool:
 
 
 def name_own_router(config: Any) -> None:
-    """Names the file of a router of one's own in `config.auto_map`, beside those of the model's classes."""
+    """Names the file of a router of one's own in `config.auto_map`, if it can travel, beside those of our classes."""
     router = router_class(config)
-    if not _is_ours(router) and (file := getattr(sys.modules[router.__module__], "__file__", None)) is not None:
-        config.auto_map["MoERouter"] = f"{Path(file).stem}.{router.__name__}"
+    if _is_ours(router):
+        return
+    try:
+        file, _ = _travelling_file(router)
+    except _CannotTravel:
+        return  # `save_own_code` says so
+    config.auto_map["MoERouter"] = f"{Path(file).stem}.{router.__name__}"
+
+
+def _our_files() -> list[Path]:
+    """The files of ours that a checkpoint brings."""
+    code = _HERE / "modeling_moe.py"
+    return [code, *map(Path, get_relative_import_files(code))]
 
 
 def save_own_code(model: Any, folder: str | Path) -> None:
@@ -67,24 +78,25 @@ def save_own_code(model: Any, folder: str | Path) -> None:
         model: whose class or router is one's own.
         folder: holds the model already.
     """
-    folder, code = Path(folder), _HERE / "modeling_moe.py"
-    for file in [code, *map(Path, get_relative_import_files(code))]:
+    folder, sources = Path(folder), {}
+    for file in _our_files():
         shutil.copyfile(file, folder / file.name)
     router = router_class(model.config)
     for cls in own_classes(model):
-        module = sys.modules[cls.__module__]
         try:
-            source = _travelling_source(module)
+            name, source = _travelling_file(cls)
+            if sources.setdefault(name, source) != source:
+                raise _CannotTravel(f"two files that it needs are called {name}, so rename one")
         except _CannotTravel as reason:
             logger.warning(
                 f"{cls.__name__} is saved without its code, so that nobody can load it who has not imported it: {reason}."
             )
             continue
-        name = Path(str(module.__file__)).stem
-        (folder / f"{name}.py").write_text(source, encoding="utf-8")
+        (folder / name).write_text(source, encoding="utf-8")
         if cls is router:
             with (folder / "routers.py").open("a", encoding="utf-8") as routers:
-                routers.write(_OWN_ROUTER.format(file=name, cls=cls.__name__, router_type=model.config.router_type))
+                fields = {"file": Path(name).stem, "cls": cls.__name__, "router_type": model.config.router_type}
+                routers.write(_OWN_ROUTER.format(**fields))
 
 
 def import_own_router(name_or_path: str | Path) -> None:
@@ -128,34 +140,47 @@ def warn_of_other_class(model: Any) -> None:
         )
 
 
-def _travelling_source(module: ModuleType) -> str:
-    """A module's text, its imports from this package made relative.
+def _travelling_file(cls: type) -> tuple[str, str]:
+    """Name and text of the file that defines a class, its imports from this package made relative.
 
     Raises:
         _CannotTravel: says why the text would not run in a checkpoint.
     """
+    module, package = sys.modules[cls.__module__], __package__ or ""
     file = getattr(module, "__file__", None)
     if module.__name__ == "__main__" or file is None:
         raise _CannotTravel("it is defined in __main__, so put it in a file of its own and import that")
-    if (_HERE / Path(file).name).is_file():
-        raise _CannotTravel(f"{file} has the name of a file of ours, so rename it")
-    lines = Path(file).read_text(encoding="utf-8").splitlines()
-    package = __package__ or ""
-    for node in ast.walk(ast.parse("\n".join(lines))):
+    shipped = {ours.stem for ours in _our_files()}
+    if (name := Path(file).stem) in shipped or not name.isidentifier():
+        problem = "the name of a file of ours" if name in shipped else "a name that no import can use"
+        raise _CannotTravel(f"{file} has {problem}, so rename it")
+    if getattr(module, cls.__name__, None) is not cls:
+        raise _CannotTravel(f"{file} has no class of that name outside its functions, so define it there")
+    text = Path(file).read_text(encoding="utf-8-sig")
+    relative = {}
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 _refuse_local(alias.name, file, package)
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module is not None:
-            if node.module.partition(".")[0] != package:
+            if node.module.partition(".")[0] == package:
+                relative[node] = "; ".join(_relative(node.module, alias, package, shipped) for alias in node.names)
+            else:
                 _refuse_local(node.module, file, package)
-                continue
-            first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
-            indent = " " * node.col_offset
-            lines[first] = "\n".join(indent + _relative(node.module, alias, package) for alias in node.names)
-            lines[first + 1 : last + 1] = [""] * (last - first)
-        elif isinstance(node, ast.ImportFrom) and not (node.level == 1 and (_HERE / f"{node.module}.py").is_file()):
+        elif isinstance(node, ast.ImportFrom) and not (node.level == 1 and node.module in shipped):
             raise _CannotTravel(f"{file} imports by a relative name, so put what it needs in it")
-    return "\n".join(lines) + "\n"
+    return f"{name}.py", _replaced(text, relative)
+
+
+def _replaced(text: str, statements: dict[Any, str]) -> str:
+    """A file's text with some of its statements replaced, and what stands beside them kept."""
+    code = text.encode()
+    starts = [0, *itertools.accumulate(map(len, code.splitlines(keepends=True)))]
+    # from the last one on, so that the places of those before stay what they are
+    for node in sorted(statements, key=lambda node: (node.lineno, node.col_offset), reverse=True):
+        begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        code = code[:begin] + statements[node].encode() + code[end:]
+    return code.decode()
 
 
 def _refuse_local(name: str, file: str, package: str) -> None:
@@ -166,11 +191,11 @@ def _refuse_local(name: str, file: str, package: str) -> None:
         raise _CannotTravel(f"{file} imports {name}, which no installed package has, so put what it needs in the file")
 
 
-def _relative(module: str, alias: ast.alias, package: str) -> str:
-    """The import of one name, from the file that has it."""
-    home = module.removeprefix(package).lstrip(".")
-    if not home:
-        home = getattr(getattr(sys.modules[package], alias.name, None), "__module__", "").rpartition(".")[2]
-    if not (_HERE / f"{home}.py").is_file():
+def _relative(module: str, alias: ast.alias, package: str, shipped: set[str]) -> str:
+    """The import of one name, from the file of ours that has it."""
+    if module == package:
+        module = getattr(getattr(sys.modules[package], alias.name, None), "__module__", module)
+    home = module.removeprefix(f"{package}.")
+    if home not in shipped or module == home:
         raise _CannotTravel(f"it imports {alias.name} from {module}, which does not travel with a checkpoint")
     return f"from .{home} import {alias.name}" + (f" as {alias.asname}" if alias.asname else "")

@@ -120,7 +120,7 @@ class Hostile:
 def test_a_hostile_pickle_is_one_line_and_does_not_run(copy, tmp_path):
     folder = copy("llama")
     (folder / "model.safetensors").unlink()
-    torch.save({"a": Hostile(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    torch.save({"a": Hostile(tmp_path / "ran"), "b": torch.zeros(9000)}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="a pickle of other things than tensors, which is not run"):
         load_model(str(folder))
     assert not (tmp_path / "ran").exists()
@@ -153,6 +153,8 @@ DAMAGE = {
     "size that is text": (load_config, "config.json", b'{"model_type": "llama", "hidden_size": "x"}'),
     "unknown dtype": (load_config, "config.json", b'{"model_type": "llama", "dtype": "x"}'),
     "generation_config that is a list": (load_model, "generation_config.json", b"[1]"),
+    "token id that is text": (load_model, "generation_config.json", b'{"eos_token_id": "x"}'),
+    "token id that is an object": (load_model, "generation_config.json", b'{"pad_token_id": {"a": 1}}'),
     "adapter that names no base": (load_model, "adapter_config.json", b"{}"),
     "index that is a list": (load_model, "model.safetensors.index.json", b"[]"),
     "index without a map": (load_model, "model.safetensors.index.json", b'{"weight_map": 3}'),
@@ -193,6 +195,15 @@ def test_a_link_reads_nothing_outside_its_folder_but_in_the_hubs_cache(copy, tmp
     shutil.copytree(folder, cache / "snapshots" / "commit", ignore=shutil.ignore_patterns("*.safetensors"))
     (cache / "snapshots" / "commit" / "model.safetensors").symlink_to("../../blobs/hash")
     assert load_model(str(cache / "snapshots" / "commit")).config.hidden_size == 32
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "additional_chat_templates", "gone"])
+def test_a_link_to_a_device_or_a_folder_outside_is_refused(copy, tmp_path, name):
+    folder = copy("llama")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to({"generation_config.json": "/dev/zero", "gone": "/nowhere"}.get(name, tmp_path))
+    with pytest.raises(UserError, match=f"{name} is a link that leads outside the folder"):
+        load_model(str(folder))
 
 
 @pytest.mark.parametrize("name", ["../models/nope", "/models/nope", "~/nope-nope", "a/b/c", "", "nope.gguf"])

@@ -5,7 +5,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..cli import UserError
 from .facts import describe, has_chat_template
-from .history import history
+from .history import check_told, history
+from .wording import plain, printed
 
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -85,6 +86,7 @@ def own_card(
     language: str | list[str] | None = None,
     license: str | None = None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    trust_remote_code: bool = False,
 ) -> str | None:
     """The text of the card to publish under a name, nothing of it written.
 
@@ -92,6 +94,7 @@ def own_card(
         folder: of a model or adapter.
         repo_id: name on the Hub.
         base_model: see [`write_model_card`], as are the others; what is not given stays as an earlier card has it.
+        trust_remote_code: whether the model's configuration may be read by code that the folder brings.
 
     Returns:
         The text; None if the folder has a card that somebody else wrote, or has edited: it is left as it is.
@@ -104,8 +107,8 @@ def own_card(
     if file.is_file() and (text := file.read_text(encoding="utf-8")).strip():
         mark = MARK.search(text)
         if mark is not None and mark[1] == _hash(text[: mark.start()]):
-            earlier = json.loads(base64.b64decode(mark[2]))
-        elif not all(part in text for part in PEFT_CARD):
+            earlier = _told_before(mark[2])
+        if not earlier and not all(part in text for part in PEFT_CARD):
             return None
     given = {
         "base_model": [base_model] if base_model else None,
@@ -114,12 +117,22 @@ def own_card(
         "metrics": metrics,
     }
     told = _told(earlier | {name: value for name, value in given.items() if value is not None} | {"repo_id": repo_id})
-    text = _card_text(folder, told)
+    text = _card_text(folder, told, trust_remote_code)
     if not ModelCard(text).data.to_dict().get("license"):
         raise UserError(
             "the license of the base model is recorded nowhere: pass --license, such as apache-2.0 or llama3.2"
         )
     return text
+
+
+def _told_before(mark: str) -> dict[str, Any]:
+    """What an earlier card was told; empty if this module did not write the mark."""
+    try:
+        told = json.loads(base64.b64decode(mark, validate=True))
+        check_told(told, "the card")
+    except (ValueError, RecursionError):
+        return {}
+    return told
 
 
 def _hash(text: str) -> str:
@@ -132,8 +145,8 @@ def _told(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value if name == "repo_id" else plain(value) for name, value in told.items()}
 
 
-def _card_text(folder: Path, told: Mapping[str, Any]) -> str:
-    description = describe(folder)
+def _card_text(folder: Path, told: Mapping[str, Any], trust_remote_code: bool = False) -> str:
+    description = describe(folder, trust_remote_code)
     known = history(folder) | {name: value for name, value in told.items() if name != "repo_id"}
     name = told.get("repo_id") or folder.resolve().name
     license = known.get("license")
@@ -150,17 +163,17 @@ def _card_text(folder: Path, told: Mapping[str, Any]) -> str:
         pipeline_tag=description["task"],
         tags=known.get("tags") or ["moe", "modeling_moe"],
         base_model=[source for source in sources if is_hub_name(source)] or None,
-        model_name=_printed(name).rpartition("/")[2] if results else None,
+        model_name=printed(name).rpartition("/")[2] if results else None,
         eval_results=_eval_results(results, description["task"]) or None,
     )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=name,
-        title=_printed(name),
+        title=printed(name),
         has_code=(folder / "modeling_moe.py").is_file(),
         chats=has_chat_template(folder),
-        sources=[_printed(source) for source in sources],
+        sources=[printed(source) for source in sources],
         upcycling=_rows(known.get("upcycling")),
         training=_rows(known.get("training")),
         results=_table(results),
@@ -187,17 +200,23 @@ def _results(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, di
     """Domain -> `"before"` or `"after"` -> measure -> value, known measures only."""
     results = {}
     for domain, values in metrics.items():
-        if not isinstance(values, Mapping):
-            raise UserError(f"metrics of domain {domain!r} are no table: give {', '.join(MEASURES)}")
-        stages = values if {"before", "after"} & set(values) else {"after": values}
+        stages = values if isinstance(values, Mapping) and {"before", "after"} & set(values) else {"after": values}
         results[domain] = {
-            stage: {measure: float(stages[stage][measure]) for measure in MEASURES if measure in stages[stage]}
-            for stage in ("before", "after")
-            if stages.get(stage)
+            stage: _measures(domain, stages[stage]) for stage in ("before", "after") if stages.get(stage)
         }
         if not any(results[domain].values()):
             raise UserError(f"metrics of domain {domain!r} have none of {', '.join(MEASURES)}: give at least one")
     return results
+
+
+def _measures(domain: str, values: Any) -> dict[str, float]:
+    if not isinstance(values, Mapping):
+        raise UserError(f"metrics of domain {domain!r} are no table: give {', '.join(MEASURES)}")
+    found = {measure: values[measure] for measure in MEASURES if measure in values}
+    for measure, value in found.items():
+        if not isinstance(value, int | float):
+            raise UserError(f"{measure} of domain {domain!r} is {value!r:.100}: it must be a number")
+    return {measure: float(value) for measure, value in found.items()}
 
 
 def _eval_results(results: Mapping, task: str) -> list[EvalResult]:
@@ -230,39 +249,13 @@ def _table(results: Mapping) -> list[list[str]]:
     rows = []
     for domain, stages in results.items():
         values = [stages.get(stage, {}).get(measure) for measure, stage in used]
-        rows.append([_printed(domain), *("-" if value is None else f"{value:,.3f}" for value in values)])
+        rows.append([printed(domain), *("-" if value is None else f"{value:,.3f}" for value in values)])
     return [header, *rows]
 
 
 def _rows(values: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [
-        (_printed(name).replace("_", " ").capitalize(), _printed(value))
+        (printed(name).replace("_", " ").capitalize(), printed(value))
         for name, value in (values or {}).items()
         if value is not None and value not in ("", [], {}, ())
     ]
-
-
-def plain(value: Any) -> Any:
-    """A value in JSON's types; of an absolute path the last part, since the rest is of no use to a reader."""
-    if isinstance(value, Mapping):
-        return {str(plain(key)): plain(item) for key, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    text = str(value)
-    return Path(text).name if Path(text).is_absolute() or text.startswith("~") else text
-
-
-def _printed(value: Any) -> str:
-    """A value as a table cell, in one line; nothing in it is taken for Markdown's cells or for HTML."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{_printed(key)}: {_printed(item)}" for key, item in value.items() if item is not None)
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return ", ".join(_printed(item) for item in value if item is not None)
-    text = " ".join(str(plain(value)).split())
-    return text.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;").replace("`", "'")

@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """The facts of a model card: what config.json and the names of the parameters tell of a model or an adapter."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..configuration_moe import MoEConfig
 from ..modeling_moe import MODELS, MoEForCausalLM, MoEPreTrainedModel
 from ..utils.loading import load_config
 from ..utils.locations import read_json
+from .wording import printed
 
 
 PIPELINES = {
@@ -24,11 +24,12 @@ PIPELINES = {
 }
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """What the template of a card is told of a saved model or adapter, read from its folder alone.
 
     Args:
         folder: of a model of this package, of a causal LM of transformers, or of a LoRA adapter.
+        trust_remote_code: whether the configuration may be read by code that the folder brings.
 
     Returns:
         `auto_class`, `task`, `total`, `active`, `is_sparse`, `facts` (rows of a table), `library`, `format` (the model type
@@ -43,7 +44,7 @@ def describe(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no config.json: save the model there before its card")
     if read_json(folder / "config.json").get("model_type") == MoEConfig.model_type:
         return _own_model(MoEConfig.from_pretrained(folder))
-    return _other_model(load_config(str(folder)))
+    return _other_model(load_config(str(folder), trust_remote_code=trust_remote_code), trust_remote_code)
 
 
 def _own_model(config: MoEConfig) -> dict[str, Any]:
@@ -63,9 +64,10 @@ def _own_model(config: MoEConfig) -> dict[str, Any]:
     }
 
 
-def _other_model(config: PreTrainedConfig) -> dict[str, Any]:
+def _other_model(config: PreTrainedConfig, trust_remote_code: bool) -> dict[str, Any]:
     with torch.device("meta"):
-        total = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    total = sum(parameter.numel() for parameter in model.parameters())
     names = {
         "num_hidden_layers": "Layers",
         "num_experts": "Routed experts",
@@ -74,7 +76,8 @@ def _other_model(config: PreTrainedConfig) -> dict[str, Any]:
         "hidden_size": "Hidden size",
         "max_position_embeddings": "Context in tokens",
     }
-    facts = {title: f"{getattr(config, name):,}" for name, title in names.items() if getattr(config, name, None)}
+    values = {title: getattr(config, name, None) for name, title in names.items()}
+    facts = {title: f"{value:,}" for title, value in values.items() if isinstance(value, int) and value}
     facts |= {"Total parameters": f"{total:,}"}
     if config.dtype is not None:
         facts["Data type"] = str(config.dtype).removeprefix("torch.")
@@ -99,14 +102,14 @@ def _adapter(config: dict[str, Any]) -> dict[str, Any]:
         ("Trained whole", "modules_to_save"),
     ):
         value = config.get(name)
-        facts.append((title, ", ".join(sorted(value)) if isinstance(value, list) else value))
+        facts.append((title, sorted(map(str, value)) if isinstance(value, list) else value))
     return {
         "auto_class": "AutoModelForCausalLM",
         "task": PIPELINES["AutoModelForCausalLM"],
         "total": None,
         "active": None,
         "is_sparse": False,
-        "facts": [(title, str(value)) for title, value in facts if value],
+        "facts": [(title, printed(value)) for title, value in facts if value],
         "library": "peft",
         "format": None,
         "adapter": True,
@@ -118,12 +121,13 @@ def has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     file = folder / "tokenizer_config.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
+    return file.is_file() and bool(read_json(file).get("chat_template"))
 
 
 def _model_class(config: MoEConfig) -> type[MoEPreTrainedModel]:
     classes = {model.__name__: model for model in MODELS}
-    return classes.get((config.architectures or [""])[0], MoEForCausalLM)
+    named = config.architectures if isinstance(config.architectures, list) else []
+    return next((classes[name] for name in named if isinstance(name, str) and name in classes), MoEForCausalLM)
 
 
 def _count_params(model_class: type[MoEPreTrainedModel], config: MoEConfig) -> tuple[int, int]:

@@ -19,31 +19,48 @@ BELONGING = (
     *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
 )
 TEMPLATES = "additional_chat_templates"
-# transformers and PEFT read the first of each group that is there
-WEIGHTS = (
-    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ("adapter_model.safetensors", "adapter_model.bin"),
-)
+# transformers and PEFT read the first that is there
+WEIGHTS = {
+    "model": (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ),
+    "adapter": ("adapter_model.safetensors", "adapter_model.bin"),
+}
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 
 
 def _weights(folder: Path) -> list[str]:
-    names = []
-    for group in WEIGHTS:
-        first = next((name for name in group if (folder / name).is_file()), None)
-        if first is None:
-            continue
-        names.append(first)
-        if first.endswith(".index.json"):
-            names += sorted(set(read_json(folder / first)["weight_map"].values()))
-    return names
+    kind = "model" if (folder / "config.json").is_file() else "adapter"
+    first = next((name for name in WEIGHTS[kind] if (folder / name).is_file()), None)
+    if first is None or not first.endswith(".index.json"):
+        return [first] if first else []
+    shards = sorted(set(read_json(folder / first)["weight_map"].values()))
+    ending = first.removesuffix(".index.json").rpartition(".")[2]
+    if strange := [name for name in shards if not name.endswith(f".{ending}")]:
+        raise UserError(f"{folder / first} names {strange[0]}, which is no file of weights: download both again")
+    return [first, *shards]
 
 
 def _pictures(card: str) -> list[str]:
-    """The paths of pictures that a card shows, as Markdown or HTML has them."""
-    shown = re.findall(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)", card) + re.findall(r"<img[^>]*\ssrc=[\"']([^\"']+)[\"']", card)
+    """The paths of pictures that a card shows, as Markdown or HTML has them; hidden files and folders are none."""
+    shown = re.findall(r"!\[[^\]]{0,500}\]\(\s*<?([^)\s>]+)", card)
+    shown += re.findall(r"<img[^>]{0,500}?\ssrc=[\"']([^\"']+)[\"']", card)
     plain = [path.removeprefix("./") for path in shown if path.lower().endswith(PICTURES) and "\\" not in path]
-    return [path for path in plain if not path.startswith("/") and ".." not in path.split("/") and ":" not in path]
+    return [path for path in plain if ":" not in path and not any(part[:1] in ("", ".") for part in path.split("/"))]
+
+
+def _refuse_leading_elsewhere(folder: Path, files: list[str]) -> None:
+    """Refuses a file that is another one: a link out of the folder, or to what is not published under a name of its own."""
+    for name in files:
+        file = folder / name
+        if leads_outside(file, folder):
+            raise UserError(f"{file} is a link that leads outside the folder: put the file itself there")
+        real = file.resolve()
+        if real.is_relative_to(folder.resolve()) and real.relative_to(folder.resolve()).as_posix() not in files:
+            raise UserError(f"{file} is a link to {real.name}, which is not published: put the file itself there")
 
 
 def published_files(folder: str | Path, card: str | None = None) -> tuple[list[str], list[str]]:
@@ -58,7 +75,7 @@ def published_files(folder: str | Path, card: str | None = None) -> tuple[list[s
         was made, and the pictures that the card shows; and the names of all other files.
 
     Raises:
-        UserError: if a file to upload is a link that leads outside the folder, or the weights lack a file.
+        UserError: if a file to upload is a link to another that is not uploaded, or the weights lack a file.
     """
     folder = Path(folder)
     if card is None and (folder / CARD).is_file():
@@ -69,8 +86,6 @@ def published_files(folder: str | Path, card: str | None = None) -> tuple[list[s
     templates = [f"{TEMPLATES}/{file.name}" for file in sorted((folder / TEMPLATES).glob("*.jinja"))]
     wanted = {*BELONGING, *weights, *templates, *code_files(folder), *_pictures(card or "")}
     files = sorted(name for name in wanted if (folder / name).is_file())
-    for name in files:
-        if leads_outside(folder / name, folder):
-            raise UserError(f"{folder / name} is a link that leads outside the folder: put the file itself there")
+    _refuse_leading_elsewhere(folder, files)
     there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file() or file.is_symlink()}
     return files, sorted(there - set(files))

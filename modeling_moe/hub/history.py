@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..cli import UserError
 from ..utils.lineage import CONVERSION, FINETUNING, lineage_of, recorded_lineage
 from ..utils.locations import read_json
 
@@ -14,6 +15,47 @@ TOLD = (
     *("method", "mode", "num_experts", "num_experts_per_tok", "granularity", "scaling", "shared_expert", "noise"),
     *("router_init", "factor", "keep", "score", "seed"),
 )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+# what a card can be told, and how: a test, and its meaning
+KINDS = {
+    **dict.fromkeys(("repo_id", "license", "license_name", "license_link"), (_is_text, "a text")),
+    "language": (lambda value: _is_text(value) or _is_texts(value), "a text or a list of texts"),
+    **dict.fromkeys(("base_model", "tags"), (_is_texts, "a list of texts")),
+    **dict.fromkeys(("upcycling", "training", "metrics"), (_is_table, "an object")),
+}
+
+
+def check_told(told: Any, where: str | Path) -> None:
+    """Refuses what cannot be told to a card.
+
+    Args:
+        told: as [`history`] returns it.
+        where: it comes from, for the message.
+
+    Raises:
+        UserError: names what is of another type than it must be.
+    """
+    if not isinstance(told, dict):
+        raise UserError(f"{where} is damaged: it tells a {type(told).__name__} where an object belongs")
+    for name, value in told.items():
+        if name not in KINDS:
+            raise UserError(f"{where} is damaged: it tells {name}, which no card has")
+        holds, meaning = KINDS[name]
+        if not holds(value):
+            raise UserError(f"{where} is damaged: its {name} is {value!r:.100}, which must be {meaning}")
 
 
 def history(folder: Path) -> dict[str, Any]:
@@ -45,13 +87,16 @@ def history(folder: Path) -> dict[str, Any]:
         if isinstance(losses := finetuning.get("eval_loss"), dict) and losses:
             known["metrics"] = {domain: {"loss": loss} for domain, loss in losses.items()}
     adapter = folder / "adapter_config.json"
-    if not bases and adapter.is_file() and (base := read_json(adapter).get("base_model_name_or_path")):
+    base = read_json(adapter).get("base_model_name_or_path") if adapter.is_file() else None
+    if not bases and isinstance(base, str) and base:
         parent = lineage_of(base) if Path(base).is_dir() else {}
         bases = [parent.pop("base_model", base)]
         known = parent | known
     if (folder / SCORES).is_file():
         known["metrics"] = read_json(folder / SCORES)
-    return known | ({"base_model": bases} if bases else {})
+    known |= {"base_model": bases} if bases else {}
+    check_told(known, folder)
+    return known
 
 
 def _conversion(record: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +104,7 @@ def _conversion(record: dict[str, Any]) -> dict[str, Any]:
     recipe = recipe if isinstance(recipe, dict) else {}
     options = recipe.get("options")
     told = {name: options[name] for name in TOLD if options.get(name) is not None} if isinstance(options, dict) else {}
-    sources = recipe.get("sources") or [recipe.get("source")]
+    sources = recipe.get("sources")
+    sources = sources if isinstance(sources, list) else [recipe.get("source")]
     names = [source["name"] for source in sources if isinstance(source, dict) and isinstance(source.get("name"), str)]
     return {"from": names, "target": recipe.get("target"), **told} if names or told else {}

@@ -23,8 +23,9 @@ from ..utils.lineage import CONVERSION, FINETUNING
 from ..utils.loading import load_model
 from ..utils.locations import read_json, refuse_outside
 from ..utils.trust import foreign_code
-from .card import is_hub_name, own_card, plain
+from .card import is_hub_name, own_card
 from .files import CARD, published_files
+from .wording import plain
 
 
 def first_logits(model: PreTrainedModel) -> torch.Tensor:
@@ -37,6 +38,8 @@ def first_logits(model: PreTrainedModel) -> torch.Tensor:
     return torch.cat([prompt, *written.logits])
 
 
+# transformers and PEFT write the path of a model into these
+NAMING_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
 # None in sys.modules makes the import fail, as it does where the package is not installed
 CLEAN_PROCESS = f"""
 import sys
@@ -160,11 +163,22 @@ def check_repo_id(repo_id: str) -> None:
         raise UserError(f"repo_id {repo_id!r} is no name on the Hub: write owner/name")
 
 
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """A description whose fields for files and models, which older releases of transformers fill in, tell no folder."""
+    return {
+        name: plain(value) if isinstance(value, str) and name.endswith(("_path", "_file")) else value
+        for name, value in values.items()
+    }
+
+
 def _contents(folder: Path, files: list[str], card: str | None, base_model: str | None) -> dict[str, bytes | Path]:
     """What is uploaded under each name: the file, or other bytes where it would tell paths of this machine."""
     contents: dict[str, bytes | Path] = {name: folder / name for name in files}
-    for name in {CONVERSION, FINETUNING} & set(files):
-        contents[name] = (json.dumps(plain(read_json(folder / name)), indent=2) + "\n").encode()
+    for name in {CONVERSION, FINETUNING, *NAMING_FILES} & set(files):
+        values = read_json(folder / name)
+        told = plain(values) if name not in NAMING_FILES else _without_paths(values)
+        if told != values:
+            contents[name] = (json.dumps(told, indent=2) + "\n").encode()
     if card is not None:
         contents[CARD] = card.encode()
     if base_model is not None and "adapter_config.json" in contents:
@@ -209,7 +223,8 @@ def push_folder(
         raise UserError(f"{folder} holds a model and an adapter: move one of them into a folder of its own")
     refuse_outside(folder)
     refuse_foreign_code(folder, trust_remote_code)
-    card = own_card(folder, repo_id=repo_id, base_model=base_model, **card_options)
+    told = {"repo_id": repo_id, "base_model": base_model, **card_options}
+    card = own_card(folder, trust_remote_code=trust_remote_code, **told)
     files, left_out = published_files(folder, card)
     if is_model:
         _check_model(folder, trust_remote_code)

@@ -3,11 +3,11 @@
 
 import json
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
 from transformers import TrainingArguments
 
+from ..compatibility import __version__
 from ..utils.atomic import write_text
 from ..utils.lineage import CONVERSION, FINETUNING, hub_name
 from .arguments import ModelArguments
@@ -46,7 +46,7 @@ def write_record(
         "learning_rate": args.learning_rate,
         "seed": args.seed,
         "eval_loss": eval_loss,
-        "modeling_moe_version": version("modeling_moe"),
+        "modeling_moe_version": __version__,
     }
     write_text(output_dir / FINETUNING, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     if (Path(source) / CONVERSION).is_file():

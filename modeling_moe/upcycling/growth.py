@@ -4,6 +4,7 @@
 # E experts, m times as many after growth, K experts per token, H hidden
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ def _target(config: MoEConfig, options: GrowthOptions) -> int:
     if options.mode not in _CHANGES:
         raise UserError(f"mode {options.mode!r} is unknown: it must be one of {', '.join(_CHANGES)}")
     for name in ("noise", "router_noise"):
-        if getattr(options, name) < 0:
+        if not 0 <= getattr(options, name) < math.inf:
             raise UserError(f"{name} is {getattr(options, name)}: it must be 0 or positive")
     refuse_other_routers(config, "growth", ROW_ROUTERS)
     if config.num_null_experts or config.num_copy_experts:

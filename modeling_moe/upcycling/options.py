@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """What a user chooses of an upcycling, and which choices make no model."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -146,11 +147,13 @@ class UpcyclingOptions:
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise UserError(f"{name} {value!r} is unknown: it must be one of {', '.join(get_args(kind))}")
         for name in ("noise", "noise_std", "router_std", "ridge_lambda"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be 0 or positive")
         for name in ("num_experts", "granularity", "router_logit_std", "calibration_tokens"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be positive")
+        if not 0 < self.drop_ratio <= 1:
+            raise UserError(f"drop_ratio is {self.drop_ratio}: it must lie above 0, and not above 1")
         if self.split != "random" and self.method != "split":
             raise UserError(f"split={self.split!r} has no effect with method={self.method!r}: set method to split")
 
@@ -169,8 +172,7 @@ class UpcyclingOptions:
                 raise UserError(f"granularity ({shards}) does not divide {name} ({value}): choose a divisor")
         if self.method == "drop" and not 0 < self.num_dropped(width // shards) <= width // shards:
             raise UserError(
-                f"drop_ratio is {self.drop_ratio}: it must lie above 0, by a neuron of an expert's {width // shards} at "
-                "least, and not above 1"
+                f"drop_ratio is {self.drop_ratio}: it must lie above 0 by a neuron of an expert's {width // shards} at least"
             )
 
     def _check_sources(self) -> None:
@@ -185,5 +187,5 @@ class UpcyclingOptions:
         weights = self.source_weights or [1 / count] * count
         if len(weights) != count:
             raise UserError(f"source_weights has {len(weights)} entries for {count} sources: give one for each")
-        if min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
+        if not (all(weight >= 0 for weight in weights) and abs(sum(weights) - 1) <= 1e-6):
             raise UserError(f"source_weights are {weights}: give weights of 0 or more that sum to 1")

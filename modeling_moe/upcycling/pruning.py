@@ -39,6 +39,22 @@ class PruningOptions:
         return reason
 
 
+def check_pruning(config: MoEConfig, options: PruningOptions) -> None:
+    """Refuses options that leave no model, before anything is measured.
+
+    Raises:
+        UserError: names the option, or the router that cannot lose experts.
+    """
+    refuse_other_routers(config, "pruning (for task see extract_task)", ("topk", "gumbel_topk"))
+    if options.score not in SCORES:
+        raise UserError(f"score {options.score!r} is unknown: it must be one of {', '.join(SCORES)}")
+    if not 1 <= options.keep < config.num_experts or options.keep % config.n_group:
+        raise UserError(
+            f"keep is {options.keep}: it must be a multiple of n_group ({config.n_group}) from 1 to "
+            f"{config.num_experts - 1}, one less than num_experts"
+        )
+
+
 def kept_experts(config: MoEConfig, usage: Usage, options: PruningOptions) -> dict[int, list[int]]:
     """Experts of each sparse layer that stay, in order: the best of each group, as many of each.
 
@@ -50,14 +66,7 @@ def kept_experts(config: MoEConfig, usage: Usage, options: PruningOptions) -> di
     Raises:
         UserError: for an option or a router that leaves no model.
     """
-    refuse_other_routers(config, "pruning (for task see extract_task)", ("topk", "gumbel_topk"))
-    if options.score not in SCORES:
-        raise UserError(f"score {options.score!r} is unknown: it must be one of {', '.join(SCORES)}")
-    if not 1 <= options.keep < config.num_experts or options.keep % config.n_group:
-        raise UserError(
-            f"keep is {options.keep}: it must be a multiple of n_group ({config.n_group}) from 1 to "
-            f"{config.num_experts - 1}, one less than num_experts"
-        )
+    check_pruning(config, options)
     kept = {}
     for layer, kind in enumerate(config.mlp_layer_types):
         if kind == "sparse":

@@ -15,7 +15,7 @@ from ..utils.loading import load_tokenizer
 from .calibration import load_domains, token_ids
 from .extraction import extract_task
 from .growth import GrowthOptions, grow
-from .pruning import PruningOptions, merge, prune
+from .pruning import PruningOptions, check_pruning, merge, prune
 from .usage import Usage, measure_usage
 
 
@@ -118,9 +118,13 @@ def resize_checkpoint(
         raise UserError("method 'extract' keeps the experts of one task: give task")
     if options.method in ("prune", "merge") and not options.data:
         raise UserError(f"method {options.method!r} ranks the experts by what a text uses: give data")
+    if options.tokens < 1:
+        raise UserError(f"tokens is {options.tokens}: it must be positive")
     checkpoint = open_checkpoint(name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
     if len(checkpoint.config.mlp_only_layers) == checkpoint.config.num_hidden_layers:
         raise UserError(f"{name_or_path} has no sparse layer: upcycle it first")
+    if options.method in ("prune", "merge"):
+        check_pruning(checkpoint.config, pruning)
     folder = result_folder(output_dir, overwrite, [checkpoint], 0)
     usage = None
     if options.data:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from ..cli import UserError
@@ -90,6 +90,10 @@ class _Instrument:
 
 @lru_cache
 def _instrument(template: str, mark: str | None) -> str:
+    # a comment or a tag without an end, which the pattern would look for from each beginning, takes hours
+    kinds = [kind for _, kind, _ in Environment().lex(template)]
+    if kinds.count("block_begin") != kinds.count("block_end"):
+        raise TemplateSyntaxError("a tag has no end", template.count("\n") + 1)
     # trim_blocks takes the line end after the first tag away
     return "{% set moe_passes = namespace(n=0) %}\n" + _TAGS.sub(_Instrument(mark), template)
 

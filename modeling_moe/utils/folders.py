@@ -50,6 +50,7 @@ def refuse_overlap(output_dir: str | Path, source: str | Path, name: str = "mode
     Raises:
         UserError: if one contains the other.
     """
+    source = os.path.expanduser(source)
     if not os.path.exists(source):
         return
     output, read = _real(output_dir), Path(os.path.realpath(source))
@@ -360,7 +361,8 @@ def _is_lock(file: Path) -> bool:
 def _real(output_dir: str | Path) -> Path:
     if not str(output_dir):
         raise UserError("output_dir is empty: name a folder")
-    return Path(os.path.realpath(output_dir))
+    # a recipe's `~` meets no shell
+    return Path(os.path.realpath(os.path.expanduser(output_dir)))
 
 
 def _same(first: Path, second: Path) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from ..cli import UserError
@@ -72,10 +73,16 @@ def refuse_unheld(config: PreTrainedConfig, folder: str, gguf_file: str | None =
 
     Raises:
         UserError: says how many parameters are asked for, and how many bytes are there.
+        SafetensorError: if a safetensors file is damaged.
     """
     refuse_vast_fields(config.to_dict(), folder)
     patterns = (gguf_file,) if gguf_file else WEIGHTS
     files = {file for pattern in patterns for file in Path(folder).glob(pattern) if file.is_file()}
+    for file in files:
+        if file.suffix == ".safetensors":
+            # a damaged file is called damaged; the header alone is read
+            with safe_open(file, framework="np"):
+                pass
     if not files or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     with torch.device("meta"):

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 
+from ..cli import UserError
 from .locations import read_json
 
 
@@ -32,7 +33,14 @@ def card_metadata(folder: str | Path) -> dict[str, Any]:
         found = (metadata_load(file) or {}) if file.is_file() else {}
     except (ValueError, yaml.YAMLError):
         return {}  # somebody else's card is no part of the model: what it says is then not known
-    return {name: found[name] for name in CARRIED if isinstance(found.get(name), str | list) and found[name]}
+    return {name: found[name] for name in CARRIED if found.get(name) and _is_told(name, found[name])}
+
+
+def _is_told(name: str, value: Any) -> bool:
+    """Whether a value is of the type that a card's metadata have under that name; YAML can nest lists without end."""
+    if isinstance(value, list) and name == "language":
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, str)
 
 
 def recorded_lineage(folder: str | Path) -> dict[str, Any]:
@@ -44,7 +52,13 @@ def recorded_lineage(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / CONVERSION
     recipe = read_json(file).get("recipe") if file.is_file() else None
     lineage = recipe.get("lineage") if isinstance(recipe, dict) else None
-    return dict(lineage) if isinstance(lineage, dict) else {}
+    lineage = lineage if isinstance(lineage, dict) else {}
+    for name, value in lineage.items():
+        if name not in ("base_model", *CARRIED) or not _is_told(name, value):
+            raise UserError(
+                f"{file} is damaged: its lineage has {name} {value!r:.100}, which no run wrote; remove it there"
+            )
+    return dict(lineage)
 
 
 def lineage_of(folder: str | Path) -> dict[str, Any]:

@@ -151,6 +151,17 @@ def _check_files(folder: str) -> None:
             code = values.get("auto_map")
             if code is not None and not isinstance(code, dict | list):
                 raise UserError(f"{file} is damaged: its auto_map must be an object")
+            if name == "generation_config.json":
+                _check_token_ids(values, file)
+
+
+def _check_token_ids(values: dict[str, Any], file: Path) -> None:
+    for name, value in values.items():
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if name.endswith("_token_id") and not all(isinstance(token, int) for token in ids):
+            raise UserError(
+                f"{file} is damaged: its {name} is {value!r:.100}, which must be a token's number or a list"
+            )
 
 
 def _check_gguf(folder: str, gguf_file: str | None) -> None:

@@ -134,13 +134,19 @@ def listing(tests: dict[str, str]) -> str:
     return "\n".join(f"{name}: {message}" for name, message in tests.items())
 
 
+# tests of transformers that load a checkpoint with almost nothing in it, and what our models say to that
+REFUSED = {"test_model_weights_reload_no_missing_tied_weights": "CheckpointError: the checkpoint"}
+
+
 @pytest.mark.parametrize("variant", ["plain", "shared", "deepseek", "olmoe"])
 def test_transformers_model_tests(workspace, control, variant):
     ours = run_suite(workspace, variant)
-    assert not ours.failed, listing(ours.failed)
+    failed = {name: found for name, found in ours.failed.items() if REFUSED.get(name, "never said") not in found}
+    assert not failed, listing(failed)
+    assert ours.failed.keys() == REFUSED.keys()
     skipped = {name: message for name, message in ours.skipped.items() if name not in control.skipped}
     assert not skipped, listing(skipped)
-    assert ours.passed >= control.passed
+    assert ours.passed >= control.passed - REFUSED.keys()
 
 
 @pytest.mark.parametrize("variant", DISTRIBUTED)

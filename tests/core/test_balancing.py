@@ -135,11 +135,54 @@ def test_no_false_alarm(caplog):
     assert FORGOTTEN not in caplog.text
 
 
-def test_a_model_saved_with_counts_that_nobody_used_warns(caplog, tmp_path):
+def write_weights_back(model):
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+
+def freeze_embeddings(model):
+    model.model.embed_tokens.requires_grad_(False)
+
+
+def freeze_all(model):
+    model.requires_grad_(False)
+
+
+def write_text(model):
+    model.eval().generate(IDS, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "between", [write_weights_back, freeze_embeddings, freeze_all, write_text, torch.nn.Module.double]
+)
+def test_passes_without_a_step_give_no_alarm_whatever_comes_between(between, caplog, tmp_path):
+    model = MoEForCausalLM(tiny_config(**FIELDS)).train()
+    model(IDS, labels=IDS).loss.backward()
+    between(model)
+    model.zero_grad()
+    model.train()(IDS, labels=IDS)
+    model.save_pretrained(tmp_path)
+    assert model.model.router_totals.statistics.any()
+    assert FORGOTTEN not in caplog.text
+
+
+def test_layers_that_thaw_between_steps_hide_no_step(caplog):
+    model = only_attention(MoEForCausalLM(tiny_config(**FIELDS)))
+    train(model, steps=1)
+    model.requires_grad_(True)
+    assert FORGOTTEN not in caplog.text
+    model.train()(IDS, labels=IDS)
+    assert caplog.text.count(FORGOTTEN) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_saved_after_its_only_step_warns_once(compiled, caplog, tmp_path):
     model = MoEForCausalLM(tiny_config(**FIELDS)).train()
     model.save_pretrained(tmp_path)
     assert FORGOTTEN not in caplog.text
-    model(IDS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    run = torch.compile(model, backend="eager") if compiled else model
+    run(IDS, labels=IDS).loss.backward()
+    optimizer.step()
     for _ in range(2):
         model.save_pretrained(tmp_path)
     assert caplog.text.count(FORGOTTEN) == 1

@@ -161,6 +161,11 @@ def test_damage_is_named_however_it_is_stored_and_loaded(saved, tmp_path, kind, 
         MoEForCausalLM.from_pretrained("us/model" if kind == "hub" else tmp_path / "damaged", **options)
 
 
+def test_an_empty_state_dict_asks_for_a_new_model():
+    model = MoEForCausalLM.from_pretrained(None, config=tiny_config(), state_dict={})
+    assert model.lm_head.weight.std() > 0
+
+
 def test_a_damaged_state_dict_is_refused(saved):
     tensors = load_file(saved / "model.safetensors")
     MoEForCausalLM.from_pretrained(None, config=tiny_config(), state_dict=dict(tensors))

@@ -138,6 +138,7 @@ def test_a_checkpoint_without_code_of_a_router_says_so(tmp_path):
         ("import modeling_moe.routing", "write `from modeling_moe.MODULE import NAME`"),
         ("from modeling_moe.training import MoECallback", "imports MoECallback from modeling_moe.training"),
         ("import my_worst_helper", "imports my_worst_helper, which no installed package has"),
+        ("from modeling_moe.metrics import load_entropy", "from modeling_moe.metrics, which does not travel"),
         ("from .routing import Router", None),
     ],
 )
@@ -152,19 +153,61 @@ def test_a_file_that_would_not_run_in_a_checkpoint_is_named(tmp_path, caplog, li
         sys.path.remove(str(tmp_path))
         ROUTERS.pop("worst")
     assert (tmp_path / "model" / "my_worst.py").is_file() == (reason is None)
+    # what does not travel is not promised either
+    assert ("MoERouter" in (tmp_path / "model" / "config.json").read_text()) == (reason is None)
     assert ("WorstRouter is saved without its code" in caplog.text) == (reason is not None)
     assert reason is None or reason in caplog.text
 
 
-def test_a_file_with_the_name_of_ours_is_named(tmp_path, caplog):
-    own_module(tmp_path, SOURCE, "routing")
+IN_A_FUNCTION = SOURCE.replace('"worst"] = WorstRouter', '"worst"] = type("Unreachable", (WorstRouter,), {})')
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "reason"),
+    [
+        ("routing", SOURCE, "has the name of a file of ours, so rename it"),
+        ("my-worst", SOURCE, "has a name that no import can use, so rename it"),
+        ("my_worst", IN_A_FUNCTION, "has no class of that name outside its functions, so define it there"),
+    ],
+)
+def test_a_router_that_no_import_finds_is_named(tmp_path, caplog, name, source, reason):
+    own_module(tmp_path, source, name)
     try:
         MoEForCausalLM(tiny_config(router_type="worst")).save_pretrained(tmp_path / "model")
     finally:
         ROUTERS.pop("worst")
-        sys.modules.pop("routing")
-    assert "has the name of a file of ours, so rename it" in caplog.text
+        sys.modules.pop(name)
+    assert reason in caplog.text
+    assert "MoERouter" not in (tmp_path / "model" / "config.json").read_text()
     assert "class Router(" in (tmp_path / "model" / "routing.py").read_text()
+    assert "def _own_router" not in (tmp_path / "model" / "routers.py").read_text()
+
+
+def test_what_stands_beside_an_import_is_kept(tmp_path):
+    """An import shares its line with other statements, has names of its own, is indented, or spreads over lines."""
+    name = 'a "quoted" type'
+    module = own_module(
+        tmp_path,
+        "from __future__ import annotations\n"
+        "SIGN = '\u00b1'; from modeling_moe.token_choice import TopKRouter as Base; SHIFT = -1\n"
+        "try:\n    from modeling_moe.routing import (\n        Routing,\n        renormalise as even,\n    )\n"
+        "finally:\n    pass\n"
+        "class Mine(Base):\n"
+        "    def select(self, scores, context):\n"
+        "        return (SHIFT * scores).topk(self.top_k, dim=-1).indices\n",
+    )
+    ROUTERS[name] = module.Mine
+    try:
+        model = MoEForCausalLM(tiny_config(router_type=name)).eval()
+        model.save_pretrained(tmp_path / "model")
+        del ROUTERS[name]
+        import_own_router(tmp_path / "model")
+        loaded = MoEForCausalLM.from_pretrained(tmp_path / "model").eval()
+        assert ROUTERS[name] is not module.Mine
+    finally:
+        ROUTERS.pop(name, None)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    compile((tmp_path / "model" / "routers.py").read_text(), "routers.py", "exec")
 
 
 def test_classes_of_a_notebook_are_saved_without_their_code_and_a_warning_says_so(tmp_path, caplog, monkeypatch):
@@ -186,8 +229,5 @@ def test_own_code_is_not_pushed_before_it_is_there(mine, tmp_path):
 def test_our_own_routers_are_nobodys_own_code(tmp_path):
     assert ROUTERS["topk"] is TopKRouter
     MoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
-    assert (
-        "OWN_ROUTERS["
-        not in (tmp_path / "routers.py").read_text().partition("def router_class")[2].partition("return")[2]
-    )
+    assert "def _own_router" not in (tmp_path / "routers.py").read_text()
     assert "MoERouter" not in (tmp_path / "config.json").read_text()

@@ -112,6 +112,31 @@ def test_one_sequence_a_row_with_positions_is_what_it_is_without():
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["softmax", *REMEMBER, "token_capacity"])
+def test_a_cache_that_a_packed_pass_makes_joins_no_sequences(name):
+    """`use_cache` is on by default, and beside any cache transformers' masks let packed sequences see each other."""
+    model = packed_model(name, training=False)
+    expected, _ = run(model, IDS, position_ids=POSITIONS)
+    out = model(IDS, position_ids=POSITIONS)
+    assert out.past_key_values.get_seq_length() == 12
+    torch.testing.assert_close(out.logits, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["softmax", "deepseek_v3", "segment", "token_capacity", "expert_choice", "soft"])
+def test_a_mask_that_numbers_the_sequences_weighs_all_tokens_alike(name):
+    """Some packers put 1, 2, 3 where others put 1: what a token counts does not grow with it."""
+    results = []
+    for mask in (torch.ones_like(IDS), BEGINS.cumsum(1)):
+        model = packed_model(name, training=True)
+        model.model.router_loss_scale = 1.0
+        even = model(IDS, attention_mask=mask, labels=IDS, use_cache=False)
+        totals = model.model.router_totals.statistics
+        results.append((even.loss, even.aux_loss, even.logits, *([] if totals is None else [totals])))
+        torch.manual_seed(0)
+    for value, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-12, rtol=1e-12)
+
+
 def block_diagonal(past: int = 0) -> torch.Tensor:
     """Mask (2, 1, S - past, S) of tokens that see their own sequence up to themselves."""
     sequence = BEGINS.cumsum(1)

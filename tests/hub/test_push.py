@@ -11,11 +11,12 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.cli import UserError
 from modeling_moe.hub import check_without_package, push, push_folder
+from modeling_moe.hub.files import published_files
 from tests.conftest import tiny_config
 
 
@@ -139,6 +140,59 @@ def test_a_link_that_leads_outside_is_refused(hub, folder, unchecked):
     with pytest.raises(UserError, match="LICENSE is a link that leads outside the folder"):
         push_folder(folder, "you/moe", license="mit")
     assert hub.calls == []
+
+
+def test_an_index_does_not_make_a_secret_a_weight(hub, folder, unchecked):
+    (folder / "hf_token.txt").write_text("secret")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "hf_token.txt"}}))
+    with pytest.raises(UserError, match=r"names hf_token.txt, which is no file of weights"):
+        push_folder(folder, "you/moe", license="mit")
+    assert hub.calls == []
+
+
+def test_the_index_of_a_model_counts_for_no_adapter(tmp_path):
+    """A file that such an index named went to the Hub."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "secret.safetensors"):
+        (tmp_path / name).write_text("{}")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "secret.safetensors"}}))
+    files, left_out = published_files(tmp_path)
+    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    assert left_out == ["model.safetensors.index.json", "secret.safetensors"]
+
+
+def test_a_link_to_a_secret_in_the_folder_is_refused(hub, folder, unchecked):
+    (folder / "hf_token.txt").write_text("secret")
+    (folder / "LICENSE").symlink_to("hf_token.txt")
+    with pytest.raises(UserError, match=r"LICENSE is a link to hf_token.txt, which is not published"):
+        push_folder(folder, "you/moe", license="mit")
+    assert hub.calls == []
+
+
+def test_pictures_in_hidden_folders_and_long_cards_are_no_harm(folder):
+    (folder / ".ssh").mkdir()
+    (folder / ".ssh" / "key.png").write_text("secret")
+    files, _ = published_files(folder, "![a](.ssh/key.png) ![a](./.ssh/key.png)" + "![" * 100_000 + "<img " * 100_000)
+    assert "config.json" in files
+    assert not [name for name in files if "key.png" in name]
+
+
+def test_descriptions_go_up_without_the_paths_of_this_machine(hub, folder, unchecked):
+    """transformers 4 wrote the folder of the model and of the tokenizer's files into them."""
+    config = json.loads((folder / "config.json").read_text()) | {"_name_or_path": "/home/me/secret/model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    template = "{{ '/home/me' }}"
+    described = {"name_or_path": "/home/me/x", "tokenizer_file": "/home/me/tokenizer.json", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    push_folder(folder, "you/moe", license="mit")
+    contents = hub.calls[-1][2]
+    assert json.loads(contents["config.json"]) == config | {"_name_or_path": "model"}
+    assert json.loads(contents["tokenizer_config.json"]) == {
+        "name_or_path": "x",
+        "tokenizer_file": "tokenizer.json",
+        "chat_template": template,
+    }
 
 
 def test_dry_run_uploads_nothing_and_leaves_nothing(hub, folder, unchecked):
@@ -334,6 +388,7 @@ def test_other_code_is_refused(hub, folder):
     assert hub.calls == []
 
 
+@pytest.mark.slow
 def test_code_that_decodes_without_its_cache_is_refused(hub, folder):
     """As that of before 0.2.0 on transformers 5.24: a pass over the whole text is right, `generate` is not."""
     code = (folder / "attention.py").read_text()
@@ -343,11 +398,30 @@ def test_code_that_decodes_without_its_cache_is_refused(hub, folder):
     assert hub.calls == []
 
 
-def test_script_checks_and_lists(folder, monkeypatch, capsys):
+def test_script_checks_and_lists(folder, unchecked, monkeypatch, capsys):
     flags = ["--model_name_or_path", str(folder), "--repo_id", "you/moe", "--dry_run", "true", "--license", "mit"]
     monkeypatch.setattr(sys, "argv", ["push_to_hub.py", *flags])
     runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "push_to_hub.py"), run_name="__main__")
     assert "modeling_moe.py" in capsys.readouterr().out
+
+
+def test_a_trusted_model_of_its_authors_own_code_can_be_published(hub, tmp_path):
+    """The card's configuration was read without the code, and the refusal named the flag that was given."""
+    folder = tmp_path / "own"
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": code}))
+    (folder / "own_llama.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(UserError, match="--trust_remote_code true"):
+        push_folder(folder, "you/own", license="mit")
+    published = push_folder(folder, "you/own", license="mit", trust_remote_code=True)
+    assert "own_llama.py" in published.files
 
 
 def test_damaged_weights_are_refused(hub, folder):

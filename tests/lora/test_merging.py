@@ -127,6 +127,70 @@ def test_tokenizer_and_generation_config_come_along(tmp_path):
     assert (tmp_path / "merged" / "modeling_moe.py").is_file()
 
 
+def test_the_adapters_own_tokenizer_comes_before_the_bases(tmp_path):
+    """The base's was taken, whatever lay beside the adapter."""
+    save_adapter(tmp_path, "llama", target_parameters=None)
+    for name in ("base", "adapter"):
+        tokenizer = train_tokenizer()
+        tokenizer.chat_template = name
+        tokenizer.save_pretrained(tmp_path / name)
+    merge(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "adapter"
+
+
+DAMAGE = {
+    "garbled": ({"adapter_model.safetensors": b"x" * 100}, "the adapter of .* cannot be loaded"),
+    "truncated": (
+        {"adapter_model.safetensors": b"\x08" + b"\0" * 7 + b"{}      "[:4]},
+        "the adapter of .* cannot be loaded",
+    ),
+    "gone": ({"adapter_model.safetensors": None}, "has no adapter_model.safetensors"),
+    "a pickle of junk": ({"adapter_model.safetensors": None, "adapter_model.bin": b"junk"}, "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_weights_of_an_adapter_are_one_sentence(tmp_path, kind):
+    """These were tracebacks, and an answer about names on the Hub."""
+    save_adapter(tmp_path, "llama", target_parameters=None)
+    files, message = DAMAGE[kind]
+    for name, content in files.items():
+        file = tmp_path / "adapter" / name
+        file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        merge(tmp_path)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_that_holds_nan_is_named(tmp_path):
+    save_adapter(tmp_path, "llama", target_parameters=None)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{name} in .* holds NaN or infinity"):
+        merge(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["finetuning.json", "adapter_model.safetensors"])
+def test_a_link_beside_an_adapter_brings_nothing_of_this_machine(tmp_path, name):
+    """The file that finetuning.json led to was copied beside the merged model."""
+    save_adapter(tmp_path, "llama", target_parameters=None)
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "adapter" / name).unlink(missing_ok=True)
+    (tmp_path / "adapter" / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=f"{name} is a link that leads outside the folder"):
+        merge(tmp_path)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_an_adapter_is_refused(tmp_path):
+    save_adapter(tmp_path, "llama", target_parameters=None)
+    with pytest.raises(UserError, match="holds an adapter: merge that one first"):
+        merge(tmp_path, base_model=str(tmp_path / "adapter"))
+
+
 def test_further_tokens_of_the_adapter_are_kept(tmp_path):
     model_of("moe").save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

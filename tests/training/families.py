@@ -42,10 +42,13 @@ SMALL = {
 ALSO = {
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_expand": 2, "mamba_d_head": 16},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
     "zaya": {"num_experts_per_tok": 1},
     "dots1": {"n_shared_experts": 1},
+    "beam": {"num_hidden_layers": 4},
     "flint": {"num_hidden_layers": 4},
+    "inkling2_text": {"unpadded_vocab_size": 60},
+    "inkling2_loop_text": {"unpadded_vocab_size": 60},
     "gemma4_text": {"enable_moe_block": True, "num_key_value_heads": 2, "top_k_experts": 2},
 }
 # dbrx: no model of its default configuration runs; deepseek_v4: a `Trainer` cannot read the config.json it wrote

@@ -23,7 +23,7 @@ def make(kind: str) -> PreTrainedModel:
 
 
 def trainer(model: PreTrainedModel, output_dir, **fields) -> Trainer:
-    ids = torch.randint(3, 64, (16, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 60, (16, 9), generator=torch.Generator().manual_seed(0))
     rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
     defaults = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     defaults |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
@@ -32,8 +32,8 @@ def trainer(model: PreTrainedModel, output_dir, **fields) -> Trainer:
 
 
 def shards(monkeypatch) -> None:
-    """Saves in shards of a few kB, between whose limits the experts of a layer lie."""
-    save = functools.partialmethod(PreTrainedModel.save_pretrained, max_shard_size="6KB")
+    """Saves in shards of 20 kB, between whose limits the experts of a layer lie."""
+    save = functools.partialmethod(PreTrainedModel.save_pretrained, max_shard_size="20KB")
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
 
 
@@ -53,8 +53,9 @@ def test_a_plain_trainer_resumes_without_its_experts(kind, sharded, tmp_path, mo
     resumed = make(kind)
     caplog.clear()
     trainer(resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert restore_hook(resumed) is not None
     assert differing(resumed, whole) == []
-    assert differing(whole, make(kind))
+    assert any(".experts." in name for name in differing(whole, make(kind)))
     assert "missing keys" not in caplog.text
     assert "unexpected keys" not in caplog.text
 

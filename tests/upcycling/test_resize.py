@@ -99,6 +99,8 @@ def test_a_model_of_transformers(tmp_path):
         ({"method": "extract"}, "method 'extract' keeps the experts of one task: give task"),
         ({"method": "extract", "task": 0}, "extract_task needs a model with router_type='task'"),
         ({"method": "merge", "data": ["mine=/nowhere"]}, "/nowhere"),
+        ({"method": "prune", "data": ["mine=/nowhere"], "tokens": 0}, "tokens is 0: it must be positive"),
+        ({"method": "prune", "data": ["mine=/nowhere"], "tokens": -4}, "tokens is -4: it must be positive"),
     ],
 )
 def test_mistakes_leave_nothing(moe, options, message, tmp_path):
@@ -106,6 +108,13 @@ def test_mistakes_leave_nothing(moe, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         resize(tmp_path, options)
     assert sorted(file.name for file in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("method", ["prune", "merge"])
+def test_a_wrong_keep_is_refused_before_the_text_is_read(moe, method, tmp_path):
+    """The answer came after the whole text was measured."""
+    with pytest.raises(UserError, match="keep is 0: it must be a multiple"):
+        resize(tmp_path, {"method": method, "data": ["mine=/nowhere"]}, pruning=PruningOptions(keep=0))
 
 
 def test_dense_source_is_refused(tmp_path):

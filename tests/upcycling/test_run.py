@@ -196,6 +196,7 @@ def test_sparse_source_is_refused(tmp_path):
 SCRIPT = Path(__file__).parents[2] / "scripts" / "upcycle.py"
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on(tmp_path):
     """SIGKILL in the middle of the script; given again, the command ends with the bytes of a run that nothing stopped."""
     config = llama.LlamaConfig(**SIZE | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6})

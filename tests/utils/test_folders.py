@@ -183,6 +183,18 @@ def test_result_lands_in_the_folder_that_the_user_named(tmp_path, out, name, old
     assert inode in (None, out.stat().st_ino)
 
 
+def test_a_tilde_that_met_no_shell_is_the_home(tmp_path, expected, monkeypatch):
+    """`output_dir: ~/out` of a recipe made a folder of the name `~`, which nobody dares to delete."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    write("~/out", 1)
+    assert contents(home / "out") == expected[1]
+    with pytest.raises(UserError, match="contain each other"):
+        ResultFolder(home / "out" / "x", sources=["~/out"])
+    assert not (tmp_path / "~").exists()
+
+
 def test_root_and_files_are_no_output_dir(tmp_path):
     (tmp_path / "file").write_text("x")
     for name, message in (("/", "root of all files"), ("", "output_dir is empty"), (tmp_path / "file", "is a file")):
