@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -183,26 +183,35 @@ def folder_of(name_or_path: Any, options: dict[str, Any]) -> Path | None:
         return None
 
 
-def shapes_on_disk(name_or_path: Any, options: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a checkpoint's tensors; empty where it is not in transformers' own files.
+class OnDisk(NamedTuple):
+    """What a checkpoint's file says of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    floating: bool
+
+
+def tensors_on_disk(name_or_path: Any, options: dict[str, Any]) -> dict[str, OnDisk]:
+    """A checkpoint's tensors by their names; empty where it is not in transformers' own files.
 
     Args:
         name_or_path: folder or Hub name.
         options: arguments of `from_pretrained`.
     """
     if options.get("state_dict") is not None:
-        return {name: tuple(tensor.shape) for name, tensor in options["state_dict"].items()}
+        return {name: OnDisk(tuple(x.shape), x.is_floating_point()) for name, x in options["state_dict"].items()}
     if (folder := folder_of(name_or_path, options)) is None:
         return {}
-    shapes = {}
+    found: dict[str, OnDisk] = {}
     for file in _weight_files(folder, options.get("variant"), options.get("use_safetensors") is not False):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+                slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+                # safetensors calls the others I64, U8, BOOL and the like
+                found |= {name: OnDisk(tuple(x.get_shape()), "F" in x.get_dtype()) for name, x in slices.items()}
         else:
             tensors = torch.load(file, map_location="meta", weights_only=True)
-            shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return shapes
+            found |= {name: OnDisk(tuple(x.shape), x.is_floating_point()) for name, x in tensors.items()}
+    return found
 
 
 def _weight_files(folder: Path, variant: str | None, safetensors: bool) -> list[Path]:
@@ -218,10 +227,10 @@ def _weight_files(folder: Path, variant: str | None, safetensors: bool) -> list[
     return []
 
 
-def _expert_problem(shapes: Iterable[str], num_experts: int) -> str:
+def _expert_problem(names: Iterable[str], num_experts: int) -> str:
     """Which expert is missing or too many among names on disk; empty if none: transformers goes by their order alone."""
     found: dict[str, set[int]] = {}
-    for name in shapes:
+    for name in names:
         if match := _EXPERT.fullmatch(name):
             found.setdefault(f"{match['before']}{{}}{match['after']}", set()).add(int(match["expert"]))
     for pattern in sorted(found, key=_natural):
@@ -232,11 +241,20 @@ def _expert_problem(shapes: Iterable[str], num_experts: int) -> str:
     return ""
 
 
-def _shape_problem(model_class: type, config: Any, shapes: dict[str, tuple[int, ...]]) -> str:
+def _integer_problem(model: Any, tensors: dict[str, OnDisk], unexpected: Iterable[str]) -> str:
+    """Which weight is of integers on disk, which transformers would take for its values; empty if none is."""
+    integers = {bare(model, name) for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    for name, tensor in tensors.items():
+        if not tensor.floating and name not in unexpected and bare(model, name) not in integers:
+            return f"{name} is of integers or truth values"
+    return ""
+
+
+def _shape_problem(model_class: type, config: Any, tensors: dict[str, OnDisk]) -> str:
     """Which tensor is missing or misshapen on disk; empty if none is."""
     with torch.device("meta"):
         model = model_class(config)
-    found = {bare(model, name): shape for name, shape in shapes.items()}
+    found = {bare(model, name): tensor.shape for name, tensor in tensors.items()}
     tied = {bare(model, key) for key in model.all_tied_weights_keys}
     for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
         shape = found.get(bare(model, name))
@@ -291,8 +309,12 @@ def refuse_damaged(model_class: Any, name_or_path: Any, options: dict[str, Any])
             vars(model).pop("_missing_at_load", None)
             return
         source = "state_dict" if name_or_path is None else model.name_or_path
-        shapes = {} if options.get("gguf_file") else shapes_on_disk(source, options)
-        if problem := _expert_problem(shapes, model.config.num_experts):
+        tensors = {} if options.get("gguf_file") else tensors_on_disk(source, options)
+        problem = _expert_problem(tensors, model.config.num_experts)
+        quantized = getattr(model, "hf_quantizer", None) is not None
+        if not quantized and not options.get("key_mapping"):
+            problem = problem or _integer_problem(model, tensors, info["unexpected_keys"])
+        if problem:
             raise misfit(source, problem)
         _refuse_mismatched(model, info, source)
         of_base = vars(model).get("_missing_at_load")
@@ -301,7 +323,7 @@ def refuse_damaged(model_class: Any, name_or_path: Any, options: dict[str, Any])
         saved_config = _configuration(model_class, source, options, overrides=False)
         # what comes of an adapter's folder lacks names of the adapter, unless the base lacks some
         refuse_missing(model, info, source if of_base or name_or_path is None else name_or_path, saved_config)
-        if getattr(model, "hf_quantizer", None) is None:
+        if not quantized:
             refuse_unexpected(model, info, source, saved_config)
 
     try:
@@ -311,9 +333,9 @@ def refuse_damaged(model_class: Any, name_or_path: Any, options: dict[str, Any])
             raise
         source = _base_of(name_or_path)
         config = _configuration(model_class, source, options, overrides=True)
-        shapes = shapes_on_disk(source, options)
+        tensors = tensors_on_disk(source, options)
         # quantized matrices have shapes of their own
         plain = getattr(config, "quantization_config", None) is None and options.get("quantization_config") is None
-        problem = _shape_problem(model_class, config, shapes) if shapes and plain else ""
-        problem = problem or _expert_problem(shapes, config.num_experts)
+        problem = _shape_problem(model_class, config, tensors) if tensors and plain else ""
+        problem = problem or _expert_problem(tensors, config.num_experts)
         raise misfit(source or "state_dict", problem or error) from error

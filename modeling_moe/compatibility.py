@@ -40,6 +40,7 @@ KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     *("read_index", "write_index", "block_table", "max_seqlen_q", "max_seqlen_k"),
     *("logits_indices", "logits_processor_args"),
     *("debug_io", "debug_io_dir", "prune_layers"),  # transformers traces a model by them
+    "tokenizer",  # `generate` reads it for stop strings, and passes it on
     "skip_logits",  # `Trainer` tells Liger by it that the loss is enough
     "logits_to_keep",  # TRL's distillation gives it to the decoder without a head too
     "margin",  # TRL's reward trainer gives its whole batch to the model

@@ -296,3 +296,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused(models):
     size = model.config.vocab_size
     with pytest.raises(UserError, match=f"the tokenizer has {size + 1} tokens and the model {size}"):
         refuse_misfit(tokenizer, model)
+
+
+def test_a_missing_expert_is_named_where_warnings_are_silenced(copy, caplog):
+    """transformers then writes no report, and its own error names nothing."""
+    caplog.set_level(logging.ERROR, logger="transformers")
+    folder = copy("mixtral")
+    change_weights(folder, lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.1.w1.weight"))
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        load_model(str(folder))
+    assert logging.getLogger("transformers.modeling_utils").level == logging.NOTSET

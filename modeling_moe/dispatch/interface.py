@@ -147,7 +147,8 @@ def backend_of(
         module: experts of this package's model or of one of transformers'.
         hidden_states: (T, H).
         top_k_index: (T, K).
-        backend: as if this one were asked for by name.
+        backend: key of `BACKENDS`, as if this one were asked for by name; if not given, the one that the module's own
+            `experts_implementation` asks for (`"moe_loop"`: `loop`), if it asks for one.
 
     Example:
         >>> import torch
@@ -162,6 +163,9 @@ def backend_of(
         return f"transformers: {reason}"
     weights, low_rank = _weights(module), _low_rank(module)
     gate, _ = gate_of(module)
+    if backend is None:
+        implementation = getattr(module.config, "_experts_implementation", None) or ""
+        backend = implementation.removeprefix("moe_") if implementation.startswith("moe_") else None
     name = _choose(backend, hidden_states.to(weights[0].dtype), weights, gate, low_rank)
     gradient = _has_gradient(hidden_states, *weights, *(low_rank.factors if low_rank else ()))
     decodes = _decodes(name, hidden_states, top_k_index, weights, gradient, low_rank)

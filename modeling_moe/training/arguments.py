@@ -22,6 +22,7 @@ METHODS = ("full", "lora", "router", "attention")
 RANGES = {
     "per_device_train_batch_size": (1, math.inf),
     "per_device_eval_batch_size": (1, math.inf),
+    "eval_accumulation_steps": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
     "learning_rate": (0, math.inf),
     "weight_decay": (0, math.inf),
@@ -210,6 +211,8 @@ class FinetuneArguments(TrainingArguments):
             if isinstance(value, int | float) and not least <= value < below:
                 limit = "a finite number" if below == math.inf else f"below {below:g}"
                 raise UserError(f"{name} is {value}: it must be at least {least:g} and {limit}")
+        if self.label_names not in (None, ["labels"]):
+            raise UserError(f"label_names is {self.label_names}: leave it away, for the column is labels")
         for name in FILES_OR_JSON:
             value = getattr(self, name, None)
             if not isinstance(value, str):

@@ -134,9 +134,10 @@ def load_and_pack(
         blocks = {part: pack_rows(rows, tokenizer, args.max_length) for part, rows in parts.items()}
         for part, rows in blocks.items():
             if len(rows) == 0:
+                turns = "" if pieces is not documents else ", or no conversation there has a turn of the assistant"
                 raise UserError(
-                    f"max_length {args.max_length} is more than the {part} text of domain {name!r} has tokens to learn: "
-                    "lower it"
+                    f"max_length {args.max_length} is more than the {part} text of domain {name!r} has tokens to learn{turns}: "
+                    f"lower it{', or give more' if turns else ''}"
                 )
         train.append(blocks["training"])
         held_out |= {name: blocks["held-out"]} if eval_fraction else {}

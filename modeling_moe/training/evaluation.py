@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..cli import UserError
-from ..utils.loading import load_model, load_tokenizer, parse_dtype, refuse_misfit
+from ..utils.loading import load_model, load_tokenizer, parse_dtype, refuse_longer, refuse_misfit
 from .data import DataArguments, packer
 from .expert_load import ExpertLoadRecorder
 from .measures import BitsPerByte, RouterBalance
@@ -168,6 +168,8 @@ def evaluate_lm(args: EvaluationArguments, data_args: DataArguments) -> dict[str
         domains[name] = blocks
     model = load_model(args.model_name_or_path, args.gguf_file, args.dtype, trust_remote_code=args.trust_remote_code)
     refuse_misfit(tokenizer, model)
+    for blocks in domains.values():
+        refuse_longer(model, len(blocks[0]["input_ids"]), f"max_length is {data_args.max_length}")
     model = model.to(PartialState().device)
     scores = {name: score(model, blocks, args.batch_size, desc=name) for name, blocks in domains.items()}
     if all(score.max_vio is None for score in scores.values()):

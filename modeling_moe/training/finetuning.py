@@ -27,7 +27,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..cli import UserError
 from ..lora.sharding import full_shape
-from ..utils.loading import load_config, load_model, load_tokenizer, refuse_misfit
+from ..utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
 from .arguments import LoraArguments, ModelArguments
 from .callbacks import CastOnceCallback
 from .data import DataArguments, load_and_pack
@@ -80,6 +80,24 @@ class FinetuneResult:
 class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer):
     """transformers' `Trainer` that stops at NaN, and whose checkpoints are enough to resume and tell whether they are
     whole."""
+
+    def create_optimizer(self, *args, **kwargs):
+        """Makes the optimizer; a [`UserError`] if it cannot be made."""
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ImportError, TypeError, ValueError) as error:
+            name = getattr(self.args.optim, "value", self.args.optim)
+            raise UserError(f"optim {name} cannot be used: {error}") from error
+
+    def create_scheduler(self, *args, **kwargs):
+        """Makes the schedule of the learning rate; a [`UserError`] if it lacks what it needs."""
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            name = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+            raise UserError(
+                f"lr_scheduler_type {name} cannot be used: {error}: correct lr_scheduler_kwargs"
+            ) from error
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Evaluates; of several domains it adds the mean of their losses, by which the best checkpoint is chosen."""
@@ -224,9 +242,17 @@ def _train(trainer: Trainer, model: nn.Module, resume: str | None) -> dict[str, 
         trainer.add_callback(casting)
     try:
         with stopping.listening():
-            return trainer.train(resume_from_checkpoint=resume).metrics
+            metrics = trainer.train(resume_from_checkpoint=resume).metrics
+    except ImportError as error:
+        raise UserError(f"an argument needs a package that is not installed: {error}") from error
     finally:
         casting.close()
+    if trainer.state.global_step == 0:
+        raise UserError(
+            "no step was trained, so nothing is saved: set num_train_epochs or max_steps above 0, and give more text than one "
+            "batch if dataloader_drop_last is true"
+        )
+    return metrics
 
 
 def _make_trainer(
@@ -237,6 +263,9 @@ def _make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     callbacks: list[TrainerCallback],
 ) -> FinetuneTrainer:
+    metric, known = (args.metric_for_best_model or "loss"), {"loss", *(f"{name}_loss" for name in held_out)}
+    if metric.removeprefix("eval_") not in known:
+        raise UserError(f"metric_for_best_model {metric} is not computed: choose one of {', '.join(sorted(known))}")
     try:
         trainer = FinetuneTrainer(
             model=model,
@@ -247,8 +276,8 @@ def _make_trainer(
             data_collator=default_data_collator,
             callbacks=[LogAtCheckpoints(), *callbacks],
         )
-    except ValueError as error:
-        # arguments that do not go together; the message is transformers' own
+    except (ValueError, ImportError) as error:
+        # arguments that do not go together, or a package that is not installed; the message is transformers' own
         raise UserError(str(error)) from error
     _check_dtypes(trainer, model)
     return trainer
@@ -258,7 +287,7 @@ def _check_merge(trainer: Trainer, model: nn.Module, merge: bool) -> None:
     if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_split(model)):
         raise UserError(
             "merge_lora true cannot merge a model that is split over ranks: set merge_lora false, and merge the adapter "
-            "into the whole model by PEFT's merge_and_unload"
+            "by scripts/merge_adapter.py afterwards"
         )
 
 
@@ -326,6 +355,7 @@ def finetune(
     set_seed(args.seed)
     model = _load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume, tokenizer)
     refuse_misfit(tokenizer, model)
+    refuse_longer(model, data_args.max_length, f"max_length is {data_args.max_length}")
     more = [*callbacks, *([FreezeExpertsCallback(model_args.frozen_experts())] if model_args.freeze_experts else [])]
     trainer = _make_trainer(
         model, args, train, held_out, tokenizer, [*more, *([ScheduleCallback(resume)] if resume else [])]

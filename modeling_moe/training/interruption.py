@@ -32,6 +32,7 @@ class SaveOnInterrupt(TrainerCallback):
     def __init__(self):
         self._asked: float | None = None
         self._stopping = False
+        self._process = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -47,6 +48,8 @@ class SaveOnInterrupt(TrainerCallback):
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a worker that loads data, which this process ends
         if self._asked is None:
             self._asked = time.monotonic()
             if PartialState().is_local_main_process:

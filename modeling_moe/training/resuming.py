@@ -52,6 +52,10 @@ def checkpoint_to_resume(args: TrainingArguments, model_args: ModelArguments) ->
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() == "true":
         resume = _last_checkpoint(folder)
+        if resume is None and not folder.is_dir():
+            raise UserError(
+                f"resume_from_checkpoint: output_dir {folder} does not exist, leave resume_from_checkpoint out to start anew"
+            )
         if resume is None:
             raise UserError(
                 f"resume_from_checkpoint: {folder} holds no checkpoint that is whole, pass --overwrite instead to start anew"

@@ -3,11 +3,14 @@
 
 import codecs
 import os
+import re
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pandas as pd
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..cli import UserError
@@ -70,6 +73,8 @@ CODE = {
 }
 KINDS = ".txt, .md, .rst, source code, .json, .jsonl, .csv, .tsv or .parquet"
 BOM = b"\xef\xbb\xbf"
+JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
+MAX_DEPTH = 100  # of lists and objects within each other; Arrow takes fewer, and its reader crashes at some thousands
 SKIPPED = {"__pycache__", "node_modules"}
 # of an instruction without a chat template; the prompt of Stanford Alpaca
 ALPACA = (
@@ -122,11 +127,14 @@ def _folder_files(folder: Path) -> list[Path]:
 
 def _local_files(source: str) -> list[Path]:
     """The files that a path or a pattern names; none if it names nothing on this machine."""
+    source = os.path.expanduser(source)
     path = Path(source)
     if path.is_dir():
         return _folder_files(path)
-    if path.exists():
+    if path.is_file():
         return [path]
+    if path.exists():
+        raise UserError(f"data {source} is a device or a pipe, which may never end: save what it gives in a file")
     if not has_magic(source):
         return []
     files = sorted(Path(file) for file in glob(source, recursive=True) if os.path.isfile(file))
@@ -190,6 +198,40 @@ def _check_json(file: Path) -> None:
         raise UserError(f"data {file} has {shown!r} in line {number}: give one object such as {{'text': ...}} a row")
 
 
+def _check_depth(file: Path) -> None:
+    """Refuses JSON that is nested so deep that pyarrow's reader would end the process.
+
+    Raises:
+        UserError: if lists and objects lie more than `MAX_DEPTH` deep in each other.
+    """
+    depth, rows = 0, file.suffix.lower() == ".jsonl"
+    with file.open("rb") as stream:
+        for line in stream:
+            if rows and line.count(b"[") + line.count(b"{") <= MAX_DEPTH:
+                continue
+            codes = np.frombuffer(JSON_TEXT.sub(b"", line), np.uint8)
+            opens = np.isin(codes, (ord("["), ord("{")))
+            steps = opens.astype(int)[marks := opens | np.isin(codes, (ord("]"), ord("}")))] * 2 - 1
+            depths = (0 if rows else depth) + steps.cumsum()
+            if marks.any() and depths.max() > MAX_DEPTH:
+                raise UserError(f"data {file} is nested more than {MAX_DEPTH} deep: give rows of text or messages")
+            depth = int(depths[-1]) if marks.any() else depth
+
+
+def _check_header(file: Path, sep: str) -> None:
+    """Refuses columns of one name, and a first row with more fields than names, which pandas would shift.
+
+    Raises:
+        UserError: if there are any.
+    """
+    try:
+        names = pd.read_csv(file, sep=sep, header=None, nrows=2, dtype=str, keep_default_na=False).iloc[0]
+    except pd.errors.ParserError as error:
+        raise UserError(f"data {file}: its first row does not fit its header: {error}") from error
+    if len(twice := names[names.duplicated()]):
+        raise UserError(f"data {file} names the column {twice.iloc[0]!r} twice: rename one")
+
+
 def _read_table(files: list[Path]) -> datasets.Dataset:
     builder = TABLES[files[0].suffix.lower()]
     options: dict[str, Any] = {}
@@ -200,9 +242,12 @@ def _read_table(files: list[Path]) -> datasets.Dataset:
         _check_encoding(file)
         if builder == "json":
             _check_json(file)
+            _check_depth(file)
     if builder == "csv":
         # a text may be "None" or "NA"
         options = {"sep": "\t" if files[0].suffix.lower() == ".tsv" else ",", "keep_default_na": False}
+        for file in files:
+            _check_header(file, options["sep"])
     return datasets.load_dataset(builder, data_files=[str(file) for file in files], split="train", **options)
 
 

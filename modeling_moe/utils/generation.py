@@ -13,10 +13,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..cli import UserError
 from .chat import render_chat
-from .loading import load_model, load_tokenizer, parse_dtype, refuse_misfit
+from .loading import load_model, load_tokenizer, parse_dtype, refuse_longer, refuse_misfit
 
 
 NEW_TOKENS, NEW_TOKENS_OF_A_TURN = 32, 256
+
+
+def _is_unicode(text: str) -> bool:
+    # Python keeps bytes of the command line that are no UTF-8 as surrogates, which no tokenizer takes
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 @dataclass
@@ -51,6 +56,8 @@ class GenerationArguments:
     def __post_init__(self):
         if not self.prompt and not self.chat:
             raise UserError("--prompt is missing: give texts to continue, or --chat true")
+        if unread := [text for text in [*(self.prompt or []), self.system or ""] if not _is_unicode(text)]:
+            raise UserError(f"the text {unread[0]!r:.100} is not UTF-8: correct it, or the terminal's encoding")
         if self.system is not None and not self.chat:
             raise UserError("system goes with a chat: set chat true")
         parse_dtype(self.dtype)
@@ -80,7 +87,7 @@ class GenerationArguments:
         config = copy.deepcopy(model.generation_config) or GenerationConfig()
         config.max_length = None
         config.max_new_tokens = self.max_new_tokens or (NEW_TOKENS_OF_A_TURN if self.chat else NEW_TOKENS)
-        config.do_sample = self.do_sample
+        config.do_sample, config.num_beams = self.do_sample, 1  # several beams cannot be shown as they come
         for name in ("temperature", "top_p", "top_k"):
             # a greedy search would warn of each
             value = getattr(self, name) if getattr(self, name) is not None else getattr(config, name)
@@ -106,21 +113,12 @@ def load_writer(args: GenerationArguments) -> tuple[PreTrainedModel, PreTrainedT
         raise UserError("chat true needs a chat template, and the tokenizer has none: leave chat away")
     try:
         device = torch.device(args.device) if args.device else PartialState().device
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     model = load_model(args.model_name_or_path, args.gguf_file, args.dtype, trust_remote_code=args.trust_remote_code)
     refuse_misfit(tokenizer, model)
     return model.to(device).eval(), tokenizer
-
-
-def _fit(model: PreTrainedModel, length: int, new: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and length + new > positions:
-        raise UserError(
-            f"the prompt has {length} tokens and max_new_tokens is {new}, more than the model's {positions} positions: "
-            "shorten either"
-        )
 
 
 @torch.inference_mode()
@@ -140,15 +138,21 @@ def write(
         The new text, without special tokens.
 
     Raises:
-        UserError: if the text has no token, or with what is to be written more than the model has positions.
+        UserError: if the text has no token, or with what is to be written more than the model has positions, or the
+            checkpoint's generation config needs a package that is not installed.
     """
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise UserError("the prompt has no token: give a text")
-    _fit(model, length, config.max_new_tokens)
+    new = config.max_new_tokens or 0
+    refuse_longer(model, length + new, f"the prompt has {length} tokens and max_new_tokens is {new}")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True, **streaming)
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    ids = model.generate(**inputs, generation_config=config, streamer=streamer)
+    try:
+        # stop strings, which a checkpoint may name, need the tokenizer
+        ids = model.generate(**inputs, generation_config=config, streamer=streamer, tokenizer=tokenizer)
+    except ImportError as error:
+        raise UserError(f"generation_config.json asks for what is not installed: {error}") from error
     return tokenizer.decode(ids[0, length:], skip_special_tokens=True)
 
 
@@ -164,6 +168,8 @@ def _turns(prompts: list[str] | None) -> Iterator[str]:
             line = input("user: " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        if not _is_unicode(line):
+            raise UserError("standard input is not UTF-8: convert it")
         if line.strip():
             yield line
 

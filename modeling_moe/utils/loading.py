@@ -84,13 +84,21 @@ def one_line_for(what: str, name: str, trust_remote_code: bool = False) -> Itera
 
 
 class _WithoutReport(logging.Filter):
-    """Keeps transformers' table of missing and unexpected tensors off the terminal; the text stays here."""
+    """Keeps transformers' table of missing and unexpected tensors off the terminal; the text stays here.
+
+    Args:
+        level: least level of the other messages that pass.
+    """
 
     report = ""
 
+    def __init__(self, level: int):
+        super().__init__()
+        self.level = level
+
     def filter(self, record: logging.LogRecord) -> bool:
         if "LOAD REPORT" not in (text := record.getMessage()):
-            return True
+            return record.levelno >= self.level
         self.report = text
         return False
 
@@ -98,8 +106,11 @@ class _WithoutReport(logging.Filter):
 @contextmanager
 def _captured_report(name: str) -> Iterator[_WithoutReport]:
     """While a model loads, the table does not reach the terminal: an error or one warning says what is in it."""
-    source, captured = logging.getLogger("transformers.modeling_utils"), _WithoutReport()
+    source = logging.getLogger("transformers.modeling_utils")
+    level, captured = source.level, _WithoutReport(source.getEffectiveLevel())
     source.addFilter(captured)
+    # where the user has silenced warnings the table is not written at all
+    source.setLevel(min(logging.WARNING, captured.level))
     try:
         yield captured
     except CheckpointError:
@@ -114,6 +125,7 @@ def _captured_report(name: str) -> Iterator[_WithoutReport]:
         raise
     finally:
         source.removeFilter(captured)
+        source.setLevel(level)
 
 
 def adapter_base(name_or_path: str | Path) -> str | None:
@@ -320,3 +332,20 @@ def refuse_misfit(tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module) ->
             f"the tokenizer has {tokens} tokens and the model {rows}: take the tokenizer that belongs to the model, or "
             "resize the model's embeddings"
         )
+
+
+def refuse_longer(model: PreTrainedModel | torch.nn.Module, tokens: int, what: str) -> None:
+    """Refuses a text that is longer than the model has positions.
+
+    Args:
+        model: a causal LM, with or without an adapter.
+        tokens: length of the text.
+        what: what the user gave, a sentence's beginning such as "max_length is 512"; the message says "more than ..." after it.
+
+    Raises:
+        UserError: says how many positions the model has; one that names no number of them passes.
+    """
+    config: Any = model.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and tokens > positions:
+        raise UserError(f"{what}, more than the model's {positions} positions: make it shorter")

@@ -271,3 +271,17 @@ def test_count_dropped(mask):
     counts = count_dropped(before, after, None if mask is None else mask.flatten())
     assert counts.tolist() == [dropped, made]
     assert dropped > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_only_token_of_a_sequence_loses_no_expert_however_small_the_factor(mode):
+    """As the first token of a longer one, in a step of decoding as in a pass."""
+    fields = {name: 1e-6 if name == "capacity_factor" else value for name, value in MODES[mode].items()}
+    capacity, _ = limited(fields | ({"capacity_includes_k": False} if "factor" in mode else {}))
+    routing = random_routing()
+    alone = capacity(routing, RoutingContext(ROWS * LENGTH), training=True)
+    assert torch.equal(alone.index, routing.index)
+    assert torch.equal(alone.weight, routing.weight)
+    if capacity.priority == "token":
+        rows = capacity(routing, RoutingContext(ROWS), training=True).index.unflatten(0, (ROWS, LENGTH))
+        assert torch.equal(rows[:, 0], routing.index.unflatten(0, (ROWS, LENGTH))[:, 0])

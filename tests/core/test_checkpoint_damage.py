@@ -283,3 +283,27 @@ def test_without_architectures_a_head_for_a_task_may_be_new_and_a_language_model
     MoEForSequenceClassification.from_pretrained(saved)
     with pytest.raises(CheckpointError, match=r"it has no lm_head.weight"):
         MoEForCausalLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "state dict"])
+@pytest.mark.parametrize("name", [ROUTER, EXPERT + "up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_weights_that_were_written_as_integers_are_refused_by_name(saved, name, kind):
+    """transformers takes them for the values: 0.3 has become 0 and no word is said."""
+    edit(saved, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    where, options = saved, {}
+    if kind != "safetensors":
+        tensors, config = load_file(saved / "model.safetensors"), MoEForCausalLM.config_class.from_pretrained(saved)
+        if kind == "bin":
+            torch.save(tensors, saved / "pytorch_model.bin")
+            (saved / "model.safetensors").unlink()
+        else:
+            where, options = None, {"state_dict": tensors, "config": config}
+    with pytest.raises(CheckpointError, match=f"{name} is of integers or truth values"):
+        MoEForCausalLM.from_pretrained(where, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_weights_of_any_floating_type_are_taken(saved, dtype):
+    edit(saved, lambda tensors: tensors.update({ROUTER: tensors[ROUTER].to(dtype)}))
+    got = MoEForCausalLM.from_pretrained(saved).model.layers[2].mlp.gate.weight
+    assert torch.equal(got, load_file(saved / "model.safetensors")[ROUTER].float())

@@ -17,6 +17,7 @@ from modeling_moe import MoEForCausalLM, MoEModel, compatibility
 from modeling_moe.compatibility import CACHE_NAME, CACHE_NAMES, KEYWORDS, GenerationInputs, cache_name
 from modeling_moe.modeling_moe import MODELS
 from tests.conftest import tiny_config
+from tests.training.conftest import train_tokenizer
 
 
 IDS = torch.arange(3, 21).view(2, 9)
@@ -234,3 +235,13 @@ def test_old_code_under_a_new_version_is_told(old_checkpoint, tmp_path, caplog, 
     with caplog.at_level(logging.WARNING):
         AutoModelForCausalLM.from_pretrained(old_checkpoint)
     assert any("was saved by modeling_moe 0.1.0" in record.message for record in caplog.records)
+
+
+def test_stop_strings_could_not_be_given_to_generate():
+    model, tokenizer = make(MoEForCausalLM), train_tokenizer()
+    prompt = torch.tensor([[5, 6, 7]])
+    plain = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    stop = tokenizer.decode(plain[0, 4:5])
+    stopped = model.generate(prompt, max_new_tokens=6, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    assert 4 <= stopped.shape[1] <= 5
+    assert torch.equal(stopped, plain[:, : stopped.shape[1]])

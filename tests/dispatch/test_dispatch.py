@@ -450,3 +450,10 @@ def test_slots_by_hand(device):
     assert slots.order.tolist() == [1, 4, 0, 5, 2, 3]
     assert slots.offsets.tolist() == [0, 2, 2, 4]
     assert slots.order.dtype == slots.offsets.dtype == torch.int32
+
+
+def test_backend_of_tells_of_the_implementation_that_the_module_asks_for():
+    module, inputs = make("gated", "moe_loop", dtype=torch.float32), draw(40, 5, 3, torch.float32)
+    assert backend_of(module, *inputs[:2]) == "loop"
+    module.config._experts_implementation = "moe_grouped_mm"
+    assert backend_of(module, *inputs[:2]) == "grouped_mm"

@@ -42,7 +42,7 @@ def test_scores_of_each_domain(checkpoint, text_file, tmp_path, monkeypatch, cap
 def test_dense_model_has_no_experts_columns(text_file, tokenizer, tmp_path, monkeypatch, capsys):
     tiny_model(mlp_layer_types=["dense"] * 3).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
-    eval_lm(monkeypatch, "--model_name_or_path", tmp_path / "dense", "--data", f"a={text_file}")
+    eval_lm(monkeypatch, "--model_name_or_path", tmp_path / "dense", "--data", f"a={text_file}", "--max_length", 64)
     output = capsys.readouterr().out
     assert "bits per byte" in output
     assert "MaxVio" not in output
@@ -56,6 +56,7 @@ def test_dense_model_has_no_experts_columns(text_file, tokenizer, tmp_path, monk
         (["--max_tokens", "3"], "max_tokens 3 is less than"),
         (["--batch_size", "0"], "batch_size is 0"),
         (["--max_length", "1"], "max_length is 1"),
+        (["--max_length", "65"], "max_length is 65, more than the model's 64 positions"),
         (["--output_json", "/missing/folder/scores.json"], "make the folder"),
         (["--model_name_or_path", "/missing/model"], "/missing/model"),
     ],

@@ -134,7 +134,7 @@ def history(output: Path, checkpoint: str) -> list[dict]:
 )
 def test_killed_run_resumes_exactly(method, killed_in, step, text_file, tokenizer, tmp_path, monkeypatch, capsys):
     torch.use_deterministic_algorithms(False)  # as in the process that is killed
-    tiny_model(**RANDOM).save_pretrained(tmp_path / "model")
+    tiny_model(**RANDOM, max_position_embeddings=128).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     flags = f"--method {method} --max_length 128 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
     flags += " --max_steps 20 --save_steps 4 --logging_steps 5 --eval_fraction 0 --use_cpu --disable_tqdm true"
@@ -314,8 +314,12 @@ def test_reloads_without_the_package(checkpoint, text_file, tmp_path, monkeypatc
         (["--report_to", "paper"], "paper is not supported"),
         (["--eval_fraction", "1.5"], "eval_fraction is 1.5"),
         (["--max_length", "100000"], "lower it"),
+        (["--metric_for_best_model", "nope"], "metric_for_best_model nope is not computed: choose one of "),
+        (["--eval_accumulation_steps", "0"], "eval_accumulation_steps is 0"),
+        (["--label_names", "x"], "label_names is ['x']"),
+        (["--max_length", "65"], "max_length is 65, more than the model's 64 positions"),
         (["--method", "lora", "--lora_target_modules", "wqkv"], "lora_target_modules wqkv match no layer"),
-        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
+        (["--resume_from_checkpoint", "true"], "does not exist, leave resume_from_checkpoint out"),
         (["--dtype", "float12"], "finetune.py: dtype 'float12' is unknown"),
         (["--learnin_rate", "1"], "learnin_rate"),
         (["--model_name_or_path", "/missing/model"], "/missing/model"),
@@ -328,6 +332,25 @@ def test_mistakes(flags, message, checkpoint, text_file, tmp_path, monkeypatch, 
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--use_liger_kernel", "true"], "liger"),
+        (["--optim", "galore_adamw"], "optim galore_adamw cannot be used"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "lr_scheduler_type warmup_stable_decay cannot be used"),
+        (["--max_steps", "-1", "--num_train_epochs", "0"], "no step was trained, so nothing is saved"),
+    ],
+)
+def test_what_a_trainer_finds_late_ended_in_a_traceback_or_an_untrained_model(
+    flags, message, checkpoint, text_file, tmp_path, monkeypatch, capsys
+):
+    with pytest.raises(SystemExit) as exit_info:
+        finetune(monkeypatch, *small(checkpoint, text_file, tmp_path / "out"), *flags)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(tmp_path.glob("out/*.safetensors"))
 
 
 def test_unknown_recipe_key(checkpoint, text_file, tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from modeling_moe.training.interruption import SaveOnInterrupt
 from tests.scripts.test_finetune import RANDOM, ROOT, finetune, small
 from tests.training.conftest import checkpoint, text_file, tiny_model, tokenizer
 
@@ -128,3 +129,17 @@ def test_two_processes_on_the_cpu_trained_alone_and_collided(checkpoint, text_fi
     run = launched(tmp_path, *flags, "--use_cpu", "true", config=True)
     assert run.returncode == 0
     assert [line.split("│")[2].strip() for line in run.stdout.splitlines() if "processes" in line] == ["2"]
+
+
+def test_workers_that_load_data_said_that_they_stop(monkeypatch):
+    said = []
+    monkeypatch.setattr(os, "write", lambda *message: said.append(message))
+    stopping = SaveOnInterrupt()
+    with stopping.listening():
+        monkeypatch.setattr(os, "getpid", lambda: -1)  # a forked worker has the same handlers
+        signal.raise_signal(signal.SIGINT)
+        assert not said
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "write", lambda *message: said.append(message))
+        signal.raise_signal(signal.SIGINT)
+    assert len(said) == 1

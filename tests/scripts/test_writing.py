@@ -2,6 +2,7 @@
 """What scripts/generate.py writes is what `generate` of transformers gives: continued texts, chats and samples."""
 
 import io
+import json
 import re
 import runpy
 import sys
@@ -170,6 +171,9 @@ def test_a_chat_template_is_mentioned_once(tmp_path, monkeypatch, capsys):
         (["--chat", "true"], "the tokenizer has none: leave chat away"),
         (["--system", "x"], "system goes with a chat"),
         (["--device", "nowhere"], "device nowhere cannot be used"),
+        (["--device", "meta"], "device meta cannot be used"),
+        (["--prompt", "\udcff"], "is not UTF-8"),
+        (["--chat", "true", "--system", "\udcff"], "is not UTF-8"),
         (["--dtype", "int3"], "dtype 'int3' is unknown"),
     ],
 )
@@ -180,3 +184,20 @@ def test_mistakes(flags, message, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generate.py: ")]
     assert re.search(message, line)
+
+
+def test_a_generation_config_with_beams_or_stop_strings_did_not_run(tmp_path, monkeypatch, capsys):
+    folder = save(tmp_path)
+    flags = ["--model_name_or_path", folder, "--prompt", "the old", "--max_new_tokens", 4]
+    generate(monkeypatch, *flags)
+    expected = capsys.readouterr().out
+    file = Path(folder) / "generation_config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"num_beams": 3, "stop_strings": ["never written"]}))
+    generate(monkeypatch, *flags)
+    assert capsys.readouterr().out == expected
+    file.write_text(json.dumps(values | {"cache_implementation": "quantized"}))
+    with pytest.raises(SystemExit) as stop:
+        generate(monkeypatch, *flags)
+    assert stop.value.code == 2
+    assert "asks for what is not installed" in capsys.readouterr().err

