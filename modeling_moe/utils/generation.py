@@ -41,7 +41,10 @@ class GenerationArguments:
     )
     system: str | None = field(default=None, metadata={"help": "system message of the chat"})
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": f"tokens to write; {NEW_TOKENS}, or {NEW_TOKENS_OF_A_TURN} a turn of a chat"}
+        default=None,
+        metadata={
+            "help": f"tokens to write; {NEW_TOKENS}, or {NEW_TOKENS_OF_A_TURN} a turn of a chat, or as many as fit"
+        },
     )
     do_sample: bool = field(default=False, metadata={"help": "draw tokens at random, by default the likeliest"})
     temperature: float | None = field(default=None, metadata={"help": "sampling: below 1 is more certain"})
@@ -123,7 +126,12 @@ def load_writer(args: GenerationArguments) -> tuple[PreTrainedModel, PreTrainedT
 
 @torch.inference_mode()
 def write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Any, config: GenerationConfig, **streaming: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Any,
+    config: GenerationConfig,
+    shorten: bool = False,
+    **streaming: Any,
 ) -> str:
     """Writes on, token by token as they come, on standard output.
 
@@ -132,6 +140,7 @@ def write(
         tokenizer: its tokenizer.
         inputs: `input_ids` and `attention_mask` of one text, (1, S) int64.
         config: how to write.
+        shorten: write fewer tokens than `config` says where the model has no positions for all of them.
         streaming: for [`~transformers.TextStreamer`].
 
     Returns:
@@ -145,6 +154,11 @@ def write(
     if length == 0:
         raise UserError("the prompt has no token: give a text")
     new = config.max_new_tokens or 0
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if shorten and positions:
+        new = max(1, min(new, positions - length))
+        config = copy.copy(config)
+        config.max_new_tokens = new
     refuse_longer(model, length + new, f"the prompt has {length} tokens and max_new_tokens is {new}")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True, **streaming)
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
@@ -180,7 +194,7 @@ def converse(args: GenerationArguments, model: PreTrainedModel, tokenizer: PreTr
     Returns:
         The whole conversation, dicts of `role` and `content`.
     """
-    config = args.config(model, tokenizer)
+    config, shorten = args.config(model, tokenizer), args.max_new_tokens is None
     messages = [{"role": "system", "content": args.system}] if args.system is not None else []
     for turn in _turns(args.prompt):
         messages.append({"role": "user", "content": turn})
@@ -188,7 +202,10 @@ def converse(args: GenerationArguments, model: PreTrainedModel, tokenizer: PreTr
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
         print("assistant: ", end="", flush=True)  # noqa: T201
         messages.append(
-            {"role": "assistant", "content": write(model, tokenizer, inputs, config, skip_prompt=True).strip()}
+            {
+                "role": "assistant",
+                "content": write(model, tokenizer, inputs, config, shorten, skip_prompt=True).strip(),
+            }
         )
     return messages
 
@@ -199,10 +216,11 @@ def continue_texts(args: GenerationArguments, model: PreTrainedModel, tokenizer:
     Returns:
         The new texts.
     """
-    config, texts = args.config(model, tokenizer), []
+    config, shorten = args.config(model, tokenizer), args.max_new_tokens is None
+    texts = []
     for prompt in args.prompt or []:
         print("> ", end="", flush=True)  # noqa: T201
-        texts.append(write(model, tokenizer, tokenizer(prompt, return_tensors="pt"), config))
+        texts.append(write(model, tokenizer, tokenizer(prompt, return_tensors="pt"), config, shorten))
         print()  # noqa: T201
     return texts
 

@@ -201,3 +201,9 @@ def test_a_generation_config_with_beams_or_stop_strings_did_not_run(tmp_path, mo
         generate(monkeypatch, *flags)
     assert stop.value.code == 2
     assert "asks for what is not installed" in capsys.readouterr().err
+
+
+def test_a_chat_of_few_positions_died_of_its_own_default(tmp_path, monkeypatch, capsys):
+    folder = save(tmp_path, template=PLAIN)
+    generate(monkeypatch, "--model_name_or_path", folder, "--prompt", "the old mill", "--chat", "true")
+    assert "assistant: " in capsys.readouterr().out
