@@ -202,6 +202,9 @@ class FinetuneArguments(TrainingArguments):
             raise UserError(
                 "bf16 true asks for a GPU that has bfloat16: add --use_cpu true to have it on the CPU"
             ) from error
+        if self.device.type == "cpu":
+            # torch warns that it pins memory for an accelerator alone, once for each loader
+            self.dataloader_pin_memory = False
         # a tracker takes the evaluation after training for another run, unless both have a name
         self.run_name = self.run_name or self.output_dir
 

@@ -18,7 +18,6 @@ from ..cli import Interrupted
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-HOW = "the checkpoint is whole, go on with the same flags and --resume_from_checkpoint true"
 # torchrun passes a terminal's Ctrl-C, which has reached its processes already, on to them, and SIGTERM besides
 ECHO_SECONDS = 10.0
 
@@ -74,4 +73,6 @@ class SaveOnInterrupt(TrainerCallback):
         """Stops, when all ranks have written their part."""
         if self._stopping:
             PartialState().wait_for_everyone()
-            raise Interrupted(f"after step {state.global_step}: {HOW}")
+            raise Interrupted(
+                f"step {state.global_step} is saved, go on with the same flags and --resume_from_checkpoint true"
+            )

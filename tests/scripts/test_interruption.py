@@ -50,7 +50,7 @@ def test_what_was_trained_before_ctrl_c_was_lost(number, text_file, tokenizer, t
     with monkeypatch.context() as patch:
         signals_at(patch, 2, number)
         line = stopped(patch, capsys, *small(model, text_file, tmp_path / "out", steps=5), *flags)
-    assert line.startswith("finetune.py: stopped: after step 3: the checkpoint is whole, go on with")
+    assert line.startswith("finetune.py: stopped: step 3 is saved, go on with")
     assert "--resume_from_checkpoint true" in line
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
@@ -112,7 +112,7 @@ def test_ranks_stopped_after_different_steps(checkpoint, text_file, tmp_path):
     flags = [*small(checkpoint, text_file, tmp_path / "out", steps=5), "--eval_fraction", "0"]
     run = launched(tmp_path, *flags)
     assert run.returncode != 0
-    assert "stopped: after step 3: the checkpoint is whole" in run.stderr
+    assert "stopped: step 3 is saved" in run.stderr
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
     assert launched(tmp_path, *flags, "--resume_from_checkpoint", "true").returncode == 0
 
