@@ -13,6 +13,32 @@ def _assignments(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
     return next((tensor for tensor in tensors if not tensor.is_floating_point()), None)
 
 
+def experts_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of any MoE that hold routed experts: transformers sets these two names on each of them."""
+    return [
+        module for module in model.modules() if all(name in vars(module) for name in ("has_gate", "is_transposed"))
+    ]
+
+
+def active_share(model: Any) -> float:
+    """The share of a model's parameters, embeddings aside, that one token is multiplied by.
+
+    Args:
+        model: any model of transformers, with an adapter or without.
+
+    Returns:
+        1.0 for a dense model, and where the configuration has no `num_experts_per_tok`.
+    """
+    top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    if not isinstance(top_k, int):
+        return 1.0
+    idle = 0.0
+    for module in experts_modules(model):
+        size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        idle += size * max(0.0, 1 - top_k / int(getattr(module, "num_experts", top_k)))
+    return 1 - idle / max(1, model.num_parameters(exclude_embeddings=True))
+
+
 class ExpertLoadRecorder:
     """Counts the tokens that reach each expert, in every module that follows transformers' interface for experts.
 
@@ -25,10 +51,7 @@ class ExpertLoadRecorder:
     """
 
     def __init__(self, model: nn.Module):
-        # transformers sets these on each module that it can choose an experts function for
-        self._experts = [
-            module for module in model.modules() if all(name in vars(module) for name in ("has_gate", "is_transposed"))
-        ]
+        self._experts = experts_modules(model)
         self._loads: list[torch.Tensor | None] = [None] * len(self._experts)
         self._handles: list = []
 

@@ -31,6 +31,7 @@ from ..utils.loading import load_config, load_model, load_tokenizer, refuse_long
 from .arguments import LoraArguments, ModelArguments
 from .callbacks import CastOnceCallback
 from .data import DataArguments, load_and_pack
+from .expert_load import active_share
 from .freezing import FreezeExpertsCallback
 from .interruption import SaveOnInterrupt
 from .nan_stop import NanStopMixin
@@ -80,6 +81,10 @@ class FinetuneResult:
 class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer):
     """transformers' `Trainer` that stops at NaN, and whose checkpoints are enough to resume and tell whether they are
     whole."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Counts of an MoE's experts those that a token is sent to; transformers' own count takes all of them."""
+        return round(super().floating_point_ops(inputs) * active_share(self.model))
 
     def create_optimizer(self, *args, **kwargs):
         """Makes the optimizer; a [`UserError`] if it cannot be made."""

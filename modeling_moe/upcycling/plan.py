@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from ..cli import UserError
 from ..configuration_moe import MoEConfig
-from ..conversion import DENSE_FAMILIES, moe_config
+from ..conversion import DENSE_FAMILIES, SPARSE_FAMILIES, moe_config
 from ..modeling_moe import MoEForCausalLM
 from .layers import refuse_mismatch
 from .limits import refuse_vast
@@ -162,9 +162,11 @@ def make_plan(
     """
     for config in (source, *further):
         if config.model_type not in DENSE_FAMILIES:
+            sparse = config.model_type == MoEConfig.model_type or config.model_type in SPARSE_FAMILIES
+            more = ". It is sparse already: scripts/convert.py makes it a moe, scripts/resize.py changes its experts"
             raise UserError(
                 f"model_type {config.model_type!r} cannot be upcycled: it must be one of "
-                f"{', '.join(sorted(DENSE_FAMILIES))}"
+                f"{', '.join(sorted(DENSE_FAMILIES))}{more * sparse}"
             )
     dense, *others = (moe_config(config) for config in (source, *further))
     refuse_mismatch([dense, *others], ["the first source", *(options.sources or [])])

@@ -14,13 +14,17 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
+    MixtralForCausalLM,
     OlmoeConfig,
     Qwen3MoeConfig,
 )
 
+from modeling_moe import MoEForCausalLM
 from modeling_moe.cli import UserError
 from modeling_moe.training import DataArguments, EvaluationArguments, evaluate_lm, pack, score
+from modeling_moe.training.expert_load import active_share
 from modeling_moe.training.measures import RouterBalance
+from tests.conftest import tiny_config
 from tests.ranks import run_ranks
 from tests.training.conftest import sample_text, tiny_model, train_tokenizer
 from tests.training.test_data import MARKED, PLAIN, joined, write_chats
@@ -266,3 +270,18 @@ def test_two_processes_are_one(blocks, tmp_path):
             assert (two.tokens, two.bytes, two.expert_share) == (one.tokens, one.bytes, one.expert_share)
             assert two.loss == pytest.approx(one.loss, rel=1e-6)
             assert two.max_vio == one.max_vio
+
+
+def test_total_flos_counted_every_expert_of_a_token():
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, **sizes)
+    with torch.device("meta"):
+        sparse = MixtralForCausalLM(config)
+        dense = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    experts, total = 2 * 8 * 3 * 32 * 16, sparse.num_parameters(exclude_embeddings=True)
+    assert active_share(sparse) == pytest.approx((total - experts * 6 / 8) / total)
+    assert active_share(dense) == 1.0
+    ours = MoEForCausalLM(tiny_config(num_experts=4, num_experts_per_tok=1))
+    embeddings = ours.model.embed_tokens.weight.numel()
+    active = ours.config.num_active_params() - embeddings
+    assert active_share(ours) == pytest.approx(active / ours.num_parameters(exclude_embeddings=True))
