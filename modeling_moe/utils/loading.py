@@ -109,8 +109,9 @@ def _captured_report(name: str) -> Iterator[_WithoutReport]:
     source = logging.getLogger("transformers.modeling_utils")
     level, captured = source.level, _WithoutReport(source.getEffectiveLevel())
     source.addFilter(captured)
-    # where the user has silenced warnings the table is not written at all
-    source.setLevel(min(logging.WARNING, captured.level))
+    if captured.level > logging.WARNING:
+        # where the user has silenced warnings the table would not be written at all
+        source.setLevel(logging.WARNING)
     try:
         yield captured
     except CheckpointError:
