@@ -23,6 +23,7 @@ from modeling_moe import MoEForCausalLM
 from modeling_moe.cli import UserError
 from modeling_moe.training import DataArguments, EvaluationArguments, evaluate_lm, pack, score
 from modeling_moe.training.expert_load import active_share
+from modeling_moe.training.finetuning import FinetuneTrainer
 from modeling_moe.training.measures import RouterBalance
 from tests.conftest import tiny_config
 from tests.ranks import run_ranks
@@ -281,6 +282,10 @@ def test_total_flos_counted_every_expert_of_a_token():
     experts, total = 2 * 8 * 3 * 32 * 16, sparse.num_parameters(exclude_embeddings=True)
     assert active_share(sparse) == pytest.approx((total - experts * 6 / 8) / total)
     assert active_share(dense) == 1.0
+    trainer = FinetuneTrainer.__new__(FinetuneTrainer)
+    trainer.model = sparse
+    flos = trainer.floating_point_ops({"input_ids": torch.zeros(1, 10)})
+    assert flos == round(6 * 10 * (total - experts * 6 / 8))
     ours = MoEForCausalLM(tiny_config(num_experts=4, num_experts_per_tok=1))
     embeddings = ours.model.embed_tokens.weight.numel()
     active = ours.config.num_active_params() - embeddings
