@@ -20,7 +20,7 @@ from .modeling_moe import (
     MoEModel,
     MoEPreTrainedModel,
 )
-from .routing import Routing
+from .router import Routing
 from .utils.versions import warn_of_untested
 
 

@@ -15,7 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .compatibility import takes_cache, update_cache
-from .normalization import make_norm
+from .model_norms import make_norm
 
 
 class MoEAttention(nn.Module):

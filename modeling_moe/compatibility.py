@@ -27,7 +27,7 @@ from transformers.utils import TransformersKwargs, logging
 logger = logging.get_logger(__name__)
 
 # a checkpoint carries code of the version that saved it
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 # the newest name comes first
 CACHE_NAMES = ("cache", "past_key_values")

@@ -11,14 +11,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
+from .attention_rope import KINDS, check_numbers, check_shape
 from .compatibility import CACHE_NAMES
+from .configuration_counts import params_with
+from .configuration_derived import PER_LAYER, first_layers, follow, settle
 from .configuration_fields import number, plain_errors, shown
-from .derived_fields import PER_LAYER, first_layers, follow, settle
-from .parallel_plans import expert_parallel_plan, tensor_parallel_plan
-from .parameter_counts import params_with
-from .rope_parameters import KINDS, check_numbers, check_shape
-from .routers import ROUTERS, router_class
-from .routing import SCORING_FUNCS, Router
+from .configuration_plans import expert_parallel_plan, tensor_parallel_plan
+from .router import SCORING_FUNCS, Router
+from .router_catalogue import ROUTERS, router_class
 
 
 logger = logging.get_logger(__name__)
@@ -96,7 +96,7 @@ class MoEConfig(PreTrainedConfig):
         shared_expert_gate: scale the shared experts by a sigmoid of a learned projection (Qwen2-MoE).
         experts_recompute: compute the experts' first projection again in backward rather than keep it: no activation
             of a routed expert is kept then, for 22% more arithmetic in their training (by this package's dispatch alone).
-        router_type: how experts are chosen; a key of `modeling_moe.routers.ROUTERS`, whose classes give paper and equation.
+        router_type: how experts are chosen; a key of `modeling_moe.router_catalogue.ROUTERS`, whose classes give paper and equation.
         allow_noncausal: permit routing in which a token's experts depend on later tokens (`expert_choice`, `soft`; `base`
             and `sinkhorn` in training; capacity by probability or choice). A causal language model learns to cheat by it.
         scoring_func: `"softmax"`, `"sigmoid"` (DeepSeek-V3) or `"sqrtsoftplus"` (DeepSeek-V4).
@@ -152,7 +152,7 @@ class MoEConfig(PreTrainedConfig):
         router_entropy_loss_coef: weight of the entropy of a token's probabilities (with `top_p`, 1e-4).
         output_router_logits: return the router's logits and the balance loss. It does not switch any loss on or off.
 
-    A field that is left None and follows from others (`modeling_moe.derived_fields.DERIVED`) follows them when they are
+    A field that is left None and follows from others (`modeling_moe.configuration_derived.DERIVED`) follows them when they are
     assigned later, too. What the fields are together is checked when a model is made, and on saving.
 
     Raises:
@@ -674,7 +674,7 @@ class MoEConfig(PreTrainedConfig):
 
     @property
     def controller(self) -> str | None:
-        """Key in `modeling_moe.balancing.CONTROLLERS` of what moves the routers' buffers, if anything does."""
+        """Key in `modeling_moe.router_balancing.CONTROLLERS` of what moves the routers' buffers, if anything does."""
         return self.router_controller or router_class(self).own_controller
 
     @property

@@ -35,10 +35,10 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import MoEAttention
-from .balancing import CONTROLLERS, RouterTotals, update_routers, warn_of_unused
-from .capacity import Capacity
+from .attention_latent import MoELatentAttention
+from .checkpoint_code import name_own_router, own_classes, save_own_code, warn_of_other_class
 from .checkpoint_damage import refuse_damaged
-from .checkpoints import fill_experts, register_expert_layout
+from .checkpoint_layout import fill_experts, register_expert_layout
 from .compatibility import (
     CACHE_NAMES,
     GenerationInputs,
@@ -50,16 +50,16 @@ from .compatibility import (
     warn_of_old_code,
 )
 from .configuration_moe import MoEConfig
-from .embeddings import RotaryEmbeddings, ScaledEmbedding
-from .latent_attention import MoELatentAttention
-from .losses import LOSSES, AttachLoss, TokenWeights, loss_share, predicts_label, weigh_tokens
-from .normalization import PLACEMENTS, init_norm, make_norm
-from .outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
-from .own_code import name_own_router, own_classes, save_own_code, warn_of_other_class
-from .packing import find_beginnings
-from .router_signals import RouterSignals, collect, measure
-from .routers import router_class
-from .routing import Router, Routing, RoutingContext, router_dtype
+from .model_embeddings import RotaryEmbeddings, ScaledEmbedding
+from .model_norms import PLACEMENTS, init_norm, make_norm
+from .model_outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
+from .model_packing import find_beginnings
+from .router import Router, Routing, RoutingContext, router_dtype
+from .router_balancing import CONTROLLERS, RouterTotals, update_routers, warn_of_unused
+from .router_capacity import Capacity
+from .router_catalogue import router_class
+from .router_losses import LOSSES, AttachLoss, TokenWeights, loss_share, predicts_label, weigh_tokens
+from .router_statistics import RouterSignals, collect, measure
 
 
 class MoEMLP(nn.Module):
@@ -435,7 +435,7 @@ class MoEPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def update_routers(self) -> None:
-        """See [`~modeling_moe.balancing.update_routers`]; call it once after each optimizer step."""
+        """See [`~modeling_moe.router_balancing.update_routers`]; call it once after each optimizer step."""
         update_routers(self)
 
 

@@ -21,11 +21,11 @@ experts in bfloat16 on a GPU. Outputs and gradients are first compared with PEFT
 import sys
 
 import torch
+from moe_benchmark import BenchmarkArguments, LoraRunner, Report, Result, Runner, machine_facts
 from rich.console import Console
 from rich.progress import Progress
 
-from modeling_moe.benchmark import BenchmarkArguments, LoraRunner, Report, Result, Runner, machine_facts
-from modeling_moe.cli import parse, run
+from modeling_moe.utils.command_line import parse, run
 
 
 def complain(result: Result) -> None:

@@ -15,11 +15,7 @@ on with the same command.
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from modeling_moe.cli import parse, run
-from modeling_moe.training.comparison import (
+from experiments.router_comparison import (
     ComparisonArguments,
     RouterResult,
     compare_routers,
@@ -27,6 +23,10 @@ from modeling_moe.training.comparison import (
     plot_curves,
     write_json,
 )
+from rich.console import Console
+from rich.table import Table
+
+from modeling_moe.utils.command_line import parse, run
 
 
 def print_results(results: list[RouterResult], steps: int) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from modeling_moe.cli import UserError, parse, run
 from modeling_moe.hub import write_model_card
+from modeling_moe.utils.command_line import parse, run
+from modeling_moe.utils.errors import UserError
 
 
 STAGES = ("dense", "before", "after")

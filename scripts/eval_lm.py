@@ -21,8 +21,9 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from modeling_moe.cli import UserError, parse, run
 from modeling_moe.training import DataArguments, DomainScore, EvaluationArguments, evaluate_lm
+from modeling_moe.utils.command_line import parse, run
+from modeling_moe.utils.errors import UserError
 
 
 MAX_SHARES = 16

@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from modeling_moe.cli import parse, run
 from modeling_moe.training import (
     DataArguments,
     FinetuneArguments,
@@ -37,6 +36,7 @@ from modeling_moe.training import (
     finetune,
     trained_parameters,
 )
+from modeling_moe.utils.command_line import parse, run
 
 
 class PrintTrained(TrainerCallback):

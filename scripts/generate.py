@@ -11,7 +11,7 @@ the user's turns from the terminal, until Ctrl-D. The checkpoint's generation_co
 checkpoint runs by the package, whose code takes the place of the code beside the weights.
 """
 
-from modeling_moe.cli import parse, run
+from modeling_moe.utils.command_line import parse, run
 from modeling_moe.utils.generation import GenerationArguments, generate
 
 

@@ -3,7 +3,7 @@
 #   bash scripts/gpu_check.sh                          all parts below but science
 #   bash scripts/gpu_check.sh --part kernels --part sweep
 #   bash scripts/gpu_check.sh --part science           SmolLM2-135M upcycled against dense, at most 300 s; how its weights
-#                                                      get there: python3 -m modeling_moe.benchmark.gpu.weights --help
+#                                                      get there: PYTHONPATH=scripts python3 -m moe_benchmark.gpu.weights --help
 #   bash scripts/gpu_check.sh --size tiny              shapes of a few rows
 #   bash scripts/gpu_check.sh --limit 600              at most that many seconds for each part, in place of those below
 #
@@ -67,7 +67,7 @@ for part in "${parts[@]}"; do sed -i "/^{\"part\": \"$part\"/d" "$results"; done
 
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-export PYTHONPATH=$PWD:$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH=$PWD:$PWD/scripts:$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 shopt -s nullglob
 wheels=(.whl/*.whl)
 if [ ${#wheels[@]} -gt 0 ]; then
@@ -82,7 +82,7 @@ run_part() {
     # what has begun by then can end before the limit
     local until=$(($(date +%s) + limit - limit / 8 - 3))
     echo "== $part, at most $limit s" | tee -a "$log"
-    timeout -k 5 "$limit" python3 -m modeling_moe.benchmark.gpu "$part" --output "$OUT" --size "$size" \
+    timeout -k 5 "$limit" python3 -m moe_benchmark.gpu "$part" --output "$OUT" --size "$size" \
         --until "$until" 2>&1 | tee -a "$log"
     code=${PIPESTATUS[0]} spent=$((SECONDS - start))
     [ "$code" != 2 ] || exit 2 # it cannot be run, and has said why
@@ -96,5 +96,5 @@ run_part() {
 }
 
 for part in "${parts[@]}"; do run_part "$part"; done
-python3 -m modeling_moe.benchmark.gpu summary --output "$OUT" 2>&1 | tee -a "$log"
+python3 -m moe_benchmark.gpu summary --output "$OUT" 2>&1 | tee -a "$log"
 exit "${PIPESTATUS[0]}"

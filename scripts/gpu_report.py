@@ -10,10 +10,12 @@ Of a part that is in several files, the last one counts. A figure is drawn besid
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from modeling_moe.benchmark.gpu import figures, report, tile_table
-from modeling_moe.benchmark.gpu.results import read
-from modeling_moe.benchmark.gpu.targets import TARGETS
-from modeling_moe.cli import UserError, run
+from moe_benchmark.gpu import figures, report, tile_table
+from moe_benchmark.gpu.results import read
+from moe_benchmark.gpu.targets import TARGETS
+
+from modeling_moe.utils.command_line import run
+from modeling_moe.utils.errors import UserError
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ included, or on this package's. The result has the base model's dtype.
 from rich.console import Console
 from rich.table import Table
 
-from modeling_moe.cli import parse, run
 from modeling_moe.lora.merging import MergeArguments, merge_adapter
+from modeling_moe.utils.command_line import parse, run
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from modeling_moe.cli import UserError, parse, run
 from modeling_moe.hub import push_folder
+from modeling_moe.utils.command_line import parse, run
+from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.locations import local_folder, read_json
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from modeling_moe.cli import parse, run
 from modeling_moe.upcycling import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
+from modeling_moe.utils.command_line import parse, run
 
 
 @dataclass

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from modeling_moe.cli import parse, run
 from modeling_moe.conversion import Verification
 from modeling_moe.upcycling import UpcyclingOptions, UpcyclingPlan, open_sources, plan_upcycling, upcycle_checkpoint
+from modeling_moe.utils.command_line import parse, run
 
 
 @dataclass

@@ -15,17 +15,17 @@ measure that the experiment was made for. The intervals are not corrected for th
 
 from dataclasses import asdict
 
-from rich.console import Console
-from rich.table import Table
-
-from modeling_moe.cli import parse, run
-from modeling_moe.upcycling.capacity_experiment import (
+from experiments.upcycling_facts import (
     CapacityArguments,
     CapacityResult,
     Run,
     capacity_experiment,
 )
-from modeling_moe.upcycling.step_zero import write_json
+from experiments.upcycling_initial_loss import write_json
+from rich.console import Console
+from rich.table import Table
+
+from modeling_moe.utils.command_line import parse, run
 
 
 def mean(runs: list[Run], metric: str) -> float:

@@ -12,17 +12,17 @@ by more than 1e-3 in a logit is an error: exit code 2.
 
 from dataclasses import asdict
 
-from rich.console import Console
-from rich.table import Table
-
-from modeling_moe.cli import parse, run
-from modeling_moe.upcycling.step_zero import (
+from experiments.upcycling_initial_loss import (
     StepZeroTable,
     TableArguments,
     refuse_broken_claims,
     step_zero_table,
     write_json,
 )
+from rich.console import Console
+from rich.table import Table
+
+from modeling_moe.utils.command_line import parse, run
 
 
 def print_table(table: StepZeroTable) -> None:

@@ -16,9 +16,9 @@ elif interpreter_fault() is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from modeling_moe import MoEConfig
-from modeling_moe.dispatch.function import BACKENDS
+from modeling_moe.dispatch.operator import BACKENDS
 from modeling_moe.modeling_moe import MoEBlock
-from modeling_moe.routers import router_class
+from modeling_moe.router_catalogue import router_class
 
 
 def triton_serves(device: str) -> bool:

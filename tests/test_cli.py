@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from modeling_moe.cli import Interrupted, UserError, parse, run
+from modeling_moe.utils.command_line import parse, run
+from modeling_moe.utils.errors import Interrupted, UserError
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.cli import UserError
+from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.loading import load_config, load_model, load_tokenizer, refuse_misfit
 from modeling_moe.utils.locations import folder_and_gguf, local_folder
 from tests.conftest import tiny_config

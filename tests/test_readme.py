@@ -10,7 +10,7 @@ import pytest
 import transformers.utils.hub
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.routers import ROUTERS
+from modeling_moe.router_catalogue import ROUTERS
 from tests.conftest import tiny_config
 from tests.training.conftest import train_tokenizer
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.cli import UserError
 from modeling_moe.hub import check_without_package
 from modeling_moe.utils.earlier_code import EARLIER
+from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.loading import load_config, load_model, load_tokenizer
 from modeling_moe.utils.trust import foreign_code, own_code
 from tests.conftest import tiny_config

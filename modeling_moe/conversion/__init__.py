@@ -1,12 +1,12 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """transformers' own checkpoints, dense and sparse, to MoE checkpoints with the same logits, and back."""
 
-from .checkpoint import Checkpoint, convert_checkpoint, open_checkpoint, save_checkpoint
-from .dense_families import DENSE_FAMILIES
-from .families import FAMILIES, moe_config
-from .importer import import_state, load_state, tensors_on_disk, to_moe
-from .sparse_families import SPARSE_FAMILIES
-from .targets import TARGETS
+from .convert import Checkpoint, convert_checkpoint, open_checkpoint, save_checkpoint
+from .families.catalogue import FAMILIES, moe_config
+from .families.dense import DENSE_FAMILIES
+from .families.export import TARGETS
+from .families.sparse import SPARSE_FAMILIES
+from .importing import import_state, load_state, tensors_on_disk, to_moe
 from .verification import Verification, verify
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..cli import UserError
+from ..utils.errors import UserError
 from ..utils.loading import load_tokenizer
 from .older_names import name_tokenizer_for_older_readers
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..cli import UserError
+from ..utils.errors import UserError
 from ..utils.loading import load_model, load_tokenizer
 
 

@@ -16,8 +16,8 @@ from transformers.activations import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from .function import BACKENDS, decode, experts, experts_decode
 from .low_rank import LowRankPair, arguments
+from .operator import BACKENDS, decode, experts, experts_decode
 
 
 # module -> activation in `ACTIVATIONS`
@@ -139,7 +139,7 @@ def _has_gradient(*tensors: torch.Tensor | None) -> bool:
 def backend_of(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, backend: str | None = None
 ) -> str:
-    """Says what computes `module` for these inputs: a key of [`~modeling_moe.dispatch.function.BACKENDS`], with
+    """Says what computes `module` for these inputs: a key of [`~modeling_moe.dispatch.operator.BACKENDS`], with
     `" (decode)"` after it where the path for few tokens is taken; or `"transformers: "` and the reason why it is left
     to transformers' own functions.
 

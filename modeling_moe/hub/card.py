@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..cli import UserError
+from ..utils.errors import UserError
 from .facts import describe, has_chat_template
 from .history import check_told, history
 from .wording import plain, printed

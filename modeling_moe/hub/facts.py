@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..modeling_moe import MODELS, MoEForCausalLM, MoEPreTrainedModel
+from ..utils.errors import UserError
 from ..utils.loading import load_config
 from ..utils.locations import read_json
 from .wording import printed

@@ -4,7 +4,7 @@
 import re
 from pathlib import Path
 
-from ..cli import UserError
+from ..utils.errors import UserError
 from ..utils.locations import leads_outside, read_json
 from ..utils.trust import code_files
 

@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..cli import UserError
+from ..utils.errors import UserError
 from ..utils.lineage import CONVERSION, FINETUNING, lineage_of, recorded_lineage
 from ..utils.locations import read_json
 

@@ -17,8 +17,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from ..cli import UserError
 from ..configuration_moe import MoEConfig
+from ..utils.errors import UserError
 from ..utils.lineage import CONVERSION, FINETUNING
 from ..utils.loading import load_model
 from ..utils.locations import read_json, refuse_outside

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import conversion_mapping
 
-from ..cli import UserError
+from ..utils.errors import UserError
 from .layers import MATRICES, is_experts, wrap
 from .sharding import full_shape
 

@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.utils import logging
 
-from ..cli import UserError
 from ..dispatch.interface import unserved
 from ..dispatch.low_rank import LowRank
+from ..utils.errors import UserError
 from . import sharding
 
 

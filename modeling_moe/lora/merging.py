@@ -12,10 +12,10 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
-from ..cli import UserError
+from ..checkpoints.damage import refuse_not_finite
 from ..conversion.tokenizer_files import keep_tokenizer
-from ..streaming.damage import refuse_not_finite
 from ..utils.companions import copy_companions
+from ..utils.errors import UserError
 from ..utils.folders import refuse_overlap, whole_folder
 from ..utils.limits import refuse_vast_adapter
 from ..utils.lineage import FINETUNING, lineage_of

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
-from ..cli import UserError
+from ..utils.errors import UserError
 from .layers import MATRICES, Stock, is_experts, left_to_peft
 
 

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from ..cli import UserError
+from ..utils.errors import UserError
 
 
 _stock_update: Any = ModulesToSaveWrapper.update

@@ -4,17 +4,17 @@
 Importing it gives each `Trainer` made after, TRL's included, a [`MoECallback`], which is all that it needs.
 """
 
+from ..data.documents import DataArguments, load_and_pack
+from ..data.packing import pack
+from ..data.sources import load_documents
+from ..evaluation.hf_metrics import BitsPerByte, RouterBalance
+from ..evaluation.scoring import DomainScore, EvaluationArguments, evaluate_lm, score
 from .arguments import FinetuneArguments, LoraArguments, ModelArguments
 from .callbacks import MoECallback
-from .data import DataArguments, load_and_pack
-from .evaluation import DomainScore, EvaluationArguments, evaluate_lm, score
 from .finetuning import FinetuneResult, finetune, trained_parameters
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
-from .measures import BitsPerByte, RouterBalance
 from .nan_stop import NanStopMixin, NonFiniteError
-from .packing import pack
 from .sharded import ShardedResumeMixin
-from .sources import load_documents
 
 
 __all__ = [

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from ..cli import UserError
 from ..lora import moe_lora_config
+from ..utils.errors import UserError
 from .presets import is_preset
 
 

@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_utils import has_length
 
-from ..balancing import forget_counts, update_routers
-from ..dispatch.casting import cast_once
+from ..dispatch.backends.triton.casting import cast_once
+from ..router_balancing import forget_counts, update_routers
 from .restoring import RestoringError, load_from_disk_names, restore_hook
 
 
@@ -39,7 +39,7 @@ class MoECallback(TrainerCallback):
     """Balances the experts' load without gradient, and gives router losses that attach themselves the trainer's factors.
 
     After each optimizer step it steps the routers' controllers, which move selection biases, thresholds and the like
-    ([`~modeling_moe.balancing.update_routers`]).
+    ([`~modeling_moe.router_balancing.update_routers`]).
     Router losses attach themselves where the trainer computes the loss without our head (label smoothing, TRL). What a
     trainer multiplies its own loss by does not reach them, so it is set before each step: 1 over the step's number of
     micro-batches, and the scale of fp16 training (not DeepSpeed's own). So a step's gradient is the mean over its
@@ -101,7 +101,7 @@ class DefaultMoECallback(MoECallback):
 class CastOnceCallback(TrainerCallback):
     """Casts experts in fp32 to the dtype of autocast once per optimizer step, for all its micro-batches, on a GPU.
 
-    It opens [`~modeling_moe.dispatch.casting.cast_once`], which says what that costs, and closes it before the optimizer
+    It opens [`~modeling_moe.dispatch.backends.triton.casting.cast_once`], which says what that costs, and closes it before the optimizer
     steps. Neither torch.compile's CUDA graphs nor FSDP or DeepSpeed should have it: their matrices live elsewhere in each step.
 
     Example:

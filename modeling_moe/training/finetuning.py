@@ -25,13 +25,13 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..cli import UserError
+from ..data.documents import DataArguments, load_and_pack
+from ..evaluation.expert_load import active_share
 from ..lora.sharding import full_shape
+from ..utils.errors import UserError
 from ..utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
 from .arguments import LoraArguments, ModelArguments
 from .callbacks import CastOnceCallback
-from .data import DataArguments, load_and_pack
-from .expert_load import active_share
 from .freezing import FreezeExpertsCallback
 from .interruption import SaveOnInterrupt
 from .nan_stop import NanStopMixin

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from ..cli import UserError
+from ..utils.errors import UserError
 
 
 # parameters of a router that have one row for each expert
@@ -55,7 +55,7 @@ def freeze_experts(model: nn.Module, experts: Iterable[int], router: bool = Fals
         model: any whose sparse blocks have `experts`, with parameters (E, ...), and `gate`; wrapped by DDP or not.
             Neither FSDP, ZeRO-3 nor expert parallelism, which split the experts' tensors. LoRA leaves all experts as
             they are but adds to each: merge it before.
-        experts: ids, such as `range(8)` for those there were before [`~modeling_moe.upcycling.growth.grow`].
+        experts: ids, such as `range(8)` for those there were before [`~modeling_moe.resizing.growth.grow`].
         router: freeze their rows of the routers too; not the selection bias, which belongs to its controller. A
             token's choice still moves with the other rows.
 

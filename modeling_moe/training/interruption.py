@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import distributed
 from transformers import TrainerCallback
 
-from ..cli import Interrupted
+from ..utils.errors import Interrupted
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

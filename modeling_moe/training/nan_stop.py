@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from ..cli import UserError
+from ..utils.errors import UserError
 
 
 class NonFiniteError(UserError):

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..cli import UserError
+from ..utils.errors import UserError
 from ..utils.loading import parse_dtype, refuse_misfit
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from ..compatibility import __version__
+from ..data.documents import DataArguments
 from ..utils.atomic import write_text
 from ..utils.lineage import CONVERSION, FINETUNING, hub_name
 from .arguments import ModelArguments
-from .data import DataArguments
 
 
 def write_record(

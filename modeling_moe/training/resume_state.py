@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from ..cli import UserError
+from ..utils.errors import UserError
 
 
 STATE_FILE = "trainer_state.json"

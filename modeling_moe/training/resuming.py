@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from ..cli import UserError
+from ..utils.errors import UserError
 from ..utils.lineage import FINETUNING
 from .arguments import ModelArguments
 from .resume_state import STATE_FILE, check_resume_states, read_trainer_state

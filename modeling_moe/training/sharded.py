@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers.trainer import SCHEDULER_NAME
 
-from ..cli import UserError
+from ..utils.errors import UserError
 
 
 try:

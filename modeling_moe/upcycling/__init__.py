@@ -2,16 +2,16 @@
 """Dense checkpoints into Mixture-of-Experts checkpoints that start where the dense model ended, and these into others
 with more or fewer experts."""
 
-from .extraction import extract_task
-from .growth import GrowthOptions, grow, release_experts
-from .layers import refuse_mismatch, upcycle
-from .methods import METHODS, inexactness
+from ..resizing.extraction import extract_task
+from ..resizing.growth import GrowthOptions, grow, release_experts
+from ..resizing.pruning import PruningOptions, merge, prune
+from ..resizing.resize import ResizeOptions, resize_checkpoint
+from ..resizing.usage import Usage, measure_usage
+from .assembly import refuse_mismatch, upcycle
+from .experts import METHODS, inexactness
 from .options import UpcyclingOptions
 from .plan import UpcyclingPlan, make_plan, sparse_config
-from .pruning import PruningOptions, merge, prune
-from .resize import ResizeOptions, resize_checkpoint
 from .run import open_sources, plan_upcycling, upcycle_checkpoint
-from .usage import Usage, measure_usage
 
 
 __all__ = [

@@ -15,12 +15,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cli import UserError
 from ..configuration_moe import MoEConfig
-from ..training.data import DataArguments, cut_documents
+from ..data.documents import DataArguments, cut_documents
+from ..utils.errors import UserError
+from ..utils.seeds import generator_for
 from .clustering import balanced_clusters, kmeans
 from .options import UpcyclingOptions
-from .seeds import generator_for
 
 
 BLOCK_LENGTH = 512

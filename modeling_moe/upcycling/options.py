@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from ..cli import UserError
 from ..configuration_moe import MoEConfig
+from ..utils.errors import UserError
 
 
 @dataclass

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from ..cli import UserError
 from ..configuration_moe import MoEConfig
 from ..conversion import DENSE_FAMILIES, SPARSE_FAMILIES, moe_config
 from ..modeling_moe import MoEForCausalLM
-from .layers import refuse_mismatch
-from .limits import refuse_vast
-from .methods import inexactness
+from ..utils.errors import UserError
+from ..utils.result_limits import refuse_vast
+from .assembly import refuse_mismatch
+from .experts import inexactness
 from .options import UpcyclingOptions
 
 

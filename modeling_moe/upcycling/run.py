@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from ..cli import UserError
 from ..conversion import Checkpoint, Verification, load_state, open_checkpoint, save_checkpoint, verify
-from ..conversion.checkpoint import result_folder
+from ..conversion.convert import result_folder
 from ..conversion.verification import verification_ids
+from ..utils.errors import UserError
 from ..utils.loading import load_tokenizer
+from .assembly import average, refuse_different_tensors, upcycle
 from .calibration import load_domains, measure
-from .layers import average, refuse_different_tensors, upcycle
 from .options import UpcyclingOptions
 from .plan import UpcyclingPlan, make_plan
 

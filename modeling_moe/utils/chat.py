@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from ..cli import UserError
+from .errors import UserError
 
 
 MAX_PASSES = 300_000  # of a template's loops and macros, for one conversation: seconds of work

@@ -4,7 +4,7 @@
 import shutil
 from pathlib import Path
 
-from ..cli import UserError
+from .errors import UserError
 from .locations import leads_outside
 
 

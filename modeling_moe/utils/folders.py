@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from ..cli import UserError
 from .atomic import write_text
+from .errors import UserError
 from .hashes import SUMS_NAME, hash_file, read_sums, write_sums
 from .progress import byte_progress
 

@@ -11,8 +11,8 @@ import torch
 from accelerate import PartialState
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from ..cli import UserError
 from .chat import render_chat
+from .errors import UserError
 from .loading import load_model, load_tokenizer, parse_dtype, refuse_longer, refuse_misfit
 
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..cli import UserError
 from .atomic import is_plain, write_text
+from .errors import UserError
 
 
 SUMS_NAME = "SHA256SUMS"

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
-from ..cli import UserError
+from .errors import UserError
 from .locations import read_json
 
 

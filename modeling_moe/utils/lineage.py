@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 
-from ..cli import UserError
+from .errors import UserError
 from .locations import read_json
 
 

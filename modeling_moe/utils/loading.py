@@ -21,10 +21,10 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
+from ..checkpoint_code import import_own_router
 from ..checkpoint_damage import CheckpointError, refuse_missing
-from ..cli import UserError
-from ..own_code import import_own_router
-from ..streaming.gguf_header import refuse_damaged_header
+from ..checkpoints.gguf_header import refuse_damaged_header
+from .errors import UserError
 from .limits import refuse_unheld, refuse_vast_adapter, refuse_vast_fields
 from .locations import folder_and_gguf, local_folder, read_json, refuse_outside
 

@@ -5,7 +5,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..cli import UserError
+from .errors import UserError
 
 
 # transformers reads files in these folders of a checkpoint

@@ -1,6 +1,6 @@
 """A GPU that is none: devices named cuda are the CPU, torch.cuda is made up, and Triton's kernels are interpreted.
 
-    python -m tests.benchmark.fake_cuda -m modeling_moe.benchmark.gpu kernels --size tiny
+    python -m tests.benchmark.fake_cuda -m moe_benchmark.gpu kernels --size tiny
 
 runs a module so. Its times mean nothing; what it shows is that every line on the way to a real GPU runs.
 """
@@ -120,9 +120,12 @@ def _patch_torch(patch, torch, state):
 
 
 def _patch_package(patch, torch, mode):
-    from modeling_moe.benchmark import measure
-    from modeling_moe.benchmark.gpu import capturing, precompile
-    from modeling_moe.dispatch import interface, launching, tiles, triton_backend
+    from moe_benchmark import measure
+    from moe_benchmark.gpu import capturing, precompile
+
+    from modeling_moe.dispatch import interface
+    from modeling_moe.dispatch.backends.triton import backend as triton_backend
+    from modeling_moe.dispatch.backends.triton import launching, tiles
 
     choose, run = interface._choose, launching.Launch.run
 
@@ -159,9 +162,8 @@ def _patch_package(patch, torch, mode):
 @contextlib.contextmanager
 def faked():
     """Everything within sees the GPU; what it imports must be imported before."""
+    import moe_benchmark.gpu.adapters  # noqa: F401
     import torch
-
-    import modeling_moe.benchmark.gpu.adapters  # noqa: F401
 
     state = {"sync": "default"}
     with pytest.MonkeyPatch.context() as patch:

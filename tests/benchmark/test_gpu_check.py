@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-
-from modeling_moe.benchmark import lora as benchmark_lora
-from modeling_moe.benchmark.gpu import (
+from moe_benchmark import lora as benchmark_lora
+from moe_benchmark.gpu import (
     capturing,
     comparison,
     compilations,
@@ -25,12 +24,15 @@ from modeling_moe.benchmark.gpu import (
     sweep,
     tile_table,
 )
-from modeling_moe.benchmark.gpu.results import DeviceLost, Results, read
-from modeling_moe.benchmark.gpu.sizes import TINY, Comparison
-from modeling_moe.benchmark.gpu.timing import launch_times
-from modeling_moe.cli import UserError
-from modeling_moe.dispatch import interface, launching, triton_backend
-from modeling_moe.dispatch.tiles import CONFIGS
+from moe_benchmark.gpu.results import DeviceLost, Results, read
+from moe_benchmark.gpu.sizes import TINY, Comparison
+from moe_benchmark.gpu.timing import launch_times
+
+from modeling_moe.dispatch import interface
+from modeling_moe.dispatch.backends.triton import backend as triton_backend
+from modeling_moe.dispatch.backends.triton import launching
+from modeling_moe.dispatch.backends.triton.tiles import CONFIGS
+from modeling_moe.utils.errors import UserError
 from tests.benchmark.fake_cuda import faked
 
 
@@ -177,9 +179,9 @@ def test_memory(run_part):
 
 PRECOMPILE = """
 import sys
-from modeling_moe.benchmark.gpu import precompile
-from modeling_moe.benchmark.gpu.results import Results
-from modeling_moe.benchmark.gpu.sizes import TINY
+from moe_benchmark.gpu import precompile
+from moe_benchmark.gpu.results import Results
+from moe_benchmark.gpu.sizes import TINY
 calls, record = precompile.calls, precompile.record
 precompile.describe_gpu = lambda: "sm_90"
 precompile.calls = lambda size: [call for call in calls(size) if call.name == "tiny" and call.scenario == "decode"]
@@ -219,8 +221,8 @@ def test_tests_are_recorded_one_by_one(tmp_path):
     (files / "test_without.py").write_text("raise ModuleNotFoundError(\"No module named 'bitsandbytes'\")\n")
     (files / "test_broken.py").write_text("import nothing_of_that_name\n")
     code = (
-        "import sys; from modeling_moe.benchmark.gpu import kernel_tests; from modeling_moe.benchmark.gpu.results import "
-        "Results; from modeling_moe.benchmark.gpu.sizes import TINY; "
+        "import sys; from moe_benchmark.gpu import kernel_tests; from moe_benchmark.gpu.results import "
+        "Results; from moe_benchmark.gpu.sizes import TINY; "
         f"kernel_tests.run(Results({str(path)!r}, 'tests'), TINY._replace(tests=('-q', {str(files)!r})))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

@@ -3,10 +3,10 @@
 import math
 
 import pytest
+from moe_benchmark.gpu import report, summary, tile_table
+from moe_benchmark.gpu.targets import TARGETS
 
-from modeling_moe.benchmark.gpu import report, summary, tile_table
-from modeling_moe.benchmark.gpu.targets import TARGETS
-from modeling_moe.dispatch.tiles import CONFIGS, DECODING, Config, Tile
+from modeling_moe.dispatch.backends.triton.tiles import CONFIGS, DECODING, Config, Tile
 
 
 def case_row(tokens, mode, **changes):

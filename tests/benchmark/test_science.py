@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
-
-from modeling_moe.benchmark.gpu import science
-from modeling_moe.benchmark.gpu.results import Results, read
-from modeling_moe.benchmark.gpu.science import (
+from experiments.upcycling_facts import interval
+from moe_benchmark.gpu import science
+from moe_benchmark.gpu.results import Results, read
+from moe_benchmark.gpu.science import (
     ARMS,
     DENSE,
     LEAST_STEPS,
@@ -27,18 +25,20 @@ from modeling_moe.benchmark.gpu.science import (
     read_setting,
     train_seeds,
 )
-from modeling_moe.benchmark.gpu.science_report import markdown, read_lines
-from modeling_moe.benchmark.gpu.science_text import (
+from moe_benchmark.gpu.science_report import markdown, read_lines
+from moe_benchmark.gpu.science_text import (
     installed_sources,
     is_held_out,
     make_blocks,
     read_text,
     sources_in,
 )
-from modeling_moe.benchmark.gpu.weights import join, keep, model_path, split
-from modeling_moe.cli import UserError
-from modeling_moe.dispatch.function import BACKENDS
-from modeling_moe.upcycling.capacity_experiment import interval
+from moe_benchmark.gpu.weights import join, keep, model_path, split
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from modeling_moe.dispatch.operator import BACKENDS
+from modeling_moe.utils.errors import UserError
 from tests.training.conftest import WORDS, train_tokenizer
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modeling_moe.cli import UserError
 from modeling_moe.conversion import load_state, open_checkpoint
-from tests.conversion import test_dense_families as dense
-from tests.conversion import test_sparse_families as sparse
+from modeling_moe.utils.errors import UserError
+from tests.conversion import test_families_dense as dense
+from tests.conversion import test_families_sparse as sparse
 
 
 # transformers has no class for it

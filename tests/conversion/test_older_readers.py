@@ -13,9 +13,9 @@ from transformers.testing_utils import CaptureLogger
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.conversion import convert_checkpoint
+from modeling_moe.conversion.families.export import TARGETS, export_plan
 from modeling_moe.conversion.older_names import logger, older_names, save_for_older_readers
-from modeling_moe.conversion.targets import TARGETS, export_plan
-from tests.conversion.test_targets import EXPRESSIBLE, LLAMA3_ROPE, MOE, WINDOWS, export, randomised
+from tests.conversion.test_families_export import EXPRESSIBLE, LLAMA3_ROPE, MOE, WINDOWS, export, randomised
 
 
 OLDER = ["transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"]

@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models import llama, mixtral, olmoe, qwen2_moe, qwen3_moe
 
-from modeling_moe.cli import UserError
 from modeling_moe.conversion import convert_checkpoint, verify
 from modeling_moe.conversion.verification import verification_ids
+from modeling_moe.utils.errors import UserError
 from tests.training.conftest import train_tokenizer
 
 

@@ -9,10 +9,10 @@ from packaging import version
 from transformers.utils import logging as transformers_logging
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.balancing import CONTROLLERS, exact_global_balance
 from modeling_moe.modeling_moe import MoEBlock
-from modeling_moe.routers import ROUTERS
-from modeling_moe.routing import RoutingContext
+from modeling_moe.router import RoutingContext
+from modeling_moe.router_balancing import CONTROLLERS, exact_global_balance
+from modeling_moe.router_catalogue import ROUTERS
 from tests.conftest import eager_block, tiny_config
 
 

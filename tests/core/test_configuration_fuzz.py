@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from modeling_moe import MoEConfig, MoEForCausalLM
+from modeling_moe.configuration_derived import PER_LAYER
 from modeling_moe.configuration_fields import Range
-from modeling_moe.derived_fields import PER_LAYER
-from modeling_moe.routers import ROUTERS, router_class
+from modeling_moe.router_catalogue import ROUTERS, router_class
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(MoEConfig) if field.name in MoEConfig.__annotations__}

@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from modeling_moe import MoEForCausalLM, routing
+from modeling_moe import MoEForCausalLM
+from modeling_moe import router as routing
 from modeling_moe.lora import moe_lora_config
 from tests.conftest import tiny_config
 from tests.ranks import needs_transformers, run_ranks

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from modeling_moe import MoEConfig, MoEForCausalLM
-from modeling_moe.conversion.importer import moe_config
+from modeling_moe.conversion.importing import moe_config
 
 
 FOLDER = Path(__file__).parents[2] / "configuration"

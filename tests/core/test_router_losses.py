@@ -1,164 +1,279 @@
-"""The router losses inside the model: when they count, how they are weighted, and that they always arrive."""
+"""Router losses against literals, transformers' own and loops in float64."""
+
+import math
 
 import pytest
 import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from modeling_moe import MoEForCausalLM
-from modeling_moe.losses import balance
-from modeling_moe.routing import expert_load
+from modeling_moe.router import Routing, RoutingContext, expert_load
+from modeling_moe.router_losses import (
+    LOSSES,
+    balance,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    loss_share,
+    mean_probs,
+    router_entropy_loss,
+    router_losses,
+    router_z_loss,
+    sequence_balance_loss,
+)
 from tests.conftest import tiny_config
 
 
-IDS = torch.arange(3, 39).view(4, 9)
-MASK = torch.ones_like(IDS)
-MASK[0, :4] = 0
-LABELS = IDS.masked_fill(MASK == 0, -100)
-LABELS_OF_ROW = (LABELS[:, 1:] != -100).sum(dim=1, keepdim=True)
-ROUTER = "model.layers.2.mlp.gate.weight"
+each_loss = pytest.mark.parametrize("loss", LOSSES.values())
+BALANCE = (load_balancing_loss, sequence_balance_loss)
+# three sequences of four tokens: padded on the right, not at all, on the left
+MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]]).flatten()
 
 
-def model_of(**fields) -> MoEForCausalLM:
-    coefficients = {"router_aux_loss_coef": 0.7, "router_z_loss_coef": 0.3}
-    return MoEForCausalLM(tiny_config(**(coefficients | fields))).train()
+def routing_of(logits: torch.Tensor, index: torch.Tensor) -> Routing:
+    """A routing whose tensors are functions of the logits; the index is a constant."""
+    probs = logits.softmax(-1)
+    weight = torch.nn.functional.pad(probs, (0, 1)).gather(-1, index)
+    return Routing(logits, weight, index, probs, logits.sigmoid())
 
 
-def losses_by_hand(model, weight_of_row=LABELS_OF_ROW):
-    """Mean over the sparse layers of the weighted losses, from what the routers return."""
-    routings = []
-    hooks = [
-        layer.mlp.gate.register_forward_hook(lambda module, args, out: routings.append(out))
-        for layer in model.model.layers
-        if layer.is_sparse
-    ]
-    model(IDS, attention_mask=MASK)
-    for hook in hooks:
-        hook.remove()
-    share = (MASK / MASK.sum(dim=1, keepdim=True) * weight_of_row / weight_of_row.sum()).flatten()
-    total = 0
-    for routing in routings:
-        total += 0.7 * balance(expert_load(routing, MASK.flatten()), (share[:, None] * routing.probs).sum(dim=0))
-        total += 0.3 * (share * routing.logits.logsumexp(dim=-1).square()).sum()
-    return total / len(routings)
+def random_routing(tokens=12, outputs=5, top_k=2, requires_grad=False) -> Routing:
+    """Experts drawn without regard to the probabilities, as a strong bias would; one slot is empty."""
+    index = torch.rand(tokens, outputs).argsort(-1)[:, :top_k]
+    index[1, -1] = outputs
+    return routing_of(torch.randn(tokens, outputs, dtype=torch.float64, requires_grad=requires_grad), index)
 
 
-def gradient(model, loss):
-    return torch.autograd.grad(loss, model.get_parameter(ROUTER), retain_graph=True)[0]
+def best_routing(tokens=12, outputs=5, top_k=2) -> Routing:
+    logits = torch.randn(tokens, outputs, dtype=torch.float64)
+    return routing_of(logits, logits.topk(top_k).indices)
 
 
-@pytest.mark.parametrize("flag", [False, True])
-def test_training_loss_is_cross_entropy_plus_router_losses(flag):
-    model = model_of()
-    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
-    out = model(**batch, output_router_logits=flag)
-    cross_entropy = model.eval()(**batch).loss
-    torch.testing.assert_close(out.loss, cross_entropy + losses_by_hand(model.train()))
+def cast(routing: Routing, dtype: torch.dtype) -> Routing:
+    return Routing(*(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in routing[:5]))
 
 
-def test_evaluation_loss_has_no_router_loss():
-    model = model_of().eval()
-    out = model(IDS, attention_mask=MASK, labels=LABELS, output_router_logits=True)
-    logits = out.logits[:, :-1].flatten(0, 1)
-    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(logits, LABELS[:, 1:].flatten()))
-    assert out.aux_loss > 0
+def real_tokens(routing: Routing, mask) -> list[int]:
+    return [t for t in range(len(routing.index)) if mask is None or mask[t]]
 
 
-def test_collapse_of_layers_onto_different_experts_is_seen():
-    """Pooled over layers, two layers that each use other experts look balanced; averaged, they do not."""
-    model = model_of(num_experts=6, num_experts_per_tok=3).eval()
-    with torch.no_grad():
-        for layer, experts in ((0, [0, 1, 2]), (2, [3, 4, 5])):
-            gate = model.model.layers[layer].mlp.gate
-            gate.weight.zero_()
-            gate.forward = _constant_router(gate, experts)
-    assert model(IDS, output_router_logits=True).aux_loss == pytest.approx(2.0, abs=1e-3)
+def balance_in_loops(routing: Routing, mask=None, rows=1, num_experts=None, unbiased=False) -> float:
+    outputs, length = routing.probs.shape[1], len(routing.probs) // rows
+    losses = []
+    for row in range(rows):
+        tokens = [t for t in real_tokens(routing, mask) if row * length <= t < (row + 1) * length]
+        if not tokens:
+            continue
+        counts, probs = [0.0] * outputs, [0.0] * outputs
+        for t in tokens:
+            chosen = routing.index[t].tolist()
+            if unbiased:
+                chosen = sorted(range(outputs), key=lambda i: -routing.probs[t, i].item())[: len(chosen)]
+            for i in chosen:
+                if i < outputs:
+                    counts[i] += 1
+            for i in range(outputs):
+                probs[i] += routing.probs[t, i].item() / len(tokens)
+        if num_experts is not None:
+            idle = sum(counts[num_experts:]) / max(1, outputs - num_experts)
+            counts[num_experts:] = [idle] * (outputs - num_experts)
+        losses.append(outputs * sum(c / sum(counts) * p for c, p in zip(counts, probs, strict=True)))
+    return sum(losses) / len(losses)
 
 
-def _constant_router(gate, experts):
-    from modeling_moe.routing import Routing
-
-    def forward(tokens, context):
-        logits = torch.full((len(tokens), gate.num_experts), -20.0)
-        logits[:, experts] = 0.0
-        probs = logits.softmax(-1)
-        index = torch.tensor(experts).expand(len(tokens), -1)
-        return Routing(logits, probs.gather(-1, index), index, probs)
-
-    return forward
+def variation_in_loops(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((v - mean) ** 2 for v in values) / len(values) / mean**2
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_changes_no_gradient(reentrant):
-    model = model_of()
-    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
-    model(**batch).loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model(**batch).loss.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+def test_balance_by_hand():
+    probs = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]])
+    routing = Routing(probs.log(), probs[:, :1], torch.tensor([[0], [0]]), probs)
+    # both tokens to expert 0: f = (1, 0, 0), P_0 = 0.65
+    torch.testing.assert_close(load_balancing_loss(routing), torch.tensor(3 * 0.65))
 
 
-def test_micro_batches_sum_to_the_whole_batch():
-    """The z-loss is a sum over tokens, each weighted by its sequence's labels, so its split is exact."""
-    model = model_of(router_aux_loss_coef=0.0)
-    labels = LABELS
-    count = (labels[:, 1:] != -100).sum()
-    whole = gradient(model, model(IDS, labels=labels, num_items_in_batch=count).loss)
-    halves = sum(
-        gradient(model, model(IDS[rows], labels=labels[rows], num_items_in_batch=count).loss)
-        for rows in (slice(0, 1), slice(1, 4))
+def test_balance_with_null_experts_by_hand():
+    load, probs = torch.tensor([2.0, 2.0, 4.0, 0.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    # experts 2 and 3 are null: f = (1/4, 1/4, 1/4, 1/4)
+    torch.testing.assert_close(balance(load, probs, 2), torch.tensor(1.0))
+    torch.testing.assert_close(balance(load, probs), torch.tensor(4 * (0.025 + 0.05 + 0.15)))
+
+
+@pytest.mark.parametrize("loss", BALANCE)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_balance_extremes(loss, top_k):
+    uniform = torch.full((4, 4), 0.25)
+    turns = (torch.arange(4)[:, None] + torch.arange(top_k)) % 4
+    # the unbiased choice of the sequence loss needs a best expert
+    balanced = uniform + 1e-6 * torch.eye(4)[turns].sum(1)
+    torch.testing.assert_close(loss(Routing(balanced, balanced[:, :top_k], turns, balanced)), torch.tensor(1.0))
+    one = torch.eye(4)[:top_k].sum(0).expand(4, -1) / top_k
+    collapsed = Routing(one, one[:, :top_k], torch.arange(top_k).expand(4, -1), one)
+    torch.testing.assert_close(loss(collapsed), torch.tensor(4.0 / top_k))
+
+
+@pytest.mark.parametrize("mask", [None, MASK, MASK.bool(), MASK * (torch.arange(12) < 8)])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("num_experts", [None, 5, 3])
+def test_balance_losses_in_loops(mask, rows, num_experts):
+    routing = random_routing()
+    fields = {"token_mask": mask, "batch_size": rows, "num_experts": num_experts}
+    for loss, unbiased in zip(BALANCE, (False, True), strict=True):
+        expected = balance_in_loops(routing, mask, rows, num_experts, unbiased)
+        assert loss(routing, **fields).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_sequence_loss_counts_the_best_and_not_the_chosen():
+    probs = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]])
+    routing = Routing(probs.log(), torch.ones(2, 1), torch.tensor([[2], [2]]), probs)
+    torch.testing.assert_close(sequence_balance_loss(routing), torch.tensor(3 * 0.55))
+    torch.testing.assert_close(load_balancing_loss(routing), torch.tensor(3 * 0.15))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_balance_is_transformers_for_one_layer_but_for_k(masked):
+    routing = best_routing()
+    theirs = load_balancing_loss_func((routing.logits,), 5, 2, MASK.view(3, 4) if masked else None)
+    mine = load_balancing_loss(routing, MASK if masked else None)
+    torch.testing.assert_close(2 * mine, theirs.double(), atol=1e-6, rtol=1e-6)
+
+
+def test_gradients_of_micro_batches_with_the_global_load_add_up():
+    routing = random_routing(requires_grad=True)
+
+    def gradients(load_of):
+        total = 0
+        for part in (slice(0, 4), slice(4, 12)):
+            piece = Routing(*(tensor[part] for tensor in routing[:5]))
+            loss = balance(load_of(piece, MASK[part]), mean_probs(piece, MASK[part])[0])
+            total = total + loss * MASK[part].sum() / MASK.sum()
+        return torch.autograd.grad(total, routing.logits, retain_graph=True)[0]
+
+    whole = torch.autograd.grad(load_balancing_loss(routing, MASK), routing.logits, retain_graph=True)[0]
+    load = expert_load(routing, MASK)
+    torch.testing.assert_close(gradients(lambda piece, mask: load), whole, rtol=1e-12, atol=1e-15)
+    assert not torch.allclose(gradients(expert_load), whole)
+
+
+def test_z_loss_by_hand_and_its_gradient():
+    routing = random_routing(requires_grad=True)
+    expected = sum(torch.log(row.exp().sum()) ** 2 for row in routing.logits) / len(routing.logits)
+    torch.testing.assert_close(router_z_loss(routing), expected)
+    grad = torch.autograd.grad(router_z_loss(routing), routing.logits)[0]
+    lse = routing.logits.logsumexp(-1, keepdim=True)
+    torch.testing.assert_close(grad, 2 * lse * routing.probs / len(lse))
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("num_experts", [None, 3])
+def test_importance_and_load_in_loops(mask, num_experts):
+    routing = random_routing()
+    importance, load, chance = ([0.0] * 5 for _ in range(3))
+    for t in real_tokens(routing, mask):
+        for k, i in enumerate(routing.index[t].tolist()):
+            if i < 5:
+                importance[i] += routing.weight[t, k].item()
+                load[i] += 1
+        for i in range(5):
+            chance[i] += routing.chance[t, i].item()
+    fields = {"token_mask": mask, "num_experts": num_experts}
+    silent = routing._replace(chance=None)
+    for got, values in [
+        (importance_loss(routing, **fields), importance),
+        (load_loss(routing, **fields), chance),
+        (load_loss(silent, **fields), load),
+    ]:
+        assert got.item() == pytest.approx(variation_in_loops(values[:num_experts]), rel=1e-7)
+
+
+@pytest.mark.parametrize("loss", [importance_loss, load_loss])
+def test_variation_extremes(loss):
+    probs = torch.full((8, 4), 0.25)
+    weight, turns = torch.ones(8, 1), torch.arange(8)[:, None] % 4
+    assert loss(Routing(probs, weight, turns, probs)).item() == 0
+    # (8, 0, 0, 0): population variance 12, mean 2
+    torch.testing.assert_close(loss(Routing(probs, weight, turns * 0, probs)), torch.tensor(3.0))
+
+
+def test_null_experts_do_not_spoil_the_balance_of_real_ones():
+    probs = torch.full((6, 5), 0.2)
+    index = torch.arange(6)[:, None] % 3
+    routing = Routing(probs, torch.ones(6, 1), index, probs)
+    assert importance_loss(routing, num_experts=3).item() == 0
+    assert load_loss(routing, num_experts=3).item() == 0
+
+
+def test_entropy_in_loops_and_its_extremes():
+    routing = random_routing()
+    tokens = real_tokens(routing, MASK)
+    expected = -sum(p * math.log(p) for t in tokens for p in routing.probs[t].tolist()) / len(tokens)
+    assert router_entropy_loss(routing, MASK).item() == pytest.approx(expected, rel=1e-12)
+    uniform, sure = torch.full((4, 4), 0.25), torch.eye(4)
+    assert router_entropy_loss(routing._replace(probs=uniform)).item() == pytest.approx(math.log(4))
+    assert router_entropy_loss(routing._replace(probs=sure)).item() == 0
+
+
+@each_loss
+def test_gradient_with_a_constant_index(loss):
+    routing = random_routing(requires_grad=True)
+    fields = {"token_mask": MASK, "batch_size": 3, "num_experts": 4}
+    assert torch.autograd.gradcheck(
+        lambda logits: loss(routing_of(logits, routing.index), **fields), routing.logits.detach().requires_grad_()
     )
-    torch.testing.assert_close(halves, whole, atol=1e-6, rtol=1e-5)
 
 
-def test_balance_loss_is_not_multiplied_by_micro_batches():
-    model = model_of(router_aux_loss_coef=1.0, router_z_loss_coef=0.0)
-    count = (LABELS[:, 1:] != -100).sum()
-    by_rows = [{"input_ids": IDS[i : i + 1], "labels": LABELS[i : i + 1]} for i in range(4)]
-
-    def aux_part(batches):
-        model.config.router_aux_loss_coef = 1.0
-        with_aux = sum(model(**b, num_items_in_batch=count).loss for b in batches)
-        model.config.router_aux_loss_coef = 0.0
-        return with_aux - sum(model(**b, num_items_in_batch=count).loss for b in batches)
-
-    whole = aux_part([{"input_ids": IDS, "labels": LABELS}])
-    assert 0.9 < (aux_part(by_rows) / whole).item() < 1.5
+@each_loss
+def test_padding_changes_nothing(loss):
+    routing = random_routing(requires_grad=True)
+    mask = torch.tensor([1] * 8 + [0] * 4)
+    short = Routing(*(tensor[:8] for tensor in routing[:5]))
+    torch.testing.assert_close(loss(routing, token_mask=mask), loss(short))
+    grad = torch.autograd.grad(loss(routing, token_mask=mask), routing.logits, retain_graph=True)[0]
+    assert not grad[8:].any()
+    assert grad[:8].any()
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
-def test_losses_arrive_when_the_head_is_bypassed(reentrant):
-    """A trainer that takes the decoder's states and computes its own loss still trains the routers, once."""
-    model = model_of()
-    expected = gradient(model, losses_by_hand(model, torch.ones(4, 1)))
-    if reentrant is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.model(IDS, attention_mask=MASK).last_hidden_state.mul(0).sum().backward()
-    torch.testing.assert_close(model.get_parameter(ROUTER).grad, expected, atol=1e-6, rtol=1e-5)
-    model.zero_grad()
-    model.model.router_loss_scale = 0.25
-    model(IDS, attention_mask=MASK).logits.mul(0).sum().backward()
-    torch.testing.assert_close(model.get_parameter(ROUTER).grad, 0.25 * expected, atol=1e-6, rtol=1e-5)
+@each_loss
+@pytest.mark.parametrize("rows", [1, 3])
+def test_only_padding_gives_zero_and_a_finite_gradient(loss, rows):
+    routing = random_routing(requires_grad=True)
+    value = loss(routing, token_mask=torch.zeros(12), batch_size=rows)
+    assert value.item() == 0
+    assert not torch.autograd.grad(value, routing.logits)[0].any()
 
 
-def test_a_trainers_own_balance_loss_is_not_added_to_ours():
-    model = model_of()
-    out = model.model(IDS, output_router_logits=True)
-    assert not any(logits.requires_grad for logits in out.router_logits)
-    assert not out.aux_loss.requires_grad
-    free = model_of(router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
-    assert all(logits.requires_grad for logits in free.model(IDS, output_router_logits=True).router_logits)
+@each_loss
+@pytest.mark.parametrize("chance", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_fp32_under_autocast(loss, chance, masked):
+    routing = cast(random_routing(tokens=201), torch.float32)
+    routing = routing if chance else routing._replace(chance=None)
+    fields = {"token_mask": torch.arange(201) % 3 > 0 if masked else None, "batch_size": 3, "num_experts": 4}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = loss(routing, **fields)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, loss(routing, **fields))
 
 
-def test_dense_model_has_no_router_loss():
-    model = model_of(mlp_layer_types=["dense"] * 3)
-    out = model(IDS, labels=IDS, output_router_logits=True)
-    assert out.aux_loss is None
-    assert out.router_logits == ()
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_router_losses_are_all_losses_in_order(scope):
+    config = tiny_config(router_aux_loss_scope=scope, **dict.fromkeys(LOSSES, 0.1))
+    routing = random_routing(outputs=5)
+    got = router_losses(routing, RoutingContext(3, MASK), config)
+    expected = torch.stack([loss(routing, token_mask=MASK, batch_size=3) for loss in LOSSES.values()])
+    expected[0] = balance_in_loops(routing, MASK, 3 if scope == "sequence" else 1)
+    torch.testing.assert_close(got, expected)
 
 
-def test_generation_with_the_flag_saved_on():
-    model = model_of(output_router_logits=True).eval()
-    text = model.generate(IDS[:2], attention_mask=MASK[:2], max_new_tokens=3, do_sample=False)
-    assert text.shape == (2, 12)
+def test_only_the_balance_is_computed_without_a_coefficient():
+    got = router_losses(random_routing(), RoutingContext(3), tiny_config(**dict.fromkeys(LOSSES, 0.0)))
+    assert (got != 0).tolist() == [True] + [False] * (len(LOSSES) - 1)
+
+
+def test_shares_of_micro_batches_sum_to_one():
+    labels = torch.tensor([[5, 6, 7, -100], [-100, 5, 6, 7]])
+    # the first label of a row is nobody's target
+    assert [float(loss_share(row[None], num_items_in_batch=5)) for row in labels] == pytest.approx([0.4, 0.6])
+    shifted = torch.tensor([[6, 7, -100, -100]])
+    assert float(loss_share(labels, shift_labels=shifted, num_items_in_batch=torch.tensor(8))) == 0.25
+    assert loss_share(labels) == 1.0

@@ -11,7 +11,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from modeling_moe.dispatch import backend_of, function
+from modeling_moe.dispatch import backend_of
+from modeling_moe.dispatch import operator as function
 from modeling_moe.dispatch.interface import gate_of
 from modeling_moe.modeling_moe import MoEExperts
 from tests.conftest import NEEDS_TRITON, tiny_config

@@ -14,8 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from modeling_moe.dispatch import backend_of, casting, launching
-from modeling_moe.dispatch.casting import cast_once
+from modeling_moe.dispatch import backend_of
+from modeling_moe.dispatch.backends.triton import casting, launching
+from modeling_moe.dispatch.backends.triton.casting import cast_once
 from tests.conftest import NEEDS_GPU, NEEDS_TRITON
 from tests.dispatch.kinds import HIDDEN, WIDTH, assert_close, draw, make, oracle, run
 from tests.dispatch.test_dispatch import run_compiled, saved_bytes

@@ -13,14 +13,16 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from modeling_moe.benchmark.compilation import TARGETS, Code, compile_all, faults, record
-from modeling_moe.benchmark.compilation.__main__ import CompilationArguments, main
-from modeling_moe.benchmark.compilation.calls import part_calls
-from modeling_moe.benchmark.compilation.compiling import USUAL_TARGETS, tile_of
-from modeling_moe.benchmark.compilation.machine_code import AMD, NVIDIA, scalar_products, spills_in_loops
-from modeling_moe.cli import UserError
-from modeling_moe.dispatch import tiles, triton_backend
-from modeling_moe.dispatch.launching import Launch
+from moe_benchmark.compilation import TARGETS, Code, compile_all, faults, record
+from moe_benchmark.compilation.__main__ import CompilationArguments, main
+from moe_benchmark.compilation.calls import part_calls
+from moe_benchmark.compilation.compiling import USUAL_TARGETS, tile_of
+from moe_benchmark.compilation.machine_code import AMD, NVIDIA, scalar_products, spills_in_loops
+
+from modeling_moe.dispatch.backends.triton import backend as triton_backend
+from modeling_moe.dispatch.backends.triton import tiles
+from modeling_moe.dispatch.backends.triton.launching import Launch
+from modeling_moe.utils.errors import UserError
 
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +46,7 @@ def python(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
 def command(cache: Path, folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[Code]]:
     """The command's process, and the codes that it wrote."""
     output = folder / "codes.json"
-    result = python(cache, "-m", "modeling_moe.benchmark.compilation", *arguments, "--json", str(output))
+    result = python(cache, "-m", "moe_benchmark.compilation", *arguments, "--json", str(output))
     assert output.exists(), result.stderr
     return result, [Code(**code) for code in json.loads(output.read_text())]
 
@@ -222,7 +224,7 @@ def test_a_compiler_that_crashes_is_a_fault_of_the_launch_alone():
 PRECOMPILE = """
 import torch, triton
 from triton.runtime import driver
-from modeling_moe.benchmark.compilation import compiling, precompile, preset_calls, record
+from moe_benchmark.compilation import compiling, precompile, preset_calls, record
 
 (call,) = preset_calls("hopper", ["qwen3_30b_a3b"], ["bfloat16"], ["decode"], [1])
 launches = record(call, "hopper")

@@ -6,8 +6,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.dispatch import backend_of, function, loop
-from modeling_moe.dispatch.slots import group_slots
+from modeling_moe.dispatch import backend_of
+from modeling_moe.dispatch import operator as function
+from modeling_moe.dispatch.backends import loop
+from modeling_moe.dispatch.token_order import group_slots
 from modeling_moe.modeling_moe import MoEExperts
 from tests.conftest import NEEDS_GPU, NEEDS_TRITON, tiny_config
 from tests.dispatch.kinds import (

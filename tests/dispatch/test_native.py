@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from modeling_moe.dispatch import backend_of, loop, native
-from modeling_moe.dispatch.native import compiling
-from modeling_moe.dispatch.slots import group_slots
+from modeling_moe.dispatch import backend_of
+from modeling_moe.dispatch.backends import loop, native
+from modeling_moe.dispatch.backends.native import compiling
+from modeling_moe.dispatch.token_order import group_slots
 from tests.dispatch.kinds import NEEDS_NATIVE, OURS, SHAPES, THEIRS, assert_close, draw, make, oracle, run
 
 
@@ -239,7 +240,7 @@ def test_compiles_in_an_ascii_locale(tmp_path):
     """The sources were opened in the locale's encoding, which has no dash and no accent."""
     command = """
 import torch
-from modeling_moe.dispatch.native import compiling
+from modeling_moe.dispatch.backends.native import compiling
 compiling.FLAGS.remove("-O3")
 compiling.compiled(torch.float32, [])
 """

@@ -8,9 +8,10 @@ from tests.conftest import DEVICE, NEEDS_GPU, NEEDS_TRITON
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from modeling_moe.dispatch import tiles, triton_backend
+from modeling_moe.dispatch.backends.triton import backend as triton_backend
+from modeling_moe.dispatch.backends.triton import tiles
 from modeling_moe.dispatch.gates import GATES
-from modeling_moe.dispatch.slots import group_slots
+from modeling_moe.dispatch.token_order import group_slots
 
 
 pytestmark = [pytest.mark.gpu, NEEDS_TRITON]

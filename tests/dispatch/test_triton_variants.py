@@ -14,9 +14,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 from packaging.version import Version
 
-from modeling_moe.dispatch import launching, loop, tiles, triton_backend
+from modeling_moe.dispatch.backends import loop
+from modeling_moe.dispatch.backends.triton import backend as triton_backend
+from modeling_moe.dispatch.backends.triton import launching, tiles
 from modeling_moe.dispatch.low_rank import LowRank, LowRankPair
-from modeling_moe.dispatch.slots import group_slots, invert
+from modeling_moe.dispatch.token_order import group_slots, invert
 from tests.conftest import DEVICE, NEEDS_TRITON
 from tests.dispatch.test_triton import INDEX, Problem
 
@@ -305,7 +307,7 @@ def test_kernels_that_do_not_launch_are_left_to_grouped_mm(monkeypatch):
 
 BATCHES = """
 import torch
-from modeling_moe.benchmark.compilation import Call, Experts, distinct, record
+from moe_benchmark.compilation import Call, Experts, distinct, record
 
 generator = torch.Generator().manual_seed(0)
 seen, late = set(), []

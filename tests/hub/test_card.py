@@ -9,8 +9,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from modeling_moe import MoEConfig, MoEForCausalLM, MoEForSequenceClassification
-from modeling_moe.cli import UserError
 from modeling_moe.hub import write_model_card
+from modeling_moe.utils.errors import UserError
 from tests.conftest import tiny_config
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.cli import UserError
 from modeling_moe.hub import check_without_package, push, push_folder
 from modeling_moe.hub.files import published_files
+from modeling_moe.utils.errors import UserError
 from tests.conftest import tiny_config
 
 

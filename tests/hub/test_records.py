@@ -9,9 +9,9 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_moe.cli import UserError
 from modeling_moe.hub.card import own_card, write_model_card
 from modeling_moe.hub.wording import plain, printed
+from modeling_moe.utils.errors import UserError
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

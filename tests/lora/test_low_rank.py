@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
-from modeling_moe.dispatch import backend_of, function, loop
+from modeling_moe.dispatch import backend_of
+from modeling_moe.dispatch import operator as function
+from modeling_moe.dispatch.backends import loop
 from modeling_moe.dispatch.low_rank import LowRank, LowRankPair, arguments
 from tests.conftest import NEEDS_TRITON
 from tests.dispatch.kinds import (

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.cli import UserError
 from modeling_moe.conversion import convert_checkpoint
 from modeling_moe.lora import moe_lora_config
 from modeling_moe.lora.merging import MergeArguments, merge_adapter
+from modeling_moe.utils.errors import UserError
 from tests.conftest import tiny_config
 from tests.lora.checkpoints import TARGETS, build, fill, train
 from tests.training.conftest import train_tokenizer

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.cli import UserError
 from modeling_moe.dispatch import interface
 from modeling_moe.lora import MoELoraConfig, layers, moe_lora_config, trainable_parameters
+from modeling_moe.utils.errors import UserError
 from tests.conftest import tiny_config
 from tests.lora.checkpoints import IDS, TARGETS, build, fill, train
 

@@ -11,10 +11,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 
 from modeling_moe import MoEConfig, MoEForCausalLM
-from modeling_moe.cli import UserError
 from modeling_moe.dispatch import interface
 from modeling_moe.lora import moe_lora_config, quantize_experts
 from modeling_moe.lora.layers import MATRICES, is_experts
+from modeling_moe.utils.errors import UserError
 from tests.lora.checkpoints import IDS, TARGETS, build, fill, train
 from tests.lora.test_peft import FAMILIES, model_of, results
 

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from modeling_moe.cli import UserError
 from modeling_moe.lora import moe_lora_config, synchronize_adapters
+from modeling_moe.utils.errors import UserError
 from tests.dispatch.test_expert_parallel import build
 from tests.lora.checkpoints import fill
 from tests.ranks import needs_transformers, run_ranks

@@ -4,15 +4,14 @@ import json
 
 import pytest
 import torch
-
-from modeling_moe.benchmark.cases import Case, default_cases, make_cases
-from modeling_moe.benchmark.check import Disagreement, recorded, refuse_disagreement, relative_errors
-from modeling_moe.benchmark.contestants import TRANSFORMERS, skip_reason
-from modeling_moe.benchmark.measure import Clock, Contestant, interleave, saved_bytes
-from modeling_moe.benchmark.presets import EXPERT_SWEEP, PRESETS, Preset
-from modeling_moe.benchmark.results import Result, compare_cases
-from modeling_moe.benchmark.routing import ROUTINGS, route
-from modeling_moe.benchmark.workloads import BlockWorkload, ExpertsWorkload
+from moe_benchmark.cases import Case, default_cases, make_cases
+from moe_benchmark.check import Disagreement, recorded, refuse_disagreement, relative_errors
+from moe_benchmark.contestants import TRANSFORMERS, skip_reason
+from moe_benchmark.measure import Clock, Contestant, interleave, saved_bytes
+from moe_benchmark.presets import EXPERT_SWEEP, PRESETS, Preset
+from moe_benchmark.results import Result, compare_cases
+from moe_benchmark.routing import ROUTINGS, route
+from moe_benchmark.workloads import BlockWorkload, ExpertsWorkload
 
 
 CPU = torch.device("cpu")

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from moe_benchmark import BenchmarkArguments, Report, Runner
+from moe_benchmark.cases import Case
+from moe_benchmark.results import Result
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-from modeling_moe.benchmark import BenchmarkArguments, Report, Runner
-from modeling_moe.benchmark.cases import Case
-from modeling_moe.benchmark.results import Result
 
 
 GROUPED_MM = ALL_EXPERTS_FUNCTIONS["grouped_mm"]

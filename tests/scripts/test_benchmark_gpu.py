@@ -6,16 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from moe_benchmark import Report, contestants, facts, lora
+from moe_benchmark.cases import Case, default_cases
+from moe_benchmark.contestants import pin_liger
+from moe_benchmark.measure import Contestant, Failure, interleave
+from moe_benchmark.presets import PRESETS
+from moe_benchmark.results import Result
+from moe_benchmark.roofline import PEAKS, floor_ms, weight_bytes
+from moe_benchmark.routing import ROUTINGS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from modeling_moe.benchmark import Report, contestants, facts, lora
-from modeling_moe.benchmark.cases import Case, default_cases
-from modeling_moe.benchmark.contestants import pin_liger
-from modeling_moe.benchmark.measure import Contestant, Failure, interleave
-from modeling_moe.benchmark.presets import PRESETS
-from modeling_moe.benchmark.results import Result
-from modeling_moe.benchmark.roofline import PEAKS, floor_ms, weight_bytes
-from modeling_moe.benchmark.routing import ROUTINGS
 from tests.benchmark.fake_cuda import faked
 
 

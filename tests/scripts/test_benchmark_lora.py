@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
-
-from modeling_moe.benchmark import BenchmarkArguments, LoraRunner, lora
-from modeling_moe.benchmark.cases import Case, lora_cases
-from modeling_moe.benchmark.presets import PRESETS
+from moe_benchmark import BenchmarkArguments, LoraRunner, lora
+from moe_benchmark.cases import Case, lora_cases
+from moe_benchmark.presets import PRESETS
 
 
 TINY, TOKENS = PRESETS["tiny"], (1, 24, 128)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.streaming import safetensors_format
+from modeling_moe.checkpoints import safetensors_format
 from tests.conftest import tiny_config
 
 

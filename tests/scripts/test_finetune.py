@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 import modeling_moe
 from modeling_moe.hub import check_without_package
+from tests.data.test_documents import MARKED
 from tests.training.conftest import checkpoint, text_file, tiny_model, tokenizer, train_tokenizer
-from tests.training.test_data import MARKED
 
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments import upcycling_initial_loss as step_zero
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from modeling_moe.upcycling import step_zero
 from tests.training.conftest import train_tokenizer
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, set_s
 from modeling_moe import MoEForCausalLM
 from modeling_moe.utils.generation import GenerationArguments
 from tests.conftest import tiny_config
+from tests.data.test_documents import PLAIN
 from tests.training.conftest import train_tokenizer
-from tests.training.test_data import PLAIN
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"

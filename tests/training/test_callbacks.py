@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, default_data_collator
 
-from modeling_moe.balancing import RouterTotals, forget_counts, update_routers
+from modeling_moe.router_balancing import RouterTotals, forget_counts, update_routers
 from modeling_moe.training import MoECallback
 from tests.training.conftest import tiny_model, training_arguments
 

@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, default_data_collator
 
-from modeling_moe.dispatch import casting, interface
+from modeling_moe.dispatch import interface
+from modeling_moe.dispatch.backends.triton import casting
 from modeling_moe.training import finetuning
 from modeling_moe.training.callbacks import CastOnceCallback
 from tests.conftest import NEEDS_TRITON

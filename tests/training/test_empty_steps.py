@@ -6,8 +6,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.losses import loss_share, masked_mean
-from modeling_moe.routing import SCORING_FUNCS
+from modeling_moe.router import SCORING_FUNCS
+from modeling_moe.router_losses import loss_share, masked_mean
 from tests.conftest import tiny_config
 
 

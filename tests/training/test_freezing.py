@@ -8,9 +8,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, default_data_collator
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.cli import UserError
 from modeling_moe.training import MoECallback
 from modeling_moe.training.freezing import FreezeExpertsCallback, freeze_experts
+from modeling_moe.utils.errors import UserError
 from tests.conftest import tiny_config
 from tests.training.conftest import tiny_model, training_arguments
 

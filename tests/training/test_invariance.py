@@ -18,8 +18,8 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, d
 
 import modeling_moe.training  # noqa: F401, gives each Trainer its MoECallback
 from modeling_moe import MoEForCausalLM
-from modeling_moe.balancing import exact_global_balance
-from modeling_moe.token_choice import NoisyTopKRouter
+from modeling_moe.router_balancing import exact_global_balance
+from modeling_moe.router_topk import NoisyTopKRouter
 from tests.ranks import run_ranks
 from tests.training.conftest import tiny_model, training_arguments
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from experiments.router_comparison import load_entries, router_config
 from transformers import Trainer, default_data_collator
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.training import MoECallback
-from modeling_moe.training.comparison import load_entries, router_config
 from modeling_moe.training.nan_stop import NanStopMixin, NonFiniteError, _watched
 from tests.ranks import run_ranks
 from tests.training.conftest import tiny_model, training_arguments

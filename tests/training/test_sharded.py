@@ -14,7 +14,6 @@ from peft import AutoPeftModelForCausalLM
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from modeling_moe.cli import UserError
 from modeling_moe.training import (
     DataArguments,
     FinetuneArguments,
@@ -24,6 +23,7 @@ from modeling_moe.training import (
     finetune,
 )
 from modeling_moe.training.sharded import is_split
+from modeling_moe.utils.errors import UserError
 from tests.lora.checkpoints import fill
 from tests.ranks import needs_transformers, run_ranks
 from tests.training.conftest import sample_text, tiny_model, train_tokenizer

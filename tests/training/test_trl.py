@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import modeling_moe.training  # noqa: F401, gives each Trainer its MoECallback
-from modeling_moe.balancing import RouterTotals
+from modeling_moe.router_balancing import RouterTotals
 from tests.training.conftest import tiny_model, training_arguments
 from tests.training.families import tiny
 from tests.training.test_restoring import differing, shards

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 from transformers.models import gemma2, gpt2, gpt_neox, llama, mixtral, olmo2, opt
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.cli import UserError
 from modeling_moe.upcycling.calibration import (
     MEASURED_ROUTERS,
     LayerInputs,
@@ -19,6 +18,7 @@ from modeling_moe.upcycling.calibration import (
     measure,
 )
 from modeling_moe.upcycling.options import UpcyclingOptions
+from modeling_moe.utils.errors import UserError
 from tests.conftest import tiny_config
 from tests.training.conftest import train_tokenizer
 

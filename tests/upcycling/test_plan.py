@@ -5,10 +5,11 @@ import torch
 from transformers import LlamaConfig, MistralConfig, MixtralConfig
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.cli import UserError, parse
 from modeling_moe.upcycling import METHODS, UpcyclingOptions, make_plan
-from modeling_moe.upcycling.methods import SCALINGS
+from modeling_moe.upcycling.experts import SCALINGS
 from modeling_moe.upcycling.plan import GROUPS
+from modeling_moe.utils.command_line import parse
+from modeling_moe.utils.errors import UserError
 
 
 SIZE = {

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.models import gemma2, gpt2, gpt_neox, llama, mistral, olmo2, phi3, qwen2, qwen3
 
-from modeling_moe.cli import UserError
 from modeling_moe.upcycling import UpcyclingOptions, upcycle_checkpoint
+from modeling_moe.utils.errors import UserError
 from tests.training.conftest import train_tokenizer
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_moe.cli import UserError
-from modeling_moe.streaming import LazyTensor, write_checkpoint
+from modeling_moe.checkpoints import LazyTensor, write_checkpoint
 from modeling_moe.utils import folders
+from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.folders import ResultFolder, refuse_foreign, whole_folder
 
 

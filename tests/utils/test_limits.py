@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_moe.cli import UserError
 from modeling_moe.conversion import convert_checkpoint
 from modeling_moe.utils.chat import render_chat
+from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.limits import refuse_vast_adapter
 from modeling_moe.utils.lineage import card_metadata
 from modeling_moe.utils.loading import load_config, load_model, load_tokenizer

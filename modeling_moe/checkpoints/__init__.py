@@ -1,0 +1,21 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints read and written tensor by tensor, so that memory does not grow with the model."""
+
+from .damage import UnusableError
+from .fingerprint import check_hashes, fingerprint
+from .lazy_tensor import LazyTensor, State
+from .sources import Source, open_source, refuse_quantised
+from .writer import write_checkpoint
+
+
+__all__ = [
+    "LazyTensor",
+    "Source",
+    "State",
+    "UnusableError",
+    "check_hashes",
+    "fingerprint",
+    "open_source",
+    "refuse_quantised",
+    "write_checkpoint",
+]

@@ -1,0 +1,82 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""How many parameters a configuration's causal language model has, by arithmetic.
+
+# H hidden, E experts, K experts per token
+"""
+
+import functools
+
+import torch
+from transformers.activations import ACT2FN
+
+from .model_norms import PLACEMENTS
+from .router_catalogue import router_class
+
+
+@functools.lru_cache
+def _activation_params(name: str) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ACT2FN[name].parameters())
+
+
+def _mlp_params(config, width: int, gated: bool) -> int:
+    """Of a feed-forward network of `width`, without its activation."""
+    weights = config.hidden_size * width * (3 if gated else 2)
+    return weights + config.mlp_bias * (width * (2 if gated else 1) + config.hidden_size)
+
+
+def _norm_params(config, width: int | None = None) -> int:
+    return (config.hidden_size if width is None else width) * (2 if config.norm_type == "layer" else 1)
+
+
+def _latent_attention_params(config) -> int:
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    latents = config.kv_lora_rank + (config.q_lora_rank or 0)
+    queries = heads * config.qk_head_dim * (config.q_lora_rank or hidden)
+    keys = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    compressions = hidden * (latents + config.qk_rope_head_dim) + latents
+    biases = (latents + config.qk_rope_head_dim + hidden) * config.attention_bias
+    return queries + keys + compressions + biases + heads * config.v_head_dim * hidden
+
+
+def _attention_params(config) -> int:
+    if config.kv_lora_rank is not None:
+        return _latent_attention_params(config)
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    params = 2 * config.hidden_size * (queries + keys)
+    if config.attention_bias or config.qkv_bias:
+        params += queries + 2 * keys
+    if config.attention_bias:
+        params += config.hidden_size
+    if config.attention_sinks:
+        params += config.num_attention_heads
+    norms = {None: (), "head": (config.head_dim, config.head_dim), "full": (queries, keys)}[config.qk_norm]
+    return params + sum(_norm_params(config, width) for width in norms)
+
+
+def _routers_params(config) -> int:
+    """Of the routers of all sparse layers; one of each class is made, since there may be thousands of layers."""
+    layers = [router_class(config, i) for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
+    params = {}
+    with torch.device("meta"):
+        for router in set(layers):
+            params[router] = sum(parameter.numel() for parameter in router(config).parameters())
+    return sum(params[router] for router in layers)
+
+
+def params_with(config, experts: int) -> int:
+    """Parameters of the causal LM if a sparse layer had `experts` routed experts and its router all of them."""
+    activation = _activation_params(config.hidden_act)
+    dense = _mlp_params(config, config.intermediate_size, config.gated_mlp) + activation
+    sparse = experts * _mlp_params(config, config.moe_intermediate_size, config.gated_experts) + activation
+    if config.has_shared_experts:
+        sparse += _mlp_params(config, config.shared_expert_intermediate_size, config.gated_experts) + activation
+        sparse += config.shared_expert_gate * config.hidden_size
+    layers = sum({"dense": dense, "sparse": sparse}[kind] for kind in config.mlp_layer_types)
+    layers += _routers_params(config)
+    norms = sum(name is not None for name in PLACEMENTS[config.norm_placement]) * _norm_params(config)
+    layers += config.num_hidden_layers * (_attention_params(config) + norms)
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    if config.position_embedding_type == "learned":
+        embeddings += config.max_position_embeddings * config.hidden_size
+    return embeddings + layers + _norm_params(config)

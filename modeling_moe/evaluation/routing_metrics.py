@@ -1,0 +1,161 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""What tells whether a router is healthy: pure functions, without gradient, of a [`Routing`] or of its experts' load.
+
+All that take them: `token_mask` (T,), 0 for tokens that do not count (padding), None if all do; `num_experts`, the number E
+of experts with weights, if the router also has Z without. None waits for the device.
+
+# T tokens, E experts, Z experts without weights (null and copy), K slots per token
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ..router import Routing, expert_load, fp32_linear, masked_mean
+from ..router_capacity import count_dropped
+
+
+def max_violation(load: torch.Tensor) -> torch.Tensor:
+    """`max / mean - 1` of the load (..., E): (...); MaxVio of arXiv:2408.15664, 0 in balance and without any load.
+
+    Of one batch or, with the load summed over many, of all of them.
+    """
+    mean = load.mean(dim=-1)
+    return (load.amax(dim=-1) - mean) / mean.clamp(min=1e-10)
+
+
+def load_variation(load: torch.Tensor) -> torch.Tensor:
+    """Coefficient of variation of the load (..., E), population deviation over mean: (...) (arXiv:1701.06538, eq. 7)."""
+    return load.std(dim=-1, correction=0) / load.mean(dim=-1).clamp(min=1e-10)
+
+
+def dead_experts(load: torch.Tensor) -> torch.Tensor:
+    """Share (...) of the experts whose load (..., E) is 0."""
+    return (load == 0).to(load.dtype).mean(dim=-1)
+
+
+@torch.no_grad()
+def mean_experts(
+    routing: Routing, token_mask: torch.Tensor | None = None, num_experts: int | None = None
+) -> torch.Tensor:
+    """Mean number of experts with weights that a token is sent to, a scalar; less than K where slots are empty or null."""
+    real = routing.index < (num_experts or routing.probs.shape[-1])
+    return masked_mean(real.sum(dim=-1).to(routing.probs.dtype), token_mask)
+
+
+@torch.no_grad()
+def dropped_share(before: Routing, after: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Share of the assignments `before` the capacity that are empty `after` it, a scalar; 0 if there were none."""
+    dropped, assigned = count_dropped(before, after, token_mask)
+    return dropped / assigned.clamp(min=1)
+
+
+class Entropies(NamedTuple):
+    """Entropies of a router's probabilities in nats, scalars.
+
+    Attributes:
+        token: mean entropy of a token's probabilities; low if the router is sure.
+        marginal: entropy of the mean probabilities; log(E + Z) in balance, low in collapse.
+        difference: marginal - token, the mutual information of token and expert: high if the router is sure and balanced.
+    """
+
+    token: torch.Tensor
+    marginal: torch.Tensor
+    difference: torch.Tensor
+
+
+@torch.no_grad()
+def entropies(routing: Routing, token_mask: torch.Tensor | None = None) -> Entropies:
+    """The three entropies of T tokens, which a single one confuses (token: arXiv:2403.07652; difference: as
+    Mod-Squad's of task and expert, arXiv:2212.08066)."""
+    token = masked_mean(torch.special.entr(routing.probs).sum(dim=-1), token_mask)
+    marginal = torch.special.entr(masked_mean(routing.probs, token_mask)).sum(dim=-1)
+    return Entropies(token, marginal, marginal - token)
+
+
+@torch.no_grad()
+def gate_margin(routing: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean difference of a token's K-th and (K + 1)-th largest probability, a scalar; 0 if K is all experts.
+
+    How far the choice is from another one: near 0, noise or rounding flips it.
+    """
+    slots = routing.index.shape[-1]
+    if slots >= routing.probs.shape[-1]:
+        return routing.probs.new_zeros(())
+    best = routing.probs.topk(slots + 1, dim=-1).values
+    return masked_mean(best[:, -2] - best[:, -1], token_mask)
+
+
+@torch.no_grad()
+def co_activation(routing: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Share of the tokens that use both of two experts: (E + Z, E + Z), with that of each expert on the diagonal.
+
+    A row divided by its diagonal is OLMoE's co-activation (arXiv:2409.02060).
+    """
+    tokens, outputs = routing.probs.shape
+    used = routing.probs.new_zeros(tokens, outputs + 1).scatter(-1, routing.index, 1.0)[:, :outputs]
+    count: Any = max(tokens, 1)
+    if token_mask is not None:
+        used = used * (token_mask > 0)[:, None]
+        count = (token_mask > 0).sum().clamp(min=1)
+    return fp32_linear(used.T, used.T) / count
+
+
+@torch.no_grad()
+def expert_domain_share(
+    routing: Routing, domain: torch.Tensor, num_domains: int, token_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Share of each domain's assignments that go to each expert; 0 for a domain without any.
+
+    With K slots per token it is OLMoE's domain specialisation (arXiv:2409.02060) over K.
+
+    Args:
+        routing: of T tokens.
+        domain: (T,) int64, each token's domain, task or language, below `num_domains`.
+        num_domains: number of domains.
+        token_mask: (T,).
+
+    Returns:
+        (num_domains, E + Z), rows of sum 1.
+    """
+    outputs = routing.probs.shape[-1]
+    ones = (
+        torch.ones_like(routing.weight) if token_mask is None else (token_mask > 0)[:, None].expand_as(routing.weight)
+    )
+    counts = routing.probs.new_zeros(num_domains * (outputs + 1))
+    cell = domain[:, None] * (outputs + 1) + routing.index
+    counts = counts.scatter_add(0, cell.flatten(), ones.flatten().to(counts.dtype))
+    counts = counts.view(num_domains, outputs + 1)[:, :outputs]
+    return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+@torch.no_grad()
+def summary(
+    routing: Routing,
+    token_mask: torch.Tensor | None = None,
+    num_experts: int | None = None,
+    dropped: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """The metrics worth logging at each step, 0-dimensional tensors on the router's device.
+
+    Args:
+        routing: of T tokens, before capacity.
+        token_mask: (T,).
+        num_experts: the balance is that of these experts.
+        dropped: (2,), as [`~modeling_moe.router_capacity.count_dropped`] counts; adds `dropped_share`.
+    """
+    load = expert_load(routing, token_mask)[:num_experts]
+    entropy = entropies(routing, token_mask)
+    metrics = {
+        "max_violation": max_violation(load),
+        "load_variation": load_variation(load),
+        "dead_experts": dead_experts(load),
+        "mean_experts": mean_experts(routing, token_mask, num_experts),
+        "token_entropy": entropy.token,
+        "marginal_entropy": entropy.marginal,
+        "entropy_difference": entropy.difference,
+        "gate_margin": gate_margin(routing, token_mask),
+    }
+    if dropped is not None:
+        metrics["dropped_share"] = dropped[0] / dropped[1].clamp(min=1)
+    return metrics

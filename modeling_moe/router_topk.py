@@ -1,0 +1,440 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Routers that give every token the same number of slots, filled by the token, its id or its task alone.
+
+# T tokens, H hidden, E experts, Z experts without weights (null and copy), K slots per token, G groups, N tasks
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .router import Router, Routing, RoutingContext, fp32_linear, renormalise
+
+
+class TopKRouter(Router):
+    """The K experts with the highest scores.
+
+    With `scoring_func="softmax"` this is the router of Mixtral (`norm_topk_prob`), OLMoE and Qwen-MoE, and with K = 1 and
+    `norm_topk_prob=False` that of Switch (arXiv:2101.03961, eq. 1-2). With `"sigmoid"`, `router_selection_bias` and groups
+    it is DeepSeek-V3's (arXiv:2412.19437, eq. 12-16), with `group_score="max"` DeepSeek-V2's, with `"sqrtsoftplus"`
+    DeepSeek-V4's. With `num_null_experts` it is AdaMoE's (arXiv:2406.13233): the K slots are shared with experts that do
+    nothing, so that tokens differ in how many real ones they use. With `num_copy_experts`, which return the token, it
+    is LongCat-Flash's (arXiv:2509.01322), with both kinds MoE++'s (arXiv:2410.07348) without its constant experts.
+    """
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        self.n_group, self.topk_group, self.group_score = config.n_group, config.topk_group, config.group_score
+        self.bias_update_rate, self.ema_decay = config.router_bias_update_rate, config.router_ema_decay
+        self.expected_experts = config.expected_experts_per_tok
+        if config.router_selection_bias:
+            self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_outputs, dtype=torch.float32))
+        else:
+            self.e_score_correction_bias = None
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        if self.e_score_correction_bias is not None:
+            init.zeros_(self.e_score_correction_bias)
+
+    def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        if self.e_score_correction_bias is not None:
+            scores = scores + self.e_score_correction_bias
+        if self.n_group > 1:
+            scores = self.mask_groups(scores)
+        return scores.topk(self.top_k, dim=-1).indices
+
+    def mask_groups(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (T, E) with -inf outside the `topk_group` strongest groups.
+
+        A group is as strong as its two best experts together (`group_score="top2sum"`) or as its best (`"max"`).
+        """
+        grouped = scores.unflatten(-1, (self.n_group, -1))  # (T, G, E / G)
+        best = 1 if self.group_score == "max" else min(2, grouped.shape[-1])
+        strength = grouped.topk(best, dim=-1).values.sum(dim=-1)
+        kept = strength.topk(self.topk_group, dim=-1).indices
+        eligible = torch.zeros_like(strength, dtype=torch.bool).scatter(-1, kept, True)
+        return grouped.masked_fill(~eligible[..., None], float("-inf")).flatten(-2)
+
+
+class NoisyTopKRouter(TopKRouter):
+    """Learned Gaussian noise on the logits in training (Shazeer et al., arXiv:1701.06538, eq. 3-5 and appendix A).
+
+    `h = x W_g + N(0, 1) * (softplus(x W_noise) + 0.01)`; both matrices start at 0. `Routing.chance` is the paper's P(x, i),
+    of which `router_load_loss_coef` weighs the load loss.
+    """
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        self.noise_weight = nn.Parameter(torch.empty_like(self.weight))
+
+    @classmethod
+    def validate(cls, config) -> None:
+        if config.num_experts_per_tok >= config.num_router_outputs:
+            raise ValueError(
+                f"num_experts_per_tok ({config.num_experts_per_tok}) leaves the noise of noisy_topk no expert to choose "
+                f"from: take fewer than all {config.num_router_outputs}."
+            )
+        if config.router_selection_bias or config.n_group > 1:
+            raise ValueError(
+                "router_type='noisy_topk' takes the chance of an expert from its logits alone: set "
+                "router_selection_bias=False and n_group=1."
+            )
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        init.zeros_(self.weight)
+        init.zeros_(self.noise_weight)
+
+    def decide(self, hidden_states: torch.Tensor, context: RoutingContext) -> Routing:
+        clean = self.logits(hidden_states, context)
+        if not self.training:
+            return self.route(clean, context)
+        std = nn.functional.softplus(fp32_linear(hidden_states, self.noise_weight)) + 0.01
+        noisy = clean + std * torch.randn_like(std)
+        return self.route(noisy, context)._replace(chance=self.chance(clean, noisy, std))
+
+    def chance(self, clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+        """Probability (T, E) that an expert is among the K best if only its own noise is drawn again."""
+        best = noisy.topk(self.top_k + 1, dim=-1).values
+        kth, next_best = best[:, -2:-1], best[:, -1:]
+        # the K-th best of the others: for a chosen expert that is the first one not chosen
+        threshold = torch.where(noisy >= kth, next_best, kth)
+        return torch.special.ndtr((clean - threshold) / std)
+
+
+class GumbelTopKRouter(TopKRouter):
+    """K experts drawn without replacement in training, with the scores' probabilities (Plackett-Luce).
+
+    The K largest of `log score / temperature + Gumbel noise` (Kool et al., arXiv:1903.06059); weights from clean scores.
+    """
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        self.temperature = config.router_temperature
+
+    def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        if self.training:
+            gumbel = -torch.empty_like(scores).exponential_().log()
+            scores = scores.log() / self.temperature + gumbel
+        return super().select(scores, context)
+
+
+class GShardRouter(TopKRouter):
+    """Two experts, the second one dropped in training with probability `max(0, 1 - 2 g_2)` (GShard, arXiv:2006.16668,
+    algorithm 1; GLaM, arXiv:2112.06905), g_2 being its weight."""
+
+    variable_k = True
+
+    @classmethod
+    def validate(cls, config) -> None:
+        if config.num_experts_per_tok != 2:
+            raise ValueError(
+                f"num_experts_per_tok is {config.num_experts_per_tok}: router_type='gshard' chooses 2 experts."
+            )
+
+    def route(self, logits: torch.Tensor, context: RoutingContext) -> Routing:
+        routing = super().route(logits, context)
+        if not self.training:
+            return routing
+        kept = torch.rand_like(routing.weight) < 2 * renormalise(routing.weight)
+        kept[:, 0] = True
+        return routing._replace(
+            index=routing.index.where(kept, self.num_outputs), weight=routing.weight.where(kept, 0.0)
+        )
+
+
+class SparseMixerRouter(TopKRouter):
+    """K experts drawn one after another, with a gradient for the draw: `router_gradient="sparsemixer"`.
+
+    SparseMixer-v2 (GRIN, arXiv:2409.12136): each draw is from the softmax over the logits within
+    `2 * router_jitter_noise` (relative) of the largest; its probability is the weight, times 1/3 in three of four draws
+    that miss the largest (Heun's third-order method), which the gradient does not see. Weights are not renormalised.
+    """
+
+    norm_topk_prob_default = False
+
+    @classmethod
+    def validate(cls, config) -> None:
+        if (
+            config.scoring_func != "softmax"
+            or config.norm_topk_prob
+            or config.router_selection_bias
+            or config.n_group > 1
+        ):
+            raise ValueError(
+                "router_gradient='sparsemixer' draws from a softmax over all experts and does not renormalise: set "
+                "scoring_func='softmax', norm_topk_prob=False, router_selection_bias=False and n_group=1."
+            )
+
+    def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        return fp32_linear(hidden_states, self.weight)
+
+    def route(self, logits: torch.Tensor, context: RoutingContext) -> Routing:
+        remaining, index, weight = logits, [], []
+        for _ in range(self.top_k):
+            chosen, multiplier = self.draw(logits, remaining)
+            index.append(chosen)
+            weight.append(multiplier)
+            remaining = remaining.scatter(-1, chosen, float("-inf"))
+        return Routing(logits, self.scaling * torch.cat(weight, -1), torch.cat(index, -1), logits.softmax(dim=-1))
+
+    def draw(self, logits: torch.Tensor, remaining: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """An expert (T, 1) of those whose logit in `remaining` (T, E) is not -inf, and its weight (T, 1)."""
+        with torch.no_grad():
+            best, chosen = remaining.max(dim=-1, keepdim=True)
+            far = (best - logits) / logits.abs().clamp(min=best) > 2 * self.jitter_noise
+        probs = remaining.masked_fill(far, float("-inf")).softmax(dim=-1)
+        if not self.training:
+            return chosen, probs.gather(-1, chosen)
+        with torch.no_grad():
+            likeliest = chosen
+            chosen = (probs.log() - torch.empty_like(probs).exponential_().log()).argmax(dim=-1, keepdim=True)
+            whole = (chosen == likeliest) | (torch.rand_like(best) > 0.75)
+        multiplier = probs.gather(-1, chosen)
+        return chosen, multiplier - (multiplier * (~whole * (2 / 3))).detach()
+
+
+class HierarchicalRouter(Router):
+    """Two levels: a gate chooses `topk_group` of `n_group` groups, then each chosen group's own gate its experts.
+
+    Hierarchical mixture of Shazeer et al. (arXiv:1701.06538, appendix B): the weight is the product of both gates', each a
+    softmax over what it chose (over all it scored, without `norm_topk_prob`). The gates of groups that are not chosen are
+    not computed: H (G + topk_group * E / G) products rather than H E. `logits` of their experts are -inf, `probs` 0.
+    """
+
+    biased = False
+
+    @classmethod
+    def validate(cls, config) -> None:
+        if config.n_group < 2 or config.num_experts_per_tok % config.topk_group:
+            raise ValueError(
+                f"router_type='hierarchical' needs n_group of at least 2 and num_experts_per_tok "
+                f"({config.num_experts_per_tok}) a multiple of topk_group ({config.topk_group})."
+            )
+        if config.scoring_func != "softmax":
+            raise ValueError("router_type='hierarchical' is a product of softmaxes: set scoring_func='softmax'.")
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        self.n_group, self.topk_group = config.n_group, config.topk_group
+        self.group_weight = nn.Parameter(torch.empty(self.n_group, config.hidden_size))
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        init.normal_(self.group_weight, mean=0.0, std=std)
+
+    def decide(self, hidden_states: torch.Tensor, context: RoutingContext) -> Routing:
+        outer = fp32_linear(hidden_states, self.group_weight)  # (T, G)
+        group = outer.detach().topk(self.topk_group, dim=-1).indices  # (T, k1)
+        inner = self.inner_logits(hidden_states, group)  # (T, k1, E / G)
+        best = inner.detach().topk(self.top_k // self.topk_group, dim=-1).indices  # (T, k1, k2)
+        size = inner.shape[-1]
+        outer_gate, inner_gate = outer.softmax(dim=-1).gather(-1, group), inner.softmax(dim=-1)
+        weight = outer_gate[..., None] * inner_gate.gather(-1, best)
+        if self.norm_topk_prob:
+            weight = outer.gather(-1, group).softmax(dim=-1)[..., None] * inner.gather(-1, best).softmax(dim=-1)
+        index = (group[..., None] * size + best).flatten(1)
+
+        def spread(values: torch.Tensor, fill: float) -> torch.Tensor:
+            """(T, k1, E / G) in its experts' places in (T, E)."""
+            places = (group[..., None] * size + torch.arange(size, device=group.device)).flatten(1)
+            return values.new_full((len(values), self.num_experts), fill).scatter(-1, places, values.flatten(1))
+
+        probs = spread(renormalise(outer_gate)[..., None] * inner_gate, 0.0)
+        logits = spread(outer.gather(-1, group)[..., None] + inner, float("-inf"))
+        return Routing(logits, weight.flatten(1) * self.scaling, index, probs)
+
+    def dense_weight(self, routing: Routing) -> torch.Tensor:
+        """Weights (T, E) if every expert of the chosen groups were chosen."""
+        return routing.probs * self.scaling
+
+    def inner_logits(self, hidden_states: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        """Logits (T, k1, E / G) of the experts in groups (T, k1)."""
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        order = group.flatten().argsort(stable=True)
+        counts = group.new_zeros(self.n_group).scatter_add(0, group.flatten(), torch.ones_like(group).flatten())
+        gates = self.weight.to(dtype).unflatten(0, (self.n_group, -1)).transpose(1, 2)  # (G, H, E / G)
+        tokens = hidden_states[order // self.topk_group].to(dtype)
+        # transformers' per-group product: any dtype and size, and traced as one operator
+        sorted_logits = torch.ops.transformers.grouped_mm_fallback(tokens, gates, counts.cumsum(0).to(torch.int32))
+        return torch.empty_like(sorted_logits).index_copy(0, order, sorted_logits).unflatten(0, group.shape)
+
+
+def hash_table(vocab_size: int, num_experts: int, top_k: int, seed: int, counts: torch.Tensor | None = None):
+    """Experts (V, K) of each token id for [`HashRouter`], distinct in a row.
+
+    Args:
+        vocab_size, num_experts, top_k: V, E and K.
+        seed: of the random choice.
+        counts: (V,), how often each id occurs: then ids go, most frequent first, to the experts that have received the
+            fewest tokens so far ("balanced" hashing, arXiv:2106.04426); None draws at random.
+
+    Returns:
+        (V, K) int64 on the CPU.
+
+    Raises:
+        ValueError: if `counts` has not one entry for each token id.
+    """
+    if counts is not None and counts.shape != (vocab_size,):
+        raise ValueError(f"counts has shape {tuple(counts.shape)}: give one for each of the {vocab_size} token ids.")
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.rand(vocab_size, num_experts, generator=generator)
+    if counts is None:
+        return draw.topk(top_k, dim=-1).indices
+    table = torch.empty(vocab_size, top_k, dtype=torch.long)
+    received = torch.zeros(num_experts, dtype=torch.float64)
+    for token in counts.argsort(descending=True, stable=True).tolist():
+        # the draw breaks ties
+        table[token] = (received + 1e-9 * draw[token]).topk(top_k, largest=False).indices
+        received[table[token]] += counts[token]
+    return table
+
+
+class HashRouter(Router):
+    """A fixed table from token ids to experts, each with weight 1 / K (Roller et al., arXiv:2106.04426); no gate.
+
+    The table is random, its seed `hash_seed` and the layer; [`set_counts`](HashRouter.set_counts) makes it a balanced one.
+    It is saved with the model. `hash_scored` is DeepSeek-V4's: a learned gate weighs the experts of the table.
+    """
+
+    scored = biased = False
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        if not self.scored:
+            self.weight = None
+        # one table for each layer
+        self.seed = config.hash_seed * 10007 + layer_idx
+        self.table = nn.Buffer(torch.zeros(config.vocab_size, self.top_k, dtype=torch.long))
+
+    def init_weights(self, std: float) -> None:
+        if self.scored:
+            super().init_weights(std)
+        init.copy_(self.table, hash_table(len(self.table), self.num_experts, self.top_k, self.seed))
+
+    @torch.no_grad()
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """Gives new token ids experts by the layer's seed; ids that were there keep theirs."""
+        old = min(vocab_size, len(self.table))
+        if self.table.is_meta:
+            self.table = nn.Buffer(self.table.new_empty(vocab_size, self.top_k))
+            return
+        table = hash_table(vocab_size, self.num_experts, self.top_k, self.seed).to(self.table.device)
+        table[:old] = self.table[:old]
+        self.table = nn.Buffer(table)
+
+    @torch.no_grad()
+    def set_counts(self, counts: torch.Tensor) -> None:
+        """Balances the table for token ids that occur `counts` (V,) times."""
+        self.table.copy_(hash_table(len(self.table), self.num_experts, self.top_k, self.seed, counts.cpu()))
+
+    def decide(self, hidden_states: torch.Tensor, context: RoutingContext) -> Routing:
+        """The routing of tokens (T, H).
+
+        Raises:
+            ValueError: without token ids.
+        """
+        if context.input_ids is None:
+            raise ValueError("a hash router chooses by token id: give input_ids, not inputs_embeds alone.")
+        index = self.table[context.input_ids]
+        if self.scored:
+            logits = self.logits(hidden_states, context)
+            scores, probs = self.score(logits)
+            return Routing(logits, self.weigh(scores, index), index, probs)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        share = torch.full(index.shape, 1 / self.top_k, dtype=dtype, device=index.device)
+        logits = share.new_zeros(len(index), self.num_experts)
+        return Routing(logits, share * self.scaling, index, logits.scatter(-1, index, share))
+
+
+class ScoredHashRouter(HashRouter):
+    """DeepSeek-V4's first layers: the table chooses, a learned gate weighs. See [`HashRouter`]."""
+
+    scored = biased = True
+
+
+def task_of(context: RoutingContext) -> torch.Tensor:
+    """Task (T,) of each token.
+
+    Raises:
+        ValueError: if the batch names none.
+    """
+    if context.task_ids is None:
+        raise ValueError("this router chooses by task: pass task_ids, one for each sequence of the batch.")
+    return context.task_ids
+
+
+class TaskRouter(TopKRouter):
+    """Routes whole sequences by their task: the gate sees a learned embedding of it in the place of the token.
+
+    Task-level routing (Kudugunta et al., arXiv:2110.03742): all tokens of a task share K experts, which
+    [`~modeling_moe.upcycling.extract_task`] takes out as a model of its own.
+    """
+
+    asks_for = "task_ids"
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        self.task_embedding = nn.Parameter(torch.empty(config.num_tasks, config.hidden_size))
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        init.normal_(self.task_embedding)
+
+    def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        task = task_of(context)
+        # product first, so that a token's logits are the same in every batch; of copies, since the last bit of a small
+        # product depends on where its operands lie, and those of a loaded checkpoint lie in the file
+        return fp32_linear(self.jittered(self.task_embedding.clone()), self.weight.clone(), self.bias)[task]
+
+
+class TaskGateRouter(TopKRouter):
+    """A gate for each task over shared experts (MMoE, Ma et al., KDD 2018).
+
+    The paper mixes all experts: `num_experts_per_tok=num_experts`; fewer make it sparse.
+    """
+
+    asks_for = "task_ids"
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        self.num_tasks = config.num_tasks
+        self.weight = nn.Parameter(torch.empty(self.num_tasks * self.num_outputs, config.hidden_size))
+
+    def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        task = task_of(context)
+        logits = super().logits(hidden_states, context).unflatten(-1, (self.num_tasks, -1))  # (T, N, E)
+        return logits.gather(1, task[:, None, None].expand(-1, 1, self.num_outputs)).squeeze(1)
+
+
+class FixedRouter(Router):
+    """Every token to every expert, with one weight for each expert that no token changes: what remains of a task.
+
+    The weights are `expert_weight` (E,), a parameter.
+    """
+
+    biased = False
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        self.weight = None
+        self.expert_weight = nn.Parameter(torch.empty(self.num_experts))
+
+    @classmethod
+    def validate(cls, config) -> None:
+        if config.num_experts_per_tok != config.num_experts:
+            raise ValueError("router_type='fixed' uses all experts: set num_experts_per_tok to num_experts.")
+
+    def init_weights(self, std: float) -> None:
+        init.constant_(self.expert_weight, 1 / self.num_experts)
+
+    def decide(self, hidden_states: torch.Tensor, context: RoutingContext) -> Routing:
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        weight = self.expert_weight.to(dtype).expand(len(hidden_states), -1)
+        index = torch.arange(self.num_experts, device=weight.device).expand_as(weight)
+        return Routing(weight, weight * self.scaling, index, renormalise(weight))
+
+    def dense_weight(self, routing: Routing) -> torch.Tensor:
+        """The weights (T, E): every expert is chosen."""
+        return routing.weight

@@ -1,0 +1,164 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Routers whose tokens differ in how many experts they use, each deciding by the token alone.
+
+All have one slot for each expert, empty where the token does not use it, or the `max_experts_per_tok` best.
+
+# T tokens, E experts, K slots per token
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .router import Router, Routing, RoutingContext, expert_load, masked_mean, softmax_scores
+
+
+class VariableRouter(Router):
+    """Uses the experts that `active` says; weights are the scores, not renormalised by default."""
+
+    variable_k = True
+    bounded = True
+    norm_topk_prob_default = False
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        self.max_experts = config.max_experts_per_tok
+
+    def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        active = self.active(scores)
+        slots = torch.arange(self.num_outputs, device=scores.device).expand_as(scores)
+        if self.max_experts is not None:
+            slots = scores.topk(self.max_experts, dim=-1).indices
+            active = active.gather(-1, slots)
+        return slots.where(active, self.num_outputs)
+
+    def active(self, scores: torch.Tensor) -> torch.Tensor:
+        """(T, E), whether a token uses an expert."""
+        raise NotImplementedError
+
+
+class TopPRouter(VariableRouter):
+    """The fewest experts whose probabilities sum to `router_top_p` (Huang et al., arXiv:2403.07652).
+
+    The paper also adds the entropy of the probabilities to the loss: `router_entropy_loss_coef`, 1e-4 there.
+    """
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        self.top_p = config.router_top_p
+
+    def score(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return softmax_scores(logits)
+
+    def active(self, scores: torch.Tensor) -> torch.Tensor:
+        values, order = scores.sort(dim=-1, descending=True, stable=True)
+        # an expert is needed as long as those before it sum to less; rounded, a few can sum to 1
+        before = nn.functional.pad(values.cumsum(dim=-1)[:, :-1], (1, 0))
+        needed = (before < self.top_p) | (self.top_p >= 1)
+        return torch.zeros_like(needed).scatter(-1, order, needed)
+
+
+class ContinuousRouter(VariableRouter):
+    """A smooth gate for each expert: `weight = sigmoid((logit - tau) / router_temperature)`.
+
+    Experts whose weight does not exceed `router_cutoff` are left out. `router_threshold_mode` says what tau is: `"fixed"`
+    at `router_threshold`, `"learned"` from there, or `"budget"`: for each token the tau at which its weights sum to
+    `num_experts_per_tok`, which becomes top-k as the temperature falls to 0. The gradient passes through the budget:
+    `d tau / d logit_i = w'_i / sum(w')`, w' being the sigmoid's slope.
+    """
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        self.temperature, self.cutoff = config.router_temperature, config.router_cutoff
+        self.mode, self.initial = config.router_threshold_mode, config.router_threshold
+        self.tau = nn.Parameter(torch.empty(1)) if self.mode == "learned" else None
+
+    @classmethod
+    def validate(cls, config) -> None:
+        if config.router_threshold_mode == "budget" and config.num_experts_per_tok >= config.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({config.num_experts_per_tok}) is no budget for {config.num_experts} experts: "
+                "set it below num_experts."
+            )
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        if self.tau is not None:
+            init.constant_(self.tau, self.initial)
+
+    def score(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.mode == "budget":
+            tau = self.budget(logits)
+        else:
+            tau = self.initial if self.tau is None else self.tau.to(logits.dtype)
+        scores = ((logits - tau) / self.temperature).sigmoid()
+        return scores, scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+
+    def active(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores > self.cutoff
+
+    def budget(self, logits: torch.Tensor) -> torch.Tensor:
+        """Threshold (T, 1) at which a token's weights sum to `num_experts_per_tok`, with its gradient."""
+        with torch.no_grad():
+            # at these ends all weights are so close to 1 or 0 that the sum lies on the two sides of the budget
+            reach = self.temperature * 50
+            low = logits.amin(dim=-1, keepdim=True) - reach
+            high = logits.amax(dim=-1, keepdim=True) + reach
+            for _ in range(60):
+                tau = (low + high) / 2
+                above = ((logits - tau) / self.temperature).sigmoid().sum(dim=-1, keepdim=True) > self.top_k
+                low, high = tau.where(above, low), high.where(above, tau)
+            weight = ((logits - tau) / self.temperature).sigmoid()
+            slope = weight * (1 - weight)
+            slope = slope / (slope.sum(dim=-1, keepdim=True) + 1e-20)
+        # the value is tau's, the gradient the implicit function's
+        return tau + (slope * (logits - logits.detach())).sum(dim=-1, keepdim=True)
+
+
+class ReLURouter(VariableRouter):
+    """`weight = relu(logit)`: a token uses the experts with a positive one (ReMoE, arXiv:2412.14711).
+
+    Its own loss `lambda * mean_t sum_i f_i weight_ti`, with `f_i = E * c_i / (K T)`, makes the weights sparse and balanced;
+    the buffer `sparsity_coef` is lambda, which a controller multiplies by `router_sparsity_step` (1.2) or divides by it once
+    per optimizer step, so that a token uses `num_experts_per_tok` experts on average over the layers.
+    """
+
+    own_controller = "sparsity"
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        self.sparsity_step = config.router_sparsity_step
+        self.initial_coef = config.router_sparsity_coef
+        self.sparsity_coef = nn.Buffer(torch.full((1,), self.initial_coef, dtype=torch.float32))
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        init.constant_(self.sparsity_coef, self.initial_coef)
+
+    def score(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = logits.relu()
+        # a token that uses no expert has even probabilities
+        smoothed = scores + 1e-12
+        return scores, smoothed / smoothed.sum(dim=-1, keepdim=True)
+
+    def active(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores > 0
+
+    def own_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.sparsity_coef[0] * relu_loss(routing, self.top_k, token_mask)
+
+
+def relu_loss(routing: Routing, top_k: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """`mean_t sum_i f_i w_ti` with `f_i = E * c_i / (K T)`: the weights' L1 norm, more of it for busy experts.
+
+    ReMoE (arXiv:2412.14711).
+
+    Args:
+        routing: of T tokens.
+        top_k: number K of experts that a token is to use on average.
+        token_mask: (T,), 0 for tokens that do not count (padding).
+    """
+    load = expert_load(routing, token_mask)
+    tokens = token_mask.sum().clamp(min=1) if token_mask is not None else max(len(routing.index), 1)
+    factor = nn.functional.pad(load * (len(load) / (top_k * tokens)), (0, 1))  # 0 for an empty slot
+    return masked_mean((factor[routing.index] * routing.weight).sum(dim=-1), token_mask)

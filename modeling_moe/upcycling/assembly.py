@@ -1,0 +1,159 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""A sparse checkpoint made from dense ones, of which nothing is read before it is written."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..checkpoints import LazyTensor, State
+from ..configuration_moe import MoEConfig
+from ..utils.errors import UserError
+from .experts import Network, at_least_fp32, make_expert
+from .options import UpcyclingOptions
+from .router_init import router_weight
+
+
+# fields in which sources may differ: they say nothing of what the weights compute
+FREE_FIELDS = {
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "embd_pdrop",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "pad_token_id",
+    "resid_pdrop",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def refuse_mismatch(configs: Sequence[MoEConfig], names: Sequence[str]) -> None:
+    """Refuses sources that are not of one architecture.
+
+    Args:
+        configs: of the dense sources, in our words, the first one's first.
+        names: of as many sources, for the message.
+
+    Raises:
+        UserError: names the source and the first field in which it differs from the first one.
+    """
+    first = configs[0].to_dict()
+    for config, name in zip(configs[1:], names[1:], strict=True):
+        other = config.to_dict()
+        for field in sorted((first.keys() | other.keys()) - FREE_FIELDS):
+            if first.get(field) != other.get(field):
+                raise UserError(
+                    f"{field} is {other.get(field)!r} in {name} and {first.get(field)!r} in {names[0]}: sources must be of "
+                    "one architecture"
+                )
+
+
+def refuse_different_tensors(sources: Sequence[State], names: Sequence[str]) -> None:
+    """Refuses checkpoints whose tensors have not the same names and shapes.
+
+    Args:
+        sources: under our names.
+        names: of the sources after the first, for the message.
+
+    Raises:
+        UserError: names the tensor and the source.
+    """
+    for source, name in zip(sources[1:], names, strict=True):
+        for tensor in sorted(sources[0].keys() ^ source.keys()):
+            raise UserError(
+                f"{tensor} is in {'the first source' if tensor in sources[0] else name} alone: all must have it"
+            )
+        for tensor, expected in sources[0].items():
+            if source[tensor].shape != expected.shape:
+                raise UserError(
+                    f"{tensor} has shape {source[tensor].shape} in {name} and {expected.shape} in the first source: sources "
+                    "must be of one architecture"
+                )
+
+
+def average(tensors: Sequence[LazyTensor], weights: Sequence[float] | None = None) -> LazyTensor:
+    """The weighted sum, computed in fp32, in the first tensor's dtype; equal weights if none are given."""
+    if len(tensors) == 1:
+        return tensors[0]
+    shares = weights or [1 / len(tensors)] * len(tensors)
+
+    def weigh(*read: torch.Tensor) -> torch.Tensor:
+        total = shares[0] * at_least_fp32(read[0])
+        for share, tensor in zip(shares[1:], read[1:], strict=True):
+            total += share * at_least_fp32(tensor)
+        return total
+
+    return LazyTensor.combine(weigh, *tensors)
+
+
+def _on_disk(experts: Sequence[Network]) -> State:
+    """The experts under their names on disk; what servers cannot run anyway is fused, see `modeling_moe.checkpoint_layout`."""
+    fused = ("up_proj",) if "gate_proj.weight" not in experts[0] else ()
+    state: State = {}
+    for index, expert in enumerate(experts):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            if f"{name}.weight" in expert and name not in fused:
+                state[f"experts.{index}.{name}.weight"] = expert[f"{name}.weight"]
+    for name in fused:
+        state[f"experts.{name}"] = LazyTensor.stack([expert[f"{name}.weight"] for expert in experts])
+    if "up_proj.bias" in experts[0]:
+        parts, name = (["up_proj"], "up_proj") if fused else (["gate_proj", "up_proj"], "gate_up_proj")
+        biases = [LazyTensor.cat([expert[f"{part}.bias"] for part in parts]) for expert in experts]
+        state[f"experts.{name}_bias"] = LazyTensor.stack(biases)
+        state["experts.down_proj_bias"] = LazyTensor.stack([expert["down_proj.bias"] for expert in experts])
+    return state
+
+
+def sparse_block(
+    networks: Sequence[Network],
+    layer: int,
+    config: MoEConfig,
+    options: UpcyclingOptions,
+    measured: Mapping[str, torch.Tensor],
+) -> State:
+    """Router, experts and shared expert of a layer, under the block's names; see [`upcycle`] for the arguments."""
+    experts = [make_expert(networks, layer, e, config, options, measured) for e in range(config.num_experts)]
+    block = {"gate.weight": router_weight(layer, config, options, measured)} | _on_disk(experts)
+    if options.shared_expert:
+        for name in networks[0]:
+            block[f"shared_experts.{name}"] = average([network[name] for network in networks], options.source_weights)
+    return block
+
+
+def upcycle(
+    sources: Sequence[State], config: MoEConfig, options: UpcyclingOptions, measured: Mapping[str, torch.Tensor]
+) -> State:
+    """A sparse checkpoint made from dense ones; nothing is read.
+
+    Args:
+        sources: dense checkpoints under our names, of one architecture: the first one, and `options.sources`.
+        config: of the result, see [`~modeling_moe.upcycling.plan.sparse_config`]; its `mlp_layer_types` says which layers
+            become sparse.
+        options: how to upcycle.
+        measured: on calibration data: `layers.{i}.router` (R, H) for the routers that are not random, and for
+            `split="clustered"` `layers.{i}.neurons` (I,) int64, an order in which neurons of an expert stand together.
+
+    Returns:
+        The checkpoint as it lies on disk, in the first source's dtypes, the routers in `config.dtype`; everything but the
+        networks of sparse layers is the sources' average.
+
+    Raises:
+        UserError: if the sources have not the same tensors.
+    """
+    refuse_different_tensors(sources, options.sources or [])
+    layers = {f"model.layers.{i}.mlp.": i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"}
+    state: State = {}
+    for name in sources[0]:
+        prefix = "".join(name.partition(".mlp.")[:2])
+        if prefix not in layers:
+            state[name] = average([source[name] for source in sources], options.source_weights)
+        elif f"{prefix}gate.weight" not in state:
+            names = [key for key in sources[0] if key.startswith(prefix)]
+            networks = [{key.removeprefix(prefix): source[key] for key in names} for source in sources]
+            block = sparse_block(networks, layers[prefix], config, options, measured)
+            state |= {f"{prefix}{key}": tensor for key, tensor in block.items()}
+    return state

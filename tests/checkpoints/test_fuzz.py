@@ -1,0 +1,320 @@
+"""Files that are damaged at random are converted to the right result or refused in one line, at once, and leave nothing."""
+
+import json
+import random
+import shutil
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging
+
+from modeling_moe.conversion import convert_checkpoint, load_state, open_checkpoint
+from modeling_moe.utils.errors import UserError
+from tests.checkpoints.test_gguf import write_llama
+
+
+SECONDS = 30
+SIZE = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.2,
+}
+IDS = torch.arange(3, 12)[None]
+SHARD = "model-00001-of-*.safetensors"
+WEIGHTS, INDEX, CONFIG, GGUF = "model.safetensors", "model.safetensors.index.json", "config.json", "tiny.gguf"
+ODD = (
+    None,
+    -1,
+    0,
+    1,
+    3,
+    10**5,
+    10**12,
+    1e30,
+    1e-30,
+    True,
+    "x",
+    "llama",
+    "moe",
+    [],
+    {},
+    [1, 2],
+    {"a": 1},
+    "../x",
+    "/x",
+    0.5,
+)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A checkpoint in one file, in two shards, and in GGUF."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("sources")
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZE))
+    model.save_pretrained(root / "single")
+    model.save_pretrained(root / "sharded", max_shard_size="10KB")
+    assert (root / "sharded" / INDEX).exists()
+    (root / "gguf").mkdir()
+    write_llama(root / "gguf" / GGUF)
+    return root
+
+
+def _header(data: bytes) -> tuple[dict, bytes]:
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def _with_header(header: dict | str, body: bytes) -> bytes:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def _tensor(header: dict, dice: random.Random) -> str:
+    return dice.choice([name for name in header if name != "__metadata__"])
+
+
+def flip(data: bytes, dice: random.Random, stop: int | None = None) -> bytes:
+    changed = bytearray(data)
+    for _ in range(dice.randint(1, 4)):
+        changed[dice.randrange(min(stop or len(data), len(data)))] = dice.randrange(256)
+    return bytes(changed)
+
+
+def truncate(data: bytes, dice: random.Random) -> bytes:
+    return data[: dice.randrange(len(data))]
+
+
+def append(data: bytes, dice: random.Random) -> bytes:
+    return data + dice.randbytes(dice.randint(1, 64))
+
+
+def flip_header(data: bytes, dice: random.Random) -> bytes:
+    return flip(data, dice, 8 + int.from_bytes(data[:8], "little"))
+
+
+def offsets(data: bytes, dice: random.Random) -> bytes:
+    """An overlap, a hole or a negative start."""
+    header, body = _header(data)
+    entry = header[_tensor(header, dice)]
+    shift, (start, end) = dice.choice([-4, 4, -64, 64, -(10**6), 10**12]), entry["data_offsets"]
+    entry["data_offsets"] = dice.choice([[start + shift, end + shift], [start + shift, end], [start, end + shift]])
+    return _with_header(header, body)
+
+
+def swap_offsets(data: bytes, dice: random.Random) -> bytes:
+    """Two tensors in one place."""
+    header, body = _header(data)
+    first, second = dice.sample([name for name in header if name != "__metadata__"], 2)
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    return _with_header(header, body)
+
+
+def dtype(data: bytes, dice: random.Random) -> bytes:
+    header, body = _header(data)
+    header[_tensor(header, dice)]["dtype"] = dice.choice(["I64", "BOOL", "F16", "I32", "U8", "F4", "F64", "x", 3])
+    return _with_header(header, body)
+
+
+def dtype_that_fits(data: bytes, dice: random.Random) -> bytes:
+    """Integers of as many bytes, where floats belong."""
+    header, body = _header(data)
+    header[_tensor(header, dice)]["dtype"] = "I32"
+    return _with_header(header, body)
+
+
+def shape(data: bytes, dice: random.Random) -> bytes:
+    header, body = _header(data)
+    entry = header[_tensor(header, dice)]
+    entry["shape"] = dice.choice(
+        [entry["shape"][::-1], [*entry["shape"], 1], [-1], [2**62, 4], [], "x", [0, *entry["shape"]]]
+    )
+    return _with_header(header, body)
+
+
+def duplicate(data: bytes, dice: random.Random) -> bytes:
+    header, body = _header(data)
+    name = _tensor(header, dice)
+    text = json.dumps(header)
+    return _with_header(f'{text[:-1]}, "{name}": {json.dumps(header[name])}}}', body)
+
+
+def rename(data: bytes, dice: random.Random) -> bytes:
+    header, body = _header(data)
+    name = _tensor(header, dice)
+    header[dice.choice(["x", f"{name}.x", ""])] = header.pop(name)
+    return _with_header(header, body)
+
+
+def not_finite(data: bytes, dice: random.Random) -> bytes:
+    header, body = _header(data)
+    at = 4 * dice.randrange(len(body) // 4)
+    number = torch.tensor(dice.choice([float("nan"), float("inf"), -float("inf")])).numpy().tobytes()
+    return _with_header(header, body[:at] + number + body[at + 4 :])
+
+
+def json_value(data: bytes, dice: random.Random) -> bytes:
+    """A value of the object, or of an object in it, is replaced."""
+    values = json.loads(data)
+    inner = values.get("weight_map", values) if dice.random() < 0.8 else values
+    inner[dice.choice(sorted(inner))] = dice.choice(ODD)
+    return json.dumps(values).encode()
+
+
+def json_key(data: bytes, dice: random.Random) -> bytes:
+    values = json.loads(data)
+    inner = values.get("weight_map", values)
+    value = inner.pop(dice.choice(sorted(inner)))
+    if dice.random() < 0.3:
+        inner["surprise"] = value
+    return json.dumps(values).encode()
+
+
+def json_whole(data: bytes, dice: random.Random) -> bytes:
+    deep = '{"a":' * 10**5
+    return dice.choice(
+        ["[]", "3", "null", '"x"', "", "{}", "NaN", deep, '{"model_type": ["llama"]}', '{"weight_map": []}']
+    ).encode()
+
+
+def gguf_header(data: bytes, dice: random.Random) -> bytes:
+    return flip(data, dice, 1500)
+
+
+def gguf_length(data: bytes, dice: random.Random) -> bytes:
+    at = dice.choice([8, 16, data.index(b"general.architecture") - 8])
+    return data[:at] + dice.choice([10**9, 2**63, 2**64 - 1]).to_bytes(8, "little") + data[at + 8 :]
+
+
+# kind -> folder, file, and what becomes of the file's bytes
+KINDS = {
+    f"{file}: {change.__name__}": (folder, file, change)
+    for folder, file, changes in (
+        ("single", WEIGHTS, [flip, flip_header, truncate, append, offsets, swap_offsets, dtype, dtype_that_fits]),
+        ("single", WEIGHTS, [shape, duplicate, rename, not_finite]),
+        ("sharded", SHARD, [flip, flip_header, truncate, rename]),
+        ("sharded", INDEX, [flip, truncate, json_value, json_key, json_whole]),
+        ("single", CONFIG, [flip, truncate, json_value, json_key, json_whole]),
+        ("gguf", GGUF, [flip, truncate, gguf_header, gguf_length]),
+    )
+    for change in changes
+}
+# what is wrong whatever the dice say
+NEVER = (
+    "offsets",
+    "swap_offsets",
+    "dtype_that_fits",
+    "duplicate",
+    "rename",
+    "not_finite",
+    "append",
+    "truncate",
+    "gguf_length",
+)
+
+
+@contextmanager
+def bounded():
+    """Fails what takes longer than SECONDS."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"it takes more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def damaged(kind: str, seed: int, sources, tmp_path):
+    folder, file, change = KINDS[kind]
+    target = tmp_path / f"source-{seed}"
+    shutil.copytree(sources / folder, target)
+    (path,) = target.glob(file)
+    data = path.read_bytes()
+    changed = change(data, random.Random(f"{kind} {seed}"))
+    path.write_bytes(changed)
+    return target, changed != data
+
+
+def is_right(checkpoint, folder, logits: bool) -> bool:
+    """Whether an accepted checkpoint has the tensors, and the logits, that safetensors and transformers read there."""
+    if checkpoint.source.gguf_file:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+        stored = theirs.state_dict()
+    else:
+        stored = {}
+        for file in checkpoint.source.files:
+            stored |= load_file(folder / file)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager") if logits else None
+    if not all(torch.equal(tensor.read(), stored[name]) for name, tensor in checkpoint.state.items()):
+        return False
+    if not logits:
+        return True
+    expected, got = (model.eval()(IDS).logits for model in (theirs, load_state(checkpoint.config, checkpoint.state)))
+    return torch.allclose(got, expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
+def attack(kind: str, seed: int, sources, tmp_path, whole: bool) -> str:
+    """Opens and reads one damaged source, or converts it; what came out."""
+    folder, changed = damaged(kind, seed, sources, tmp_path)
+    gguf_file = GGUF if kind.startswith(GGUF) else None
+    try:
+        with bounded():
+            # this GGUF file has no tokenizer, without which none is converted
+            if whole and not gguf_file:
+                convert_checkpoint(str(folder), tmp_path / "out", gguf_file=gguf_file)
+                shutil.rmtree(tmp_path / "out")
+            checkpoint = open_checkpoint(str(folder), gguf_file)
+            for tensor in checkpoint.state.values():
+                tensor.read()
+    except (UserError, StrictDataclassError):
+        left = [file.name for file in tmp_path.iterdir() if not file.name.startswith("source-")]
+        assert not left, f"{kind} {seed} left {left}"
+        return "refused"
+    assert is_right(checkpoint, folder, logits=kind.startswith(CONFIG)), (
+        f"{kind} {seed} was converted to something else"
+    )
+    assert not changed or not kind.endswith(NEVER) or ".json" in kind, f"{kind} {seed} was accepted"
+    return "converted"
+
+
+def campaign(kind: str, seeds, sources, tmp_path) -> None:
+    logging.set_verbosity_error()
+    outcomes = {seed: attack(kind, seed, sources, tmp_path, whole=not seed % 6) for seed in seeds}
+    for seed in seeds:
+        shutil.rmtree(tmp_path / f"source-{seed}")
+    assert set(outcomes.values()) <= {"refused", "converted"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_are_refused_or_right(kind, sources, tmp_path):
+    campaign(kind, range(5), sources, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_damaged_files_are_refused_or_right(kind, sources, tmp_path):
+    for start in range(100, 220, 20):
+        campaign(kind, range(start, start + 20), sources, tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["single", "sharded", "gguf"])
+def test_what_is_damaged_was_right_before(folder, sources, tmp_path):
+    """Without this, a fuzzer of sources that are always refused would be green."""
+    gguf_file = GGUF if folder == "gguf" else None
+    if not gguf_file:
+        convert_checkpoint(str(sources / folder), tmp_path / "out")
+    assert is_right(open_checkpoint(str(sources / folder), gguf_file), sources / folder, logits=True)

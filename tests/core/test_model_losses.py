@@ -1,0 +1,164 @@
+"""The router losses inside the model: when they count, how they are weighted, and that they always arrive."""
+
+import pytest
+import torch
+
+from modeling_moe import MoEForCausalLM
+from modeling_moe.router import expert_load
+from modeling_moe.router_losses import balance
+from tests.conftest import tiny_config
+
+
+IDS = torch.arange(3, 39).view(4, 9)
+MASK = torch.ones_like(IDS)
+MASK[0, :4] = 0
+LABELS = IDS.masked_fill(MASK == 0, -100)
+LABELS_OF_ROW = (LABELS[:, 1:] != -100).sum(dim=1, keepdim=True)
+ROUTER = "model.layers.2.mlp.gate.weight"
+
+
+def model_of(**fields) -> MoEForCausalLM:
+    coefficients = {"router_aux_loss_coef": 0.7, "router_z_loss_coef": 0.3}
+    return MoEForCausalLM(tiny_config(**(coefficients | fields))).train()
+
+
+def losses_by_hand(model, weight_of_row=LABELS_OF_ROW):
+    """Mean over the sparse layers of the weighted losses, from what the routers return."""
+    routings = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda module, args, out: routings.append(out))
+        for layer in model.model.layers
+        if layer.is_sparse
+    ]
+    model(IDS, attention_mask=MASK)
+    for hook in hooks:
+        hook.remove()
+    share = (MASK / MASK.sum(dim=1, keepdim=True) * weight_of_row / weight_of_row.sum()).flatten()
+    total = 0
+    for routing in routings:
+        total += 0.7 * balance(expert_load(routing, MASK.flatten()), (share[:, None] * routing.probs).sum(dim=0))
+        total += 0.3 * (share * routing.logits.logsumexp(dim=-1).square()).sum()
+    return total / len(routings)
+
+
+def gradient(model, loss):
+    return torch.autograd.grad(loss, model.get_parameter(ROUTER), retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_training_loss_is_cross_entropy_plus_router_losses(flag):
+    model = model_of()
+    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
+    out = model(**batch, output_router_logits=flag)
+    cross_entropy = model.eval()(**batch).loss
+    torch.testing.assert_close(out.loss, cross_entropy + losses_by_hand(model.train()))
+
+
+def test_evaluation_loss_has_no_router_loss():
+    model = model_of().eval()
+    out = model(IDS, attention_mask=MASK, labels=LABELS, output_router_logits=True)
+    logits = out.logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(logits, LABELS[:, 1:].flatten()))
+    assert out.aux_loss > 0
+
+
+def test_collapse_of_layers_onto_different_experts_is_seen():
+    """Pooled over layers, two layers that each use other experts look balanced; averaged, they do not."""
+    model = model_of(num_experts=6, num_experts_per_tok=3).eval()
+    with torch.no_grad():
+        for layer, experts in ((0, [0, 1, 2]), (2, [3, 4, 5])):
+            gate = model.model.layers[layer].mlp.gate
+            gate.weight.zero_()
+            gate.forward = _constant_router(gate, experts)
+    assert model(IDS, output_router_logits=True).aux_loss == pytest.approx(2.0, abs=1e-3)
+
+
+def _constant_router(gate, experts):
+    from modeling_moe.router import Routing
+
+    def forward(tokens, context):
+        logits = torch.full((len(tokens), gate.num_experts), -20.0)
+        logits[:, experts] = 0.0
+        probs = logits.softmax(-1)
+        index = torch.tensor(experts).expand(len(tokens), -1)
+        return Routing(logits, probs.gather(-1, index), index, probs)
+
+    return forward
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(reentrant):
+    model = model_of()
+    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
+    model(**batch).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_micro_batches_sum_to_the_whole_batch():
+    """The z-loss is a sum over tokens, each weighted by its sequence's labels, so its split is exact."""
+    model = model_of(router_aux_loss_coef=0.0)
+    labels = LABELS
+    count = (labels[:, 1:] != -100).sum()
+    whole = gradient(model, model(IDS, labels=labels, num_items_in_batch=count).loss)
+    halves = sum(
+        gradient(model, model(IDS[rows], labels=labels[rows], num_items_in_batch=count).loss)
+        for rows in (slice(0, 1), slice(1, 4))
+    )
+    torch.testing.assert_close(halves, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_balance_loss_is_not_multiplied_by_micro_batches():
+    model = model_of(router_aux_loss_coef=1.0, router_z_loss_coef=0.0)
+    count = (LABELS[:, 1:] != -100).sum()
+    by_rows = [{"input_ids": IDS[i : i + 1], "labels": LABELS[i : i + 1]} for i in range(4)]
+
+    def aux_part(batches):
+        model.config.router_aux_loss_coef = 1.0
+        with_aux = sum(model(**b, num_items_in_batch=count).loss for b in batches)
+        model.config.router_aux_loss_coef = 0.0
+        return with_aux - sum(model(**b, num_items_in_batch=count).loss for b in batches)
+
+    whole = aux_part([{"input_ids": IDS, "labels": LABELS}])
+    assert 0.9 < (aux_part(by_rows) / whole).item() < 1.5
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_losses_arrive_when_the_head_is_bypassed(reentrant):
+    """A trainer that takes the decoder's states and computes its own loss still trains the routers, once."""
+    model = model_of()
+    expected = gradient(model, losses_by_hand(model, torch.ones(4, 1)))
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.model(IDS, attention_mask=MASK).last_hidden_state.mul(0).sum().backward()
+    torch.testing.assert_close(model.get_parameter(ROUTER).grad, expected, atol=1e-6, rtol=1e-5)
+    model.zero_grad()
+    model.model.router_loss_scale = 0.25
+    model(IDS, attention_mask=MASK).logits.mul(0).sum().backward()
+    torch.testing.assert_close(model.get_parameter(ROUTER).grad, 0.25 * expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_trainers_own_balance_loss_is_not_added_to_ours():
+    model = model_of()
+    out = model.model(IDS, output_router_logits=True)
+    assert not any(logits.requires_grad for logits in out.router_logits)
+    assert not out.aux_loss.requires_grad
+    free = model_of(router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+    assert all(logits.requires_grad for logits in free.model(IDS, output_router_logits=True).router_logits)
+
+
+def test_dense_model_has_no_router_loss():
+    model = model_of(mlp_layer_types=["dense"] * 3)
+    out = model(IDS, labels=IDS, output_router_logits=True)
+    assert out.aux_loss is None
+    assert out.router_logits == ()
+
+
+def test_generation_with_the_flag_saved_on():
+    model = model_of(output_router_logits=True).eval()
+    text = model.generate(IDS[:2], attention_mask=MASK[:2], max_new_tokens=3, do_sample=False)
+    assert text.shape == (2, 12)
