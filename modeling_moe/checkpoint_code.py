@@ -26,7 +26,7 @@ _HERE = Path(__file__).resolve().parent
 _LIBRARIES = {"builtins", "torch", "transformers", "peft", "accelerate", "typing", "deepspeed"}
 
 
-# added to the copy of routers.py; the import waits, for the file may import the model
+# added to the copy of router_catalogue.py; the import waits, for the file may import the model
 _OWN_ROUTER = (
     "\n\ndef _own_router() -> type[Router]:\n    from .{file} import {cls}\n\n    return {cls}\n\n\n"
     "OWN_ROUTERS[{router_type!r}] = _own_router\n"
@@ -94,7 +94,7 @@ def save_own_code(model: Any, folder: str | Path) -> None:
             continue
         (folder / name).write_text(source, encoding="utf-8")
         if cls is router:
-            with (folder / "routers.py").open("a", encoding="utf-8") as routers:
+            with (folder / "router_catalogue.py").open("a", encoding="utf-8") as routers:
                 fields = {"file": Path(name).stem, "cls": cls.__name__, "router_type": model.config.router_type}
                 routers.write(_OWN_ROUTER.format(**fields))
 

@@ -109,7 +109,7 @@ def sinkhorn(scores: torch.Tensor, iterations: int, token_mask: torch.Tensor | N
     return plan
 
 
-class BaseRouter(TopKRouter):
+class BaseLayerRouter(TopKRouter):
     """In training, the assignment of tokens to experts with the highest total score in which every expert gets
     `ceil(T / E)` tokens at most; in evaluation each token's best expert (BASE layers, arXiv:2103.16716).
 

@@ -4,19 +4,15 @@
 from collections.abc import Callable
 
 from .router import Router
-from .router_batch import BaseRouter, ExpertChoiceRouter, ExpertThresholdRouter, SinkhornRouter
-from .router_soft import SegmentRouter, SoftRouter
+from .router_assigned import HashRouter, MMoERouter, ScoredHashRouter, TaskRouter, UniformRouter
+from .router_batch import BaseLayerRouter, ExpertChoiceRouter, ExpertThresholdRouter, SinkhornRouter
+from .router_soft import LoryRouter, SoftRouter
 from .router_topk import (
-    FixedRouter,
     GShardRouter,
     GumbelTopKRouter,
-    HashRouter,
     HierarchicalRouter,
     NoisyTopKRouter,
-    ScoredHashRouter,
     SparseMixerRouter,
-    TaskGateRouter,
-    TaskRouter,
     TopKRouter,
 )
 from .router_variable_k import ContinuousRouter, ReLURouter, TopPRouter
@@ -33,17 +29,17 @@ ROUTERS: dict[str, type[Router]] = {
     "hash": HashRouter,
     "hash_scored": ScoredHashRouter,
     "task": TaskRouter,
-    "task_gate": TaskGateRouter,
-    "fixed": FixedRouter,
+    "task_gate": MMoERouter,
+    "fixed": UniformRouter,
     "top_p": TopPRouter,
     "continuous": ContinuousRouter,
     "relu": ReLURouter,
     "expert_choice": ExpertChoiceRouter,
     "expert_threshold": ExpertThresholdRouter,
     "sinkhorn": SinkhornRouter,
-    "base": BaseRouter,
+    "base": BaseLayerRouter,
     "soft": SoftRouter,
-    "segment": SegmentRouter,
+    "segment": LoryRouter,
 }
 # router_type -> what imports the class, in a checkpoint that brings the code of a router of its author's own
 OWN_ROUTERS: dict[str, Callable[[], type[Router]]] = {}

@@ -92,7 +92,7 @@ def _alone(context: RoutingContext, tokens: int, device: torch.device) -> tuple[
     return row * length + flat - sequence, (len(counts), length)
 
 
-class SegmentRouter(Router):
+class LoryRouter(Router):
     """One merged expert for each segment of a sequence, its weights mixed by the segment before (Lory, arXiv:2405.03133).
 
     The gate is a softmax of the mean of the `segment_length` tokens before the segment. The paper lets the first segment

@@ -51,7 +51,7 @@ def test_python_blocks(tmp_path, monkeypatch, uploads, capsys):
     monkeypatch.setitem(ROUTERS, "epsilon_greedy", None)  # so that it is taken out again
     exec("\n".join(blocks), {})
     assert "tensor" in capsys.readouterr().out
-    assert {"model.safetensors", "config.json", "modeling_moe.py", "routing.py", "tokenizer.json"} <= uploads[
+    assert {"model.safetensors", "config.json", "modeling_moe.py", "router.py", "tokenizer.json"} <= uploads[
         "you/my-moe"
     ]
 

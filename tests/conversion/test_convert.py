@@ -54,7 +54,7 @@ def test_converted_folder(name, tmp_path):
     assert (tmp_path / "moe" / "generation_config.json").read_text() == generation
     assert (tmp_path / "moe" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (tmp_path / "moe" / "tokenizer_config.json").read_text() == '{"any":  "thing"}'
-    assert {"modeling_moe.py", "routing.py", "conversion.json"} <= {file.name for file in (tmp_path / "moe").iterdir()}
+    assert {"modeling_moe.py", "router.py", "conversion.json"} <= {file.name for file in (tmp_path / "moe").iterdir()}
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -142,7 +142,7 @@ def test_a_checkpoint_without_code_of_a_router_says_so(tmp_path):
             "from modeling_moe.evaluation.routing_metrics import load_entropy",
             "from modeling_moe.evaluation.routing_metrics, which does not travel",
         ),
-        ("from .routing import Router", None),
+        ("from .router import Router", None),
     ],
 )
 def test_a_file_that_would_not_run_in_a_checkpoint_is_named(tmp_path, caplog, line, reason):
@@ -168,7 +168,7 @@ IN_A_FUNCTION = SOURCE.replace('"worst"] = WorstRouter', '"worst"] = type("Unrea
 @pytest.mark.parametrize(
     ("name", "source", "reason"),
     [
-        ("routing", SOURCE, "has the name of a file of ours, so rename it"),
+        ("router", SOURCE, "has the name of a file of ours, so rename it"),
         ("my-worst", SOURCE, "has a name that no import can use, so rename it"),
         ("my_worst", IN_A_FUNCTION, "has no class of that name outside its functions, so define it there"),
     ],
@@ -182,8 +182,8 @@ def test_a_router_that_no_import_finds_is_named(tmp_path, caplog, name, source, 
         sys.modules.pop(name)
     assert reason in caplog.text
     assert "MoERouter" not in (tmp_path / "model" / "config.json").read_text()
-    assert "class Router(" in (tmp_path / "model" / "routing.py").read_text()
-    assert "def _own_router" not in (tmp_path / "model" / "routers.py").read_text()
+    assert "class Router(" in (tmp_path / "model" / "router.py").read_text()
+    assert "def _own_router" not in (tmp_path / "model" / "router_catalogue.py").read_text()
 
 
 def test_what_stands_beside_an_import_is_kept(tmp_path):
@@ -210,7 +210,7 @@ def test_what_stands_beside_an_import_is_kept(tmp_path):
     finally:
         ROUTERS.pop(name, None)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    compile((tmp_path / "model" / "routers.py").read_text(), "routers.py", "exec")
+    compile((tmp_path / "model" / "router_catalogue.py").read_text(), "router_catalogue.py", "exec")
 
 
 def test_classes_of_a_notebook_are_saved_without_their_code_and_a_warning_says_so(tmp_path, caplog, monkeypatch):
@@ -232,5 +232,5 @@ def test_own_code_is_not_pushed_before_it_is_there(mine, tmp_path):
 def test_our_own_routers_are_nobodys_own_code(tmp_path):
     assert ROUTERS["topk"] is TopKRouter
     MoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
-    assert "def _own_router" not in (tmp_path / "routers.py").read_text()
+    assert "def _own_router" not in (tmp_path / "router_catalogue.py").read_text()
     assert "MoERouter" not in (tmp_path / "config.json").read_text()

@@ -261,6 +261,7 @@ SHIPPED = {
     "router.py",
     "router_soft.py",
     "router_topk.py",
+    "router_assigned.py",
 }
 
 

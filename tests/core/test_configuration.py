@@ -53,10 +53,10 @@ from tests.conftest import tiny_config
             r"capacity_priority='token'",
         ),
         ({"capacity_factor": 0}, r"capacity_factor is 0: it must be from 1e-06 to 1e\+06\."),
-        ({"router_type": "segment", "capacity_factor": 1.0}, r"SegmentRouter drops no token: leave capacity_fac"),
+        ({"router_type": "segment", "capacity_factor": 1.0}, r"LoryRouter drops no token: leave capacity_fac"),
         ({"router_gradient": "sparsemixer"}, r"set router_type='topk' and a positive router_jitter_noise"),
         ({"router_gradient": "dense", "num_copy_experts": 1}, r"cannot compute copy experts"),
-        ({"router_gradient": "dense", "router_type": "segment"}, r"nor SegmentRouter: set it to 'topk'"),
+        ({"router_gradient": "dense", "router_type": "segment"}, r"nor LoryRouter: set it to 'topk'"),
         (
             {"num_null_experts": 2, "router_type": "top_p"},
             r"num_null_experts and num_copy_experts need router_type='topk'",
@@ -68,7 +68,7 @@ from tests.conftest import tiny_config
             r"n_group has no effect with TopPRouter: set it to 1",
         ),
         ({"router_type": "hash", "router_bias": True}, r"router_bias has no effect with HashRouter: set it to False"),
-        ({"router_type": "fixed", "num_experts_per_tok": 5, "router_bias": True}, r"no effect with FixedRouter"),
+        ({"router_type": "fixed", "num_experts_per_tok": 5, "router_bias": True}, r"no effect with UniformRouter"),
         (
             {"router_type": "hierarchical", "n_group": 5, "topk_group": 3, "router_bias": True},
             r"no effect with HierarchicalRouter",

@@ -17,9 +17,9 @@ from transformers.models.phimoe.modeling_phimoe import sparsemixer
 from modeling_moe import MoEForCausalLM
 from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router import Router, RoutingContext
+from modeling_moe.router_assigned import hash_table
 from modeling_moe.router_catalogue import router_class
 from modeling_moe.router_losses import load_loss
-from modeling_moe.router_topk import hash_table
 from tests.conftest import tiny_config
 
 

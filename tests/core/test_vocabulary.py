@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.router_topk import HashRouter
+from modeling_moe.router_assigned import HashRouter
 from tests.conftest import tiny_config
 
 

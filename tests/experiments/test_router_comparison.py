@@ -241,7 +241,10 @@ def test_workers_ended_minutes_after_their_parent(flags, tmp_path):
     flags |= {"steps": 100_000, "workers": 2, "runs_file": tmp_path / "runs.jsonl"}
     command = [sys.executable, str(ROOT / "scripts" / "compare_routers.py")]
     command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")]),
+    }
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
