@@ -140,10 +140,10 @@ def score(model: PreTrainedModel, blocks: datasets.Dataset, batch_size: int = 8,
     return DomainScore(**scores, max_vio=routers.pop("max_violation"), **routers)
 
 
-def evaluate_lm(args: EvaluationArguments, data_args: DataArguments) -> dict[str, DomainScore]:
-    """Scores each domain's whole text, or its first `max_tokens` tokens, in blocks that do not overlap.
-
-    Of conversations and completions it scores what the assistant says, or all tokens without `data_args.assistant_only`.
+def load_for_scoring(
+    args: EvaluationArguments, data_args: DataArguments
+) -> tuple[PreTrainedModel, dict[str, datasets.Dataset]]:
+    """Loads a model, on its device, and the blocks of tokens of each domain: the whole text, or `max_tokens` of it.
 
     Raises:
         UserError: for an argument that cannot work.
@@ -170,7 +170,18 @@ def evaluate_lm(args: EvaluationArguments, data_args: DataArguments) -> dict[str
     refuse_misfit(tokenizer, model)
     for blocks in domains.values():
         refuse_longer(model, len(blocks[0]["input_ids"]), f"max_length is {data_args.max_length}")
-    model = model.to(PartialState().device)
+    return model.to(PartialState().device), domains
+
+
+def evaluate_lm(args: EvaluationArguments, data_args: DataArguments) -> dict[str, DomainScore]:
+    """Scores each domain's whole text, or its first `max_tokens` tokens, in blocks that do not overlap.
+
+    Of conversations and completions it scores what the assistant says, or all tokens without `data_args.assistant_only`.
+
+    Raises:
+        UserError: for an argument that cannot work.
+    """
+    model, domains = load_for_scoring(args, data_args)
     scores = {name: score(model, blocks, args.batch_size, desc=name) for name, blocks in domains.items()}
     if all(score.max_vio is None for score in scores.values()):
         _say_if_unseen(model)

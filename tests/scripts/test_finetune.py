@@ -399,7 +399,7 @@ def test_help_shows_examples(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_info:
         finetune(monkeypatch, "--help")
     assert exit_info.value.code == 0
-    assert "python scripts/finetune.py configuration/recipes/sft_lora.yaml" in capsys.readouterr().out
+    assert "python scripts/finetune.py sft_lora --model" in capsys.readouterr().out
 
 
 def test_a_result_forgot_what_it_was_made_from(checkpoint, text_file, tmp_path, monkeypatch):

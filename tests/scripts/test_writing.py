@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, set_seed
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.utils.generation import GenerationArguments
+from modeling_moe.commands.generate import GenerationArguments
 from tests.conftest import tiny_config
 from tests.data.test_documents import PLAIN
 from tests.training.conftest import train_tokenizer
@@ -151,7 +151,7 @@ def test_the_text_came_only_when_it_was_whole(tmp_path, monkeypatch):
 def test_a_chat_template_is_mentioned_once(tmp_path, monkeypatch, capsys):
     flags = ["--model_name_or_path", save(tmp_path, template=PLAIN), "--prompt", "a", "b", "--max_new_tokens", 1]
     generate(monkeypatch, *flags)
-    assert capsys.readouterr().err.count("--chat true applies it") == 1
+    assert capsys.readouterr().err.count("--chat applies it") == 1
     generate(monkeypatch, *flags, "--chat", "false")
     assert "--chat" not in capsys.readouterr().err
 
@@ -159,7 +159,7 @@ def test_a_chat_template_is_mentioned_once(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--temperature", "0.5"], "temperature goes with sampling: set do_sample true"),
+        (["--temperature", "0.5"], "temperature needs sampling: set do_sample true"),
         (["--do_sample", "true", "--temperature", "0"], "temperature is 0.0: it must be a positive number"),
         (["--do_sample", "true", "--temperature", "nan"], "temperature is nan"),
         (["--do_sample", "true", "--top_p", "1.5"], "top_p is 1.5"),
@@ -168,8 +168,8 @@ def test_a_chat_template_is_mentioned_once(tmp_path, monkeypatch, capsys):
         (["--max_new_tokens", "70"], "the prompt has .* and max_new_tokens is 70, more than the model's 64 positions"),
         (["--prompt", "the old mill " * 40], "more than the model's 64 positions"),
         (["--prompt", ""], "the prompt has no token"),
-        (["--chat", "true"], "the tokenizer has none: leave chat away"),
-        (["--system", "x"], "system goes with a chat"),
+        (["--chat", "true"], "the tokenizer has none: leave chat out"),
+        (["--system", "x"], "system needs a chat"),
         (["--device", "nowhere"], "device nowhere cannot be used"),
         (["--device", "meta"], "device meta cannot be used"),
         (["--prompt", "\udcff"], "is not UTF-8"),
@@ -200,7 +200,7 @@ def test_a_generation_config_with_beams_or_stop_strings_did_not_run(tmp_path, mo
     with pytest.raises(SystemExit) as stop:
         generate(monkeypatch, *flags)
     assert stop.value.code == 2
-    assert "asks for what is not installed" in capsys.readouterr().err
+    assert "needs a package that is not installed" in capsys.readouterr().err
 
 
 def test_a_chat_of_few_positions_died_of_its_own_default(tmp_path, monkeypatch, capsys):

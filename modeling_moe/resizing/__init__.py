@@ -1,0 +1,2 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This package gives sparse checkpoints more experts, or fewer."""
