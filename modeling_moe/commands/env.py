@@ -1,8 +1,10 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This command prints versions, devices and back ends, and why a back end is not available, for a bug report.
 
-moe env
-moe env --json
+    moe env
+    moe env --json
+
+Paste the output into the report. The first run compiles the back end native, which takes seconds.
 """
 
 import importlib.util
@@ -86,11 +88,9 @@ def _cpu() -> str:
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     name = next(names, platform.processor() or platform.machine())
     instructions = [torch.backends.cpu.get_cpu_capability()]
-    for feature in ("avx512_bf16", "amx"):
-        supported = getattr(torch.cpu, f"_is_{feature}_supported", None) or getattr(
-            torch.cpu, f"_is_{feature}_tile_supported", None
-        )
-        if supported is not None and supported():
+    # torch 2.11 to 2.15 has these functions for private use alone
+    for feature, function in {"AVX512_BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}.items():
+        if hasattr(torch.cpu, function) and getattr(torch.cpu, function)():
             instructions.append(feature)
     return f"{name}; {', '.join(instructions)}; {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 

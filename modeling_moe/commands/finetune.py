@@ -49,7 +49,7 @@ class PrintTrained(TrainerCallback):
             return
         counts = trained_parameters(kwargs["model"])
         table = Table("parameters", "trained", "of", "%")
-        totals = tuple(map(sum, zip(*counts.values(), strict=True)))
+        totals = (sum(trained for trained, _ in counts.values()), sum(total for _, total in counts.values()))
         for part, (trained, total) in [*counts.items(), ("all", totals)]:
             table.add_row(part, f"{trained:,}", f"{total:,}", f"{100 * trained / total:.2f}")
         Console().print(table)

@@ -18,7 +18,14 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
 
 from ..utils.chat import render_chat
 from ..utils.command_line import DtypeName, parse
@@ -142,7 +149,8 @@ def load_writer(args: GenerationArguments) -> tuple[PreTrainedModel, PreTrainedT
         raise UserError(f"device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     model = load_model(args.model_name_or_path, args.gguf_file, args.dtype, trust_remote_code=args.trust_remote_code)
     refuse_misfit(tokenizer, model)
-    return model.to(device).eval(), tokenizer
+    model.to(device)  # pyrefly: ignore[bad-argument-type]: a decorator of transformers hides the signature
+    return model.eval(), tokenizer
 
 
 @torch.inference_mode()
@@ -183,12 +191,14 @@ def write(
     refuse_longer(model, length + new, f"the prompt has {length} tokens and max_new_tokens is {new}")
     streamer = TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    if not isinstance(model, GenerationMixin):
+        raise UserError(f"{type(model).__name__} cannot write text: give a causal LM")
     try:
         # a checkpoint may name stop strings, which need the tokenizer
         ids = model.generate(**inputs, generation_config=config, streamer=streamer, tokenizer=tokenizer)
     except ImportError as error:
         raise UserError(f"generation_config.json needs a package that is not installed: {error}") from error
-    return tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+    return tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)[0]
 
 
 def _turns(prompts: list[str] | None) -> Iterator[str]:

@@ -46,8 +46,8 @@ def plan(args: PlanArguments, options: UpcyclingOptions) -> UpcyclingPlan:
             *((name, None) for name in options.sources or []),
         ]
     )
-    dtype = parse_dtype(args.dtype) or first.dtype or torch.float32
-    return make_plan(first, options, dtype, further)
+    described = first.dtype if isinstance(first.dtype, torch.dtype) else torch.float32
+    return make_plan(first, options, parse_dtype(args.dtype) or described, further)
 
 
 def print_plan(plan: UpcyclingPlan, title: str, verification: Verification | None = None) -> None:

@@ -201,6 +201,7 @@ def run(main: Callable[[], None], on_interrupt: str = "start the command again, 
         on_interrupt: one sentence that Ctrl-C prints: how to go on. The text of an [`Interrupted`] takes its place.
     """
     # transformers then never asks on standard input whether a checkpoint's code may run
+    # pyrefly: ignore[bad-assignment]: the type checker takes the number in transformers for a constant
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         main()
