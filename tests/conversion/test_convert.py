@@ -1,4 +1,4 @@
-"""From folder to folder: what is written equals its source, and a source that will not do is refused before any byte."""
+"""A written checkpoint equals the source, and an unusable source is refused before any byte is written."""
 
 import json
 
@@ -97,7 +97,7 @@ def test_to_moe_keeps_generation_config():
     torch.testing.assert_close(model(IDS).logits, source(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_verify_tells_source_and_result_apart(tmp_path):
+def test_verify_reports_the_difference_of_source_and_result(tmp_path):
     from tests.training.conftest import train_tokenizer
 
     tokenizer = train_tokenizer()
@@ -179,7 +179,7 @@ def test_changed_file_is_refused(tmp_path):
         ({"dtype": "int3"}, "dtype 'int3' is unknown"),
     ],
 )
-def test_what_cannot_be_written(arguments, message, tmp_path):
+def test_unwritable_results_are_refused(arguments, message, tmp_path):
     save_source("llama", tmp_path / "source")
     with pytest.raises(UserError, match=message):
         convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe", **arguments)
