@@ -234,6 +234,14 @@ def _tokenizer_writer(source: Source, older_readers: bool, trust_remote_code: bo
     return write
 
 
+def _check_target(checkpoint: Checkpoint, target: str, dtype: str) -> None:
+    """Refuses a target that cannot hold the model, or that is the format and dtype that the source already has."""
+    if target != "moe":
+        export_plan(checkpoint.config, target)
+    elif checkpoint.source_config.model_type == MoEConfig.model_type and dtype == "auto":
+        raise UserError(f"{checkpoint.source.folder} is in this format already: name another target")
+
+
 def convert_checkpoint(
     name_or_path: str,
     output_dir: str | Path,
@@ -264,10 +272,7 @@ def convert_checkpoint(
         UserError: if the source cannot be read or held, or the target cannot hold it.
     """
     checkpoint = open_checkpoint(name_or_path, gguf_file, dtype, trust_remote_code=trust_remote_code)
-    if target != "moe":
-        export_plan(checkpoint.config, target)
-    elif checkpoint.source_config.model_type == MoEConfig.model_type and dtype == "auto":
-        raise UserError(f"{name_or_path} is in this format already: name another target")
+    _check_target(checkpoint, target, dtype)
     if check:
         # a missing tokenizer raises an error here, and not after hours of writing weights
         verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
