@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralCo
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.utils.errors import UserError
-from modeling_moe.utils.loading import load_config, load_model, load_tokenizer, refuse_misfit
+from modeling_moe.utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
 from modeling_moe.utils.locations import folder_and_gguf, local_folder
 from tests.conftest import tiny_config
 from tests.training.conftest import train_tokenizer
@@ -296,6 +296,12 @@ def test_a_tokenizer_larger_than_the_model_is_refused(models):
     size = model.config.vocab_size
     with pytest.raises(UserError, match=f"the tokenizer has {size + 1} tokens and the model {size}"):
         refuse_misfit(tokenizer, model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    with pytest.raises(UserError, match=f"the tokenizer has {size + 1} tokens and the model {size}"):
+        refuse_misfit(tokenizer, adapted)
+    refuse_longer(adapted, model.config.max_position_embeddings, "the text")
+    with pytest.raises(UserError, match="the text, more than the model's"):
+        refuse_longer(adapted, model.config.max_position_embeddings + 1, "the text")
 
 
 def test_a_missing_expert_is_named_even_with_warnings_silenced(copy, caplog):

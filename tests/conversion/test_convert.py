@@ -6,10 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models import gpt2, llama, mixtral, qwen3_moe
 
+from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.conversion import convert_checkpoint, moe_config, open_checkpoint, to_moe, verify
 from modeling_moe.utils.errors import UserError
+from tests.conftest import tiny_config
 
 
 SIZE = {
@@ -95,6 +98,18 @@ def test_to_moe_keeps_generation_config():
     model = to_moe(source)
     assert model.generation_config.temperature == 0.3
     torch.testing.assert_close(model(IDS).logits, source(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_configuration_class_of_a_checkpoints_own_code_becomes_this_packages_class(tmp_path):
+    MoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    own_class = get_class_from_dynamic_module("configuration_moe.MoEConfig", str(tmp_path))
+    source = own_class.from_pretrained(tmp_path)
+    assert not isinstance(source, MoEConfig)
+    config = moe_config(source)
+    assert type(config) is MoEConfig
+    expected = MoEConfig.from_pretrained(tmp_path)
+    assert moe_config(expected) is expected
+    assert {**config.to_dict(), "_name_or_path": ""} == {**expected.to_dict(), "_name_or_path": ""}
 
 
 def test_verify_reports_the_difference_of_source_and_result(tmp_path):
