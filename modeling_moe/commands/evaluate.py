@@ -14,7 +14,6 @@ tokens, so that models with different tokenizers compare; a special token has no
 over the mean load, less 1.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +24,8 @@ from rich.table import Table
 
 from ..data.documents import DataArguments
 from ..evaluation.scoring import DomainScore, EvaluationArguments, evaluate_lm
-from ..utils.atomic import write_text
 from ..utils.command_line import parse, refuse_missing_folder
+from ..utils.json_files import write_json
 
 
 # a table shows the share of each expert up to this number of experts, and the smallest and largest share beyond
@@ -66,8 +65,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not PartialState().is_main_process:
         return
     if args.output_json is not None:
-        write_text(
-            Path(args.output_json),
-            json.dumps({domain: asdict(score) for domain, score in scores.items()}, indent=2) + "\n",
-        )
+        write_json(Path(args.output_json), {domain: asdict(score) for domain, score in scores.items()})
     print_scores(scores, args.model_name_or_path)

@@ -21,7 +21,8 @@ from rich.table import Table
 from ..hub import Published, push_folder
 from ..utils.command_line import parse
 from ..utils.errors import UserError
-from ..utils.locations import local_folder, read_json
+from ..utils.json_files import read_json
+from ..utils.locations import local_folder
 
 
 @dataclass

@@ -12,7 +12,6 @@ token. --plot needs matplotlib: pip install "modeling-moe[plot]".
 """
 
 import importlib.util
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ from ..evaluation.scoring import EvaluationArguments, load_for_scoring, score
 from ..utils.atomic import write_text
 from ..utils.command_line import parse, refuse_missing_folder
 from ..utils.errors import UserError
+from ..utils.json_files import write_json
 
 
 COLUMNS = ("layer", "balance", "entropy", "experts in use", "dead experts", "busiest expert")
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loads = report(args, data_args)
     if args.output_json is not None:
         values = {domain: [asdict(layer) for layer in layers] for domain, layers in loads.items()}
-        write_text(Path(args.output_json), json.dumps(values, indent=2) + "\n")
+        write_json(Path(args.output_json), values)
     if args.output_markdown is not None:
         write_text(Path(args.output_markdown), markdown(loads))
     if args.plot is not None:
