@@ -68,7 +68,7 @@ def print_plan(plan: UpcyclingPlan, title: str, verification: Verification | Non
         ("weights on disk", f"{weights}, {dtype}"),
         ("memory to train", f"{size_text(plan.bytes_to_train)} and activations (AdamW, all weights)"),
         ("memory to serve", f"{weights} and {cache} for each 1000 tokens of a text"),
-        ("computes the dense function", f"no: {plan.inexactness}" if plan.inexactness else "yes"),
+        ("computes the dense function", f"no: {plan.reason_not_exact}" if plan.reason_not_exact else "yes"),
         *(verification.rows() if verification else []),
     ]
     table = Table("", title)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..configuration_moe import MoEConfig
-from ..upcycling import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
+from ..resizing import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
 from ..utils.command_line import DtypeName, parse
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, options, growth, pruning = parse(
         [ResizeArguments, ResizeOptions, GrowthOptions, PruningOptions], __doc__, argv
     )
-    before, after, inexactness = resize_checkpoint(
+    before, after, reason_not_exact = resize_checkpoint(
         args.model_name_or_path,
         args.output_dir,
         options,
@@ -60,5 +60,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     titles = ("parameters", "active per token", "experts, per token")
     for row in zip(titles, _column(before), _column(after), strict=True):
         table.add_row(*row)
-    table.add_row("same function", "", f"no: {inexactness}" if inexactness else "yes")
+    table.add_row("same function", "", f"no: {reason_not_exact}" if reason_not_exact else "yes")
     Console().print(table)
