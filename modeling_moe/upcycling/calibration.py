@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_moe import MoEConfig
-from ..data.documents import DataArguments, cut_documents
+from ..data import DataArguments, cut_documents
 from ..utils.errors import UserError
 from ..utils.seeds import generator_for
 from .clustering import balanced_clusters, kmeans
@@ -88,7 +88,7 @@ def load_domains(calibration_data: list[str]) -> dict[str, datasets.Dataset]:
     """Documents of each domain.
 
     Args:
-        calibration_data: `domain=source` each, see [`~modeling_moe.training.DataArguments`].
+        calibration_data: `domain=source` each, see [`~modeling_moe.data.DataArguments`].
 
     Raises:
         UserError: if one is malformed, does not exist or holds no text.
