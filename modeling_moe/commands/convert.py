@@ -18,7 +18,8 @@ from rich.table import Table
 
 from ..configuration_moe import MoEConfig
 from ..conversion import TARGETS, Verification, convert_checkpoint
-from ..utils.command_line import DtypeName, parse
+from ..utils.command_line import parse
+from ..utils.loading import DtypeName
 
 
 @dataclass

@@ -22,8 +22,8 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from ..data.documents import DataArguments
-from ..evaluation.scoring import DomainScore, EvaluationArguments, evaluate_lm
+from ..data import DataArguments
+from ..evaluation import DomainScore, EvaluationArguments, evaluate_lm
 from ..utils.command_line import parse, refuse_missing_folder
 from ..utils.json_files import write_json
 

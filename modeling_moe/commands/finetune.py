@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data import DataArguments
 from ..training import (
-    DataArguments,
     FinetuneArguments,
     FinetuneResult,
     LoraArguments,

@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from ..utils.chat import render_chat
-from ..utils.command_line import DtypeName, parse
+from ..utils.command_line import parse
 from ..utils.errors import UserError
-from ..utils.loading import load_model, load_tokenizer, parse_dtype, refuse_longer, refuse_misfit
+from ..utils.loading import DtypeName, load_model, load_tokenizer, parse_dtype, refuse_longer, refuse_misfit
 
 
 # max_new_tokens of a text, and of a turn of a chat, where the user gives none
@@ -136,6 +136,8 @@ class GenerationArguments:
 def load_writer(args: GenerationArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model in evaluation mode on the chosen device, and the tokenizer.
 
+    A model with a LoRA adapter makes this function call [`~modeling_moe.lora.enable`].
+
     Raises:
         UserError: if model or tokenizer cannot be loaded, they do not fit each other, or the device cannot be used.
     """
@@ -148,6 +150,11 @@ def load_writer(args: GenerationArguments) -> tuple[PreTrainedModel, PreTrainedT
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     model = load_model(args.model_name_or_path, args.gguf_file, args.dtype, trust_remote_code=args.trust_remote_code)
+    if getattr(model, "peft_config", None):
+        # here, since PEFT takes seconds to import
+        from ..lora import enable
+
+        enable()
     refuse_misfit(tokenizer, model)
     model.to(device)  # pyrefly: ignore[bad-argument-type]: a decorator of transformers hides the signature
     return model.eval(), tokenizer

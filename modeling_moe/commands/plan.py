@@ -18,8 +18,8 @@ from rich.table import Table
 
 from ..conversion import Verification
 from ..upcycling import UpcyclingOptions, UpcyclingPlan, make_plan
-from ..utils.command_line import DtypeName, parse
-from ..utils.loading import load_config, parse_dtype
+from ..utils.command_line import parse
+from ..utils.loading import DtypeName, load_config, parse_dtype
 from ..utils.sizes import size_text
 
 

@@ -25,10 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from ..data.documents import DataArguments
-from ..evaluation.expert_load import ExpertLoadRecorder, experts_modules
-from ..evaluation.routing_metrics import max_violation
-from ..evaluation.scoring import EvaluationArguments, load_for_scoring, score
+from ..data import DataArguments
+from ..evaluation import (
+    EvaluationArguments,
+    ExpertLoadRecorder,
+    experts_modules,
+    load_for_scoring,
+    max_violation,
+    score,
+)
 from ..utils.atomic import write_text
 from ..utils.command_line import parse, refuse_missing_folder
 from ..utils.errors import UserError
@@ -108,7 +113,7 @@ def measure_load(model: PreTrainedModel, blocks: datasets.Dataset, batch_size: i
 
     Args:
         model: any MoE causal LM, on the device to run on.
-        blocks: see [`~modeling_moe.evaluation.scoring.score`].
+        blocks: see [`~modeling_moe.evaluation.score`].
         batch_size: blocks of one forward pass.
         desc: text of the progress bar.
 

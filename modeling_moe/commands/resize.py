@@ -17,7 +17,8 @@ from rich.table import Table
 
 from ..configuration_moe import MoEConfig
 from ..resizing import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
-from ..utils.command_line import DtypeName, parse
+from ..utils.command_line import parse
+from ..utils.loading import DtypeName
 
 
 @dataclass

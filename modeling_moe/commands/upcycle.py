@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 
 from ..conversion import Verification
 from ..upcycling import UpcyclingOptions, UpcyclingPlan, open_sources, plan_upcycling, upcycle_checkpoint
-from ..utils.command_line import DtypeName, parse
+from ..utils.command_line import parse
 from ..utils.errors import UserError
+from ..utils.loading import DtypeName
 from .plan import print_plan
 
 

@@ -16,7 +16,7 @@ from argparse import (
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
@@ -31,8 +31,6 @@ from .recipes import recipes
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 RECIPE_ENDINGS = (".yaml", ".yml")
-# the type of every --dtype flag; `parse_dtype` of loading.py turns the name into a dtype of torch
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def program() -> str:

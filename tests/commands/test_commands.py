@@ -13,7 +13,7 @@ from modeling_moe import MoEForCausalLM
 from modeling_moe.commands import env, report
 from modeling_moe.commands.main import main
 from modeling_moe.commands.presets import _purpose
-from modeling_moe.data.documents import DataArguments
+from modeling_moe.data import DataArguments
 from modeling_moe.dispatch import backend_of
 from modeling_moe.utils.presets import presets
 from modeling_moe.utils.recipes import CONFIGURATION, recipes

@@ -84,7 +84,7 @@ def test_a_damaged_trainer_state_is_refused(content, run):
     folder, resume = run
     (folder / "trainer_state.json").write_text(content)
     assert "trainer_state.json is damaged" in resume("--resume_from_checkpoint", folder)
-    assert "holds no checkpoint that is whole" in resume()
+    assert "holds no complete checkpoint" in resume()
 
 
 def test_damaged_weights_of_a_checkpoint_are_refused(run):
@@ -106,7 +106,7 @@ def test_another_schedule_is_warned_about(run, checkpoint, text_file, monkeypatc
     assert "is at step 2, past max_steps 1: raise it" in resume("--max_steps", "1")
     flags = [*small(checkpoint, text_file, folder.parent, steps=3), "--eval_fraction", "0", "--save_steps", "2"]
     finetune(monkeypatch, *flags, "--resume_from_checkpoint", "true")
-    assert "was to end at step 2 and this one ends at 3" in caplog.text
+    assert "was planned to end at step 2, and this run ends at 3" in caplog.text
     caplog.clear()
     finetune(monkeypatch, *flags, "--resume_from_checkpoint", "true", "--lr_scheduler_type", "constant")
     assert "was to end" not in caplog.text
@@ -150,7 +150,7 @@ def test_overwrite_keeps_files_that_no_run_wrote(checkpoint, text_file, tmp_path
     line = mistake(monkeypatch, capsys, *small(checkpoint, text_file, tmp_path / "other"), "--overwrite")
     assert "which no fine-tuning wrote: choose another" in line
     line = mistake(monkeypatch, capsys, *small(checkpoint, text_file, checkpoint), "--overwrite")
-    assert "is the model to train, which would be replaced" in line
+    assert "is the folder of the model to train" in line
 
 
 def test_a_missing_output_dir_is_refused(checkpoint, text_file, tmp_path, monkeypatch, capsys):
