@@ -83,6 +83,7 @@ def plain_errors(cls: Any) -> Any:
 
     def __setattr__(self, name: str, value: Any) -> None:
         field = self.attribute_map.get(name, name)
+        value = self._current_value(field, value)
         try:
             strict_setattr(self, field, value)
         except StrictDataclassFieldValidationError as error:

@@ -18,7 +18,7 @@ from .configuration_derived import PER_LAYER, first_layers, follow, settle
 from .configuration_fields import number, plain_errors, shown
 from .configuration_plans import expert_parallel_plan, tensor_parallel_plan
 from .router import SCORING_FUNCS, Router
-from .router_catalogue import ROUTERS, router_class
+from .router_catalogue import ROUTERS, current_value, router_class
 
 
 logger = logging.get_logger(__name__)
@@ -97,7 +97,7 @@ class MoEConfig(PreTrainedConfig):
         experts_recompute: compute the experts' first projection again in backward rather than keep it: no activation
             of a routed expert is kept then, for 22% more arithmetic in their training (by this package's dispatch alone).
         router_type: how experts are chosen; a key of `modeling_moe.router_catalogue.ROUTERS`, whose classes give paper and equation.
-        allow_noncausal: permit routing in which a token's experts depend on later tokens (`expert_choice`, `soft`; `base`
+        allow_noncausal: permit routing in which a token's experts depend on later tokens (`expert_choice`, `soft_moe`; `base_layer`
             and `sinkhorn` in training; capacity by probability or choice). A causal language model learns to cheat by it.
         scoring_func: `"softmax"`, `"sigmoid"` (DeepSeek-V3) or `"sqrtsoftplus"` (DeepSeek-V4).
         router_bias: a bias on the router's logits (gpt-oss).
@@ -109,12 +109,12 @@ class MoEConfig(PreTrainedConfig):
         group_score: strength of a group: its two best experts together (`"top2sum"`, DeepSeek-V3) or the best (`"max"`, V2).
         num_null_experts: further outputs of the router that do nothing, so that tokens use fewer real experts.
         num_copy_experts: further outputs of the router that return the token.
-        expected_experts_per_tok: real experts of a token that `router_controller="pid"` aims at; all K if not given.
+        expected_experts_per_tok: real experts of a token that `router_controller="proportional"` aims at; all K if not given.
         router_selection_bias: add the fp32 buffer `e_score_correction_bias` to the scores that choose the experts, not
             to those that weigh them (DeepSeek-V3, arXiv:2408.15664).
         router_controller: what moves that bias once per optimizer step: `"bias"` by the sign of the imbalance (DeepSeek-V3),
-            `"pid"` in proportion to it (LongCat-Flash), `"quantile"` to where it would vanish (Megatron-LM).
-        router_bias_update_rate: step of `"bias"` (the controller, if this is positive and none is named) and of `"pid"`.
+            `"proportional"` in proportion to it (LongCat-Flash), `"quantile"` to where it would vanish (Megatron-LM).
+        router_bias_update_rate: step of `"bias"` (the controller, if this is positive and none is named) and of `"proportional"`.
         router_ema_decay: decay of the moving averages of `"quantile"` and of `router_type="expert_threshold"`.
         router_jitter_noise: multiply the router's input, and nothing else, by U[1 - noise, 1 + noise] in training (Switch).
         router_gradient: `"topk"` through the chosen experts' weights; `"dense"`, from all experts at the cost of computing
@@ -126,13 +126,13 @@ class MoEConfig(PreTrainedConfig):
         router_threshold_mode: `continuous`: `"fixed"`, `"learned"`, or `"budget"`, a tau for each token at which its weights
             sum to `num_experts_per_tok`.
         router_cutoff: `continuous`: weights up to this are left out.
-        router_sparsity_coef: `relu`: where the coefficient of its loss begins.
-        router_sparsity_step: `relu`: factor by which the coefficient moves, once per optimizer step.
+        router_sparsity_coef: `remoe`: where the coefficient of its loss begins.
+        router_sparsity_step: `remoe`: factor by which the coefficient moves, once per optimizer step.
         hash_seed: `hash`: seed of the tables.
         num_hash_layers: so many first layers have `router_type="hash_scored"` (DeepSeek-V4).
-        num_tasks: `task` and `task_gate`: tasks that `task_ids` may name.
-        slots_per_expert: `soft`: means of tokens that an expert processes.
-        segment_length: `segment`: tokens that share a merged expert.
+        num_tasks: `task` and `mmoe`: tasks that `task_ids` may name.
+        slots_per_expert: `soft_moe`: means of tokens that an expert processes.
+        segment_length: `lory`: tokens that share a merged expert.
         capacity_factor: in training, an expert takes `ceil(factor * n * K / E)` of a sequence's n tokens; no limit if not
             given. Dropped tokens pass on their residual.
         eval_capacity_factor: the same in evaluation; no limit if not given.
@@ -250,7 +250,7 @@ class MoEConfig(PreTrainedConfig):
     num_copy_experts: int = number(0, 0, 2**16)
     expected_experts_per_tok: float | int | None = number(None, above=0, highest=2**17)
     router_selection_bias: bool = False
-    router_controller: Literal["bias", "pid", "quantile"] | None = None
+    router_controller: Literal["bias", "proportional", "quantile"] | None = None
     router_bias_update_rate: float | int = number(0.0, 0, 1e6)
     router_ema_decay: float | int = number(0.99, 0, below=1)
     router_jitter_noise: float | int = number(0.0, 0, 1)
@@ -285,6 +285,9 @@ class MoEConfig(PreTrainedConfig):
     pad_token_id: int | None = number(None, -1, 2**31)
     bos_token_id: int | None = number(None, -1, 2**31)
     eos_token_id: int | list[int] | None = number(None, -1, 2**31)
+
+    # names that earlier versions gave the values of fields
+    _current_value = staticmethod(current_value)
 
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
@@ -570,7 +573,7 @@ class MoEConfig(PreTrainedConfig):
                 f"router_gradient='dense' cannot compute copy experts, nor {name}: set it to 'topk'.",
             ),
             (
-                self.router_bias and (router.logits is not Router.logits or not router.biased),
+                self.router_bias and (router.logits is not Router.logits or not router.uses_router_bias),
                 f"router_bias has no effect with {name}: set it to False.",
             ),
             (
@@ -582,7 +585,7 @@ class MoEConfig(PreTrainedConfig):
                 f"n_group has no effect with {name}: set it to 1.",
             ),
             (
-                self.max_experts_per_tok is not None and not router.bounded,
+                self.max_experts_per_tok is not None and not router.limits_experts,
                 f"max_experts_per_tok has no effect with {name}: leave it unset.",
             ),
             (
@@ -596,7 +599,7 @@ class MoEConfig(PreTrainedConfig):
                 "router_selection_bias=True.",
             ),
             (
-                self.router_controller in ("bias", "pid") and not self.router_bias_update_rate,
+                self.router_controller in ("bias", "proportional") and not self.router_bias_update_rate,
                 f"router_controller={self.router_controller!r} needs a step: set router_bias_update_rate.",
             ),
             (
@@ -629,8 +632,8 @@ class MoEConfig(PreTrainedConfig):
             reason = "kv_lora_rank is set, and the pages have no room for latents"
         elif not (router.per_token and (router.causal or not training)) and "sparse" in self.mlp_layer_types:
             reason = f"router_type={self.router_type!r} mixes the tokens of a row"
-        elif router.asks_for is not None and "sparse" in self.mlp_layer_types:
-            reason = f"router_type={self.router_type!r} asks for {router.asks_for}, which a request cannot give"
+        elif router.required_input is not None and "sparse" in self.mlp_layer_types:
+            reason = f"router_type={self.router_type!r} asks for {router.required_input}, which a request cannot give"
         elif capacity is not None:
             reason = f"{capacity} counts the tokens of a row"
         elif dynamic := self._rope_types().intersection(("dynamic", "longrope")):
@@ -668,14 +671,14 @@ class MoEConfig(PreTrainedConfig):
         return any(limit is not None for limit in limits)
 
     @property
-    def leaves_slots_empty(self) -> bool:
+    def has_empty_slots(self) -> bool:
         """Whether a token may have fewer than K experts with weights."""
         return self.num_router_outputs > self.num_experts or self.has_capacity or router_class(self).variable_k
 
     @property
     def controller(self) -> str | None:
         """Key in `modeling_moe.router_balancing.CONTROLLERS` of what moves the routers' buffers, if anything does."""
-        return self.router_controller or router_class(self).own_controller
+        return self.router_controller or router_class(self).default_controller
 
     @property
     def has_shared_experts(self) -> bool:

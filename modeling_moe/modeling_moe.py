@@ -150,7 +150,7 @@ class MoEExperts(ExpertsBase):
         limit = config.swiglu_limit
         self.gate_clamp = None if limit is None else (float(config.swiglu_alpha), float(limit))
         # under this flag alone transformers' functions skip ids beyond the last expert, at some cost
-        self._is_expert_parallel = config.leaves_slots_empty
+        self._is_expert_parallel = config.has_empty_slots
 
     def forward(
         self,
@@ -185,7 +185,7 @@ class MoEExperts(ExpertsBase):
         else:
             for name, update in updates.items():
                 if update.dropout:
-                    raise ValueError("router_type='segment' merges the experts' weights: set lora_dropout to 0.")
+                    raise ValueError("router_type='lory' merges the experts' weights: set lora_dropout to 0.")
                 weights[name] = weights[name] + update.scaling * (update.b @ update.a).to(weights[name].dtype)
             weights = {name: torch.tensordot(gates.to(w.dtype), w, dims=1) for name, w in weights.items()}
             updates = {}
@@ -230,7 +230,7 @@ class MoEBlock(nn.Module):
     def router(self) -> Router:
         """The router itself, where PEFT has put a layer of its own in the gate's place."""
         router: Any = self.gate
-        while not hasattr(router, "own_loss"):
+        while not hasattr(router, "auxiliary_loss"):
             router = router.base_layer
         return router
 
@@ -477,7 +477,7 @@ class MoEModel(MoEPreTrainedModel):
     @property
     def has_router_losses(self) -> bool:
         """Whether any router loss has a weight."""
-        own = router_class(self.config).own_loss is not Router.own_loss
+        own = router_class(self.config).auxiliary_loss is not Router.auxiliary_loss
         return bool(self.sparse_blocks()) and (own or any(getattr(self.config, name) > 0 for name in LOSSES))
 
     def sparse_blocks(self) -> list[MoEBlock]:
@@ -509,7 +509,7 @@ class MoEModel(MoEPreTrainedModel):
             attention_mask: (B, S), 0 at padding; or what transformers' mask utilities accept, of which the router losses
                 cannot tell the padding: every token counts.
             position_ids: (B, S) or (1, S); restarts mark packed sequences, each of which is routed as if it were alone
-                (but by `base` and `sinkhorn` in training, which share out the tokens of the whole batch). So do
+                (but by `base_layer` and `sinkhorn` in training, which share out the tokens of the whole batch). So do
                 `cu_seq_lens_q`, which FlashAttention reads.
             cache: of earlier tokens; `past_key_values` is another name for it.
             inputs_embeds: (B, S, H), in the place of `input_ids`.

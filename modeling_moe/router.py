@@ -28,7 +28,7 @@ class Routing(NamedTuple):
         index: (T, K) int64, the chosen experts: below E routed ones, then null experts, then copy experts; `E + Z` marks
             an empty slot (dropped or unused). The experts skip all that is E or more.
         probs: (T, E + Z) fp32, scores normalised to sum 1.
-        chance: (T, E + Z) fp32, probability that the noise selects an expert, differentiable; None without noise.
+        selection_probability: (T, E + Z) fp32, probability that the noise selects an expert, differentiable; None without noise.
         mixture: fp32, what [`Router.mix`] needs beside the others, if anything: by default (T, E + Z), the weights that
             `router_gradient="dense"` differentiates in training.
     """
@@ -37,7 +37,7 @@ class Routing(NamedTuple):
     weight: torch.Tensor
     index: torch.Tensor
     probs: torch.Tensor
-    chance: torch.Tensor | None = None
+    selection_probability: torch.Tensor | None = None
     mixture: torch.Tensor | None = None
 
 
@@ -102,7 +102,7 @@ def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.
     return (mask * values).where(mask > 0, 0.0).sum(dim=0) / mask.sum().clamp(min=1)
 
 
-def history_slot(config, layer_idx: int) -> int:
+def history_layer(config, layer_idx: int) -> int:
     """Index of the layer in the cache that holds what a sparse layer keeps of earlier tokens; the layers leave no gap."""
     return config.num_hidden_layers + config.mlp_layer_types[:layer_idx].count("sparse")
 
@@ -114,7 +114,7 @@ def extend_history(cache, slot: int, states: torch.Tensor) -> torch.Tensor:
 
     Args:
         cache: as `generate` makes it; None for a sequence that begins here.
-        slot: index of that layer, see [`history_slot`].
+        slot: index of that layer, see [`history_layer`].
         states: (B, S, N).
 
     Returns:
@@ -203,15 +203,15 @@ class Router(nn.Module):
     # number of experts differs from token to token
     variable_k: ClassVar[bool] = False
     # `max_experts_per_tok` has an effect
-    bounded: ClassVar[bool] = False
+    limits_experts: ClassVar[bool] = False
     # `router_bias` has an effect, unless `logits` is overridden
-    biased: ClassVar[bool] = True
+    uses_router_bias: ClassVar[bool] = True
     # value of `norm_topk_prob` where the configuration gives none
     norm_topk_prob_default: ClassVar[bool] = True
     # argument of the model's forward that the router cannot do without, beside the tokens
-    asks_for: ClassVar[str | None] = None
+    required_input: ClassVar[str | None] = None
     # controller that the router cannot do without, a key of `modeling_moe.router_balancing.CONTROLLERS`
-    own_controller: ClassVar[str | None] = None
+    default_controller: ClassVar[str | None] = None
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__()
@@ -330,7 +330,7 @@ class Router(nn.Module):
             output = output + (share * hidden_states).to(output.dtype)
         return output
 
-    def own_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor | None:
+    def auxiliary_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor | None:
         """A scalar that this router adds to the training loss, its weight included; None if it has none."""
 
     def _apply(self, fn, recurse=True):

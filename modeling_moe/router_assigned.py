@@ -49,7 +49,7 @@ class HashRouter(Router):
     It is saved with the model. `hash_scored` is DeepSeek-V4's: a learned gate weighs the experts of the table.
     """
 
-    scored = biased = False
+    scored = uses_router_bias = False
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -102,7 +102,7 @@ class HashRouter(Router):
 class ScoredHashRouter(HashRouter):
     """DeepSeek-V4's first layers: the table chooses, a learned gate weighs. See [`HashRouter`]."""
 
-    scored = biased = True
+    scored = uses_router_bias = True
 
 
 def task_of(context: RoutingContext) -> torch.Tensor:
@@ -123,7 +123,7 @@ class TaskRouter(TopKRouter):
     [`~modeling_moe.upcycling.extract_task`] takes out as a model of its own.
     """
 
-    asks_for = "task_ids"
+    required_input = "task_ids"
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -146,7 +146,7 @@ class MMoERouter(TopKRouter):
     The paper mixes all experts: `num_experts_per_tok=num_experts`; fewer make it sparse.
     """
 
-    asks_for = "task_ids"
+    required_input = "task_ids"
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -165,7 +165,7 @@ class UniformRouter(Router):
     The weights are `expert_weight` (E,), a parameter.
     """
 
-    biased = False
+    uses_router_bias = False
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -175,7 +175,7 @@ class UniformRouter(Router):
     @classmethod
     def validate(cls, config) -> None:
         if config.num_experts_per_tok != config.num_experts:
-            raise ValueError("router_type='fixed' uses all experts: set num_experts_per_tok to num_experts.")
+            raise ValueError("router_type='uniform' uses all experts: set num_experts_per_tok to num_experts.")
 
     def init_weights(self, std: float) -> None:
         init.constant_(self.expert_weight, 1 / self.num_experts)

@@ -145,7 +145,7 @@ class SparsityController(Controller):
 # router_controller, or a router's own -> controller
 CONTROLLERS: dict[str, Controller] = {
     "bias": BiasController(),
-    "pid": ProportionalController(),
+    "proportional": ProportionalController(),
     "quantile": QuantileController(),
     "threshold": ThresholdController(),
     "sparsity": SparsityController(),

@@ -28,7 +28,7 @@ class ExpertChoiceRouter(VariableRouter):
 
     causal = False
     per_token = False
-    bounded = False
+    limits_experts = False
 
     def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         sequence = context.sequences(len(scores), scores.device)
@@ -55,7 +55,7 @@ class ExpertThresholdRouter(VariableRouter):
     expert: keep a shared one (`num_shared_experts`).
     """
 
-    own_controller = "threshold"
+    default_controller = "threshold"
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -124,10 +124,12 @@ class BaseLayerRouter(TopKRouter):
     def validate(cls, config) -> None:
         if config.num_experts_per_tok != 1:
             raise ValueError(
-                f"num_experts_per_tok is {config.num_experts_per_tok}: router_type='base' assigns each token to 1 expert."
+                f"num_experts_per_tok is {config.num_experts_per_tok}: router_type='base_layer' assigns each token to 1 expert."
             )
         if config.router_selection_bias or config.n_group > 1:
-            raise ValueError("router_type='base' balances by itself: set router_selection_bias=False and n_group=1.")
+            raise ValueError(
+                "router_type='base_layer' balances by itself: set router_selection_bias=False and n_group=1."
+            )
 
     def route(self, logits: torch.Tensor, context: RoutingContext):
         if not self.training:

@@ -11,7 +11,7 @@ weights are never full.
 import torch
 
 from .model_packing import running_min, running_sum
-from .router import Routing, RoutingContext, extend_history, history_slot
+from .router import Routing, RoutingContext, extend_history, history_layer
 
 
 # places that no sequence fills, in integers that [`running_min`] can shift
@@ -36,7 +36,7 @@ class Capacity:
         self.priority = config.capacity_priority
         # whether earlier tokens of a sequence count that only a cache knows
         self.remembers = self.priority == "token" and (self.absolute is not None or self.running)
-        self.history = history_slot(config, layer_idx)
+        self.history = history_layer(config, layer_idx)
 
     def __call__(self, routing: Routing, context: RoutingContext, training: bool) -> Routing:
         """The routing of T tokens with the slots that found no room emptied.

@@ -2,11 +2,14 @@
 """The catalogue: what `router_type` may be. A router of one's own is added to it by its name."""
 
 from collections.abc import Callable
+from typing import Any
+
+from transformers.utils import logging
 
 from .router import Router
 from .router_assigned import HashRouter, MMoERouter, ScoredHashRouter, TaskRouter, UniformRouter
 from .router_batch import BaseLayerRouter, ExpertChoiceRouter, ExpertThresholdRouter, SinkhornRouter
-from .router_soft import LoryRouter, SoftRouter
+from .router_soft import LoryRouter, SoftMoERouter
 from .router_topk import (
     GShardRouter,
     GumbelTopKRouter,
@@ -15,8 +18,10 @@ from .router_topk import (
     SparseMixerRouter,
     TopKRouter,
 )
-from .router_variable_k import ContinuousRouter, ReLURouter, TopPRouter
+from .router_variable_k import ContinuousRouter, ReMoERouter, TopPRouter
 
+
+logger = logging.get_logger(__name__)
 
 # router_type -> class
 ROUTERS: dict[str, type[Router]] = {
@@ -29,20 +34,45 @@ ROUTERS: dict[str, type[Router]] = {
     "hash": HashRouter,
     "hash_scored": ScoredHashRouter,
     "task": TaskRouter,
-    "task_gate": MMoERouter,
-    "fixed": UniformRouter,
+    "mmoe": MMoERouter,
+    "uniform": UniformRouter,
     "top_p": TopPRouter,
     "continuous": ContinuousRouter,
-    "relu": ReLURouter,
+    "remoe": ReMoERouter,
     "expert_choice": ExpertChoiceRouter,
     "expert_threshold": ExpertThresholdRouter,
     "sinkhorn": SinkhornRouter,
-    "base": BaseLayerRouter,
-    "soft": SoftRouter,
-    "segment": LoryRouter,
+    "base_layer": BaseLayerRouter,
+    "soft_moe": SoftMoERouter,
+    "lory": LoryRouter,
 }
 # router_type -> what imports the class, in a checkpoint that brings the code of a router of its author's own
 OWN_ROUTERS: dict[str, Callable[[], type[Router]]] = {}
+
+# field -> name that versions before 0.4.0 gave a value -> name of the value now
+RENAMED_VALUES: dict[str, dict[str, str]] = {
+    "router_type": {
+        "task_gate": "mmoe",
+        "fixed": "uniform",
+        "relu": "remoe",
+        "base": "base_layer",
+        "soft": "soft_moe",
+        "segment": "lory",
+    },
+    "router_controller": {"pid": "proportional"},
+}
+
+
+def current_value(field: str, value: Any) -> Any:
+    """Returns the present name of a field's value, and warns once if `value` is a name from before version 0.4.0.
+
+    A router that somebody has registered in `ROUTERS` under an old name keeps that name.
+    """
+    renamed = RENAMED_VALUES.get(field, {})
+    if not isinstance(value, str) or value not in renamed or value in ROUTERS or value in OWN_ROUTERS:
+        return value
+    logger.warning_once(f"{field}={value!r} is an old name: write {field}={renamed[value]!r}.")
+    return renamed[value]
 
 
 def router_class(config, layer_idx: int | None = None) -> type[Router]:

@@ -172,10 +172,10 @@ def load_loss(
 
     Without noise (in evaluation) P is 1 or 0, and the loss has no gradient.
     """
-    if routing.chance is None:
+    if routing.selection_probability is None:
         return coefficient_of_variation_squared(expert_load(routing, token_mask)[:num_experts])
-    mask = 1.0 if token_mask is None else token_mask[:, None].to(routing.chance.dtype)
-    return coefficient_of_variation_squared((routing.chance * mask).sum(dim=0)[:num_experts])
+    mask = 1.0 if token_mask is None else token_mask[:, None].to(routing.selection_probability.dtype)
+    return coefficient_of_variation_squared((routing.selection_probability * mask).sum(dim=0)[:num_experts])
 
 
 def router_entropy_loss(

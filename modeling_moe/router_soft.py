@@ -13,10 +13,10 @@ from torch import nn
 from transformers import initialization as init
 
 from .model_packing import running_sum
-from .router import Router, Routing, RoutingContext, extend_history, fp32_linear, history_slot, renormalise
+from .router import Router, Routing, RoutingContext, extend_history, fp32_linear, history_layer, renormalise
 
 
-class SoftRouter(Router):
+class SoftMoERouter(Router):
     """Each expert processes `slots_per_expert` weighted means of a sequence's tokens (Soft MoE, arXiv:2308.00951, eq. 1-3).
 
     `L = scale * normed(x) normed(phi)^T` (section 2.3), softmax over the tokens to build a slot, over the slots to give
@@ -104,7 +104,7 @@ class LoryRouter(Router):
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
         self.segment_length = config.segment_length
-        self.history = history_slot(config, layer_idx)
+        self.history = history_layer(config, layer_idx)
 
     def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         """(T, E), equal for all tokens of a segment."""

@@ -41,7 +41,7 @@ def measure(
     mask = context.token_mask
     losses = router_losses(chosen, context, block.config, weights)
     # a router's own buffers are for training: where weights are offloaded they lie elsewhere
-    own_loss = block.router.own_loss(chosen, mask) if block.training else None
+    auxiliary_loss = block.router.auxiliary_loss(chosen, mask) if block.training else None
     with torch.no_grad():
         statistics = losses.new_zeros(0)
         if block.controller is not None and block.training:
@@ -49,7 +49,7 @@ def measure(
         elif block.config.controller is not None:
             statistics = losses.new_zeros(CONTROLLERS[block.config.controller].size(block.config.num_router_outputs))
     return RouterSignals(
-        losses=torch.cat([losses, losses.new_zeros(1) if own_loss is None else own_loss[None]]),
+        losses=torch.cat([losses, losses.new_zeros(1) if auxiliary_loss is None else auxiliary_loss[None]]),
         load=expert_load(chosen, mask),
         probs=mean_probs(chosen, weights.weight)[0],
         statistics=statistics,

@@ -60,7 +60,7 @@ class TopKRouter(Router):
 class NoisyTopKRouter(TopKRouter):
     """Learned Gaussian noise on the logits in training (Shazeer et al., arXiv:1701.06538, eq. 3-5 and appendix A).
 
-    `h = x W_g + N(0, 1) * (softplus(x W_noise) + 0.01)`; both matrices start at 0. `Routing.chance` is the paper's P(x, i),
+    `h = x W_g + N(0, 1) * (softplus(x W_noise) + 0.01)`; both matrices start at 0. `Routing.selection_probability` is the paper's P(x, i),
     of which `router_load_loss_coef` weighs the load loss.
     """
 
@@ -92,9 +92,9 @@ class NoisyTopKRouter(TopKRouter):
             return self.route(clean, context)
         std = nn.functional.softplus(fp32_linear(hidden_states, self.noise_weight)) + 0.01
         noisy = clean + std * torch.randn_like(std)
-        return self.route(noisy, context)._replace(chance=self.chance(clean, noisy, std))
+        return self.route(noisy, context)._replace(selection_probability=self.selection_probability(clean, noisy, std))
 
-    def chance(self, clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    def selection_probability(self, clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
         """Probability (T, E) that an expert is among the K best if only its own noise is drawn again."""
         best = noisy.topk(self.top_k + 1, dim=-1).values
         kth, next_best = best[:, -2:-1], best[:, -1:]
@@ -203,7 +203,7 @@ class HierarchicalRouter(Router):
     not computed: H (G + topk_group * E / G) products rather than H E. `logits` of their experts are -inf, `probs` 0.
     """
 
-    biased = False
+    uses_router_bias = False
 
     @classmethod
     def validate(cls, config) -> None:

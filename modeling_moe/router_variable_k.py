@@ -17,7 +17,7 @@ class VariableRouter(Router):
     """Uses the experts that `active` says; weights are the scores, not renormalised by default."""
 
     variable_k = True
-    bounded = True
+    limits_experts = True
     norm_topk_prob_default = False
 
     def __init__(self, config, layer_idx: int = 0):
@@ -115,7 +115,7 @@ class ContinuousRouter(VariableRouter):
         return tau + (slope * (logits - logits.detach())).sum(dim=-1, keepdim=True)
 
 
-class ReLURouter(VariableRouter):
+class ReMoERouter(VariableRouter):
     """`weight = relu(logit)`: a token uses the experts with a positive one (ReMoE, arXiv:2412.14711).
 
     Its own loss `lambda * mean_t sum_i f_i weight_ti`, with `f_i = E * c_i / (K T)`, makes the weights sparse and balanced;
@@ -123,7 +123,7 @@ class ReLURouter(VariableRouter):
     per optimizer step, so that a token uses `num_experts_per_tok` experts on average over the layers.
     """
 
-    own_controller = "sparsity"
+    default_controller = "sparsity"
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -144,11 +144,11 @@ class ReLURouter(VariableRouter):
     def active(self, scores: torch.Tensor) -> torch.Tensor:
         return scores > 0
 
-    def own_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
-        return self.sparsity_coef[0] * relu_loss(routing, self.top_k, token_mask)
+    def auxiliary_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.sparsity_coef[0] * remoe_loss(routing, self.top_k, token_mask)
 
 
-def relu_loss(routing: Routing, top_k: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+def remoe_loss(routing: Routing, top_k: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """`mean_t sum_i f_i w_ti` with `f_i = E * c_i / (K T)`: the weights' L1 norm, more of it for busy experts.
 
     ReMoE (arXiv:2412.14711).

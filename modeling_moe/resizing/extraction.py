@@ -12,7 +12,7 @@ from ..router import RoutingContext
 
 # fields of a router that an extracted model has no use for, and what they are then
 _PLAIN = {
-    "router_type": "fixed",
+    "router_type": "uniform",
     "num_tasks": 1,
     "routed_scaling_factor": 1.0,
     "norm_topk_prob": False,
@@ -39,7 +39,7 @@ def extract_task(model: MoEForCausalLM, task: int) -> MoEForCausalLM:
         task: as in `task_ids`.
 
     Returns:
-        A model with K experts in each sparse layer and `router_type="fixed"`, in evaluation mode, of the same dtype.
+        A model with K experts in each sparse layer and `router_type="uniform"`, in evaluation mode, of the same dtype.
 
     Raises:
         ValueError: for a model that routes otherwise, or a task that it does not have.

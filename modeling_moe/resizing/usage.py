@@ -93,7 +93,7 @@ def measure_usage(model: MoEForCausalLM, batches: Iterable[dict[str, Any]]) -> U
         Usage of every sparse layer, as routed in evaluation, after capacity.
 
     Raises:
-        UserError: for a router that does not send tokens to experts (`soft`, `segment`), or without any token.
+        UserError: for a router that does not send tokens to experts (`soft_moe`, `lory`), or without any token.
     """
     blocks = {i: layer.mlp for i, layer in enumerate(model.model.layers) if layer.is_sparse}
     if any(block.mix is not Router.mix for block in blocks.values()):

@@ -307,7 +307,7 @@ def recorded(model: MoEForCausalLM) -> Iterator[list[list[Routing]]]:
 
 
 def joined(routings: list[Routing]) -> Routing:
-    """One routing of all tokens; without `chance`, which evaluation does not have."""
+    """One routing of all tokens; without `selection_probability`, which evaluation does not have."""
     return Routing(*(torch.cat(parts) for parts in list(zip(*routings, strict=True))[:4]))
 
 
@@ -392,7 +392,7 @@ def compare_routers(args: ComparisonArguments) -> list[RouterResult]:
     configs = [router_config(model, entry) for entry in entries]
     corpus = load_corpus(args)
     for entry, config in zip(entries, configs, strict=True):
-        if config.router_type in ("task", "task_gate") and config.num_tasks < len(corpus.training):
+        if config.router_type in ("task", "mmoe") and config.num_tasks < len(corpus.training):
             raise UserError(
                 f"router {entry.name!r} has num_tasks={config.num_tasks} and the data {len(corpus.training)} domains, each "
                 "of which is a task: raise it"

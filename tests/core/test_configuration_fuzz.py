@@ -149,7 +149,7 @@ def fields_of(seed: int) -> dict:
         fields |= {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 6}
     if seed % 4 == 0:
         fields |= {"router_type": rng.choice(list(ROUTERS)), "allow_noncausal": True}
-        fields |= {"hierarchical": {"n_group": 2, "topk_group": 1}, "fixed": {"num_experts_per_tok": 4}}.get(
+        fields |= {"hierarchical": {"n_group": 2, "topk_group": 1}, "uniform": {"num_experts_per_tok": 4}}.get(
             fields["router_type"], {}
         )
     if seed % 3 == 0:
@@ -198,9 +198,7 @@ def run(config: MoEConfig, seed: int, folder) -> None:
     model = MoEForCausalLM(config).eval()
     ids = torch.randint(0, config.vocab_size, (2, 9))
     router = router_class(config)
-    tasks = (
-        {"task_ids": torch.tensor([0, config.num_tasks - 1])} if config.router_type in ("task", "task_gate") else {}
-    )
+    tasks = {"task_ids": torch.tensor([0, config.num_tasks - 1])} if config.router_type in ("task", "mmoe") else {}
     with torch.no_grad():
         logits = model(ids, **tasks).logits
         assert logits.isfinite().all()

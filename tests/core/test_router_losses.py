@@ -175,9 +175,9 @@ def test_importance_and_load_in_loops(mask, num_experts):
                 importance[i] += routing.weight[t, k].item()
                 load[i] += 1
         for i in range(5):
-            chance[i] += routing.chance[t, i].item()
+            chance[i] += routing.selection_probability[t, i].item()
     fields = {"token_mask": mask, "num_experts": num_experts}
-    silent = routing._replace(chance=None)
+    silent = routing._replace(selection_probability=None)
     for got, values in [
         (importance_loss(routing, **fields), importance),
         (load_loss(routing, **fields), chance),
@@ -247,7 +247,7 @@ def test_only_padding_gives_zero_and_a_finite_gradient(loss, rows):
 @pytest.mark.parametrize("masked", [False, True])
 def test_fp32_under_autocast(loss, chance, masked):
     routing = cast(random_routing(tokens=201), torch.float32)
-    routing = routing if chance else routing._replace(chance=None)
+    routing = routing if chance else routing._replace(selection_probability=None)
     fields = {"token_mask": torch.arange(201) % 3 > 0 if masked else None, "batch_size": 3, "num_experts": 4}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = loss(routing, **fields)
