@@ -129,6 +129,11 @@ def settings_of(cls: type) -> dict[str, Setting]:
     return {item.name: item.metadata["setting"] for item in dataclasses.fields(cls) if "setting" in item.metadata}
 
 
+def field_defaults(*groups: type) -> dict[str, Any]:
+    """Returns the defaults of all fields of some groups, such as to switch a feature off by `config.replace(...)`."""
+    return {item.name: item.default for group in groups for item in dataclasses.fields(group)}
+
+
 def with_effect(cls: type, effect: Effect) -> set[str]:
     """Returns the names of the fields of a configuration class that have an effect of this kind."""
     return {name for name, declared in settings_of(cls).items() if declared.effect == effect}
@@ -138,7 +143,8 @@ def accept_none(cls: Any) -> Any:
     """Lets the fields of a configuration class that follow from others accept None; to be applied before `@strict`."""
     for item in dataclasses.fields(cls):
         if "setting" in item.metadata and item.metadata["setting"].follows is not None:
-            item.type = item.type | None
+            declared: Any = item.type
+            item.type = declared | None
     return cls
 
 

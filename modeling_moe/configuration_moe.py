@@ -154,10 +154,10 @@ class MoEConfig(
                 "gradient from the task. Set norm_topk_prob=False unless the router is meant to stay as it is."
             )
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if "_derived" in self.__dict__ and name in self.__dataclass_fields__:
-            follow(self, name)
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
+        if "_derived" in self.__dict__ and key in self.__dataclass_fields__:
+            follow(self, key)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -174,7 +174,7 @@ class MoEConfig(
         return result
 
     @classmethod
-    def from_preset(cls, name: str, **changes: Any):
+    def from_preset(cls, name: str, **changes: Any) -> "MoEConfig":
         """Makes the configuration of a published model that is shipped with the package.
 
         Args:
@@ -186,7 +186,7 @@ class MoEConfig(
         """
         return cls.from_dict(json.loads(preset_file(name).read_text(encoding="utf-8"))).replace(**changes)
 
-    def replace(self, **changes: Any):
+    def replace(self, **changes: Any) -> "MoEConfig":
         """Makes a new configuration with some fields changed, and checks it.
 
         Derived fields follow the changes. Lists that name more layers than a smaller `num_hidden_layers` are cut.
@@ -216,13 +216,14 @@ class MoEConfig(
         self.standardize_rope_params()
         return kwargs
 
+    # transformers declares both plans as class variables; here they depend on the fields
     @property
-    def base_model_ep_plan(self) -> dict[str, str]:
+    def base_model_ep_plan(self) -> dict[str, str]:  # pyrefly: ignore[bad-override]
         """transformers' plan of expert parallelism."""
         return expert_parallel_plan(self)
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def base_model_tp_plan(self) -> dict[str, str]:  # pyrefly: ignore[bad-override]
         """transformers' plan of tensor parallelism."""
         return tensor_parallel_plan(self) | self.__dict__.get("_added_to_plan", {})
 

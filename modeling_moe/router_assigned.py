@@ -137,7 +137,7 @@ class TaskRouter(TopKRouter):
     """Routes whole sequences by their task: the gate sees a learned embedding of it in the place of the token.
 
     Task-level routing (Kudugunta et al., arXiv:2110.03742): all tokens of a task share K experts, which
-    [`~modeling_moe.upcycling.extract_task`] takes out as a model of its own.
+    [`~modeling_moe.resizing.extract_task`] takes out as a model of its own.
     """
 
     reads = (Router.reads | SELECTION_READS | {"num_tasks"}) - {"router_bias"}
