@@ -21,7 +21,7 @@ class RopeFields:
 
     rope_parameters: RopeParameters | dict | None = setting(
         None,
-        "The parameters of the rotary embedding as transformers defines them, with rope_theta and rope_type; or one such "
+        "The parameters of the rotary embedding as transformers defines them, with rope_theta and rope_type; or one "
         "dictionary for each attention type of layer_types (Gemma 3).",
         conditions=_ROTATES[1:],
         idle=({"rope_theta": 10000.0, "rope_type": "default"},),

@@ -162,7 +162,8 @@ def shown(value: Any) -> str:
 def type_name(kind: Any) -> str:
     """Returns the name of a field's type without module names."""
     text = kind.__name__ if isinstance(kind, type) else str(kind)
-    return text.replace("typing.", "").replace("transformers.modeling_rope_utils.", "")
+    text = text.replace("typing.", "").replace("transformers.modeling_rope_utils.", "")
+    return f"{text[9:-1]} | None" if text.startswith("Optional[") else text
 
 
 def plain_errors(cls: Any) -> Any:

@@ -30,7 +30,7 @@ class NormFields:
     norm_placement: Literal["pre", "post", "sandwich", "parallel"] = setting(
         "pre",
         'The place of the norms: "pre" before attention and feed-forward network, "post" after each of them and before the '
-        'sum (OLMo2), "sandwich" in both places (Gemma 2 and 3), or "parallel" before two networks that read the same input '
+        'sum (OLMo2), "sandwich" in both places (Gemma 2 and 3), or "parallel" before two networks that read one common input '
         "(GPT-NeoX).",
     )
 

@@ -30,6 +30,7 @@ FRAME_READS = frozenset(
         "routed_scaling_factor",
         "router_jitter_noise",
         "router_gradient",
+        "router_aux_loss_scope",
     }
 )
 # fields by which [`~modeling_moe.router_capacity.Capacity`] limits any router that assigns tokens to experts
@@ -52,7 +53,7 @@ class RouterFields:
     allow_noncausal: bool = setting(
         False,
         "Permits routing in which a token's experts depend on later tokens. A causal language model can learn to read the "
-        "later tokens from such a routing, so that it is refused by default.",
+        "later tokens from this routing, which is why it is refused by default.",
         effect="training",
     )
     scoring_func: str = setting(

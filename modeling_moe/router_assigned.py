@@ -64,7 +64,7 @@ class HashRouter(Router):
     It is saved with the model. `hash_scored` is DeepSeek-V4's: a learned gate weighs the experts of the table.
     """
 
-    reads = CAPACITY_READS | {"routed_scaling_factor", "hash_seed"}
+    reads = CAPACITY_READS | {"routed_scaling_factor", "hash_seed", "router_aux_loss_scope"}
     scored = uses_router_bias = False
 
     def __init__(self, config, layer_idx: int = 0):
@@ -184,7 +184,7 @@ class UniformRouter(Router):
     The weights are `expert_weight` (E,), a parameter.
     """
 
-    reads = CAPACITY_READS | {"routed_scaling_factor"}
+    reads = (CAPACITY_READS - {"capacity_priority"}) | {"routed_scaling_factor"}
     uses_router_bias = False
 
     def __init__(self, config, layer_idx: int = 0):

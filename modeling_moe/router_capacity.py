@@ -49,7 +49,7 @@ class CapacityFields:
     )
     expert_capacity: int | None = setting(
         None,
-        "The number of tokens of a sequence that an expert takes, in training and evaluation; None sets no such limit.",
+        "The number of tokens of a sequence that an expert takes, in training and evaluation; None sets no limit.",
         Range(1, 2**31),
         by_router=True,
     )
@@ -65,7 +65,11 @@ class CapacityFields:
         True,
         "Multiplies the capacity by num_experts_per_tok (Megatron-LM); False leaves that factor out (Switch).",
         effect="detail",
-        conditions=(_BY_FACTOR, _HAS_FACTOR),
+        conditions=(
+            _BY_FACTOR,
+            _HAS_FACTOR,
+            Condition(lambda config: config.num_experts_per_tok > 1, "set num_experts_per_tok above 1"),
+        ),
         by_router=True,
     )
     capacity_priority: Literal["token", "k_major", "probability"] = setting(

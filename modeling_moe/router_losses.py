@@ -41,7 +41,7 @@ class LossFields:
         "pools all processes and micro-batches of an optimizer step so far (arXiv:2501.11873) and needs update_routers after "
         "each step, which MoECallback calls.",
         effect="training",
-        conditions=(SPARSE,),
+        by_router=True,
     )
     router_z_loss_coef: float | int = setting(
         0.001,

@@ -208,7 +208,12 @@ class SparseMixerRouter(TopKRouter):
     that miss the largest (Heun's third-order method), which the gradient does not see. Weights are not renormalised.
     """
 
-    reads = CAPACITY_READS | {"routed_scaling_factor", "router_jitter_noise", "router_gradient"}
+    reads = CAPACITY_READS | {
+        "routed_scaling_factor",
+        "router_jitter_noise",
+        "router_gradient",
+        "router_aux_loss_scope",
+    }
     norm_topk_prob_default = False
 
     @classmethod
@@ -260,7 +265,14 @@ class HierarchicalRouter(Router):
     not computed: H (G + topk_group * E / G) products rather than H E. `logits` of their experts are -inf, `probs` 0.
     """
 
-    reads = CAPACITY_READS | {"norm_topk_prob", "routed_scaling_factor", "router_gradient", "n_group", "topk_group"}
+    reads = CAPACITY_READS | {
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "router_gradient",
+        "n_group",
+        "topk_group",
+        "router_aux_loss_scope",
+    }
     uses_router_bias = False
 
     @classmethod
