@@ -12,13 +12,13 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
 from .attention_rope import KINDS, check_numbers, check_shape
-from .compatibility import CACHE_NAMES
+from .compatibility import CACHE_NAMES, __version__, saved_by_earlier_version
 from .configuration_counts import params_with
 from .configuration_derived import PER_LAYER, first_layers, follow, settle
 from .configuration_fields import number, plain_errors, shown
 from .configuration_plans import expert_parallel_plan, tensor_parallel_plan
 from .router import SCORING_FUNCS, Router
-from .router_catalogue import ROUTERS, current_value, router_class
+from .router_catalogue import ROUTERS, current_value, divide_old_coefficient, router_class
 
 
 logger = logging.get_logger(__name__)
@@ -298,6 +298,8 @@ class MoEConfig(PreTrainedConfig):
         if not self.use_sliding_window:
             self.sliding_window = None
         settle(self)
+        if saved_by_earlier_version({"transformers_version": self.transformers_version} | kwargs):
+            divide_old_coefficient(self)
         # before transformers reads them, which takes them to be right
         self.validate_layer_type()
         self.validate_moe()
@@ -702,6 +704,10 @@ class MoEConfig(PreTrainedConfig):
     @mlp_only_layers.setter
     def mlp_only_layers(self, value: list[int]):
         self.mlp_layer_types = self._kinds_of_layers(None, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all fields as transformers does, and the version of this package, by which a later one knows old values."""
+        return super().to_dict() | {"code_version": __version__}
 
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
         super()._remove_keys_not_serialized(d)

@@ -25,6 +25,7 @@ class SoftMoERouter(Router):
 
     causal = False
     per_token = False
+    uses_all_experts = True
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -100,6 +101,7 @@ class LoryRouter(Router):
     """
 
     per_token = False
+    uses_all_experts = True
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
