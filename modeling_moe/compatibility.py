@@ -168,6 +168,18 @@ def update_cache(
     return cache.update(key, value, layer_idx)
 
 
+def saved_by_earlier_version(values: dict[str, Any]) -> bool:
+    """Returns whether the contents of a config.json were written by a version of this package before 0.4.0.
+
+    transformers writes its own version into each config.json; since 0.4.0 the configuration writes `code_version` too.
+    """
+    if values.get("transformers_version") is None:
+        return False
+    version = str(values.get("code_version") or "0")
+    numbers = [int(part) for part in version.split(".")[:2] if part.isdecimal()]
+    return numbers < [0, 4]
+
+
 def warn_of_old_code(config: Any) -> None:
     """This warns of a checkpoint whose code decodes wrongly on transformers 5.24 where this package is not imported."""
     folder, versioned = Path(config.name_or_path), getattr(config, "code_version", None) is not None

@@ -112,15 +112,3 @@ def check_inherited(config: Any, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"id2label is {shown(names)}: it must be a dictionary whose keys are integers.")
     if config.is_encoder_decoder:
         raise ValueError("is_encoder_decoder is True: the model has no encoder, set it to False.")
-
-
-def saved_by_earlier_version(config: Any, kwargs: dict[str, Any]) -> bool:
-    """Returns whether the fields come from a config.json that a version of this package before 0.4.0 wrote.
-
-    transformers writes its own version into each config.json; since 0.4.0 the configuration writes `code_version` too.
-    """
-    if config.transformers_version is None:
-        return False
-    version = str(kwargs.get("code_version") or "0")
-    numbers = [int(part) for part in version.split(".")[:2] if part.isdecimal()]
-    return numbers < [0, 4]

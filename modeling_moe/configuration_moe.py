@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .attention import AttentionFields
 from .attention_latent import LatentAttentionFields
 from .attention_rope import RopeFields, check_numbers, check_shape
-from .compatibility import CACHE_NAMES, __version__
+from .compatibility import CACHE_NAMES, __version__, saved_by_earlier_version
 from .configuration_checks import (
     check_choices,
     check_layers,
@@ -28,7 +28,6 @@ from .configuration_inputs import (
     kinds_of_layers,
     refuse_misspelt,
     refuse_reserved,
-    saved_by_earlier_version,
     take_aliases,
     take_dense_layers,
 )
@@ -42,7 +41,7 @@ from .router import RouterFields
 from .router_assigned import AssignedFields
 from .router_balancing import BalancingFields
 from .router_capacity import CapacityFields
-from .router_catalogue import CatalogueFields, current_value, router_class
+from .router_catalogue import CatalogueFields, current_value, divide_old_coefficient, router_class
 from .router_losses import LossFields
 from .router_soft import SoftFields
 from .router_topk import TopKFields
@@ -141,7 +140,8 @@ class MoEConfig(
         if not self.use_sliding_window:
             self.sliding_window = None
         settle(self)
-        if saved_by_earlier_version(self, kwargs):
+        if saved_by_earlier_version({"transformers_version": self.transformers_version} | kwargs):
+            divide_old_coefficient(self)
             drop_unread(self)
         # transformers takes the fields to be right when it reads them below
         self.validate_layer_type()

@@ -58,8 +58,8 @@ from .router import Router, Routing, RoutingContext, router_dtype
 from .router_balancing import CONTROLLERS, RouterTotals, update_routers, warn_of_unused
 from .router_capacity import Capacity
 from .router_catalogue import router_class
-from .router_losses import LOSSES, AttachLoss, TokenWeights, loss_share, predicts_label, weigh_tokens
-from .router_statistics import RouterSignals, collect, measure
+from .router_losses import COEFFICIENTS, AttachLoss, TokenWeights, loss_share, predicts_label, weigh_tokens
+from .router_statistics import RouterStatistics, layer_statistics, model_statistics, pack, unpack
 
 
 class MoEMLP(nn.Module):
@@ -239,9 +239,8 @@ class MoEBlock(nn.Module):
         hidden_states: torch.Tensor,
         context: RoutingContext | None = None,
         token_weights: TokenWeights | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Maps (B, S, H) to (B, S, H); with `token_weights`, by which the router losses weigh the tokens, what
-        [`RouterSignals`] names follows it in a tuple."""
+    ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        """Maps (B, S, H) to (B, S, H), and measures the router where the tokens' weights in the losses are given."""
         context = context or RoutingContext(hidden_states.shape[0])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         # what wraps or hooks a gate may hand on a plain tuple
@@ -253,7 +252,9 @@ class MoEBlock(nn.Module):
         elif self.shared_experts is not None:
             output = output + self.shared_experts(tokens)
         output = output.view_as(hidden_states)
-        return output if token_weights is None else (output, *measure(self, chosen, routing, context, token_weights))
+        if token_weights is None:
+            return output, None
+        return output, layer_statistics(self, chosen, routing, context, token_weights)
 
 
 class MoEDecoderLayer(GradientCheckpointingLayer):
@@ -292,8 +293,8 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         routing_context: RoutingContext | None = None,
         token_weights: TokenWeights | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Maps (B, S, H) to (B, S, H); with `token_weights` the router's signals follow it in a tuple."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Maps (B, S, H) to (B, S, H), packed with the router's statistics ([`~modeling_moe.router_statistics.pack`])."""
         before_attention, after_attention, before_mlp, after_mlp = self.norm_names
         attended, _ = self.self_attn(
             hidden_states=self._normed(before_attention, hidden_states),
@@ -306,20 +307,18 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         )
         attended = self._update(self._normed(after_attention, attended))
         residual = hidden_states if self.parallel else hidden_states + attended
-        signals: list[torch.Tensor] = []
+        statistics = None
         states = self._normed(before_mlp, residual)
         if self.is_sparse:
             # the layer's own argument: checkpointing in training takes the cache away
             context = (routing_context or RoutingContext(len(states)))._replace(cache=cache)
-            output = self.mlp(states, context, token_weights)
-            # a hook may put the output into a tuple
-            states, *signals = output if isinstance(output, (tuple, list)) else (output,)
+            states, statistics = self.mlp(states, context, token_weights)
         else:
             states = self.mlp(states)
         states = self._update(self._normed(after_mlp, states))
         # in GPT-NeoX's order, which tells in bf16
         hidden_states = (states + attended) + residual if self.parallel else residual + states
-        return hidden_states if token_weights is None else (hidden_states, *signals)
+        return pack(hidden_states, statistics)
 
     def _normed(self, name: str | None, states: torch.Tensor) -> torch.Tensor:
         return states if name is None else getattr(self, name)(states)
@@ -477,8 +476,10 @@ class MoEModel(MoEPreTrainedModel):
     @property
     def has_router_losses(self) -> bool:
         """Whether any router loss has a weight."""
-        own = router_class(self.config).auxiliary_loss is not Router.auxiliary_loss
-        return bool(self.sparse_blocks()) and (own or any(getattr(self.config, name) > 0 for name in LOSSES))
+        adds_loss = router_class(self.config).auxiliary_loss is not Router.auxiliary_loss
+        return bool(self.sparse_blocks()) and (
+            adds_loss or any(getattr(self.config, name) > 0 for name in COEFFICIENTS.values())
+        )
 
     def sparse_blocks(self) -> list[MoEBlock]:
         """The sparse feed-forward networks, from the first layer to the last."""
@@ -552,7 +553,7 @@ class MoEModel(MoEPreTrainedModel):
         if self.training or output_router_logits:
             token_weights = self._token_weights(inputs_embeds, context, label_mask)
 
-        signals = []
+        statistics: list[RouterStatistics] = []
         # as in transformers, `layers` may be cut after the model was made
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
             output = layer(
@@ -566,16 +567,16 @@ class MoEModel(MoEPreTrainedModel):
                 **cache_keyword(cache),
                 **kwargs,
             )
-            hidden_states, *signal = output if isinstance(output, (tuple, list)) else (output,)
-            if signal:
-                signals.append(RouterSignals(*signal))
+            hidden_states, of_layer = unpack(output)
+            if of_layer is not None:
+                statistics.append(of_layer)
 
         hidden_states = self.norm(hidden_states)
-        router_outputs = collect(self, signals) if signals else {}
-        if attach_router_loss and "router_loss" in router_outputs:
-            router_loss = self.router_loss_scale * router_outputs.pop("router_loss")
-            hidden_states = AttachLoss.apply(hidden_states, router_loss)
-        return MoEModelOutput(last_hidden_state=hidden_states, **cache_keyword(cache), **router_outputs)
+        routers = model_statistics(self, statistics)
+        if attach_router_loss and routers.router_loss is not None:
+            hidden_states = AttachLoss.apply(hidden_states, self.router_loss_scale * routers.router_loss)
+            routers = routers._replace(router_loss=None)
+        return MoEModelOutput(last_hidden_state=hidden_states, **cache_keyword(cache), **routers._asdict())
 
     def _embeddings(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Embeddings (B, S, H) of the tokens, as given or looked up."""

@@ -177,6 +177,13 @@ def expert_load(routing: Routing, token_mask: torch.Tensor | None = None, batch_
     return counts[0] if batch_size == 1 else counts
 
 
+def num_real_tokens(routing: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the number of tokens, padding excluded, as a scalar in the dtype of the probabilities."""
+    if token_mask is None:
+        return routing.probs.new_full((), len(routing.probs))
+    return token_mask.to(routing.probs.dtype).sum()
+
+
 def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     """Mean over the tokens (dimension 0 of `values`) that count; 0 if none does."""
     if token_mask is None:
@@ -286,6 +293,8 @@ class Router(nn.Module):
     per_token: ClassVar[bool] = True
     # number of experts differs from token to token
     variable_k: ClassVar[bool] = False
+    # each token uses all experts, whatever `num_experts_per_tok` is
+    uses_all_experts: ClassVar[bool] = False
     # `max_experts_per_tok` has an effect
     limits_experts: ClassVar[bool] = False
     # `router_bias` has an effect, unless `logits` is overridden

@@ -104,6 +104,23 @@ def current_value(field: str, value: Any) -> Any:
     return renamed[value]
 
 
+def divide_old_coefficient(config: Any) -> None:
+    """Gives `router_aux_loss_coef` of a configuration from before version 0.4.0 its present meaning, and warns.
+
+    The load-balancing loss was normalised then: 1 in balance. It is transformers' now: K in balance, or E for routers in
+    which each token uses all experts.
+    """
+    if config.router_aux_loss_coef == 0 or "sparse" not in config.mlp_layer_types:
+        return
+    router, old = router_class(config), config.router_aux_loss_coef
+    field = "num_experts" if router.uses_all_experts else "num_experts_per_tok"
+    config.router_aux_loss_coef = old / getattr(config, field)
+    logger.warning_once(
+        f"router_aux_loss_coef={old} was saved by modeling_moe before 0.4.0 and is read as {config.router_aux_loss_coef:g}, "
+        f"{old} / {field}, so that training goes on as before: it has transformers' meaning now."
+    )
+
+
 def router_class(config, layer_idx: int | None = None) -> type[Router]:
     """The router of a sparse layer (None: of those that are not among the first `num_hash_layers`).
 

@@ -48,6 +48,7 @@ class SoftMoERouter(Router):
     reads = frozenset({"routed_scaling_factor", "slots_per_expert"})
     causal = False
     per_token = False
+    uses_all_experts = True
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -124,6 +125,7 @@ class LoryRouter(Router):
 
     reads = frozenset({"scoring_func", "norm_topk_prob", "routed_scaling_factor", "segment_length"})
     per_token = False
+    uses_all_experts = True
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)

@@ -39,7 +39,7 @@ def test_soft_against_the_paper(slots, mask):
     block = eager_block(router_type="soft_moe", allow_noncausal=True, slots_per_expert=slots)
     torch.nn.init.constant_(block.gate.scale, 3.0)
     states = torch.randn(2, 11, 32).double()
-    output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))
+    output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))[0]
     for row in range(2):
         real = slice(None) if mask is None else mask[row] > 0
         torch.testing.assert_close(output[row, real], soft_moe(block, states[row, real], slots))
@@ -50,7 +50,9 @@ def test_soft_gradients_against_the_paper(slots):
     block = eager_block(router_type="soft_moe", allow_noncausal=True, slots_per_expert=slots)
     states, factor = torch.randn(2, 11, 32).double(), torch.randn(2, 11, 32).double()
     expected = torch.stack([soft_moe(block, row, slots) for row in states])
-    gradients = [torch.autograd.grad((factor * y).sum(), list(block.parameters())) for y in (block(states), expected)]
+    gradients = [
+        torch.autograd.grad((factor * y).sum(), list(block.parameters())) for y in (block(states)[0], expected)
+    ]
     torch.testing.assert_close(*gradients)
     assert all(gradient.abs().max() > 1e-5 for gradient in gradients[0])
 
@@ -85,7 +87,7 @@ def lory(block: MoEBlock, x: torch.Tensor, length: int = 3) -> torch.Tensor:
 def test_segments_against_the_paper(mask):
     block = eager_block(**SEGMENTS)
     states = torch.randn(2, 11, 32).double()
-    output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))
+    output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))[0]
     for row in range(2):
         real = slice(None) if mask is None else mask[row] > 0
         torch.testing.assert_close(output[row, real], lory(block, states[row, real]))
@@ -97,7 +99,7 @@ def test_segment_gradients_against_the_paper(mask):
     states = torch.randn(2, 11, 32).double().requires_grad_()
     real = torch.ones(2, 11, dtype=torch.bool) if mask is None else mask > 0
     factor = torch.randn(2, 11, 32).double() * real[..., None]
-    output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))
+    output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))[0]
     expected = sum((factor[row, real[row]] * lory(block, states[row, real[row]])).sum() for row in range(2))
     wanted = [states, *block.parameters()]
     gradients = [torch.autograd.grad(value, wanted) for value in ((factor * output).sum(), expected)]

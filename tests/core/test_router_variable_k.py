@@ -194,7 +194,7 @@ def test_sparsity_by_hand(used_per_layer, factor):
         logits = torch.full((5, 5), -1.0).double()
         logits[:, :active] = 1.0
         logits[4] = 1.0
-        totals.append(controller.measure(router, router(logits), torch.tensor([1, 1, 1, 1, 0])))
+        totals.append(controller.observe(router, router(logits), torch.tensor([1, 1, 1, 1, 0])))
     controller.step(routers, torch.stack(totals).float())
     for router in routers:
         torch.testing.assert_close(router.sparsity_coef, torch.tensor([0.01 * factor]), check_dtype=False)
