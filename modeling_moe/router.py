@@ -295,10 +295,6 @@ class Router(nn.Module):
     variable_k: ClassVar[bool] = False
     # each token uses all experts, whatever `num_experts_per_tok` is
     uses_all_experts: ClassVar[bool] = False
-    # `max_experts_per_tok` has an effect
-    limits_experts: ClassVar[bool] = False
-    # `router_bias` has an effect, unless `logits` is overridden
-    uses_router_bias: ClassVar[bool] = True
     # value of `norm_topk_prob` where the configuration gives none
     norm_topk_prob_default: ClassVar[bool] = True
     # fields declared with `by_router` that the router reads; the configuration refuses others that differ from their defaults

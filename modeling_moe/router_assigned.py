@@ -65,7 +65,7 @@ class HashRouter(Router):
     """
 
     reads = CAPACITY_READS | {"routed_scaling_factor", "hash_seed", "router_aux_loss_scope"}
-    scored = uses_router_bias = False
+    scored = False
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -119,7 +119,7 @@ class ScoredHashRouter(HashRouter):
     """DeepSeek-V4's first layers: the table chooses, a learned gate weighs. See [`HashRouter`]."""
 
     reads = Router.reads | {"hash_seed"}
-    scored = uses_router_bias = True
+    scored = True
 
 
 def task_of(context: RoutingContext) -> torch.Tensor:
@@ -185,7 +185,6 @@ class UniformRouter(Router):
     """
 
     reads = (CAPACITY_READS - {"capacity_priority"}) | {"routed_scaling_factor"}
-    uses_router_bias = False
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
