@@ -9,7 +9,7 @@ from transformers.models import llama, mistral, mixtral, olmoe, qwen2, qwen2_moe
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.checkpoints import LazyTensor
 from modeling_moe.conversion import convert_checkpoint, moe_config
-from modeling_moe.conversion.families.export import COMPARED_IF, DETAILS, TARGETS, TRAINING, export_plan
+from modeling_moe.conversion.families.export import COUNTS, DETAILS, TARGETS, TRAINING, export_plan
 from modeling_moe.conversion.older_names import save_for_older_readers
 from modeling_moe.utils.errors import UserError
 
@@ -319,8 +319,8 @@ def test_field_that_no_table_names_is_compared(monkeypatch):
 
 
 def test_tables_name_fields_that_exist_once():
-    assert {*TRAINING, *DETAILS, *COMPARED_IF} <= set(MoEConfig.__annotations__)
-    assert len({*TRAINING, *DETAILS, *COMPARED_IF}) == len(TRAINING) + len(DETAILS) + len(COMPARED_IF)
+    assert {*TRAINING, *DETAILS, *COUNTS} <= set(MoEConfig.__annotations__)
+    assert len({*TRAINING, *DETAILS, *COUNTS}) == len(TRAINING) + len(DETAILS) + len(COUNTS)
 
 
 CHANGED = {

@@ -22,7 +22,7 @@ from .base import COMMON
 from .catalogue import moe_config
 
 
-# fields that do not change the logits in evaluation
+# fields that leave the logits of evaluation alone
 TRAINING = {
     "initializer_range",
     "attention_dropout",
@@ -51,7 +51,7 @@ TRAINING = {
     "bos_token_id",
     "eos_token_id",
 }
-# parameters of a feature that another, compared field switches on: if the feature differs, that field is already reported
+# fields that tell how, where another one that is compared tells that: it would be named
 DETAILS = {
     "use_sliding_window",
     "q_lora_rank",
@@ -76,8 +76,8 @@ DETAILS = {
     "capacity_includes_k",
     "capacity_priority",
 }
-# fields that are compared only if they have an effect in the configuration
-COMPARED_IF: dict[str, Callable[[MoEConfig], bool]] = {
+# fields with an effect in some configurations alone
+COUNTS: dict[str, Callable[[MoEConfig], bool]] = {
     "intermediate_size": lambda config: "dense" in config.mlp_layer_types,
     "gated_mlp": lambda config: "dense" in config.mlp_layer_types,
     "rope_parameters": lambda config: config.position_embedding_type == "rope",
@@ -141,7 +141,7 @@ class Target:
             ]
         absorbed = self.absorbed(config)
         for name in MoEConfig.__annotations__:
-            if name in TRAINING or name in DETAILS or (name in COMPARED_IF and not COMPARED_IF[name](config)):
+            if name in TRAINING or name in DETAILS or (name in COUNTS and not COUNTS[name](config)):
                 continue
             value, theirs = absorbed.get(name, getattr(config, name)), getattr(held, name)
             if value != theirs:
