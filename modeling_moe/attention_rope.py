@@ -1,11 +1,44 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """The numbers of `rope_parameters`, of which transformers checks few and warns of some."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .configuration_fields import Range, shown
+from .configuration_fields import Condition, Range, setting, shown
+
+
+_ROTATES = (
+    Condition(lambda config: config.kv_lora_rank is None, "unset kv_lora_rank (latent attention)"),
+    Condition(lambda config: config.position_embedding_type == "rope", "set position_embedding_type='rope'"),
+)
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class RopeFields:
+    """Rotary embedding."""
+
+    rope_parameters: RopeParameters | dict | None = setting(
+        None,
+        "The parameters of the rotary embedding as transformers defines them, with rope_theta and rope_type; or one "
+        "dictionary for each attention type of layer_types (Gemma 3).",
+        conditions=_ROTATES[1:],
+        idle=({"rope_theta": 10000.0, "rope_type": "default"},),
+    )
+    rope_fp32: bool = setting(
+        False,
+        "Rotates queries and keys in fp32 rather than in the model's dtype, as in OLMo2; it changes results of half-precision "
+        "models only.",
+        conditions=_ROTATES,
+    )
+    no_rope_layers: list[int] | None = setting(
+        None,
+        "For each layer 1 if the layer rotates queries and keys and 0 if it does not, as in SmolLM3; None lets all layers "
+        "rotate them.",
+        choices=(0, 1),
+        conditions=_ROTATES,
+    )
 
 
 KINDS = ("full_attention", "sliding_attention")

@@ -7,7 +7,8 @@ A router is `score -> select -> weigh` and returns a [`Routing`]; a new one over
 # B sequences, T tokens, H hidden, E experts, Z experts without weights (null and copy), K slots per token
 """
 
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +17,90 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations import deepspeed_config
 from transformers.utils.generic import maybe_autocast
 
+from .configuration_fields import POSITIVE, Range, setting
 from .model_packing import first_columns
+
+
+# fields that the frame of a router reads, unless a subclass overrides the method that does
+FRAME_READS = frozenset(
+    {
+        "scoring_func",
+        "router_bias",
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "router_jitter_noise",
+        "router_gradient",
+        "router_aux_loss_scope",
+    }
+)
+# fields by which [`~modeling_moe.router_capacity.Capacity`] limits any router that assigns tokens to experts
+CAPACITY_READS = frozenset(
+    {
+        "capacity_factor",
+        "eval_capacity_factor",
+        "expert_capacity",
+        "capacity_running",
+        "capacity_includes_k",
+        "capacity_priority",
+    }
+)
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class RouterFields:
+    """Router."""
+
+    allow_noncausal: bool = setting(
+        False,
+        "Permits routing in which a token's experts depend on later tokens. A causal language model can learn to read the "
+        "later tokens from this routing, which is why it is refused by default.",
+        effect="training",
+    )
+    scoring_func: str = setting(
+        "softmax",
+        'The function from router logits to scores: "softmax", "sigmoid" (DeepSeek-V3) or "sqrtsoftplus" (DeepSeek-V4).',
+        choices=("softmax", "sigmoid", "sqrtsoftplus"),
+        by_router=True,
+    )
+    router_bias: bool = setting(False, "Adds a learned bias to the router logits, as in gpt-oss.", by_router=True)
+    norm_topk_prob: bool = setting(
+        None,
+        "Divides the weights of a token's chosen experts by their sum.",
+        by_router=True,
+        follows="the default of the router's paper, True for router_type='topk'",
+    )
+    routed_scaling_factor: float | int = setting(
+        1.0, "The factor on the weights of the routed experts, applied after norm_topk_prob.", POSITIVE, by_router=True
+    )
+    num_null_experts: int = setting(
+        0,
+        "The number of extra router outputs that do nothing, so that tokens can use fewer than num_experts_per_tok experts "
+        "(AdaMoE, arXiv:2406.13233).",
+        Range(0, 2**16),
+        by_router=True,
+    )
+    num_copy_experts: int = setting(
+        0,
+        "The number of extra router outputs that return the token unchanged (LongCat-Flash, arXiv:2509.01322).",
+        Range(0, 2**16),
+        by_router=True,
+    )
+    router_jitter_noise: float | int = setting(
+        0.0,
+        "Multiplies the router's input in training by uniform noise between 1 - router_jitter_noise and "
+        "1 + router_jitter_noise, as in Switch; router_gradient='sparsemixer' draws experts whose logit is within twice this "
+        "relative distance of the largest.",
+        Range(0, 1),
+        effect="training",
+        by_router=True,
+    )
+    router_gradient: Literal["topk", "dense", "sparsemixer"] = setting(
+        "topk",
+        'The gradient of the router: "topk" through the weights of the chosen experts, "dense" through the weights of all '
+        'experts, which are all computed in training (DenseMixer), or "sparsemixer", which draws the experts (GRIN, '
+        "arXiv:2409.12136).",
+        by_router=True,
+    )
 
 
 class Routing(NamedTuple):
@@ -217,6 +301,8 @@ class Router(nn.Module):
     uses_router_bias: ClassVar[bool] = True
     # value of `norm_topk_prob` where the configuration gives none
     norm_topk_prob_default: ClassVar[bool] = True
+    # fields declared with `by_router` that the router reads; the configuration refuses others that differ from their defaults
+    reads: ClassVar[frozenset[str]] = FRAME_READS | CAPACITY_READS
     # argument of the model's forward that the router cannot do without, beside the tokens
     required_input: ClassVar[str | None] = None
     # controller that the router cannot do without, a key of `modeling_moe.router_balancing.CONTROLLERS`

@@ -9,13 +9,70 @@ steps the controllers with the totals. A layer that checkpointing recomputes is 
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
+from .configuration_fields import COEFFICIENT, PROBABILITY, Condition, Range, setting
 from .router import Routing, expert_load
+
+
+_BIAS = Condition(lambda config: config.router_selection_bias, "set router_selection_bias=True")
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class BalancingFields:
+    """Balancing without gradient."""
+
+    router_controller: Literal["bias", "proportional", "quantile"] | None = setting(
+        None,
+        'The rule that moves the selection bias once per optimizer step: "bias" by the sign of the imbalance (DeepSeek-V3), '
+        '"proportional" in proportion to it (LongCat-Flash), "quantile" to the value at which it would vanish (Megatron-LM).',
+        effect="training",
+        conditions=(_BIAS,),
+        follows="bias if router_bias_update_rate is positive, else None",
+    )
+    router_bias_update_rate: float | int = setting(
+        0.0,
+        'The step size of the router controllers "bias" and "proportional"; a positive rate without router_controller chooses '
+        '"bias".',
+        COEFFICIENT,
+        effect="training",
+        conditions=(
+            _BIAS,
+            Condition(
+                lambda config: config.router_controller in ("bias", "proportional"),
+                "set router_controller='bias' or 'proportional'",
+            ),
+        ),
+    )
+    router_ema_decay: float | int = setting(
+        0.99,
+        "The decay of the moving averages of router_controller='quantile' and of router_type='expert_threshold'.",
+        PROBABILITY,
+        effect="training",
+        conditions=(
+            Condition(
+                lambda config: config.controller in ("quantile", "threshold"),
+                "set router_controller='quantile' or router_type='expert_threshold'",
+            ),
+        ),
+    )
+    expected_experts_per_tok: float | int = setting(
+        None,
+        "The average number of experts with weights per token that router_controller='proportional' aims at.",
+        Range(0, 2**17, open_below=True),
+        effect="training",
+        conditions=(
+            Condition(
+                lambda config: config.router_controller == "proportional", "set router_controller='proportional'"
+            ),
+        ),
+        follows="num_experts_per_tok",
+    )
 
 
 logger = logging.get_logger(__name__)

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .router import Routing, RoutingContext
-from .router_topk import TopKRouter
+from .router import Router, Routing, RoutingContext
+from .router_topk import SELECTION_READS, TopKRouter
 from .router_variable_k import VariableRouter
 
 
@@ -26,6 +26,8 @@ class ExpertChoiceRouter(VariableRouter):
     Not causal.
     """
 
+    # the load of each sequence is balanced by construction
+    reads = Router.reads - {"router_aux_loss_scope"}
     causal = False
     per_token = False
     limits_experts = False
@@ -82,6 +84,7 @@ class SinkhornRouter(TopKRouter):
     to 1 / E. It couples all tokens of the batch, so training is not causal.
     """
 
+    reads = Router.reads | SELECTION_READS
     causal = False
     iterations = 32
 
@@ -117,6 +120,7 @@ class BaseLayerRouter(TopKRouter):
     assignment couples all tokens of the batch, so training is not causal.
     """
 
+    reads = Router.reads
     causal = False
     norm_topk_prob_default = False
 

@@ -2,10 +2,12 @@
 """The catalogue: what `router_type` may be. A router of one's own is added to it by its name."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils import logging
 
+from .configuration_fields import SPARSE, Condition, Range, setting
 from .router import Router
 from .router_assigned import HashRouter, MMoERouter, ScoredHashRouter, TaskRouter, UniformRouter
 from .router_batch import BaseLayerRouter, ExpertChoiceRouter, ExpertThresholdRouter, SinkhornRouter
@@ -49,6 +51,33 @@ ROUTERS: dict[str, type[Router]] = {
 # router_type -> what imports the class, in a checkpoint that brings the code of a router of its author's own
 OWN_ROUTERS: dict[str, Callable[[], type[Router]]] = {}
 
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class CatalogueFields:
+    """Router type."""
+
+    router_type: str = setting(
+        "topk",
+        "The name of the router in modeling_moe.router_catalogue.ROUTERS; the class of each router cites paper and equation.",
+        choices=ROUTERS,
+        conditions=(SPARSE,),
+    )
+    num_hash_layers: int = setting(
+        0,
+        "The number of first layers whose routers are hash_scored instead of router_type (DeepSeek-V4).",
+        Range(0, 10_000),
+        conditions=(
+            Condition(
+                lambda config: "sparse" in config.mlp_layer_types[: config.num_hash_layers],
+                "let mlp_layer_types have a sparse layer among the first num_hash_layers",
+            ),
+            Condition(
+                lambda config: config.router_type != "hash_scored", "choose another router_type than 'hash_scored'"
+            ),
+        ),
+    )
+
+
 # field -> name that versions before 0.4.0 gave a value -> name of the value now
 RENAMED_VALUES: dict[str, dict[str, str]] = {
     "router_type": {
@@ -81,7 +110,7 @@ def divide_old_coefficient(config: Any) -> None:
     The load-balancing loss was normalised then: 1 in balance. It is transformers' now: K in balance, or E for routers in
     which each token uses all experts.
     """
-    if config.router_aux_loss_coef == 0:
+    if config.router_aux_loss_coef == 0 or "sparse" not in config.mlp_layer_types:
         return
     router, old = router_class(config), config.router_aux_loss_coef
     field = "num_experts" if router.uses_all_experts else "num_experts_per_tok"

@@ -14,10 +14,12 @@ loss and the load loss are not sums over tokens: over micro-batches they keep th
 # B rows, S tokens per row, T = B*S tokens, E experts, Z experts without weights, N = E + Z, K choices per token
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from .configuration_fields import COEFFICIENT, SPARSE, setting
 from .router import Routing, RoutingContext, expert_load, masked_mean, num_real_tokens
 
 
@@ -61,6 +63,67 @@ COEFFICIENTS: dict[str, str] = {
     "load": "router_load_loss_coef",
     "entropy": "router_entropy_loss_coef",
 }
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class LossFields:
+    """Router losses."""
+
+    router_aux_loss_coef: float | int = setting(
+        0.01,
+        "The coefficient of the load-balancing loss in training (Switch, arXiv:2101.03961, eq. 4), with the meaning that it "
+        "has in transformers: perfect balance gives a loss of num_experts_per_tok.",
+        COEFFICIENT,
+        effect="training",
+        conditions=(SPARSE,),
+        idle=(0,),
+    )
+    router_aux_loss_scope: Literal["sequence", "batch", "global"] = setting(
+        "batch",
+        'The tokens over which the load-balancing loss measures balance: each "sequence", the "batch", or "global", which '
+        "pools all processes and micro-batches of an optimizer step so far (arXiv:2501.11873) and needs update_routers after "
+        "each step, which MoECallback calls.",
+        effect="training",
+        by_router=True,
+    )
+    router_z_loss_coef: float | int = setting(
+        0.001,
+        "The coefficient of the z-loss of router logits in training (ST-MoE, arXiv:2202.08906, eq. 5).",
+        COEFFICIENT,
+        effect="training",
+        conditions=(SPARSE,),
+        idle=(0,),
+    )
+    router_seq_aux_loss_coef: float | int = setting(
+        0.0,
+        "The coefficient of DeepSeek-V3's balance loss over each sequence in training; the paper uses 1e-4.",
+        COEFFICIENT,
+        effect="training",
+        conditions=(SPARSE,),
+    )
+    router_importance_loss_coef: float | int = setting(
+        0.0,
+        "The coefficient of the importance loss in training (Shazeer et al., arXiv:1701.06538); the paper uses 0.1.",
+        COEFFICIENT,
+        effect="training",
+        conditions=(SPARSE,),
+    )
+    router_load_loss_coef: float | int = setting(
+        0.0,
+        "The coefficient of the load loss in training (Shazeer et al., arXiv:1701.06538); the loss has a gradient with "
+        "router_type='noisy_topk' only.",
+        COEFFICIENT,
+        effect="training",
+        by_router=True,
+    )
+    router_entropy_loss_coef: float | int = setting(
+        0.0,
+        "The coefficient of the entropy of a token's router probabilities in training; the paper of router_type='top_p' uses "
+        "1e-4.",
+        COEFFICIENT,
+        effect="training",
+        conditions=(SPARSE,),
+    )
 
 
 class TokenWeights(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments.upcycling_facts import interval
+from experiments.intervals import interval
 from moe_benchmark.gpu import science
 from moe_benchmark.gpu.results import Results, read
 from moe_benchmark.gpu.science import (

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from modeling_moe import MoEConfig, MoEForCausalLM
-from modeling_moe.configuration_derived import PER_LAYER
-from modeling_moe.configuration_fields import Range
+from modeling_moe.configuration_derived import PER_LAYER, derived_fields
+from modeling_moe.configuration_fields import Range, settings_of
 from modeling_moe.router_catalogue import ROUTERS, router_class
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(MoEConfig) if field.name in MoEConfig.__annotations__}
+SETTINGS = settings_of(MoEConfig)
+FIELDS = {field.name: field for field in dataclasses.fields(MoEConfig) if field.name in SETTINGS}
 SMALL = {
     "vocab_size": 61,
     "hidden_size": 24,
@@ -117,7 +118,7 @@ def drawn(name: str, rng: random.Random):
     """A value of a field, most of which are valid."""
     if name in USUAL:
         return rng.choice(USUAL[name])
-    kind, limits = FIELDS[name].type, FIELDS[name].metadata.get("range")
+    kind, limits = FIELDS[name].type, SETTINGS[name].limits
     options = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return rng.choice(options)
@@ -254,7 +255,7 @@ def outcomes(seed: int) -> list[dict | None]:
     if (config := built(fields)) is None:
         config = built(fields := dict(SMALL))
     # what equals what it would be if it were not given counts as not given
-    fields = {name: value for name, value in fields.items() if name not in config._derived}
+    fields = {name: value for name, value in fields.items() if name not in derived_fields(config)}
     changes = {name: drawn(name, rng) for name in rng.sample(sorted(set(FIELDS) - ORDERED), rng.choice([1, 1, 2, 3]))}
     if rng.random() < 0.2:
         changes[rng.choice(sorted(set(FIELDS) - ORDERED))] = rng.choice(HOSTILE)

@@ -87,9 +87,9 @@ def test_plain_softmax_loses_its_denominator():
     small = shrunk(prune, model, usage, keep=4)
     assert (small(IDS).logits - model(IDS).logits).abs().max() > 1e-5
     options = PruningOptions(keep=4)
-    assert "softmax" in options.inexactness(model.config)
-    assert "softmax" not in options.inexactness(tiny_config())
-    assert "selection bias" in options.inexactness(tiny_config(router_selection_bias=True))
+    assert "softmax" in options.reason_not_exact(model.config)
+    assert "softmax" not in options.reason_not_exact(tiny_config())
+    assert "selection bias" in options.reason_not_exact(tiny_config(router_selection_bias=True))
 
 
 def test_best_of_each_score_stay():

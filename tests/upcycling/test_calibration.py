@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM
 from transformers.models import gemma2, gpt2, gpt_neox, llama, mixtral, olmo2, opt
 
 from modeling_moe import MoEForCausalLM
+from modeling_moe.data.calibration_text import load_domains
 from modeling_moe.upcycling.calibration import (
     MEASURED_ROUTERS,
     LayerInputs,
     collect_inputs,
     group_neurons,
-    load_domains,
     logit_std,
     measure,
 )
@@ -288,7 +288,7 @@ def test_clustered_split_is_measured(tokenizer):
         ),
         (
             {"router_init": "kmeans", "granularity": 4, "num_experts_per_tok": 4},
-            "finds nothing to tell apart in layer 0: .* at least 2 replicas",
+            "finds no difference .* in layer 0: .* at least 2 replicas",
         ),
     ],
     ids=str,
@@ -303,7 +303,7 @@ def test_domains_that_tell_nothing_are_refused(tokenizer):
     with pytest.raises(UserError, match=r"calibration_data has 1 domain"):
         measured(model, tokenizer, domains("german"), router_init="ridge")
     text = TEXTS["german"] * 40
-    with pytest.raises(UserError, match=r"'text' finds nothing to tell apart .* whose domains differ"):
+    with pytest.raises(UserError, match=r"'text' finds no difference .* whose domains differ"):
         measured(model, tokenizer, documents(one=text, two=text), router_init="text")
 
 

@@ -1,12 +1,13 @@
 """Spherical k-means against enumeration, and clusters of equal size against the best assignment."""
 
+import math
 from itertools import product
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from modeling_moe.upcycling.clustering import assign_evenly, balanced_clusters, kmeans, lloyd, nearest
+from modeling_moe.upcycling.clustering import assign_evenly, balanced_clusters, kmeans, lloyd, nearest, seed_centres
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -29,6 +30,25 @@ def test_kmeans_finds_separate_groups():
     points = centres[labels] * (0.5 + torch.rand(300, 1)) + 0.03 * torch.randn(300, 16)
     found = (points @ kmeans(points, 6, generator()).T).argmax(1)
     assert len({(a, b) for a, b in zip(labels.tolist(), found.tolist(), strict=True)}) == 6
+
+
+def test_starting_centres_are_drawn_by_the_distance_to_all_centres_before():
+    # 48 equal points and two other ones: a draw that ignores a centre would take an equal point again
+    points = torch.eye(3)[[0] * 48 + [1, 2]]
+    for seed in range(20):
+        assert len(seed_centres(points, 3, generator(seed)).unique(dim=0)) == 3
+
+
+def test_starting_centres_are_drawn_by_the_squared_distance():
+    points = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    draws, random = 4000, generator()
+    pairs = [seed_centres(points, 2, random) for _ in range(draws)]
+    second = [centres[1, 0].item() for centres in pairs if centres[0, 0] == 1]
+    # squared distances of the other points to (1, 0): 0.4 and 2
+    share = sum(x > 0.5 for x in second) / len(second)
+    sigma = math.sqrt(1 / 6 * 5 / 6 / len(second))
+    assert len(second) > draws / 4
+    assert abs(share - 1 / 6) < 4 * sigma
 
 
 def test_a_centre_without_points_takes_the_one_that_lies_worst():

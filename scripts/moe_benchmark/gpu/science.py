@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.upcycling_facts import shuffled
+from experiments.facts_data import shuffled
 from experiments.upcycling_initial_loss import TOLERANCE, compare_logits
 from torch import nn
 
@@ -35,7 +35,7 @@ from modeling_moe.conversion import load_state, open_checkpoint
 from modeling_moe.dispatch import backend_of
 from modeling_moe.evaluation.scoring import score
 from modeling_moe.modeling_moe import MoEForCausalLM
-from modeling_moe.upcycling import UpcyclingOptions, inexactness, sparse_config, upcycle
+from modeling_moe.upcycling import UpcyclingOptions, assemble, reason_not_exact, sparse_config
 from modeling_moe.utils.command_line import parse
 from modeling_moe.utils.command_line import run as run_main
 from modeling_moe.utils.errors import UserError
@@ -221,7 +221,7 @@ def build(setting: Setting, arm: str, seed: int) -> MoEForCausalLM:
     """Builds the model that an arm starts with, in fp32, on the device."""
     fields, state, config = ARMS[arm], setting.state, setting.arm_config(arm)
     if fields is not None:
-        state = upcycle([state], config, UpcyclingOptions(**fields, seed=seed), {})
+        state = assemble([state], config, UpcyclingOptions(**fields, seed=seed), {})
     model = load_state(config, state).to(setting.args.device)
     for parameter in model.parameters():
         # training must not change the checkpoint, which the next arm starts from
@@ -355,7 +355,7 @@ def check_exact(setting: Setting, arm: str, results: Results) -> None:
     model = build(setting, arm, seed=1)
     delta, difference = compare_logits(model, ids, expected)
     told = {"what": "exact", "arm": arm, "delta_loss": delta, "largest_difference": difference}
-    if inexactness(options, model.config):
+    if reason_not_exact(options, model.config):
         results.put(**told)
     else:
         results.check(f"{arm} computes the dense function at step 0", difference <= TOLERANCE, **told)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.upcycling_facts import Comparison, interval
+from experiments.intervals import Comparison, interval
 
 
 PART, DENSE = "science", "dense"

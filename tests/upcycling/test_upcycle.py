@@ -69,7 +69,7 @@ def save_source(name, folder, dtype=torch.float32, config=None):
 def test_exact_modes_equal_the_dense_model(name, options, tmp_path):
     source = save_source(name, tmp_path / "dense")
     plan, _ = upcycle_checkpoint(str(tmp_path / "dense"), tmp_path / "moe", UpcyclingOptions(**options))
-    assert plan.inexactness == ""
+    assert plan.reason_not_exact is None
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -131,8 +131,8 @@ def test_measured_routers_and_verification(with_text, router, tmp_path):
 
 
 def test_wrong_result_is_not_kept(with_text, tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_moe.upcycling.run.TOLERANCE", 0.0)
-    with pytest.raises(UserError, match="the result differs from"):
+    monkeypatch.setattr("modeling_moe.upcycling.upcycle.TOLERANCE", 0.0)
+    with pytest.raises(UserError, match="the logits of the result differ from"):
         upcycle_checkpoint(str(tmp_path / "dense"), tmp_path / "moe", UpcyclingOptions(), check=True)
     assert not (tmp_path / "moe").exists()
 
