@@ -26,8 +26,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from modeling_moe.dispatch.backends.triton import backend as triton_backend
 from modeling_moe.dispatch.backends.triton import tiles
+from modeling_moe.dispatch.backends.triton.backend import INTERPRETED
 from modeling_moe.utils.command_line import parse, run
 from modeling_moe.utils.errors import UserError
 
@@ -102,7 +102,7 @@ def _compile(args: CompilationArguments, target: str) -> Iterator[Code]:
 
 def main() -> None:
     """Compiles, prints and writes what was asked for; the exit code is 1 if anything is at fault."""
-    if triton_backend.INTERPRETED:
+    if INTERPRETED:
         raise UserError("TRITON_INTERPRET is set: unset it, interpreted kernels are not compiled")
     (args,) = parse([CompilationArguments], __doc__)
     codes = [code for target in args.targets for code in _compile(args, target)]

@@ -97,7 +97,7 @@ def distinct(launches: Iterable[Launch], target: str) -> dict[str, Launch]:
     with _standing_in(target):
         for launch in launches:
             binder = launch.kernel.device_caches[target][-1]
-            _, specialization, options = binder(*launch.arguments, **launch.options)
+            _, specialization, options = binder(**launch.arguments, **launch.options)
             different.setdefault(f"{launch.name} {specialization} {options}", launch)
     return different
 
@@ -170,7 +170,7 @@ def compile_launch(launch: Launch, target: str, analysed: bool = True) -> Code:
     """Compiles a launch under the stand-in for `target`; without `analysed` nobody looks at the machine code."""
     code, start = Code(target, launch.name, tile_of(launch)), time.perf_counter()
     try:
-        kernel = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+        kernel = launch.kernel.warmup(**launch.arguments, grid=(1,), **launch.options)
     except Exception as error:  # a compiler fails in many ways, and each is this launch's fault to report
         return replace(code, error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
     code.seconds = time.perf_counter() - start
