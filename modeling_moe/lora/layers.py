@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.utils import logging
 
-from ..dispatch.interface import unserved
+from ..dispatch.interface import reason_unsupported
 from ..dispatch.low_rank import LowRank
 from ..utils.errors import UserError
 from . import sharding
@@ -72,7 +72,7 @@ def left_to_peft(module: Any) -> str | None:
     implementation = module.config._experts_implementation
     if implementation != REPLACED_IMPLEMENTATION and not implementation.startswith(IMPLEMENTATION):
         return f"experts_implementation is {implementation!r}, load the model with {IMPLEMENTATION!r}"
-    return unserved(module)
+    return reason_unsupported(module)
 
 
 def _serves(wrapper: Stock) -> bool:

@@ -243,7 +243,10 @@ UNREAD = [
         {"mlp_layer_types": ["dense"] * 3, "router_z_loss_coef": 1.0},
         r"^router_z_loss_coef is 1.0, .*a sparse layer, or",
     ),
-    ({"mlp_layer_types": ["dense"] * 3, "router_type": "gumbel_topk"}, r"^router_type is 'gumbel_topk', which nothing reads"),
+    (
+        {"mlp_layer_types": ["dense"] * 3, "router_type": "gumbel_topk"},
+        r"^router_type is 'gumbel_topk', which nothing reads",
+    ),
     ({"mlp_layer_types": ["dense", "dense", "sparse"], "num_hash_layers": 2}, r"^num_hash_layers is 2, which nothing"),
     (
         {"num_hash_layers": 3, "router_temperature": 2.0, "router_type": "gumbel_topk"},
