@@ -34,5 +34,7 @@ class References(Extension):
             return f'<autoref optional identifier="{_full_name(obj, name)}"><code>{shown}</code></autoref>'
 
         text = REFERENCE.sub(link, obj.docstring.value)
-        # a line such as "# T tokens, E experts" is no heading
-        obj.docstring.value = re.sub(r"^# ", r"\\# ", text, flags=re.MULTILINE)
+        # a paragraph that begins with "# B batch, ..." is a legend or a diagram, and no heading
+        paragraphs = text.split("\n\n")
+        drawn = [f"```text\n{part}\n```" if part.startswith("# ") else part for part in paragraphs]
+        obj.docstring.value = "\n\n".join(drawn)
