@@ -200,10 +200,10 @@ def test_the_flag_decides_and_a_pipe_of_yes_does_not(kind, trusted, llama, tmp_p
 def test_own_code_is_known_by_its_hash_and_edited_code_is_not(tmp_path):
     MoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
     assert foreign_code(tmp_path) == []
-    with open(tmp_path / "routing.py", "a") as file:
+    with open(tmp_path / "router.py", "a") as file:
         file.write("\n# a line more\n")
-    assert foreign_code(tmp_path) == ["routing.py"]
-    with pytest.raises(UserError, match=r"routing\.py.*--trust_remote_code true"):
+    assert foreign_code(tmp_path) == ["router.py"]
+    with pytest.raises(UserError, match=r"router\.py.*--trust_remote_code true"):
         check_without_package(tmp_path)
 
 
@@ -214,9 +214,9 @@ def test_code_of_an_earlier_version_is_known_by_its_hash():
 
 
 def test_own_code_under_a_foreign_name_is_foreign(tmp_path):
-    """A hash tells a file by its name too: routing.py in the place of attention.py is another program."""
+    """A hash tells a file by its name too: router.py in the place of attention.py is another program."""
     MoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
-    shutil.copyfile(tmp_path / "routing.py", tmp_path / "attention.py")
+    shutil.copyfile(tmp_path / "router.py", tmp_path / "attention.py")
     assert foreign_code(tmp_path) == ["attention.py"]
 
 

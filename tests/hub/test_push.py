@@ -92,7 +92,7 @@ def test_push_uploads_the_model_with_code_and_card(hub, folder):
     _, repo_id, contents = hub.calls[1]
     assert repo_id == "you/moe"
     assert contents == {name: (folder / name).read_bytes() for name in published.files}
-    assert {"README.md", "config.json", "model.safetensors", "modeling_moe.py", "routing.py"} <= contents.keys()
+    assert {"README.md", "config.json", "model.safetensors", "modeling_moe.py", "router.py"} <= contents.keys()
     assert published.left_out == ["checkpoint-3/optimizer.pt", "training_args.bin"]
     assert published.files["model.safetensors"] == (folder / "model.safetensors").stat().st_size
     assert 'from_pretrained("you/moe"' in (folder / "README.md").read_text()
@@ -372,17 +372,15 @@ def test_both_ways_of_loading_agree(folder):
 
 
 def test_missing_code_is_refused(hub, folder):
-    (folder / "routing.py").unlink()
+    (folder / "router.py").unlink()
     with pytest.raises(UserError, match="does not load without this package"):
         push_folder(folder, "you/moe", license="mit")
     assert hub.calls == []
 
 
 def test_other_code_is_refused(hub, folder):
-    code = (folder / "routing.py").read_text()
-    (folder / "routing.py").write_text(
-        code.replace("return weight * self.scaling", "return 2 * weight * self.scaling")
-    )
+    code = (folder / "router.py").read_text()
+    (folder / "router.py").write_text(code.replace("return weight * self.scaling", "return 2 * weight * self.scaling"))
     with pytest.raises(UserError, match="computes something else by its own code"):
         push_folder(folder, "you/moe", license="mit", trust_remote_code=True)
     assert hub.calls == []
