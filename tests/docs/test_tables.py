@@ -12,7 +12,7 @@ import yaml
 from modeling_moe.commands.main import COMMANDS, run_command
 
 from modeling_moe.router_catalogue import RENAMED_VALUES, ROUTERS
-from tests.docs.blocks import ROOT, pages
+from tests.docs.blocks import ROOT, find_blocks, pages
 from tests.docs.commands import ParsedError
 from tests.docs.test_links import CURRENT, inline_code
 
@@ -119,3 +119,14 @@ def test_pages_name_no_path_of_a_machine():
 
 def test_the_readme_is_short():
     assert len(Path(ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_kernels_of_a_pass_exist():
+    (block,) = [block for block in find_blocks(ROOT / "docs" / "gpu.md") if block.language == "text"]
+    kernels = set(re.findall(r"\b[a-z]+_[a-z_]+\b", block.code))
+    assert len(kernels) > 6
+    sources = (ROOT / "modeling_moe" / "dispatch" / "backends" / "triton").rglob("*.py")
+    defined = {
+        name for source in sources for name in re.findall(r"^def (\w+)", source.read_text(), flags=re.MULTILINE)
+    }
+    assert kernels <= defined, kernels - defined
