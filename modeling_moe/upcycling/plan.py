@@ -121,7 +121,7 @@ def sparse_config(dense: MoEConfig, options: UpcyclingOptions, dtype: torch.dtyp
         "shared_expert_intermediate_size": options.shared_expert * dense.intermediate_size,
         "dtype": dtype,
     }
-    return MoEConfig(**(dense.to_dict() | changes))
+    return dense.replace(**changes)
 
 
 def tensor_groups(config: MoEConfig, dtype: torch.dtype) -> tuple[TensorGroup, ...]:

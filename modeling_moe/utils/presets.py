@@ -3,9 +3,9 @@
 
 from pathlib import Path
 
-from .recipes import CONFIGURATION
+from ..configuration_presets import preset_files
 
 
 def presets() -> dict[str, Path]:
     """Returns the file of each shipped model configuration by its name, in alphabetical order."""
-    return {file.stem: file for file in sorted((CONFIGURATION / "models").glob("*.json"))}
+    return preset_files()

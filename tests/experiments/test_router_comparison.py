@@ -1,4 +1,4 @@
-"""scripts/compare_routers.py with tiny models, and what it measures."""
+"""These tests run scripts/compare_routers.py with tiny models, and check the measurements."""
 
 import json
 import math
@@ -44,13 +44,13 @@ MODEL = {
 }
 ENTRIES = [
     {"name": "plain", "fields": {"router_type": "topk", "capacity_factor": 1.0}, "source": "a|b", "highlight": True},
-    {"name": "all to all", "fields": {"router_type": "soft", "allow_noncausal": True}, "source": "c"},
+    {"name": "all to all", "fields": {"router_type": "soft_moe", "allow_noncausal": True}, "source": "c"},
 ]
 
 
 @pytest.fixture
 def flags(tmp_path):
-    """Two routers, three steps, one domain."""
+    """Returns flags for two routers, three steps and one domain."""
     (tmp_path / "routers.yaml").write_text(yaml.safe_dump({"model": MODEL, "routers": ENTRIES}, sort_keys=False))
     (tmp_path / "words.txt").write_text(sample_text(), encoding="utf-8")
     return {
@@ -122,7 +122,7 @@ def test_seed_decides_and_processes_do_not(flags, tmp_path, monkeypatch):
         ("model:", "modle:", "must contain 'model'"),
         ("hidden_size: 16", "hidden_sice: 16", "no field 'hidden_sice'"),
         ("hidden_size: 16", "hidden_size: wide", "hidden_size"),
-        ("router_type: soft", "router_type: task", "has num_tasks=1, but the data have 2 domains"),
+        ("router_type: soft_moe", "router_type: task", "has num_tasks=1, but the data have 2 domains"),
         ("model:", "model: [", "is not YAML"),
     ],
 )
