@@ -7,7 +7,6 @@
 Paste the output into the report. The first run compiles the back end native, which takes seconds.
 """
 
-import importlib.util
 import json
 import os
 import platform
@@ -24,8 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..compatibility import __version__
-from ..dispatch.backends import native
-from ..dispatch.operator import BACKENDS
+from ..dispatch.backends import BACKENDS
 from ..utils.command_line import parse
 from ..utils.versions import untested
 
@@ -63,7 +61,7 @@ class Environment(TypedDict):
         cpu: name, instructions that torch uses, cores and threads.
         devices: accelerators that torch sees.
         compiler: gcc, which the back end `native` is compiled by.
-        backends: None if a back end can run here, or the reason why it cannot.
+        backends: for each back end and device None if the back end runs there, or the reason why it does not.
     """
 
     versions: dict[str, str]
@@ -72,7 +70,7 @@ class Environment(TypedDict):
     cpu: str
     devices: list[str]
     compiler: str
-    backends: dict[str, str | None]
+    backends: dict[str, dict[str, str | None]]
 
 
 def _versions() -> dict[str, str]:
@@ -95,9 +93,13 @@ def _cpu() -> str:
     return f"{name}; {', '.join(instructions)}; {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def _devices() -> list[str]:
     found = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for index in range(_gpus()):
         properties = torch.cuda.get_device_properties(index)
         size = properties.total_memory / 2**30
         found.append(
@@ -116,39 +118,16 @@ def _compiler() -> str:
     return f"gcc {release or 'of unknown release'} at {path}"
 
 
-def _native() -> str | None:
-    if platform.system() != "Linux":
-        return "it is compiled on Linux alone"
-    if shutil.which("gcc") is None:
-        return "there is no gcc on PATH: install gcc"
-    if not native.available(torch.float32, "silu_gated"):
-        return "gcc cannot compile it, or the folder for the result cannot be written: a warning above says why"
-    return None
-
-
-def _grouped_mm() -> str | None:
-    return (
-        None
-        if hasattr(torch.nn.functional, "grouped_mm") or hasattr(torch, "_grouped_mm")
-        else "torch has no grouped_mm"
-    )
-
-
-def _triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if "triton" not in BACKENDS:
-        return "triton cannot be imported"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    if not BACKENDS["triton"].available(torch.device("cuda")):
-        return "Triton does not serve this GPU: a warning above says why"
-    return None
-
-
-def backend_reasons() -> dict[str, str | None]:
-    """Returns, for each back end of the experts, None if it can run here, or the reason why it cannot."""
-    return {"native": _native(), "loop": None, "grouped_mm": _grouped_mm(), "triton": _triton()}
+def backend_reasons() -> dict[str, dict[str, str | None]]:
+    """Returns, by back end of the experts and by device, None if the back end computes fp32 there, or why it does not."""
+    devices = ["cpu", *(f"cuda:{index}" for index in range(_gpus()))]
+    reasons: dict[str, dict[str, str | None]] = {
+        name: {device: backend.reason_unavailable(torch.device(device), torch.float32) for device in devices}
+        for name, backend in BACKENDS.items()
+    }
+    if "triton" not in reasons:
+        reasons["triton"] = dict.fromkeys(devices, "the package triton is not installed, or cannot be imported")
+    return reasons
 
 
 def environment() -> Environment:
@@ -177,7 +156,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("untested releases", ", ".join(found["untested"]) or "none"),
         *((name, str(found[name])) for name in ("system", "cpu", "compiler")),
         ("devices", "\n".join(found["devices"]) or "no accelerator"),
-        *((f"back end {name}", reason or "available") for name, reason in found["backends"].items()),
+        *(
+            (f"back end {name}", "\n".join(f"{device}: {reason or 'available'}" for device, reason in reasons.items()))
+            for name, reasons in found["backends"].items()
+        ),
     ]
     for row in rows:
         table.add_row(*row)

@@ -4,6 +4,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from modeling_moe.commands.main import main
 from modeling_moe.commands.presets import _purpose
 from modeling_moe.data import DataArguments
 from modeling_moe.dispatch import backend_of
+from modeling_moe.dispatch.backends import BACKENDS
 from modeling_moe.utils.presets import presets
 from modeling_moe.utils.recipes import CONFIGURATION, recipes
 from tests.conftest import tiny_config
@@ -207,29 +209,35 @@ def test_env_names_what_a_bug_report_needs(moe):
     assert found["versions"]["torch"] == torch.__version__
     assert {"modeling_moe", "python", "transformers", "peft", "accelerate"} <= set(found["versions"])
     assert set(found["backends"]) == {"native", "loop", "grouped_mm", "triton"}
-    assert ("triton" in found["versions"]) == (found["backends"]["triton"] != "triton is not installed")
     _, table, _ = moe("env")
-    for name, reason in found["backends"].items():
+    for name, reasons in found["backends"].items():
         assert f"│ back end {name} " in table
-        assert (reason or "available") in table
+        assert all(f"{device}: {reason or 'available'}" in table for device, reason in reasons.items())
 
 
 @pytest.mark.parametrize("name", ["native", "loop", "grouped_mm", "triton"])
-def test_a_back_end_that_env_calls_available_runs(name):
-    """Triton's interpreter, which tests use, serves no model of a user's and so counts for nothing here."""
-    if env.backend_reasons()[name] is not None:
-        pytest.skip(f"env says: {env.backend_reasons()[name]}")
-    device = "cuda" if name == "triton" else "cpu"
-    model = MoEForCausalLM(tiny_config(hidden_size=32)).to(device)
-    model.set_experts_implementation(f"moe_{name}")
-    experts = model.model.layers[0].mlp.experts
-    x, index = torch.randn(20, 32, device=device), torch.randint(5, (20, 3), device=device)
-    assert backend_of(experts, x, index) == name
-    assert experts(x, index, torch.rand(20, 3, device=device)).isfinite().all()
+def test_a_back_end_runs_on_the_devices_that_env_calls_available(name):
+    reasons = env.backend_reasons()[name]
+    devices = [device for device, reason in reasons.items() if reason is None]
+    for device in devices:
+        model = MoEForCausalLM(tiny_config(hidden_size=32)).to(device)
+        model.set_experts_implementation(f"moe_{name}")
+        experts = model.model.layers[0].mlp.experts
+        x, index = torch.randn(20, 32, device=device), torch.randint(5, (20, 3), device=device)
+        assert backend_of(experts, x, index) == name
+        assert experts(x, index, torch.rand(20, 3, device=device)).isfinite().all()
+    assert devices or name in ("native", "triton")
 
 
-def test_env_says_what_the_native_back_end_lacks(monkeypatch, moe):
+def test_env_gives_the_reason_of_a_back_end_that_does_not_run(monkeypatch, moe):
+    reasons = {"native": "experts.c is not compiled", "triton": None}
+    for name, reason in reasons.items():
+        monkeypatch.setitem(
+            BACKENDS, name, SimpleNamespace(reason_unavailable=lambda device, dtype, reason=reason: reason)
+        )
     monkeypatch.setenv("PATH", "")
     found = json.loads(moe("env", "--json")[1])
-    assert found["backends"]["native"] == "there is no gcc on PATH: install gcc"
+    assert {name: found["backends"][name]["cpu"] for name in reasons} == reasons
     assert found["compiler"] == "no gcc on PATH"
+    monkeypatch.delitem(BACKENDS, "triton")
+    assert "is not installed" in json.loads(moe("env", "--json")[1])["backends"]["triton"]["cpu"]
