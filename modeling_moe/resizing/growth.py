@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..checkpoints.lazy_tensor import LazyTensor, State
+from ..checkpoints import LazyTensor, State
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
 from ..utils.result_limits import refuse_vast
