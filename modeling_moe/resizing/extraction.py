@@ -5,26 +5,12 @@ import copy
 
 import torch
 
-from ..configuration_moe import MoEConfig
+from ..configuration_fields import field_defaults
 from ..modeling_moe import MoEForCausalLM
-from ..router import RoutingContext
-
-
-# router fields that have no meaning in an extracted model, and their values in it
-_PLAIN = {
-    "router_type": "fixed",
-    "num_tasks": 1,
-    "routed_scaling_factor": 1.0,
-    "norm_topk_prob": False,
-    "scoring_func": "softmax",
-    "n_group": 1,
-    "topk_group": 1,
-    "router_selection_bias": False,
-    "router_controller": None,
-    "router_bias_update_rate": 0.0,
-    "router_jitter_noise": 0.0,
-    "router_gradient": "topk",
-}
+from ..router import RouterFields, RoutingContext
+from ..router_assigned import AssignedFields
+from ..router_balancing import BalancingFields
+from ..router_topk import TopKFields
 
 
 @torch.no_grad()
@@ -39,7 +25,7 @@ def extract_task(model: MoEForCausalLM, task: int) -> MoEForCausalLM:
         task: id of the task, as in `task_ids`.
 
     Returns:
-        A model with K experts in each sparse layer and `router_type="fixed"`, in evaluation mode, with the
+        A model with K experts in each sparse layer and `router_type="uniform"`, in evaluation mode, with the
         dtypes of `model`.
 
     Raises:
@@ -50,7 +36,7 @@ def extract_task(model: MoEForCausalLM, task: int) -> MoEForCausalLM:
         raise ValueError("extract_task needs a model with router_type='task' in all sparse layers, without capacity.")
     if not 0 <= task < config.num_tasks:
         raise ValueError(f"task is {task}: it must be between 0 and num_tasks - 1 ({config.num_tasks - 1}).")
-    fields = config.to_dict() | _PLAIN | {"num_experts": config.num_experts_per_tok}
+    plain = field_defaults(RouterFields, TopKFields, AssignedFields, BalancingFields)
     state = model.state_dict()
     for layer, block in enumerate(model.model.layers):
         if not block.is_sparse:
@@ -65,7 +51,7 @@ def extract_task(model: MoEForCausalLM, task: int) -> MoEForCausalLM:
         state[f"{prefix}.gate.expert_weight"] = routing.weight[0, order]
         for name, _ in block.mlp.experts.named_parameters():
             state[f"{prefix}.experts.{name}"] = state[f"{prefix}.experts.{name}"][experts]
-    extracted = MoEForCausalLM(MoEConfig(**fields))
+    extracted = MoEForCausalLM(config.replace(**plain, router_type="uniform", num_experts=config.num_experts_per_tok))
     # `assign` keeps the dtypes of the tensors
     extracted.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     extracted.tie_weights()

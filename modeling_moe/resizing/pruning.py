@@ -184,4 +184,4 @@ def _with_experts(
         "expected_experts_per_tok": min(config.expected_experts_per_tok, top_k),
     }
     result = replace_experts(state, (config.num_experts, count), expert, router)
-    return result, MoEConfig(**(config.to_dict() | changes))
+    return result, config.replace(**changes)

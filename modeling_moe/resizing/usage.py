@@ -101,7 +101,7 @@ def measure_usage(model: MoEForCausalLM, batches: Iterable[dict[str, torch.Tenso
         The usage of every sparse layer, with the routing of evaluation, after capacity.
 
     Raises:
-        UserError: if the router does not send tokens to experts (`soft`, `segment`), or there is no token.
+        UserError: if the router does not send tokens to experts (`soft_moe`, `lory`), or there is no token.
     """
     blocks = {i: layer.mlp for i, layer in enumerate(model.model.layers) if layer.is_sparse}
     if any(block.mix is not Router.mix for block in blocks.values()):

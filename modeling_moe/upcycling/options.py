@@ -95,7 +95,10 @@ class UpcyclingOptions:
     ridge_lambda: float = field(
         default=1e-2, metadata={"help": "strength of the regularisation for router_init ridge"}
     )
-    router_aux_loss_coef: float = field(default=0.01, metadata={"help": "weight of the load-balancing loss"})
+    router_aux_loss_coef: float = field(
+        default=0.005,
+        metadata={"help": "coefficient of the load-balancing loss, which is num_experts_per_tok in balance"},
+    )
     router_z_loss_coef: float = field(default=0.001, metadata={"help": "weight of the router's z-loss"})
     seed: int = field(default=0, metadata={"help": "seed of all random numbers"})
 

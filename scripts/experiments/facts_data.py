@@ -162,7 +162,7 @@ def cut(config: MoEConfig, state: State, first: int, last: int) -> tuple[MoEConf
             changes[name] = values[first:last]
     if "sliding_attention" not in changes["layer_types"]:
         changes["sliding_window"] = None
-    return MoEConfig(**(config.to_dict() | changes)), tensors
+    return config.replace(**changes), tensors
 
 
 @torch.no_grad()
@@ -185,7 +185,7 @@ def tail_model(config: MoEConfig, state: State, layer: int, kept: torch.Tensor) 
     changes = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     # the states already include the embedding multiplier
     changes |= {"vocab_size": len(kept), "embedding_multiplier": 1.0}
-    return MoEConfig(**(config.to_dict() | changes)), state
+    return config.replace(**changes), state
 
 
 def shuffled(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

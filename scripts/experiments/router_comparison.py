@@ -373,7 +373,7 @@ def compare_routers(args: ComparisonArguments) -> list[RouterResult]:
     configs = [router_config(model, entry) for entry in entries]
     corpus = load_corpus(args)
     for entry, config in zip(entries, configs, strict=True):
-        if config.router_type in ("task", "task_gate") and config.num_tasks < len(corpus.training):
+        if config.router_type in ("task", "mmoe") and config.num_tasks < len(corpus.training):
             raise UserError(
                 f"router {entry.name!r} has num_tasks={config.num_tasks}, but the data have {len(corpus.training)} domains, "
                 "each of which is a task: raise it"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 from modeling_moe.dispatch import backend_of
-from modeling_moe.lora.layers import peft_alone
+from modeling_moe.lora import enable, peft_alone
 
 from .arguments import BenchmarkArguments
 from .case_runner import CaseRunner
@@ -48,6 +48,7 @@ CONTESTANTS = {
 
 def _models(preset: Preset, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
     """Returns a model of two layers for each contestant, all with equal weights."""
+    enable()
     heads = max(4, preset.hidden // 64)
     config = MixtralConfig(
         vocab_size=VOCABULARY, hidden_size=preset.hidden, intermediate_size=preset.intermediate, num_hidden_layers=2,

@@ -117,7 +117,8 @@ class BlockWorkload(ExpertsWorkload):
 
     def forward(self, module: nn.Module) -> torch.Tensor:
         """Returns the output (1, T, H)."""
-        return module(self.x)
+        output = module(self.x)
+        return output[0] if isinstance(output, tuple) else output  # our block also returns its router's statistics
 
 
 class ModelWorkload:

@@ -124,10 +124,10 @@ def _patch_package(patch, torch, mode):
     from moe_benchmark.gpu import capturing, precompile
 
     from modeling_moe.dispatch import interface
-    from modeling_moe.dispatch.backends.triton import backend as triton_backend
     from modeling_moe.dispatch.backends.triton import launching, tiles
+    from modeling_moe.dispatch.backends.triton.backend import TritonBackend
 
-    choose, run = interface._choose, launching.Launch.run
+    choose, run = interface.choose, launching.Launch.run
 
     def run_outside(launch):
         # calls of the interpreter are not recorded
@@ -149,9 +149,9 @@ def _patch_package(patch, torch, mode):
         clock.copied_bytes = 8192
 
     patch.setattr(measure.Clock, "__init__", make_small_clock)
-    for name in ("group_slots", "forward", "backward", "decode"):
-        patch.setattr(triton_backend, name, watched(getattr(triton_backend, name)))
-    patch.setattr(interface, "_choose", lambda backend, *rest: choose(backend or "triton", *rest))
+    for name in ("order_by_expert", "forward", "backward", "decode"):
+        patch.setattr(TritonBackend, name, watched(getattr(TritonBackend, name)))
+    patch.setattr(interface, "choose", lambda backend, problem: choose(backend or "triton", problem))
     patch.setattr(launching.Launch, "run", run_outside)
     patch.setattr(tiles, "_family_of_gpu", lambda index: "hopper")
     # a real capture runs nothing, and each replay runs the call once

@@ -29,15 +29,17 @@ from moe_benchmark.gpu.sizes import TINY, Comparison
 from moe_benchmark.gpu.timing import launch_times
 
 from modeling_moe.dispatch import interface
-from modeling_moe.dispatch.backends.triton import backend as triton_backend
-from modeling_moe.dispatch.backends.triton import launching
+from modeling_moe.dispatch.backends import BACKENDS
+from modeling_moe.dispatch.backends.triton import launching, row_tiles
+from modeling_moe.dispatch.backends.triton.backend import INTERPRETED, TritonBackend
 from modeling_moe.dispatch.backends.triton.tiles import CONFIGS
+from modeling_moe.dispatch.problem import Combined
 from modeling_moe.utils.errors import UserError
 from tests.benchmark.fake_cuda import faked
 
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="Triton does not interpret its kernels here")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton does not interpret its kernels here")
 
 
 @pytest.fixture
@@ -245,7 +247,7 @@ def test_a_failing_case(run_part, monkeypatch):
     def decode(*_):
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr(triton_backend, "decode", decode)
+    monkeypatch.setattr(TritonBackend, "decode", decode)
     training, decoding = run_part(comparison)
     assert training["ms"]["moe"] > 0
     assert "out of resource" in decoding["error"]
@@ -254,13 +256,13 @@ def test_a_failing_case(run_part, monkeypatch):
 
 
 def test_a_wrong_result(run_part, monkeypatch):
-    forward = triton_backend.forward
+    forward = TritonBackend.forward
 
     def wrong(*arguments, **options):
         output, h = forward(*arguments, **options)
-        return output * 1.05, h
+        return Combined(output * 1.05, h)
 
-    monkeypatch.setattr(triton_backend, "forward", wrong)
+    monkeypatch.setattr(TritonBackend, "forward", wrong)
     rows = run_part(comparison, comparison=TINY.comparison[:1])
     assert "disagrees" in errors(rows)[0]
     assert "moe" not in rows[0]["ms"]
@@ -273,20 +275,20 @@ def test_a_wrong_result(run_part, monkeypatch):
 
 
 def test_another_back_end_is_noticed(run_part, monkeypatch):
-    monkeypatch.setattr(interface, "_choose", lambda *_: "loop")
+    monkeypatch.setattr(interface, "choose", lambda *_: BACKENDS["loop"])
     monkeypatch.setattr(correctness, "CHECKS", (correctness.back_end,))
     rows = run_part(correctness)
     assert len(errors(rows)) == len(rows) == 6
 
 
 def test_a_synchronisation_is_noticed(run_part, monkeypatch):
-    precision_of = triton_backend.precision_of
+    precision_of = row_tiles.precision_of
 
     def waits(dtype):
         torch.ones(1, device="cuda").item()
         return precision_of(dtype)
 
-    monkeypatch.setattr(triton_backend, "precision_of", waits)
+    monkeypatch.setattr(row_tiles, "precision_of", waits)
     monkeypatch.setattr(correctness, "CHECKS", (correctness.no_synchronisation,))
     rows = run_part(correctness)
     failed = [row["check"] for row in rows if "error" in row]
@@ -375,12 +377,12 @@ def test_a_lost_gpu_ends_the_comparison(run_part, monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def synchronize(*_):
-        if triton_backend.decode is decode:
+        if TritonBackend.decode is decode:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     first, second = Comparison("tiny", 2, "decode", dtype="float32"), Comparison("tiny", 9, "forward", dtype="float32")
-    monkeypatch.setattr(triton_backend, "decode", decode)
+    monkeypatch.setattr(TritonBackend, "decode", decode)
     with pytest.raises(DeviceLost):
         run_part(comparison, comparison=(first, second))
 
@@ -407,7 +409,7 @@ def test_launches_that_differ_from_call_to_call(gpu, monkeypatch):
     def call():
         calls.append(1)
         for _ in range(len(calls) % 2 + 1):
-            launching.launch(None, (1,))
+            launching.launch(None, (1,), {})
 
     monkeypatch.setattr(launching.Launch, "run", lambda launch: None)
     with pytest.raises(RuntimeError, match="3 equal calls made 4 launches"):

@@ -37,7 +37,7 @@ from moe_benchmark.gpu.weights import join, keep, model_path, split
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from modeling_moe.dispatch.operator import BACKENDS
+from modeling_moe.dispatch.backends import BACKENDS
 from modeling_moe.utils.errors import UserError
 from tests.training.conftest import WORDS, train_tokenizer
 

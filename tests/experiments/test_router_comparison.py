@@ -44,7 +44,7 @@ MODEL = {
 }
 ENTRIES = [
     {"name": "plain", "fields": {"router_type": "topk", "capacity_factor": 1.0}, "source": "a|b", "highlight": True},
-    {"name": "all to all", "fields": {"router_type": "soft", "allow_noncausal": True}, "source": "c"},
+    {"name": "all to all", "fields": {"router_type": "soft_moe", "allow_noncausal": True}, "source": "c"},
 ]
 
 
@@ -122,7 +122,7 @@ def test_seed_decides_and_processes_do_not(flags, tmp_path, monkeypatch):
         ("model:", "modle:", "must contain 'model'"),
         ("hidden_size: 16", "hidden_sice: 16", "no field 'hidden_sice'"),
         ("hidden_size: 16", "hidden_size: wide", "hidden_size"),
-        ("router_type: soft", "router_type: task", "has num_tasks=1, but the data have 2 domains"),
+        ("router_type: soft_moe", "router_type: task", "has num_tasks=1, but the data have 2 domains"),
         ("model:", "model: [", "is not YAML"),
     ],
 )

@@ -38,7 +38,7 @@ def test_bitwise_equal(fields, dtype, tmp_path):
     ("fields", "task", "message"),
     [
         ({}, 3, "task is 3: it must be between 0 and num_tasks - 1"),
-        ({"router_type": "topk"}, 0, "router_type='task'"),
+        ({"router_type": "topk", "num_tasks": 1}, 0, "router_type='task'"),
     ],
 )
 def test_what_cannot_be_extracted(fields, task, message):

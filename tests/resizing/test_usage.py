@@ -94,6 +94,6 @@ def test_what_cannot_be_measured():
         measure_usage(model, [])
     with pytest.raises(UserError, match="lacks layer 1"):
         measure_usage(model, BATCHES).of(1)
-    soft = MoEForCausalLM(tiny_config(router_type="soft", allow_noncausal=True))
-    with pytest.raises(UserError, match="router_type='soft'"):
+    soft = MoEForCausalLM(tiny_config(router_type="soft_moe", allow_noncausal=True))
+    with pytest.raises(UserError, match="router_type='soft_moe'"):
         measure_usage(soft, BATCHES)

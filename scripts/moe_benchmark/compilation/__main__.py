@@ -26,8 +26,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from modeling_moe.dispatch.backends.triton import backend as triton_backend
 from modeling_moe.dispatch.backends.triton import tiles
+from modeling_moe.dispatch.backends.triton.backend import INTERPRETED
 from modeling_moe.utils.command_line import parse, run
 from modeling_moe.utils.errors import UserError
 
@@ -101,9 +101,9 @@ def _compile(args: CompilationArguments, target: str) -> Iterator[Code]:
 
 
 def main() -> None:
-    """Compiles the launches, prints and writes the results; the exit code is 1 if a launch has a fault."""
-    if triton_backend.INTERPRETED:
-        raise UserError("TRITON_INTERPRET is set: unset it, because interpreted kernels are not compiled")
+    """Compiles, prints and writes what was asked for; the exit code is 1 if anything is at fault."""
+    if INTERPRETED:
+        raise UserError("TRITON_INTERPRET is set: unset it, interpreted kernels are not compiled")
     (args,) = parse([CompilationArguments], __doc__)
     codes = [code for target in args.targets for code in _compile(args, target)]
     if args.json:

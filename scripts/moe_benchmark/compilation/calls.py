@@ -8,8 +8,8 @@ scenarios.
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from modeling_moe.dispatch.activations import ACTIVATIONS
 from modeling_moe.dispatch.backends.triton import tiles
-from modeling_moe.dispatch.gates import GATES
 
 from ..presets import GPU_PRESETS, PRESETS
 
@@ -23,11 +23,11 @@ class Experts(NamedTuple):
     """Describes the experts of one layer.
 
     Attributes:
-        hidden: width H of a token.
-        width: width I of an expert.
-        number: number E of experts.
-        per_token: number K of experts per token.
-        gate: key of [`~modeling_moe.dispatch.gates.GATES`].
+        hidden: the width H of a token.
+        width: the width I of an expert.
+        number: the number E of experts.
+        per_token: the number K of a token's experts.
+        gate: a key of [`~modeling_moe.dispatch.activations.ACTIVATIONS`].
         bias: whether both matrices have biases.
         transposed: whether the matrices have gpt-oss's memory layout, (E, H, C) and (E, I, H).
     """
@@ -165,7 +165,7 @@ def edge_calls() -> Iterator[Call]:
         for dtype, scenarios in EDGE_SCENARIOS.items():
             for scenario in scenarios:
                 yield Call(name, experts, min(tokens, 16) if scenario == "decode" else tokens, dtype, scenario)
-    for gate in GATES:
+    for gate in ACTIVATIONS:
         experts = Experts(256, 128, 4, 2, gate, bias=True)
         yield Call(f"gate {gate}", experts, 2048, "bfloat16", "train")
         yield Call(f"gate {gate}", experts, 16, "bfloat16", "decode")

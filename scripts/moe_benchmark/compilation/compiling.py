@@ -98,7 +98,7 @@ def distinct(launches: Iterable[Launch], target: str) -> dict[str, Launch]:
     with _standing_in(target):
         for launch in launches:
             binder = launch.kernel.device_caches[target][-1]
-            _, specialization, options = binder(*launch.arguments, **launch.options)
+            _, specialization, options = binder(**launch.arguments, **launch.options)
             different.setdefault(f"{launch.name} {specialization} {options}", launch)
     return different
 
@@ -171,8 +171,8 @@ def compile_launch(launch: Launch, target: str, analysed: bool = True) -> Code:
     """Compiles a launch for `target` without a GPU; the machine code is analysed only if `analysed` is set."""
     code, start = Code(target, launch.name, tile_of(launch)), time.perf_counter()
     try:
-        kernel = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
-    except Exception as error:  # a compiler fails in many ways; each is reported as the launch's error
+        kernel = launch.kernel.warmup(**launch.arguments, grid=(1,), **launch.options)
+    except Exception as error:  # a compiler fails in many ways, and each is this launch's fault to report
         return replace(code, error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
     code.seconds = time.perf_counter() - start
     code.shared, code.tensor_memory = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", None) or 0

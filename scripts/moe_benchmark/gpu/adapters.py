@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from modeling_moe.lora import quantize_experts
-from modeling_moe.lora.layers import MATRICES, peft_alone
+from modeling_moe.lora import enable, peft_alone, quantize_experts
+from modeling_moe.lora.layers import MATRICES
 
 from ..workloads import experts_in
 from .models import gradients_of, make_ids, make_model, worst_difference
@@ -23,6 +23,7 @@ TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 def _adapted(size: Size) -> Any:
     """Returns the model of a size in float32, with random low-rank factors on its experts."""
+    enable()
     model = get_peft_model(make_model(size), LoraConfig(r=RANK, lora_alpha=RANK, target_parameters=TARGETS))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():

@@ -75,7 +75,7 @@ def deterministic() -> Iterator[None]:
 
 
 def _block_loss(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return block(x).float().square().mean()
+    return block(x)[0].float().square().mean()
 
 
 def _model_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

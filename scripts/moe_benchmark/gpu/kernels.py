@@ -37,8 +37,8 @@ def run(results: Results, size: Size) -> None:
 
 
 def named_arguments(launch: Launch) -> dict[str, Any]:
-    """Returns the arguments and constants of a launch by their names in the kernel."""
-    return dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
+    """Arguments and constants of a launch by their names in the kernel."""
+    return launch.arguments | launch.options
 
 
 def tile_of(launch: Launch) -> list[int | None]:

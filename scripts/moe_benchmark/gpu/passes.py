@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from modeling_moe.dispatch.backends.triton import backend as triton_backend
+from modeling_moe.dispatch.backends import BACKENDS
+from modeling_moe.dispatch.backends.triton.backend import TritonBackend
 from modeling_moe.dispatch.backends.triton.tiles import Config, Decoding
-from modeling_moe.dispatch.low_rank import LowRank, LowRankPair
+from modeling_moe.dispatch.low_rank import LowRank
+from modeling_moe.dispatch.problem import ExpertsProblem, Needs
 
 from ..presets import PRESETS
 from ..routing import route
@@ -25,27 +27,21 @@ RANK = 16
 
 
 class Problem(NamedTuple):
-    """Holds the tensors of one [`Shape`].
+    """Problem holds the tensors of one [`Shape`].
 
     Attributes:
-        shape: the shape.
-        x: input (T, H).
-        index: expert ids (T, K) int64.
-        weight: routing weights (T, K) float32.
-        matrices: up (E, C, H), down (E, H, I), their biases (E, C) and (E, H) or None, the gate and its constants.
-        low_rank: the updates of scenario `"lora"`, of rank 16; else None.
+        shape: the shape that they are made for.
+        experts: the problem that the back end is given, with updates of rank 16 in scenario `"lora"`.
+        index: (T, K) int64.
     """
 
     shape: Shape
-    x: torch.Tensor
+    experts: ExpertsProblem
     index: torch.Tensor
-    weight: torch.Tensor
-    matrices: Any
-    low_rank: LowRankPair | None
 
     @property
     def slots(self) -> int:
-        """Number of assignments A."""
+        """The number of assignments."""
         return self.index.numel()
 
 
@@ -82,10 +78,13 @@ def make(shape: Shape, device: str = "cuda") -> Problem:
         biases, gate = (None, None), ("silu_gated", [])
     index, weight = (tensor.to(device) for tensor in route("balanced", shape.tokens, preset))
     x = torch.empty(shape.tokens, hidden, dtype=dtype, device=device).normal_()
-    low_rank = None
+    problem = ExpertsProblem(x, weight, up, down, *biases, *gate)
     if shape.scenario == "lora":
-        low_rank = LowRankPair(_update(experts, hidden, 2 * width, device), _update(experts, width, hidden, device))
-    return Problem(shape, x, index, weight, (up, down, *biases, *gate), low_rank)
+        problem = problem._replace(
+            up_update=_update(experts, hidden, 2 * width, device),
+            down_update=_update(experts, width, hidden, device),
+        )
+    return Problem(shape, problem, index)
 
 
 def _update(experts: int, columns: int, rows: int, device: str) -> LowRank:
@@ -96,17 +95,21 @@ def _update(experts: int, columns: int, rows: int, device: str) -> LowRank:
 
 
 def run(problem: Problem, config: Config | Decoding | None = None) -> Any:
-    """Runs the scenario of a problem once, with the blocks of `config`, or those of the table without it."""
-    shape, x, index, weight, matrices, low_rank = problem
-    backend: Any = triton_backend
+    """Runs the scenario of a problem once, with the blocks of `config` in place of the table's if it is given."""
+    shape, experts, index = problem
+    backend = BACKENDS["triton"]
+    assert isinstance(backend, TritonBackend)
     with precision(shape.dtype):
         if shape.scenario == "decode":
-            return backend.decode(x, index, weight, *matrices, decoding_blocks=config)
-        slots = backend.group_slots(index, len(matrices[0]))
+            assert not isinstance(config, Config)
+            return backend.decode(experts, index, config)
+        assert not isinstance(config, Decoding)
+        order = backend.order_by_expert(index, len(experts.up))
         if shape.scenario == "infer":
-            return backend.forward(x, slots, weight, *matrices, False, config=config)
-        output, h = backend.forward(x, slots, weight, *matrices, True, low_rank, config=config)
-        needs = [True] * 4 + [matrices[2] is not None] * 2
-        if low_rank is not None:
-            needs = [True, True] + [False] * 4 + [True] * 4
-        return output, backend.backward(x, x, h, slots, weight, *matrices, needs, low_rank, config=config)
+            return backend.forward(experts, order, False, config)
+        output, h = backend.forward(experts, order, True, config)
+        biased = experts.up_bias is not None
+        needs = Needs(True, True, True, True, biased, biased)
+        if experts.updated:
+            needs = Needs(x=True, weight=True, up_a=True, up_b=True, down_a=True, down_b=True)
+        return output, backend.backward(experts, order, experts.x, h, needs, config)
