@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..checkpoints.lazy_tensor import LazyTensor, State
+from ..checkpoints import LazyTensor, State
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
 from ..utils.limits import refuse_vast_result

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ..checkpoints.lazy_tensor import LazyTensor, State
+from ..checkpoints import LazyTensor, State
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
 from .growth import ROUTER_ROWS, MakeExpert, refuse_other_routers, replace_experts

@@ -89,26 +89,26 @@ def test_the_report_names_the_back_end_that_ran(benchmark, tmp_path):
     ("flags", "message"),
     [
         (["--device", "tpu"], "device 'tpu' is unknown"),
-        (["--device", "cuda"], "torch sees no GPU"),
+        (["--device", "cuda"], "torch finds no GPU"),
         (["--level", "layer"], "level 'layer' is unknown"),
         (["--presets", "huge"], "presets 'huge' is unknown"),
         (["--dtypes", "int8"], "dtypes 'int8' is unknown"),
         (["--routing", "random"], "routing 'random' is unknown"),
         (["--modes", "backward"], "modes 'backward' is unknown"),
-        (["--tokens", "0"], "0 is less than 1"),
+        (["--tokens", "0"], "tokens is 0: it must be at least 1"),
         (["--rounds", "0"], "rounds is 0"),
         (["--threads", "-1"], "threads is -1"),
         (["--level", "block", "--routing", "zipf"], "a router chooses"),
-        (["--what", "lora", "--modes", "forward"], "a model with its router: leave routing, modes, level out"),
-        (["--what", "lora", "--presets", "gpt_oss_20b"], "gpt_oss_20b has experts only"),
-        (["--level", "model", "--presets", "gpt_oss_20b"], "gpt_oss_20b has experts only"),
-        (["--implementations", "eager"], "at least one must be this package's"),
+        (["--what", "lora", "--modes", "forward"], "a model with its router; omit routing, modes and level"),
+        (["--what", "lora", "--presets", "gpt_oss_20b"], "gpt_oss_20b has only experts"),
+        (["--level", "model", "--presets", "gpt_oss_20b"], "gpt_oss_20b has only experts"),
+        (["--implementations", "eager"], "at least one must belong to this package"),
         (["--implementations", "moe", "fastest"], "'fastest' is not registered"),
         (["--output", "/missing/folder/result.json"], "make the folder"),
     ],
 )
 def test_mistakes(flags, message, benchmark):
-    if message == "torch sees no GPU" and torch.cuda.is_available():
+    if message == "torch finds no GPU" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     code, printed, complaint = benchmark(*flags)
     assert code == 2

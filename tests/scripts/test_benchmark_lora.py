@@ -109,7 +109,7 @@ def test_disagreement_is_recorded_and_the_run_goes_on(method, factor, error, scr
         assert set(OTHERS) < {*result["times"], "moe"}
         assert wrong == ("moe" in result["failures"])
         if wrong:
-            assert "disagrees with PEFT's own path in float32 in " in result["error"]
+            assert "disagrees with PEFT's own code in float32 in " in result["error"]
             assert f"by {error}" in result["error"]
             assert result["ratios"] == {}
     assert f"FAILED, {case}: moe: LoRA by moe" in " ".join(printed.split())
@@ -127,7 +127,7 @@ def test_wrong_peft_is_left_out(script, monkeypatch):
     code, _, _, report = script("--tokens", 24, "--dtypes", "bfloat16")
     assert code == 0
     first, second = report["results"]
-    assert "disagrees with PEFT's own path" in first["skipped"]["PEFT"]
+    assert "disagrees with PEFT's own code" in first["skipped"]["PEFT"]
     assert "PEFT" not in first["times"]
     assert "ours/full" in first["ratios"]
     assert "ours/PEFT" not in first["ratios"]
