@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Transformers' releases differ in a few names; one copy of this code, that of a checkpoint too, runs on all of them.
+"""This module hides the names in which transformers' releases differ, so that one copy of the code runs on all of them.
 
 transformers 5.24 renamed `past_key_values` to `cache`, in models, masks, outputs and `generate`, and gives the paged cache of
 continuous batching to the model, where earlier releases give it to the attention function. Here the name is `cache`; our

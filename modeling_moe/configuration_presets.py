@@ -28,6 +28,6 @@ def preset_file(name: str) -> Path:
     files = preset_files()
     if name not in files:
         close = difflib.get_close_matches(name, files, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "choose one of the list."
+        hint = f"did you mean {close[0]!r}?" if close else "choose one of them."
         raise ValueError(f"there is no preset {name!r} among {', '.join(files)}: {hint}")
     return files[name]

@@ -304,10 +304,6 @@ class Router(nn.Module):
     variable_k: ClassVar[bool] = False
     # whether each token uses all experts, whatever `num_experts_per_tok` is
     uses_all_experts: ClassVar[bool] = False
-    # whether `max_experts_per_tok` has an effect
-    limits_experts: ClassVar[bool] = False
-    # whether `router_bias` has an effect, if `logits` is not overridden
-    uses_router_bias: ClassVar[bool] = True
     # value of `norm_topk_prob` if the configuration gives none
     norm_topk_prob_default: ClassVar[bool] = True
     # fields declared with `by_router` that the router reads; the configuration refuses others that differ from their defaults

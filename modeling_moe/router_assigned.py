@@ -69,7 +69,7 @@ class HashRouter(Router):
     """
 
     reads = CAPACITY_READS | {"routed_scaling_factor", "hash_seed", "router_aux_loss_scope"}
-    scored = uses_router_bias = False
+    scored = False
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -123,7 +123,7 @@ class ScoredHashRouter(HashRouter):
     """Looks up experts in the table of [`HashRouter`], and weighs them by a learned gate, as in DeepSeek-V4's first layers."""
 
     reads = Router.reads | {"hash_seed"}
-    scored = uses_router_bias = True
+    scored = True
 
 
 def task_of(context: RoutingContext) -> torch.Tensor:
@@ -189,7 +189,6 @@ class UniformRouter(Router):
     """
 
     reads = (CAPACITY_READS - {"capacity_priority"}) | {"routed_scaling_factor"}
-    uses_router_bias = False
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)

@@ -29,7 +29,6 @@ class ExpertChoiceRouter(VariableRouter):
     reads = Router.reads - {"router_aux_loss_scope"}
     causal = False
     per_token = False
-    limits_experts = False
 
     def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         sequence = context.sequences(len(scores), scores.device)

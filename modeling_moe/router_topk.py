@@ -280,7 +280,6 @@ class HierarchicalRouter(Router):
         "topk_group",
         "router_aux_loss_scope",
     }
-    uses_router_bias = False
 
     @classmethod
     def validate(cls, config) -> None:

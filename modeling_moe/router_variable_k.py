@@ -81,7 +81,6 @@ class VariableRouter(Router):
 
     reads = Router.reads | {"max_experts_per_tok"}
     variable_k = True
-    limits_experts = True
     norm_topk_prob_default = False
 
     def __init__(self, config, layer_idx: int = 0):

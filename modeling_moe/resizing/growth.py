@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpoints.lazy_tensor import LazyTensor, State
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
-from ..utils.result_limits import refuse_vast
+from ..utils.limits import refuse_vast_result
 from ..utils.seeds import generator_for
 from .usage import Usage
 
@@ -238,7 +238,7 @@ def grow(
         sparse = [i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
         state = state | {f"model.layers.{i}.mlp.gate.e_score_correction_bias": bias for i in sparse}
     grown = config.replace(**changes, num_experts=target)
-    refuse_vast(grown, next(iter(state.values())).dtype)
+    refuse_vast_result(grown, next(iter(state.values())).dtype)
     growth = _Growth(config, options, target, usage)
     return replace_experts(state, (config.num_experts, target), growth.expert, growth.router), grown
 

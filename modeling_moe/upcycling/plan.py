@@ -12,7 +12,7 @@ from ..configuration_moe import MoEConfig
 from ..conversion import DENSE_FAMILIES, SPARSE_FAMILIES, moe_config
 from ..modeling_moe import MoEForCausalLM
 from ..utils.errors import UserError
-from ..utils.result_limits import refuse_vast
+from ..utils.limits import refuse_vast_result
 from .assembly import refuse_mismatch
 from .experts import reason_not_exact
 from .options import UpcyclingOptions
@@ -175,7 +175,7 @@ def make_plan(
     dense, *others = (moe_config(config) for config in (source, *further))
     refuse_mismatch([dense, *others], ["the first source", *(options.sources or [])])
     config = sparse_config(dense, options, dtype)
-    refuse_vast(config, dtype)
+    refuse_vast_result(config, dtype)
     return UpcyclingPlan(
         config=config,
         dtype=dtype,

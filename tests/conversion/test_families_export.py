@@ -1,4 +1,4 @@
-"""MoE checkpoints exported to transformers' own families: same logits, classic names, and refusals by name."""
+"""Exports to transformers' own families have equal logits and classic names, or are refused with the field's name."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.checkpoints import LazyTensor
 from modeling_moe.configuration_fields import settings_of
 from modeling_moe.conversion import convert_checkpoint, moe_config
-from modeling_moe.conversion.families.export import COUNTS, DETAILS, TARGETS, TRAINING, export_plan
+from modeling_moe.conversion.families.export import COMPARED_IF, DETAILS, TARGETS, TRAINING, export_plan
 from modeling_moe.conversion.older_names import save_for_older_readers
 from modeling_moe.utils.errors import UserError
 
@@ -94,7 +94,7 @@ def read_folder(folder) -> dict[str, torch.Tensor]:
 
 
 def export(folder, target: str, output):
-    """Writes the MoE checkpoint in `folder` as the target's; returns the tensors written."""
+    """Writes the MoE checkpoint in `folder` in the target's format; returns the written tensors."""
     config = MoEConfig.from_pretrained(folder)
     state = {name: LazyTensor.of(tensor) for name, tensor in read_folder(folder).items()}
     plan = export_plan(config, target)
@@ -109,7 +109,7 @@ def export(folder, target: str, output):
 
 
 def load_whole(folder):
-    """transformers' own model, of whose checkpoint nothing was missing or left over."""
+    """Loads a folder with transformers and asserts that no tensor is missing or left over."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
@@ -148,7 +148,7 @@ def test_classic_names_on_disk(name, expected, tmp_path):
     tensors = export(tmp_path / "moe", target, tmp_path / target)
     assert {f"model.layers.2.{tensor}" for tensor in expected} <= set(tensors)
     assert ("model.layers.2.block_sparse_moe.gate.weight" in tensors) == (target == "mixtral")
-    # one tensor for each expert
+    # a checkpoint has one tensor for each expert
     assert all(tensor.dim() <= 2 for tensor in tensors.values())
 
 
@@ -321,8 +321,8 @@ def test_field_that_no_table_names_is_compared(monkeypatch):
 
 
 def test_tables_name_fields_that_exist_once():
-    assert {*TRAINING, *DETAILS, *COUNTS} <= set(settings_of(MoEConfig))
-    assert len({*TRAINING, *DETAILS, *COUNTS}) == len(TRAINING) + len(DETAILS) + len(COUNTS)
+    assert {*TRAINING, *DETAILS, *COMPARED_IF} <= set(settings_of(MoEConfig))
+    assert len({*TRAINING, *DETAILS, *COMPARED_IF}) == len(TRAINING) + len(DETAILS) + len(COMPARED_IF)
 
 
 CHANGED = {
