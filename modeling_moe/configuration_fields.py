@@ -119,10 +119,6 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# decorates a class that declares some fields of a configuration
-field_group = functools.partial(dataclasses.dataclass, init=False, repr=False, eq=False, kw_only=True)
-
-
 @functools.cache
 def settings_of(cls: type) -> dict[str, Setting]:
     """Returns the metadata of all fields that a configuration class declares by [`setting`], by their names."""
