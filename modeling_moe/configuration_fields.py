@@ -135,6 +135,11 @@ def with_effect(cls: type, effect: Effect) -> set[str]:
     return {name for name, declared in settings_of(cls).items() if declared.effect == effect}
 
 
+def sparse_only(cls: type) -> set[str]:
+    """Returns the names of the fields of a configuration class that nothing reads unless a layer is sparse."""
+    return {name for name, declared in settings_of(cls).items() if declared.by_router or SPARSE in declared.conditions}
+
+
 def accept_none(cls: Any) -> Any:
     """Lets the fields of a configuration class that follow from others accept None; to be applied before `@strict`."""
     for item in dataclasses.fields(cls):
