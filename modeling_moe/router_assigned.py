@@ -204,7 +204,3 @@ class UniformRouter(Router):
         weight = self.expert_weight.to(dtype).expand(len(hidden_states), -1)
         index = torch.arange(self.num_experts, device=weight.device).expand_as(weight)
         return Routing(weight, weight * self.scaling, index, renormalise(weight))
-
-    def dense_weight(self, routing: Routing) -> torch.Tensor:
-        """The weights (T, E): every expert is chosen."""
-        return routing.weight
