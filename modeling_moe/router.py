@@ -424,6 +424,13 @@ class Router(nn.Module):
     def auxiliary_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor | None:
         """A scalar that this router adds to the training loss, its weight included; None if it has none."""
 
+    @property
+    def kept_in_fp32(self) -> set[str]:
+        """The names of the parameters and buffers that stay fp32 when the model has another floating dtype."""
+        if router_dtype(torch.bfloat16) != torch.float32:
+            return set()
+        return {name for name, tensor in self.state_dict().items() if tensor.is_floating_point()}
+
     def _apply(self, fn, recurse=True):
         """Keeps weights and buffers in fp32 at least when the model is cast.
 

@@ -69,8 +69,8 @@ class FactsData:
     def load(cls, path: str | Path) -> "FactsData":
         """Maps the file of [`save`] into memory, so that several processes share it."""
         content = torch.load(path, mmap=True)
-        rows = {name: Rows(**content.pop(name)) for name in ("facts", "prose", "held_out")}
-        return cls(**content, **rows)
+        facts, prose, held_out = (Rows(**content[name]) for name in ("facts", "prose", "held_out"))
+        return cls(content["config"], content["weights"], facts, prose, held_out)
 
 
 def make_names(seed: int) -> Iterator[str]:

@@ -241,7 +241,11 @@ def initial_loss_table(args: TableArguments) -> InitialLossTable:
     def measured(config: MoEConfig, options: UpcyclingOptions) -> dict[str, torch.Tensor]:
         return measure(dense, tokenizer, domains, config, options)
 
-    fixed = {"calibration_data": list(texts), "calibration_tokens": args.calibration_tokens, "seed": args.seed}
+    fixed: dict[str, Any] = {
+        "calibration_data": list(texts),
+        "calibration_tokens": args.calibration_tokens,
+        "seed": args.seed,
+    }
     results = []
     for method in tqdm(methods, desc="methods"):
         options = UpcyclingOptions(**(fixed | method.options))

@@ -282,7 +282,9 @@ def test_fp32_under_autocast(loss, chance, masked):
 
 @pytest.mark.parametrize("scope", ["sequence", "batch", "global"])
 def test_router_losses_computes_each_loss_by_its_name(scope):
-    config = tiny_config(router_type="noisy_topk", router_aux_loss_scope=scope, **dict.fromkeys(COEFFICIENTS.values(), 0.1))
+    config = tiny_config(
+        router_type="noisy_topk", router_aux_loss_scope=scope, **dict.fromkeys(COEFFICIENTS.values(), 0.1)
+    )
     routing = random_routing(outputs=5)
     got = router_losses(routing, RoutingContext(3, MASK), config)
     expected = {name: loss(routing, token_mask=MASK, batch_size=3) for name, loss in LOSSES.items()}
@@ -297,7 +299,9 @@ def test_router_losses_computes_each_loss_by_its_name(scope):
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_a_coefficient_weighs_the_loss_of_its_name(name):
-    config = tiny_config(router_type="noisy_topk", **(dict.fromkeys(COEFFICIENTS.values(), 0.0) | {COEFFICIENTS[name]: 0.3}))
+    config = tiny_config(
+        router_type="noisy_topk", **(dict.fromkeys(COEFFICIENTS.values(), 0.0) | {COEFFICIENTS[name]: 0.3})
+    )
     losses = router_losses(random_routing(outputs=5), RoutingContext(3), config)
     computed = {field for field, value in losses._asdict().items() if value is not None}
     assert computed == {"balance", name}

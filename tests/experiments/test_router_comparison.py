@@ -1,4 +1,4 @@
-"""scripts/compare_routers.py with tiny models, and what it measures."""
+"""These tests run scripts/compare_routers.py with tiny models, and check the measurements."""
 
 import json
 import math
@@ -50,7 +50,7 @@ ENTRIES = [
 
 @pytest.fixture
 def flags(tmp_path):
-    """Two routers, three steps, one domain."""
+    """Returns flags for two routers, three steps and one domain."""
     (tmp_path / "routers.yaml").write_text(yaml.safe_dump({"model": MODEL, "routers": ENTRIES}, sort_keys=False))
     (tmp_path / "words.txt").write_text(sample_text(), encoding="utf-8")
     return {

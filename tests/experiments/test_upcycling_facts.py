@@ -1,4 +1,4 @@
-"""The facts experiment: the cut model is the model, the arms cost the same, and claims need their interval."""
+"""These tests check the facts experiment: cut models are exact, arms have equal compute, and claims need intervals."""
 
 import json
 import math

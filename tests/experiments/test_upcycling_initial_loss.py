@@ -1,4 +1,6 @@
-"""The step-0 table: rows that claim exactness have it, the others lose, and a broken claim is an error."""
+"""These tests check the table of initial losses: exact methods are exact, others differ, and a broken claim is an
+error.
+"""
 
 import json
 from dataclasses import asdict
@@ -54,7 +56,7 @@ INEXACT = {
     "clustered split, 4 of 8",
     "clustered split, 6 of 8",
 }
-# the dense networks are whole here, and only move a little
+# methods that keep whole dense networks and change them only a little
 SMALL = {"copy, pre-softmax, std .02", "copy, pre-softmax, std .002", "copy, 5% noise", "copy, noise of .01"}
 
 

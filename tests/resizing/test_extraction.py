@@ -1,4 +1,4 @@
-"""One task's experts as a model of their own: the same logits to the last bit."""
+"""This test checks that a model of one task's experts has equal logits to the last bit."""
 
 import pytest
 import torch

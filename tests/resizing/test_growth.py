@@ -1,4 +1,4 @@
-"""A sparse model grown: the same function in float64, and experts that are there to be used."""
+"""These tests check that a grown model has an equal function in float64, and that the new experts can be used."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ EXACT = GrowthOptions(noise=0.0)
 
 
 def source_model(dtype=torch.float64, **fields) -> MoEForCausalLM:
-    """All weights random, biases too, on the oracle's path for float64."""
+    """Returns a float64 model with random weights and biases that runs transformers' eager experts."""
     torch.manual_seed(0)
     model = MoEForCausalLM(tiny_config(**({"num_experts": 6} | fields)))
     with torch.no_grad():

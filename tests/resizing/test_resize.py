@@ -1,4 +1,4 @@
-"""More or fewer experts, from folder to folder."""
+"""These tests check checkpoints with more or fewer experts, read from and written into folders."""
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_mistakes_leave_nothing(moe, options, message, tmp_path):
 
 @pytest.mark.parametrize("method", ["prune", "merge"])
 def test_a_wrong_keep_is_refused_before_the_text_is_read(moe, method, tmp_path):
-    """The answer came after the whole text was measured."""
+    """The message must not come after the whole text has been measured."""
     with pytest.raises(UserError, match="keep is 0: it must be a multiple"):
         resize(tmp_path, {"method": method, "data": ["mine=/nowhere"]}, pruning=PruningOptions(keep=0))
 

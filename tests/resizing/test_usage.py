@@ -1,4 +1,4 @@
-"""What is measured of each expert, against a loop over tokens and slots."""
+"""These tests compare the measured usage of experts with a loop over tokens and assignments."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ BATCHES = [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:], "attention_mask": MASK
 
 
 def naive(model, batches) -> tuple[dict[int, torch.Tensor], int]:
-    """(3, E) of each sparse layer: load, mass and reap."""
+    """Returns (3, E) for each sparse layer: load, mass and reap."""
     sums = {i: torch.zeros(3, model.config.num_experts, dtype=torch.float64) for i in (0, 2)}
     count, inputs = 0, {}
     hooks = [

@@ -1,4 +1,4 @@
-"""Spherical k-means against enumeration, and clusters of equal size against the best assignment."""
+"""These tests compare spherical k-means with enumeration, and clusters of equal size with the best assignment."""
 
 import math
 from itertools import product
@@ -60,7 +60,7 @@ def test_a_centre_without_points_takes_the_one_that_lies_worst():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_even_assignment_is_nearly_the_best(seed):
-    # all want the first cluster
+    # every point prefers the first cluster
     similarity = torch.randn(9, 3, generator=generator(seed)) + torch.tensor([3.0, 0.0, 0.0])
     labels = [torch.tensor(row) for row in product(range(3), repeat=9) if all(row.count(k) == 3 for k in range(3))]
     best = max(similarity.gather(1, row[:, None]).sum().item() for row in labels)

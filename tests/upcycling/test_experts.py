@@ -1,4 +1,6 @@
-"""Experts from dense networks: the same function where that is claimed, and what each method promises of its weights."""
+"""These tests check the experts made from dense networks: equal functions where claimed, and the weights of each
+method.
+"""
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ def lazy(model: MoEForCausalLM) -> dict[str, LazyTensor]:
 
 
 def upcycled(*models: MoEForCausalLM, measured=None, config_fields=None, **options):
-    """The result's tensors on disk, its config and the options."""
+    """Returns the result's tensors on disk, the configuration and the options."""
     options = {"num_experts": 4, "num_experts_per_tok": 2, "router_std": 0.5} | options
     if len(models) > 1:
         options["sources"] = [f"source {i}" for i in range(1, len(models))]
@@ -86,7 +88,7 @@ MEGATRON = {"scaling": "megatron"}
         (FIFTHS, PLAIN | BIASES, True),
         (GROUPS | {"num_experts_per_tok": 7}, {}, False),
         (GROUPS | {"num_experts_per_tok": 3}, {}, False),
-        # router of zeros
+        # routers of zeros
         (ZERO, {}, True),
         ({"router_std": 0.0}, {}, True),
         (ZERO | LOOSE, BIASES, True),
@@ -113,7 +115,7 @@ MEGATRON = {"scaling": "megatron"}
         # the dense network as a shared expert
         *(({"shared_expert": True} | options, BIASES, True) for options in ({}, GROUPS, LOOSE, {"method": "split"})),
         ({"shared_expert": True, "method": "drop", "noise": 0.1, "noise_std": 0.1}, PLAIN | BIASES, True),
-        # what changes the experts
+        # options that change the experts
         ({"noise": 0.1}, {}, False),
         ({"noise_std": 0.1}, {}, False),
         ({"method": "drop"}, {}, False),
@@ -215,7 +217,7 @@ def test_other_scales_round_once():
     assert torch.equal(made["up_proj.weight"], (5 * mlp["up_proj.weight"][block].double()).bfloat16())
     assert torch.equal(made["down_proj.weight"], mlp["down_proj.weight"][:, block])
     assert torch.equal(made["gate_proj.weight"], mlp["gate_proj.weight"][block])
-    # 4 / 3, which bf16 does not have
+    # bf16 cannot represent 4 / 3
     state, _, _ = upcycled(dense, num_experts_per_tok=3, **LOOSE)
     expected = (4 / 3 * mlp["up_proj.weight"].double()).bfloat16()
     assert torch.equal(expert_of(state, 0, 1)["up_proj.weight"], expected)
@@ -262,7 +264,9 @@ def test_layer_subset_stays_dense():
 
 
 def drawn_anew(dense: MoEForCausalLM, state, layer: int, expert: int, granularity: int) -> list[torch.Tensor]:
-    """For each matrix, which neurons of an expert differ from the dense network's; all or none of a neuron must."""
+    """Returns, for each matrix, which neurons of an expert differ from the dense network's; a neuron differs as a
+    whole.
+    """
     width = 40 // granularity
     block = slice(expert % granularity * width, (expert % granularity + 1) * width)
     mlp, made, found = network(dense, layer), expert_of(state, layer, expert), []
@@ -293,7 +297,7 @@ def test_drop_redraws_the_same_neurons_in_all_matrices(granularity):
 
 
 def test_drop_draws_from_what_it_replaces():
-    """Means and deviations of matrices that differ in both, of 400 new neurons each."""
+    """The matrices differ in mean and deviation; each has 400 new neurons."""
     dense = dense_model(intermediate_size=800)
     with torch.no_grad():
         for layer in dense.model.layers:
@@ -358,7 +362,7 @@ def test_noise_is_relative_or_absolute():
 
 
 def test_noise_is_relative_to_what_is_stored():
-    """A shard is scaled by 4 on up and 2 on down, and so is its noise."""
+    """The scale of a shard is 4 on up and 2 on down, and the noise is scaled alike."""
     dense = dense_model()
     clean, noisy = (expert_of(upcycled(dense, **EIGHTHS, noise=noise)[0], 0, 1) for noise in (0.0, 0.1))
     for name in WEIGHTS:
@@ -402,7 +406,9 @@ def test_shared_expert_is_the_dense_network():
 
 
 def test_several_sources():
-    """The experts are the sources' networks in blocks, all else is averaged, here by weights; dense layers too."""
+    """The experts are the sources' networks in blocks; all other tensors, dense layers included, are weighted
+    averages.
+    """
     models = [dense_model(seed) for seed in (1, 2, 3)]
     weights = [0.5, 0.3, 0.2]
     options = {"num_experts": 12, "granularity": 2, "source_weights": weights, "layers": "0,1", "scaling": "none"}
@@ -430,7 +436,7 @@ def test_average_in_fp32_and_the_first_dtype():
         ("model.layers.0.mlp.shared_experts.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
     ):
         expected = (first[key].double() + second[key].double() + third[key].double()) / 3
-        # half a step of bf16, and fp32's own error
+        # half a step of bf16, plus the error of fp32
         torch.testing.assert_close(state[name].double(), expected, rtol=2**-8 * 1.01, atol=1e-8)
     assert torch.equal(
         expert_of(state, 0, 2)["up_proj.weight"], second["model.layers.0.mlp.up_proj.weight"].bfloat16()

@@ -1,4 +1,4 @@
-"""The plan against the model that it plans, and options that make none."""
+"""These tests compare the plan with the planned model, and check that impossible options are refused."""
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_configuration():
     config = plan.config
     assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (12, 6, 20)
     assert (config.norm_topk_prob, config.router_aux_loss_coef, config.router_z_loss_coef) == (False, 0.5, 0.25)
-    # as Qwen's decoder_sparse_step: the second and the fourth
+    # every:2 is Qwen's decoder_sparse_step: the second and the fourth layer
     assert config.mlp_layer_types == ["dense", "sparse", "dense", "sparse"]
     assert not config.has_shared_experts
     assert "norm_topk_prob=False" in (plan.reason_not_exact or "")

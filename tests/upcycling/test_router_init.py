@@ -1,4 +1,4 @@
-"""Routers of an upcycled model: shape, dtype, seeds, and one row for all shards of a replica."""
+"""These tests check the routers of an upcycled model: shape, dtype, seeds, and one row for all shards of a replica."""
 
 import pytest
 import torch
