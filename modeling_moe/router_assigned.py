@@ -17,7 +17,7 @@ from .router_topk import SELECTION_READS, TopKRouter
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class AssignedFields:
-    """Routers by token id or task."""
+    """These fields configure routers that choose by token id or task."""
 
     hash_seed: int = setting(
         0, "The seed of the tables from token ids to experts.", Range(0, 2**32), effect="detail", by_router=True
@@ -208,7 +208,3 @@ class UniformRouter(Router):
         weight = self.expert_weight.to(dtype).expand(len(hidden_states), -1)
         index = torch.arange(self.num_experts, device=weight.device).expand_as(weight)
         return Routing(weight, weight * self.scaling, index, renormalise(weight))
-
-    def dense_weight(self, routing: Routing) -> torch.Tensor:
-        """Returns the weights (T, E) of the routing, in which every expert is chosen."""
-        return routing.weight
