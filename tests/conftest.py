@@ -22,14 +22,15 @@ elif interpreter_fault() is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from modeling_moe import MoEConfig
-from modeling_moe.dispatch.operator import BACKENDS
+from modeling_moe.dispatch.backends import BACKENDS
 from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router_catalogue import router_class
 
 
 def triton_serves(device: str) -> bool:
     """Whether the Triton back end runs on `device`, compiled or interpreted."""
-    return "triton" in BACKENDS and BACKENDS["triton"].available(torch.device(device))
+    device, dtype = torch.device(device), torch.float32
+    return "triton" in BACKENDS and BACKENDS["triton"].reason_unavailable(device, dtype) is None
 
 
 # where the tests run that are marked `gpu`

@@ -14,7 +14,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..checkpoints import Source, State, fingerprint, open_source, write_checkpoint
 from ..checkpoints.writer import refuse_full_disk
 from ..configuration_moe import MoEConfig
-from ..modeling_moe import MoEForCausalLM, name_code
+from ..model_checkpoints import name_code
+from ..modeling_moe import MoEForCausalLM
 from ..utils.companions import copy_companions, find_companions
 from ..utils.errors import UserError
 from ..utils.folders import ResultFolder

@@ -306,10 +306,10 @@ def test_yarn_scales_of_deepseek():
 
 
 def test_balance_losses():
-    """DeepSeek's coefficient becomes the loss of DeepSeek's code; transformers' coefficient becomes the batch loss."""
+    """DeepSeek's first loss is 1 in balance and ours K, so the coefficient is divided; transformers' is kept."""
     first, batch = moe_config(CONFIGS["deepseek"]), moe_config(CONFIGS["deepseek-bare"])
-    assert (first.router_aux_loss_coef, first.router_aux_loss_scope) == (0.002, "sequence")
-    assert (batch.router_aux_loss_coef, batch.router_aux_loss_scope) == (0.002, "batch")
+    assert (first.router_aux_loss_coef, first.router_aux_loss_scope) == (0.002 / 3, "sequence")
+    assert (batch.router_aux_loss_coef, batch.router_aux_loss_scope) == (0.002 / 3, "batch")
     config = copy.deepcopy(CONFIGS["deepseek_v3"])
     config.aux_loss_alpha, config.seq_aux = 0.001, True
     third = moe_config(config)

@@ -1,14 +1,13 @@
-"""Low-rank updates in the operator, against experts whose weights are W + s B A, in float64: outputs and gradients."""
+"""These tests compare low-rank updates in the operator with experts of weights W + s B A in float64."""
 
 import copy
 
 import pytest
 import torch
 
-from modeling_moe.dispatch import backend_of
-from modeling_moe.dispatch import operator as function
-from modeling_moe.dispatch.backends import loop
-from modeling_moe.dispatch.low_rank import LowRank, LowRankPair, arguments
+from modeling_moe.dispatch import backend_of, backends, operator
+from modeling_moe.dispatch.low_rank import LowRank
+from modeling_moe.dispatch.problem import ExpertsProblem
 from tests.conftest import NEEDS_TRITON
 from tests.dispatch.kinds import (
     BACKENDS,
@@ -29,7 +28,7 @@ DOWN, UPS = "down_proj", ("gate_up_proj", "up_proj")
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(loop, "CHUNK", 4)
+    monkeypatch.setattr(backends.BACKENDS["loop"], "chunk_rows", 4)
 
 
 def up_of(module) -> str:
@@ -37,7 +36,7 @@ def up_of(module) -> str:
 
 
 def factors_for(module, names=None, rank=RANK, dtype=None, packed=True) -> dict[str, LowRank]:
-    """Random factors for the matrices of `module`, b laid out as PEFT has it if `packed`."""
+    """Returns random factors for the matrices of `module`; with `packed`, b has the memory layout of PEFT."""
     torch.manual_seed(2)
     updates = {}
     for scaling, name in enumerate(names or (up_of(module), DOWN), start=2):
@@ -56,7 +55,7 @@ def leaves(module, updates) -> list[torch.Tensor]:
 
 
 def run(module, updates, states, index, weight, direction):
-    """Output, and gradients of states, weights, parameters and factors."""
+    """Returns the output, and the gradients of states, weights, parameters and factors."""
     module.low_rank = updates
     states, weight = states.detach().requires_grad_(), weight.detach().requires_grad_()
     output = module(states, index, weight)
@@ -65,7 +64,7 @@ def run(module, updates, states, index, weight, direction):
 
 
 def oracle(module, updates, states, index, weight, direction):
-    """As `run`, by the class's own loop with the updated matrices, in float64; `kept` is applied by hand elsewhere."""
+    """Returns what `run` returns, computed in float64 by the class's own loop with the updated matrices."""
     module = copy.deepcopy(module).double()
     module.config._experts_implementation = "eager"
     updates = {
@@ -133,7 +132,7 @@ def test_native(kind, shape, recompute):
 
 @NEEDS_NATIVE
 def test_native_with_more_ranks_than_columns():
-    """A product wider than any matrix of the experts, over a sum of two parts."""
+    """A rank above the widths of the experts' matrices makes the product a sum over two parts."""
     module = make("gated", "moe_native", experts=1, hidden=520, width=8, dtype=torch.float32)
     inputs, updates = draw(600, 1, 1, torch.float32, hidden=520), factors_for(module, rank=600)
     assert_close(run(module, updates, *inputs), oracle(module, updates, *inputs), 3e-5)
@@ -217,7 +216,7 @@ def test_fp32_factors_on_16_bit_experts(backend, dtype, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout(backend, monkeypatch, device):
-    """Against the same masks applied by hand; none is drawn without dropout, and the CPU's drops out in the loop."""
+    """Dropout equals masks applied by hand; without dropout no mask is drawn, and on the CPU the loop serves dropout."""
     module = make("gated", "moe" if backend == "moe_native" else backend, dtype=torch.float32, device=device)
     states, index, weight, direction = draw(40, 5, 3, torch.float32, device=device)
     updates = {name: update._replace(dropout=0.3) for name, update in factors_for(module).items()}
@@ -248,7 +247,7 @@ def test_dropout(backend, monkeypatch, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_saved_for_backward(backend, device):
-    """h and the grouping, as without updates: no matrix of an expert, and no copy of a factor."""
+    """Backward saves h and the order, as without updates: no matrix of an expert, and no copy of a factor."""
     module = make("gated", backend, dtype=torch.float32, device=device).requires_grad_(False)
     states, index, weight, _ = draw(40, 5, 3, torch.float32, device=device)
     module.low_rank = factors_for(module)
@@ -277,18 +276,20 @@ def test_operator_keeps_torchs_rules(backend, device):
     module = make("gated-bias", "moe", dtype=torch.float32, device=device)
     states, index, weight, _ = draw(9, 5, 3, torch.float32, device=device)
     weights = [module.gate_up_proj, module.down_proj, module.gate_up_proj_bias, module.down_proj_bias]
-    base = (states.requires_grad_(), index, weight.requires_grad_(), *weights, "silu_gated", [], backend)
     updates = factors_for(module)
-    low_rank = arguments(LowRankPair(updates["gate_up_proj"], updates["down_proj"]))
+    up, down = updates["gate_up_proj"], updates["down_proj"]
+    problem = ExpertsProblem(states.requires_grad_(), weight.requires_grad_(), *weights, "silu_gated", [], up, down)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(function.experts, (*base, True, *low_rank), test_utils=checks)
-    detached = tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in (*base, *low_rank))
-    torch.library.opcheck(function.experts_decode, detached)
+    torch.library.opcheck(operator.experts, (*problem.flatten(), index, backend, True), test_utils=checks)
+    flat = problem.flatten()
+    flat = flat._replace(tensors=[tensor.detach() for tensor in flat.tensors])
+    # no other back end decodes with updates
+    torch.library.opcheck(operator.experts_decode, (*flat, index, "loop"))
 
 
 def test_factors_for_other_experts():
     module = make("gated", "moe")
     other = make("gated", "moe", experts=4)
     module.low_rank = factors_for(other)
-    with pytest.raises(ValueError, match="other than the 5 experts"):
+    with pytest.raises(ValueError, match="another number of experts than 5"):
         module(*draw(9, 5, 3)[:3])

@@ -16,68 +16,19 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...checkpoints import LazyTensor, State
+from ...configuration_fields import settings_of, with_effect
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from .base import COMMON
 from .catalogue import moe_config
 
 
-# fields that leave the logits of evaluation alone
-TRAINING = {
-    "initializer_range",
-    "attention_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "experts_recompute",
-    "allow_noncausal",
-    "expected_experts_per_tok",
-    "router_controller",
-    "router_bias_update_rate",
-    "router_ema_decay",
-    "router_jitter_noise",
-    "router_sparsity_coef",
-    "router_sparsity_step",
-    "capacity_factor",
-    "router_aux_loss_coef",
-    "router_aux_loss_scope",
-    "router_z_loss_coef",
-    "router_seq_aux_loss_coef",
-    "router_importance_loss_coef",
-    "router_load_loss_coef",
-    "router_entropy_loss_coef",
-    "output_router_logits",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-}
-# fields that tell how, where another one that is compared tells that: it would be named
-DETAILS = {
-    "use_sliding_window",
-    "q_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "swiglu_alpha",
-    "num_shared_experts",
-    "topk_group",
-    "group_score",
-    "router_temperature",
-    "router_top_p",
-    "max_experts_per_tok",
-    "router_threshold",
-    "router_threshold_mode",
-    "router_cutoff",
-    "hash_seed",
-    "num_tasks",
-    "slots_per_expert",
-    "segment_length",
-    "capacity_running",
-    "capacity_includes_k",
-    "capacity_priority",
-}
-# fields with an effect in some configurations alone
-COUNTS: dict[str, Callable[[MoEConfig], bool]] = {
+# fields that do not change the logits in evaluation
+TRAINING = with_effect(MoEConfig, "training")
+# parameters of a feature that another, compared field switches on: if the feature differs, that field is already reported
+DETAILS = with_effect(MoEConfig, "detail")
+# fields that are compared only if they have an effect in the configuration
+COMPARED_IF: dict[str, Callable[[MoEConfig], bool]] = {
     "intermediate_size": lambda config: "dense" in config.mlp_layer_types,
     "gated_mlp": lambda config: "dense" in config.mlp_layer_types,
     "rope_parameters": lambda config: config.position_embedding_type == "rope",
@@ -140,8 +91,8 @@ class Target:
                 f"{self.model_type} has no such configuration ({' '.join(str(error.__cause__ or error).split())})",
             ]
         absorbed = self.absorbed(config)
-        for name in MoEConfig.__annotations__:
-            if name in TRAINING or name in DETAILS or (name in COUNTS and not COUNTS[name](config)):
+        for name in settings_of(MoEConfig):
+            if name in TRAINING or name in DETAILS or (name in COMPARED_IF and not COMPARED_IF[name](config)):
                 continue
             value, theirs = absorbed.get(name, getattr(config, name)), getattr(held, name)
             if value != theirs:

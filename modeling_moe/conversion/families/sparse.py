@@ -118,9 +118,15 @@ def _deepseek_sparse(fields: SourceFields) -> dict[str, Any]:
 
 
 def _deepseek_balance(fields: SourceFields) -> dict[str, Any]:
-    """Reads the balance loss of DeepSeek's first two generations, which transformers' models do not compute."""
+    """Returns the balance loss of the first two generations, which transformers' models do not compute.
+
+    DeepSeek's loss is 1 in balance, where `router_aux_loss_coef` weighs one that is K in balance.
+    """
+    alpha, top_k = fields.take("aux_loss_alpha", 0.0), fields.take("num_experts_per_tok")
+    if isinstance(alpha, (int, float)) and isinstance(top_k, int) and top_k > 0:  # MoEConfig refuses others
+        alpha = alpha / top_k
     return {
-        "router_aux_loss_coef": fields.take("aux_loss_alpha", 0.0),
+        "router_aux_loss_coef": alpha,
         "router_aux_loss_scope": "sequence" if fields.take("seq_aux", True) else "batch",
     }
 
