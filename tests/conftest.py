@@ -1,12 +1,18 @@
 """Shared by all tests: the device, tiny models, one seed, and buffers that show when they are read too early."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.interpreter import interpreter_fault
 
+
+# a test that starts another process finds the packages in scripts/ there too
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parents[1] / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 if torch.cuda.is_available():
     # cuBLAS reads it before the first product; without it deterministic algorithms warn of each
@@ -16,14 +22,15 @@ elif interpreter_fault() is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from modeling_moe import MoEConfig
-from modeling_moe.dispatch.operator import BACKENDS
+from modeling_moe.dispatch.backends import BACKENDS
 from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router_catalogue import router_class
 
 
 def triton_serves(device: str) -> bool:
     """Whether the Triton back end runs on `device`, compiled or interpreted."""
-    return "triton" in BACKENDS and BACKENDS["triton"].available(torch.device(device))
+    device, dtype = torch.device(device), torch.float32
+    return "triton" in BACKENDS and BACKENDS["triton"].reason_unavailable(device, dtype) is None
 
 
 # where the tests run that are marked `gpu`

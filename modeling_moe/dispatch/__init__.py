@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Fast forwards for routed experts, in transformers' experts interface.
+"""The dispatch orders tokens by expert, runs the experts and combines their outputs.
 
-`experts_implementation="moe"` takes the fastest back end for device, dtype and shape; the other names ask for one.
-They serve this package's model, where `"moe"` is the default, and transformers' own alike.
+It is registered in transformers' experts interface. `experts_implementation="moe"` takes the fastest back end for the
+device, the dtype and the shapes; `"moe_native"`, `"moe_loop"`, `"moe_grouped_mm"` and `"moe_triton"` ask for one. They
+serve this package's model, where `"moe"` is the default, and transformers' own MoE models.
 """
 
 import functools

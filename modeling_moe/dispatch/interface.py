@@ -1,11 +1,15 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""From transformers' experts interface to the operator: which back end serves a module, and what none can."""
+"""This module turns a call of transformers' experts interface into an [`ExpertsProblem`] and hands it to a back end.
+
+# T tokens, K experts per token, E experts, H hidden size, I expert width, C columns of the first projection
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.activations import (
     GELUActivation,
     GELUTanh,
@@ -16,12 +20,16 @@ from transformers.activations import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from .low_rank import LowRankPair, arguments
-from .operator import BACKENDS, decode, experts, experts_decode
+from .backend import DECODE_ASSIGNMENTS, DECODE_TOKENS, Backend
+from .backends import choose
+from .backends.grouped_mm import takes_rows
+from .low_rank import LowRank
+from .operator import decode, experts, experts_decode
+from .problem import ExpertsProblem
 
 
-# module -> activation in `ACTIVATIONS`
-ACTIVATION_NAMES: dict[type[nn.Module], str] = {
+# module -> function in `POINTWISE`
+POINTWISE_NAMES: dict[type[nn.Module], str] = {
     SiLUActivation: "silu",
     nn.SiLU: "silu",
     GELUActivation: "gelu",
@@ -30,125 +38,133 @@ ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     ReLUSquaredActivation: "relu2",
 }
-# the most tokens, and the most slots, that count as decoding
-DECODE_TOKENS = 16
-DECODE_SLOTS = 256
 
 
-def gate_of(module: nn.Module) -> tuple[str, list[float]] | None:
-    """Key in [`~modeling_moe.dispatch.gates.GATES`] and constants of what `module` does between its two matrices, or
-    None if that has no derivative here."""
+class ExpertsModule(Protocol):
+    """ExpertsModule lists the attributes that transformers' `use_experts_implementation` gives a module of experts."""
+
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    num_experts: int
+    down_proj: torch.Tensor
+    act_fn: nn.Module
+    config: PreTrainedConfig
+    _is_expert_parallel: bool
+
+
+class ActivationChoice(NamedTuple):
+    """ActivationChoice names the activation of a module.
+
+    Attributes:
+        name: a key of [`~modeling_moe.dispatch.activations.ACTIVATIONS`].
+        constants: the constants of the activation.
+    """
+
+    name: str
+    constants: list[float]
+
+
+def activation_of(module: ExpertsModule) -> ActivationChoice | None:
+    """Returns what experts compute between their two matrices, or None if its derivative is not implemented here."""
     apply_gate = getattr(type(module), "_apply_gate", None)
     if module.has_gate and apply_gate is GptOssExperts._apply_gate:
-        return "clamped_swiglu_pairs", [float(module.alpha), float(module.limit)]
-    # this model's experts, whose class is another one where a checkpoint brings its code
+        return ActivationChoice("clamped_swiglu_pairs", [float(getattr(module, name)) for name in ("alpha", "limit")])
+    # duck typing: the class of this package's experts is another one where a checkpoint brings its own code
     if module.has_gate and hasattr(module, "gate_clamp"):
         if module.gate_clamp is not None:
-            return "clamped_swiglu_gated", list(module.gate_clamp)
+            return ActivationChoice("clamped_swiglu_gated", list(module.gate_clamp))
     elif module.has_gate and apply_gate is not _default_apply_gate:
         return None
-    activation = ACTIVATION_NAMES.get(type(module.act_fn))
-    if activation is None:
+    name = POINTWISE_NAMES.get(type(module.act_fn))
+    if name is None:
         return None
-    return (f"{activation}_gated" if module.has_gate else activation), []
+    return ActivationChoice(f"{name}_gated" if module.has_gate else name, [])
 
 
-def _weights(module: nn.Module) -> list[Any]:
-    """(E, C, H), (E, H, I), (E, C) or None, (E, H) or None, whichever way `module` lays them out."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    matrices = [getattr(module, up), module.down_proj]
-    if module.is_transposed:
-        matrices = [matrix.transpose(1, 2) for matrix in matrices]
-    biases = [getattr(module, f"{up}_bias"), module.down_proj_bias] if module.has_bias else [None, None]
-    return matrices + biases
+def reason_unsupported(module: ExpertsModule, activation: ActivationChoice | None = None) -> str | None:
+    """Returns why the operator cannot compute a module, or None if it can.
 
-
-def _low_rank(module: nn.Module) -> LowRankPair | None:
-    """What `module.low_rank` (parameter -> [`LowRank`]) adds to the matrices, if anything."""
-    updates = getattr(module, "low_rank", None)
-    if not updates:
-        return None
-    return LowRankPair(updates.get("gate_up_proj" if module.has_gate else "up_proj"), updates.get("down_proj"))
-
-
-def unserved(module: nn.Module, gate: tuple[str, list[float]] | None = None) -> str | None:
-    """Why the operator cannot compute `module`, whose `gate_of` need not be asked for again if it is given, or None if
-    it can."""
+    Args:
+        module: a module of experts.
+        activation: the result of `activation_of(module)`, if the caller has it.
+    """
     if getattr(module, "has_post_expert_norm", False):
         return "it has a norm after each expert"
-    if gate is None and gate_of(module) is None:
+    if activation is None and activation_of(module) is None:
         return f"its gate or activation ({type(module.act_fn).__name__}) has no derivative here"
     return None
 
 
-def _drops(low_rank: LowRankPair | None) -> bool:
-    return low_rank is not None and any(update and update.dropout for update in low_rank)
+class _Matrices(NamedTuple):
+    """_Matrices holds (E, C, H), (E, H, I), (E, C) or None and (E, H) or None, whatever the layout of the module."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
 
 
-def _served_by(
-    backend: str, x: torch.Tensor, weights: list[Any], gate: str | None = None, low_rank: LowRankPair | None = None
-) -> bool:
-    """Whether `backend` can compute in the dtype of `x` on its device with matrices of the sizes of `weights`."""
-    if backend == "native":
-        return x.device.type == "cpu" and not _drops(low_rank) and BACKENDS["native"].available(x.dtype, gate)
-    if backend == "triton":
-        return "triton" in BACKENDS and BACKENDS["triton"].available(x.device) and x.dtype != torch.float64
-    if backend == "grouped_mm":
-        # rows of a multiple of 16 bytes
-        sizes = (*weights[0].shape[1:], *weights[1].shape[1:])
-        return x.dtype != torch.float64 and all(size * x.element_size() % 16 == 0 for size in sizes)
-    return True
+def _matrices_of(module: ExpertsModule) -> _Matrices:
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down, up_bias, down_bias = getattr(module, name), module.down_proj, None, None
+    if module.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    if module.has_bias:
+        up_bias, down_bias = getattr(module, f"{name}_bias"), getattr(module, "down_proj_bias")  # noqa: B009
+    return _Matrices(up, down, up_bias, down_bias)
 
 
-def _choose(
-    backend: str | None, x: torch.Tensor, weights: list[Any], gate: str | None, low_rank: LowRankPair | None
-) -> str:
-    """The back end asked for, if it can serve; else the fastest for the device that can."""
-    preference = ("triton", "grouped_mm", "loop") if x.device.type == "cuda" else ("native", "loop")
-    names = (name for name in (backend, *preference) if name is not None)
-    return next(name for name in names if _served_by(name, x, weights, gate, low_rank))
+def _problem(
+    module: ExpertsModule, x: torch.Tensor, weight: torch.Tensor, matrices: _Matrices, activation: ActivationChoice
+) -> ExpertsProblem:
+    """Builds the problem of a module; `module.low_rank` maps names of parameters to updates.
+
+    Raises:
+        ValueError: for updates of another number of experts.
+    """
+    updates: dict[str, LowRank] | None = getattr(module, "low_rank", None)
+    if not updates:
+        return ExpertsProblem(x, weight, *matrices, *activation)
+    number = len(matrices.up)
+    if any(len(factor) != number for update in updates.values() for factor in (update.a, update.b)):
+        raise ValueError(f"low_rank has factors for another number of experts than {number}: slice them")
+    up, down = updates.get("gate_up_proj" if module.has_gate else "up_proj"), updates.get("down_proj")
+    return ExpertsProblem(x, weight, *matrices, *activation, up_update=up, down_update=down)
 
 
-def _decodes(
-    backend: str,
-    x: torch.Tensor,
-    index: torch.Tensor,
-    weights: list[Any],
-    gradient: bool,
-    low_rank: LowRankPair | None,
-) -> bool:
-    few = len(x) <= DECODE_TOKENS and index.numel() <= DECODE_SLOTS
-    if low_rank is not None and (backend != "loop" or _drops(low_rank)):
-        return False
-    if backend == "native" and any(matrices.stride(-1) != 1 for matrices in weights[:2]):
-        return False
-    return few and not gradient and hasattr(BACKENDS[backend], "decode")
+def _decodes(backend: Backend, problem: ExpertsProblem) -> bool:
+    """Returns True if the path for a few tokens serves."""
+    tokens, top_k = problem.weight.shape
+    few = tokens <= DECODE_TOKENS and tokens * top_k <= DECODE_ASSIGNMENTS
+    return few and backend.decodes(problem) and not problem.requires_grad()
 
 
-def _runs_now(x: torch.Tensor) -> bool:
-    """Whether `x` has numbers, rather than being watched by something that wants to see operators. transformers'
-    `is_tracing` asks more, and takes a tenth of the time that a small expert does."""
-    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return type(x) is torch.Tensor and not x.is_meta and not watched
+def _is_plain(x: torch.Tensor) -> bool:
+    """Returns True if `x` is a plain, materialised tensor: not meta, fake or a subclass, and not under `torch.compile`
+    or tracing.
 
-
-def _has_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    transformers' `is_tracing` asks for more, and takes a tenth of the time of a small expert.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return type(x) is torch.Tensor and not x.is_meta and not traced
 
 
 def backend_of(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, backend: str | None = None
+    module: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, backend: str | None = None
 ) -> str:
-    """Says what computes `module` for these inputs: a key of [`~modeling_moe.dispatch.operator.BACKENDS`], with
-    `" (decode)"` after it where the path for few tokens is taken; or `"transformers: "` and the reason why it is left
-    to transformers' own functions.
+    """Says which back end computes a module for these inputs.
 
     Args:
-        module: experts of this package's model or of one of transformers'.
+        module: experts of this package's model or of one of transformers' models.
         hidden_states: (T, H).
         top_k_index: (T, K).
-        backend: key of `BACKENDS`, as if this one were asked for by name; if not given, the one that the module's own
-            `experts_implementation` asks for (`"moe_loop"`: `loop`), if it asks for one.
+        backend: the back end to ask for, a key of `BACKENDS`. By default it is the one that the module's
+            `experts_implementation` asks for: `"moe_loop"` asks for `"loop"`, and `"moe"` for none.
+
+    Returns:
+        A key of [`~modeling_moe.dispatch.backends.BACKENDS`], with `" (decode)"` after it where the path for a few
+        tokens is taken; or `"transformers: "` and the reason why transformers' own functions compute the module.
 
     Example:
         >>> import torch
@@ -159,78 +175,79 @@ def backend_of(
         >>> backend_of(experts, torch.zeros(100, 64), torch.zeros(100, 2, dtype=torch.long))
         'native'
     """
-    if reason := unserved(module):
+    activation = activation_of(module)
+    if reason := reason_unsupported(module, activation):
         return f"transformers: {reason}"
-    weights, low_rank = _weights(module), _low_rank(module)
-    gate, _ = gate_of(module)
+    assert activation is not None  # or there is a reason
     if backend is None:
         implementation = getattr(module.config, "_experts_implementation", None) or ""
         backend = implementation.removeprefix("moe_") if implementation.startswith("moe_") else None
-    name = _choose(backend, hidden_states.to(weights[0].dtype), weights, gate, low_rank)
-    gradient = _has_gradient(hidden_states, *weights, *(low_rank.factors if low_rank else ()))
-    decodes = _decodes(name, hidden_states, top_k_index, weights, gradient, low_rank)
-    return f"{name} (decode)" if decodes else name
+    matrices, weight = _matrices_of(module), top_k_index.new_zeros(top_k_index.shape, dtype=torch.float32)
+    problem = _problem(module, hidden_states.to(matrices.up.dtype), weight, matrices, activation)
+    chosen = choose(backend, problem)
+    return f"{chosen.name} (decode)" if _decodes(chosen, problem) else chosen.name
 
 
 def experts_forward(
-    module: nn.Module,
+    module: ExpertsModule,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """transformers' contract for experts, by the operator of this package.
+    """Computes the experts under transformers' contract, by the operator of this package.
 
     Args:
-        module: holds the experts' weights, as transformers' `use_experts_implementation` describes them; what its
-            `low_rank`, if any, maps their names to is added: [`~modeling_moe.dispatch.low_rank.LowRank`].
+        module: holds the experts' weights as transformers' `use_experts_implementation` describes them. If it has an
+            attribute `low_rank`, a dict from parameter names to [`~modeling_moe.dispatch.low_rank.LowRank`], these
+            updates are added.
         hidden_states: (T, H).
-        top_k_index: (T, K) integer; an id outside [0, E) marks an empty slot.
+        top_k_index: (T, K) integer. An id outside [0, E) marks an empty assignment.
         top_k_weights: (T, K) factors on the experts' outputs.
-        backend: key of `BACKENDS`; the fastest if not given, or if that one cannot serve this dtype, device or shape.
+        backend: a key of `BACKENDS`. By default, and where this back end cannot serve the dtype, the device or the
+            shapes, the fastest one that can is taken.
 
     Returns:
         (T, H) in the dtype of `hidden_states`, summed in fp32. Under autocast the products are computed in its dtype.
 
     Raises:
-        ValueError: for inputs whose shapes or dtypes do not fit.
+        ValueError: for inputs whose shapes or dtypes do not fit, and for low-rank updates that cannot be served.
     """
     _check(hidden_states, top_k_index, top_k_weights, module)
-    # a narrower integer has no room for the number of experts, which marks an empty slot
+    # a narrower integer has no room for the number of experts, which marks an empty assignment
     top_k_index = top_k_index.long()
-    weights, low_rank = _weights(module), _low_rank(module)
-    gate = gate_of(module)
-    if reason := unserved(module, gate):
-        if low_rank is not None:
+    activation = activation_of(module)
+    if reason := reason_unsupported(module, activation):
+        if getattr(module, "low_rank", None):
             raise ValueError(f"the experts cannot have low-rank updates here: {reason}")
         return _by_transformers(module, hidden_states, top_k_index, top_k_weights)
-    dtype, device = weights[0].dtype, hidden_states.device.type
+    assert activation is not None  # or there is a reason
+    matrices, device = _matrices_of(module), hidden_states.device.type
     autocast = not hidden_states.is_meta and torch.is_autocast_enabled(device)
-    if autocast:
-        dtype = torch.get_autocast_dtype(device)
-    if low_rank is not None and any(len(factor) != len(weights[0]) for factor in low_rank.factors):
-        raise ValueError(f"low_rank has factors for other than the {len(weights[0])} experts here: slice them")
+    dtype = torch.get_autocast_dtype(device) if autocast else matrices.up.dtype
     x = hidden_states.to(dtype).contiguous()
-    factors = top_k_weights.to(torch.promote_types(dtype, torch.float32)).contiguous()
-    kind, constants = gate
-    name = _choose(backend, x, weights, kind, low_rank)
-    if autocast and name != "triton":
-        # Triton's back end casts for itself: backward needs no copy, and gradients are in fp32 from the start
-        weights = [None if weight is None else weight.to(dtype) for weight in weights]
-    up, down, up_bias, down_bias = weights
-    call = (x, top_k_index, factors, up, down, up_bias, down_bias, kind, constants, name)
-    gradient = _has_gradient(x, factors, *weights, *(low_rank.factors if low_rank else ()))
-    if _decodes(name, x, top_k_index, weights, gradient, low_rank):
-        function = decode if _runs_now(x) else experts_decode
-        output = function(*call, *arguments(low_rank))
+    weight = top_k_weights.to(torch.promote_types(dtype, torch.float32)).contiguous()
+    problem = _problem(module, x, weight, matrices, activation)
+    chosen = choose(backend, problem)
+    if autocast and not chosen.casts_matrices:
+        problem = problem.with_matrices_in(dtype)
+    if _decodes(chosen, problem):
+        plain = _is_plain(x)
+        output = (
+            decode(problem, top_k_index, chosen)
+            if plain
+            else experts_decode(*problem.flatten(), top_k_index, chosen.name)
+        )
     else:
-        keep_h = gradient and not getattr(module.config, "experts_recompute", False)
-        dropped = low_rank and low_rank.drop(len(x), top_k_index.numel())
-        output = experts(*call, keep_h, *arguments(dropped))[0]
+        keep_h = problem.requires_grad() and not getattr(module.config, "experts_recompute", False)
+        output = experts(*problem.with_dropout().flatten(), top_k_index, chosen.name, keep_h)[0]
     return output.to(hidden_states.dtype)
 
 
-def _check(hidden_states, top_k_index, top_k_weights, module) -> None:
+def _check(
+    hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, module: ExpertsModule
+) -> None:
+    """Raises ValueError for inputs whose shapes or dtypes do not fit."""
     if hidden_states.dim() != 2 or top_k_index.dim() != 2 or len(hidden_states) != len(top_k_index):
         raise ValueError(
             f"hidden_states {tuple(hidden_states.shape)} and top_k_index {tuple(top_k_index.shape)} must be (T, H) and "
@@ -239,7 +256,7 @@ def _check(hidden_states, top_k_index, top_k_weights, module) -> None:
     if top_k_weights.shape != top_k_index.shape:
         raise ValueError(
             f"top_k_weights {tuple(top_k_weights.shape)} must have the shape of top_k_index "
-            f"{tuple(top_k_index.shape)}: one weight for each slot."
+            f"{tuple(top_k_index.shape)}: one weight for each assignment."
         )
     if top_k_index.is_floating_point() or top_k_index.dtype == torch.bool:
         raise ValueError(f"top_k_index is {top_k_index.dtype}: expert ids are integers, convert them with .long().")
@@ -250,21 +267,27 @@ def _check(hidden_states, top_k_index, top_k_weights, module) -> None:
         )
 
 
-def _eager_forward(experts_class: type[nn.Module]) -> Callable[..., torch.Tensor]:
-    """The forward that a class of experts was written with, beneath transformers' choice of an implementation."""
+def _eager_forward(experts_class: type) -> Callable[..., torch.Tensor]:
+    """Returns the forward that a class of experts was written with, before transformers wrapped it."""
     forwards = (vars(base).get("forward") for base in experts_class.__mro__)
     return next(forward.__wrapped__ for forward in forwards if hasattr(forward, "__wrapped__"))
 
 
-def _by_transformers(module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
-    """transformers' grouped_mm on an accelerator; the class's own loop over the experts elsewhere, and for the dtype and
-    the sizes that grouped_mm cannot do."""
+def _by_transformers(
+    module: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Computes the experts by transformers' grouped_mm on an accelerator.
+
+    The class's own loop over the experts computes them elsewhere, and for the dtypes and sizes that grouped_mm does not
+    take.
+    """
     # on CPUs grouped_mm rounds sums of 16-bit products more than the loop does, and is no faster
-    if hidden_states.device.type == "cpu" or not _served_by("grouped_mm", hidden_states, _weights(module)):
+    matrices = _matrices_of(module)
+    if hidden_states.device.type == "cpu" or not takes_rows(hidden_states, matrices.up, matrices.down):
         return _eager_forward(type(module))(module, hidden_states, top_k_index, top_k_weights)
     empty = (top_k_index < 0) | (top_k_index >= module.num_experts)
     if module._is_expert_parallel:
-        # under this flag alone grouped_mm skips the slots whose id is beyond the last expert
+        # transformers' functions skip out-of-range ids only if this flag is set
         index = top_k_index.masked_fill(empty, module.num_experts)
     else:
         # a row that no expert takes may hold anything, and 0 times NaN is NaN

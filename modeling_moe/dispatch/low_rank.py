@@ -1,69 +1,89 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Low-rank updates of the experts' matrices (LoRA, arXiv:2106.09685), applied to states and never to the matrices.
+"""Low-rank updates of the experts' matrices (LoRA, arXiv:2106.09685), applied to rows and never to the matrices.
 
-# T tokens, K experts per token, S = T*K slots, E experts, R rank, M columns of a matrix, N rows of it
+# T tokens, K experts per token, A = T*K assignments, E experts, R rank, M columns and N rows of an expert's matrix W
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 
 class LowRank(NamedTuple):
-    """W + scaling * b a of each expert, as W x + scaling * b (a x).
+    """LowRank replaces each expert's W by W + scaling * b a, computed as W x + scaling * b (a x).
 
     Attributes:
-        a: (E, R, M), in a dtype of its own.
-        b: (E, N, R), in the dtype of `a`, of any strides.
-        scaling: factor on the update.
-        dropout: share of the numbers in x that the update does not see.
-        kept: bool, False where x is dropped out: (T, M) of the first matrix, one row per token, (S, M) of the second.
+        a: (E, R, M), in any floating dtype.
+        b: (E, N, R), in the dtype of `a`, with any strides.
+        scaling: the factor on the update.
+        dropout: the probability that an element of x is hidden from the update.
+        kept: bool, False where dropout hides an element of x. It is (T, M) for the first matrix, with one row per
+            token, and (A, M) for the second one, with one row per assignment. None without dropout.
     """
 
-    a: Any
-    b: Any
+    a: torch.Tensor
+    b: torch.Tensor
     scaling: float = 1.0
     dropout: float = 0.0
     kept: torch.Tensor | None = None
 
     def drop(self, rows: int) -> "LowRank":
-        """With a draw of `kept` for that many rows; what is left is scaled up, as `torch.nn.Dropout` does."""
+        """Draws `kept` for a number of rows and scales the update by 1 / (1 - dropout), as `torch.nn.Dropout` does."""
         if not self.dropout:
             return self
         kept = torch.rand(rows, self.a.shape[2], device=self.a.device) >= self.dropout
         return self._replace(scaling=self.scaling / (1 - self.dropout), kept=kept)
 
 
-class LowRankPair(NamedTuple):
-    """The updates of an expert's two matrices, None for one that has none."""
+class Addition(NamedTuple):
+    """Addition is what an update adds to a matrix product: scaling * narrow factorᵀ, and 0 where `kept` is False.
 
-    up: LowRank | None
-    down: LowRank | None
+    Attributes:
+        narrow: (rows, R), the product with the update's first factor.
+        factor: the second factor: (N, R) of one expert, or (E, N, R) of all experts.
+        scaling: the factor on the addition.
+        kept: bool, the elements that dropout keeps, in the layout that the back end reads. None without dropout.
+    """
 
-    @property
-    def factors(self) -> list[torch.Tensor]:
-        """Those that there are."""
-        return [factor for update in self if update is not None for factor in (update.a, update.b)]
-
-    def drop(self, tokens: int, slots: int) -> "LowRankPair":
-        """With draws of `kept`."""
-        up, down = self
-        return LowRankPair(up and up.drop(tokens), down and down.drop(slots))
-
-
-def pair(up_a, up_b, down_a, down_b, up_kept, down_kept, up_scaling, down_scaling) -> LowRankPair | None:
-    """From the operator's arguments, None if neither matrix is updated."""
-    if up_a is None and down_a is None:
-        return None
-    return LowRankPair(
-        None if up_a is None else LowRank(up_a, up_b, up_scaling, kept=up_kept),
-        None if down_a is None else LowRank(down_a, down_b, down_scaling, kept=down_kept),
-    )
+    narrow: torch.Tensor
+    factor: torch.Tensor
+    scaling: float = 1.0
+    kept: torch.Tensor | None = None
 
 
-def arguments(low_rank: LowRankPair | None) -> tuple:
-    """The operator's arguments: [`pair`] backwards."""
-    if low_rank is None:
-        return ()
-    up, down = (update or LowRank(None, None) for update in low_rank)
-    return up.a, up.b, down.a, down.b, up.kept, down.kept, up.scaling, down.scaling
+class FactorGradients(NamedTuple):
+    """FactorGradients holds the gradients of an update's factors. A gradient that is not needed is None.
+
+    Attributes:
+        a: (E, R, M), in the dtype of `LowRank.a`.
+        b: (E, N, R), in the dtype and the strides of `LowRank.b`.
+    """
+
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+
+
+Rows = TypeVar("Rows", contravariant=True)
+
+
+class Update(Protocol[Rows]):
+    """Update is the interface by which a back end applies a [`LowRank`] to rows of its own type.
+
+    The native back end has no implementation: its C library does these steps inside its matrix products.
+    """
+
+    def forward(self, states: Rows) -> Addition:
+        """Returns the addition to the product of `states` (., M) with W."""
+        ...
+
+    def backward(self, grad: Rows) -> Addition:
+        """Returns the addition to the product of the output's gradient (., N) with the transpose of W."""
+        ...
+
+    def accumulate(self, grad: Rows, states: Rows) -> None:
+        """Adds the contribution of the output's gradient (., N) and the input (., M) to the factors' gradients."""
+        ...
+
+    def gradients(self) -> FactorGradients:
+        """Returns the factors' gradients, scaled."""
+        ...

@@ -1,173 +1,144 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The experts as one operator of torch, whatever back end computes it: what is saved for backward, and what is not.
+"""This module registers the experts as torch operators and defines what autograd saves for backward.
 
-Saved are the input (an alias), the first projection h, the weights and the grouping of the slots: C elements per slot.
-Gathered inputs, activations and expert outputs are not, since backward can do without: with y = W a,
-<dO, y> = <Wᵀ dO, a> is the gradient of a token's weight on the expert, and a comes from h (arXiv:2512.14080).
+Saved are the input (an alias), the first projection h, the weights and the expert order: C elements per assignment.
+Gathered inputs, activations and expert outputs are not saved, because backward does not need them: with y = W a,
+<dO, y> = <Wᵀ dO, a> is the gradient of a combine weight, and a follows from h (arXiv:2512.14080).
 """
 
-from types import ModuleType
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
-from .backends import grouped_mm, loop, native
-from .low_rank import pair
-from .token_order import Slots, group_slots
-
-
-try:
-    from .backends.triton import backend as triton_backend
-except ImportError:
-    triton_backend = None
-
-BACKENDS: dict[str, ModuleType] = {"native": native, "loop": loop, "grouped_mm": grouped_mm}
-if triton_backend is not None:
-    BACKENDS["triton"] = triton_backend
+from .backend import Backend
+from .backends import BACKENDS
+from .expert_order import ExpertOrder
+from .problem import ExpertsProblem, FlatProblem, Needs
 
 
 @torch.library.custom_op("modeling_moe::experts", mutates_args=())
 def experts(
-    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    layout: str,
+    activation: str,
+    numbers: Sequence[float],
     index: torch.Tensor,
-    weight: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    gate: str,
-    constants: list[float],
     backend: str,
     keep_h: bool,
-    up_a: torch.Tensor | None = None,
-    up_b: torch.Tensor | None = None,
-    down_a: torch.Tensor | None = None,
-    down_b: torch.Tensor | None = None,
-    up_kept: torch.Tensor | None = None,
-    down_kept: torch.Tensor | None = None,
-    up_scaling: float = 1.0,
-    down_scaling: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums the chosen experts' outputs.
+    """Computes each token's weighted sum over its experts.
 
     Args:
-        x: (T, H).
-        index: (T, K) integer; an id outside [0, E) is an empty slot.
-        weight: (T, K) fp32, or fp64 with fp64 weights.
-        up: (E, C, H), C columns of the first projection. Matrices and biases have the dtype of `x`; for Triton's back
-            end they may be fp32 beside an `x` of 16 bits, and so are their gradients.
-        down: (E, H, I).
-        up_bias: (E, C) or None.
-        down_bias: (E, H) or None.
-        gate: key of [`~modeling_moe.dispatch.gates.GATES`].
-        constants: of the gate.
-        backend: key of `BACKENDS`.
-        keep_h: keep h for backward, or compute it there again.
-        up_a, up_b, up_kept, up_scaling: a [`~modeling_moe.dispatch.low_rank.LowRank`] update of `up`, or None.
-        down_a, down_b, down_kept, down_scaling: that of `down`; `down_kept` has a row for each slot t*K + k.
+        tensors, layout, activation, numbers: a [`~modeling_moe.dispatch.problem.FlatProblem`].
+        index: (T, K) integer expert ids. An id outside [0, E) marks an empty assignment.
+        backend: a key of [`~modeling_moe.dispatch.backends.BACKENDS`].
+        keep_h: True to keep h for backward, False to let backward compute it again.
 
     Returns:
-        The sum (T, H); h (T*K, C), or (0, C) if not kept; and the two fields of
-        [`~modeling_moe.dispatch.token_order.Slots`].
+        The fields of [`~modeling_moe.dispatch.problem.Combined`], then those of
+        [`~modeling_moe.dispatch.expert_order.ExpertOrder`].
     """
-    slots = getattr(BACKENDS[backend], "group_slots", group_slots)(index, len(up))
+    problem = ExpertsProblem.unflatten(FlatProblem(tensors, layout, activation, numbers))
+    order = BACKENDS[backend].order_by_expert(index, len(problem.up))
     if not index.numel():
-        return torch.zeros_like(x), x.new_empty(0, up.shape[1]), *slots
-    low_rank = pair(up_a, up_b, down_a, down_b, up_kept, down_kept, up_scaling, down_scaling)
-    arguments = (x, slots, weight, up, down, up_bias, down_bias, gate, constants, keep_h, low_rank)
-    with torch.autocast(x.device.type, enabled=False):
-        output, h = BACKENDS[backend].forward(*arguments)
-    return output, h, *slots
+        nothing = problem.x.new_empty(0, problem.up.shape[1])
+        return torch.zeros_like(problem.x), nothing, order.assignment, order.offsets
+    with torch.autocast(problem.x.device.type, enabled=False):
+        combined = BACKENDS[backend].forward(problem, order, keep_h)
+    return combined.output, combined.h, order.assignment, order.offsets
 
 
 @experts.register_fake
-def _(x, index, weight, up, down, up_bias, down_bias, gate, constants, backend, keep_h, *_):
-    order = index.new_empty(index.numel(), dtype=torch.int32)
-    h = x.new_empty(index.numel() if keep_h else 0, up.shape[1])
-    return torch.empty_like(x), h, order, index.new_empty(len(up) + 1, dtype=torch.int32)
+def _(
+    tensors: Sequence[torch.Tensor],
+    layout: str,
+    activation: str,
+    numbers: Sequence[float],
+    index: torch.Tensor,
+    backend: str,
+    keep_h: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    problem = ExpertsProblem.unflatten(FlatProblem(tensors, layout, activation, numbers))
+    assignment = index.new_empty(index.numel(), dtype=torch.int32)
+    h = problem.x.new_empty(index.numel() if keep_h else 0, problem.up.shape[1])
+    offsets = index.new_empty(len(problem.up) + 1, dtype=torch.int32)
+    return torch.empty_like(problem.x), h, assignment, offsets
 
 
 @torch.library.custom_op("modeling_moe::experts_backward", mutates_args=())
 def experts_backward(
+    tensors: Sequence[torch.Tensor],
+    layout: str,
+    activation: str,
+    numbers: Sequence[float],
     grad: torch.Tensor,
-    x: torch.Tensor,
     h: torch.Tensor,
-    order: torch.Tensor,
+    assignment: torch.Tensor,
     offsets: torch.Tensor,
-    weight: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    gate: str,
-    constants: list[float],
     backend: str,
-    needs: list[bool],
-    up_a: torch.Tensor | None = None,
-    up_b: torch.Tensor | None = None,
-    down_a: torch.Tensor | None = None,
-    down_b: torch.Tensor | None = None,
-    up_kept: torch.Tensor | None = None,
-    down_kept: torch.Tensor | None = None,
-    up_scaling: float = 1.0,
-    down_scaling: float = 1.0,
+    needs: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Gradients of [`experts`], given that of its sum (T, H): those that `needs` asks for, of x, weight, up, down,
-    up_bias, down_bias, up_a, up_b, down_a and down_b in this order."""
-    if not order.numel():
-        inputs = (x, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b)
-        return [torch.zeros_like(tensor) for tensor, needed in zip(inputs, needs, strict=True) if needed]
-    with torch.autocast(x.device.type, enabled=False):
-        gradients = BACKENDS[backend].backward(
-            grad.contiguous(),
-            x,
-            h,
-            Slots(order, offsets),
-            weight,
-            up,
-            down,
-            up_bias,
-            down_bias,
-            gate,
-            constants,
-            needs,
-            pair(up_a, up_b, down_a, down_b, up_kept, down_kept, up_scaling, down_scaling),
-        )
-    return [gradient for gradient in gradients if gradient is not None]
+    """Computes the gradients of [`experts`].
+
+    Args:
+        tensors, layout, activation, numbers: a [`~modeling_moe.dispatch.problem.FlatProblem`].
+        grad: (T, H), the gradient of the output.
+        h, assignment, offsets: the other outputs of [`experts`].
+        backend: the back end of the forward pass.
+        needs: for each of `tensors`, True if its gradient is needed.
+
+    Returns:
+        The gradients that are needed, in the order of `tensors`.
+    """
+    names = [name for name, needed in zip(layout.split(), needs, strict=True) if needed]
+    problem = ExpertsProblem.unflatten(FlatProblem(tensors, layout, activation, numbers))
+    if not len(assignment):
+        return [torch.zeros_like(tensor) for tensor, needed in zip(tensors, needs, strict=True) if needed]
+    order, needed = ExpertOrder(assignment, offsets), Needs(**dict.fromkeys(names, True))
+    with torch.autocast(problem.x.device.type, enabled=False):
+        gradients = BACKENDS[backend].backward(problem, order, grad.contiguous(), h, needed)
+    return [getattr(gradients, name) for name in names]
 
 
 @experts_backward.register_fake
 def _(
-    grad, x, h, order, offsets, weight, up, down, up_bias, down_bias, gate, constants, backend, needs,
-    up_a=None, up_b=None, down_a=None, down_b=None, *_,
-):  # fmt: skip
-    inputs = (x, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b)
-    return [torch.empty_like(tensor) for tensor, needed in zip(inputs, needs, strict=True) if needed]
+    tensors: Sequence[torch.Tensor],
+    layout: str,
+    activation: str,
+    numbers: Sequence[float],
+    grad: torch.Tensor,
+    h: torch.Tensor,
+    assignment: torch.Tensor,
+    offsets: torch.Tensor,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    return [torch.empty_like(tensor) for tensor, needed in zip(tensors, needs, strict=True) if needed]
 
 
-def _save(ctx, inputs, output):
-    x, _, weight, up, down, up_bias, down_bias, ctx.gate, ctx.constants, ctx.backend, _, *low_rank = inputs
-    *factors_and_kept, ctx.up_scaling, ctx.down_scaling = low_rank
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *flat, _, ctx.backend, _ = inputs
+    tensors, *ctx.settings = flat
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *output[1:], weight, up, down, up_bias, down_bias, *factors_and_kept)
+    ctx.save_for_backward(*output[1:], *tensors)
 
 
-def _differentiate(ctx, grad, *_):
-    x, _, *others = ctx.needs_input_grad[:7]
-    # the dispatcher leaves out trailing arguments that are the defaults
-    factors = [*ctx.needs_input_grad[11:15], False, False, False, False][:4]
-    needs = [x, *others, *factors]
-    gradients: list[torch.Tensor | None] = [None] * 10
+def _differentiate(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[list[torch.Tensor | None] | None, ...]:
+    needs, *others = ctx.needs_input_grad
+    gradients: list[torch.Tensor | None] = [None] * len(needs)
     if grad is not None:
-        saved = ctx.saved_tensors  # checkpointing lets them be asked for once
-        inputs, low_rank = saved[:9], saved[9:]
-        settings = (ctx.gate, ctx.constants, ctx.backend, needs)
-        wanted = iter(experts_backward(grad, *inputs, *settings, *low_rank, ctx.up_scaling, ctx.down_scaling))
-        gradients = [next(wanted) if needed else None for needed in needs]
-    return gradients[0], None, *gradients[1:6], None, None, None, None, *gradients[6:], None, None, None, None
+        h, assignment, offsets, *tensors = ctx.saved_tensors  # checkpointing allows one access
+        outputs = (h, assignment, offsets)
+        computed: Iterator[torch.Tensor] = iter(
+            experts_backward(tensors, *ctx.settings, grad, *outputs, ctx.backend, needs)
+        )
+        gradients = [next(computed) if needed else None for needed in needs]
+    return gradients, *(None for _ in others)
 
 
-def _refuse(ctx, *_):
+def _refuse(ctx: Any, *_: torch.Tensor | None) -> None:
     raise NotImplementedError(
         "The experts' gradient cannot be differentiated again: load the model with experts_implementation='eager'."
     )
@@ -177,41 +148,44 @@ experts.register_autograd(_differentiate, setup_context=_save)
 experts_backward.register_autograd(_refuse)
 
 
-def decode(
-    x: torch.Tensor,
-    index: torch.Tensor,
-    weight: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    gate: str,
-    constants: list[float],
-    backend: str,
-    up_a: torch.Tensor | None = None,
-    up_b: torch.Tensor | None = None,
-    down_a: torch.Tensor | None = None,
-    down_b: torch.Tensor | None = None,
-    up_kept: torch.Tensor | None = None,
-    down_kept: torch.Tensor | None = None,
-    up_scaling: float = 1.0,
-    down_scaling: float = 1.0,
-) -> torch.Tensor:
-    """[`experts`] for a few tokens and without gradient: reads the weights of the chosen experts, and nothing else.
+def decode(problem: ExpertsProblem, index: torch.Tensor, backend: Backend) -> torch.Tensor:
+    """Computes the output (T, H) of a few tokens without gradient, reading only the chosen experts' matrices.
 
-    `experts_decode` is the same as an operator, which `torch.compile` wants and which costs as much as a small expert.
+    [`experts_decode`] does this as an operator, which `torch.compile` needs and which costs as much time as a small
+    expert.
+
+    Args:
+        problem: at most [`~modeling_moe.dispatch.backend.DECODE_TOKENS`] tokens.
+        index: (T, K) integer expert ids. An id outside [0, E) marks an empty assignment.
+        backend: a back end that decodes `problem`.
     """
     if not index.numel():
-        return torch.zeros_like(x)
-    arguments = (x, index, weight, up, down, up_bias, down_bias, gate, constants)
-    low_rank = pair(up_a, up_b, down_a, down_b, up_kept, down_kept, up_scaling, down_scaling)
-    with torch.autocast(x.device.type, enabled=False):
-        return BACKENDS[backend].decode(*arguments) if low_rank is None else loop.decode(*arguments, low_rank)
+        return torch.zeros_like(problem.x)
+    with torch.autocast(problem.x.device.type, enabled=False):
+        return backend.decode(problem, index)
 
 
-experts_decode = torch.library.custom_op("modeling_moe::experts_decode", decode, mutates_args=())
+@torch.library.custom_op("modeling_moe::experts_decode", mutates_args=())
+def experts_decode(
+    tensors: Sequence[torch.Tensor],
+    layout: str,
+    activation: str,
+    numbers: Sequence[float],
+    index: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    """Computes [`decode`] as an operator, from a [`~modeling_moe.dispatch.problem.FlatProblem`]."""
+    problem = ExpertsProblem.unflatten(FlatProblem(tensors, layout, activation, numbers))
+    return decode(problem, index, BACKENDS[backend])
 
 
 @experts_decode.register_fake
-def _(x, *_):
-    return torch.empty_like(x)
+def _(
+    tensors: Sequence[torch.Tensor],
+    layout: str,
+    activation: str,
+    numbers: Sequence[float],
+    index: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    return torch.empty_like(tensors[layout.split().index("x")])

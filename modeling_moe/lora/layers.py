@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..dispatch.interface import unserved
+from ..dispatch.interface import reason_unsupported
 from ..dispatch.low_rank import LowRank
 from ..utils.errors import UserError
 from . import sharding
@@ -82,7 +82,7 @@ def reason_for_peft(module: Any) -> str | None:
     implementation = module.config._experts_implementation
     if implementation != REPLACED_IMPLEMENTATION and not implementation.startswith(IMPLEMENTATION):
         return f"experts_implementation is {implementation!r}, load the model with {IMPLEMENTATION!r}"
-    return unserved(module)
+    return reason_unsupported(module)
 
 
 def _served_experts(wrapper: Stock) -> Experts | None:

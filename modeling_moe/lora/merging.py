@@ -16,7 +16,8 @@ from ..checkpoints.damage import refuse_not_finite
 from ..conversion.tokenizer_files import keep_tokenizer
 from ..utils.companions import copy_companions
 from ..utils.errors import UserError
-from ..utils.folders import refuse_overlap, whole_folder
+from ..utils.folder_checks import refuse_overlap
+from ..utils.folders import whole_folder
 from ..utils.limits import refuse_vast_adapter
 from ..utils.lineage import FINETUNING, lineage_of
 from ..utils.loading import adapter_base, has_tokenizer, load_model, load_tokenizer, one_line_for

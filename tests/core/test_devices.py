@@ -20,7 +20,8 @@ def calls(monkeypatch) -> list[str]:
     def watch(name: str, operator) -> None:
         def spy(*arguments):
             seen.append(name)
-            assert arguments[9] == "triton"
+            # the operator takes the name of the back end, decode the back end
+            assert "triton" in arguments or arguments[-1].name == "triton"
             return operator(*arguments)
 
         monkeypatch.setattr(interface, name, spy)

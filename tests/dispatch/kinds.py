@@ -11,9 +11,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from modeling_moe.dispatch import backend_of
-from modeling_moe.dispatch import operator as function
-from modeling_moe.dispatch.interface import gate_of
+from modeling_moe.dispatch import backend_of, backends
+from modeling_moe.dispatch.backends.native.structures import NATIVE_ACTIVATIONS
+from modeling_moe.dispatch.interface import activation_of
 from modeling_moe.modeling_moe import MoEExperts
 from tests.conftest import NEEDS_TRITON, tiny_config
 
@@ -37,9 +37,15 @@ THEIRS = {
     "gpt_oss": (GptOssExperts, "gpt_oss"),
 }
 HIDDEN, WIDTH = 32, 24
-NEEDS_NATIVE = pytest.mark.skipif(
-    not function.native.available(torch.float32, "silu_gated"), reason="no gcc, or another system than Linux"
-)
+
+
+def native_computes(dtype: torch.dtype, activation: str = "silu_gated") -> bool:
+    """Returns True if the native back end serves a dtype and an activation on this machine."""
+    reason = backends.BACKENDS["native"].reason_unavailable(torch.device("cpu"), dtype)
+    return reason is None and activation in NATIVE_ACTIVATIONS
+
+
+NEEDS_NATIVE = pytest.mark.skipif(not native_computes(torch.float32), reason="no gcc, or another system than Linux")
 CPU_BACKENDS = [pytest.param("moe_native", marks=NEEDS_NATIVE), "moe_loop", "moe_grouped_mm"]
 BACKENDS = [*CPU_BACKENDS, pytest.param("moe_triton", marks=NEEDS_TRITON)]
 
@@ -48,7 +54,7 @@ def fastest(device: str, dtype: torch.dtype = torch.float32) -> str:
     """The back end that `experts_implementation="moe"` means on `device`."""
     if device == "cuda":
         return "loop" if dtype == torch.float64 else "triton"
-    return "native" if function.native.available(dtype, "silu_gated") else "loop"
+    return "native" if native_computes(dtype) else "loop"
 
 
 def assert_backend(module, arguments) -> None:
@@ -61,7 +67,7 @@ def assert_backend(module, arguments) -> None:
     asked = name.removeprefix("moe_") if name != "moe" else None
     # the CPU's choice, and what `native` is not compiled for, are for test_native.py
     left_open = asked is None and states.device.type == "cpu"
-    left_open |= asked == "native" and not function.native.available(dtype, gate_of(module)[0])
+    left_open |= asked == "native" and not native_computes(dtype, activation_of(module).name)
     if name == "eager" or left_open:
         return
     served = backend_of(module, states, index, backend=asked).removesuffix(" (decode)")

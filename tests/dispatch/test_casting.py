@@ -170,7 +170,7 @@ def copies_of_a_pass(module, inputs) -> list[StorageWeakRef]:
     seen = []
 
     def record(launch):
-        matrices = [each for each in launch.arguments if isinstance(each, torch.Tensor) and each.dim() == 3]
+        matrices = [each for each in launch.arguments.values() if isinstance(each, torch.Tensor) and each.dim() == 3]
         seen.extend(StorageWeakRef(each.untyped_storage()) for each in matrices if each.dtype == torch.float16)
         launch.run()
 

@@ -19,8 +19,8 @@ from moe_benchmark.compilation.calls import part_calls
 from moe_benchmark.compilation.compiling import USUAL_TARGETS, tile_of
 from moe_benchmark.compilation.machine_code import AMD, NVIDIA, scalar_products, spills_in_loops
 
-from modeling_moe.dispatch.backends.triton import backend as triton_backend
 from modeling_moe.dispatch.backends.triton import tiles
+from modeling_moe.dispatch.backends.triton.backend import INTERPRETED
 from modeling_moe.dispatch.backends.triton.launching import Launch
 from modeling_moe.utils.errors import UserError
 
@@ -86,7 +86,7 @@ def test_every_tile_of_every_configuration_is_compiled(family):
         for most, config in table:
             for name in ("up", "down", "gate", "gradient", "narrow"):
                 tile: tiles.Tile = getattr(config, name)
-                assert tile_of(Launch(None, (), (), tile.options())) in launched[kind], (kind, most, name)
+                assert tile_of(Launch(None, (), {}, tile.options())) in launched[kind], (kind, most, name)
 
 
 def test_each_family_has_a_target_with_its_shared_memory():
@@ -215,7 +215,7 @@ def test_a_compiler_that_crashes_is_a_fault_of_the_launch_alone():
     def crash(*arguments, **options) -> None:
         os._exit(1)
 
-    launches = [Launch(kernel(warmup), (1,), (), {"BLOCK_M": 16}) for warmup in (compiled, crash, compiled)]
+    launches = [Launch(kernel(warmup), (1,), {}, {"BLOCK_M": 16}) for warmup in (compiled, crash, compiled)]
     codes = [*compile_all(launches, "sm_90", jobs=2, analysed=False)]
     assert [code.error for code in codes] == ["", "the compiler crashed", ""]
     assert [code.shared for code in codes] == [5, 0, 5]
@@ -235,7 +235,7 @@ hits = []
 triton.knobs.compilation.listener = lambda cache_hit, **rest: hits.append(cache_hit)
 with compiling._standing_in("sm_90"):
     for launch in launches:
-        launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+        launch.kernel.warmup(**launch.arguments, grid=(1,), **launch.options)
 print(hits)
 """
 
@@ -274,7 +274,7 @@ def test_mistakes_are_answered(fields, message):
         CompilationArguments(**fields)
 
 
-@pytest.mark.skipif(not triton_backend.INTERPRETED, reason="Triton does not interpret on a machine with a GPU")
+@pytest.mark.skipif(not INTERPRETED, reason="Triton does not interpret on a machine with a GPU")
 def test_interpreted_kernels_are_refused():
     """With TRITON_INTERPRET the command says what to do."""
     with pytest.raises(UserError, match="TRITON_INTERPRET is set: unset it"):

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.dispatch import backend_of
-from modeling_moe.dispatch import operator as function
-from modeling_moe.dispatch.backends import loop
-from modeling_moe.dispatch.token_order import group_slots
+from modeling_moe.dispatch import backend_of, backends, operator
+from modeling_moe.dispatch.expert_order import order_by_expert
+from modeling_moe.dispatch.low_rank import LowRank
+from modeling_moe.dispatch.problem import ExpertsProblem, Needs
 from modeling_moe.modeling_moe import MoEExperts
 from tests.conftest import NEEDS_GPU, NEEDS_TRITON, tiny_config
 from tests.dispatch.kinds import (
@@ -32,7 +34,7 @@ from tests.dispatch.kinds import (
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(loop, "CHUNK", 4)
+    monkeypatch.setattr(backends.BACKENDS["loop"], "chunk_rows", 4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -120,7 +122,7 @@ def test_grouped_mm_gives_way_where_sizes_are_odd():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
 def test_half_precision(backend, dtype, tolerance, native, monkeypatch):
-    monkeypatch.setattr(loop, "math_dtype", lambda x: x.dtype if native else torch.float32)
+    monkeypatch.setattr(backends.BACKENDS["loop"], "product_dtype", lambda x: x.dtype if native else torch.float32)
     module = make("gated-bias", backend, dtype=dtype)
     states, index, weight, direction = draw(40, 5, 3, dtype)
     weight = weight.float()
@@ -233,21 +235,63 @@ def test_layouts():
     torch.testing.assert_close(output.double(), expected[0], atol=0.2, rtol=0.05)
 
 
-@pytest.mark.parametrize("backend", ["moe_loop", "moe_grouped_mm"])
-def test_frozen_experts_cost_no_weight_gradient(backend, monkeypatch):
-    module = make("gated-bias", backend, dtype=torch.float32)
-    states, index, weight, direction = draw(9, 5, 3, torch.float32)
-    expected = run(module, states, index, weight, direction)
-    module.requires_grad_(False)
-    name = "_WeightGradient" if backend == "moe_loop" else "_weight_gradient"
-    target = loop if backend == "moe_loop" else function.grouped
-    monkeypatch.delattr(target, name)
-    states, weight = states.requires_grad_(), weight.requires_grad_()
-    output = module(states, index, weight)
-    (output * direction).sum().backward()
-    assert all(parameter.grad is None for parameter in module.parameters())
-    torch.testing.assert_close(states.grad, expected[1])
-    torch.testing.assert_close(weight.grad, expected[2])
+class NewShapes(TorchDispatchMode):
+    """NewShapes records the shape of every tensor that an operator returns in memory of none of the `known` tensors."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.seen = {each.untyped_storage().data_ptr() for each in known}, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+        self.seen |= {tuple(each.shape) for each in made if each.untyped_storage().data_ptr() not in self.known}
+        return result
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_frozen_experts_cost_no_weight_gradient(backend):
+    """Nothing of the shape of a matrix or a bias is made, and the other gradients stay as they are."""
+    module, inputs = make("gated-bias", backend, dtype=torch.float32), draw(9, 5, 3, torch.float32)
+    expected = run(module, *inputs)
+    served = backends.BACKENDS[backend.removeprefix("moe_")]
+    problem, index, direction = problem_of(module, *inputs), inputs[1], inputs[3]
+    order = order_by_expert(index, 5)
+    h = served.forward(problem, order, True).h
+    names = ["up", "down", "up_bias", "down_bias"]
+    shapes = {tuple(getattr(problem, name).shape) for name in names}
+    for needs, touched in (
+        (Needs(x=True, weight=True), set()),
+        (Needs(**dict.fromkeys(Needs._fields[:6], True)), shapes),
+    ):
+        with torch.no_grad(), NewShapes(problem.named_tensors().values()) as watched:
+            gradients = served.backward(problem, order, direction, h, needs)
+        assert watched.seen & shapes == touched
+        assert all((getattr(gradients, name) is not None) == bool(touched) for name in names)
+        torch.testing.assert_close([gradients.x, gradients.weight], expected[1:3], atol=1e-6, rtol=1e-5)
+
+
+def problem_of(module, states, index, weight, direction) -> ExpertsProblem:
+    """Builds the problem of gated experts with biases."""
+    matrices = (module.gate_up_proj, module.down_proj, module.gate_up_proj_bias, module.down_proj_bias)
+    return ExpertsProblem(states, weight, *(each.detach() for each in matrices), "silu_gated", [])
+
+
+def test_flat_problem_is_the_problem():
+    """Every tensor keeps its name, and what is missing stays missing."""
+    module, inputs = make("gated-bias", "moe_loop"), draw(9, 5, 3)
+    problem = problem_of(module, *inputs)
+    update = LowRank(torch.ones(5, 2, HIDDEN), torch.ones(5, 2 * WIDTH, 2), 0.5, kept=torch.ones(9, HIDDEN) > 0)
+    for changed in (
+        problem,
+        problem._replace(up_bias=None),
+        problem._replace(up_update=update),
+        problem._replace(down_bias=None, down_update=update._replace(kept=None), constants=[1.5, 7.0]),
+    ):
+        got, expected = ExpertsProblem.unflatten(changed.flatten()), changed.named_tensors()
+        assert got.named_tensors().keys() == expected.keys()
+        assert all(tensor is expected[name] for name, tensor in got.named_tensors().items())
+        assert got == changed
 
 
 def test_one_trained_parameter():
@@ -343,7 +387,7 @@ def test_deterministic(device):
         ({"top_k_index": torch.zeros(4, 3)}, "integers"),
         ({"top_k_index": torch.zeros(5, 3, dtype=torch.long)}, "flatten the batch"),
         ({"hidden_states": torch.zeros(2, 2, HIDDEN)}, "flatten the batch"),
-        ({"top_k_weights": torch.zeros(4, 2)}, "one weight for each slot"),
+        ({"top_k_weights": torch.zeros(4, 2)}, "one weight for each assignment"),
         ({"hidden_states": torch.zeros(4, HIDDEN + 1)}, "has width 33 and the experts 32"),
     ],
 )
@@ -439,22 +483,22 @@ def test_operators_keep_torchs_rules(backend, device):
     module = make("gated-bias", "moe", dtype=torch.float32, device=device)
     states, index, weight, _ = draw(9, 5, 3, torch.float32, device=device)
     weights = [module.gate_up_proj, module.down_proj, module.gate_up_proj_bias, module.down_proj_bias]
-    arguments = (states.requires_grad_(), index, weight.requires_grad_(), *weights, "silu_gated", [], backend, True)
+    problem = ExpertsProblem(states.requires_grad_(), weight.requires_grad_(), *weights, "silu_gated", [])
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(function.experts, arguments, test_utils=checks)
-    torch.library.opcheck(
-        function.experts_decode, tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments[:-1])
-    )
+    torch.library.opcheck(operator.experts, (*problem.flatten(), index, backend, True), test_utils=checks)
+    flat = problem.flatten()
+    flat = flat._replace(tensors=[tensor.detach() for tensor in flat.tensors])
+    torch.library.opcheck(operator.experts_decode, (*flat, index, backend))
 
 
-def test_slots_by_hand(device):
-    slots = group_slots(torch.tensor([[2, 0], [3, -1], [0, 2]], device=device), 3)
-    assert slots.order.tolist() == [1, 4, 0, 5, 2, 3]
-    assert slots.offsets.tolist() == [0, 2, 2, 4]
-    assert slots.order.dtype == slots.offsets.dtype == torch.int32
+def test_expert_order_by_hand(device):
+    order = order_by_expert(torch.tensor([[2, 0], [3, -1], [0, 2]], device=device), 3)
+    assert order.assignment.tolist() == [1, 4, 0, 5, 2, 3]
+    assert order.offsets.tolist() == [0, 2, 2, 4]
+    assert order.assignment.dtype == order.offsets.dtype == torch.int32
 
 
-def test_backend_of_tells_of_the_implementation_that_the_module_asks_for():
+def test_backend_of_follows_the_implementation_of_the_module():
     module, inputs = make("gated", "moe_loop", dtype=torch.float32), draw(40, 5, 3, torch.float32)
     assert backend_of(module, *inputs[:2]) == "loop"
     module.config._experts_implementation = "moe_grouped_mm"

@@ -5,6 +5,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,14 @@ import pytest
 import torch
 
 from modeling_moe.dispatch import backend_of
-from modeling_moe.dispatch.backends import loop, native
-from modeling_moe.dispatch.backends.native import compiling
-from modeling_moe.dispatch.token_order import group_slots
+from modeling_moe.dispatch.backends import BACKENDS
+from modeling_moe.dispatch.backends.native import NativeBackend, compiling, structures
+from modeling_moe.dispatch.expert_order import order_by_expert
+from modeling_moe.dispatch.problem import ExpertsProblem, Needs
 from tests.dispatch.kinds import NEEDS_NATIVE, OURS, SHAPES, THEIRS, assert_close, draw, make, oracle, run
 
 
+ALL = Needs(**dict.fromkeys(Needs._fields[:6], True))
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 SERVED = [kind for kind in [*OURS, *THEIRS] if kind != "gelu"]
 # rows, sums and columns of more than one block; odd ones
@@ -57,8 +60,8 @@ def test_kinds(kind, shape, recompute):
     assert_close([output], [oracle(module, *inputs)[0][:4]], TOLERANCES[torch.float32])
 
 
-def expected_and_got(dtype, tokens, experts, top_k, hidden, width, gate="silu_gated", transposed=False):
-    """Output, gradients and a few tokens' output: by the loop in float64 from the same numbers, and by the library."""
+def expected_and_got(dtype, tokens, experts, top_k, hidden, width, transposed=False, native=BACKENDS["native"]):
+    """Returns output, gradients and a few tokens' output: by the loop in float64 on the same numbers, and by `native`."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size):
@@ -70,20 +73,21 @@ def expected_and_got(dtype, tokens, experts, top_k, hidden, width, gate="silu_ga
     tensors = [normal(tokens, hidden), up, down, normal(experts, 2 * width), normal(experts, hidden)]
     grad, weight = normal(tokens, hidden), torch.rand(tokens, top_k, generator=generator)
     index = torch.randint(experts + 1, (tokens, top_k), generator=generator)
-    slots, settings = group_slots(index, experts), (gate, [])
+    order = order_by_expert(index, experts)
 
     def both(backend, tensors, weight, grad):
         x, *parameters = tensors
-        output, h = backend.forward(x, slots, weight, *parameters, *settings, True)
-        gradients = backend.backward(grad, x, h, slots, weight, *parameters, *settings, [True] * 6)
-        return [output, *gradients[:6]]
+        problem = ExpertsProblem(x, weight, *parameters, "silu_gated", [])
+        output, h = backend.forward(problem, order, True)
+        return [output, *backend.backward(problem, order, grad, h, ALL)[:6]]
 
-    expected = both(loop, [tensor.double() for tensor in tensors], weight.double(), grad.double())
+    expected = both(BACKENDS["loop"], [tensor.double() for tensor in tensors], weight.double(), grad.double())
     got = both(native, tensors, weight, grad)
     if not transposed:
         x, *parameters = tensors
         expected.append(expected[0][:16])
-        got.append(native.decode(x[:16], index[:16], weight[:16], *parameters, *settings))
+        problem = ExpertsProblem(x[:16], weight[:16], *parameters, "silu_gated", [])
+        got.append(native.decode(problem, index[:16]))
     return expected, got
 
 
@@ -110,9 +114,8 @@ def processors() -> dict[str, list[str]]:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_other_processors(dtype, shape, processor, monkeypatch, tmp_path):
     monkeypatch.setattr(compiling.constants, "HF_HOME", tmp_path)
-    library = ctypes.CDLL(str(compiling.compiled(dtype, processors()[processor])))
-    monkeypatch.setattr(native, "_library", lambda dtype: native._declare(library))
-    expected, got = expected_and_got(dtype, **BLOCKS[shape])
+    library = compiling.load(compiling.compiled(dtype, processors()[processor]), dtype)
+    expected, got = expected_and_got(dtype, **BLOCKS[shape], native=NativeBackend(lambda dtype: library))
     assert_close(got, expected, TOLERANCES[dtype])
 
 
@@ -133,18 +136,17 @@ def test_result_does_not_depend_on_threads(dtype):
 
 
 @NEEDS_NATIVE
-@pytest.mark.parametrize("gate", ["silu", "gelu_tanh", "relu", "relu2"])
-def test_gates_far_from_zero(gate):
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu", "relu2"])
+def test_activations_far_from_zero(activation):
     """One number through an expert of width one: the activation and its derivative."""
     x = torch.cat([torch.linspace(-120, 120, 4001), torch.linspace(-1, 1, 2001)])[:, None]
-    ones, slots = torch.ones(1, 1, 1), group_slots(torch.zeros(len(x), 1, dtype=torch.long), 1)
-    weight, settings, needs = torch.ones(len(x), 1), (None, None, gate, []), [True] + [False] * 5
+    ones, order = torch.ones(1, 1, 1), order_by_expert(torch.zeros(len(x), 1, dtype=torch.long), 1)
     results = []
-    for backend, dtype in ((loop, torch.float64), (native, torch.float32)):
-        inputs = (x.to(dtype), slots, weight.to(dtype), ones.to(dtype), ones.to(dtype))
-        output, h = backend.forward(*inputs, *settings, True)
-        grad_x = backend.backward(torch.ones_like(output), inputs[0], h, *inputs[1:], *settings, needs)[0]
-        results.append((output, grad_x))
+    for backend, dtype in ((BACKENDS["loop"], torch.float64), (BACKENDS["native"], torch.float32)):
+        tensors = [each.to(dtype) for each in (x, torch.ones(len(x), 1), ones, ones)]
+        problem = ExpertsProblem(*tensors, None, None, activation, [])
+        output, h = backend.forward(problem, order, True)
+        results.append((output, backend.backward(problem, order, torch.ones_like(output), h, Needs(x=True)).x))
     for exact, got in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), exact, atol=2e-7, rtol=2e-6)
 
@@ -160,24 +162,36 @@ def test_nan_and_infinity_reach_the_output():
 
 
 @NEEDS_NATIVE
-def test_frozen_experts_cost_no_weight_gradient(monkeypatch):
-    module = make("gated-bias", "moe_native", dtype=torch.float32)
-    inputs = draw(40, 5, 3, torch.float32)
-    expected = run(module, *inputs)
-    module.requires_grad_(False)
-    given, build = [], native._Gradients
-    monkeypatch.setattr(native, "_Gradients", lambda *fields: given.append(fields) or build(*fields))
-    states, weight = inputs[0].requires_grad_(), inputs[2].requires_grad_()
-    (module(states, inputs[1], weight) * inputs[3]).sum().backward()
-    torch.testing.assert_close([states.grad, weight.grad], expected[1:3], atol=0, rtol=0)
-    up, down, up_bias, down_bias = given[0][6:10]
-    assert (up.data, down.data, up_bias, down_bias) == (None,) * 4
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_structures_of_c_are_those_of_python(dtype):
+    library = compiling.load(compiling.compiled(dtype, compiling.processor_flags()), dtype)
+    assert library.scratch_words.restype is ctypes.c_long
+    # loading a library of another dtype finds that the elements have another size
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    with pytest.raises(
+        RuntimeError, match=r"experts.c has the constant \d for sizeof\(Element\) and structures.py has \d: "
+    ):
+        compiling.load(compiling.compiled(dtype, compiling.processor_flags()), other)
+
+
+@pytest.mark.parametrize("expected", [structures.expected_sizes(), structures.expected_constants(torch.float32)])
+def test_a_structure_that_differs_is_refused(expected):
+    numbers = list(expected.values())
+    structures.check_agreement("size", expected, numbers)
+    for place, name in enumerate(expected):
+        changed = [number + (place == other) for other, number in enumerate(numbers)]
+        with pytest.raises(
+            RuntimeError, match=f"the size {numbers[place] + 1} for {re.escape(name)} and .* reinstall"
+        ):
+            structures.check_agreement("size", expected, changed)
+    with pytest.raises(ValueError, match="shorter"):
+        structures.check_agreement("size", expected, numbers[:-1])
 
 
 def test_without_gcc(monkeypatch):
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     assert compiling.native_library.__wrapped__(torch.float32) is None
-    monkeypatch.setattr(native, "_library", lambda dtype: None)
+    monkeypatch.setitem(BACKENDS, "native", NativeBackend(lambda dtype: None))
     module = make("gated", "moe_native", dtype=torch.float32)
     inputs = draw(40, 5, 3, torch.float32)
     assert backend_of(module, *inputs[:2]) == "loop"

@@ -8,13 +8,15 @@ from tests.conftest import DEVICE, NEEDS_GPU, NEEDS_TRITON
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from modeling_moe.dispatch.backends.triton import backend as triton_backend
+from modeling_moe.dispatch.activations import ACTIVATIONS
 from modeling_moe.dispatch.backends.triton import tiles
-from modeling_moe.dispatch.gates import GATES
-from modeling_moe.dispatch.token_order import group_slots
+from modeling_moe.dispatch.backends.triton.backend import TritonBackend
+from modeling_moe.dispatch.expert_order import order_by_expert
+from modeling_moe.dispatch.problem import ExpertsProblem, Needs
 
 
 pytestmark = [pytest.mark.gpu, NEEDS_TRITON]
+TRITON = TritonBackend()
 NAMES = ["x", "weight", "up", "down", "up_bias", "down_bias"]
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-2, 2e-2), torch.bfloat16: (5e-2, 1e-1)}
 
@@ -35,7 +37,7 @@ class Problem:
     ):
         self.index = torch.as_tensor(index, device=DEVICE)
         self.gate, self.constants = gate, [1.702, 0.9] if gate.startswith("clamped") else []
-        columns = GATES[gate].columns * inner
+        columns = ACTIVATIONS[gate].columns * inner
 
         def random(*shape, dtype=dtype):
             return torch.randn(shape, device=DEVICE).to(dtype)
@@ -54,16 +56,19 @@ class Problem:
             random(experts, hidden) if bias else None,
         ]
         self.grad = random(len(self.index), hidden)
-        self.slots = group_slots(self.index, experts)
+        self.order = order_by_expert(self.index, experts)
+
+    @property
+    def problem(self) -> ExpertsProblem:
+        """What the back end is given."""
+        return ExpertsProblem(*self.inputs, self.gate, self.constants)
 
     def run(self, needs=None, recompute=False, config=None):
         """The output, and the gradients by name."""
-        x, weight, *parameters = self.inputs
-        settings = (*parameters, self.gate, self.constants)
-        out, h = triton_backend.forward(x, self.slots, weight, *settings, keep_h=not recompute, config=config)
-        assert len(h) == (0 if recompute else len(self.slots.order))
+        out, h = TRITON.forward(self.problem, self.order, not recompute, config)
+        assert len(h) == (0 if recompute else self.index.numel())
         needs = needs or [value is not None for value in self.inputs]
-        grads = triton_backend.backward(self.grad, x, h, self.slots, weight, *settings, needs=needs, config=config)
+        grads = TRITON.backward(self.problem, self.order, self.grad, h, Needs(*needs), config)
         return out, dict(zip(NAMES, grads[:6], strict=True))
 
     def oracle(self):
@@ -123,7 +128,7 @@ def act(h, gate, constants):
 INDEX = [[0, 2], [2, 1], [1, 0], [2, 0], [0, 1]]
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ACTIVATIONS)
 def test_every_gate(gate):
     Problem(INDEX, gate=gate).check()
 
@@ -242,10 +247,10 @@ def test_strided_and_expanded_inputs():
 )
 def test_decode(index, shape):
     problem = Problem(index, **shape)
-    x, weight, *parameters = problem.inputs
-    out = triton_backend.decode(x, problem.index, weight, *parameters, problem.gate, problem.constants)
-    rtol, atol = TOLERANCES[x.dtype]
-    assert out.dtype == x.dtype
+    out = TRITON.decode(problem.problem, problem.index)
+    dtype = problem.inputs[0].dtype
+    rtol, atol = TOLERANCES[dtype]
+    assert out.dtype == dtype
     torch.testing.assert_close(out, problem.run()[0], rtol=rtol, atol=atol)
     torch.testing.assert_close(out.double(), problem.oracle()[0], rtol=rtol, atol=atol)
 

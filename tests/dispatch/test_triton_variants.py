@@ -14,23 +14,25 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 from packaging.version import Version
 
-from modeling_moe.dispatch.backends import loop
+from modeling_moe.dispatch.backends import BACKENDS
 from modeling_moe.dispatch.backends.triton import backend as triton_backend
 from modeling_moe.dispatch.backends.triton import launching, tiles
-from modeling_moe.dispatch.low_rank import LowRank, LowRankPair
-from modeling_moe.dispatch.token_order import group_slots, invert
+from modeling_moe.dispatch.backends.triton.row_tiles import RowTiles
+from modeling_moe.dispatch.expert_order import order_by_expert, row_of_assignment
+from modeling_moe.dispatch.low_rank import LowRank
+from modeling_moe.dispatch.problem import ExpertsProblem, Needs
 from tests.conftest import DEVICE, NEEDS_TRITON
-from tests.dispatch.test_triton import INDEX, Problem
+from tests.dispatch.test_triton import INDEX, TRITON, Problem
 
 
 pytestmark = [pytest.mark.gpu, NEEDS_TRITON]
 FACTORS = ["up_a", "up_b", "down_a", "down_b"]
 
 
-def low_rank_pair(problem: Problem, rank: int, which=("up", "down"), dropout=False, strided=False, scaling=1.7):
+def updates_for(problem: Problem, rank: int, which=("up", "down"), dropout=False, strided=False, scaling=1.7):
     """Random updates, with draws of what dropout keeps."""
     _, _, up, down, *_ = problem.inputs
-    tokens, slots = len(problem.index), problem.index.numel()
+    tokens, assignments = len(problem.index), problem.index.numel()
 
     def update(matrix: torch.Tensor, rows: int) -> LowRank:
         experts, n, m = matrix.shape
@@ -39,29 +41,28 @@ def low_rank_pair(problem: Problem, rank: int, which=("up", "down"), dropout=Fal
         kept = torch.rand(rows, m, device=matrix.device) > 0.3 if dropout else None
         return LowRank(a / m**0.5, b / rank**0.5, scaling, kept=kept)
 
-    return LowRankPair(update(up, tokens) if "up" in which else None, update(down, slots) if "down" in which else None)
+    return update(up, tokens) if "up" in which else None, update(down, assignments) if "down" in which else None
 
 
-def run_low_rank(backend, problem, pair, needs, dtype, recompute=False, config=None):
+def run_low_rank(backend, problem, updates, needs, dtype, recompute=False, config=None):
     x, weight, *parameters = (None if t is None else t.to(dtype) for t in problem.inputs)
     if dtype != torch.float64:
         weight = problem.inputs[1]
-    settings = (*parameters, problem.gate, problem.constants)
+    experts = ExpertsProblem(x, weight, *parameters, problem.gate, problem.constants, *updates)
     options = {} if config is None else {"config": config}
-    out, h = backend.forward(x, problem.slots, weight, *settings, not recompute, pair, **options)
+    out, h = backend.forward(experts, problem.order, not recompute, **options)
     h = h[:0] if recompute else h
-    grad = problem.grad.to(dtype)
-    return out, backend.backward(grad, x, h, problem.slots, weight, *settings, needs, pair, **options)
+    return out, backend.backward(experts, problem.order, problem.grad.to(dtype), h, Needs(*needs), **options)
 
 
-def in_double(pair: LowRankPair) -> LowRankPair:
-    return LowRankPair(*(u and u._replace(a=u.a.double(), b=u.b.double()) for u in pair))
+def in_double(updates):
+    return [u and u._replace(a=u.a.double(), b=u.b.double()) for u in updates]
 
 
-def check_low_rank(problem, pair, needs, **options):
+def check_low_rank(problem, updates, needs, **options):
     dtype = problem.grad.dtype
-    out, grads = run_low_rank(triton_backend, problem, pair, needs, dtype, **options)
-    expected, expected_grads = run_low_rank(loop, problem, in_double(pair), needs, torch.float64)
+    out, grads = run_low_rank(TRITON, problem, updates, needs, dtype, **options)
+    expected, expected_grads = run_low_rank(BACKENDS["loop"], problem, in_double(updates), needs, torch.float64)
     tolerance = 2e-2 if dtype == torch.float16 else 1e-5
     named = [("out", out, expected), *zip(["x", "weight", *"1234", *FACTORS], grads, expected_grads, strict=True)]
     for name, got, reference in named:
@@ -89,24 +90,24 @@ ADAPTER = [True, True, *[False] * 4, *[True] * 4]
 )
 def test_low_rank_updates(rank, options, dropout):
     problem = Problem([[3, 0], [-1, 2], [1, -1], [7, 2], [2, 1]], **options)
-    check_low_rank(problem, low_rank_pair(problem, rank, dropout=dropout), ADAPTER)
+    check_low_rank(problem, updates_for(problem, rank, dropout=dropout), ADAPTER)
 
 
 @pytest.mark.parametrize("which", ["up", "down"])
 def test_an_update_of_one_matrix(which):
     problem = Problem(INDEX, bias=True)
     needs = [True] * 6 + [which == "up"] * 2 + [which == "down"] * 2
-    check_low_rank(problem, low_rank_pair(problem, 4, which=[which], strided=True), needs)
+    check_low_rank(problem, updates_for(problem, 4, which=[which], strided=True), needs)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_updates_with_recomputation_and_each_frozen_input(dropout):
     problem = Problem(INDEX, bias=True)
-    pair = low_rank_pair(problem, 4, dropout=dropout)
-    everything = check_low_rank(problem, pair, [True] * 10, recompute=True)
+    updates = updates_for(problem, 4, dropout=dropout)
+    everything = check_low_rank(problem, updates, [True] * 10, recompute=True)
     for wanted in range(10):
         needs = [place == wanted for place in range(10)]
-        _, grads = run_low_rank(triton_backend, problem, pair, needs, torch.float32, recompute=True)
+        _, grads = run_low_rank(TRITON, problem, updates, needs, torch.float32, recompute=True)
         assert torch.equal(grads[wanted], everything[wanted])
         assert all(grad is None for place, grad in enumerate(grads) if place != wanted)
 
@@ -116,7 +117,7 @@ def test_updates_in_every_tile(family):
     for numbers, table in tiles.CONFIGS[family].items():
         problem = Problem(INDEX, dtype=torch.float16 if numbers == "16bit" else torch.float32)
         for _, config in table:
-            check_low_rank(problem, low_rank_pair(problem, 3), ADAPTER, config=config)
+            check_low_rank(problem, updates_for(problem, 3), ADAPTER, config=config)
 
 
 def test_an_update_costs_no_pass_over_wide_rows():
@@ -129,7 +130,7 @@ def test_an_update_costs_no_pass_over_wide_rows():
         launch.run()
 
     with launching.intercepted(record):
-        run_low_rank(triton_backend, problem, low_rank_pair(problem, 3), [False] * 10, torch.float32)
+        run_low_rank(TRITON, problem, updates_for(problem, 3), [False] * 10, torch.float32)
     forward = launches[: next(place for place, (name, _) in enumerate(launches) if name == "combine") + 1]
     assert [name for name, _ in forward] == ["map_rows", *["project_up"] * 2, *["multiply"] * 2, "combine"]
     assert forward[1][1] == forward[3][1] == 16
@@ -165,44 +166,47 @@ def test_persistent_product_of_rows_that_the_copy_engine_does_not_take():
 )
 def test_sort(tokens, top_k, experts):
     index = torch.randint(-2, experts + 2, (tokens, top_k), device=DEVICE)
-    # how empty slots are told does not matter to their order
+    # the id of an empty assignment does not matter to the order
     empty = (index < 0) | (index >= experts)
-    slots = triton_backend.group_slots(index, experts)
-    expected = group_slots(index.masked_fill(empty, experts), experts)
-    assert torch.equal(slots.order, expected.order)
-    assert torch.equal(slots.offsets, expected.offsets)
-    assert slots.order.dtype == slots.offsets.dtype == torch.int32
+    order = triton_backend.sort(index, experts)
+    expected = order_by_expert(index.masked_fill(empty, experts), experts)
+    assert torch.equal(order.assignment, expected.assignment)
+    assert torch.equal(order.offsets, expected.offsets)
+    assert order.assignment.dtype == order.offsets.dtype == torch.int32
 
 
-def test_sort_of_more_slots_than_small_blocks_take():
+def test_sort_of_more_assignments_than_small_blocks_take():
     index = torch.randint(-1, 4, (triton_backend.LARGE_SORT // 2 + 700, 2), device=DEVICE)
-    slots, expected = triton_backend.group_slots(index, 4), group_slots(index.masked_fill(index < 0, 4), 4)
-    assert torch.equal(slots.order, expected.order)
-    assert torch.equal(slots.offsets, expected.offsets)
+    order, expected = triton_backend.sort(index, 4), order_by_expert(index.masked_fill(index < 0, 4), 4)
+    assert torch.equal(order.assignment, expected.assignment)
+    assert torch.equal(order.offsets, expected.offsets)
 
 
 def test_sort_of_bytes():
-    """The last expert of 256 is the greatest byte, which no slot beyond the end may be taken for."""
+    """The last expert of 256 is the greatest byte, which no assignment beyond the end may be taken for."""
     index = torch.randint(0, 256, (20, 3), device=DEVICE).to(torch.uint8)
-    slots, expected = triton_backend.group_slots(index, 256), group_slots(index.long(), 256)
-    assert torch.equal(slots.order, expected.order)
-    assert torch.equal(slots.offsets, expected.offsets)
+    order, expected = triton_backend.sort(index, 256), order_by_expert(index.long(), 256)
+    assert torch.equal(order.assignment, expected.assignment)
+    assert torch.equal(order.offsets, expected.offsets)
 
 
 def test_sort_of_nothing():
-    slots = triton_backend.group_slots(torch.zeros(0, 2, dtype=torch.long, device=DEVICE), 3)
-    assert slots.offsets.tolist() == [0, 0, 0, 0]
-    assert not len(slots.order)
+    order = triton_backend.sort(torch.zeros(0, 2, dtype=torch.long, device=DEVICE), 3)
+    assert order.offsets.tolist() == [0, 0, 0, 0]
+    assert not len(order.assignment)
 
 
 @pytest.mark.parametrize("experts", [1, 5, 64])
 def test_map_of_rows(experts):
     index = torch.randint(-1, experts, (400, 2), device=DEVICE)
-    slots = group_slots(index, experts)
+    order = order_by_expert(index, experts)
     config = tiles.choose_config(16, (1, 64, 64), torch.float16, "hopper")
-    rows = triton_backend._Rows(slots, 2, torch.empty(experts, 64, 64), torch.float16, config)
-    assert torch.equal(rows.inverse, invert(slots.order))
-    block, offsets = rows.config.up.BLOCK_M, slots.offsets.tolist()
+    half = {"dtype": torch.float16, "device": DEVICE}
+    x, weight = torch.empty(400, 64, **half), torch.empty(400, 2, device=DEVICE)
+    matrices = torch.empty(experts, 64, 64, **half), torch.empty(experts, 64, 64, **half)
+    rows = RowTiles(ExpertsProblem(x, weight, *matrices, None, None, "silu", []), order, config)
+    assert torch.equal(rows.inverse, row_of_assignment(order.assignment))
+    block, offsets = rows.config.up.BLOCK_M, order.offsets.tolist()
     expected = [
         (expert, first) for expert in range(experts) for first in range(offsets[expert], offsets[expert + 1], block)
     ]
@@ -298,11 +302,11 @@ def test_kernels_that_do_not_launch_are_left_to_grouped_mm(monkeypatch):
     device = torch.device(DEVICE)
     launches = []
     with launching.intercepted(launches.append):
-        assert triton_backend._launches.__wrapped__(device)
+        assert triton_backend.launches_on.__wrapped__(device)
     assert not launches
-    monkeypatch.setattr(triton_backend, "group_slots", broken)
+    monkeypatch.setattr(triton_backend, "sort", broken)
     with pytest.warns(UserWarning, match="ptxas: not found"):
-        assert not triton_backend._launches.__wrapped__(device)
+        assert not triton_backend.launches_on.__wrapped__(device)
 
 
 BATCHES = """

@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 
-from modeling_moe.dispatch import backend_of
-from modeling_moe.dispatch import operator as function
-from modeling_moe.dispatch.backends import loop
-from modeling_moe.dispatch.low_rank import LowRank, LowRankPair, arguments
+from modeling_moe.dispatch import backend_of, backends, operator
+from modeling_moe.dispatch.low_rank import LowRank
+from modeling_moe.dispatch.problem import ExpertsProblem
 from tests.conftest import NEEDS_TRITON
 from tests.dispatch.kinds import (
     BACKENDS,
@@ -29,7 +28,7 @@ DOWN, UPS = "down_proj", ("gate_up_proj", "up_proj")
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(loop, "CHUNK", 4)
+    monkeypatch.setattr(backends.BACKENDS["loop"], "chunk_rows", 4)
 
 
 def up_of(module) -> str:
@@ -277,18 +276,20 @@ def test_operator_keeps_torchs_rules(backend, device):
     module = make("gated-bias", "moe", dtype=torch.float32, device=device)
     states, index, weight, _ = draw(9, 5, 3, torch.float32, device=device)
     weights = [module.gate_up_proj, module.down_proj, module.gate_up_proj_bias, module.down_proj_bias]
-    base = (states.requires_grad_(), index, weight.requires_grad_(), *weights, "silu_gated", [], backend)
     updates = factors_for(module)
-    low_rank = arguments(LowRankPair(updates["gate_up_proj"], updates["down_proj"]))
+    up, down = updates["gate_up_proj"], updates["down_proj"]
+    problem = ExpertsProblem(states.requires_grad_(), weight.requires_grad_(), *weights, "silu_gated", [], up, down)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(function.experts, (*base, True, *low_rank), test_utils=checks)
-    detached = tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in (*base, *low_rank))
-    torch.library.opcheck(function.experts_decode, detached)
+    torch.library.opcheck(operator.experts, (*problem.flatten(), index, backend, True), test_utils=checks)
+    flat = problem.flatten()
+    flat = flat._replace(tensors=[tensor.detach() for tensor in flat.tensors])
+    # no other back end decodes with updates
+    torch.library.opcheck(operator.experts_decode, (*flat, index, "loop"))
 
 
 def test_factors_for_other_experts():
     module = make("gated", "moe")
     other = make("gated", "moe", experts=4)
     module.low_rank = factors_for(other)
-    with pytest.raises(ValueError, match="other than the 5 experts"):
+    with pytest.raises(ValueError, match="another number of experts than 5"):
         module(*draw(9, 5, 3)[:3])

@@ -239,7 +239,7 @@ def test_what_is_no_weight_is_refused(tmp_path):
 
 def test_convert_names_the_command_that_merges_an_adapter(tmp_path):
     save_adapter(tmp_path, "llama", target_parameters=None)
-    with pytest.raises(UserError, match=r"is an adapter of .*base: merge it first: python scripts/merge_adapter\.py"):
+    with pytest.raises(UserError, match=r"is an adapter of .*base: merge it first: moe merge_adapter"):
         convert_checkpoint(str(tmp_path / "adapter"), tmp_path / "moe")
 
 

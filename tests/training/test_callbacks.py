@@ -120,7 +120,7 @@ def test_passing_the_callback_too_steps_once(tmp_path):
     """This controller moves the biases by a target minus the load, so a second step without load would move them too."""
     ids, after = torch.randint(3, 300, (8, 11)), []
     for callbacks in ((), (MoECallback(),)):
-        model = biased_model(router_controller="pid", num_null_experts=3, expected_experts_per_tok=2)
+        model = biased_model(router_controller="proportional", num_null_experts=3, expected_experts_per_tok=2)
         train(model, ids, tmp_path, callbacks)
         after.append(biases(model))
     assert after[0].any()

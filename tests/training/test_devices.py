@@ -31,7 +31,8 @@ def backends(monkeypatch) -> list[tuple[str, torch.dtype]]:
     seen, operator = [], interface.experts
 
     def spy(*arguments):
-        seen.append((arguments[9], arguments[0].dtype))
+        tensors, *_, backend, _ = arguments
+        seen.append((backend, tensors[0].dtype))
         return operator(*arguments)
 
     monkeypatch.setattr(interface, "experts", spy)

@@ -16,7 +16,7 @@ KINDS = {
                "router_entropy_loss_coef": 0.1},
     "sums": {"router_type": "noisy_topk", "router_importance_loss_coef": 0.1, "router_load_loss_coef": 0.1},
     "global": {"router_aux_loss_coef": 0.1, "router_aux_loss_scope": "global"},
-    "relu": {"router_type": "relu", "router_sparsity_coef": 0.01},
+    "remoe": {"router_type": "remoe", "router_sparsity_coef": 0.01},
     "capacity": {"capacity_factor": 0.5, "router_aux_loss_coef": 0.1},
 }  # fmt: skip
 

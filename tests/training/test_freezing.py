@@ -173,7 +173,7 @@ def test_experts_that_are_split_are_refused(one_process):
         ({}, [-1], False, "name some of the 5"),
         ({}, [], False, "name some of the 5"),
         ({"mlp_layer_types": ["dense"] * 3}, [0], False, "needs sparse layers"),
-        ({"router_type": "task_gate", "num_tasks": 2}, [0], True, "set router=False"),
+        ({"router_type": "mmoe", "num_tasks": 2}, [0], True, "set router=False"),
         ({"router_type": "hash"}, [0], True, "set router=False"),
     ],
     ids=str,

@@ -1,2 +1,36 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The back ends compute the experts: native C, a loop over experts, torch's grouped GEMM, and Triton kernels."""
+"""The back ends compute the experts: native C, Triton kernels, torch's grouped GEMM, and a loop over experts."""
+
+from ..backend import Backend
+from ..problem import ExpertsProblem
+from .grouped_mm import GroupedMMBackend
+from .loop import LoopBackend
+from .native import NativeBackend
+
+
+try:
+    from .triton.backend import TritonBackend
+except ImportError:  # Triton is not installed
+    _triton: dict[str, Backend] = {}
+else:
+    _triton = {"triton": TritonBackend()}
+
+# in order of preference
+BACKENDS: dict[str, Backend] = {
+    "native": NativeBackend(),
+    **_triton,
+    "grouped_mm": GroupedMMBackend(),
+    "loop": LoopBackend(),
+}
+
+
+def choose(asked: str | None, problem: ExpertsProblem) -> Backend:
+    """Returns the back end that was asked for by name, if it serves the problem; else the first default that does."""
+    if asked in BACKENDS and BACKENDS[asked].serves(problem):
+        return BACKENDS[asked]
+    device = problem.x.device.type
+    return next(
+        backend
+        for backend in BACKENDS.values()
+        if (backend.default_devices is None or device in backend.default_devices) and backend.serves(problem)
+    )

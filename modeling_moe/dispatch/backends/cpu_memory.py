@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a CPU's experts compute in, and where: the dtype of products, memory in huge pages, memory used again."""
+"""CPU helpers choose the dtype to multiply in, ask for huge pages and reuse memory of temporaries."""
 
 import ctypes
 import sys
@@ -7,13 +7,16 @@ import sys
 import torch
 
 
-# of Linux: bytes, and the advice
+# Linux: the size of a page in bytes, and the advice to use huge pages
 PAGE, MADV_HUGEPAGE = 4096, 14
 
 
 def math_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype to multiply in: that of `x`, or fp32 on a CPU without instructions for it, where its GEMM is emulated
-    and several times slower than casting to fp32 and back."""
+    """Returns the dtype to multiply in.
+
+    It is the dtype of `x`, but fp32 for 16 bits on a CPU without instructions for them: their GEMM is emulated there,
+    several times slower than casting to fp32 and back.
+    """
     native = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -24,8 +27,10 @@ def math_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Asks Linux to back fresh memory by huge pages: the faults of ordinary ones take a tenth of the time that a
-    training step's products do."""
+    """Asks Linux to back a fresh tensor by huge pages and returns the tensor.
+
+    With ordinary pages, page faults take a tenth of the time of a training step's products.
+    """
     if sys.platform == "linux" and tensor.device.type == "cpu" and tensor.nbytes >= 1 << 22:
         start = -(-tensor.data_ptr() // PAGE) * PAGE
         size = tensor.data_ptr() + tensor.nbytes - start
@@ -34,20 +39,20 @@ def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Scratch:
-    """Memory for the temporaries of one chunk, used by one chunk after another: it stays in the cache."""
+    """Scratch lends memory for the temporaries of one chunk, again for each chunk, so that it stays in the cache."""
 
     def __init__(self, like: torch.Tensor, dtype: torch.dtype, rows: int):
         self.like, self.dtype, self.rows = like, dtype, rows
         self.buffers: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int) -> torch.Tensor:
-        """(rows, columns), whatever the last chunk left there."""
+        """Returns uninitialised memory (rows, columns) under a name."""
         if name not in self.buffers:
             self.buffers[name] = self.like.new_empty(self.rows, columns, dtype=self.dtype)
         return self.buffers[name][:rows]
 
     def gather(self, name: str, source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Rows `index` of `source`, in the dtype of the products."""
+        """Copies the rows `index` of `source` in the dtype of the products."""
         if source.dtype != self.dtype:
             return source.index_select(0, index).to(self.dtype)
         return torch.index_select(source, 0, index, out=self.take(name, len(index), source.shape[1]))

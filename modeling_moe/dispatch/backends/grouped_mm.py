@@ -1,83 +1,97 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Back end `grouped_mm`: torch's grouped GEMM, without a synchronisation. For GPUs where Triton is missing.
+"""Back end `grouped_mm` uses torch's grouped matrix product, without a synchronisation with the host. It serves GPUs
+where Triton is missing.
 
-Rows past the last offset are left unwritten by `grouped_mm`, outputs and gradients alike: they are read by nothing but
-`combine`, which masks them.
+`grouped_mm` leaves the rows after the last offset unwritten, in outputs and gradients. Only `combine` reads these rows,
+and it masks them.
 
-# T tokens, K experts per token, S = T*K slots, H hidden, I expert width, C columns of the first projection, E experts
+# T tokens, K experts per token, A = T*K assignments, E experts
 """
 
 import torch
 from torch.nn.functional import grouped_mm
 
-from ..token_order import Slots, invert
-from . import grouped_passes
-from .grouped_passes import expert_of_row
+from ..backend import Backend
+from ..expert_order import ExpertOrder, expert_of_row, row_of_assignment
+from ..problem import Combined, ExpertsProblem, Gradients, Needs
+from .grouped_passes import GroupedPass, Products, Side
 
 
-class _Products:
-    """[`~modeling_moe.dispatch.backends.grouped_passes.Products`] by `grouped_mm`; what was gathered once is kept."""
+def takes_rows(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> bool:
+    """Returns True if `grouped_mm` takes the dtype of `x` and the sizes of the matrices, whose rows must be multiples
+    of 16 bytes."""
+    sizes = (*up.shape[1:], *down.shape[1:])
+    return x.dtype != torch.float64 and all(size * x.element_size() % 16 == 0 for size in sizes)
 
-    def __init__(self, slots: Slots, top_k: int):
-        self.slots, self.top_k, self.tokens = slots, top_k, slots.order // top_k
-        self.taken: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def _take(self, source: torch.Tensor) -> torch.Tensor:
-        for known, rows in self.taken:
+class GroupedMMBackend(Backend):
+    """GroupedMMBackend computes the experts by torch's `grouped_mm`."""
+
+    name = "grouped_mm"
+    default_devices = ("cuda",)
+
+    def reason_unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Returns why torch's grouped matrix product does not serve a dtype, or None if it does."""
+        return "it does not multiply float64" if dtype == torch.float64 else None
+
+    def reason_unsupported(self, problem: ExpertsProblem) -> str | None:
+        """Returns why the back end cannot compute a problem, or None if it can."""
+        if takes_rows(problem.x, problem.up, problem.down):
+            return None
+        unavailable = self.reason_unavailable(problem.x.device, problem.x.dtype)
+        return unavailable or "rows of the experts' matrices are not multiples of 16 bytes"
+
+    def forward(self, problem: ExpertsProblem, order: ExpertOrder, keep_h: bool) -> Combined:
+        """Computes the experts as described at [`~modeling_moe.dispatch.backend.Backend.forward`]."""
+        return GroupedPass(problem, _GroupedProducts(order, problem.top_k), Needs()).forward(keep_h)
+
+    def backward(
+        self, problem: ExpertsProblem, order: ExpertOrder, grad: torch.Tensor, h: torch.Tensor, needs: Needs
+    ) -> Gradients:
+        """Computes gradients as described at [`~modeling_moe.dispatch.backend.Backend.backward`]."""
+        return GroupedPass(problem, _GroupedProducts(order, problem.top_k), needs).backward(grad, h)
+
+
+class _GroupedProducts(Products):
+    """_GroupedProducts implements [`Products`] by `grouped_mm`. It gathers each source once."""
+
+    def __init__(self, order: ExpertOrder, top_k: int):
+        self.order, self.top_k, self.tokens = order, top_k, order.assignment // top_k
+        self.known: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def _gather(self, source: torch.Tensor) -> torch.Tensor:
+        for known, rows in self.known:
             if known is source:
                 return rows
-        self.taken.append((source, source[self.tokens]))
-        return self.taken[-1][1]
+        self.known.append((source, source[self.tokens]))
+        return self.known[-1][1]
 
-    def gathered(self, source, matrices, bias):
-        return self.rows(self._take(source), matrices, bias)
+    def gathered(self, source: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self.rows(self._gather(source), matrices, bias)
 
-    def rows(self, left, matrices, bias):
-        product = grouped_mm(left, matrices.transpose(1, 2), offs=self.slots.offsets[1:])
-        return product if bias is None else product.add_(bias[expert_of_row(self.slots)])
+    def rows(self, left: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        product = grouped_mm(left, matrices.transpose(1, 2), offs=self.order.offsets[1:])
+        return product if bias is None else product.add_(bias[expert_of_row(self.order)])
 
-    def outer(self, left, right, like, gather):
-        left = self._take(left) if gather == "left" else left
-        right = self._take(right) if gather == "right" else right
-        return _weight_gradient(left, right, self.slots, like)
+    def outer(self, left: torch.Tensor, right: torch.Tensor, like: torch.Tensor, gather: Side) -> torch.Tensor:
+        left = self._gather(left) if gather == "left" else left
+        right = self._gather(right) if gather == "right" else right
+        product = grouped_mm(left.T, right, offs=self.order.offsets[1:])
+        # the product of an idle expert is garbage on some GPUs: https://github.com/pytorch/pytorch/issues/172439
+        idle = self.order.offsets[1:] == self.order.offsets[:-1]
+        return torch.empty_like(like).copy_(product.masked_fill_(idle[:, None, None], 0))
 
-    def bias_gradient(self, rows, weight, like):
+    def bias_gradient(self, rows: torch.Tensor, weight: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         if weight is not None:
-            rows = self._take(rows) * weight.flatten()[self.slots.order][:, None]
-        return _bias_gradient(rows, self.slots, like)
+            rows = self._gather(rows) * weight.flatten()[self.order.assignment][:, None]
+        places = torch.arange(len(rows), device=rows.device, dtype=torch.int32)
+        # rows of empty assignments are summed into one more expert, which is cut off
+        expert = torch.searchsorted(self.order.offsets[1:].contiguous(), places, right=True)
+        total = torch.zeros(len(like) + 1, like.shape[1], device=like.device, dtype=torch.float32)
+        return total.index_add_(0, expert, rows.float())[:-1].to(like.dtype)
 
-    def combine(self, rows, weight):
-        place = invert(self.slots.order)
-        served = (place < self.slots.offsets[-1])[:, None]
-        rows = torch.where(served, rows[place], 0).float().view(-1, self.top_k, rows.shape[-1])
+    def combine(self, rows: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        row = row_of_assignment(self.order.assignment)
+        served = (row < self.order.offsets[-1])[:, None]
+        rows = torch.where(served, rows[row], 0).float().view(-1, self.top_k, rows.shape[-1])
         return rows.sum(dim=1) if weight is None else (rows * weight[..., None]).sum(dim=1)
-
-
-def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, keep_h, low_rank=None):
-    """As [`~modeling_moe.dispatch.backends.loop.forward`]."""
-    products = _Products(slots, weight.shape[1])
-    arguments = (x, weight, up, down, up_bias, down_bias, gate, constants, keep_h, low_rank)
-    return grouped_passes.forward(products, *arguments)
-
-
-def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, constants, needs, low_rank=None):
-    """As [`~modeling_moe.dispatch.backends.loop.backward`]."""
-    products = _Products(slots, weight.shape[1])
-    arguments = (grad, x, h, weight, up, down, up_bias, down_bias, gate, constants, needs, low_rank)
-    return grouped_passes.backward(products, *arguments)
-
-
-def _weight_gradient(left: torch.Tensor, right: torch.Tensor, slots: Slots, matrices: torch.Tensor) -> torch.Tensor:
-    """leftᵀ right of each expert's rows."""
-    product = grouped_mm(left.T, right, offs=slots.offsets[1:])
-    # an idle expert's is garbage on some GPUs: https://github.com/pytorch/pytorch/issues/172439
-    idle = slots.offsets[1:] == slots.offsets[:-1]
-    return torch.empty_like(matrices).copy_(product.masked_fill_(idle[:, None, None], 0))
-
-
-def _bias_gradient(rows: torch.Tensor, slots: Slots, bias: torch.Tensor) -> torch.Tensor:
-    """Sum of each expert's rows; the rows past the end go into one more, which is cut off."""
-    places = torch.arange(len(rows), device=rows.device, dtype=torch.int32)
-    expert = torch.searchsorted(slots.offsets[1:].contiguous(), places, right=True)
-    total = torch.zeros(len(bias) + 1, bias.shape[1], device=bias.device, dtype=torch.float32)
-    return total.index_add_(0, expert, rows.float())[:-1].to(bias.dtype)

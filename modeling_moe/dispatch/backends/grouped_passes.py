@@ -1,175 +1,220 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The experts composed of whole products over all rows, for back ends that bring such products.
+"""This module writes forward and backward as grouped matrix products over all rows.
 
-# T tokens, K experts per token, S = T*K slots, H hidden, I expert width, C columns of the first projection, E experts
-# R rank of a low-rank update, padded here; N rows and M columns of a matrix
+# T tokens, K experts per token, A = T*K assignments, E experts, H hidden size, I expert width
+# C columns of the first projection; R rank of a low-rank update; N rows and M columns of an expert's matrix
 """
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch.nn.functional import pad
 
-from ..gates import GATES
-from ..low_rank import LowRank
-from ..token_order import Slots, invert
+from ..activations import ACTIVATIONS
+from ..expert_order import ExpertOrder, expert_of_row, row_of_assignment
+from ..low_rank import Addition, FactorGradients, LowRank, Update
+from ..problem import Combined, ExpertsProblem, Gradients, Needs
 
 
-# ranks are filled up to a multiple of 16 bytes in 16 bits, as `grouped_mm` wants
+Side = Literal["left", "right", "neither"]
+# ranks are padded to a multiple of 16 bytes in 16 bits, which `grouped_mm` needs
 RANK_STEP = 8
 
 
 class Products(Protocol):
-    """What a back end brings, for one grouping of the slots. Rows past the last one served may hold anything: they are
-    read by nothing but `combine`, which leaves them out."""
+    """Products is the set of grouped products that a back end brings for one expert order.
 
-    slots: Slots
+    Rows of empty assignments may hold anything. Only `combine` reads them, and it leaves them out.
+    """
+
+    order: ExpertOrder
 
     def gathered(self, source: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Each row's token of source (T, M) times the expert's matrix (E, N, M), plus bias (E, N): (S, N)."""
+        """Multiplies each row's token of `source` (T, M) by its expert's matrix (E, N, M) and adds the bias: (A, N)."""
         ...
 
     def rows(self, left: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The same of left (S, M)."""
+        """Multiplies each row of `left` (A, M) by its expert's matrix (E, N, M) and adds the bias: (A, N)."""
         ...
 
-    def outer(self, left: torch.Tensor, right: torch.Tensor, like: torch.Tensor, gather: str) -> torch.Tensor:
-        """Each expert's leftᵀ right, in a tensor like (E, N, M), 0 for an idle one; `gather` says which of the two is
-        (T, .) rather than (S, .): "left", "right" or "neither"."""
+    def outer(self, left: torch.Tensor, right: torch.Tensor, like: torch.Tensor, gather: Side) -> torch.Tensor:
+        """Computes leftᵀ right over each expert's rows, 0 for an idle expert.
+
+        Args:
+            left: (A, N), or (T, N) if it is gathered.
+            right: (A, M), or (T, M) if it is gathered.
+            like: (E, N, M), gives the dtype and the strides of the result.
+            gather: the side that has one row per token rather than one per assignment.
+        """
         ...
 
     def bias_gradient(self, rows: torch.Tensor, weight: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """Each expert's sum of rows (S, N), or of weight (T, K) times rows (T, N), in a tensor like (E, N)."""
+        """Sums each expert's rows (A, N), or `weight` (T, K) times `rows` (T, N), into a tensor like `like` (E, N)."""
         ...
 
     def combine(self, rows: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """(T, H): each token's rows of (S, H), times weight (T, K) if there is one, added up in fp32."""
+        """Sums each token's rows of (A, H) in fp32, times `weight` (T, K) if it is given: (T, H)."""
         ...
 
 
-def expert_of_row(slots: Slots) -> torch.Tensor:
-    """(S,) the expert of each row, the last one's for rows past the end."""
-    rows = torch.arange(len(slots.order), device=slots.order.device, dtype=torch.int32)
-    return torch.searchsorted(slots.offsets[1:-1].contiguous(), rows, right=True)
+class GroupedUpdate(Update[torch.Tensor]):
+    """GroupedUpdate applies a low-rank update by a back end's grouped products.
 
+    Args:
+        low_rank: the update.
+        products: the grouped products.
+        dtype: the dtype of the products.
+        gather: True if the update's input has one row per token, False if it has one per assignment.
+        needs: which of the gradients of a and b are needed.
+    """
 
-class _Update:
-    """A low-rank update by a back end's products; `source` below is (T, M) if `gather`, else (S, M)."""
-
-    def __init__(self, low_rank: LowRank, products: Products, dtype: torch.dtype, gather: bool):
-        self.low_rank, self.products, self.gather = low_rank, products, gather
+    def __init__(
+        self, low_rank: LowRank, products: Products, dtype: torch.dtype, gather: bool, needs: tuple[bool, bool]
+    ):
+        self.low_rank, self.products, self.gather, self.needs = low_rank, products, gather, needs
         missing = -low_rank.a.shape[1] % RANK_STEP
         self.a = pad(low_rank.a.to(dtype), (0, 0, 0, missing))
         self.b = pad(low_rank.b.to(dtype), (0, missing)).contiguous()
         self.kept = low_rank.kept
         if self.kept is not None and not gather:
-            self.kept = self.kept[products.slots.order]
+            self.kept = self.kept[products.order.assignment]
+        self.grad_narrow: torch.Tensor | None = None
+        self.result = FactorGradients()
 
-    def _dropped(self, source: torch.Tensor) -> torch.Tensor:
-        return source if self.kept is None else source * self.kept
+    def _drop(self, states: torch.Tensor) -> torch.Tensor:
+        return states if self.kept is None else states * self.kept
 
-    def _narrow(self, source: torch.Tensor) -> torch.Tensor:
+    def _narrow(self, states: torch.Tensor) -> torch.Tensor:
         multiply = self.products.gathered if self.gather else self.products.rows
-        return multiply(self._dropped(source), self.a, None)
+        return multiply(self._drop(states), self.a, None)
 
-    def forward(self, source: torch.Tensor) -> torch.Tensor:
-        """What the update adds to the rows (S, N)."""
-        return self.products.rows(self._narrow(source), self.b, None).mul_(self.low_rank.scaling)
+    def _narrow_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """Returns the gradient of a x without the scaling, (A, R); it is computed once."""
+        if self.grad_narrow is None:
+            multiply = self.products.rows if self.gather else self.products.gathered
+            self.grad_narrow = multiply(grad, self.b.transpose(1, 2), None)
+        return self.grad_narrow
 
-    def receive(self, grad: torch.Tensor) -> None:
-        """Takes the gradient of the output: (S, N) if `gather`, else (T, N)."""
-        multiply = self.products.rows if self.gather else self.products.gathered
-        self.grad_narrow = multiply(grad, self.b.transpose(1, 2), None)  # (S, R)
+    def forward(self, states: torch.Tensor) -> Addition:
+        return Addition(self._narrow(states), self.b, self.low_rank.scaling)
 
-    def backward(self) -> torch.Tensor:
-        """What it adds to the gradient of the rows (S, M)."""
-        rows = self.products.rows(self.grad_narrow, self.a.transpose(1, 2), None).mul_(self.low_rank.scaling)
-        if self.kept is None:
-            return rows
-        return rows.mul_(self.kept[self._tokens()] if self.gather else self.kept)
+    def backward(self, grad: torch.Tensor) -> Addition:
+        kept = self.kept
+        if kept is not None and self.gather:
+            assignment = self.products.order.assignment
+            kept = kept[assignment // (len(assignment) // len(kept))]
+        return Addition(self._narrow_gradient(grad), self.a.transpose(1, 2), self.low_rank.scaling, kept)
 
-    def _tokens(self) -> torch.Tensor:
-        return self.products.slots.order // (len(self.products.slots.order) // len(self.kept))
-
-    def gradients(self, grad: torch.Tensor, source: torch.Tensor, needs: list[bool]) -> list:
-        """Of a and b; `source` of an update that does not gather carries the row's weight."""
+    def accumulate(self, grad: torch.Tensor, states: torch.Tensor) -> None:
+        """Computes the factors' gradients; rows of `states` (A, M) carry the combine weight."""
         low_rank, grad_a, grad_b = self.low_rank, None, None
         rank, outer = low_rank.a.shape[1], self.products.outer
-        if needs[0]:
+        if self.needs[0]:
             like = torch.empty_like(self.a, dtype=low_rank.a.dtype)
-            side = "right" if self.gather else "neither"
-            grad_a = outer(self.grad_narrow, self._dropped(source), like, side)[:, :rank] * low_rank.scaling
-        if needs[1]:
+            side: Side = "right" if self.gather else "neither"
+            grad_a = outer(self._narrow_gradient(grad), self._drop(states), like, side)[:, :rank] * low_rank.scaling
+        if self.needs[1]:
             like = torch.empty_like(self.b, dtype=low_rank.b.dtype)
             side = "neither" if self.gather else "left"
-            grad_b = outer(grad, self._narrow(source), like, side)[..., :rank] * low_rank.scaling
+            grad_b = outer(grad, self._narrow(states), like, side)[..., :rank] * low_rank.scaling
             grad_b = torch.empty_like(low_rank.b).copy_(grad_b)
-        return [grad_a, grad_b]
+        self.result = FactorGradients(grad_a, grad_b)
+
+    def gradients(self) -> FactorGradients:
+        return self.result
 
 
-def _updates(low_rank, products: Products, dtype: torch.dtype) -> tuple[_Update | None, _Update | None]:
-    up, down = low_rank or (None, None)
-    return up and _Update(up, products, dtype, True), down and _Update(down, products, dtype, False)
+class GroupedPass:
+    """GroupedPass computes one forward or one backward by a back end's grouped products."""
 
+    def __init__(self, problem: ExpertsProblem, products: Products, needs: Needs):
+        self.problem, self.products, self.needs = problem, products, needs
 
-def _first(products: Products, x, up, up_bias, up_update: _Update | None) -> torch.Tensor:
-    """h (S, C)."""
-    h = products.gathered(x, up, up_bias)
-    return h if up_update is None else h.add_(up_update.forward(x))
+        def update(low_rank: LowRank | None, gather: bool, needs: tuple[bool, bool]) -> GroupedUpdate | None:
+            if low_rank is None:
+                return None
+            return GroupedUpdate(low_rank, products, problem.x.dtype, gather, needs)
 
+        self.up_update = update(problem.up_update, True, needs.up_factors)
+        self.down_update = update(problem.down_update, False, needs.down_factors)
 
-def forward(products: Products, x, weight, up, down, up_bias, down_bias, gate, constants, keep_h, low_rank):
-    """As [`~modeling_moe.dispatch.backends.loop.forward`]."""
-    up_update, down_update = _updates(low_rank, products, x.dtype)
-    h = _first(products, x, up, up_bias, up_update)
-    acted = h.new_empty(len(h), down.shape[2])
-    GATES[gate].forward(h, constants, acted)
-    rows = products.rows(acted, down, down_bias)
-    if down_update is not None:
-        rows += down_update.forward(acted)
-    return products.combine(rows, weight).to(x.dtype), h if keep_h else h[:0].clone()
+    def _add(self, product: torch.Tensor, addition: Addition) -> torch.Tensor:
+        """Adds an update's part to a product in place."""
+        rows = self.products.rows(addition.narrow, addition.factor, None).mul_(addition.scaling)
+        product += rows if addition.kept is None else rows.mul_(addition.kept)
+        return product
 
+    def _project_up(self) -> torch.Tensor:
+        """Computes h (A, C)."""
+        h = self.products.gathered(self.problem.x, self.problem.up, self.problem.up_bias)
+        return h if self.up_update is None else self._add(h, self.up_update.forward(self.problem.x))
 
-def backward(products: Products, grad, x, h, weight, up, down, up_bias, down_bias, gate, constants, needs, low_rank):
-    """As [`~modeling_moe.dispatch.backends.loop.backward`]."""
-    need_x, need_weight, need_up, need_down, need_up_bias, need_down_bias, *need_factors = needs
-    slots = products.slots
-    up_update, down_update = _updates(low_rank, products, x.dtype)
-    if not len(h):
-        h = _first(products, x, up, up_bias, up_update)
-    factor = weight.flatten()[slots.order][:, None]
-    back = products.gathered(grad, down.transpose(1, 2), None).float()  # (S, I), without the weight
-    if down_update is not None:
-        down_update.receive(grad)
-        back += down_update.backward()
-    acted, grad_h = torch.empty_like(back, dtype=x.dtype), torch.empty_like(h)
-    GATES[gate].backward(h, (back * factor).to(x.dtype), constants, acted, grad_h)
-    gradients: list[torch.Tensor | None] = [None] * 10
-    if need_weight:
-        gradients[1] = _weight_slopes(slots, (back * acted).sum(dim=-1), grad, down_bias, weight)
-    del back
-    if up_update is not None:
-        up_update.receive(grad_h)
-        gradients[6:8] = up_update.gradients(grad_h, x, need_factors[:2])
-    if need_x:
-        grad_states = products.rows(grad_h, up.transpose(1, 2), None)
-        if up_update is not None:
-            grad_states += up_update.backward()
-        gradients[0] = products.combine(grad_states, None).to(x.dtype)
-    acted = (acted * factor).to(x.dtype)
-    if down_update is not None:
-        gradients[8:] = down_update.gradients(grad, acted, need_factors[2:])
-    gradients[2] = products.outer(grad_h, x, up, "right") if need_up else None
-    gradients[3] = products.outer(grad, acted, down, "left") if need_down else None
-    gradients[4] = products.bias_gradient(grad_h, None, up_bias) if need_up_bias else None
-    gradients[5] = products.bias_gradient(grad, weight, down_bias) if need_down_bias else None
-    return gradients
+    def forward(self, keep_h: bool) -> Combined:
+        """Computes the output and h."""
+        problem = self.problem
+        h = self._project_up()
+        acted = h.new_empty(len(h), problem.down.shape[2])
+        ACTIVATIONS[problem.activation].forward(h, problem.constants, acted)
+        rows = self.products.rows(acted, problem.down, problem.down_bias)
+        if self.down_update is not None:
+            rows = self._add(rows, self.down_update.forward(acted))
+        output = self.products.combine(rows, problem.weight).to(problem.x.dtype)
+        return Combined(output, h if keep_h else h[:0].clone())
 
+    def backward(self, grad: torch.Tensor, h: torch.Tensor) -> Gradients:
+        """Computes the gradients from that of the output (T, H) and from h, which is computed again if it is empty."""
+        problem, products, needs = self.problem, self.products, self.needs
+        h = h if len(h) else self._project_up()
+        factor = problem.weight.flatten()[products.order.assignment][:, None]
+        # (A, I), without the combine weight
+        grad_acted = products.gathered(grad, problem.down.transpose(1, 2), None).float()
+        if self.down_update is not None:
+            grad_acted = self._add(grad_acted, self.down_update.backward(grad))
+        acted, grad_h = torch.empty_like(grad_acted, dtype=problem.x.dtype), torch.empty_like(h)
+        ACTIVATIONS[problem.activation].backward(
+            h, (grad_acted * factor).to(problem.x.dtype), problem.constants, acted, grad_h
+        )
+        grad_weight = self._grad_weight((grad_acted * acted).sum(dim=-1), grad) if needs.weight else None
+        del grad_acted
+        acted = (acted * factor).to(problem.x.dtype)
+        grad_x = self._grad_x(grad_h) if needs.x else None
+        up_factors = down_factors = FactorGradients()
+        if self.up_update is not None:
+            self.up_update.accumulate(grad_h, problem.x)
+            up_factors = self.up_update.gradients()
+        if self.down_update is not None:
+            self.down_update.accumulate(grad, acted)
+            down_factors = self.down_update.gradients()
+        up_bias, down_bias = problem.up_bias, problem.down_bias
+        return Gradients(
+            x=grad_x,
+            weight=grad_weight,
+            up=products.outer(grad_h, problem.x, problem.up, "right") if needs.up else None,
+            down=products.outer(grad, acted, problem.down, "left") if needs.down else None,
+            up_bias=products.bias_gradient(grad_h, None, up_bias) if needs.up_bias and up_bias is not None else None,
+            down_bias=(
+                products.bias_gradient(grad, problem.weight, down_bias)
+                if needs.down_bias and down_bias is not None
+                else None
+            ),
+            up_a=up_factors.a,
+            up_b=up_factors.b,
+            down_a=down_factors.a,
+            down_b=down_factors.b,
+        )
 
-def _weight_slopes(slots: Slots, slope, grad, down_bias, weight) -> torch.Tensor:
-    """The gradient of weight (T, K), from that of each row's without the bias (S,)."""
-    if down_bias is not None:
-        grad_rows = grad[slots.order // weight.shape[1]]
-        slope += (grad_rows * down_bias[expert_of_row(slots)]).sum(dim=-1, dtype=torch.float32)
-    place = invert(slots.order)
-    return torch.where(place < slots.offsets[-1], slope[place], 0).view_as(weight)
+    def _grad_x(self, grad_h: torch.Tensor) -> torch.Tensor:
+        """Computes the gradient of x (T, H)."""
+        rows = self.products.rows(grad_h, self.problem.up.transpose(1, 2), None)
+        if self.up_update is not None:
+            rows = self._add(rows, self.up_update.backward(grad_h))
+        return self.products.combine(rows, None).to(self.problem.x.dtype)
+
+    def _grad_weight(self, slope: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """Computes the gradient of the combine weights (T, K) from each row's <grad W, a> (A,), without the bias."""
+        problem, order = self.problem, self.products.order
+        if problem.down_bias is not None:
+            grad_rows = grad[order.assignment // problem.top_k]
+            slope += (grad_rows * problem.down_bias[expert_of_row(order)]).sum(dim=-1, dtype=torch.float32)
+        row = row_of_assignment(order.assignment)
+        return torch.where(row < order.offsets[-1], slope[row], 0).view_as(problem.weight)

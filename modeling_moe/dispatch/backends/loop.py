@@ -1,200 +1,309 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Back end `loop`: expert by expert, plain GEMMs on rows that fit the cache. Right on any device and in any dtype; the
-CPU's where `native` does not serve.
+"""Back end `loop` multiplies expert by expert, in plain GEMMs on rows that fit the cache. It is right on any device and
+in any dtype, and serves CPUs where `native` does not.
 
-# T tokens, K experts per token, S = T*K slots, H hidden, I expert width, C columns of the first projection, E experts
+# T tokens, K experts per token, A = T*K assignments, E experts, H hidden size, I expert width
+# C columns of the first projection; R rows of a chunk
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
-from ..gates import GATES
-from ..low_rank import LowRankPair
-from ..token_order import Slots
+from ..activations import ACTIVATIONS
+from ..backend import Backend
+from ..expert_order import ExpertOrder
+from ..low_rank import FactorGradients, LowRank
+from ..problem import Combined, ExpertsProblem, Gradients, Needs
 from .cpu_memory import Scratch, in_huge_pages, math_dtype
 from .loop_decode import decode
-from .loop_gradients import Chunk, Update
-from .loop_gradients import WeightGradient as _WeightGradient
+from .loop_gradients import Chunk, ChunkRows, ChunkUpdate, WeightGradient, add_to
 
 
-__all__ = ["backward", "decode", "forward"]
+class LoopBackend(Backend):
+    """LoopBackend computes the experts by a loop over chunks of their rows.
 
-# rows that pass an expert at once: bounds the temporaries when every token chooses the same expert
-CHUNK = 1024
+    Args:
+        chunk_rows: the most rows of a chunk, which bounds the temporaries when every token chooses the same expert.
+        product_dtype: returns the dtype to multiply tokens in.
+    """
+
+    name = "loop"
+
+    def __init__(self, chunk_rows: int = 1024, product_dtype: Callable[[torch.Tensor], torch.dtype] = math_dtype):
+        self.chunk_rows, self.product_dtype = chunk_rows, product_dtype
+
+    def _split(self, problem: ExpertsProblem, order: ExpertOrder) -> "_Split":
+        return _Split(_chunks(order, self.chunk_rows), self.product_dtype(problem.x))
+
+    def decodes(self, problem: ExpertsProblem) -> bool:
+        """Returns True unless an update has dropout."""
+        return not problem.drops
+
+    def decode(self, problem: ExpertsProblem, index: torch.Tensor) -> torch.Tensor:
+        """Computes the output as described at [`~modeling_moe.dispatch.backend.Backend.decode`]."""
+        return decode(problem, index)
+
+    def forward(self, problem: ExpertsProblem, order: ExpertOrder, keep_h: bool) -> Combined:
+        """Computes the experts as described at [`~modeling_moe.dispatch.backend.Backend.forward`]."""
+        return _Forward(problem, order, self._split(problem, order)).run(keep_h)
+
+    def backward(
+        self, problem: ExpertsProblem, order: ExpertOrder, grad: torch.Tensor, h: torch.Tensor, needs: Needs
+    ) -> Gradients:
+        """Computes gradients as described at [`~modeling_moe.dispatch.backend.Backend.backward`]."""
+        return _Backward(problem, order, self._split(problem, order), grad, needs).run(h)
 
 
-def _chunks(slots: Slots) -> list[Chunk]:
-    """The served rows of `slots`, in their order."""
+def _chunks(order: ExpertOrder, chunk_rows: int) -> list[Chunk]:
+    """Splits the rows that belong to experts into chunks."""
     pieces = (
-        (expert, min(CHUNK, end - row), row == start, row + CHUNK >= end)
-        for expert, (start, end) in enumerate(itertools.pairwise(slots.offsets.tolist()))
-        for row in range(start, end, CHUNK)
+        (expert, min(chunk_rows, end - row), row == start, row + chunk_rows >= end)
+        for expert, (start, end) in enumerate(itertools.pairwise(order.offsets.tolist()))
+        for row in range(start, end, chunk_rows)
     )
     return [Chunk(number, *piece) for number, piece in enumerate(pieces)]
 
 
-def _project(states: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    return torch.mm(states, matrix.T, out=out) if bias is None else torch.addmm(bias, states, matrix.T, out=out)
-
-
-class _Sweep:
-    """One pass over the served rows, chunk by chunk.
+class _Split(NamedTuple):
+    """_Split says how the rows are worked on.
 
     Attributes:
-        order: the served slots, in the order of their experts.
-        sizes: rows of each chunk.
+        chunks: the chunks of all rows that belong to experts.
+        dtype: the dtype of the products.
+    """
+
+    chunks: list[Chunk]
+    dtype: torch.dtype
+
+
+def _in_dtype_of(tensor: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None or grad is None else grad.to(tensor.dtype)
+
+
+class _Expert(NamedTuple):
+    """_Expert holds the matrices and biases of one expert in the dtype of the products."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+
+
+class _Work(NamedTuple):
+    """_Work is what one chunk is computed from.
+
+    Attributes:
+        chunk: the chunk.
+        token: (R,) the token of each row.
+        factor: (R, 1) the combine weight of each row.
+        expert: the expert's matrices.
+        h: (R, C), the chunk's part of a tensor of h, or None if that is empty.
+    """
+
+    chunk: Chunk
+    token: torch.Tensor
+    factor: torch.Tensor
+    expert: _Expert
+    h: torch.Tensor | None
+
+
+class _Pass:
+    """_Pass walks over all chunks.
+
+    Attributes:
+        assignment: the assignments that have an expert, in expert order.
+        sizes: the number of rows of each chunk.
         scratch: memory that each chunk uses again.
     """
 
-    def __init__(self, x: torch.Tensor, slots: Slots, weight: torch.Tensor, *experts: torch.Tensor | None):
-        self.dtype, self.chunks = math_dtype(x), _chunks(slots)
+    def __init__(self, problem: ExpertsProblem, order: ExpertOrder, split: _Split, needs: Needs):
+        self.problem, self.order, self.needs = problem, order, needs
+        self.chunks, self.dtype = split
         self.sizes = [chunk.rows for chunk in self.chunks]
-        self.order, self.offsets = slots.order[: sum(self.sizes)], slots.offsets
-        self.scratch = Scratch(x, self.dtype, max(self.sizes, default=0))
-        self.tokens = (self.order // weight.shape[1]).split(self.sizes)
-        self.factors = weight.flatten()[self.order].to(self.dtype)[:, None].split(self.sizes)
-        self.experts = [None if tensor is None else tensor.unbind(0) for tensor in experts]
+        self.assignment = order.assignment[: sum(self.sizes)]
+        self.scratch = Scratch(problem.x, self.dtype, max(self.sizes, default=0))
+        self.tokens = (self.assignment // problem.top_k).split(self.sizes)
+        self.factors = problem.weight.flatten()[self.assignment].to(self.dtype)[:, None].split(self.sizes)
+        self.up_update = self._update(problem.up_update, self.tokens, needs.up_factors)
+        self.down_update = self._update(problem.down_update, self.assignment.split(self.sizes), needs.down_factors)
 
-    def __iter__(self) -> Iterator[tuple[Chunk, torch.Tensor, torch.Tensor, list[Any]]]:
-        """Yields chunk, tokens (R,), weights (R, 1), and the expert's matrices and biases in the products' dtype."""
-        current: list[Any] = []
-        for chunk, token, factor in zip(self.chunks, self.tokens, self.factors, strict=True):
-            if chunk.first:
-                current = [None if each is None else each[chunk.expert].to(self.dtype) for each in self.experts]
-            yield chunk, token, factor, current
+    def _update(
+        self, low_rank: LowRank | None, kept_rows: tuple[torch.Tensor, ...], needs: tuple[bool, bool]
+    ) -> ChunkUpdate | None:
+        if low_rank is None:
+            return None
+        return ChunkUpdate(low_rank, self.dtype, kept_rows, self.order, needs)
 
-    def updates(self, low_rank: LowRankPair | None, needs: Sequence[bool] = ()) -> tuple[Update, Update]:
-        """Of the first matrix and of the second; `needs` as [`backward`] has it for their factors."""
-        up, down = low_rank or (None, None)
-        return (
-            Update(up, self.dtype, self.tokens, needs[:2], self.offsets),
-            Update(down, self.dtype, self.order.split(self.sizes), needs[2:], self.offsets),
-        )
+    def _work(self, h: torch.Tensor) -> Iterator[_Work]:
+        """Yields the work of each chunk; `h` is (A, C) or empty."""
+        problem = self.problem
+        up, down = problem.up.unbind(0), problem.down.unbind(0)
+        up_bias = None if problem.up_bias is None else problem.up_bias.unbind(0)
+        down_bias = None if problem.down_bias is None else problem.down_bias.unbind(0)
+        parts: list[torch.Tensor | None] = [None] * len(self.sizes)
+        if len(h):
+            parts = list(h[: len(self.assignment)].split(self.sizes))
+        expert: _Expert | None = None
+        for chunk, token, factor, part in zip(self.chunks, self.tokens, self.factors, parts, strict=True):
+            if expert is None or chunk.first:
+                number = chunk.expert
+                expert = _Expert(
+                    up[number].to(self.dtype),
+                    down[number].to(self.dtype),
+                    None if up_bias is None else up_bias[number].to(self.dtype),
+                    None if down_bias is None else down_bias[number].to(self.dtype),
+                )
+            yield _Work(chunk, token, factor, expert, part)
 
-    def rows_of(self, tensor: torch.Tensor) -> Any:
-        """Each chunk's rows of a tensor (S, ...), None for one that is empty."""
-        return tensor[: len(self.order)].split(self.sizes) if len(tensor) else [None] * len(self.sizes)
+    def _project_up(self, work: _Work, states: torch.Tensor, h: torch.Tensor) -> None:
+        """Writes h (R, C) from the gathered tokens (R, H)."""
+        matrix, bias = work.expert.up, work.expert.up_bias
+        if bias is None:
+            torch.mm(states, matrix.T, out=h)
+        else:
+            torch.addmm(bias, states, matrix.T, out=h)
+        if self.up_update is not None:
+            add_to(h, self.up_update.forward(ChunkRows(work.chunk, states)))
 
 
-def forward(x, slots, weight, up, down, up_bias, down_bias, gate, constants, keep_h, low_rank=None):
-    """Sums over each token's experts, in fp32.
+class _Forward(_Pass):
+    """_Forward computes the experts' output."""
+
+    def __init__(self, problem: ExpertsProblem, order: ExpertOrder, split: _Split):
+        super().__init__(problem, order, split, Needs())
+
+    def run(self, keep_h: bool) -> Combined:
+        """Sums over each token's experts in `wide_dtype`."""
+        problem = self.problem
+        output = torch.zeros_like(problem.x, dtype=problem.wide_dtype)
+        rows = len(self.order.assignment) if keep_h else 0
+        h = in_huge_pages(problem.x.new_empty(rows, problem.up.shape[1]))
+        for work in self._work(h):
+            output.index_add_(0, work.token, self._chunk(work).to(output.dtype))
+        return Combined(output.to(problem.x.dtype), h)
+
+    def _chunk(self, work: _Work) -> torch.Tensor:
+        """Computes the weighted output (R, H) of one chunk, and writes `work.h` if it is there."""
+        problem, scratch, chunk = self.problem, self.scratch, work.chunk
+        direct = work.h is not None and work.h.dtype == self.dtype
+        h = work.h if work.h is not None and direct else scratch.take("h", chunk.rows, problem.up.shape[1])
+        self._project_up(work, scratch.gather("states", problem.x, work.token), h)
+        if work.h is not None and not direct:
+            work.h.copy_(h)
+        acted = scratch.take("acted", chunk.rows, problem.down.shape[2])
+        ACTIVATIONS[problem.activation].forward(h, problem.constants, acted)
+        # the weight goes onto the side with fewer columns: w (a W) = (w a) W
+        output = scratch.take("output", chunk.rows, problem.x.shape[1])
+        torch.mm(acted.mul_(work.factor), work.expert.down.T, out=output)
+        if self.down_update is not None:
+            add_to(output, self.down_update.forward(ChunkRows(chunk, acted)))
+        if work.expert.down_bias is not None:
+            output.addr_(work.factor[:, 0], work.expert.down_bias)
+        return output
+
+
+class _Backward(_Pass):
+    """_Backward computes the gradients that are needed.
 
     Args:
-        x: (T, H).
-        slots: of the T*K slots.
-        weight: (T, K) fp32.
-        up: (E, C, H).
-        down: (E, H, I).
-        up_bias: (E, C) or None.
-        down_bias: (E, H) or None.
-        gate: key of `GATES`.
-        constants: of the gate.
-        keep_h: whether backward wants h.
-        low_rank: [`~modeling_moe.dispatch.low_rank.LowRankPair`] of updates, or None.
-
-    Returns:
-        (T, H), and h (S, C) in the order of `slots`, or (0, C) if it is not kept.
+        grad: (T, H), the gradient of the output.
     """
-    (_, columns, hidden), width = up.shape, down.shape[2]
-    output = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    h = in_huge_pages(x.new_empty(len(slots.order) if keep_h else 0, columns))
-    sweep = _Sweep(x, slots, weight, up, down, up_bias, down_bias)
-    scratch, (up_update, down_update) = sweep.scratch, sweep.updates(low_rank)
-    for (chunk, token, factor, current), keep in zip(sweep, sweep.rows_of(h), strict=True):
-        up_matrix, down_matrix, up_row, down_row = current
-        direct = keep is not None and keep.dtype == sweep.dtype
-        before = keep if direct else scratch.take("h", chunk.rows, columns)
-        gathered = scratch.gather("states", x, token)
-        _project(gathered, up_matrix, up_row, before)
-        up_update.add(chunk, gathered, before)
-        if keep is not None and not direct:
-            keep.copy_(before)
-        acted = scratch.take("acted", chunk.rows, width)
-        GATES[gate].forward(before, constants, acted)
-        # the weight goes onto the narrow side: w (a W) = (w a) W
-        states = torch.mm(acted.mul_(factor), down_matrix.T, out=scratch.take("output", chunk.rows, hidden))
-        down_update.add(chunk, acted, states)
-        if down_row is not None:
-            states.addr_(factor[:, 0], down_row)
-        output.index_add_(0, token, states.to(output.dtype))
-    return output.to(x.dtype), h
 
+    def __init__(self, problem: ExpertsProblem, order: ExpertOrder, split: _Split, grad: torch.Tensor, needs: Needs):
+        super().__init__(problem, order, split, needs)
+        self.grad, wide = grad, problem.wide_dtype
+        self.slopes = torch.zeros_like(self.assignment, dtype=problem.weight.dtype)
+        self.grad_x = torch.zeros_like(problem.x, dtype=wide) if needs.x else None
+        self.grad_up = WeightGradient(problem.up, self.dtype, order) if needs.up else None
+        self.grad_down = WeightGradient(problem.down, self.dtype, order) if needs.down else None
+        self.grad_up_bias = self.grad_down_bias = None
+        if needs.up_bias and problem.up_bias is not None:
+            self.grad_up_bias = torch.zeros_like(problem.up_bias, dtype=wide)
+        if needs.down_bias and problem.down_bias is not None:
+            self.grad_down_bias = torch.zeros_like(problem.down_bias, dtype=wide)
 
-def _if(needed: bool, make: Callable[[], Any]) -> Any:
-    return make() if needed else None
+    def run(self, h: torch.Tensor) -> Gradients:
+        """Computes the gradients; an empty h is computed again."""
+        for work, slope in zip(self._work(h), self.slopes.split(self.sizes), strict=True):
+            self._chunk(work, slope)
+        return self._results()
 
-
-def backward(grad, x, h, slots, weight, up, down, up_bias, down_bias, gate, constants, needs, low_rank=None):
-    """Gradients of [`forward`].
-
-    Args:
-        grad: (T, H), of the output.
-        h: as `forward` returned it; recomputed if it was not kept.
-        needs: which gradients are wanted, of x, weight, up, down, up_bias and down_bias, and with `low_rank` of its a
-            and b for up, then for down.
-
-    Returns:
-        A list of them, None where not wanted. An idle expert's are zeros, and so are an empty slot's weight's.
-    """
-    need_x, need_weight, need_up, need_down, need_up_bias, need_down_bias, *need_factors = needs
-    (_, columns, hidden), width = up.shape, down.shape[2]
-    sweep = _Sweep(x, slots, weight, up, down, up_bias, down_bias)
-    scratch, dtype, wide = sweep.scratch, sweep.dtype, torch.promote_types(x.dtype, torch.float32)
-    grad_x = _if(need_x, lambda: torch.zeros_like(x, dtype=wide))
-    grad_up = _if(need_up, lambda: _WeightGradient(up, dtype, slots.offsets))
-    grad_down = _if(need_down, lambda: _WeightGradient(down, dtype, slots.offsets))
-    grad_up_bias = _if(need_up_bias, lambda: torch.zeros_like(up_bias, dtype=wide))
-    grad_down_bias = _if(need_down_bias, lambda: torch.zeros_like(down_bias, dtype=wide))
-    slopes = torch.zeros_like(sweep.order, dtype=weight.dtype)
-    up_update, down_update = sweep.updates(low_rank, need_factors)
-    need_states = need_up or up_update.trained
-    for (chunk, token, factor, current), keep, slope in zip(
-        sweep, sweep.rows_of(h), slopes.split(sweep.sizes), strict=True
-    ):
-        up_matrix, down_matrix, up_row, down_row = current
-        states: Any = scratch.gather("states", x, token) if need_states or keep is None else None
-        if keep is None:
-            keep = _project(states, up_matrix, up_row, scratch.take("h", chunk.rows, columns))
-            up_update.add(chunk, states, keep)
-        grad_y = scratch.gather("grad_y", grad, token)
-        back = torch.mm(grad_y, down_matrix, out=scratch.take("back", chunk.rows, width))  # without the weight
-        narrow_down, narrow_up = down_update.add_back(chunk, grad_y, back), None
-        grad_a = torch.mul(back, factor, out=scratch.take("grad_a", chunk.rows, width))
+    def _chunk(self, work: _Work, slope: torch.Tensor) -> None:
+        """Adds one chunk's part to all gradients, and writes `slope` (R,), the gradient of the combine weights."""
+        problem, scratch, chunk, dtype = self.problem, self.scratch, work.chunk, self.dtype
+        columns, width, h = problem.up.shape[1], problem.down.shape[2], work.h
+        states: torch.Tensor | None = None
+        if h is None or self.needs.up or any(self.needs.up_factors):
+            states = scratch.gather("states", problem.x, work.token)
+            if h is None:
+                h = scratch.take("h", chunk.rows, columns)
+                self._project_up(work, states, h)
+        grad_y = scratch.gather("grad_y", self.grad, work.token)
+        back = scratch.take("back", chunk.rows, width)  # without the combine weight
+        torch.mm(grad_y, work.expert.down, out=back)
+        if self.down_update is not None:
+            add_to(back, self.down_update.backward(ChunkRows(chunk, grad_y)))
+        grad_a = torch.mul(back, work.factor, out=scratch.take("grad_a", chunk.rows, width))
         acted, grad_h = scratch.take("acted", chunk.rows, width), scratch.take("grad_h", chunk.rows, columns)
-        GATES[gate].backward(keep.to(dtype), grad_a, constants, acted, grad_h)
-        if need_weight:
+        ACTIVATIONS[problem.activation].backward(h.to(dtype), grad_a, problem.constants, acted, grad_h)
+        if self.needs.weight:
             # <dO, a W> = <dO Wᵀ, a>: the expert's output is not needed
             torch.sum(back.mul_(acted), dim=-1, dtype=slope.dtype, out=slope)
-            if down_row is not None:
-                slope += grad_y @ down_row
-        if need_x:
-            grad_states = torch.mm(grad_h, up_matrix, out=scratch.take("grad_states", chunk.rows, hidden))
-            narrow_up = up_update.add_back(chunk, grad_h, grad_states)
-            grad_x.index_add_(0, token, grad_states.to(wide))
-        if need_up:
-            grad_up.add(chunk, grad_h, states)
-        up_update.add_gradients(chunk, narrow_up, grad_h, states)
-        acted.mul_(factor)
-        if need_down:
-            grad_down.add(chunk, grad_y, acted)
-        down_update.add_gradients(chunk, narrow_down, grad_y, acted)
-        if need_up_bias:
-            grad_up_bias[chunk.expert] += grad_h.sum(dim=0)
-        if need_down_bias:
-            grad_down_bias[chunk.expert] += grad_y.T @ factor[:, 0]
-    return [
-        _if(need_x, lambda: grad_x.to(x.dtype)),
-        _if(
-            need_weight,
-            lambda: weight.new_zeros(weight.numel()).index_copy_(0, sweep.order.long(), slopes).view_as(weight),
-        ),
-        _if(need_up, lambda: grad_up.total),
-        _if(need_down, lambda: grad_down.total),
-        _if(need_up_bias, lambda: grad_up_bias.to(up_bias.dtype)),
-        _if(need_down_bias, lambda: grad_down_bias.to(down_bias.dtype)),
-        *up_update.gradients(),
-        *down_update.gradients(),
-    ]
+            if work.expert.down_bias is not None:
+                slope += grad_y @ work.expert.down_bias
+        self._add_to_x(work, grad_h)
+        self._add_to_parameters(work, states, grad_h, acted.mul_(work.factor), grad_y)
+
+    def _add_to_x(self, work: _Work, grad_h: torch.Tensor) -> None:
+        """Adds one chunk's part to the gradient of x."""
+        if self.grad_x is None:
+            return
+        grad_states = self.scratch.take("grad_states", work.chunk.rows, self.problem.x.shape[1])
+        torch.mm(grad_h, work.expert.up, out=grad_states)
+        if self.up_update is not None:
+            add_to(grad_states, self.up_update.backward(ChunkRows(work.chunk, grad_h)))
+        self.grad_x.index_add_(0, work.token, grad_states.to(self.grad_x.dtype))
+
+    def _add_to_parameters(
+        self, work: _Work, states: torch.Tensor | None, grad_h: torch.Tensor, acted: torch.Tensor, grad_y: torch.Tensor
+    ) -> None:
+        """Adds one chunk's part to the gradients of matrices, biases and factors; `acted` carries the weight."""
+        chunk = work.chunk
+        if states is not None:
+            if self.grad_up is not None:
+                self.grad_up.add(chunk, grad_h, states)
+            if self.up_update is not None:
+                self.up_update.accumulate(ChunkRows(chunk, grad_h), ChunkRows(chunk, states))
+        if self.grad_down is not None:
+            self.grad_down.add(chunk, grad_y, acted)
+        if self.down_update is not None:
+            self.down_update.accumulate(ChunkRows(chunk, grad_y), ChunkRows(chunk, acted))
+        if self.grad_up_bias is not None:
+            self.grad_up_bias[chunk.expert] += grad_h.sum(dim=0)
+        if self.grad_down_bias is not None:
+            self.grad_down_bias[chunk.expert] += grad_y.T @ work.factor[:, 0]
+
+    def _results(self) -> Gradients:
+        """Returns the sums in the dtypes of the inputs."""
+        problem, weight = self.problem, self.problem.weight
+        up = FactorGradients() if self.up_update is None else self.up_update.gradients()
+        down = FactorGradients() if self.down_update is None else self.down_update.gradients()
+        grad_weight = None
+        if self.needs.weight:
+            flat = weight.new_zeros(weight.numel()).index_copy_(0, self.assignment.long(), self.slopes)
+            grad_weight = flat.view_as(weight)
+        return Gradients(
+            x=_in_dtype_of(problem.x, self.grad_x),
+            weight=grad_weight,
+            up=None if self.grad_up is None else self.grad_up.total,
+            down=None if self.grad_down is None else self.grad_down.total,
+            up_bias=_in_dtype_of(problem.up_bias, self.grad_up_bias),
+            down_bias=_in_dtype_of(problem.down_bias, self.grad_down_bias),
+            up_a=up.a,
+            up_b=up.b,
+            down_a=down.a,
+            down_b=down.b,
+        )

@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The loop's path for a few tokens without gradient, where reading the chosen experts' matrices takes the time.
+"""The loop back end's path for a few tokens without gradient, whose time is spent reading the chosen experts' matrices.
 
-# T tokens, K experts per token, R rows (the slots that are served), H hidden, I expert width, E experts
+# T tokens, K experts per token, R rows (assignments that have an expert), E experts, I expert width
+# N rows and M columns of an expert's matrix
 """
 
 from collections import Counter
@@ -9,46 +10,53 @@ from collections import Counter
 import torch
 from torch.nn.functional import grouped_mm
 
-from ..gates import GATES
+from ..activations import ACTIVATIONS
 from ..low_rank import LowRank
+from ..problem import ExpertsProblem
 
 
-def decode(x, index, weight, up, down, up_bias, down_bias, gate, constants, low_rank=None):
-    """[`~modeling_moe.dispatch.backends.loop.forward`] from `index` (T, K) rather than slots, and without h: nothing is sorted,
-    and nothing but the chosen experts' weights is read.
+def decode(problem: ExpertsProblem, index: torch.Tensor) -> torch.Tensor:
+    """Computes the output (T, H) as described at [`~modeling_moe.dispatch.backend.Backend.decode`].
 
-    Returns:
-        (T, H).
+    Nothing is sorted on the device, and of the experts' matrices only those of chosen experts are read.
     """
-    chosen = sorted((expert, slot) for slot, expert in enumerate(index.flatten().tolist()) if 0 <= expert < len(up))
+    x, weight, number = problem.x, problem.weight, len(problem.up)
+    chosen = sorted((expert, place) for place, expert in enumerate(index.flatten().tolist()) if 0 <= expert < number)
     if not chosen:
         return torch.zeros_like(x)
-    experts, slots = [expert for expert, _ in chosen], torch.tensor([slot for _, slot in chosen], device=x.device)
-    factors = weight.flatten()[slots]
+    experts = [expert for expert, _ in chosen]
+    assignments = torch.tensor([assignment for _, assignment in chosen], device=x.device)
+    factors = weight.flatten()[assignments]
 
-    up_update, down_update = low_rank or (None, None)
-    states = x.expand(len(slots), -1) if len(x) == 1 else x[slots // index.shape[1]]
-    h = _project_few(states, up, experts)
-    if up_update is not None:
-        h += _update_few(states, up_update, experts)
-    if up_bias is not None:
-        h += up_bias[experts]
-    acted = x.new_empty(len(slots), down.shape[2])
-    GATES[gate].forward(h, constants, acted)
-    rows = _project_few(acted, down, experts)
-    if down_update is not None:
-        rows += _update_few(acted, down_update, experts)
-    if down_bias is not None:
-        rows += down_bias[experts]
-    rows = rows.to(weight.dtype)
+    states = x.expand(len(assignments), -1) if len(x) == 1 else x[assignments // index.shape[1]]
+    h = _project(states, problem.up, problem.up_bias, problem.up_update, experts)
+    acted = x.new_empty(len(assignments), problem.down.shape[2])
+    ACTIVATIONS[problem.activation].forward(h, problem.constants, acted)
+    rows = _project(acted, problem.down, problem.down_bias, problem.down_update, experts).to(weight.dtype)
     if len(x) == 1:
         return torch.mm(factors[None], rows).to(x.dtype)
     output = torch.zeros_like(x, dtype=weight.dtype)
-    return output.index_add_(0, slots // index.shape[1], rows * factors[:, None]).to(x.dtype)
+    return output.index_add_(0, assignments // index.shape[1], rows * factors[:, None]).to(x.dtype)
 
 
-def _project_few(states: torch.Tensor, matrices: torch.Tensor, experts: list[int]) -> torch.Tensor:
-    """Rows (R, M), each times its expert's matrix of (E, N, M): (R, N)."""
+def _project(
+    states: torch.Tensor,
+    matrices: torch.Tensor,
+    bias: torch.Tensor | None,
+    update: LowRank | None,
+    experts: list[int],
+) -> torch.Tensor:
+    """Multiplies rows (R, M) by their experts' updated matrices and adds the bias: (R, N)."""
+    product = _multiply(states, matrices, experts)
+    if update is not None:
+        product += _multiply_by_update(states, update, experts)
+    if bias is not None:
+        product += bias[experts]
+    return product
+
+
+def _multiply(states: torch.Tensor, matrices: torch.Tensor, experts: list[int]) -> torch.Tensor:
+    """Multiplies rows (R, M) by their experts' matrices (E, N, M): (R, N)."""
     counts = Counter(experts)
     if len(counts) == len(experts):
         out = states.new_empty(len(states), matrices.shape[1])
@@ -65,8 +73,8 @@ def _project_few(states: torch.Tensor, matrices: torch.Tensor, experts: list[int
     return torch.cat([(matrices[expert] @ rows.T).T for expert, rows in zip(counts, parts, strict=True)])
 
 
-def _update_few(states: torch.Tensor, update: LowRank, experts: list[int]) -> torch.Tensor:
-    """Rows (R, M), each with its expert's update: (R, N)."""
+def _multiply_by_update(states: torch.Tensor, update: LowRank, experts: list[int]) -> torch.Tensor:
+    """Multiplies rows (R, M) by their experts' low-rank updates: (R, N)."""
     counts = Counter(experts)
     chosen = list(counts)
     a, b = update.a[chosen].to(states.dtype), update.b[chosen].to(states.dtype)
@@ -79,6 +87,6 @@ def _update_few(states: torch.Tensor, update: LowRank, experts: list[int]) -> to
 
 
 def _fits_grouped_mm(matrices: torch.Tensor) -> bool:
-    """Whether `grouped_mm` takes them: rows of a multiple of 16 bytes, from an address that is one."""
+    """Returns True if `grouped_mm` takes the matrices: rows of multiples of 16 bytes, and an address that is one."""
     sizes = (size * matrices.element_size() for size in matrices.shape[1:])
     return matrices.dtype != torch.float64 and matrices.data_ptr() % 16 == 0 and all(size % 16 == 0 for size in sizes)

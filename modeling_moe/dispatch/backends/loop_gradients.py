@@ -1,20 +1,29 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The rows that pass one expert at once, and what is summed over them: gradients of matrices and of low-rank factors.
+"""The loop back end works on chunks of one expert's rows and accumulates gradients over the chunks.
 
-# T tokens, K experts per token, S = T*K slots, E experts, R rank, M columns of a matrix, N rows of it
+# T tokens, K experts per token, A = T*K assignments, E experts
+# R rank of a low-rank update; N rows and M columns of an expert's matrix
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from ..low_rank import LowRank
+from ..expert_order import ExpertOrder
+from ..low_rank import Addition, FactorGradients, LowRank, Update
 from .cpu_memory import in_huge_pages
 
 
 class Chunk(NamedTuple):
-    """Rows of one expert: which chunk of all it is, how many rows, and whether they are the first and the last ones."""
+    """Chunk is a block of consecutive rows of one expert.
+
+    Attributes:
+        number: the position of the chunk among all chunks.
+        expert: the expert.
+        rows: the number of rows.
+        first: True for the expert's first chunk.
+        last: True for the expert's last chunk.
+    """
 
     number: int
     expert: int
@@ -23,122 +32,135 @@ class Chunk(NamedTuple):
     last: bool
 
 
-class WeightGradient:
-    """Gradient of one kind of expert matrix, summed over an expert's chunks in the dtype of the products."""
+class ChunkRows(NamedTuple):
+    """ChunkRows holds the rows of one chunk.
 
-    def __init__(self, weights: torch.Tensor, dtype: torch.dtype, offsets: torch.Tensor):
+    Attributes:
+        chunk: the chunk.
+        states: (rows, M) or (rows, N).
+    """
+
+    chunk: Chunk
+    states: torch.Tensor
+
+
+class WeightGradient:
+    """WeightGradient sums the gradient of a tensor (E, N, M) over each expert's chunks, in the dtype of the products.
+
+    Args:
+        weights: (E, N, M), gives the shape, the dtype and the strides of the gradient.
+        dtype: the dtype of the products.
+        order: the expert order; gradients of idle experts are zero.
+    """
+
+    def __init__(self, weights: torch.Tensor, dtype: torch.dtype, order: ExpertOrder):
         self.total = in_huge_pages(torch.empty_like(weights))
         self.parts = self.total.unbind(0)
-        for expert in torch.where(offsets[1:] == offsets[:-1])[0].tolist():
+        for expert in torch.where(order.offsets[1:] == order.offsets[:-1])[0].tolist():
             self.parts[expert].zero_()
-        self.scratch: Any = None if weights.dtype == dtype else torch.empty_like(weights[0], dtype=dtype)
+        self.sum = None if weights.dtype == dtype else torch.empty_like(weights[0], dtype=dtype)
 
     def add(self, chunk: Chunk, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Adds leftᵀ right, of one chunk."""
-        into = self.parts[chunk.expert] if self.scratch is None else self.scratch
+        """Adds leftᵀ right of one chunk, from left (rows, N) and right (rows, M)."""
+        target = self.parts[chunk.expert] if self.sum is None else self.sum
         if chunk.first:
-            torch.mm(left.T, right, out=into)
+            torch.mm(left.T, right, out=target)
         else:
-            into.addmm_(left.T, right)
-        if chunk.last and self.scratch is not None:
-            self.parts[chunk.expert].copy_(self.scratch)
+            target.addmm_(left.T, right)
+        if chunk.last and self.sum is not None:
+            self.parts[chunk.expert].copy_(self.sum)
 
 
-class Update:
-    """A low-rank update of one kind of expert matrix, chunk by chunk; one that is None does nothing.
+class ChunkUpdate(Update[ChunkRows]):
+    """ChunkUpdate applies a low-rank update chunk by chunk.
 
     Args:
         low_rank: the update.
-        dtype: of the products.
-        kept_rows: for each chunk, its rows of `low_rank.kept`.
-        needs: whether the gradients of a and of b are wanted; neither if empty.
-        offsets: of the [`~modeling_moe.dispatch.token_order.Slots`].
-
-    Attributes:
-        trained: whether any gradient is wanted.
+        dtype: the dtype of the products.
+        kept_rows: for each chunk, the indices of its rows in `low_rank.kept`.
+        order: the expert order.
+        needs: which of the gradients of a and b are needed.
     """
 
     def __init__(
         self,
-        low_rank: LowRank | None,
+        low_rank: LowRank,
         dtype: torch.dtype,
         kept_rows: tuple[torch.Tensor, ...],
-        needs: Sequence[bool],
-        offsets: torch.Tensor,
+        order: ExpertOrder,
+        needs: tuple[bool, bool],
     ):
-        self.low_rank: Any = low_rank
-        self.grad_a: Any = None
-        self.grad_b: Any = None
-        self.trained = any(needs)
-        if low_rank is None:
-            return
-        self.scaling, self.kept_rows = low_rank.scaling, kept_rows
+        self.low_rank, self.kept_rows, self.trained = low_rank, kept_rows, any(needs)
         self.a = low_rank.a.to(dtype).unbind(0)
         self.b = rank_first(low_rank.b.to(dtype)).unbind(1)
-        need_a, need_b = needs or (False, False)
-        if need_a:
-            self.grad_a = WeightGradient(low_rank.a, dtype, offsets)
+        self.narrow_gradient: tuple[int, torch.Tensor] | None = None
+        need_a, need_b = needs
+        self.grad_a = WeightGradient(low_rank.a, dtype, order) if need_a else None
+        self.grad_b: WeightGradient | None = None
         if need_b:
             experts, rows, rank = low_rank.b.shape
             packed = low_rank.b.new_empty(rank, experts, rows).transpose(0, 1)
-            self.grad_b = WeightGradient(packed, dtype, offsets)
+            self.grad_b = WeightGradient(packed, dtype, order)
 
     def _kept(self, chunk: Chunk) -> torch.Tensor | None:
         return None if self.low_rank.kept is None else self.low_rank.kept[self.kept_rows[chunk.number]]
 
-    def _dropped(self, chunk: Chunk, states: torch.Tensor) -> torch.Tensor:
-        kept = self._kept(chunk)
-        return states if kept is None else states * kept
+    def _narrow(self, rows: ChunkRows) -> torch.Tensor:
+        """Returns a x, (R, rows)."""
+        return self.a[rows.chunk.expert] @ self._drop(rows).T
 
-    def add(self, chunk: Chunk, states: torch.Tensor, output: torch.Tensor) -> None:
-        """Adds the update of states (rows, M) to output (rows, N)."""
-        if self.low_rank is not None:
-            narrow = self.a[chunk.expert] @ self._dropped(chunk, states).T
-            output.addmm_(narrow.T, self.b[chunk.expert], alpha=self.scaling)
+    def _drop(self, rows: ChunkRows) -> torch.Tensor:
+        kept = self._kept(rows.chunk)
+        return rows.states if kept is None else rows.states * kept
 
-    def add_back(self, chunk: Chunk, grad: torch.Tensor, grad_states: torch.Tensor) -> torch.Tensor | None:
-        """From the gradient of the output (rows, N) adds to that of the states (rows, M); returns that of a x, (R, rows),
-        without the scaling."""
-        if self.low_rank is None:
-            return None
-        narrow, kept = self.b[chunk.expert] @ grad.T, self._kept(chunk)
-        if kept is None:
-            grad_states.addmm_(narrow.T, self.a[chunk.expert], alpha=self.scaling)
-        else:
-            grad_states.add_((narrow.T @ self.a[chunk.expert]).mul_(kept), alpha=self.scaling)
-        return narrow
+    def _narrow_gradient(self, grad: ChunkRows) -> torch.Tensor:
+        """Returns the gradient of a x without the scaling, (R, rows); it is computed once for each chunk."""
+        if self.narrow_gradient is None or self.narrow_gradient[0] != grad.chunk.number:
+            self.narrow_gradient = (grad.chunk.number, self.b[grad.chunk.expert] @ grad.states.T)
+        return self.narrow_gradient[1]
 
-    def add_gradients(self, chunk: Chunk, narrow: torch.Tensor | None, grad: torch.Tensor, states: Any) -> None:
-        """Adds to the factors' gradients; `narrow` is what `add_back` returned, or None to compute it."""
-        if not self.trained:
-            return
-        states = self._dropped(chunk, states)
+    def forward(self, states: ChunkRows) -> Addition:
+        return Addition(self._narrow(states).T, self.b[states.chunk.expert].T, self.low_rank.scaling)
+
+    def backward(self, grad: ChunkRows) -> Addition:
+        narrow, factor = self._narrow_gradient(grad).T, self.a[grad.chunk.expert].T
+        return Addition(narrow, factor, self.low_rank.scaling, self._kept(grad.chunk))
+
+    def accumulate(self, grad: ChunkRows, states: ChunkRows) -> None:
         if self.grad_a is not None:
-            self.grad_a.add(chunk, (self.b[chunk.expert] @ grad.T if narrow is None else narrow).T, states)
+            self.grad_a.add(grad.chunk, self._narrow_gradient(grad).T, self._drop(states))
         if self.grad_b is not None:
-            self.grad_b.add(chunk, (self.a[chunk.expert] @ states.T).T, grad)
+            self.grad_b.add(grad.chunk, self._narrow(states).T, grad.states)
 
-    def gradients(self) -> list[torch.Tensor | None]:
-        """Of a and b, None where not wanted."""
+    def gradients(self) -> FactorGradients:
         a = b = None
         if self.grad_a is not None:
-            a = self.grad_a.total.mul_(self.scaling)
+            a = self.grad_a.total.mul_(self.low_rank.scaling)
         if self.grad_b is not None:
-            total = self.grad_b.total.mul_(self.scaling).transpose(0, 1)
+            total = self.grad_b.total.mul_(self.low_rank.scaling).transpose(0, 1)
             b = torch.empty_like(self.low_rank.b).copy_(rank_last(total))
-        return [a, b]
+        return FactorGradients(a, b)
 
 
-# PEFT's matrix for b is (N, R*E), the reverse of what products want: torch transposes matrices fast, and no more than that
+def add_to(product: torch.Tensor, addition: Addition) -> None:
+    """Adds an update's part to a product (rows, N) in place."""
+    if addition.kept is None:
+        product.addmm_(addition.narrow, addition.factor.T, alpha=addition.scaling)
+    else:
+        product.add_((addition.narrow @ addition.factor.T).mul_(addition.kept), alpha=addition.scaling)
+
+
+# PEFT's matrix for b is (N, R*E), with the experts last, and the products need them first. torch transposes matrices
+# fast, but not tensors of more dimensions
 
 
 def rank_first(b: torch.Tensor) -> torch.Tensor:
-    """(E, N, R) -> (R, E, N), where each expert's rows are contiguous."""
+    """Permutes (E, N, R) to a contiguous (R, E, N)."""
     experts, _, rank = b.shape
     return b.permute(1, 2, 0).flatten(1).t().contiguous().unflatten(0, (rank, experts))
 
 
 def rank_last(total: torch.Tensor) -> torch.Tensor:
-    """(R, E, N) -> (E, N, R) as PEFT has it."""
+    """Permutes (R, E, N) to (E, N, R) in PEFT's layout of memory."""
     rank, experts, _ = total.shape
     return total.flatten(0, 1).t().contiguous().unflatten(1, (rank, experts)).permute(2, 0, 1)

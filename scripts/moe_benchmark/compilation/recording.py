@@ -1,5 +1,6 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The launches of a use of the Triton back end, recorded on meta tensors: without memory, GPU or computation.
+"""This module records the launches of a call of the Triton back end on meta tensors, without memory, GPU or
+computation.
 
 # T tokens, K experts per token, E experts, H hidden, I expert width, C = I or 2I columns, R rank
 """
@@ -10,12 +11,13 @@ from typing import Any
 
 import torch
 
-from modeling_moe.dispatch.backends.triton import backend as triton_backend
+from modeling_moe.dispatch.activations import ACTIVATIONS
 from modeling_moe.dispatch.backends.triton import launching, tiles
+from modeling_moe.dispatch.backends.triton.backend import TritonBackend
 from modeling_moe.dispatch.backends.triton.launching import Launch
-from modeling_moe.dispatch.gates import GATES
-from modeling_moe.dispatch.low_rank import LowRank, LowRankPair
-from modeling_moe.dispatch.token_order import Slots
+from modeling_moe.dispatch.expert_order import ExpertOrder
+from modeling_moe.dispatch.low_rank import LowRank
+from modeling_moe.dispatch.problem import ExpertsProblem, Needs
 
 from .calls import KINDS, SCENARIOS, Call, Scenario
 
@@ -24,10 +26,12 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _low_rank(call: Call, scenario: Scenario, dtype: torch.dtype, columns: int) -> LowRankPair | None:
-    """Returns updates as PEFT holds them: the experts are innermost in b."""
+def _updates(
+    call: Call, scenario: Scenario, dtype: torch.dtype, columns: int
+) -> tuple[LowRank | None, LowRank | None]:
+    """Returns the updates of the first and the second matrices as PEFT holds them: the experts are innermost in b."""
     if not scenario.rank:
-        return None
+        return None, None
     experts, rank = call.experts, scenario.rank
     dtype = dtype if scenario.dropout else torch.float32
 
@@ -40,15 +44,15 @@ def _low_rank(call: Call, scenario: Scenario, dtype: torch.dtype, columns: int) 
         return LowRank(a, b, 2.0, 0.1 if scenario.dropout else 0.0, kept)
 
     up = update("up", experts.hidden, columns, call.tokens)
-    return LowRankPair(up, update("down", experts.width, experts.hidden, call.tokens * experts.per_token))
+    return up, update("down", experts.width, experts.hidden, call.tokens * experts.per_token)
 
 
 def _run(call: Call, config: tiles.Config | None) -> None:
     """Passes meta tensors of a call through the back end."""
-    experts, scenario = call.experts, SCENARIOS[call.scenario]
+    experts, scenario, backend = call.experts, SCENARIOS[call.scenario], TritonBackend()
     dtype = torch.float32 if call.dtype == "tf32" else getattr(torch, call.dtype)
     matrix_dtype = torch.float32 if scenario.mixed else dtype
-    columns, slots = GATES[experts.gate].columns * experts.width, call.tokens * experts.per_token
+    columns, assignments = ACTIVATIONS[experts.gate].columns * experts.width, call.tokens * experts.per_token
     index = _meta(call.tokens, experts.per_token, dtype=torch.int64)
 
     def matrices(rows: int, columns: int) -> torch.Tensor:
@@ -61,22 +65,23 @@ def _run(call: Call, config: tiles.Config | None) -> None:
     up_bias = _meta(experts.number, columns, dtype=matrix_dtype) if experts.bias else None
     down_bias = _meta(experts.number, experts.hidden, dtype=matrix_dtype) if experts.bias else None
     constants = [1.702, 7.0] if experts.gate.startswith("clamped") else []
-    rest = (up, down, up_bias, down_bias, experts.gate, constants)
+    updates = _updates(call, scenario, dtype, columns)
+    problem = ExpertsProblem(x, weight, up, down, up_bias, down_bias, experts.gate, constants, *updates)
     if call.scenario == "routing":
-        triton_backend.group_slots(index, experts.number)
+        backend.order_by_expert(index, experts.number)
     elif call.scenario == "decode":
-        triton_backend.decode(x, index, weight, *rest)
-    grouped = Slots(_meta(slots, dtype=torch.int32), _meta(experts.number + 1, dtype=torch.int32))
-    low_rank = _low_rank(call, scenario, dtype, columns)
+        backend.decode(problem, index)
+    order = ExpertOrder(_meta(assignments, dtype=torch.int32), _meta(experts.number + 1, dtype=torch.int32))
     if scenario.keep is not None:
-        triton_backend.forward(x, grouped, weight, *rest, scenario.keep, low_rank, config=config)
+        backend.forward(problem, order, scenario.keep, config)
     if scenario.stored is not None:
-        h = _meta(slots if scenario.stored else 0, columns, dtype=dtype)
+        h = _meta(assignments if scenario.stored else 0, columns, dtype=dtype)
         trained = not scenario.frozen
-        needs = [True, True, trained, trained, trained and experts.bias, trained and experts.bias]
-        for name in ("up", "down") if low_rank is not None else ():
-            needs += [name in scenario.updated] * 2
-        triton_backend.backward(x, x, h, grouped, weight, *rest, needs, low_rank, config=config)
+        biased = trained and experts.bias
+        up_trained, down_trained = (update is not None for update in updates)
+        factors = (up_trained, up_trained, down_trained, down_trained)
+        needs = Needs(True, True, trained, trained, biased, biased, *factors)
+        backend.backward(problem, order, x, h, needs, config)
 
 
 @contextmanager
@@ -90,9 +95,9 @@ def _precision(dtype: str) -> Iterator[None]:
 
 
 def record(call: Call, family: str, config: tiles.Config | None = None) -> list[Launch]:
-    """Returns the launches of a call, with the tiles of a family or with `config` instead of them.
+    """Returns the launches of a call, with the tiles of a family, or with `config` instead of them.
 
-    The tensors among their arguments are on the meta device, so any size does. Nothing of a GPU is touched.
+    The tensors among the arguments are on the meta device, so that any size is possible. No GPU is used.
     """
     launches: list[Launch] = []
     with tiles.assumed(family), _precision(call.dtype), launching.intercepted(launches.append):
@@ -101,7 +106,7 @@ def record(call: Call, family: str, config: tiles.Config | None = None) -> list[
 
 
 def changed(call: Call, family: str, changes: dict[str, Any]) -> tiles.Config | None:
-    """Returns the configuration that a call takes, with `changes` to its fields; None if there are no changes."""
+    """Returns the configuration of a call with `changes` to its fields; None if there are no changes."""
     if not changes:
         return None
     rows = call.tokens * call.experts.per_token / call.experts.number

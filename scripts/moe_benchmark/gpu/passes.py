@@ -1,7 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Passes through the Triton back end itself, at a preset's shape: random weights, inputs and low-rank factors.
+"""This module runs passes of the Triton back end at a preset's shape, with random weights, inputs and low-rank
+factors.
 
-# T tokens, K experts per token, S = T*K slots, E experts, H hidden, I expert width, C columns of the first matrix
+# T tokens, K experts per token, A = T*K assignments, E experts, H hidden, I expert width, C columns of the first
+matrix
 """
 
 from collections.abc import Iterator
@@ -10,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from modeling_moe.dispatch.backends.triton import backend as triton_backend
+from modeling_moe.dispatch.backends import BACKENDS
+from modeling_moe.dispatch.backends.triton.backend import TritonBackend
 from modeling_moe.dispatch.backends.triton.tiles import Config, Decoding
-from modeling_moe.dispatch.low_rank import LowRank, LowRankPair
+from modeling_moe.dispatch.low_rank import LowRank
+from modeling_moe.dispatch.problem import ExpertsProblem, Needs
 
 from ..presets import PRESETS
 from ..routing import route
@@ -23,38 +27,32 @@ RANK = 16
 
 
 class Problem(NamedTuple):
-    """The tensors of one [`Shape`].
+    """Problem holds the tensors of one [`Shape`].
 
     Attributes:
-        shape: what they are made for.
-        x: (T, H).
+        shape: the shape that they are made for.
+        experts: the problem that the back end is given, with updates of rank 16 in scenario `"lora"`.
         index: (T, K) int64.
-        weight: (T, K) float32.
-        matrices: up (E, C, H), down (E, H, I), their biases (E, C) and (E, H) or None, the gate and its constants.
-        low_rank: the updates of scenario `"lora"`, of rank 16, else None.
     """
 
     shape: Shape
-    x: torch.Tensor
+    experts: ExpertsProblem
     index: torch.Tensor
-    weight: torch.Tensor
-    matrices: Any
-    low_rank: LowRankPair | None
 
     @property
     def slots(self) -> int:
-        """S."""
+        """The number of assignments."""
         return self.index.numel()
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype in memory of a [`Shape`]'s."""
+    """Returns the dtype of a [`Shape`]'s tensors."""
     return torch.float32 if name == "tf32" else getattr(torch, name)
 
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Lets products in float32 be rounded to TF32 if `name` is `"tf32"`, and only then."""
+    """Allows products in float32 to be rounded to TF32 if `name` is `"tf32"`, and forbids it otherwise."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     try:
@@ -64,7 +62,7 @@ def precision(name: str) -> Iterator[None]:
 
 
 def make(shape: Shape, device: str = "cuda") -> Problem:
-    """Draws the tensors of a shape; on `"meta"` only their sizes are there, which suffice to record launches."""
+    """Draws the tensors of a shape; on `"meta"` they have only sizes, which suffice to record launches."""
     preset, dtype = PRESETS[shape.preset], torch_dtype(shape.dtype)
     hidden, width, experts = preset.hidden, preset.intermediate, preset.experts
     torch.manual_seed(0)
@@ -80,14 +78,17 @@ def make(shape: Shape, device: str = "cuda") -> Problem:
         biases, gate = (None, None), ("silu_gated", [])
     index, weight = (tensor.to(device) for tensor in route("balanced", shape.tokens, preset))
     x = torch.empty(shape.tokens, hidden, dtype=dtype, device=device).normal_()
-    low_rank = None
+    problem = ExpertsProblem(x, weight, up, down, *biases, *gate)
     if shape.scenario == "lora":
-        low_rank = LowRankPair(_update(experts, hidden, 2 * width, device), _update(experts, width, hidden, device))
-    return Problem(shape, x, index, weight, (up, down, *biases, *gate), low_rank)
+        problem = problem._replace(
+            up_update=_update(experts, hidden, 2 * width, device),
+            down_update=_update(experts, width, hidden, device),
+        )
+    return Problem(shape, problem, index)
 
 
 def _update(experts: int, columns: int, rows: int, device: str) -> LowRank:
-    """Factors as PEFT holds them: in float32, and those of B with the experts innermost."""
+    """Returns low-rank factors with PEFT's memory layout: float32, with the experts innermost in B."""
     a = torch.empty(experts, RANK, columns, device=device).normal_(std=columns**-0.5)
     b = torch.empty(rows, RANK, experts, device=device).normal_(std=0.02).permute(2, 0, 1)
     return LowRank(a, b, 2.0)
@@ -95,16 +96,20 @@ def _update(experts: int, columns: int, rows: int, device: str) -> LowRank:
 
 def run(problem: Problem, config: Config | Decoding | None = None) -> Any:
     """Runs the scenario of a problem once, with the blocks of `config` in place of the table's if it is given."""
-    shape, x, index, weight, matrices, low_rank = problem
-    backend: Any = triton_backend
+    shape, experts, index = problem
+    backend = BACKENDS["triton"]
+    assert isinstance(backend, TritonBackend)
     with precision(shape.dtype):
         if shape.scenario == "decode":
-            return backend.decode(x, index, weight, *matrices, decoding_blocks=config)
-        slots = backend.group_slots(index, len(matrices[0]))
+            assert not isinstance(config, Config)
+            return backend.decode(experts, index, config)
+        assert not isinstance(config, Decoding)
+        order = backend.order_by_expert(index, len(experts.up))
         if shape.scenario == "infer":
-            return backend.forward(x, slots, weight, *matrices, False, config=config)
-        output, h = backend.forward(x, slots, weight, *matrices, True, low_rank, config=config)
-        needs = [True] * 4 + [matrices[2] is not None] * 2
-        if low_rank is not None:
-            needs = [True, True] + [False] * 4 + [True] * 4
-        return output, backend.backward(x, x, h, slots, weight, *matrices, needs, low_rank, config=config)
+            return backend.forward(experts, order, False, config)
+        output, h = backend.forward(experts, order, True, config)
+        biased = experts.up_bias is not None
+        needs = Needs(True, True, True, True, biased, biased)
+        if experts.updated:
+            needs = Needs(x=True, weight=True, up_a=True, up_b=True, down_a=True, down_b=True)
+        return output, backend.backward(experts, order, experts.x, h, needs, config)

@@ -68,7 +68,7 @@ def finish_in_halves(
 @triton.jit(do_not_specialize=["num_tiles", "num_slots"])
 def gate_backward(
     grad, order, offsets, tiles, num_tiles, down, stride_e, stride_h, stride_i,
-    narrow, factor, factor_e, factor_i, factor_r, rank, kept, h, weight, grad_h, scaled, grad_weight,
+    narrow, factor, factor_e, factor_n, factor_r, rank, kept, h, weight, grad_h, scaled, grad_weight,
     num_slots, hidden, inner, alpha, limit,
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN: tl.constexpr, EVEN_N: tl.constexpr,
@@ -98,7 +98,7 @@ def gate_backward(
         total = tl.dot(taken, weights, total, input_precision=PRECISION)
     if narrow is not None:
         total = add_update(
-            total, narrow, rows, factor + expert * factor_e, factor_i, factor_r, columns, inner, rank,
+            total, narrow, rows, factor + expert * factor_e, factor_n, factor_r, columns, inner, rank,
             kept, slots.to(tl.int64), STEPS, BLOCK_R, EVEN_R, PRECISION,
         )  # fmt: skip
 

@@ -5,6 +5,10 @@ import triton
 import triton.language as tl
 
 
+# tiles of a group in `swizzle`
+GROUP = tl.constexpr(8)
+
+
 @triton.jit
 def activation(x, ACTIVATION: tl.constexpr):
     """f(x) and f'(x), the shape of x."""
@@ -77,7 +81,6 @@ def store_columns(pointers, values, rows_exist, columns, num_columns):
 @triton.jit
 def swizzle(program, num_m, num_n):
     """The tile (m, n) of a program: m runs first, in groups, so that few tiles of either operand are in use at once."""
-    GROUP: tl.constexpr = 8
     first = program // (GROUP * num_n) * GROUP
     size = tl.minimum(num_m - first, GROUP)
     place = program % (GROUP * num_n)
@@ -118,7 +121,8 @@ def add_update(
         place = step * BLOCK_R + ranks
         left = load_columns(narrow + rows[:, None] * rank + place[None, :], place, rank, EVEN_R)
         pointers = factor + columns[None, :] * stride_n + place[:, None] * stride_r
-        right = load_tile(pointers, place, columns, rank, num_columns, False)
+        inside = (place < rank)[:, None] & (columns < num_columns)[None, :]
+        right = tl.load(pointers, mask=inside, other=0.0)
         update = tl.dot(left, right, update, input_precision=PRECISION)
     if kept is not None:
         mask = (columns < num_columns)[None, :]

@@ -41,7 +41,7 @@ def finish_project_up(
 @triton.jit(do_not_specialize=["num_tiles"])
 def project_up(
     x, order, offsets, tiles, num_tiles, up, stride_e, stride_c, stride_h, bias,
-    narrow, factor, factor_e, factor_c, factor_r, rank, h, a, hidden, inner, alpha, limit,
+    narrow, factor, factor_e, factor_n, factor_r, rank, h, a, hidden, inner, alpha, limit,
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -72,12 +72,12 @@ def project_up(
     if narrow is not None:
         factor += expert * factor_e
         first = add_update(
-            first, narrow, rows, factor, factor_c, factor_r, columns, limit_n, rank, None, rows,
+            first, narrow, rows, factor, factor_n, factor_r, columns, limit_n, rank, None, rows,
             STEPS, BLOCK_R, EVEN_R, PRECISION,
         )  # fmt: skip
         if LAYOUT == "halves":
             second = add_update(
-                second, narrow, rows, factor + inner * factor_c, factor_c, factor_r, columns, limit_n, rank, None, rows,
+                second, narrow, rows, factor + inner * factor_n, factor_n, factor_r, columns, limit_n, rank, None, rows,
                 STEPS, BLOCK_R, EVEN_R, PRECISION,
             )  # fmt: skip
     finish_project_up(

@@ -1,5 +1,6 @@
 // Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-// The numbers of one dtype (ELEMENT), and vectors of them by GCC's extensions, which suit any processor.
+// This file defines the elements of one dtype (ELEMENT) and vectors of them. It uses GCC's vector extensions, which
+// compile for any processor.
 
 #pragma once
 
@@ -13,25 +14,26 @@
 #define BFLOAT16 1
 #define FLOAT16 2
 
+// to_float and from_float convert one element.
 #if ELEMENT == FLOAT32
 typedef float Element;
-INLINE float widen(Element x) { return x; }
-INLINE Element narrow(float x) { return x; }
+INLINE float to_float(Element x) { return x; }
+INLINE Element from_float(float x) { return x; }
 #elif ELEMENT == BFLOAT16
 typedef uint16_t Element;
 typedef union { uint32_t bits; float value; } Bits;
-INLINE float widen(Element x) { return ((Bits){.bits = (uint32_t)x << 16}).value; }
-INLINE Element narrow(float x) {
+INLINE float to_float(Element x) { return ((Bits){.bits = (uint32_t)x << 16}).value; }
+INLINE Element from_float(float x) {
     uint32_t bits = ((Bits){.value = x}).bits;
-    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // rounds to nearest, ties to even
 }
 #else
 typedef _Float16 Element;
-INLINE float widen(Element x) { return x; }
-INLINE Element narrow(float x) { return x; }
+INLINE float to_float(Element x) { return x; }
+INLINE Element from_float(float x) { return x; }
 #endif
 
-// what the processor multiplies: a float, or two bf16 numbers that are neighbours in the dimension summed over
+// A Word is what the processor multiplies: one float, or two bf16 numbers that are neighbours in the summed dimension.
 #if ELEMENT == BFLOAT16 && defined(__AVX512BF16__)
 #include <immintrin.h>
 #define PER_WORD 2
@@ -41,7 +43,7 @@ typedef uint32_t Word;
 typedef float Word;
 #endif
 
-// numbers of a vector, and lines of a product's tile, which is ROWS x PANEL and fills the registers
+// A vector has LANES floats. A tile of a product is ROWS x PANEL (matmul.h) and fills the vector registers.
 #if defined(__AVX512F__)
 #define LANES 16
 #define ROWS 8
@@ -60,38 +62,44 @@ typedef Element Elements __attribute__((vector_size(sizeof(Element) * LANES), al
 
 INLINE long min(long a, long b) { return a < b ? a : b; }
 INLINE long max(long a, long b) { return a > b ? a : b; }
+// up_to rounds a size up to a multiple.
 INLINE long up_to(long size, long multiple) { return (size + multiple - 1) / multiple * multiple; }
+// words counts the words that hold a number of elements.
 INLINE long words(long elements) { return up_to(elements, PER_WORD) / PER_WORD; }
 
-INLINE Floats load(const Element *from) {
+// load converts LANES elements to floats.
+INLINE Floats load(const Element *source) {
 #if ELEMENT == BFLOAT16
     typedef uint32_t Wide __attribute__((vector_size(4 * LANES)));
-    return (Floats)(__builtin_convertvector(*(const Elements *)from, Wide) << 16);
+    return (Floats)(__builtin_convertvector(*(const Elements *)source, Wide) << 16);
 #else
-    return __builtin_convertvector(*(const Elements *)from, Floats);
+    return __builtin_convertvector(*(const Elements *)source, Floats);
 #endif
 }
 
+// store converts LANES floats to elements.
 INLINE void store(Element *to, Floats x) {
 #if PER_WORD == 2
     *(Elements *)to = (Elements)_mm512_cvtneps_pbh((__m512)x);
 #elif ELEMENT == BFLOAT16
     float numbers[LANES];
     *(Floats *)numbers = x;
-    for (int i = 0; i < LANES; i++) to[i] = narrow(numbers[i]);
+    for (int i = 0; i < LANES; i++) to[i] = from_float(numbers[i]);
 #else
     *(Elements *)to = __builtin_convertvector(x, Elements);
 #endif
 }
 
-INLINE Words load_words(const Element *from) {
+// load_words reads LANES words: LANES * PER_WORD elements.
+INLINE Words load_words(const Element *source) {
 #if PER_WORD == 2
-    return *(const Words *)from;
+    return *(const Words *)source;
 #else
-    return load(from);
+    return load(source);
 #endif
 }
 
+// multiply_add returns sum + left * right, with the products of the elements in a word added up.
 INLINE Floats multiply_add(Words left, Words right, Floats sum) {
 #if PER_WORD == 2
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
@@ -100,4 +108,5 @@ INLINE Floats multiply_add(Words left, Words right, Floats sum) {
 #endif
 }
 
+// repeat copies one word into all lanes.
 INLINE Words repeat(Word word) { return word - (Words){0}; }

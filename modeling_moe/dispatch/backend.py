@@ -1,0 +1,85 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""Backend is the interface between the operator and the code that computes the experts.
+
+# T tokens, K experts per token, A = T*K assignments, E experts, H hidden size, C columns of the first projection
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from .expert_order import ExpertOrder, order_by_expert
+from .problem import Combined, ExpertsProblem, Gradients, Needs
+
+
+# the most tokens, and the most assignments, that `decode` is called with
+DECODE_TOKENS = 16
+DECODE_ASSIGNMENTS = 256
+
+
+class Backend(ABC):
+    """Backend computes the experts' forward, their gradients, and a fast forward for a few tokens.
+
+    Attributes:
+        name: the key in [`~modeling_moe.dispatch.backends.BACKENDS`].
+        default_devices: the device types on which the back end is taken when none is asked for; None means all.
+        casts_matrices: True if the back end takes fp32 matrices beside tokens in 16 bits and casts them itself.
+    """
+
+    name: ClassVar[str]
+    default_devices: ClassVar[tuple[str, ...] | None] = None
+    casts_matrices: ClassVar[bool] = False
+
+    def reason_unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Returns why this machine cannot run the back end on a device in a dtype, or None if it can."""
+        return None
+
+    def reason_unsupported(self, problem: ExpertsProblem) -> str | None:
+        """Returns why the back end cannot compute a problem, or None if it can."""
+        return self.reason_unavailable(problem.x.device, problem.x.dtype)
+
+    def serves(self, problem: ExpertsProblem) -> bool:
+        """Returns True if the back end can compute a problem."""
+        return self.reason_unsupported(problem) is None
+
+    def decodes(self, problem: ExpertsProblem) -> bool:
+        """Returns True if `decode` can compute a problem that `serves` accepts."""
+        return False
+
+    def order_by_expert(self, index: torch.Tensor, num_experts: int) -> ExpertOrder:
+        """Sorts the assignments of `index` (T, K) by expert."""
+        return order_by_expert(index, num_experts)
+
+    @abstractmethod
+    def forward(self, problem: ExpertsProblem, order: ExpertOrder, keep_h: bool) -> Combined:
+        """Computes each token's weighted sum over its experts.
+
+        Args:
+            problem: with at least one assignment.
+            order: the expert order of the assignments.
+            keep_h: True to return h for backward, False to let backward compute it again.
+        """
+
+    @abstractmethod
+    def backward(
+        self, problem: ExpertsProblem, order: ExpertOrder, grad: torch.Tensor, h: torch.Tensor, needs: Needs
+    ) -> Gradients:
+        """Computes the gradients that are needed.
+
+        Args:
+            problem: the problem of the forward pass.
+            order: the expert order of the forward pass.
+            grad: (T, H), the gradient of the output.
+            h: the h of the forward pass: (A, C), or (0, C) to compute it again.
+            needs: the gradients to compute.
+        """
+
+    def decode(self, problem: ExpertsProblem, index: torch.Tensor) -> torch.Tensor:
+        """Computes the output (T, H) of a few tokens without sorting them and without h.
+
+        Args:
+            problem: at most `DECODE_TOKENS` tokens and `DECODE_ASSIGNMENTS` assignments, at least one.
+            index: (T, K) expert ids. An id outside [0, E) marks an empty assignment.
+        """
+        raise NotImplementedError(f"Back end {self.name} cannot decode: call forward.")
