@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -45,7 +46,7 @@ MakeRouter = Callable[[int, str, LazyTensor], LazyTensor]
 class GrowthOptions:
     """These options say how a sparse model gets more experts; see [`grow`]."""
 
-    mode: str = field(
+    mode: Literal["clone", "masked"] = field(
         default="clone",
         metadata={
             "help": "clone: copy all experts and multiply num_experts_per_tok by the same factor; masked: add experts that "

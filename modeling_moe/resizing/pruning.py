@@ -6,6 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -21,7 +22,7 @@ class PruningOptions:
     """These options say which experts are kept; see [`prune`] and [`merge`]."""
 
     keep: int = field(default=4, metadata={"help": "number of experts that each layer keeps"})
-    score: str = field(
+    score: Literal["reap", "load", "mass"] = field(
         default="reap",
         metadata={
             "help": "score by which experts are ranked: reap (routing weight times norm of the output, averaged over the "

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..checkpoints import LazyTensor, State, refuse_full_disk
 from ..configuration_moe import MoEConfig
@@ -27,7 +27,7 @@ BLOCK = 512
 class ResizeOptions:
     """These options name the method, and the text that the use of the experts is measured on."""
 
-    method: str = field(
+    method: Literal["grow", "prune", "merge", "extract"] = field(
         default="grow",
         metadata={
             "help": "grow: add experts without changing the function; prune: keep the experts that the text uses most; "
