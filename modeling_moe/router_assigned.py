@@ -208,7 +208,3 @@ class UniformRouter(Router):
         weight = self.expert_weight.to(dtype).expand(len(hidden_states), -1)
         index = torch.arange(self.num_experts, device=weight.device).expand_as(weight)
         return Routing(weight, weight * self.scaling, index, renormalise(weight))
-
-    def dense_weight(self, routing: Routing) -> torch.Tensor:
-        """Returns the weights (T, E) of the routing, in which every expert is chosen."""
-        return routing.weight
