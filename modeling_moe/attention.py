@@ -27,7 +27,7 @@ _PLAIN = Condition(lambda config: config.kv_lora_rank is None, "unset kv_lora_ra
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class AttentionFields:
-    """Attention."""
+    """These fields configure attention."""
 
     num_attention_heads: int = setting(16, "The number of query heads in each layer.", Range(1, 2**16))
     num_key_value_heads: int = setting(

@@ -22,7 +22,7 @@ _LATENT = Condition(lambda config: config.kv_lora_rank is not None, "set kv_lora
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class LatentAttentionFields:
-    """Latent attention."""
+    """These fields configure multi-head latent attention."""
 
     kv_lora_rank: int | None = setting(
         None,

@@ -17,7 +17,7 @@ from .configuration_fields import POSITIVE, PROBABILITY, Condition, Range, setti
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class EmbeddingFields:
-    """Embeddings."""
+    """These fields configure token and position embeddings."""
 
     max_position_embeddings: int = setting(
         4096, "The length in tokens of the longest sequence that the position embedding is meant for.", Range(1, 2**31)

@@ -15,7 +15,7 @@ from .configuration_fields import Range, setting
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class NormFields:
-    """Norms."""
+    """These fields configure the norms."""
 
     rms_norm_eps: float = setting(
         1e-6,

@@ -48,7 +48,7 @@ CAPACITY_READS = frozenset(
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class RouterFields:
-    """Router."""
+    """These fields configure all routers, unless a router's class says that it does not read them."""
 
     allow_noncausal: bool = setting(
         False,

@@ -17,7 +17,7 @@ from .router_topk import SELECTION_READS, TopKRouter
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class AssignedFields:
-    """Routers by token id or task."""
+    """These fields configure routers that choose by token id or task."""
 
     hash_seed: int = setting(
         0, "The seed of the tables from token ids to experts.", Range(0, 2**32), effect="detail", by_router=True

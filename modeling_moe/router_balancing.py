@@ -25,7 +25,7 @@ _BIAS = Condition(lambda config: config.router_selection_bias, "set router_selec
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class BalancingFields:
-    """Balancing without gradient."""
+    """These fields configure the controllers that balance experts without gradient."""
 
     router_controller: Literal["bias", "proportional", "quantile"] | None = setting(
         None,

@@ -27,7 +27,7 @@ _HAS_FACTOR = Condition(
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class CapacityFields:
-    """Capacity."""
+    """These fields determine how many tokens an expert takes."""
 
     capacity_factor: float | int | None = setting(
         None,

@@ -54,7 +54,7 @@ OWN_ROUTERS: dict[str, Callable[[], type[Router]]] = {}
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class CatalogueFields:
-    """Router type."""
+    """These fields determine which router the layers use."""
 
     router_type: str = setting(
         "topk",

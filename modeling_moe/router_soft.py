@@ -21,7 +21,7 @@ from .router import Router, Routing, RoutingContext, extend_history, fp32_linear
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class SoftFields:
-    """Soft routers."""
+    """These fields configure routers that mix tokens or experts."""
 
     slots_per_expert: int = setting(
         1,

@@ -21,7 +21,7 @@ SELECTION_READS = frozenset({"n_group", "topk_group", "group_score", "router_sel
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class TopKFields:
-    """Top-k routers."""
+    """These fields configure routers that choose the experts with the highest scores."""
 
     n_group: int = setting(
         1,

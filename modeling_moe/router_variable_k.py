@@ -19,7 +19,7 @@ from .router import Router, Routing, RoutingContext, expert_load, masked_mean, s
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class VariableKFields:
-    """Routers with a variable number of experts per token."""
+    """These fields configure routers whose number of experts varies from token to token."""
 
     router_top_p: float | int = setting(
         0.4,
