@@ -201,7 +201,7 @@ class MoEBlock(nn.Module):
 
     @property
     def router(self) -> Router:
-        """The router, also where PEFT has replaced `gate` by a layer around it."""
+        """Returns the router, also where PEFT has replaced `gate` by a layer around the router."""
         router: Any = self.gate
         while not hasattr(router, "auxiliary_loss"):
             router = router.base_layer
