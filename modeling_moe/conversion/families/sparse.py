@@ -160,10 +160,12 @@ def _deepseek_v2(fields: SourceFields) -> dict[str, Any]:
     fields.require("mlp_bias", False)
     # if it is true, DeepSeek's code renormalises and transformers does not
     fields.require("norm_topk_prob", False, None)
-    groups = fields.same("n_group", "topk_group")
+    groups: dict[str, Any] = fields.same("n_group", "topk_group")
     if fields.take("topk_method") == "greedy":
         groups = {"n_group": 1, "topk_group": 1}
-    router = groups | {"group_score": "max", "norm_topk_prob": False} | fields.same("routed_scaling_factor")
+    if isinstance(groups["n_group"], int) and groups["n_group"] > 1:
+        groups["group_score"] = "max"
+    router = groups | {"norm_topk_prob": False} | fields.same("routed_scaling_factor")
     return _deepseek_sparse(fields) | _deepseek_balance(fields) | _latent_attention(fields) | router
 
 
