@@ -419,6 +419,11 @@ def test_left_to_transformers(device):
         assert_close(got, oracle(module, states, reference, weight, direction), tolerance)
 
 
+def test_a_module_without_experts_has_no_back_end():
+    with pytest.raises(TypeError, match="Linear does not follow transformers' experts interface"):
+        backend_of(torch.nn.Linear(2, 2), *draw(9, 5, 3)[:2])
+
+
 def test_norm_after_experts_is_left_to_transformers():
     module = make("gated", "moe")
     module.has_post_expert_norm = True
