@@ -8,7 +8,6 @@ implementations of [`~modeling_moe.dispatch`] with transformers.
 import transformers
 
 from . import dispatch as _dispatch  # noqa: F401, registers the experts' implementations
-from . import lora as _lora  # noqa: F401, teaches PEFT when that is imported
 from .compatibility import __version__
 from .configuration_moe import MoEConfig
 from .modeling_moe import (

@@ -2,6 +2,8 @@
 """Multi-head attention of the Llama family, with the switches that its members differ in."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,7 +17,91 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .compatibility import takes_cache, update_cache
+from .configuration_fields import POSITIVE, PROBABILITY, Condition, Range, setting
 from .model_norms import make_norm
+
+
+# in latent attention nothing reads the switches of plain attention
+_PLAIN = Condition(lambda config: config.kv_lora_rank is None, "unset kv_lora_rank (latent attention)")
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class AttentionFields:
+    """Attention."""
+
+    num_attention_heads: int = setting(16, "The number of query heads in each layer.", Range(1, 2**16))
+    num_key_value_heads: int = setting(
+        None,
+        "The number of key and value heads in each layer; it must divide the number of query heads.",
+        Range(1, 2**16),
+        conditions=(_PLAIN,),
+        follows="num_attention_heads",
+    )
+    head_dim: int = setting(
+        None,
+        "The number of features of one attention head; it must be even. In latent attention it equals qk_rope_head_dim.",
+        Range(2, 2**20),
+        conditions=(_PLAIN,),
+        follows="hidden_size / num_attention_heads",
+    )
+    attention_bias: bool = setting(
+        False, "Adds biases to the query, key, value and output projections, as in Llama's attention_bias."
+    )
+    qkv_bias: bool = setting(
+        False,
+        "Adds biases to the query, key and value projections but not to the output projection, as in Qwen2.",
+        conditions=(_PLAIN, Condition(lambda config: not config.attention_bias, "set attention_bias=False")),
+    )
+    qk_norm: Literal["head", "full"] | None = setting(
+        None,
+        'Normalises queries and keys: "head" normalises each head (Qwen3), "full" normalises all heads together (OLMoE), '
+        "None does not normalise them.",
+        conditions=(_PLAIN,),
+    )
+    clip_qkv: float | int | None = setting(
+        None, "Clamps queries, keys and values to [-clip_qkv, clip_qkv], as in OLMoE.", POSITIVE, conditions=(_PLAIN,)
+    )
+    attention_dropout: float | int = setting(
+        0.0, "The dropout probability of attention probabilities in training.", PROBABILITY, effect="training"
+    )
+    attention_multiplier: float | int | None = setting(
+        None,
+        "The factor on the products of queries and keys; None means 1 / sqrt(number of features of a query head).",
+        POSITIVE,
+    )
+    scale_attn_by_inverse_layer_idx: bool = setting(
+        False,
+        "Divides the factor on the products of queries and keys by the layer's number, counted from 1, as in GPT-2.",
+        conditions=(_PLAIN,),
+    )
+    attn_logit_softcapping: float | int | None = setting(
+        None,
+        "Bounds the products of queries and keys by cap * tanh(product / cap), as in Gemma 2; the sdpa attention "
+        "implementation cannot compute it.",
+        POSITIVE,
+        conditions=(_PLAIN,),
+    )
+    attention_sinks: bool = setting(
+        False,
+        "Gives each head a learned logit that takes part in the softmax and attends to nothing, as in gpt-oss; the sdpa "
+        "attention implementation cannot compute it.",
+        conditions=(_PLAIN,),
+    )
+    sliding_window: int | None = setting(
+        None,
+        "The number of tokens that a layer of type sliding_attention attends to, the current one included; at least one "
+        "layer must have that type. A window of 1 is refused because transformers' cache keeps all tokens then.",
+        Range(2, 2**31),
+    )
+    use_sliding_window: bool = setting(
+        True, "False unsets sliding_window, as Qwen's field of this name does.", effect="detail"
+    )
+    layer_types: list[str] = setting(
+        None,
+        "The attention type of each layer: full_attention or sliding_attention.",
+        choices=("full_attention", "sliding_attention"),
+        follows="sliding_attention for all layers if sliding_window is set, else full_attention",
+    )
 
 
 class MoEAttention(nn.Module):

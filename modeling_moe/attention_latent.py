@@ -2,6 +2,7 @@
 """Multi-head latent attention, in which the keys and values of all heads come from one narrow latent of a token."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,6 +13,51 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .compatibility import takes_cache, update_cache
+from .configuration_fields import Condition, Range, setting
+
+
+_LATENT = Condition(lambda config: config.kv_lora_rank is not None, "set kv_lora_rank (latent attention)")
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class LatentAttentionFields:
+    """Latent attention."""
+
+    kv_lora_rank: int | None = setting(
+        None,
+        "The number of features of the latent from which keys and values are computed; setting it switches multi-head "
+        "latent attention on (DeepSeek-V2, arXiv:2405.04434). The rotary halves are not interleaved.",
+        Range(1, 2**20),
+    )
+    q_lora_rank: int | None = setting(
+        None,
+        "The number of features of the latent from which latent attention computes queries; None computes queries from the "
+        "hidden states directly.",
+        Range(1, 2**20),
+        effect="detail",
+        conditions=(_LATENT,),
+    )
+    qk_nope_head_dim: int | None = setting(
+        None,
+        "The number of features of a query or key head that do not rotate, in latent attention.",
+        Range(1, 2**20),
+        effect="detail",
+        conditions=(_LATENT,),
+    )
+    qk_rope_head_dim: int | None = setting(
+        None,
+        "The number of features of a query or key head that rotate, in latent attention; it must be even.",
+        Range(2, 2**20),
+        effect="detail",
+        conditions=(_LATENT,),
+    )
+    v_head_dim: int | None = setting(
+        None,
+        "The number of features of a value head, in latent attention.",
+        Range(1, 2**20),
+        effect="detail",
+        conditions=(_LATENT,),
+    )
 
 
 class MoELatentAttention(nn.Module):

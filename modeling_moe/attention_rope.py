@@ -1,18 +1,54 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The numbers of `rope_parameters`, of which transformers checks few and warns of some."""
+"""This module declares the fields of the rotary embedding and checks the numbers of `rope_parameters`.
 
+transformers checks few of these numbers, and only warns of some.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .configuration_fields import Range, shown
+from .configuration_fields import Condition, Range, setting, shown
+
+
+_ROTATES = (
+    Condition(lambda config: config.kv_lora_rank is None, "unset kv_lora_rank (latent attention)"),
+    Condition(lambda config: config.position_embedding_type == "rope", "set position_embedding_type='rope'"),
+)
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class RopeFields:
+    """Rotary embedding."""
+
+    rope_parameters: RopeParameters | dict | None = setting(
+        None,
+        "The parameters of the rotary embedding as transformers defines them, with rope_theta and rope_type; or one "
+        "dictionary for each attention type of layer_types (Gemma 3).",
+        conditions=_ROTATES[1:],
+        idle=({"rope_theta": 10000.0, "rope_type": "default"},),
+    )
+    rope_fp32: bool = setting(
+        False,
+        "Rotates queries and keys in fp32 rather than in the model's dtype, as in OLMo2; it changes results of half-precision "
+        "models only.",
+        conditions=_ROTATES,
+    )
+    no_rope_layers: list[int] | None = setting(
+        None,
+        "For each layer 1 if the layer rotates queries and keys and 0 if it does not, as in SmolLM3; None lets all layers "
+        "rotate them.",
+        choices=(0, 1),
+        conditions=_ROTATES,
+    )
 
 
 KINDS = ("full_attention", "sliding_attention")
 _SCALE = Range(0, 1e6, open_below=True)
-# number of a rope type -> its range
+# entry of rope_parameters -> range
 RANGES = {
-    # up to here powers of it stay finite in fp32
+    # powers of a larger theta are not finite in fp32
     "rope_theta": Range(0, 1e15, open_below=True),
     "factor": _SCALE,
     "attention_factor": _SCALE,
@@ -25,7 +61,7 @@ RANGES = {
     "partial_rotary_factor": Range(0, 1, open_below=True),
     "original_max_position_embeddings": Range(1, 2**31),
 }
-# rope type -> what it cannot do without, beside theta
+# rope_type -> entries that it needs beside rope_theta
 NEEDED = {
     "default": (),
     "linear": ("factor",),
@@ -38,10 +74,10 @@ NEEDED = {
 
 
 def by_kind(config) -> dict[str, Any]:
-    """Label in a message -> parameters of one kind of attention, or of all.
+    """Returns the parameters for each attention type, or for all layers, by the label that messages use.
 
     Raises:
-        ValueError: if some kinds have parameters of their own and one that a layer has does not.
+        ValueError: if there are parameters by attention type, and none for a type in `layer_types`.
     """
     rope = config.rope_parameters or {}
     if not set(KINDS).intersection(rope):
@@ -55,14 +91,14 @@ def by_kind(config) -> dict[str, Any]:
 
 
 def check_shape(config) -> None:
-    """Raises ValueError unless the parameters are dictionaries, before transformers fills what is missing in them."""
+    """Raises ValueError unless the parameters are dictionaries; to be called before transformers completes them."""
     for label, rope in by_kind(config).items():
         if not isinstance(rope, dict):
             raise ValueError(f"{label} is {shown(rope)}: it must be a dictionary.")
 
 
 def check_numbers(config) -> None:
-    """Raises ValueError, naming the entry, for a number that makes no finite angle."""
+    """Raises ValueError, naming the entry, for a number with which a rotation angle is not finite."""
     check_shape(config)
     for label, rope in by_kind(config).items():
         kind = _rope_type(label, rope)
@@ -70,7 +106,7 @@ def check_numbers(config) -> None:
             if (value := rope.get(name)) is not None and not _lies_in(limits, value):
                 raise ValueError(f"{name} of {label} is {shown(value)}: it must be a number {limits}.")
         _check_formula(label, rope, kind)
-        # an odd number of features is rounded up
+        # transformers rounds an odd number of rotated features up
         pairs = (int(config.head_dim * (rope.get("partial_rotary_factor") or 1.0)) + 1) // 2
         if pairs < 1:
             raise ValueError(
@@ -87,19 +123,19 @@ def check_numbers(config) -> None:
 
 
 def _check_formula(label: str, rope: dict[str, Any], kind: str) -> None:
-    """Raises ValueError for numbers with which the formula of a rotary embedding divides by 0 or turns around."""
+    """Raises ValueError for numbers with which the formula of a rotary embedding divides by 0 or changes its sign."""
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ValueError(f"high_freq_factor of {label} must be above its low_freq_factor: change one of them.")
     if kind == "yarn" and (rope.get("beta_fast") or 32) < (rope.get("beta_slow") or 1):
         raise ValueError(f"beta_fast of {label} must not be below its beta_slow: change one of them.")
-    # the first divides by the logarithm of theta, the second by that of the length
+    # yarn divides by the logarithm of theta, longrope by the logarithm of the original length
     for name, of in (("rope_theta", "yarn"), ("original_max_position_embeddings", "longrope")):
         if kind == of and rope[name] <= 1:
             raise ValueError(f"{name} of {label} is {rope[name]}: rope_type {kind!r} needs more than 1.")
 
 
 def _rope_type(label: str, rope: dict[str, Any]) -> str:
-    """The kind of rotary embedding that the parameters are for, all of whose needs they name."""
+    """Returns the `rope_type` of the parameters after checking that the entries that it needs are there."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = [name for name in NEEDED if name == "default" or name in ROPE_INIT_FUNCTIONS]
     if kind not in known:

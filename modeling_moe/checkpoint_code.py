@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""A router or a model class of one's own is saved in a checkpoint with its code, or a warning says that it is not."""
+"""This module saves the code of a user's router or model class in a checkpoint, or warns that the code is not saved."""
 
 import ast
 import importlib.util
@@ -22,11 +22,11 @@ from .router_catalogue import ROUTERS, router_class
 logger = logging.get_logger(__name__)
 
 _HERE = Path(__file__).resolve().parent
-# what a class may be made of without being anybody's own
+# packages whose classes are not saved with a checkpoint
 _LIBRARIES = {"builtins", "torch", "transformers", "peft", "accelerate", "typing", "deepspeed"}
 
 
-# added to the copy of router_catalogue.py; the import waits, for the file may import the model
+# text that is added to the copy of router_catalogue.py; it imports late, because the user's file may import the model
 _OWN_ROUTER = (
     "\n\ndef _own_router() -> type[Router]:\n    from .{file} import {cls}\n\n    return {cls}\n\n\n"
     "OWN_ROUTERS[{router_type!r}] = _own_router\n"
@@ -34,11 +34,11 @@ _OWN_ROUTER = (
 
 
 class _CannotTravel(ValueError):
-    """A file that would not run beside a checkpoint, and why."""
+    """Reports why a file would not run beside a checkpoint."""
 
 
 def own_classes(model: Any) -> list[type]:
-    """The classes of the model and its router, and those that they are made of, that neither we nor a library define."""
+    """Returns the classes, base classes included, of a model and its router that neither this package nor a library defines."""
     classes = [*type(model).__mro__, *router_class(model.config).__mro__]
     return [cls for cls in dict.fromkeys(classes) if not _is_ours(cls)]
 
@@ -51,32 +51,32 @@ def _is_ours(cls: type) -> bool:
 
 
 def name_own_router(config: Any) -> None:
-    """Names the file of a router of one's own in `config.auto_map`, if it can travel, beside those of our classes."""
+    """Adds the file of a user's router to `config.auto_map`, if the file can be saved with a checkpoint."""
     router = router_class(config)
     if _is_ours(router):
         return
     try:
         file, _ = _travelling_file(router)
     except _CannotTravel:
-        return  # `save_own_code` says so
+        return  # `save_own_code` warns
     config.auto_map["MoERouter"] = f"{Path(file).stem}.{router.__name__}"
 
 
 def _our_files() -> list[Path]:
-    """The files of ours that a checkpoint brings."""
+    """Returns the files of this package that a checkpoint brings."""
     code = _HERE / "modeling_moe.py"
     return [code, *map(Path, get_relative_import_files(code))]
 
 
 def save_own_code(model: Any, folder: str | Path) -> None:
-    """Puts the files of a router and a model class of one's own beside those of ours, which it puts there too.
+    """Copies the files of a user's router and model class, and the files of this package, into a checkpoint's folder.
 
-    A file travels if it is one of its own, and imports nothing but installed packages and this one's modules by
-    `from modeling_moe.MODULE import NAME`. A warning names a class whose file does not.
+    A file can be copied if it imports only installed packages, and modules of this package by
+    `from modeling_moe.MODULE import NAME`. A warning names each class whose file cannot be copied.
 
     Args:
-        model: whose class or router is one's own.
-        folder: holds the model already.
+        model: a model whose class or router is the user's.
+        folder: the folder in which the model has been saved.
     """
     folder, sources = Path(folder), {}
     for file in _our_files():
@@ -100,26 +100,26 @@ def save_own_code(model: Any, folder: str | Path) -> None:
 
 
 def import_own_router(name_or_path: str | Path) -> None:
-    """Runs the file that a checkpoint brings for a router of its author's own, and adds the router to the catalogue.
+    """Runs the file that a checkpoint brings for its author's router, and adds the router to the catalogue.
 
-    Where this package is imported a checkpoint's own copy of it is not used, so that the router has to be added here: call
-    this before the checkpoint is loaded, if you trust its code.
+    A process that has imported this package does not use the copy of it in a checkpoint. If you trust the checkpoint's code,
+    call this function before you load the checkpoint.
 
     Args:
-        name_or_path: folder or Hub name.
+        name_or_path: folder or Hub name of the checkpoint.
 
     Raises:
-        ValueError: if config.json names no such file.
+        ValueError: if config.json names no file of a router.
     """
-    config = json.loads(Path(cached_file(str(name_or_path), "config.json")).read_text(encoding="utf-8"))
+    config = json.loads(_file_of(name_or_path, "config.json").read_text(encoding="utf-8"))
     code = (config.get("auto_map") or {}).get("MoERouter")
     if code is None or not re.fullmatch(r"\w+\.\w+", code):
         raise ValueError(
             f"{name_or_path} brings no code of a router: import what registers {config.get('router_type')!r}."
         )
     module_name, _, class_name = code.rpartition(".")
-    file = cached_file(str(name_or_path), f"{module_name}.py")
-    # as a module of this package, of which its relative imports are
+    file = _file_of(name_or_path, f"{module_name}.py")
+    # a module of this package, because its relative imports name modules of this package
     spec = importlib.util.spec_from_file_location(f"{__package__}.{module_name}", file)
     assert spec is not None
     assert spec.loader is not None
@@ -129,8 +129,16 @@ def import_own_router(name_or_path: str | Path) -> None:
     ROUTERS[config["router_type"]] = getattr(module, class_name)
 
 
+def _file_of(name_or_path: str | Path, name: str) -> Path:
+    """Returns the path of a checkpoint's file, after a download for a Hub name."""
+    file = cached_file(str(name_or_path), name)
+    if file is None:
+        raise OSError(f"{name_or_path} has no file {name}.")
+    return Path(file)
+
+
 def warn_of_other_class(model: Any) -> None:
-    """Warns of a checkpoint of somebody's own model class that was loaded as one of ours."""
+    """Warns of a checkpoint that was saved from a user's model class and is loaded as a class of this package."""
     code = (getattr(model.config, "auto_map", None) or {}).get(model._auto_class, "")
     module, _, name = code.rpartition("--")[2].rpartition(".")
     if module and module != "modeling_moe" and name not in [cls.__name__ for cls in type(model).__mro__]:
@@ -141,10 +149,10 @@ def warn_of_other_class(model: Any) -> None:
 
 
 def _travelling_file(cls: type) -> tuple[str, str]:
-    """Name and text of the file that defines a class, its imports from this package made relative.
+    """Returns name and text of the file that defines a class, with relative imports from this package.
 
     Raises:
-        _CannotTravel: says why the text would not run in a checkpoint.
+        _CannotTravel: if the text would not run in a checkpoint; the message says why.
     """
     module, package = sys.modules[cls.__module__], __package__ or ""
     file = getattr(module, "__file__", None)
@@ -173,10 +181,10 @@ def _travelling_file(cls: type) -> tuple[str, str]:
 
 
 def _replaced(text: str, statements: dict[Any, str]) -> str:
-    """A file's text with some of its statements replaced, and what stands beside them kept."""
+    """Returns the text of a file with some statements replaced; everything beside these statements is kept."""
     code = text.encode()
     starts = [0, *itertools.accumulate(map(len, code.splitlines(keepends=True)))]
-    # from the last one on, so that the places of those before stay what they are
+    # from the last statement to the first, so that the positions of earlier statements stay valid
     for node in sorted(statements, key=lambda node: (node.lineno, node.col_offset), reverse=True):
         begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
         code = code[:begin] + statements[node].encode() + code[end:]
@@ -192,7 +200,7 @@ def _refuse_local(name: str, file: str, package: str) -> None:
 
 
 def _relative(module: str, alias: ast.alias, package: str, shipped: set[str]) -> str:
-    """The import of one name, from the file of ours that has it."""
+    """Returns the statement that imports one name from the file of this package that defines it."""
     if module == package:
         module = getattr(getattr(sys.modules[package], alias.name, None), "__module__", module)
     home = module.removeprefix(f"{package}.")

@@ -1,5 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""A checkpoint that lacks a tensor, or has one too many, is refused by name: transformers makes new weights and goes on."""
+"""This module refuses a checkpoint in which a tensor is missing or unexpected, by the tensor's name.
+
+transformers would make new weights for the tensor and go on.
+"""
 
 import json
 import re
@@ -12,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from safetensors import safe_open
-from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
@@ -24,16 +26,16 @@ logger = logging.get_logger(__name__)
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?P<before>.*\.experts\.)(?P<expert>\d+)(?P<after>\..+)")
-# arguments of `from_pretrained` that say where the files are
+# arguments of `from_pretrained` that locate the files
 _PLACE = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
 
 
 class CheckpointError(ValueError, RuntimeError):
-    """A checkpoint that does not fit its configuration; also the RuntimeError that transformers raises for it."""
+    """Reports a checkpoint that does not fit its configuration; it is a RuntimeError too, as transformers raises one."""
 
 
 def misfit(name: Any, problem: Any) -> CheckpointError:
-    """The error for a checkpoint and what is wrong with it."""
+    """Returns the error for a checkpoint (folder or Hub name) with a problem."""
     return CheckpointError(
         f"the checkpoint {name} does not fit its config.json: {problem}. Restore the file or correct the field."
     )
@@ -42,28 +44,27 @@ def misfit(name: Any, problem: Any) -> CheckpointError:
 def refuse_missing(
     model: Any, loading_info: dict[str, Any], name: Any, saved_config: Any = None, new_head: bool = True
 ) -> None:
-    """Refuses a model of any class whose checkpoint lacks a tensor, in the place of which transformers made a new one.
+    """Refuses a loaded model for which transformers made a new tensor because the checkpoint has none.
 
-    A tensor may be new if the class and configuration that the checkpoint was saved with have none of that name, and it
-    is no parameter of the decoder: a head for another task, a buffer of a router that was asked for at loading.
+    A new tensor is accepted if it is not a parameter of the decoder, and the class and configuration that the checkpoint was
+    saved with have no tensor of that name: a head for another task, or a buffer of a router that was chosen at loading.
 
     Args:
-        model: what `from_pretrained` has made.
-        loading_info: what `from_pretrained` returns beside it under `output_loading_info=True`.
+        model: the model that `from_pretrained` returned, of any class.
+        loading_info: the second result of `from_pretrained(..., output_loading_info=True)`.
         name: folder or Hub name of the checkpoint, for the message.
-        saved_config: the configuration that the checkpoint holds, where another was given at loading; `model.config`
-            if None.
-        new_head: whether a head may be new at all.
+        saved_config: the configuration in the checkpoint, if another one was given at loading; None means `model.config`.
+        new_head: accepts a new head.
 
     Raises:
-        CheckpointError: names the first tensor that is missing.
+        CheckpointError: names the first missing tensor.
     """
-    # under an adapter `loading_info` is of the adapter
+    # with an adapter, `loading_info` describes the adapter
     missing = set(loading_info["missing_keys"]) | vars(model).pop("_missing_at_load", set())
     if not missing:
         return
     allowed: set[str] = set()
-    # the keys of an adapter are all its own
+    # all keys of an adapter must be in its checkpoint
     if not getattr(model, "_hf_peft_config_loaded", False):
         prefix, buffers = base_prefix(model), {key for key, _ in model.named_buffers()}
         heads = {key for key in missing if new_head and not key.startswith(prefix)}
@@ -74,13 +75,13 @@ def refuse_missing(
 
 
 def refuse_unexpected(model: Any, loading_info: dict[str, Any], name: Any, saved_config: Any) -> None:
-    """Refuses a checkpoint with a tensor in a layer of the decoder for which its own configuration has no place.
+    """Refuses a checkpoint with a tensor of the decoder for which the checkpoint's own configuration has no parameter.
 
-    Without the tensor, a bias of a linear layer perhaps, the model would compute another function. What an argument of
-    `from_pretrained` has left without a place stays out, and so do the layers beyond the last one, which a warning names.
+    Without that tensor, such as a bias, the model would compute another function. Tensors that an argument of
+    `from_pretrained` made superfluous are left out, and so are layers beyond the last one, which a warning names.
 
     Raises:
-        CheckpointError: names the first of them.
+        CheckpointError: names the first unexpected tensor.
     """
     prefix = f"{model.base_model_prefix}."
     children = {child for child, _ in getattr(model, model.base_model_prefix, model).named_children()}
@@ -96,9 +97,9 @@ def refuse_unexpected(model: Any, loading_info: dict[str, Any], name: Any, saved
 
 
 def _refuse_mismatched(model: Any, loading_info: dict[str, Any], name: Any) -> None:
-    """Refuses new weights for a tensor of another shape under `ignore_mismatched_sizes=True`: that is for a head.
+    """Refuses new weights for a decoder tensor of another shape under `ignore_mismatched_sizes=True`, which is for heads.
 
-    The embedding may be new too, with another vocabulary.
+    A new embedding is accepted, because the vocabulary can differ.
     """
     for key, found, wanted in sorted(loading_info["mismatched_keys"], key=lambda mismatch: _natural(mismatch[0])):
         if key.startswith(base_prefix(model)) and not key.endswith("embed_tokens.weight"):
@@ -111,21 +112,21 @@ def _first_of(names: list[str]) -> str:
 
 
 def base_prefix(model: Any) -> str:
-    """What the names of the decoder's tensors begin with; empty for a decoder without a head."""
+    """Returns the beginning of the names of the decoder's tensors; empty for a decoder without a head."""
     prefix = model.base_model_prefix
     return f"{prefix}." if prefix and hasattr(model, prefix) else ""
 
 
 def bare(model: Any, key: str) -> str:
-    """A tensor's name in the decoder without a head, whichever class it belongs to."""
+    """Returns the name that a tensor has in the decoder without a head, for a model of any class."""
     return key.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else key
 
 
 def saved_names(model: Any, config: Any) -> set[str]:
-    """The bare names of all tensors that a model of this configuration has, in the class that the checkpoint is of.
+    """Returns the [`bare`] names of all tensors of a model with this configuration and the class that it was saved from.
 
-    `config.architectures` names the class. Without a name the checkpoint is taken for a language model's; of a class
-    that is not to be found nothing but the decoder is known.
+    `config.architectures` names that class; without a name, a language model is assumed. If the class cannot be found, only
+    the names of the decoder are returned.
     """
     saved_class = next(filter(None, (_find_class(model, name) for name in config.architectures or [])), None)
     with torch.device("meta"):
@@ -139,20 +140,20 @@ def saved_names(model: Any, config: Any) -> set[str]:
 
 
 def _find_class(model: Any, name: str) -> type | None:
-    """The model class of that name: beside one that `model` is an instance of, or in transformers."""
+    """Returns the model class of a name, from the modules of the classes of `model` or from transformers."""
     modules = [sys.modules[cls.__module__] for cls in type(model).__mro__ if cls.__module__ in sys.modules]
     found = next((getattr(module, name) for module in [*modules, transformers] if hasattr(module, name)), None)
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
-def names_on_disk(model: nn.Module, keys: Iterable[str]) -> list[str]:
-    """The names under which a checkpoint holds tensors of the model: those of experts lie one by one."""
+def names_on_disk(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
+    """Returns the names that tensors of the model have in a checkpoint, where each expert has tensors of its own."""
     names: list[str] = []
     for key in keys:
         if ".experts." not in key:
             names.append(key)
             continue
-        # a loaded model remembers no more than the conversions that it went through
+        # a loaded model knows only the conversions that it went through
         with torch.device("meta"):
             new = type(model)(model.config)
         tensors = new.state_dict()
@@ -165,14 +166,14 @@ def _natural(key: str) -> list[tuple[int, str]]:
 
 
 def folder_of(name_or_path: Any, options: dict[str, Any]) -> Path | None:
-    """The folder of a checkpoint's files: its own, or that of transformers' cache after a download.
+    """Returns the folder of a checkpoint's files, which is in transformers' cache for a Hub name.
 
     Args:
         name_or_path: folder or Hub name.
         options: arguments of `from_pretrained`.
 
     Returns:
-        None for a repository without a config.json.
+        The folder, or None for a repository without a config.json.
     """
     if (folder := Path(str(name_or_path))).is_dir():
         return folder / (options.get("subfolder") or "")
@@ -184,14 +185,14 @@ def folder_of(name_or_path: Any, options: dict[str, Any]) -> Path | None:
 
 
 class OnDisk(NamedTuple):
-    """What a checkpoint's file says of a tensor before it is read."""
+    """Shape and kind of a tensor in a file, known before the tensor is read."""
 
     shape: tuple[int, ...]
     floating: bool
 
 
 def tensors_on_disk(name_or_path: Any, options: dict[str, Any]) -> dict[str, OnDisk]:
-    """A checkpoint's tensors by their names; empty where it is not in transformers' own files.
+    """Returns shape and kind of a checkpoint's tensors by name; empty if the checkpoint is not in transformers' files.
 
     Args:
         name_or_path: folder or Hub name.
@@ -206,7 +207,7 @@ def tensors_on_disk(name_or_path: Any, options: dict[str, Any]) -> dict[str, OnD
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-                # safetensors calls the others I64, U8, BOOL and the like
+                # safetensors names floating types with an F, other types I64, U8 or BOOL
                 found |= {name: OnDisk(tuple(x.get_shape()), "F" in x.get_dtype()) for name, x in slices.items()}
         else:
             tensors = torch.load(file, map_location="meta", weights_only=True)
@@ -215,7 +216,7 @@ def tensors_on_disk(name_or_path: Any, options: dict[str, Any]) -> dict[str, OnD
 
 
 def _weight_files(folder: Path, variant: str | None, safetensors: bool) -> list[Path]:
-    """The files that transformers reads: the first of these kinds that is there."""
+    """Returns the weight files that transformers reads: those of the first kind that exists."""
     kinds = ["model.safetensors", "model.safetensors.index.json"] if safetensors else []
     for kind in [*kinds, "pytorch_model.bin", "pytorch_model.bin.index.json"]:
         stem, _, suffix = kind.rpartition(".")
@@ -228,7 +229,10 @@ def _weight_files(folder: Path, variant: str | None, safetensors: bool) -> list[
 
 
 def _expert_problem(names: Iterable[str], num_experts: int) -> str:
-    """Which expert is missing or too many among names on disk; empty if none: transformers goes by their order alone."""
+    """Returns which expert is missing or unexpected among names on disk, or an empty text.
+
+    transformers numbers the experts by their order in the file and does not notice a gap.
+    """
     found: dict[str, set[int]] = {}
     for name in names:
         if match := _EXPERT.fullmatch(name):
@@ -242,7 +246,7 @@ def _expert_problem(names: Iterable[str], num_experts: int) -> str:
 
 
 def _integer_problem(model: Any, tensors: dict[str, OnDisk], unexpected: Iterable[str]) -> str:
-    """Which weight is of integers on disk, which transformers would take for its values; empty if none is."""
+    """Returns which weight has an integer type on disk, or an empty text; transformers would use the integers as weights."""
     integers = {bare(model, name) for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
     for name, tensor in tensors.items():
         if not tensor.floating and name not in unexpected and bare(model, name) not in integers:
@@ -251,7 +255,7 @@ def _integer_problem(model: Any, tensors: dict[str, OnDisk], unexpected: Iterabl
 
 
 def _shape_problem(model_class: type, config: Any, tensors: dict[str, OnDisk]) -> str:
-    """Which tensor is missing or misshapen on disk; empty if none is."""
+    """Returns which tensor is missing on disk or has a wrong shape, or an empty text."""
     with torch.device("meta"):
         model = model_class(config)
     found = {bare(model, name): tensor.shape for name, tensor in tensors.items()}
@@ -267,7 +271,7 @@ def _shape_problem(model_class: type, config: Any, tensors: dict[str, OnDisk]) -
 
 
 def _configuration(model_class: Any, name_or_path: Any, options: dict[str, Any], overrides: bool) -> Any:
-    """The configuration that the checkpoint holds, with or without what `from_pretrained` was given to change it."""
+    """Returns the configuration in a checkpoint, with or without the changes that `from_pretrained` was given."""
     given = options.get("config")
     folder = None if options.get("state_dict") is not None else folder_of(name_or_path, options)
     described = folder is not None and (folder / "config.json").is_file()
@@ -280,7 +284,7 @@ def _configuration(model_class: Any, name_or_path: Any, options: dict[str, Any],
 
 
 def _base_of(name_or_path: Any) -> Any:
-    """The checkpoint that an adapter's folder names; another checkpoint itself."""
+    """Returns the base checkpoint that an adapter's folder names; for another checkpoint, the checkpoint itself."""
     file = Path(str(name_or_path)) / "adapter_config.json"
     if not file.is_file() or (file.parent / "config.json").is_file():
         return name_or_path
@@ -289,10 +293,10 @@ def _base_of(name_or_path: Any) -> Any:
 
 @contextmanager
 def refuse_damaged(model_class: Any, name_or_path: Any, options: dict[str, Any]) -> Iterator[Callable]:
-    """Around transformers' loading: names what a damaged checkpoint lacks or has too much.
+    """Names the missing or unexpected tensor of a damaged checkpoint; a context around transformers' loading.
 
-    transformers makes new weights for a missing tensor, reports a missing expert as a failed conversion, and takes an
-    expert of another number for the next one. Yields `check(model, loading_info)`, to be called with what was loaded.
+    transformers makes new weights for a missing tensor, reports a missing expert as a failed conversion, and closes a gap in
+    the numbers of experts. The context yields `check(model, loading_info)`, to be called with the results of the loading.
 
     Args:
         model_class: the class to load.
@@ -305,7 +309,7 @@ def refuse_damaged(model_class: Any, name_or_path: Any, options: dict[str, Any])
 
     def check(model: Any, info: dict[str, Any]) -> None:
         if options.get("state_dict") == {}:
-            # nothing was given, so that nothing lacks: a new model was asked for
+            # an empty state dict asks for a new model, so that no tensor is missing
             vars(model).pop("_missing_at_load", None)
             return
         source = "state_dict" if name_or_path is None else model.name_or_path
@@ -321,7 +325,7 @@ def refuse_damaged(model_class: Any, name_or_path: Any, options: dict[str, Any])
         if not (info["missing_keys"] or info["unexpected_keys"] or of_base):
             return
         saved_config = _configuration(model_class, source, options, overrides=False)
-        # what comes of an adapter's folder lacks names of the adapter, unless the base lacks some
+        # a missing tensor is named for the adapter's folder, unless the base lacks it
         refuse_missing(model, info, source if of_base or name_or_path is None else name_or_path, saved_config)
         if not quantized:
             refuse_unexpected(model, info, source, saved_config)
@@ -334,7 +338,7 @@ def refuse_damaged(model_class: Any, name_or_path: Any, options: dict[str, Any])
         source = _base_of(name_or_path)
         config = _configuration(model_class, source, options, overrides=True)
         tensors = tensors_on_disk(source, options)
-        # quantized matrices have shapes of their own
+        # quantized matrices have other shapes on disk
         plain = getattr(config, "quantization_config", None) is None and options.get("quantization_config") is None
         problem = _shape_problem(model_class, config, tensors) if tensors and plain else ""
         problem = problem or _expert_problem(tensors, config.num_experts)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""How a checkpoint lies on disk: one tensor for each expert, fused in memory."""
+"""This module defines the layout of a checkpoint: one tensor per expert on disk, one tensor for all experts in memory."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 
 def register_expert_layout(model_type: str) -> None:
-    """Tells transformers to write `experts.E.gate_proj.weight` and the like, and to fuse them when it loads.
+    """Lets transformers write one tensor per expert (`experts.0.gate_proj.weight`) and fuse these tensors when it loads.
 
-    Servers and older tools know only these names. What they cannot run anyway, biases and the first layer of experts
-    that are not gated, stays fused on disk.
+    Servers and older tools know only the names of single experts. Biases, and the first matrices of experts without a gate,
+    stay fused on disk, because no server runs them.
     """
-    # the lookahead: before 5.23 transformers takes the biases, whose names go on, for the matrices when it saves
+    # the lookahead excludes biases: transformers before 5.23 matches their longer names too when it saves
     gate, up, down = (f"mlp.experts.*.{name}_proj.weight" for name in ("gate", "up", "down"))
-    # every copy of this file registers: the installed one and those that checkpoints bring
+    # the installed copy of this file registers the layout, and so does each copy that a checkpoint brings
     register_checkpoint_conversion_mapping(
         model_type,
         [
@@ -29,12 +29,12 @@ def register_expert_layout(model_type: str) -> None:
     )
 
 
-# parameter -> what it is made of on disk, one below the other
+# parameter in memory -> tensors on disk, in the order in which their rows are stacked
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 
 
 def fuse_experts(state_dict: dict[str, torch.Tensor], prefix: str, num_experts: int) -> None:
-    """Replaces one tensor for each expert by the fused ones, in place; a fused state dict stays as it is."""
+    """Replaces the tensors of single experts by fused tensors, in place; a state dict of fused tensors does not change."""
     stacks = {}
     for name in ("gate_proj", "up_proj", "down_proj"):
         keys = [f"{prefix}{expert}.{name}.weight" for expert in range(num_experts)]
@@ -46,18 +46,19 @@ def fuse_experts(state_dict: dict[str, torch.Tensor], prefix: str, num_experts: 
 
 
 def fill_experts(experts: Any, state_dict: dict[str, torch.Tensor], prefix: str) -> tuple[list[str], list[str]]:
-    """Replaces one tensor for each expert by the fused ones, in place; experts that are not there keep their weights.
+    """Replaces the tensors of single experts by fused tensors, in place; experts without a tensor keep their weights.
 
-    So a layer whose experts lie in two files is loaded file by file.
+    A layer whose experts are in two files can therefore be loaded file by file.
 
     Args:
         experts: a module of `num_experts` experts with the parameters `gate_up_proj` (E, 2I, H) or `up_proj` (E, I, H), and
             `down_proj` (E, H, I).
-        state_dict: of any tensors.
-        prefix: what the names of this module's tensors begin with.
+        state_dict: tensors by name, of any part of a model.
+        prefix: the beginning of the names of this module's tensors.
 
     Returns:
-        The names of the tensors of experts that lack where others of their kind are there, and what is wrong with others.
+        The names of missing tensors of experts, where the state dict has that tensor of another expert; and errors, one
+        sentence each.
     """
     missing: list[str] = []
     errors: list[str] = []

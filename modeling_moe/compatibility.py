@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Transformers' releases differ in a few names; one copy of this code, that of a checkpoint too, runs on all of them.
+"""This module hides the names in which transformers' releases differ, so that one copy of the code runs on all of them.
 
 transformers 5.24 renamed `past_key_values` to `cache`, in models, masks, outputs and `generate`, and gives the paged cache of
 continuous batching to the model, where earlier releases give it to the attention function. Here the name is `cache`; our
@@ -166,6 +166,18 @@ def update_cache(
         kwargs["cache"] = cache  # the attention function of these releases updates it
         return key, value
     return cache.update(key, value, layer_idx)
+
+
+def saved_by_earlier_version(values: dict[str, Any]) -> bool:
+    """Returns whether the contents of a config.json were written by a version of this package before 0.4.0.
+
+    transformers writes its own version into each config.json; since 0.4.0 the configuration writes `code_version` too.
+    """
+    if values.get("transformers_version") is None:
+        return False
+    version = str(values.get("code_version") or "0")
+    numbers = [int(part) for part in version.split(".")[:2] if part.isdecimal()]
+    return numbers < [0, 4]
 
 
 def warn_of_old_code(config: Any) -> None:

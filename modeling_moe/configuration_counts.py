@@ -1,10 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""How many parameters a configuration's causal language model has, by arithmetic.
-
-# H hidden, E experts, K experts per token
-"""
+"""This module counts the parameters of a model from its configuration, without making the model."""
 
 import functools
+from typing import Any
 
 import torch
 from transformers.activations import ACT2FN
@@ -19,17 +17,17 @@ def _activation_params(name: str) -> int:
         return sum(parameter.numel() for parameter in ACT2FN[name].parameters())
 
 
-def _mlp_params(config, width: int, gated: bool) -> int:
-    """Of a feed-forward network of `width`, without its activation."""
+def _mlp_params(config: Any, width: int, gated: bool) -> int:
+    """Returns the parameters of a feed-forward network with `width` hidden features, without its activation."""
     weights = config.hidden_size * width * (3 if gated else 2)
     return weights + config.mlp_bias * (width * (2 if gated else 1) + config.hidden_size)
 
 
-def _norm_params(config, width: int | None = None) -> int:
+def _norm_params(config: Any, width: int | None = None) -> int:
     return (config.hidden_size if width is None else width) * (2 if config.norm_type == "layer" else 1)
 
 
-def _latent_attention_params(config) -> int:
+def _latent_attention_params(config: Any) -> int:
     heads, hidden = config.num_attention_heads, config.hidden_size
     latents = config.kv_lora_rank + (config.q_lora_rank or 0)
     queries = heads * config.qk_head_dim * (config.q_lora_rank or hidden)
@@ -39,7 +37,7 @@ def _latent_attention_params(config) -> int:
     return queries + keys + compressions + biases + heads * config.v_head_dim * hidden
 
 
-def _attention_params(config) -> int:
+def _attention_params(config: Any) -> int:
     if config.kv_lora_rank is not None:
         return _latent_attention_params(config)
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -54,8 +52,8 @@ def _attention_params(config) -> int:
     return params + sum(_norm_params(config, width) for width in norms)
 
 
-def _routers_params(config) -> int:
-    """Of the routers of all sparse layers; one of each class is made, since there may be thousands of layers."""
+def _routers_params(config: Any) -> int:
+    """Returns the parameters of the routers of all sparse layers; it makes one router of each class, not one per layer."""
     layers = [router_class(config, i) for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
     params = {}
     with torch.device("meta"):
@@ -64,8 +62,18 @@ def _routers_params(config) -> int:
     return sum(params[router] for router in layers)
 
 
-def params_with(config, experts: int) -> int:
-    """Parameters of the causal LM if a sparse layer had `experts` routed experts and its router all of them."""
+def count_params(config: Any) -> int:
+    """Returns the number of parameters of a causal language model; a tied head counts once."""
+    return _params_with(config, config.num_experts)
+
+
+def count_active_params(config: Any) -> int:
+    """Returns the number of parameters that one token uses: all but the routed experts that it is not sent to."""
+    return _params_with(config, min(config.num_experts_per_tok, config.num_experts))
+
+
+def _params_with(config: Any, experts: int) -> int:
+    """Returns the parameters of a causal language model that had `experts` experts per layer, and routers for all."""
     activation = _activation_params(config.hidden_act)
     dense = _mlp_params(config, config.intermediate_size, config.gated_mlp) + activation
     sparse = experts * _mlp_params(config, config.moe_intermediate_size, config.gated_experts) + activation

@@ -1,9 +1,11 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""How transformers splits a model over processes: the plans of expert and of tensor parallelism, by configuration."""
+"""This module makes the plans by which transformers splits a model over processes: expert and tensor parallelism."""
+
+from typing import Any
 
 
-def expert_parallel_plan(config) -> dict[str, str]:
-    """Parameter or module of the base model -> what transformers does with it under expert parallelism."""
+def expert_parallel_plan(config: Any) -> dict[str, str]:
+    """Returns the rule of expert parallelism for each parameter or module of the base model, by its name."""
     if "sparse" not in config.mlp_layer_types:
         return {}
     names = ["gate_up_proj" if config.gated_experts else "up_proj", "down_proj"]
@@ -12,8 +14,8 @@ def expert_parallel_plan(config) -> dict[str, str]:
     return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
 
 
-def tensor_parallel_plan(config) -> dict[str, str]:
-    """Parameter or module of the base model -> how transformers splits it under tensor parallelism."""
+def tensor_parallel_plan(config: Any) -> dict[str, str]:
+    """Returns the rule of tensor parallelism for each parameter or module of the base model, by its name."""
     sparse = "sparse" in config.mlp_layer_types
     # a norm over all heads needs the gathered projection
     colwise, rowwise = "colwise", "rowwise"

@@ -5,10 +5,40 @@
 """
 
 import copy
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+from .configuration_fields import POSITIVE, PROBABILITY, Condition, Range, setting
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class EmbeddingFields:
+    """Embeddings."""
+
+    max_position_embeddings: int = setting(
+        4096, "The length in tokens of the longest sequence that the position embedding is meant for.", Range(1, 2**31)
+    )
+    position_embedding_type: Literal["rope", "learned"] = setting(
+        "rope",
+        'The position embedding: "rope" rotates queries and keys, "learned" adds a learned vector to each token embedding '
+        "(GPT-2).",
+        conditions=(
+            Condition(lambda config: config.kv_lora_rank is None, "unset kv_lora_rank (latent attention rotates)"),
+        ),
+    )
+    scale_embeddings: bool = setting(
+        False, "Multiplies token embeddings by sqrt(hidden_size), rounded to their dtype, as in Gemma."
+    )
+    embedding_multiplier: float | int = setting(
+        1.0, "The factor on the token embeddings before the first layer, as in Granite.", POSITIVE
+    )
+    embd_pdrop: float | int = setting(
+        0.0, "The dropout probability of the first layer's input in training.", PROBABILITY, effect="training"
+    )
 
 
 class ScaledEmbedding(nn.Embedding):

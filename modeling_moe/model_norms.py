@@ -1,11 +1,38 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """The norms that model families differ in, and where in a decoder layer they stand."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import nn
 from transformers import initialization as init
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+from .configuration_fields import Range, setting
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class NormFields:
+    """Norms."""
+
+    rms_norm_eps: float = setting(
+        1e-6,
+        "The epsilon of all norms except the norms of latent attention's latents, which use 1e-6.",
+        Range(1e-30, 1),
+    )
+    norm_type: Literal["rms", "rms_fp32", "rms_plus_one", "layer"] = setting(
+        "rms",
+        'The norm: "rms" (Llama), "rms_fp32", which multiplies by the weight before the cast (OLMo2), "rms_plus_one", which '
+        'multiplies by 1 + weight (Gemma), or "layer", a layer norm with bias (GPT-2, GPT-NeoX).',
+    )
+    norm_placement: Literal["pre", "post", "sandwich", "parallel"] = setting(
+        "pre",
+        'The place of the norms: "pre" before attention and feed-forward network, "post" after each of them and before the '
+        'sum (OLMo2), "sandwich" in both places (Gemma 2 and 3), or "parallel" before two networks that read one common input '
+        "(GPT-NeoX).",
+    )
 
 
 # norm_type -> class; they round at different places, which tells in bf16: w * cast(x), cast(w * x), cast((1 + w) * x)

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The decoder, in the order a token passes it.
+"""This module defines the decoder, in the order in which a token passes through it.
 
-# B batch, S sequence, T = B*S tokens, H hidden, I expert width, E experts, K experts per token
+# B rows, S tokens per row, T = B*S tokens, H hidden, I expert width, E experts, K choices per token
 ids -> embed -> [decoder layer] x L -> norm -> lm_head
 decoder layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))     mlp: MoEBlock or MoEMLP, by config.mlp_layer_types
                 (norms before, after or both, by config.norm_placement)
@@ -15,76 +15,49 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import MoEAttention
 from .attention_latent import MoELatentAttention
-from .checkpoint_code import name_own_router, own_classes, save_own_code, warn_of_other_class
-from .checkpoint_damage import refuse_damaged
 from .checkpoint_layout import fill_experts, register_expert_layout
-from .compatibility import (
-    CACHE_NAMES,
-    GenerationInputs,
-    __version__,
-    cache_keyword,
-    is_paged,
-    refuse_unknown,
-    takes_cache,
-    warn_of_old_code,
-)
+from .compatibility import CACHE_NAMES, cache_keyword, is_paged, refuse_unknown, takes_cache
 from .configuration_moe import MoEConfig
+from .model_checkpoints import CheckpointModel
 from .model_embeddings import RotaryEmbeddings, ScaledEmbedding
+from .model_experts import ExpertParameters, detached_parameters, merged_parameters
+from .model_generation import MoEGenerationMixin
+from .model_inputs import loss_weights, prepare_inputs, refuse_nan
+from .model_mlp import MoEMLP
 from .model_norms import PLACEMENTS, init_norm, make_norm
 from .model_outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
-from .model_packing import find_beginnings
 from .router import Router, Routing, RoutingContext, router_dtype
-from .router_balancing import CONTROLLERS, RouterTotals, update_routers, warn_of_unused
+from .router_balancing import CONTROLLERS, RouterTotals, update_routers
 from .router_capacity import Capacity
 from .router_catalogue import router_class
-from .router_losses import LOSSES, AttachLoss, TokenWeights, loss_share, predicts_label, weigh_tokens
-from .router_statistics import RouterSignals, collect, measure
-
-
-class MoEMLP(nn.Module):
-    """Feed-forward network of a dense layer, and of the shared experts."""
-
-    def __init__(self, config: MoEConfig, intermediate_size: int, gated: bool):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias) if gated else None
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Maps (..., H) to (..., H)."""
-        if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+from .router_losses import COEFFICIENTS, AttachLoss, TokenWeights, loss_share, predicts_label
+from .router_statistics import RouterStatistics, layer_statistics, model_statistics, pack, unpack
 
 
 @use_experts_implementation
 class ExpertsBase(nn.Module):
-    """The routed experts' weights, one tensor for all experts, and the eager forward that is every backend's oracle.
+    """Routed experts in plain PyTorch, by which every other implementation is tested.
 
-    Gated: `gate_up_proj` (E, 2I, H), gate first, and `down_proj` (E, H, I); not gated: `up_proj` (E, I, H). With
-    biases: `gate_up_proj_bias` (E, 2I) or `up_proj_bias` (E, I), and `down_proj_bias` (E, H).
+    Experts with a gate have `gate_up_proj` (E, 2I, H), gate first, and `down_proj` (E, H, I); experts without a gate have
+    `up_proj` (E, I, H) and `down_proj`. With biases there are `gate_up_proj_bias` (E, 2I) or `up_proj_bias` (E, I), and
+    `down_proj_bias` (E, H).
     """
 
     def __init__(self, config: MoEConfig):
@@ -102,7 +75,7 @@ class ExpertsBase(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        # `Trainer` resumes by `load_state_dict`, which knows nothing of the layout on disk
+        # `Trainer` resumes by `load_state_dict`, which does not convert the layout on disk
         missing, errors = fill_experts(self, state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -113,21 +86,21 @@ class ExpertsBase(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Sums the chosen experts' outputs.
+        """Computes the weighted sum of the chosen experts' outputs.
 
         Args:
             hidden_states: (T, H).
-            top_k_index: (T, K) expert ids; `num_experts` and above mark an empty slot.
+            top_k_index: (T, K) integers, expert ids; `num_experts` and above mark an empty assignment.
             top_k_weights: (T, K) factors on the experts' outputs.
 
         Returns:
             (T, H) in the dtype of `hidden_states`.
         """
-        # one unbind: indexing expert by expert would make each backward fill the whole tensor
+        # one unbind: with an index per expert, each backward would fill a gradient of the whole tensor
         up, down = getattr(self, self.up_name).unbind(0), self.down_proj.unbind(0)
         output, top_k_index = torch.zeros_like(hidden_states), top_k_index.long()
         for expert in range(self.num_experts):
-            token, slot = torch.where(top_k_index == expert)
+            token, choice = torch.where(top_k_index == expert)
             if len(token) == 0:
                 continue
             up_bias = getattr(self, f"{self.up_name}_bias")[expert] if self.has_bias else None
@@ -135,22 +108,22 @@ class ExpertsBase(nn.Module):
             states = nn.functional.linear(hidden_states[token], up[expert], up_bias)
             states = self._apply_gate(states) if self.has_gate else self.act_fn(states)
             states = nn.functional.linear(states, down[expert], down_bias)
-            states = states * top_k_weights[token, slot, None]
+            states = states * top_k_weights[token, choice, None]
             output = output.index_add(0, token, states.to(output.dtype))
         return output
 
 
 class MoEExperts(ExpertsBase):
-    """The routed experts, their forward chosen by `config._experts_implementation`."""
+    """Routed experts, computed by the implementation that `config._experts_implementation` names."""
 
     def __init__(self, config: MoEConfig):
         super().__init__(config)
-        # transformers' decorator sets these for the class; here they are the config's
+        # transformers' decorator sets these two for the class; here they follow the configuration
         self.has_gate, self.has_bias = config.gated_experts, config.mlp_bias
         limit = config.swiglu_limit
         self.gate_clamp = None if limit is None else (float(config.swiglu_alpha), float(limit))
-        # under this flag alone transformers' functions skip ids beyond the last expert, at some cost
-        self._is_expert_parallel = config.leaves_slots_empty
+        # transformers' experts functions skip out-of-range ids only if this flag is set, and the flag costs a masking pass
+        self._is_expert_parallel = config.has_empty_slots
 
     def forward(
         self,
@@ -160,43 +133,37 @@ class MoEExperts(ExpertsBase):
         gates: torch.Tensor | None = None,
         frozen: bool = False,
     ) -> torch.Tensor:
-        """Sums the chosen experts' outputs; arguments as of [`ExpertsBase`], and:
+        """Computes the weighted sum of the chosen experts' outputs.
 
         Args:
-            gates: (G, E); where given there are G experts, whose weights are these means of the E experts' weights.
-            frozen: lets no gradient reach the experts' weights.
+            hidden_states: (T, H).
+            top_k_index: (T, K) integers, expert ids; `num_experts` and above mark an empty assignment.
+            top_k_weights: (T, K) factors on the experts' outputs.
+            gates: (G, E) weights by which the E experts are merged into G experts, of which the ids are then; None without.
+            frozen: whether the experts' weights get no gradient.
+
+        Returns:
+            (T, H) in the dtype of `hidden_states`.
 
         Raises:
-            ValueError: for `gates` under LoRA on the experts with dropout, which merged weights cannot have.
+            ValueError: for `gates` with LoRA on the experts and dropout, which a merged weight cannot have.
         """
-        experts = self if gates is None and not frozen else self._changed(gates)
+        experts = self
+        if gates is not None:
+            experts = self._with(merged_parameters(self, gates), len(gates))
+        elif frozen:
+            experts = self._with(detached_parameters(self), self.num_experts)
         return ExpertsBase.forward(experts, hidden_states, top_k_index, top_k_weights)
 
-    def _changed(self, gates: torch.Tensor | None) -> "MoEExperts":
-        """Experts whose weights are means of these by gates (G, E), or these without gradient."""
-        # `modeling_moe.lora` leaves the factors of its updates here
-        updates: dict[str, Any] = self.__dict__.get("low_rank", {})
-        names = [self.up_name, "down_proj", *([f"{self.up_name}_bias", "down_proj_bias"] if self.has_bias else [])]
-        # read as attributes: PEFT and quantizers put what they compute in a parameter's place
-        weights = {name: getattr(self, name) for name in names}
-        if gates is None:
-            weights = {name: weight.detach() for name, weight in weights.items()}
-            updates = {name: x._replace(a=x.a.detach(), b=x.b.detach()) for name, x in updates.items()}
-        else:
-            for name, update in updates.items():
-                if update.dropout:
-                    raise ValueError("router_type='segment' merges the experts' weights: set lora_dropout to 0.")
-                weights[name] = weights[name] + update.scaling * (update.b @ update.a).to(weights[name].dtype)
-            weights = {name: torch.tensordot(gates.to(w.dtype), w, dims=1) for name, w in weights.items()}
-            updates = {}
-        changed = MoEExperts.__new__(MoEExperts)
-        changed.__dict__.update(self.__dict__, _parameters=weights, low_rank=updates)
-        if gates is not None:
-            changed.num_experts = len(gates)
-        return changed
+    def _with(self, parameters: ExpertParameters, num_experts: int) -> "MoEExperts":
+        """Returns experts that compute with other parameters, tensors through which gradients flow."""
+        experts = MoEExperts.__new__(MoEExperts)
+        experts.__dict__.update(self.__dict__, _parameters=parameters.weights, low_rank=parameters.low_rank)
+        experts.num_experts = num_experts
+        return experts
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """From (R, 2I), the gate first, to (R, I): `act(gate) * up`, or gpt-oss's clamped gate."""
+        """Maps (R, 2I), gate first, to (R, I): `act(gate) * up`, or gpt-oss's clamped gate."""
         gate, up = gate_up.chunk(2, dim=-1)
         if self.gate_clamp is None:
             return self.act_fn(gate) * up
@@ -206,14 +173,14 @@ class MoEExperts(ExpertsBase):
 
 
 class MoEBlock(nn.Module):
-    """Sparse feed-forward network: each token passes the experts its router chooses, and the shared ones."""
+    """A sparse feed-forward network: the router chooses experts for each token, and shared experts see every token."""
 
     def __init__(self, config: MoEConfig, layer_idx: int = 0):
         super().__init__()
         self.config = config
         router = router_class(config, layer_idx)
         self.gate, self.mix = router(config, layer_idx), router.mix
-        # transformers makes a model in the dtype it is to have
+        # transformers sets the default dtype to the model's while it makes a model
         if (dtype := router_dtype(torch.get_default_dtype())) != torch.get_default_dtype():
             self.gate.to(dtype)
         self.capacity = Capacity(config, layer_idx)
@@ -228,9 +195,9 @@ class MoEBlock(nn.Module):
 
     @property
     def router(self) -> Router:
-        """The router itself, where PEFT has put a layer of its own in the gate's place."""
+        """The router, also where PEFT has replaced `gate` by a layer around it."""
         router: Any = self.gate
-        while not hasattr(router, "own_loss"):
+        while not hasattr(router, "auxiliary_loss"):
             router = router.base_layer
         return router
 
@@ -239,12 +206,11 @@ class MoEBlock(nn.Module):
         hidden_states: torch.Tensor,
         context: RoutingContext | None = None,
         token_weights: TokenWeights | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Maps (B, S, H) to (B, S, H); with `token_weights`, by which the router losses weigh the tokens, what
-        [`RouterSignals`] names follows it in a tuple."""
+    ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        """Maps (B, S, H) to (B, S, H), and returns the router's statistics if `token_weights` is given, else None."""
         context = context or RoutingContext(hidden_states.shape[0])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        # what wraps or hooks a gate may hand on a plain tuple
+        # a wrapper or a hook of the gate may return a plain tuple
         chosen = Routing(*self.gate(tokens, context))
         routing = self.capacity(chosen, context, self.training)
         output = self.mix(self.experts, tokens, routing, context, self.config)
@@ -253,14 +219,16 @@ class MoEBlock(nn.Module):
         elif self.shared_experts is not None:
             output = output + self.shared_experts(tokens)
         output = output.view_as(hidden_states)
-        return output if token_weights is None else (output, *measure(self, chosen, routing, context, token_weights))
+        if token_weights is None:
+            return output, None
+        return output, layer_statistics(self, chosen, routing, context, token_weights)
 
 
 class MoEDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then a dense or a sparse feed-forward network, each added to the stream.
+    """Attention, then a dense or a sparse feed-forward network; the residual stream adds the output of each.
 
-    The norms stand before or after them, or both, by `config.norm_placement`; with `"parallel"` both networks see the
-    layer's input.
+    `config.norm_placement` puts norms before attention and network, after them, or both; with `"parallel"` attention and
+    network read the same input.
     """
 
     def __init__(self, config: MoEConfig, layer_idx: int):
@@ -292,8 +260,8 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         routing_context: RoutingContext | None = None,
         token_weights: TokenWeights | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Maps (B, S, H) to (B, S, H); with `token_weights` the router's signals follow it in a tuple."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Maps (B, S, H) to (B, S, H), packed with the router's statistics ([`~modeling_moe.router_statistics.pack`])."""
         before_attention, after_attention, before_mlp, after_mlp = self.norm_names
         attended, _ = self.self_attn(
             hidden_states=self._normed(before_attention, hidden_states),
@@ -306,33 +274,31 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         )
         attended = self._update(self._normed(after_attention, attended))
         residual = hidden_states if self.parallel else hidden_states + attended
-        signals: list[torch.Tensor] = []
+        statistics = None
         states = self._normed(before_mlp, residual)
         if self.is_sparse:
-            # the layer's own argument: checkpointing in training takes the cache away
+            # the cache is the layer's argument: gradient checkpointing removes it from there
             context = (routing_context or RoutingContext(len(states)))._replace(cache=cache)
-            output = self.mlp(states, context, token_weights)
-            # a hook may put the output into a tuple
-            states, *signals = output if isinstance(output, (tuple, list)) else (output,)
+            states, statistics = self.mlp(states, context, token_weights)
         else:
             states = self.mlp(states)
         states = self._update(self._normed(after_mlp, states))
-        # in GPT-NeoX's order, which tells in bf16
+        # in GPT-NeoX's order, since bf16 rounds each sum
         hidden_states = (states + attended) + residual if self.parallel else residual + states
-        return hidden_states if token_weights is None else (hidden_states, *signals)
+        return pack(hidden_states, statistics)
 
     def _normed(self, name: str | None, states: torch.Tensor) -> torch.Tensor:
         return states if name is None else getattr(self, name)(states)
 
     def _update(self, states: torch.Tensor) -> torch.Tensor:
-        """What a network adds to the stream."""
+        """Returns what the residual stream adds: the output of attention or network after dropout and scaling."""
         if self.resid_pdrop:
             states = nn.functional.dropout(states, self.resid_pdrop, self.training)
         return states if self.residual_multiplier == 1.0 else states * self.residual_multiplier
 
 
-class MoEPreTrainedModel(PreTrainedModel):
-    """What all MoE models share: how transformers initialises, saves, splits, records and compiles them."""
+class MoEPreTrainedModel(CheckpointModel):
+    """Base class of all models: how transformers initialises, splits, records and compiles them."""
 
     config: MoEConfig
     base_model_prefix = "model"
@@ -351,9 +317,9 @@ class MoEPreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: MoEConfig, *args, **kwargs):
-        # a field may have been assigned since the configuration was made
+        # a field may have been assigned after the configuration was checked
         config.validate()
-        # torch's own attention function knows neither
+        # torch's attention function supports neither
         self._supports_sdpa = config.attn_logit_softcapping is None and not config.attention_sinks
         super().__init__(config, *args, **kwargs)
 
@@ -378,69 +344,42 @@ class MoEPreTrainedModel(PreTrainedModel):
                 init.zeros_(buffer)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As transformers' own, but the default is this package's dispatch wherever the package is imported."""
+        """Chooses the experts implementation as transformers does; the default is this package's, if it is imported."""
         if requested_experts is None and "moe" in ALL_EXPERTS_FUNCTIONS:
             requested_experts = "moe"
         return super().get_correct_experts_implementation(requested_experts)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As transformers' own, but a checkpoint that lacks a tensor, or has one that nothing takes, is refused.
-
-        A head may be new where the checkpoint was saved from a class without it.
-
-        Raises:
-            CheckpointError: names the first tensor that is missing, misshapen or too many.
-        """
-        with refuse_damaged(cls, pretrained_model_name_or_path, kwargs) as check:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-            check(model, info)
-        warn_of_old_code(model.config)
-        warn_of_other_class(model)
-        return (model, info) if output_loading_info else model
-
-    def tie_weights(self, *args, **kwargs) -> None:
-        """As transformers' own, which in loading hands over the names of the tensors that the checkpoint lacks."""
-        super().tie_weights(*args, **kwargs)
-        if kwargs.get("missing_keys"):
-            self._missing_at_load = set(kwargs["missing_keys"])
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Saves weights, configuration and the code to load them where this package is not installed.
-
-        Raises:
-            ValueError: for `push_to_hub=True` with a router or a class of one's own, whose code would come too late.
-        """
-        warn_of_unused(self)
-        name_code(self.config)
-        own = own_classes(self)
-        if not own:
-            super().save_pretrained(save_directory, *args, **kwargs)
-            return
-        if kwargs.get("push_to_hub"):
-            raise ValueError(f"{own[0].__name__} is your own code: save first, and call push_to_hub after that.")
-        name_own_router(self.config)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            save_own_code(self, save_directory)
-
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """As transformers' own; a table from token ids to experts grows too, and its old ids keep their experts."""
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        for module in self.modules():
-            if isinstance(module, Router):
-                module.resize_vocabulary(self.config.vocab_size)
-        return embeddings
-
     def update_routers(self) -> None:
-        """See [`~modeling_moe.router_balancing.update_routers`]; call it once after each optimizer step."""
+        """Steps the routers' controllers: call it once after each optimizer step.
+
+        [`~modeling_moe.router_balancing.update_routers`] does the work.
+        """
         update_routers(self)
 
 
 class MoEModel(MoEPreTrainedModel):
-    """The decoder without a head."""
+    """The decoder without a head.
+
+    The arguments of `forward`:
+        input_ids: (B, S) int64 token ids; exactly one of `input_ids` and `inputs_embeds` is given.
+        attention_mask: (B, S), 0 at padding; or another mask that transformers' mask functions accept, with which the
+            routers treat every token as real.
+        position_ids: (B, S) or (1, S) int64. A restart begins a new sequence of a packed row; each sequence is routed by
+            itself, except that `base_layer` and `sinkhorn` in training assign the tokens of the whole batch together.
+            `cu_seq_lens_q`, which FlashAttention reads, marks sequences too.
+        cache: key-value cache with earlier tokens; `past_key_values` is another name for it.
+        inputs_embeds: (B, S, H) embeddings of the tokens.
+        use_cache: whether to return a cache.
+        output_router_logits: whether to return the router logits (T, E), the load-balancing loss and the experts' load.
+        attach_router_loss: whether the router losses reach the gradient in training through the hidden states, whatever
+            loss the caller computes from them; a caller that adds `router_loss` sets it to False.
+        label_mask: (B, S), true where a token predicts a label. A sequence's weight in the router losses is its number of
+            labels; without `label_mask` all sequences have the same weight.
+        task_ids: (B,) or (B, S) int64, task of each sequence or token, for the routers that need it.
+
+    `forward` raises ValueError for embeddings with a NaN, for `task_ids` of another shape, and if continuous batching
+    would change the model's output; it raises TypeError for a keyword argument that nothing reads.
+    """
 
     _auto_class = "AutoModel"
 
@@ -465,23 +404,22 @@ class MoEModel(MoEPreTrainedModel):
             drops=config.has_capacity,
         )
         self._keep_in_fp32_modules_strict = {
-            f"mlp.gate.{name}"
-            for block in self.sparse_blocks()
-            for name, tensor in block.gate.state_dict().items()
-            if tensor.is_floating_point() and router_dtype(torch.bfloat16) == torch.float32
+            f"mlp.gate.{name}" for block in self.sparse_blocks() for name in block.gate.kept_in_fp32
         }
-        # factor on router losses that attach themselves: the trainer's own, such as 1 / gradient accumulation steps
+        # factor that a trainer puts on attached router losses, such as 1 / gradient accumulation steps
         self.router_loss_scale = 1.0
         self.post_init()
 
     @property
     def has_router_losses(self) -> bool:
-        """Whether any router loss has a weight."""
-        own = router_class(self.config).own_loss is not Router.own_loss
-        return bool(self.sparse_blocks()) and (own or any(getattr(self.config, name) > 0 for name in LOSSES))
+        """Says whether any router loss has a coefficient."""
+        adds_loss = router_class(self.config).auxiliary_loss is not Router.auxiliary_loss
+        return bool(self.sparse_blocks()) and (
+            adds_loss or any(getattr(self.config, name) > 0 for name in COEFFICIENTS.values())
+        )
 
     def sparse_blocks(self) -> list[MoEBlock]:
-        """The sparse feed-forward networks, from the first layer to the last."""
+        """Returns the sparse feed-forward networks, from the first layer to the last."""
         return [layer.mlp for layer in self.layers if layer.is_sparse]
 
     @takes_cache
@@ -502,93 +440,65 @@ class MoEModel(MoEPreTrainedModel):
         task_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoEModelOutput:
-        """Runs the decoder.
-
-        Args:
-            input_ids: (B, S).
-            attention_mask: (B, S), 0 at padding; or what transformers' mask utilities accept, of which the router losses
-                cannot tell the padding: every token counts.
-            position_ids: (B, S) or (1, S); restarts mark packed sequences, each of which is routed as if it were alone
-                (but by `base` and `sinkhorn` in training, which share out the tokens of the whole batch). So do
-                `cu_seq_lens_q`, which FlashAttention reads.
-            cache: of earlier tokens; `past_key_values` is another name for it.
-            inputs_embeds: (B, S, H), in the place of `input_ids`.
-            use_cache: whether to return a cache.
-            output_router_logits: return the routers' logits (T, E), the balance loss and the experts' load.
-            attach_router_loss: in training, let the router losses reach the gradient through the hidden states,
-                whatever loss is computed from them; a caller that adds `router_loss` itself sets it to False.
-            label_mask: (B, S), true where a token predicts a label: in the router losses a sequence weighs as many as it
-                has; without, all weigh the same.
-            task_ids: (B,) or (B, S), the task of each sequence or token, for the routers that ask for it.
-
-        Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or the latter holds a NaN. For
-                `task_ids` of another shape.
-                Or if continuous batching would change what this model computes.
-            TypeError: for a keyword argument that nothing reads.
-        """
+        """Runs the decoder; the docstring of the class explains the arguments."""
         refuse_unknown(self, kwargs)
         if is_paged(cache):
             self.config.refuse_continuous_batching(self.training)
-        inputs_embeds = self._embeddings(input_ids, inputs_embeds)
-        packing, masked_cache = position_ids, cache
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        if position_ids is None:
-            masked_cache = cache
-            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
-            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = positions[None]
-
-        # transformers looks for packed sequences where there is no cache; a new one says nothing, so it may stay out
-        causal_masks = self._causal_masks(attention_mask, inputs_embeds, masked_cache, position_ids)
-        hidden_states = self._embed(inputs_embeds, position_ids)
-        position_embeddings = self.rotary_emb.for_each_type(hidden_states, position_ids)
+        embeds = self._embeddings(input_ids, inputs_embeds)
+        inputs = prepare_inputs(
+            self.config,
+            embeds,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            task_ids=task_ids,
+            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+        )
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        context = self._routing_context(inputs_embeds, input_ids, attention_mask, task_ids)
-        context = context._replace(begins=self._beginnings(inputs_embeds, context, packing, **kwargs))
-        token_weights = None
-        if self.training or output_router_logits:
-            token_weights = self._token_weights(inputs_embeds, context, label_mask)
+        measured = self.training or output_router_logits
+        token_weights = loss_weights(embeds, inputs.context, label_mask) if measured else None
+        hidden_states = self._embed(embeds, inputs.position_ids)
+        position_embeddings = self.rotary_emb.for_each_type(hidden_states, inputs.position_ids)
 
-        signals = []
+        statistics: list[RouterStatistics] = []
         # as in transformers, `layers` may be cut after the model was made
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
             output = layer(
                 hidden_states,
-                attention_mask=causal_masks[layer_type],
-                position_ids=position_ids,
+                attention_mask=inputs.attention_masks[layer_type],
+                position_ids=inputs.position_ids,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings[layer_type],
-                routing_context=context,
+                routing_context=inputs.context,
                 token_weights=token_weights,
-                **cache_keyword(cache),
+                **cache_keyword(inputs.cache),
                 **kwargs,
             )
-            hidden_states, *signal = output if isinstance(output, (tuple, list)) else (output,)
-            if signal:
-                signals.append(RouterSignals(*signal))
+            hidden_states, of_layer = unpack(output)
+            if of_layer is not None:
+                statistics.append(of_layer)
 
         hidden_states = self.norm(hidden_states)
-        router_outputs = collect(self, signals) if signals else {}
-        if attach_router_loss and "router_loss" in router_outputs:
-            router_loss = self.router_loss_scale * router_outputs.pop("router_loss")
-            hidden_states = AttachLoss.apply(hidden_states, router_loss)
-        return MoEModelOutput(last_hidden_state=hidden_states, **cache_keyword(cache), **router_outputs)
+        routers = model_statistics(self, statistics)
+        if attach_router_loss and routers.router_loss is not None:
+            hidden_states = AttachLoss.apply(hidden_states, self.router_loss_scale * routers.router_loss)
+            routers = routers._replace(router_loss=None)
+        return MoEModelOutput(last_hidden_state=hidden_states, **cache_keyword(inputs.cache), **routers._asdict())
 
     def _embeddings(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings (B, S, H) of the tokens, as given or looked up."""
+        """Returns the embeddings (B, S, H) of the tokens, given or looked up."""
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             return self.embed_tokens(input_ids)
-        self._refuse_nan(inputs_embeds)
+        refuse_nan(inputs_embeds, self.training)
         return inputs_embeds
 
-    def _embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """What enters the first layer, (B, S, H)."""
-        states = inputs_embeds
+    def _embed(self, states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Returns the input (B, S, H) of the first layer: the embeddings, scaled, with positions and dropout."""
         if self.config.embedding_multiplier != 1.0:
             states = states * self.config.embedding_multiplier
         if self.embed_positions is not None:
@@ -597,75 +507,12 @@ class MoEModel(MoEPreTrainedModel):
             states = nn.functional.dropout(states, self.config.embd_pdrop, self.training)
         return states
 
-    def _refuse_nan(self, inputs_embeds: torch.Tensor) -> None:
-        # on an accelerator the look costs a synchronisation, which decoding cannot afford
-        if is_tracing(inputs_embeds) or not (self.training or inputs_embeds.device.type == "cpu"):
-            return
-        if inputs_embeds.isnan().any():
-            row, position = inputs_embeds.isnan().any(dim=-1).nonzero()[0].tolist()
-            raise ValueError(
-                f"inputs_embeds has a NaN in row {row} at position {position}: check what computes the embeddings."
-            )
 
-    def _causal_masks(self, attention_mask, inputs_embeds, cache, position_ids) -> dict:
-        """One mask for each attention type in use, unless `generate` has prepared them."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        functions = {
-            "full_attention": create_causal_mask,
-            "sliding_attention": create_sliding_window_causal_mask,
-        }
-        return {
-            layer_type: functions[layer_type](
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **cache_keyword(cache),
-            )
-            for layer_type in set(self.config.layer_types)
-        }
-
-    def _routing_context(self, inputs_embeds, input_ids, attention_mask, task_ids) -> RoutingContext:
-        """What the routers may know of this batch; a mask over cached tokens too is cut to the last S."""
-        batch_size, length = inputs_embeds.shape[:2]
-        token_mask = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            # some callers number the sequences in it
-            token_mask = attention_mask[:, -length:].reshape(-1) > 0
-        if task_ids is not None:
-            if task_ids.shape not in ((batch_size,), (batch_size, length)):
-                raise ValueError(
-                    f"task_ids has shape {tuple(task_ids.shape)}: give one task for each sequence, ({batch_size},), or for "
-                    f"each token, ({batch_size}, {length})."
-                )
-            task_ids = (task_ids if task_ids.dim() == 2 else task_ids[:, None]).expand(-1, length).reshape(-1)
-        if input_ids is not None:
-            input_ids = input_ids.reshape(-1)
-        return RoutingContext(batch_size, token_mask, input_ids, task_ids)
-
-    def _beginnings(self, inputs_embeds, context, position_ids, cu_seq_lens_q=None, **_) -> torch.Tensor | None:
-        """Whether a token begins a sequence (T,); None where each row is one, or goes on with one by a single token."""
-        if inputs_embeds.shape[1] == 1:
-            return None
-        shape, token_mask = inputs_embeds.shape[:2], context.by_row(context.token_mask)
-        begins = find_beginnings(shape, position_ids, token_mask, cu_seq_lens_q)
-        return None if begins is None else begins.flatten()
-
-    def _token_weights(self, inputs_embeds, context, label_mask) -> TokenWeights:
-        """What each token counts in the router losses, in fp32 at least."""
-        dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
-        mask = torch.ones(inputs_embeds.shape[:2], dtype=dtype, device=inputs_embeds.device)
-        if context.token_mask is not None:
-            mask = context.token_mask.view(mask.shape).to(mask)
-        return weigh_tokens(mask, context.by_row(context.begins), label_mask)
-
-
-class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
+class MoEForCausalLM(MoEPreTrainedModel, MoEGenerationMixin):
     """The decoder with a language-model head.
 
-    In training with labels, `loss` is the cross entropy plus the weighted router losses; in evaluation it is the
-    cross entropy alone. Without labels the router losses still reach the gradient, see [`MoEModel`].
+    With labels, `loss` is the cross entropy plus the weighted router losses in training, and the cross entropy alone in
+    evaluation. Without labels the router losses reach the gradient through the hidden states.
     """
 
     _auto_class = "AutoModelForCausalLM"
@@ -697,12 +544,12 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         task_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoECausalLMOutput:
-        """Runs decoder and head; arguments as of [`MoEModel`], and:
+        """Runs the decoder and the head; [`MoEModel`] explains the arguments that it shares.
 
         Args:
-            labels: (B, S), token ids to predict, shifted here; -100 is ignored.
-            logits_to_keep: compute the logits (B, kept, V) of the last so many positions only (0: all), or of those
-                listed in a tensor.
+            labels: (B, S) token ids to predict, which are shifted here; -100 is ignored.
+            logits_to_keep: number of last positions whose logits (B, kept, V) are computed, 0 for all positions; or a tensor
+                of positions.
         """
         refuse_unknown(self, kwargs)
         outputs: MoEModelOutput = self.model(
@@ -741,46 +588,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
             **cache_keyword(outputs.cache),
         )
 
-    @takes_cache
-    def prepare_inputs_for_generation(self, input_ids, cache=None, inputs_embeds=None, **kwargs):
-        """As transformers' own; a text that outgrows the short factors of a LongRoPE is read again with the long ones."""
-        rope: dict = self.config.rope_parameters or {}
-        if (
-            cache is not None
-            and rope.get("rope_type") == "longrope"
-            and 0 < cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]
-        ):
-            cache, kwargs["next_sequence_length"] = None, None
-        # by name: transformers asks the signature whether a prompt may be embeddings
-        inputs = GenerationInputs(
-            super().prepare_inputs_for_generation(
-                input_ids, inputs_embeds=inputs_embeds, **cache_keyword(cache), **kwargs
-            )
-        )
-        if (tasks := inputs.get("task_ids")) is not None and tasks.dim() == 2:
-            # (B, S) of the prompt: a new token has the task of the last one
-            seen = 0 if cache is None else int(cache.get_seq_length())
-            given = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-            columns = torch.arange(seen, seen + given.shape[1], device=tasks.device)
-            inputs["task_ids"] = tasks[:, columns.clamp(max=tasks.shape[1] - 1)]
-        return inputs
-
-    def generate(self, *args, **kwargs):
-        """As transformers' own; the release's `generate` knows one name of the cache, this one both."""
-        named = {name: kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None}
-        if len(named) > 1:
-            raise TypeError(f"generate() got a cache as {' and as '.join(named)}: give one.")
-        for cache in named.values():
-            kwargs |= cache_keyword(cache)
-        return super().generate(*args, **kwargs)
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """As transformers' own, behind `generate_batch` and its server; ValueError where it would change the text."""
-        self.config.refuse_continuous_batching(self.training)
-        return super().init_continuous_batching(*args, **kwargs)
-
     def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits (B, S, V) of states (B, S, H)."""
+        """Maps hidden states (B, S, H) to logits (B, S, V)."""
         logits = self.lm_head(hidden_states)
         if self.config.logits_scaling != 1.0:
             logits = logits / self.config.logits_scaling
@@ -789,8 +598,8 @@ class MoEForCausalLM(MoEPreTrainedModel, GenerationMixin):
         return logits
 
 
-# The heads below build MoEModel themselves: transformers' generic ones look it up in the auto classes, which a process
-# that runs this file from a checkpoint does not have.
+# The heads below make a MoEModel: transformers' generic heads look the decoder up in the auto classes, where a process that
+# runs this file from a checkpoint does not find it.
 
 
 class MoEForSequenceClassification(GenericForSequenceClassification, MoEPreTrainedModel):
@@ -821,7 +630,7 @@ class MoEForTokenClassification(GenericForTokenClassification, MoEPreTrainedMode
 
 
 class MoEForQuestionAnswering(GenericForQuestionAnswering, MoEPreTrainedModel):
-    """The decoder with a linear head for the start and the end of an answer."""
+    """The decoder with a linear head for the first and the last token of an answer."""
 
     _auto_class = "AutoModelForQuestionAnswering"
 
@@ -839,16 +648,6 @@ MODELS = (
     MoEForTokenClassification,
     MoEForQuestionAnswering,
 )
-AUTO_MAP = {"AutoConfig": "configuration_moe.MoEConfig"} | {
-    model._auto_class: f"modeling_moe.{model.__name__}" for model in MODELS
-}
-
-
-def name_code(config: MoEConfig) -> None:
-    """Names in a configuration the code that travels with the weights: its classes and its version."""
-    config.auto_map, config.code_version = dict(AUTO_MAP), __version__
-
-
 register_expert_layout(MoEConfig.model_type)
 # the label smoothing of `Trainer` shifts the labels for the classes named here alone
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoEConfig.model_type] = MoEForCausalLM.__name__

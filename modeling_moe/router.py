@@ -7,7 +7,8 @@ A router is `score -> select -> weigh` and returns a [`Routing`]; a new one over
 # B sequences, T tokens, H hidden, E experts, Z experts without weights (null and copy), K slots per token
 """
 
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +17,90 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations import deepspeed_config
 from transformers.utils.generic import maybe_autocast
 
+from .configuration_fields import POSITIVE, Range, setting
 from .model_packing import first_columns
+
+
+# fields that the frame of a router reads, unless a subclass overrides the method that does
+FRAME_READS = frozenset(
+    {
+        "scoring_func",
+        "router_bias",
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "router_jitter_noise",
+        "router_gradient",
+        "router_aux_loss_scope",
+    }
+)
+# fields by which [`~modeling_moe.router_capacity.Capacity`] limits any router that assigns tokens to experts
+CAPACITY_READS = frozenset(
+    {
+        "capacity_factor",
+        "eval_capacity_factor",
+        "expert_capacity",
+        "capacity_running",
+        "capacity_includes_k",
+        "capacity_priority",
+    }
+)
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class RouterFields:
+    """Router."""
+
+    allow_noncausal: bool = setting(
+        False,
+        "Permits routing in which a token's experts depend on later tokens. A causal language model can learn to read the "
+        "later tokens from this routing, which is why it is refused by default.",
+        effect="training",
+    )
+    scoring_func: str = setting(
+        "softmax",
+        'The function from router logits to scores: "softmax", "sigmoid" (DeepSeek-V3) or "sqrtsoftplus" (DeepSeek-V4).',
+        choices=("softmax", "sigmoid", "sqrtsoftplus"),
+        by_router=True,
+    )
+    router_bias: bool = setting(False, "Adds a learned bias to the router logits, as in gpt-oss.", by_router=True)
+    norm_topk_prob: bool = setting(
+        None,
+        "Divides the weights of a token's chosen experts by their sum.",
+        by_router=True,
+        follows="the default of the router's paper, True for router_type='topk'",
+    )
+    routed_scaling_factor: float | int = setting(
+        1.0, "The factor on the weights of the routed experts, applied after norm_topk_prob.", POSITIVE, by_router=True
+    )
+    num_null_experts: int = setting(
+        0,
+        "The number of extra router outputs that do nothing, so that tokens can use fewer than num_experts_per_tok experts "
+        "(AdaMoE, arXiv:2406.13233).",
+        Range(0, 2**16),
+        by_router=True,
+    )
+    num_copy_experts: int = setting(
+        0,
+        "The number of extra router outputs that return the token unchanged (LongCat-Flash, arXiv:2509.01322).",
+        Range(0, 2**16),
+        by_router=True,
+    )
+    router_jitter_noise: float | int = setting(
+        0.0,
+        "Multiplies the router's input in training by uniform noise between 1 - router_jitter_noise and "
+        "1 + router_jitter_noise, as in Switch; router_gradient='sparsemixer' draws experts whose logit is within twice this "
+        "relative distance of the largest.",
+        Range(0, 1),
+        effect="training",
+        by_router=True,
+    )
+    router_gradient: Literal["topk", "dense", "sparsemixer"] = setting(
+        "topk",
+        'The gradient of the router: "topk" through the weights of the chosen experts, "dense" through the weights of all '
+        'experts, which are all computed in training (DenseMixer), or "sparsemixer", which draws the experts (GRIN, '
+        "arXiv:2409.12136).",
+        by_router=True,
+    )
 
 
 class Routing(NamedTuple):
@@ -28,7 +112,7 @@ class Routing(NamedTuple):
         index: (T, K) int64, the chosen experts: below E routed ones, then null experts, then copy experts; `E + Z` marks
             an empty slot (dropped or unused). The experts skip all that is E or more.
         probs: (T, E + Z) fp32, scores normalised to sum 1.
-        chance: (T, E + Z) fp32, probability that the noise selects an expert, differentiable; None without noise.
+        selection_probability: (T, E + Z) fp32, probability that the noise selects an expert, differentiable; None without noise.
         mixture: fp32, what [`Router.mix`] needs beside the others, if anything: by default (T, E + Z), the weights that
             `router_gradient="dense"` differentiates in training.
     """
@@ -37,7 +121,7 @@ class Routing(NamedTuple):
     weight: torch.Tensor
     index: torch.Tensor
     probs: torch.Tensor
-    chance: torch.Tensor | None = None
+    selection_probability: torch.Tensor | None = None
     mixture: torch.Tensor | None = None
 
 
@@ -93,6 +177,13 @@ def expert_load(routing: Routing, token_mask: torch.Tensor | None = None, batch_
     return counts[0] if batch_size == 1 else counts
 
 
+def num_real_tokens(routing: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the number of tokens, padding excluded, as a scalar in the dtype of the probabilities."""
+    if token_mask is None:
+        return routing.probs.new_full((), len(routing.probs))
+    return token_mask.to(routing.probs.dtype).sum()
+
+
 def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     """Mean over the tokens (dimension 0 of `values`) that count; 0 if none does."""
     if token_mask is None:
@@ -102,7 +193,7 @@ def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.
     return (mask * values).where(mask > 0, 0.0).sum(dim=0) / mask.sum().clamp(min=1)
 
 
-def history_slot(config, layer_idx: int) -> int:
+def history_layer(config, layer_idx: int) -> int:
     """Index of the layer in the cache that holds what a sparse layer keeps of earlier tokens; the layers leave no gap."""
     return config.num_hidden_layers + config.mlp_layer_types[:layer_idx].count("sparse")
 
@@ -114,7 +205,7 @@ def extend_history(cache, slot: int, states: torch.Tensor) -> torch.Tensor:
 
     Args:
         cache: as `generate` makes it; None for a sequence that begins here.
-        slot: index of that layer, see [`history_slot`].
+        slot: index of that layer, see [`history_layer`].
         states: (B, S, N).
 
     Returns:
@@ -202,16 +293,16 @@ class Router(nn.Module):
     per_token: ClassVar[bool] = True
     # number of experts differs from token to token
     variable_k: ClassVar[bool] = False
-    # `max_experts_per_tok` has an effect
-    bounded: ClassVar[bool] = False
-    # `router_bias` has an effect, unless `logits` is overridden
-    biased: ClassVar[bool] = True
+    # each token uses all experts, whatever `num_experts_per_tok` is
+    uses_all_experts: ClassVar[bool] = False
     # value of `norm_topk_prob` where the configuration gives none
     norm_topk_prob_default: ClassVar[bool] = True
+    # fields declared with `by_router` that the router reads; the configuration refuses others that differ from their defaults
+    reads: ClassVar[frozenset[str]] = FRAME_READS | CAPACITY_READS
     # argument of the model's forward that the router cannot do without, beside the tokens
-    asks_for: ClassVar[str | None] = None
+    required_input: ClassVar[str | None] = None
     # controller that the router cannot do without, a key of `modeling_moe.router_balancing.CONTROLLERS`
-    own_controller: ClassVar[str | None] = None
+    default_controller: ClassVar[str | None] = None
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__()
@@ -330,8 +421,15 @@ class Router(nn.Module):
             output = output + (share * hidden_states).to(output.dtype)
         return output
 
-    def own_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor | None:
+    def auxiliary_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor | None:
         """A scalar that this router adds to the training loss, its weight included; None if it has none."""
+
+    @property
+    def kept_in_fp32(self) -> set[str]:
+        """The names of the parameters and buffers that stay fp32 when the model has another floating dtype."""
+        if router_dtype(torch.bfloat16) != torch.float32:
+            return set()
+        return {name for name, tensor in self.state_dict().items() if tensor.is_floating_point()}
 
     def _apply(self, fn, recurse=True):
         """Keeps weights and buffers in fp32 at least when the model is cast.

@@ -4,12 +4,27 @@
 # T tokens, H hidden, E experts, Z experts without weights (null and copy), K slots per token, N tasks
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .router import Router, Routing, RoutingContext, fp32_linear, renormalise
-from .router_topk import TopKRouter
+from .configuration_fields import Range, setting
+from .router import CAPACITY_READS, Router, Routing, RoutingContext, fp32_linear, renormalise
+from .router_topk import SELECTION_READS, TopKRouter
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class AssignedFields:
+    """Routers by token id or task."""
+
+    hash_seed: int = setting(
+        0, "The seed of the tables from token ids to experts.", Range(0, 2**32), effect="detail", by_router=True
+    )
+    num_tasks: int = setting(
+        1, "The number of tasks that task_ids can name.", Range(1, 2**16), effect="detail", by_router=True
+    )
 
 
 def hash_table(vocab_size: int, num_experts: int, top_k: int, seed: int, counts: torch.Tensor | None = None):
@@ -49,7 +64,8 @@ class HashRouter(Router):
     It is saved with the model. `hash_scored` is DeepSeek-V4's: a learned gate weighs the experts of the table.
     """
 
-    scored = biased = False
+    reads = CAPACITY_READS | {"routed_scaling_factor", "hash_seed", "router_aux_loss_scope"}
+    scored = False
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -102,7 +118,8 @@ class HashRouter(Router):
 class ScoredHashRouter(HashRouter):
     """DeepSeek-V4's first layers: the table chooses, a learned gate weighs. See [`HashRouter`]."""
 
-    scored = biased = True
+    reads = Router.reads | {"hash_seed"}
+    scored = True
 
 
 def task_of(context: RoutingContext) -> torch.Tensor:
@@ -120,10 +137,11 @@ class TaskRouter(TopKRouter):
     """Routes whole sequences by their task: the gate sees a learned embedding of it in the place of the token.
 
     Task-level routing (Kudugunta et al., arXiv:2110.03742): all tokens of a task share K experts, which
-    [`~modeling_moe.upcycling.extract_task`] takes out as a model of its own.
+    [`~modeling_moe.resizing.extract_task`] takes out as a model of its own.
     """
 
-    asks_for = "task_ids"
+    reads = (Router.reads | SELECTION_READS | {"num_tasks"}) - {"router_bias"}
+    required_input = "task_ids"
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -146,7 +164,8 @@ class MMoERouter(TopKRouter):
     The paper mixes all experts: `num_experts_per_tok=num_experts`; fewer make it sparse.
     """
 
-    asks_for = "task_ids"
+    reads = (Router.reads | SELECTION_READS | {"num_tasks"}) - {"router_bias"}
+    required_input = "task_ids"
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -165,7 +184,7 @@ class UniformRouter(Router):
     The weights are `expert_weight` (E,), a parameter.
     """
 
-    biased = False
+    reads = (CAPACITY_READS - {"capacity_priority"}) | {"routed_scaling_factor"}
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -175,7 +194,7 @@ class UniformRouter(Router):
     @classmethod
     def validate(cls, config) -> None:
         if config.num_experts_per_tok != config.num_experts:
-            raise ValueError("router_type='fixed' uses all experts: set num_experts_per_tok to num_experts.")
+            raise ValueError("router_type='uniform' uses all experts: set num_experts_per_tok to num_experts.")
 
     def init_weights(self, std: float) -> None:
         init.constant_(self.expert_weight, 1 / self.num_experts)

@@ -1,60 +1,125 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Balancing without gradient: controllers that move the routers' buffers once per optimizer step.
+"""This module balances the experts' load without gradient: controllers move the routers' buffers once per optimizer step.
 
-A controller measures each forward pass in training, in sums that add up over micro-batches and ranks, and is stepped by
-[`update_routers`] with their total. What is recomputed for checkpointing is not counted again.
+A controller observes each forward pass in training, as sums that add up over micro-batches and ranks. [`update_routers`]
+steps the controllers with the totals. A layer that checkpointing recomputes is not observed again.
 
-# T tokens, E experts, Z experts without weights, K experts per token, L layers
+# T tokens, E experts, Z experts without weights, K choices per token, L sparse layers
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from .router import Router, Routing, expert_load
+from .configuration_fields import COEFFICIENT, PROBABILITY, Condition, Range, setting
+from .router import Routing, expert_load
+
+
+_BIAS = Condition(lambda config: config.router_selection_bias, "set router_selection_bias=True")
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class BalancingFields:
+    """Balancing without gradient."""
+
+    router_controller: Literal["bias", "proportional", "quantile"] | None = setting(
+        None,
+        'The rule that moves the selection bias once per optimizer step: "bias" by the sign of the imbalance (DeepSeek-V3), '
+        '"proportional" in proportion to it (LongCat-Flash), "quantile" to the value at which it would vanish (Megatron-LM).',
+        effect="training",
+        conditions=(_BIAS,),
+        follows="bias if router_bias_update_rate is positive, else None",
+    )
+    router_bias_update_rate: float | int = setting(
+        0.0,
+        'The step size of the router controllers "bias" and "proportional"; a positive rate without router_controller chooses '
+        '"bias".',
+        COEFFICIENT,
+        effect="training",
+        conditions=(
+            _BIAS,
+            Condition(
+                lambda config: config.router_controller in ("bias", "proportional"),
+                "set router_controller='bias' or 'proportional'",
+            ),
+        ),
+    )
+    router_ema_decay: float | int = setting(
+        0.99,
+        "The decay of the moving averages of router_controller='quantile' and of router_type='expert_threshold'.",
+        PROBABILITY,
+        effect="training",
+        conditions=(
+            Condition(
+                lambda config: config.controller in ("quantile", "threshold"),
+                "set router_controller='quantile' or router_type='expert_threshold'",
+            ),
+        ),
+    )
+    expected_experts_per_tok: float | int = setting(
+        None,
+        "The average number of experts with weights per token that router_controller='proportional' aims at.",
+        Range(0, 2**17, open_below=True),
+        effect="training",
+        conditions=(
+            Condition(
+                lambda config: config.router_controller == "proportional", "set router_controller='proportional'"
+            ),
+        ),
+        follows="num_experts_per_tok",
+    )
 
 
 logger = logging.get_logger(__name__)
 
 
 class Controller:
-    """What moves a buffer of the routers. Subclasses measure and step; the state is the routers' own."""
+    """Base class of controllers, which move a buffer of the routers; a controller keeps no state, the routers do."""
 
     def size(self, num_outputs: int) -> int:
-        """Length n of what is measured, for E + Z outputs."""
+        """Returns the number n of sums that the controller observes, for a router with `num_outputs` outputs."""
         return num_outputs
 
-    def measure(self, router: Router, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
-        """Sums (n,) over the tokens that count."""
+    def observe(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        """Returns sums (n,) over the tokens, padding excluded."""
         return expert_load(routing, token_mask)
 
-    def step(self, routers: list[Router], totals: torch.Tensor) -> None:
+    def step(self, routers: list[Any], totals: torch.Tensor) -> None:
         """Moves the routers of all layers by their totals (L, n)."""
         for router, total in zip(routers, totals, strict=True):
             self.step_layer(router, total)
 
-    def step_layer(self, router: Router, total: torch.Tensor) -> None:
+    def step_layer(self, router: Any, total: torch.Tensor) -> None:
         """Moves one router by its total (n,)."""
         raise NotImplementedError
 
 
 class BiasController(Controller):
-    """`b_i += rate * sign(mean(load) - load_i)`: auxiliary-loss-free balancing (arXiv:2408.15664, algorithm 1)."""
+    """Moves the selection bias by the sign of the imbalance: auxiliary-loss-free balancing (arXiv:2408.15664, algorithm 1).
+
+    `b_i += rate * sign(mean(load) - load_i)`, with rate `router_bias_update_rate`.
+    """
 
     def step_layer(self, router: Any, total: torch.Tensor) -> None:
-        # in place: the router may be wrapped, and hand on what is read alone
+        """Moves one router by its load (E + Z,)."""
+        # in place: PEFT may wrap the router, and a wrapper passes on reads but not assignments
         router.e_score_correction_bias.add_(torch.sign(total.mean() - total), alpha=router.bias_update_rate)
 
 
 class ProportionalController(Controller):
-    """`b_i += rate * (K_e / (K E) - load_i / (K T))` for experts with weights, so that a token uses
-    `expected_experts_per_tok` (K_e) of them on average (LongCat-Flash, arXiv:2509.01322)."""
+    """Moves the selection bias of experts with weights in proportion to the imbalance (LongCat-Flash, arXiv:2509.01322).
+
+    `b_i += rate * (K_e / (K E) - load_i / (K T))`, so that a token uses K_e (`expected_experts_per_tok`) experts with
+    weights on average.
+    """
 
     def step_layer(self, router: Any, total: torch.Tensor) -> None:
+        """Moves one router by its load (E + Z,)."""
         real = router.num_experts
         target = router.expected_experts / (router.top_k * real)
         error = target - total[:real] / total.sum().clamp(min=1)
@@ -62,12 +127,14 @@ class ProportionalController(Controller):
 
 
 def column_quantile(values: torch.Tensor, share: float, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """What `share` of the tokens that count exceed or reach, for each column, times their number; then that number.
+    """Returns, for each column, the value that `share` of the tokens reach, times the number of tokens; then that number.
+
+    The product with the number of tokens lets micro-batches be summed.
 
     Args:
         values: (T, N).
         share: from 0 to 1.
-        token_mask: (T,).
+        token_mask: (T,) 0 at padding, which is excluded; None without padding.
 
     Returns:
         (N + 1,).
@@ -81,22 +148,25 @@ def column_quantile(values: torch.Tensor, share: float, token_mask: torch.Tensor
 
 
 class QuantileController(Controller):
-    """`b` follows minus the score by which an expert has to exceed the others' threshold to get K / E of the tokens.
+    """Moves the selection bias to where each expert would get K / E of the tokens: Megatron-LM's quantile balancing.
 
-    Quantile balancing as in Megatron-LM: with alpha_t the K-th largest of `score + b` of a token, beta_i is what K / E of
-    the tokens exceed in `score_i - alpha`; `b = ema(b, -beta)` with `router_ema_decay`, re-centred to mean 0. beta is the
-    mean of the micro-batches' quantiles, weighted by their tokens.
+    With alpha_t the K-th largest `score + b` of token t, beta_i is the value that K / E of the tokens reach in
+    `score_i - alpha`. The bias follows -beta by a moving average with `router_ema_decay`, and is shifted to mean 0. beta is
+    the mean of the micro-batches' quantiles, weighted by their tokens.
     """
 
     def size(self, num_outputs: int) -> int:
+        """Returns the number of quantiles, and one for the number of tokens."""
         return num_outputs + 1
 
-    def measure(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+    def observe(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        """Returns the quantiles beta times the number of tokens, then that number: (E + Z + 1,)."""
         scores, _ = router.score(routing.logits)
         alpha = (scores + router.e_score_correction_bias).topk(router.top_k, dim=-1).values[:, -1:]
         return column_quantile(scores - alpha, router.top_k / router.num_outputs, token_mask)
 
     def step_layer(self, router: Any, total: torch.Tensor) -> None:
+        """Moves one router by its summed quantiles (E + Z + 1,)."""
         if total[-1] > 0:
             bias = router.e_score_correction_bias
             bias.lerp_(-total[:-1] / total[-1], 1 - router.ema_decay)
@@ -104,20 +174,23 @@ class QuantileController(Controller):
 
 
 class ThresholdController(Controller):
-    """`threshold` follows the score that K / E of the tokens reach, by a moving average with `router_ema_decay` that begins
-    with the first measurement (Expert Threshold, arXiv:2603.11535).
+    """Moves `threshold` to the score that K / E of the tokens reach (Expert Threshold, arXiv:2603.11535).
 
-    The measurement is the mean of the micro-batches' quantiles, weighted by their tokens.
+    The threshold follows by a moving average with `router_ema_decay`, which begins with the first observation. An
+    observation is the mean of the micro-batches' quantiles, weighted by their tokens.
     """
 
     def size(self, num_outputs: int) -> int:
+        """Returns the number of quantiles, and one for the number of tokens."""
         return num_outputs + 1
 
-    def measure(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+    def observe(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        """Returns the quantiles times the number of tokens, then that number: (E + 1,)."""
         scores, _ = router.score(routing.logits)
         return column_quantile(scores, router.top_k / router.num_experts, token_mask)
 
     def step_layer(self, router: Any, total: torch.Tensor) -> None:
+        """Moves one router by its summed quantiles (E + 1,)."""
         if total[-1] > 0:
             decay = router.ema_decay if router.threshold_steps > 0 else 0.0
             router.threshold.lerp_(total[:-1] / total[-1], 1 - decay)
@@ -125,27 +198,32 @@ class ThresholdController(Controller):
 
 
 class SparsityController(Controller):
-    """Multiplies `sparsity_coef` by `router_sparsity_step` if tokens use more than K experts, averaged over the layers,
-    and divides it by that if they use fewer (ReMoE, arXiv:2412.14711)."""
+    """Moves `sparsity_coef` so that tokens use K experts on average over the layers (ReMoE, arXiv:2412.14711).
+
+    The coefficient is multiplied by `router_sparsity_step` if tokens use more experts, and divided by it if they use fewer.
+    """
 
     def size(self, num_outputs: int) -> int:
+        """Returns 2: the number of assignments and the number of tokens."""
         return 2
 
-    def measure(self, router: Router, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+    def observe(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        """Returns the number of assignments and the number of tokens: (2,)."""
         tokens = routing.logits.new_tensor(len(routing.index)) if token_mask is None else (token_mask > 0).sum()
         return torch.stack([expert_load(routing, token_mask).sum(), tokens.to(routing.logits.dtype)])
 
     def step(self, routers: list[Any], totals: torch.Tensor) -> None:
+        """Moves the routers of all layers by one factor."""
         used = (totals[:, 0] / totals[:, 1].clamp(min=1)).mean()
         for router in routers:
             factor = router.sparsity_step ** (torch.sign(used - router.top_k) * totals[:, 1].any())
             router.sparsity_coef.mul_(factor.to(router.sparsity_coef.device))
 
 
-# router_controller, or a router's own -> controller
+# router_controller, or a router's default_controller -> controller
 CONTROLLERS: dict[str, Controller] = {
     "bias": BiasController(),
-    "pid": ProportionalController(),
+    "proportional": ProportionalController(),
     "quantile": QuantileController(),
     "threshold": ThresholdController(),
     "sparsity": SparsityController(),
@@ -157,7 +235,7 @@ def _decoders(model: nn.Module) -> list[Any]:
 
 
 def all_ranks(total: torch.Tensor) -> torch.Tensor:
-    """Sum over all processes, in place."""
+    """Sums a tensor over all processes, in place."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
     return total
@@ -167,12 +245,12 @@ def all_ranks(total: torch.Tensor) -> torch.Tensor:
 def update_routers(model: nn.Module) -> None:
     """Steps the routers' controllers and begins a new optimizer step: call it once after each `optimizer.step()`.
 
-    [`~modeling_moe.training.MoECallback`] does so in a `Trainer`. Sums what was measured over all ranks, so all must call
-    it. A second call before the next forward pass does nothing. A warning comes once for each model if more than 10 % of
-    the assignments of a step were dropped for want of capacity. A model that has no such thing is left alone.
+    [`~modeling_moe.training.MoECallback`] calls it in a `Trainer`. It sums the observations of all ranks, so all ranks must
+    call it. A second call before the next forward pass does nothing, and a model without controllers stays as it is. One
+    warning per model says that capacity dropped more than 10 % of a step's assignments.
 
-    Every pass in training since the last call counts. A loop that abandons a step (no `optimizer.step()`, because the
-    loss was NaN for example) calls [`forget_counts`] in its place.
+    Every training pass since the last call counts. A loop that abandons a step without `optimizer.step()`, for example
+    because the loss was NaN, calls [`forget_counts`] instead.
 
     Args:
         model: any model that holds a [`MoEModel`], wrapped or not.
@@ -194,13 +272,13 @@ def update_routers(model: nn.Module) -> None:
                     "the load (router_aux_loss_coef, router_controller).",
                 )
         totals.reset()
-        totals.watching = False
+        totals.awaits_update = False
 
 
 def forget_counts(model: nn.Module) -> None:
-    """Drops what the routers' controllers have measured, so that the passes of an abandoned step move nothing.
+    """Sets the observations of the routers' controllers to 0, so that the passes of an abandoned step move nothing.
 
-    [`~modeling_moe.training.MoECallback`] does so at the beginning of each step of a `Trainer`.
+    [`~modeling_moe.training.MoECallback`] calls it at the beginning of each step of a `Trainer`.
 
     Args:
         model: any model that holds a [`MoEModel`], wrapped or not.
@@ -210,105 +288,148 @@ def forget_counts(model: nn.Module) -> None:
 
 
 FORGOTTEN = (
-    "the model trains, and nobody has called update_routers: selection biases, thresholds and the like do not move, "
-    "and a load that is balanced globally adds up over all steps. Call model.update_routers() after each optimizer.step(), "
-    "or give a Trainer the callback modeling_moe.training.MoECallback()."
+    "the model trains without update_routers: selection biases, thresholds and the like do not move, and the load of a "
+    "global balance loss adds up over all steps. Call model.update_routers() after each optimizer.step(), or give a Trainer "
+    "the callback modeling_moe.training.MoECallback()."
 )
 
 
 def warn_if_forgotten(decoder: Any) -> None:
-    """Warns, once for each model, of an optimizer step that no [`update_routers`] followed: to be called in each pass.
+    """Warns once per model if an optimizer stepped and [`update_routers`] was not called; the model calls this in each pass.
 
-    An optimizer's step is told by the counters of what was written to the trained parameters, which the accumulation of
-    gradients leaves alone. Nobody looks any more after the first [`update_routers`], and inside a compiled graph.
+    An optimizer step is noticed by the version counters of the trained parameters, which gradient accumulation does not
+    change. The check ends with the first [`update_routers`], and does not take place inside a compiled graph.
     """
     totals = decoder.router_totals
-    # in this order: a compiled graph would be made anew when the flag falls
-    if torch.compiler.is_compiling() or not totals.watching:
+    # in this order: a compiled graph would be compiled again when the flag changes
+    if torch.compiler.is_compiling() or not totals.awaits_update:
         return
     if totals.stepped(decoder):
         totals.warn_once("forgotten", FORGOTTEN)
-        totals.watching = False
-    totals.writes = writes_of(decoder)
+        totals.awaits_update = False
+    totals.versions = parameter_versions(decoder)
 
 
-def writes_of(decoder: nn.Module) -> dict[int, int]:
-    """How often each trained parameter, told by its `id`, has been written to."""
+def parameter_versions(decoder: nn.Module) -> dict[int, int]:
+    """Returns, for the `id` of each trained parameter, how often the parameter has been written to."""
     return {id(parameter): parameter._version for parameter in decoder.parameters() if parameter.requires_grad}
 
 
 def warn_of_unused(model: nn.Module) -> None:
-    """Warns, once for each model, if controllers have measured a step and never moved: to be called when a model is saved.
+    """Warns once per model if controllers have observed a step and never moved; saving a model calls this.
 
-    Where all passes were compiled nobody has looked for a step, and what was measured is taken for one.
+    If all passes were compiled nothing has looked for a step, and the observations are taken for one.
     """
     for decoder in _decoders(model):
         totals = decoder.router_totals
         counted = [x for x in (totals.statistics, totals.load) if x is not None and not x.is_meta and bool(x.any())]
-        if totals.watching and counted and (totals.writes is None or totals.stepped(decoder)):
+        if totals.awaits_update and counted and (totals.versions is None or totals.stepped(decoder)):
             totals.warn_once("forgotten", FORGOTTEN)
 
 
-class RouterTotals(nn.Module):
-    """What the sparse layers have measured since the last optimizer step; buffers that no checkpoint holds.
+class StepLoad(NamedTuple):
+    """The load of an optimizer step, or of its micro-batches so far, over all ranks.
 
     Attributes:
-        statistics: (L, n) of the controllers; None without one.
-        load: (L, E + Z), tokens that each expert received on all ranks; None unless the balance loss is global.
-        dropped: (2,), assignments dropped and made; None without capacity.
-        load_of_step: (L, E + Z), the load of the whole optimizer step, where it is known beforehand; see
-            [`exact_global_balance`].
-        counting: whether a pass without gradient counts too.
-        watching: whether an optimizer step without [`update_routers`] would matter, and none of them is known yet.
-        writes: [`writes_of`] the decoder in the last pass; None before the first.
+        load: (L, E + Z) tokens sent to each expert.
+        tokens: (L,) number of tokens.
     """
+
+    load: torch.Tensor
+    tokens: torch.Tensor
+
+
+class RouterTotals(nn.Module):
+    """The statistics of the sparse layers since the last optimizer step, as buffers that no checkpoint holds.
+
+    Attributes:
+        statistics: (L, n) observations of the controllers; None without controllers.
+        load: (L, E + Z) tokens sent to each expert on all ranks; None unless the balance loss is global.
+        tokens: (L,) tokens on all ranks; None unless the balance loss is global.
+        dropped: (2,) assignments dropped by capacity, and assignments made; None without capacity.
+        load_of_step: load of the whole optimizer step where it is known beforehand ([`exact_global_balance`]), or None.
+        counts_without_grad: whether a pass without gradient counts too.
+        awaits_update: whether the model needs [`update_routers`] and nothing has called it yet.
+        versions: [`parameter_versions`] of the decoder in the last pass; None before the first pass.
+    """
+
+    statistics: torch.Tensor | None
+    load: torch.Tensor | None
+    tokens: torch.Tensor | None
+    dropped: torch.Tensor | None
 
     def __init__(self, layers: int, statistics: int, load: int, drops: bool):
         super().__init__()
-        new = {"statistics": (layers, statistics), "load": (layers, load), "dropped": (2,)}
-        wanted = {"statistics": statistics > 0, "load": load > 0, "dropped": drops}
-        for name, shape in new.items():
-            if wanted[name]:
-                self.register_buffer(name, torch.zeros(shape, dtype=torch.float32), persistent=False)
-            else:
+        shapes: dict[str, tuple[int, ...] | None] = {
+            "statistics": (layers, statistics) if statistics else None,
+            "load": (layers, load) if load else None,
+            "tokens": (layers,) if load else None,
+            "dropped": (2,) if drops else None,
+        }
+        for name, shape in shapes.items():
+            if shape is None:
                 setattr(self, name, None)  # accelerate takes a registered None for a tensor to move
-        self.load_of_step = None
-        self.counting = False
-        self.watching = statistics > 0 or load > 0
-        self.writes: dict[int, int] | None = None
-        self.told: set[str] = set()
+            else:
+                self.register_buffer(name, torch.zeros(shape, dtype=torch.float32), persistent=False)
+        self.load_of_step: StepLoad | None = None
+        self.counts_without_grad = False
+        self.awaits_update = statistics > 0 or load > 0
+        self.versions: dict[int, int] | None = None
+        self.warned: set[str] = set()
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        if self.writes is not None:
-            self.writes = {}  # what a state dict writes to the parameters is no step
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.versions is not None:
+            self.versions = {}  # loading a state dict writes to the parameters, and is not an optimizer step
         super()._load_from_state_dict(*args, **kwargs)
 
+    def add(self, statistics: torch.Tensor | None, dropped: torch.Tensor | None) -> None:
+        """Adds the controllers' observations (L, n) and the layers' dropped and made assignments (L, 2) of one pass."""
+        if self.statistics is not None and statistics is not None:
+            self.statistics += statistics.detach().to(self.statistics)
+        if self.dropped is not None and dropped is not None:
+            self.dropped += dropped.sum(dim=0).to(self.dropped)
+
+    def load_so_far(self, load: torch.Tensor, tokens: torch.Tensor, keep: bool) -> StepLoad:
+        """Returns the load of the optimizer step so far, a pass with load (L, E + Z) and tokens (L,) included.
+
+        Args:
+            load: tokens sent to each expert on this rank.
+            tokens: tokens on this rank.
+            keep: whether the pass counts for later passes of the step.
+        """
+        both = all_ranks(torch.cat([load, tokens[:, None]], dim=-1).to(self.load))
+        step = StepLoad(self.load + both[:, :-1], self.tokens + both[:, -1])
+        if keep:
+            self.load.copy_(step.load)
+            self.tokens.copy_(step.tokens)
+        return step
+
     def stepped(self, decoder: nn.Module) -> bool:
-        """Whether a parameter that was trained in the last pass, and is now, has been written to since."""
-        before = self.writes or {}
-        return any(before.get(key, count) != count for key, count in writes_of(decoder).items())
+        """Says whether a parameter that was trained in the last pass, and still is, has been written to since."""
+        before = self.versions or {}
+        return any(before.get(key, count) != count for key, count in parameter_versions(decoder).items())
 
     def warn_once(self, kind: str, message: str) -> None:
-        """Warns, unless a message of this kind, however it was worded, has come before."""
-        if kind not in self.told:
-            self.told.add(kind)
+        """Logs a warning, unless the model has logged one of the same kind, whatever its words."""
+        if kind not in self.warned:
+            self.warned.add(kind)
             logger.warning(message)
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Sets all to 0."""
+        """Sets all buffers to 0."""
         for buffer in self.buffers():
             buffer.zero_()
 
 
 @contextmanager
-def exact_global_balance(model: nn.Module, batches: Iterable[dict]):
-    """Makes the gradients of the balance loss of scope `"global"` add up over micro-batches to the whole batch's, exactly.
+def exact_global_balance(model: nn.Module, batches: Iterable[dict[str, Any]]) -> Iterator[None]:
+    """Makes the gradients of a global balance loss add up, over micro-batches, to those of the whole batch exactly.
 
-    The shares f of the whole optimizer step have to be known before the first backward. Outside, a micro-batch knows its
-    own and earlier ones; this runs all of them once without gradient to count (a router with noise draws other noise
-    then). Enter it at the beginning of a step, on all ranks; in a `Trainer`, where `get_batch_samples` returns the step's
-    micro-batches.
+    The load of the whole optimizer step has to be known before the first backward. By default a micro-batch knows its own
+    load and that of earlier ones; this context first runs all micro-batches without gradient to count, in which a router
+    with noise draws other noise. Enter it at the beginning of a step, on all ranks; in a `Trainer`, in
+    `get_batch_samples`, which returns the step's micro-batches.
 
     Args:
         model: in training mode.
@@ -323,18 +444,19 @@ def exact_global_balance(model: nn.Module, batches: Iterable[dict]):
     """
     decoders = _decoders(model)
     for decoder in decoders:
-        decoder.router_totals.counting = True
+        decoder.router_totals.counts_without_grad = True
     try:
         with torch.no_grad():
             for batch in batches:
                 model(**batch)
         for decoder in decoders:
             totals = decoder.router_totals
-            totals.counting = False
-            totals.load_of_step = None if totals.load is None else totals.load.clone()
+            totals.counts_without_grad = False
+            if totals.load is not None:
+                totals.load_of_step = StepLoad(totals.load.clone(), totals.tokens.clone())
             totals.reset()
         yield
     finally:
         for decoder in decoders:
-            decoder.router_totals.counting = False
+            decoder.router_totals.counts_without_grad = False
             decoder.router_totals.load_of_step = None

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .router import Routing, RoutingContext
-from .router_topk import TopKRouter
+from .router import Router, Routing, RoutingContext
+from .router_topk import SELECTION_READS, TopKRouter
 from .router_variable_k import VariableRouter
 
 
@@ -26,9 +26,10 @@ class ExpertChoiceRouter(VariableRouter):
     Not causal.
     """
 
+    # the load of each sequence is balanced by construction
+    reads = Router.reads - {"router_aux_loss_scope"}
     causal = False
     per_token = False
-    bounded = False
 
     def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         sequence = context.sequences(len(scores), scores.device)
@@ -55,7 +56,7 @@ class ExpertThresholdRouter(VariableRouter):
     expert: keep a shared one (`num_shared_experts`).
     """
 
-    own_controller = "threshold"
+    default_controller = "threshold"
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -82,6 +83,7 @@ class SinkhornRouter(TopKRouter):
     to 1 / E. It couples all tokens of the batch, so training is not causal.
     """
 
+    reads = Router.reads | SELECTION_READS
     causal = False
     iterations = 32
 
@@ -117,6 +119,7 @@ class BaseLayerRouter(TopKRouter):
     assignment couples all tokens of the batch, so training is not causal.
     """
 
+    reads = Router.reads
     causal = False
     norm_topk_prob_default = False
 
@@ -124,10 +127,12 @@ class BaseLayerRouter(TopKRouter):
     def validate(cls, config) -> None:
         if config.num_experts_per_tok != 1:
             raise ValueError(
-                f"num_experts_per_tok is {config.num_experts_per_tok}: router_type='base' assigns each token to 1 expert."
+                f"num_experts_per_tok is {config.num_experts_per_tok}: router_type='base_layer' assigns each token to 1 expert."
             )
         if config.router_selection_bias or config.n_group > 1:
-            raise ValueError("router_type='base' balances by itself: set router_selection_bias=False and n_group=1.")
+            raise ValueError(
+                "router_type='base_layer' balances by itself: set router_selection_bias=False and n_group=1."
+            )
 
     def route(self, logits: torch.Tensor, context: RoutingContext):
         if not self.training:

@@ -8,10 +8,83 @@ weights are never full.
 # B rows, S tokens of each, T = B*S, E experts, Z experts without weights, K slots per token
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
+from .configuration_fields import POSITIVE, Condition, Range, setting
 from .model_packing import running_min, running_sum
-from .router import Routing, RoutingContext, extend_history, history_slot
+from .router import Routing, RoutingContext, extend_history, history_layer
+
+
+_BY_FACTOR = Condition(lambda config: config.expert_capacity is None, "unset expert_capacity")
+_HAS_FACTOR = Condition(
+    lambda config: config.capacity_factor is not None or config.eval_capacity_factor is not None,
+    "set capacity_factor or eval_capacity_factor",
+)
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class CapacityFields:
+    """Capacity."""
+
+    capacity_factor: float | int | None = setting(
+        None,
+        "Limits in training the tokens that an expert takes of a sequence of n tokens to "
+        "ceil(capacity_factor * n * num_experts_per_tok / num_experts); None sets no limit. A token whose assignments are all "
+        "dropped passes on by the residual connection.",
+        POSITIVE,
+        effect="training",
+        conditions=(_BY_FACTOR,),
+        by_router=True,
+    )
+    eval_capacity_factor: float | int | None = setting(
+        None,
+        "Limits in evaluation the tokens that an expert takes of a sequence of n tokens to "
+        "ceil(eval_capacity_factor * n * num_experts_per_tok / num_experts); None sets no limit.",
+        POSITIVE,
+        conditions=(_BY_FACTOR,),
+        by_router=True,
+    )
+    expert_capacity: int | None = setting(
+        None,
+        "The number of tokens of a sequence that an expert takes, in training and evaluation; None sets no limit.",
+        Range(1, 2**31),
+        by_router=True,
+    )
+    capacity_running: bool = setting(
+        False,
+        "Computes the capacity from the number of tokens so far instead of the sequence's length, so that decoding token by "
+        "token equals one forward pass.",
+        effect="detail",
+        conditions=(_BY_FACTOR, _HAS_FACTOR),
+        by_router=True,
+    )
+    capacity_includes_k: bool = setting(
+        True,
+        "Multiplies the capacity by num_experts_per_tok (Megatron-LM); False leaves that factor out (Switch).",
+        effect="detail",
+        conditions=(
+            _BY_FACTOR,
+            _HAS_FACTOR,
+            Condition(lambda config: config.num_experts_per_tok > 1, "set num_experts_per_tok above 1"),
+        ),
+        by_router=True,
+    )
+    capacity_priority: Literal["token", "k_major", "probability"] = setting(
+        "token",
+        'The order in which assignments fill an expert: "token" in the order of the sequence, "k_major" all first choices '
+        'before all second ones (GShard), "probability" in the order of the tokens\' largest weight (V-MoE). The last two are '
+        "not causal.",
+        effect="detail",
+        conditions=(
+            Condition(
+                lambda config: config.has_capacity, "set capacity_factor, eval_capacity_factor or expert_capacity"
+            ),
+        ),
+        by_router=True,
+    )
 
 
 # places that no sequence fills, in integers that [`running_min`] can shift
@@ -36,7 +109,7 @@ class Capacity:
         self.priority = config.capacity_priority
         # whether earlier tokens of a sequence count that only a cache knows
         self.remembers = self.priority == "token" and (self.absolute is not None or self.running)
-        self.history = history_slot(config, layer_idx)
+        self.history = history_layer(config, layer_idx)
 
     def __call__(self, routing: Routing, context: RoutingContext, training: bool) -> Routing:
         """The routing of T tokens with the slots that found no room emptied.

@@ -1,31 +1,137 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Losses of one sparse layer: pure functions of its [`Routing`] and of which tokens count.
+"""This module computes the losses of one sparse layer's router, as pure functions of a [`Routing`].
 
-All take the same arguments: `routing` of T tokens; `token_mask` (T,), 0 for tokens that do not count (padding), None if all
-do; `batch_size`, the number B of equally long sequences that the tokens are; `num_experts`, the number E of experts with
-weights, if the router also has Z without; `weights`, what each token counts in a mean ([`weigh_tokens`]), None for means
-over the tokens and over the rows. All return a scalar in the dtype of the logits.
+Losses return scalars in the dtype of the router logits. Their arguments have the same meaning everywhere:
+`routing` holds T tokens; `token_mask` (T,) is 0 at padding, None without padding; `batch_size` is the number B of equally
+long rows that the tokens form; `num_experts` is the number E of experts with weights, None if every router output has
+weights; `weights` holds the tokens' weights in a mean ([`weigh_tokens`]), None for a mean over tokens.
 
-A mean over weighted tokens times the sum of the weights is a sum over tokens: so the z, entropy and sequence balance losses
-of micro-batches, each times [`loss_share`], add up to the whole batch's exactly. The balance of scope `"global"` does when
-all know the same load; the balance of scope `"batch"`, importance and load are no sums, and keep their size alone.
+A weighted mean times the sum of the weights is a sum over tokens. The z, entropy and sequence balance losses of
+micro-batches, each times [`loss_share`], therefore add up to the loss of the whole batch exactly, and the balance loss of
+scope `"global"` does if all micro-batches know the whole batch's load. The balance loss of scope `"batch"`, the importance
+loss and the load loss are not sums over tokens: over micro-batches they keep their size and no more.
 
-# B rows, S tokens of each, T = B*S tokens, E experts, Z experts without weights, K slots per token
+# B rows, S tokens per row, T = B*S tokens, E experts, Z experts without weights, N = E + Z, K choices per token
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .router import Routing, RoutingContext, expert_load, masked_mean
+from .configuration_fields import COEFFICIENT, SPARSE, setting
+from .router import Routing, RoutingContext, expert_load, masked_mean, num_real_tokens
+
+
+class RouterLosses(NamedTuple):
+    """The losses of one sparse layer's router, each a scalar; None where the coefficient is 0.
+
+    Attributes:
+        balance: load-balancing loss, computed whatever its coefficient is ([`load_balancing_loss`]).
+        z: z-loss ([`router_z_loss`]).
+        sequence_balance: DeepSeek's balance loss of each sequence ([`sequence_balance_loss`]).
+        importance: importance loss ([`importance_loss`]).
+        load: load loss ([`load_loss`]).
+        entropy: entropy loss ([`router_entropy_loss`]).
+        auxiliary: loss that the router's paper adds, with its weight ([`Router.auxiliary_loss`]); None if it adds none.
+    """
+
+    balance: torch.Tensor | None = None
+    z: torch.Tensor | None = None
+    sequence_balance: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
+    load: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    auxiliary: torch.Tensor | None = None
+
+    def weighted_sum(self, config: Any) -> torch.Tensor | None:
+        """Returns the sum of the losses times their coefficients, a scalar; None if every coefficient is 0."""
+        total = self.auxiliary
+        for name, field in COEFFICIENTS.items():
+            loss, coefficient = getattr(self, name), getattr(config, field)
+            if loss is not None and coefficient != 0:
+                total = coefficient * loss if total is None else total + coefficient * loss
+        return total
+
+
+# loss -> field of the configuration that holds the coefficient
+COEFFICIENTS: dict[str, str] = {
+    "balance": "router_aux_loss_coef",
+    "z": "router_z_loss_coef",
+    "sequence_balance": "router_seq_aux_loss_coef",
+    "importance": "router_importance_loss_coef",
+    "load": "router_load_loss_coef",
+    "entropy": "router_entropy_loss_coef",
+}
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class LossFields:
+    """Router losses."""
+
+    router_aux_loss_coef: float | int = setting(
+        0.01,
+        "The coefficient of the load-balancing loss in training (Switch, arXiv:2101.03961, eq. 4), with the meaning that it "
+        "has in transformers: perfect balance gives a loss of num_experts_per_tok.",
+        COEFFICIENT,
+        effect="training",
+        conditions=(SPARSE,),
+        idle=(0,),
+    )
+    router_aux_loss_scope: Literal["sequence", "batch", "global"] = setting(
+        "batch",
+        'The tokens over which the load-balancing loss measures balance: each "sequence", the "batch", or "global", which '
+        "pools all processes and micro-batches of an optimizer step so far (arXiv:2501.11873) and needs update_routers after "
+        "each step, which MoECallback calls.",
+        effect="training",
+        by_router=True,
+    )
+    router_z_loss_coef: float | int = setting(
+        0.001,
+        "The coefficient of the z-loss of router logits in training (ST-MoE, arXiv:2202.08906, eq. 5).",
+        COEFFICIENT,
+        effect="training",
+        conditions=(SPARSE,),
+        idle=(0,),
+    )
+    router_seq_aux_loss_coef: float | int = setting(
+        0.0,
+        "The coefficient of DeepSeek-V3's balance loss over each sequence in training; the paper uses 1e-4.",
+        COEFFICIENT,
+        effect="training",
+        conditions=(SPARSE,),
+    )
+    router_importance_loss_coef: float | int = setting(
+        0.0,
+        "The coefficient of the importance loss in training (Shazeer et al., arXiv:1701.06538); the paper uses 0.1.",
+        COEFFICIENT,
+        effect="training",
+        conditions=(SPARSE,),
+    )
+    router_load_loss_coef: float | int = setting(
+        0.0,
+        "The coefficient of the load loss in training (Shazeer et al., arXiv:1701.06538); the loss has a gradient with "
+        "router_type='noisy_topk' only.",
+        COEFFICIENT,
+        effect="training",
+        by_router=True,
+    )
+    router_entropy_loss_coef: float | int = setting(
+        0.0,
+        "The coefficient of the entropy of a token's router probabilities in training; the paper of router_type='top_p' uses "
+        "1e-4.",
+        COEFFICIENT,
+        effect="training",
+        conditions=(SPARSE,),
+    )
 
 
 class TokenWeights(NamedTuple):
-    """What each token counts in the router losses, and the sequence it belongs to.
+    """The weight of each token in the router losses, and the sequence that the token belongs to.
 
     Attributes:
-        weight: (T,), 0 at padding.
-        sequence: (T,) int64, below `num_sequences`.
+        weight: (T,) weight of a token, 0 at padding.
+        sequence: (T,) int64 number of the token's sequence, below `num_sequences`.
         num_sequences: at least the number of sequences.
     """
 
@@ -33,22 +139,18 @@ class TokenWeights(NamedTuple):
     sequence: torch.Tensor
     num_sequences: int
 
-    def as_one(self) -> "TokenWeights":
-        """The same weights, all tokens in one sequence."""
-        return self._replace(sequence=torch.zeros_like(self.sequence), num_sequences=1)
-
 
 def weigh_tokens(
     token_mask: torch.Tensor, begins: torch.Tensor | None = None, label_mask: torch.Tensor | None = None
 ) -> TokenWeights:
-    """Gives each sequence the weight of its labels, shared evenly by all of its tokens that count, prompts too.
+    """Weighs each sequence by its number of labels, shared evenly by its tokens, prompt included and padding excluded.
 
-    Whatever batch a sequence is in, it weighs the same, in padded, packed and padding-free batches.
+    A sequence then has the same weight in padded, packed and padding-free batches.
 
     Args:
         token_mask: (B, S) of a floating dtype, 0 at padding.
-        begins: (B, S) bool, whether a token begins a sequence, as [`~modeling_moe.model_packing.find_beginnings`] says; None
-            if each row is one.
+        begins: (B, S) bool, true where a sequence begins ([`~modeling_moe.model_packing.find_beginnings`]); None if each row
+            is one sequence.
         label_mask: (B, S), true where a token predicts a label; None to give every sequence the weight 1.
     """
     rows, length = token_mask.shape
@@ -65,45 +167,41 @@ def weigh_tokens(
     return TokenWeights(mask * (weight / tokens.clamp(min=1))[sequence], sequence, bound)
 
 
-def mean_probs(routing: Routing, token_mask: torch.Tensor | None = None, batch_size: int = 1) -> torch.Tensor:
-    """Mean probability of each expert over each sequence's tokens that count: (B, E + Z)."""
-    probs = routing.probs.unflatten(0, (batch_size, -1)).transpose(0, 1)  # (S, B, E + Z)
-    if token_mask is None:
-        return probs.mean(dim=0)
-    mask = token_mask.view(batch_size, -1).T[..., None].to(probs.dtype)
-    return (mask * probs).sum(dim=0) / mask.sum(dim=0).clamp(min=1)
+def balance_factors(load: torch.Tensor, tokens: torch.Tensor, num_experts: int | None = None) -> torch.Tensor:
+    """Returns `N c_i / T`, by which the load-balancing loss multiplies the mean probability of expert i.
 
-
-def balance_factors(load: torch.Tensor, num_experts: int | None = None) -> torch.Tensor:
-    """`N f_i` with f_i expert i's share of the load, N their number: what [`balance`] multiplies the probabilities by.
-
-    Experts beyond the first `num_experts`, which have no weights, each count with the mean share of all of them: which one
-    a token takes makes no difference (AdaMoE, arXiv:2406.13233).
+    Experts without weights each count with the mean load of all experts without weights, because it makes no difference
+    which of them a token takes (AdaMoE, arXiv:2406.13233).
 
     Args:
-        load: (..., N), without gradient.
-        num_experts: number of experts with weights; all N if not given.
+        load: (..., N) number c_i of tokens sent to each expert, without gradient.
+        tokens: (...) number T of tokens.
+        num_experts: number of experts with weights, which come first; None for all N.
     """
-    share = load / load.sum(dim=-1, keepdim=True).clamp(min=1)
-    if num_experts is not None and num_experts < share.shape[-1]:
-        real, idle = share[..., :num_experts], share[..., num_experts:]
-        share = torch.cat([real, idle.mean(dim=-1, keepdim=True).expand_as(idle)], dim=-1)
-    return share.shape[-1] * share
+    if num_experts is not None and num_experts < load.shape[-1]:
+        real, idle = load[..., :num_experts], load[..., num_experts:]
+        load = torch.cat([real, idle.mean(dim=-1, keepdim=True).expand_as(idle)], dim=-1)
+    return load * (load.shape[-1] / tokens.clamp(min=1))[..., None]
 
 
-def balance(load: torch.Tensor, probs: torch.Tensor, num_experts: int | None = None) -> torch.Tensor:
-    """`sum_i N f_i P_i` with f_i as of [`balance_factors`], P_i expert i's mean probability (..., N): (...)."""
-    return (balance_factors(load, num_experts) * probs).sum(dim=-1)
+def balance(
+    load: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor, num_experts: int | None = None
+) -> torch.Tensor:
+    """Returns `N sum_i f_i P_i` (...), with `f_i = c_i / T` of [`balance_factors`] and mean probabilities P (..., N)."""
+    return (balance_factors(load, tokens, num_experts) * probs).sum(dim=-1)
 
 
-def sequence_load(routing: Routing, token_mask: torch.Tensor | None, weights: TokenWeights) -> torch.Tensor:
-    """Number of each sequence's tokens that count and were sent to each expert: (sequences, E + Z), no gradient."""
-    outputs = routing.probs.shape[-1]
-    ones = torch.ones_like(routing.weight) if token_mask is None else token_mask[:, None].expand_as(routing.weight)
-    counts = routing.probs.new_zeros(weights.num_sequences * (outputs + 1))
+def _sequence_loads(
+    routing: Routing, token_mask: torch.Tensor | None, weights: TokenWeights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the tokens sent to each expert and the tokens, padding excluded, of each sequence: (sequences, N), (sequences,)."""
+    outputs, sequences = routing.probs.shape[-1], weights.num_sequences
+    mask = torch.ones_like(routing.weight[:, 0]) if token_mask is None else token_mask.to(routing.weight.dtype)
     place = weights.sequence[:, None] * (outputs + 1) + routing.index
-    counts = counts.scatter_add(0, place.flatten(), ones.flatten().to(counts.dtype)).detach()
-    return counts.view(-1, outputs + 1)[:, :outputs]
+    counts = routing.probs.new_zeros(sequences * (outputs + 1))
+    counts = counts.scatter_add(0, place.flatten(), mask[:, None].expand_as(routing.weight).flatten().to(counts.dtype))
+    tokens = counts.new_zeros(sequences).scatter_add(0, weights.sequence, mask.to(counts.dtype))
+    return counts.detach().view(-1, outputs + 1)[:, :outputs], tokens
 
 
 def load_balancing_loss(
@@ -113,24 +211,22 @@ def load_balancing_loss(
     num_experts: int | None = None,
     weights: TokenWeights | None = None,
 ) -> torch.Tensor:
-    """[`balance`] of each sequence, averaged over them (`batch_size=1`, or one sequence: of the batch as one).
+    """Computes transformers' load-balancing loss `N sum_i f_i P_i` of each sequence, and averages it over sequences.
 
-    Switch Transformer (arXiv:2101.03961), eq. 4-6, for any K: 1 when all experts get the same share, E / K when the
-    same K experts get all. The gradient flows through P alone.
+    f_i is the number of tokens sent to expert i over the number of tokens, P_i the mean probability of expert i (Switch
+    Transformer, arXiv:2101.03961, eq. 4-6). With K choices per token the loss is K when all experts get the same share and
+    E when the same K experts get everything. The gradient flows through P alone.
+
+    With `batch_size=1` and without `weights` the batch is one sequence, which is what transformers computes.
     """
+    if weights is None and batch_size == 1:
+        load, tokens = expert_load(routing, token_mask), num_real_tokens(routing, token_mask)
+        return balance(load, tokens, masked_mean(routing.probs, token_mask), num_experts)
     if weights is None:
         mask = torch.ones_like(routing.probs[:, 0]) if token_mask is None else token_mask.to(routing.probs.dtype)
         weights = weigh_tokens(mask.view(batch_size, -1))
-    factors = balance_factors(sequence_load(routing, token_mask, weights), num_experts)
-    factors = factors if weights.num_sequences == 1 else factors[weights.sequence]  # (T, E + Z) or (1, E + Z)
-    return masked_mean((factors * routing.probs).sum(dim=-1), weights.weight)
-
-
-def router_z_loss(
-    routing: Routing, token_mask: torch.Tensor | None = None, weights: TokenWeights | None = None, **_
-) -> torch.Tensor:
-    """Mean of `logsumexp(logits)^2`: keeps the router's logits small (ST-MoE, arXiv:2202.08906, eq. 5)."""
-    return masked_mean(routing.logits.logsumexp(dim=-1).square(), token_mask if weights is None else weights.weight)
+    factors = balance_factors(*_sequence_loads(routing, token_mask, weights), num_experts)  # (sequences, N)
+    return masked_mean((factors[weights.sequence] * routing.probs).sum(dim=-1), weights.weight)
 
 
 def sequence_balance_loss(
@@ -140,132 +236,135 @@ def sequence_balance_loss(
     num_experts: int | None = None,
     weights: TokenWeights | None = None,
 ) -> torch.Tensor:
-    """DeepSeek-V3's complementary loss (arXiv:2412.19437, eq. 17-20): [`balance`] of each sequence, averaged.
+    """Computes DeepSeek-V3's complementary balance loss of each sequence (arXiv:2412.19437, eq. 17-20), and averages it.
 
-    Its shares are those of the K experts with the highest scores, whatever bias or groups the selection added.
+    The load is that of the K experts with the highest probabilities, whatever bias or groups took part in the selection. As
+    in the paper, the loss is divided by K: 1 when all experts get the same share.
     """
     best = routing.probs.detach().topk(min(routing.index.shape[1], routing.probs.shape[1]), dim=-1).indices
     unbiased = routing._replace(index=best, weight=torch.ones_like(best, dtype=routing.probs.dtype))
-    return load_balancing_loss(unbiased, token_mask, batch_size, num_experts, weights)
+    return load_balancing_loss(unbiased, token_mask, batch_size, num_experts, weights) / best.shape[1]
 
 
-def coefficient_of_variation_squared(values: torch.Tensor) -> torch.Tensor:
-    """Population variance over squared mean of values (E,)."""
+def router_z_loss(
+    routing: Routing, token_mask: torch.Tensor | None = None, weights: TokenWeights | None = None
+) -> torch.Tensor:
+    """Computes the mean of `logsumexp(logits)^2`, which keeps router logits small (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    return masked_mean(routing.logits.logsumexp(dim=-1).square(), token_mask if weights is None else weights.weight)
+
+
+def router_entropy_loss(
+    routing: Routing, token_mask: torch.Tensor | None = None, weights: TokenWeights | None = None
+) -> torch.Tensor:
+    """Computes the mean entropy of a token's probabilities in nats: low when the router is sure (arXiv:2403.07652)."""
+    entropy = torch.special.entr(routing.probs).sum(dim=-1)
+    return masked_mean(entropy, token_mask if weights is None else weights.weight)
+
+
+def _squared_variation(values: torch.Tensor) -> torch.Tensor:
+    """Returns the squared coefficient of variation of values (E,): population variance over squared mean."""
     return values.var(correction=0) / (values.mean().square() + 1e-10)
 
 
 def importance_loss(
-    routing: Routing, token_mask: torch.Tensor | None = None, num_experts: int | None = None, **_
+    routing: Routing, token_mask: torch.Tensor | None = None, num_experts: int | None = None
 ) -> torch.Tensor:
-    """`CV(sum_t weight_t)^2` over the experts with weights (Shazeer et al., arXiv:1701.06538, eq. 6-7)."""
+    """Computes the squared variation of the experts' summed weights (Shazeer et al., arXiv:1701.06538, eq. 6-7)."""
     weight = routing.weight if token_mask is None else routing.weight * token_mask[:, None].to(routing.weight.dtype)
     outputs = routing.probs.shape[-1]
     importance = weight.new_zeros(outputs + 1).scatter_add(0, routing.index.flatten(), weight.flatten())
-    return coefficient_of_variation_squared(importance[: num_experts or outputs])
+    return _squared_variation(importance[: num_experts or outputs])
 
 
 def load_loss(
-    routing: Routing, token_mask: torch.Tensor | None = None, num_experts: int | None = None, **_
+    routing: Routing, token_mask: torch.Tensor | None = None, num_experts: int | None = None
 ) -> torch.Tensor:
-    """`CV(sum_t P(t, i))^2` over the experts with weights, P the chance that token t chooses expert i
-    (arXiv:1701.06538, eq. 8-11).
+    """Computes the squared variation of the experts' expected load, the sum over tokens of the probability that the noise
+    selects the expert (Shazeer et al., arXiv:1701.06538, eq. 8-11).
 
-    Without noise (in evaluation) P is 1 or 0, and the loss has no gradient.
+    Without noise, as in evaluation, the load is the number of tokens and the loss has no gradient.
     """
-    if routing.chance is None:
-        return coefficient_of_variation_squared(expert_load(routing, token_mask)[:num_experts])
-    mask = 1.0 if token_mask is None else token_mask[:, None].to(routing.chance.dtype)
-    return coefficient_of_variation_squared((routing.chance * mask).sum(dim=0)[:num_experts])
-
-
-def router_entropy_loss(
-    routing: Routing, token_mask: torch.Tensor | None = None, weights: TokenWeights | None = None, **_
-) -> torch.Tensor:
-    """Mean entropy of the tokens' probabilities, in nats: low when the router is sure (arXiv:2403.07652)."""
-    return masked_mean(
-        torch.special.entr(routing.probs).sum(dim=-1), token_mask if weights is None else weights.weight
-    )
-
-
-# field of the configuration that holds the coefficient -> loss
-LOSSES = {
-    "router_aux_loss_coef": load_balancing_loss,
-    "router_z_loss_coef": router_z_loss,
-    "router_seq_aux_loss_coef": sequence_balance_loss,
-    "router_importance_loss_coef": importance_loss,
-    "router_load_loss_coef": load_loss,
-    "router_entropy_loss_coef": router_entropy_loss,
-}
+    if routing.selection_probability is None:
+        return _squared_variation(expert_load(routing, token_mask)[:num_experts])
+    mask = 1.0 if token_mask is None else token_mask[:, None].to(routing.selection_probability.dtype)
+    return _squared_variation((routing.selection_probability * mask).sum(dim=0)[:num_experts])
 
 
 def router_losses(
-    routing: Routing, context: RoutingContext, config, weights: TokenWeights | None = None
-) -> torch.Tensor:
-    """Values (len(LOSSES),) of the losses of one layer; 0 where the coefficient is, but for the balance loss.
+    routing: Routing, context: RoutingContext, config: Any, weights: TokenWeights | None = None
+) -> RouterLosses:
+    """Computes the losses of one layer that have a coefficient, and the load-balancing loss in any case.
 
-    `router_aux_loss_scope` says of what the balance is: each sequence or the batch.
+    With `router_aux_loss_scope="sequence"` the balance is that of each sequence, otherwise that of the batch, in which every
+    token has the same weight, as in transformers.
     """
-    fields = {"token_mask": context.token_mask, "batch_size": context.batch_size, "num_experts": config.num_experts}
-    fields["weights"] = weights
-    whole = fields | {"batch_size": 1, "weights": None if weights is None else weights.as_one()}
-    values = []
-    for name, loss in LOSSES.items():
-        if getattr(config, name) == 0 and name != "router_aux_loss_coef":
-            values.append(routing.logits.new_zeros(()))
-            continue
-        pooled = name == "router_aux_loss_coef" and config.router_aux_loss_scope != "sequence"
-        values.append(loss(routing, **(whole if pooled else fields)))
-    return torch.stack(values)
+    mask, rows, experts = context.token_mask, context.batch_size, config.num_experts
+    if config.router_aux_loss_scope == "sequence":
+        balance_loss = load_balancing_loss(routing, mask, rows, experts, weights)
+    else:
+        balance_loss = load_balancing_loss(routing, mask, num_experts=experts)
+    return RouterLosses(
+        balance=balance_loss,
+        z=router_z_loss(routing, mask, weights) if config.router_z_loss_coef else None,
+        sequence_balance=(
+            sequence_balance_loss(routing, mask, rows, experts, weights) if config.router_seq_aux_loss_coef else None
+        ),
+        importance=importance_loss(routing, mask, experts) if config.router_importance_loss_coef else None,
+        load=load_loss(routing, mask, experts) if config.router_load_loss_coef else None,
+        entropy=router_entropy_loss(routing, mask, weights) if config.router_entropy_loss_coef else None,
+    )
 
 
 class AttachLoss(torch.autograd.Function):
-    """Identity on a tensor whose backward also sends the gradient 1 into `loss`: for losses nobody else adds.
+    """Returns a tensor unchanged; in backward it also starts the backward of a loss, with gradient 1.
 
-    A factor on the trainer's loss does not reach it; [`~modeling_moe.training.MoECallback`] puts those of a `Trainer`
-    on `loss`.
+    The model attaches the router losses to its hidden states where the caller computes the loss without our head. A factor
+    on the caller's loss does not reach them; [`~modeling_moe.training.MoECallback`] applies the factors of a `Trainer`.
     """
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """Returns `tensor`; `loss` is a scalar."""
         ctx.save_for_backward(loss)
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Passes `grad` on to `tensor`."""
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the gradient of `tensor`, as it came in, and 1 for `loss`."""
         (loss,) = ctx.saved_tensors
-        return grad, torch.ones_like(loss)
+        return grad_outputs[0], torch.ones_like(loss)
 
 
-def predicts_label(labels: torch.Tensor, shift_labels=None, ignore_index=-100, **_) -> torch.Tensor:
-    """Which tokens (B, S) predict a label, as transformers' causal LM loss counts them.
+def predicts_label(
+    labels: torch.Tensor, shift_labels: torch.Tensor | None = None, ignore_index: int = -100, **_: Any
+) -> torch.Tensor:
+    """Marks the tokens (B, S) that predict a label, as transformers' causal language-model loss shifts them.
 
     Args:
-        labels: (B, S) token ids, `ignore_index` where none is predicted.
-        shift_labels: the same already shifted, if the trainer did that.
+        labels: (B, S) token ids, `ignore_index` where no label is given.
+        shift_labels: (B, S) labels that the trainer has shifted already; None if it has not.
+        ignore_index: value of a label that does not count.
     """
     if shift_labels is None:
         shift_labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
     return (shift_labels != ignore_index).to(labels.device)
 
 
-def loss_share(labels: torch.Tensor, num_items_in_batch=None, **kwargs):
-    """This batch's part of an optimizer step whose losses are divided by all of its labels.
+def loss_share(labels: torch.Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> torch.Tensor | float:
+    """Returns the share of an optimizer step's labels that this batch holds.
 
-    Weighting the router losses by it makes their sum over micro-batches and ranks a mean, as the cross entropy's is.
+    Router losses weighted by the share add up, over micro-batches and ranks, to a mean, as the cross entropy does.
 
     Args:
         labels: (B, S) token ids.
-        num_items_in_batch: number of labels of the optimizer step, as `Trainer` passes it; None for a plain mean.
-        kwargs: as of [`predicts_label`].
+        num_items_in_batch: number of labels of the optimizer step, as `Trainer` passes it; None for a mean over this batch.
+        kwargs: arguments of [`predicts_label`].
 
     Returns:
-        A number from 0 to 1, or a scalar tensor on the labels' device.
+        A number from 0 to 1, or a scalar tensor on the device of the labels.
     """
     if num_items_in_batch is None:
         return 1.0
-    # a step without any label has no share: 0 / 0 would make every gradient NaN
-    return predicts_label(labels, **kwargs).sum() / torch.as_tensor(num_items_in_batch, device=labels.device).clamp(
-        min=1
-    )
+    # a step without labels has no share: 0 / 0 would make every gradient NaN
+    items = torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
+    return predicts_label(labels, **kwargs).sum() / items

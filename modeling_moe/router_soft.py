@@ -6,25 +6,49 @@ The third of the kind, every expert for every token, is `router_type="topk"` wit
 # B rows, S tokens of each, T = B*S, H hidden, E experts
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from .configuration_fields import Range, setting
 from .model_packing import running_sum
-from .router import Router, Routing, RoutingContext, extend_history, fp32_linear, history_slot, renormalise
+from .router import Router, Routing, RoutingContext, extend_history, fp32_linear, history_layer, renormalise
 
 
-class SoftRouter(Router):
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class SoftFields:
+    """Soft routers."""
+
+    slots_per_expert: int = setting(
+        1,
+        "The number of weighted averages of tokens that one expert of router_type='soft_moe' processes.",
+        Range(1, 2**16),
+        effect="detail",
+        by_router=True,
+    )
+    segment_length: int = setting(
+        256,
+        "The number of consecutive tokens that share a merged expert with router_type='lory'.",
+        Range(1, 2**31),
+        effect="detail",
+        by_router=True,
+    )
+
+
+class SoftMoERouter(Router):
     """Each expert processes `slots_per_expert` weighted means of a sequence's tokens (Soft MoE, arXiv:2308.00951, eq. 1-3).
 
     `L = scale * normed(x) normed(phi)^T` (section 2.3), softmax over the tokens to build a slot, over the slots to give
     each token its output. Every slot holds all tokens: not causal. `Routing` tells each expert's share of a token's output.
     """
 
+    reads = frozenset({"routed_scaling_factor", "slots_per_expert"})
     causal = False
     per_token = False
+    uses_all_experts = True
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -99,12 +123,14 @@ class LoryRouter(Router):
     see itself; here it mixes all experts evenly, so that no token sees a later one, nor does a prompt's length matter.
     """
 
+    reads = frozenset({"scoring_func", "norm_topk_prob", "routed_scaling_factor", "segment_length"})
     per_token = False
+    uses_all_experts = True
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
         self.segment_length = config.segment_length
-        self.history = history_slot(config, layer_idx)
+        self.history = history_layer(config, layer_idx)
 
     def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         """(T, E), equal for all tokens of a segment."""

@@ -1,7 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a sparse layer tells the model beside its output, and what the model makes of it: losses, load and statistics.
-
-Signals leave a layer as outputs, and not on the side, because that is what every kind of checkpointing differentiates.
+"""This module measures the routers: what a sparse layer returns beside its hidden states, and the model's totals of it.
 
 # E experts, Z experts without weights, L sparse layers
 """
@@ -10,82 +8,149 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .router import Routing, RoutingContext, expert_load
-from .router_balancing import CONTROLLERS, all_ranks, warn_if_forgotten
+from .router import Routing, RoutingContext, expert_load, masked_mean, num_real_tokens
+from .router_balancing import CONTROLLERS, warn_if_forgotten
 from .router_capacity import count_dropped
-from .router_losses import LOSSES, TokenWeights, balance, mean_probs, router_losses
+from .router_losses import RouterLosses, TokenWeights, balance, router_losses
 
 
-class RouterSignals(NamedTuple):
-    """What a sparse layer tells the model beside its output; tensors, so that checkpointing recomputes them.
+class RouterStatistics(NamedTuple):
+    """The measurements of one sparse layer in one pass; padding is excluded.
+
+    A layer returns them rather than storing them on a module, because only returned tensors keep their gradient under
+    reentrant and under non-reentrant checkpointing.
 
     Attributes:
-        losses: (losses,), the router losses and last the router's own.
-        load: (E + Z,), tokens sent to each expert.
-        probs: (E + Z,), mean probabilities of the weighted tokens.
-        statistics: (n,), what the controller measures; nothing without one.
-        dropped: (2,), assignments dropped and made.
+        losses: the router's losses.
+        load: (E + Z,) tokens sent to each expert, before capacity.
+        tokens: scalar, number of tokens.
+        probs: (E + Z,) mean probabilities of the weighted tokens; None unless the balance loss is global.
+        controller: (n,) sums that the layer's controller observes; None if no layer has a controller.
+        dropped: (2,) assignments that capacity dropped, and assignments before capacity; None without capacity.
     """
 
-    losses: torch.Tensor
+    losses: RouterLosses
     load: torch.Tensor
-    probs: torch.Tensor
-    statistics: torch.Tensor
-    dropped: torch.Tensor
+    tokens: torch.Tensor
+    probs: torch.Tensor | None = None
+    controller: torch.Tensor | None = None
+    dropped: torch.Tensor | None = None
 
 
-def measure(
+class ModelStatistics(NamedTuple):
+    """The routers' part of a model's output, from the statistics of all sparse layers.
+
+    Attributes:
+        router_loss: scalar, weighted sum of the router losses, each the mean over the layers; None in evaluation, or if no
+            loss has a coefficient.
+        aux_loss: scalar without gradient, the load-balancing loss averaged over the layers; None without sparse layers.
+        expert_load: (L, E + Z) tokens sent to each expert, before capacity; None without sparse layers.
+        dropped_share: (L,) share of the assignments that capacity dropped; None without capacity.
+    """
+
+    router_loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    expert_load: torch.Tensor | None = None
+    dropped_share: torch.Tensor | None = None
+
+
+def layer_statistics(
     block: Any, chosen: Routing, routing: Routing, context: RoutingContext, weights: TokenWeights
-) -> RouterSignals:
-    """The signals of a sparse block, from its routing before and after capacity."""
-    mask = context.token_mask
-    losses = router_losses(chosen, context, block.config, weights)
-    # a router's own buffers are for training: where weights are offloaded they lie elsewhere
-    own_loss = block.router.own_loss(chosen, mask) if block.training else None
-    with torch.no_grad():
-        statistics = losses.new_zeros(0)
-        if block.controller is not None and block.training:
-            statistics = block.controller.measure(block.router, chosen, mask)
-        elif block.config.controller is not None:
-            statistics = losses.new_zeros(CONTROLLERS[block.config.controller].size(block.config.num_router_outputs))
-    return RouterSignals(
-        losses=torch.cat([losses, losses.new_zeros(1) if own_loss is None else own_loss[None]]),
+) -> RouterStatistics:
+    """Measures a sparse block, from its routing before capacity (`chosen`) and after capacity (`routing`)."""
+    config, mask = block.config, context.token_mask
+    losses = router_losses(chosen, context, config, weights)
+    if block.training:
+        # in training only: where weights are offloaded, the router's buffers lie on another device in evaluation
+        losses = losses._replace(auxiliary=block.router.auxiliary_loss(chosen, mask))
+    controller = None
+    if config.controller is not None:
+        with torch.no_grad():
+            if block.controller is not None and block.training:
+                controller = block.controller.observe(block.router, chosen, mask)
+            else:
+                controller = chosen.logits.new_zeros(CONTROLLERS[config.controller].size(config.num_router_outputs))
+    return RouterStatistics(
+        losses=losses,
         load=expert_load(chosen, mask),
-        probs=mean_probs(chosen, weights.weight)[0],
-        statistics=statistics,
-        dropped=count_dropped(chosen, routing, mask),
+        tokens=num_real_tokens(chosen, mask),
+        probs=masked_mean(chosen.probs, weights.weight) if config.router_aux_loss_scope == "global" else None,
+        controller=controller,
+        dropped=count_dropped(chosen, routing, mask) if config.has_capacity else None,
     )
 
 
-def collect(decoder: Any, layers: list[RouterSignals]) -> dict[str, torch.Tensor]:
-    """What the layers' signals add to the output of a [`MoEModel`]; in training also counts for the controllers.
+def pack(hidden_states: torch.Tensor, statistics: RouterStatistics | None) -> tuple[torch.Tensor | None, ...]:
+    """Returns a layer's hidden states and statistics as one flat tuple, of one length for all layers.
 
-    A pass without gradient, such as that of a reference model which is this one without its adapter, does not count.
+    Reentrant checkpointing differentiates only the tensors of the outermost tuple that a layer returns.
     """
+    if statistics is None:
+        return (hidden_states, *[None] * _PACKED)
+    losses, *rest = statistics  # a hook on the block may have made a plain tuple of it
+    return (hidden_states, *losses, *rest)
+
+
+def unpack(output: Any) -> tuple[torch.Tensor, RouterStatistics | None]:
+    """Returns the hidden states and the statistics that [`pack`] has put into a layer's output.
+
+    An output that is a single tensor has no statistics: a stage of a pipeline passes its input through the layers that it
+    does not hold.
+    """
+    if isinstance(output, torch.Tensor):
+        return output, None
+    hidden_states, *values = output
+    if all(value is None for value in values):
+        return hidden_states, None
+    losses = len(RouterLosses._fields)
+    return hidden_states, RouterStatistics(RouterLosses(*values[:losses]), *values[losses:])
+
+
+_PACKED = len(RouterLosses._fields) + len(RouterStatistics._fields) - 1
+
+
+def model_statistics(decoder: Any, layers: list[RouterStatistics]) -> ModelStatistics:
+    """Combines the statistics of the sparse layers, and in training adds them to the totals of the optimizer step.
+
+    A pass without gradient adds nothing, for example that of a reference model which is this model without its adapter.
+    """
+    if not layers:
+        return ModelStatistics()
     config, totals = decoder.config, decoder.router_totals
-    device = layers[-1].losses.device
-    signals = RouterSignals(*(torch.stack([x.to(device) for x in field]) for field in zip(*layers, strict=True)))
-    losses = signals.losses.mean(dim=0)
-    counts = decoder.training and (torch.is_grad_enabled() or totals.counting)
+    counts = decoder.training and (torch.is_grad_enabled() or totals.counts_without_grad)
     if counts:
         warn_if_forgotten(decoder)
+    load = _stacked([layer.load for layer in layers]).detach()  # (L, E + Z)
+    losses = RouterLosses(*(_mean(values, load.device) for values in zip(*(x.losses for x in layers), strict=True)))
     if decoder.training and totals.load is not None:
-        load = totals.load_of_step
-        if load is None:
-            load = totals.load + all_ranks(signals.load.detach().to(totals.load))
-            if counts:
-                totals.load.copy_(load)
-        # `LOSSES` begins with the balance loss
-        global_balance = balance(load.to(signals.probs), signals.probs, config.num_experts).mean()
-        losses = torch.cat([global_balance[None], losses[1:]])
-    outputs = {"aux_loss": losses[0].detach(), "expert_load": signals.load.detach()}
-    if config.has_capacity:
-        outputs["dropped_share"] = signals.dropped[:, 0] / signals.dropped[:, 1].clamp(min=1)
-    if decoder.training and decoder.has_router_losses:
-        coefficients = losses.new_tensor([*(getattr(config, name) for name in LOSSES), 1.0])
-        outputs["router_loss"] = (coefficients * losses).sum()
-    if counts and totals.statistics is not None:
-        totals.statistics += signals.statistics.detach().to(totals.statistics)
-    if counts and totals.dropped is not None:
-        totals.dropped += signals.dropped.sum(dim=0).to(totals.dropped)
-    return outputs
+        losses = losses._replace(balance=_global_balance(decoder, layers, load, counts))
+    dropped = None if layers[-1].dropped is None else _stacked([layer.dropped for layer in layers])
+    if counts:
+        totals.add(None if layers[-1].controller is None else _stacked([x.controller for x in layers]), dropped)
+    return ModelStatistics(
+        router_loss=losses.weighted_sum(config) if decoder.training else None,
+        aux_loss=None if losses.balance is None else losses.balance.detach(),
+        expert_load=load,
+        dropped_share=None if dropped is None else dropped[:, 0] / dropped[:, 1].clamp(min=1),
+    )
+
+
+def _global_balance(decoder: Any, layers: list[RouterStatistics], load: torch.Tensor, counts: bool) -> torch.Tensor:
+    """Returns the load-balancing loss of the optimizer step so far, averaged over the layers."""
+    totals, probs = decoder.router_totals, _stacked([layer.probs for layer in layers])
+    step = totals.load_of_step
+    if step is None:
+        tokens = _stacked([layer.tokens for layer in layers])
+        step = totals.load_so_far(load, tokens, keep=counts)
+    return balance(step.load.to(probs), step.tokens.to(probs), probs, decoder.config.num_experts).mean()
+
+
+def _stacked(values: list[Any]) -> torch.Tensor:
+    """Stacks the tensors of all layers, on the device of the last layer."""
+    return torch.stack([value.to(values[-1].device) for value in values])
+
+
+def _mean(values: tuple[torch.Tensor | None, ...], device: torch.device) -> torch.Tensor | None:
+    """Averages the scalars of all layers; layers without one count as 0, and None means that no layer has one."""
+    known = [value.to(device) for value in values if value is not None]
+    return torch.stack(known).sum() / len(values) if known else None

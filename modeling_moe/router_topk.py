@@ -4,11 +4,60 @@
 # T tokens, H hidden, E experts, Z experts without weights (null and copy), K slots per token, G groups
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .router import Router, Routing, RoutingContext, fp32_linear, renormalise
+from .configuration_fields import POSITIVE, Condition, Range, setting
+from .router import CAPACITY_READS, Router, Routing, RoutingContext, fp32_linear, renormalise
+
+
+# fields that [`TopKRouter.select`] reads
+SELECTION_READS = frozenset({"n_group", "topk_group", "group_score", "router_selection_bias"})
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class TopKFields:
+    """Top-k routers."""
+
+    n_group: int = setting(
+        1,
+        "The number of groups of experts; a token can use experts of topk_group groups (DeepSeek-V3). 1 switches groups off. "
+        "For router_type='hierarchical' it is the number of outputs of the first level.",
+        Range(1, 2**16),
+        by_router=True,
+    )
+    topk_group: int = setting(
+        1,
+        "The number of groups of experts that a token can use.",
+        Range(1, 2**16),
+        effect="detail",
+        by_router=True,
+    )
+    group_score: Literal["top2sum", "max"] = setting(
+        "top2sum",
+        'The score by which groups of experts are chosen: "top2sum" adds the two highest scores of a group (DeepSeek-V3), '
+        '"max" takes the highest (DeepSeek-V2).',
+        effect="detail",
+        conditions=(Condition(lambda config: config.n_group > 1, "set n_group above 1"),),
+        by_router=True,
+    )
+    router_selection_bias: bool = setting(
+        False,
+        "Adds the fp32 buffer e_score_correction_bias to the scores that choose the experts, and not to the weights of the "
+        "chosen experts (DeepSeek-V3, arXiv:2408.15664).",
+        by_router=True,
+    )
+    router_temperature: float | int = setting(
+        1.0,
+        "The temperature of the random choice of router_type='gumbel_topk', or of the gate of router_type='continuous'.",
+        POSITIVE,
+        effect="detail",
+        by_router=True,
+    )
 
 
 class TopKRouter(Router):
@@ -21,6 +70,8 @@ class TopKRouter(Router):
     nothing, so that tokens differ in how many real ones they use. With `num_copy_experts`, which return the token, it
     is LongCat-Flash's (arXiv:2509.01322), with both kinds MoE++'s (arXiv:2410.07348) without its constant experts.
     """
+
+    reads = Router.reads | SELECTION_READS | {"num_null_experts", "num_copy_experts"}
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -60,9 +111,11 @@ class TopKRouter(Router):
 class NoisyTopKRouter(TopKRouter):
     """Learned Gaussian noise on the logits in training (Shazeer et al., arXiv:1701.06538, eq. 3-5 and appendix A).
 
-    `h = x W_g + N(0, 1) * (softplus(x W_noise) + 0.01)`; both matrices start at 0. `Routing.chance` is the paper's P(x, i),
+    `h = x W_g + N(0, 1) * (softplus(x W_noise) + 0.01)`; both matrices start at 0. `Routing.selection_probability` is the paper's P(x, i),
     of which `router_load_loss_coef` weighs the load loss.
     """
+
+    reads = Router.reads | {"router_load_loss_coef"}
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -92,9 +145,9 @@ class NoisyTopKRouter(TopKRouter):
             return self.route(clean, context)
         std = nn.functional.softplus(fp32_linear(hidden_states, self.noise_weight)) + 0.01
         noisy = clean + std * torch.randn_like(std)
-        return self.route(noisy, context)._replace(chance=self.chance(clean, noisy, std))
+        return self.route(noisy, context)._replace(selection_probability=self.selection_probability(clean, noisy, std))
 
-    def chance(self, clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    def selection_probability(self, clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
         """Probability (T, E) that an expert is among the K best if only its own noise is drawn again."""
         best = noisy.topk(self.top_k + 1, dim=-1).values
         kth, next_best = best[:, -2:-1], best[:, -1:]
@@ -108,6 +161,8 @@ class GumbelTopKRouter(TopKRouter):
 
     The K largest of `log score / temperature + Gumbel noise` (Kool et al., arXiv:1903.06059); weights from clean scores.
     """
+
+    reads = Router.reads | SELECTION_READS | {"router_temperature"}
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -124,6 +179,7 @@ class GShardRouter(TopKRouter):
     """Two experts, the second one dropped in training with probability `max(0, 1 - 2 g_2)` (GShard, arXiv:2006.16668,
     algorithm 1; GLaM, arXiv:2112.06905), g_2 being its weight."""
 
+    reads = Router.reads | SELECTION_READS
     variable_k = True
 
     @classmethod
@@ -152,6 +208,12 @@ class SparseMixerRouter(TopKRouter):
     that miss the largest (Heun's third-order method), which the gradient does not see. Weights are not renormalised.
     """
 
+    reads = CAPACITY_READS | {
+        "routed_scaling_factor",
+        "router_jitter_noise",
+        "router_gradient",
+        "router_aux_loss_scope",
+    }
     norm_topk_prob_default = False
 
     @classmethod
@@ -203,7 +265,14 @@ class HierarchicalRouter(Router):
     not computed: H (G + topk_group * E / G) products rather than H E. `logits` of their experts are -inf, `probs` 0.
     """
 
-    biased = False
+    reads = CAPACITY_READS | {
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "router_gradient",
+        "n_group",
+        "topk_group",
+        "router_aux_loss_scope",
+    }
 
     @classmethod
     def validate(cls, config) -> None:

@@ -6,18 +6,81 @@ All have one slot for each expert, empty where the token does not use it, or the
 # T tokens, E experts, K slots per token
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from .configuration_fields import COEFFICIENT, Condition, Range, setting
 from .router import Router, Routing, RoutingContext, expert_load, masked_mean, softmax_scores
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class VariableKFields:
+    """Routers with a variable number of experts per token."""
+
+    router_top_p: float | int = setting(
+        0.4,
+        "The probability that the chosen experts of a token must reach together, for router_type='top_p'.",
+        Range(0, 1, open_below=True),
+        effect="detail",
+        by_router=True,
+    )
+    max_experts_per_tok: int | None = setting(
+        None,
+        "The highest number of experts of a token where that number varies; None allows all experts.",
+        Range(1, 2**16),
+        effect="detail",
+        by_router=True,
+    )
+    router_threshold: float | int = setting(
+        0.0,
+        "The threshold of router_type='continuous' on router logits: the value of a fixed threshold, or the initial value of "
+        "a learned one.",
+        Range(-1e6, 1e6),
+        effect="detail",
+        conditions=(
+            Condition(lambda config: config.router_threshold_mode != "budget", "set router_threshold_mode='fixed'"),
+        ),
+        by_router=True,
+    )
+    router_threshold_mode: Literal["fixed", "learned", "budget"] = setting(
+        "budget",
+        'The threshold of router_type=\'continuous\': "fixed" and "learned" use one threshold, "budget" computes for each token '
+        "the threshold at which its weights sum to num_experts_per_tok.",
+        effect="detail",
+        by_router=True,
+    )
+    router_cutoff: float | int = setting(
+        0.01,
+        "The weight at or below which router_type='continuous' skips an expert.",
+        Range(0, 1),
+        effect="detail",
+        by_router=True,
+    )
+    router_sparsity_coef: float | int = setting(
+        1e-8,
+        "The initial coefficient of the L1 loss of router_type='remoe'.",
+        COEFFICIENT,
+        effect="training",
+        by_router=True,
+    )
+    router_sparsity_step: float | int = setting(
+        1.2,
+        "The factor by which router_type='remoe' raises or lowers the coefficient of its L1 loss once per optimizer step.",
+        Range(1, 1e6),
+        effect="training",
+        by_router=True,
+    )
 
 
 class VariableRouter(Router):
     """Uses the experts that `active` says; weights are the scores, not renormalised by default."""
 
+    reads = Router.reads | {"max_experts_per_tok"}
     variable_k = True
-    bounded = True
     norm_topk_prob_default = False
 
     def __init__(self, config, layer_idx: int = 0):
@@ -43,6 +106,8 @@ class TopPRouter(VariableRouter):
     The paper also adds the entropy of the probabilities to the loss: `router_entropy_loss_coef`, 1e-4 there.
     """
 
+    reads = (VariableRouter.reads | {"router_top_p"}) - {"scoring_func"}
+
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
         self.top_p = config.router_top_p
@@ -66,6 +131,10 @@ class ContinuousRouter(VariableRouter):
     `num_experts_per_tok`, which becomes top-k as the temperature falls to 0. The gradient passes through the budget:
     `d tau / d logit_i = w'_i / sum(w')`, w' being the sigmoid's slope.
     """
+
+    reads = (
+        VariableRouter.reads | {"router_temperature", "router_threshold", "router_threshold_mode", "router_cutoff"}
+    ) - {"scoring_func"}
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -115,7 +184,7 @@ class ContinuousRouter(VariableRouter):
         return tau + (slope * (logits - logits.detach())).sum(dim=-1, keepdim=True)
 
 
-class ReLURouter(VariableRouter):
+class ReMoERouter(VariableRouter):
     """`weight = relu(logit)`: a token uses the experts with a positive one (ReMoE, arXiv:2412.14711).
 
     Its own loss `lambda * mean_t sum_i f_i weight_ti`, with `f_i = E * c_i / (K T)`, makes the weights sparse and balanced;
@@ -123,7 +192,8 @@ class ReLURouter(VariableRouter):
     per optimizer step, so that a token uses `num_experts_per_tok` experts on average over the layers.
     """
 
-    own_controller = "sparsity"
+    reads = (VariableRouter.reads | {"router_sparsity_coef", "router_sparsity_step"}) - {"scoring_func"}
+    default_controller = "sparsity"
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -144,11 +214,11 @@ class ReLURouter(VariableRouter):
     def active(self, scores: torch.Tensor) -> torch.Tensor:
         return scores > 0
 
-    def own_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
-        return self.sparsity_coef[0] * relu_loss(routing, self.top_k, token_mask)
+    def auxiliary_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.sparsity_coef[0] * remoe_loss(routing, self.top_k, token_mask)
 
 
-def relu_loss(routing: Routing, top_k: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+def remoe_loss(routing: Routing, top_k: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """`mean_t sum_i f_i w_ti` with `f_i = E * c_i / (K T)`: the weights' L1 norm, more of it for busy experts.
 
     ReMoE (arXiv:2412.14711).

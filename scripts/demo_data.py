@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Write the demo's text, a part of each domain held out for evaluation.
+"""Write the demo's text; a part of each domain is held out for evaluation.
 
     python scripts/demo_data.py --output_dir outputs/demo/data
     python scripts/demo_data.py --output_dir outputs/demo/data --data mine=mine.txt yours=yours.jsonl
 
-By default two domains that every Python ships with. manual: the language reference (pydoc_data.topics); code: source of
-the standard library.
+Without --data there are two domains from Python itself: manual is the language reference (pydoc_data.topics), and
+code is source code of the standard library.
 """
 
 import inspect
@@ -19,6 +19,7 @@ from modeling_moe.utils.command_line import parse, run
 from modeling_moe.utils.folders import whole_folder
 
 
+# modules of the standard library to train on
 CODE = (
     "argparse ast bisect calendar codecs configparser contextlib csv dataclasses difflib dis enum fractions functools"
 )
@@ -29,24 +30,24 @@ HELD_OUT_PART = 0.05
 
 @dataclass
 class Arguments:
-    """Where to write, and how much."""
+    """These arguments name the output folder and the text."""
 
     output_dir: str = field(metadata={"help": "folder for DOMAIN_train.txt and DOMAIN_eval.txt"})
-    data: list[str] = field(default_factory=list, metadata={"help": "domain=source ..., as of finetune.py"})
-    seed: int = field(default=0, metadata={"help": "seed of what is held out of your own data"})
-    overwrite: bool = field(default=False, metadata={"help": "replace what an earlier run wrote there"})
+    data: list[str] = field(default_factory=list, metadata={"help": "texts, each as domain=source, see finetune.py"})
+    seed: int = field(default=0, metadata={"help": "seed of the choice of held-out text in --data"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the result of an earlier run"})
 
 
 def without(text: str, seen: str) -> str:
-    """The paragraphs of `text` that `seen` does not contain."""
+    """Returns the paragraphs of `text` that `seen` does not contain."""
     return "\n\n".join(paragraph for paragraph in text.split("\n\n") if paragraph not in seen)
 
 
 def python_domains() -> dict[str, tuple[str, str]]:
-    """Training and held-out text of each domain, other topics and other modules."""
+    """Returns training and held-out text of each domain, from different topics and different modules."""
     topics = sorted(pydoc_data.topics.topics.items())
     manual = "\n".join(text for i, (_, text) in enumerate(topics) if i % HELD_OUT_TOPICS)
-    # topics quote each other
+    # topics quote each other, so that quoted paragraphs are removed
     held_out = "\n".join(without(text, manual) for _, text in topics[::HELD_OUT_TOPICS])
     code, held_out_code = (
         "\n".join(inspect.getsource(import_module(name)) for name in names.split()) for names in (CODE, HELD_OUT_CODE)
@@ -55,11 +56,11 @@ def python_domains() -> dict[str, tuple[str, str]]:
 
 
 def own_domains(data: list[str], seed: int) -> dict[str, tuple[str, str]]:
-    """Training and held-out text of the user's sources."""
+    """Returns training and held-out text of the user's sources."""
     domains = {}
     for name, documents in DataArguments(data=data).load().items():
-        parts = hold_out(cut_documents(documents), HELD_OUT_PART, seed)
-        domains[name] = tuple("".join(part["text"]) for part in parts)
+        training, held_out = hold_out(cut_documents(documents), HELD_OUT_PART, seed)
+        domains[name] = ("".join(training["text"]), "".join(held_out["text"]))
     return domains
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Close the demo: the scores of the dense, the upcycled and the trained model in one table, and in the model's card.
+"""Compare the scores of the dense, the upcycled and the trained model of the demo in a table and in the model card.
 
     python scripts/demo_report.py --model_dir outputs/demo/model --scores_dir outputs/demo --base_model SmolLM2-135M
 
-Reads dense.json, before.json and after.json, as scripts/eval_lm.py writes them.
+The script reads dense.json, before.json and after.json, which scripts/eval_lm.py wrote.
 """
 
 import json
@@ -19,20 +19,21 @@ from modeling_moe.utils.errors import UserError
 
 
 STAGES = ("dense", "before", "after")
+# largest difference between the losses of the dense and the upcycled model
 TOLERANCE = 1e-3
 
 
 @dataclass
 class Arguments:
-    """Where the parts of the demo lie."""
+    """These arguments name the parts of the demo."""
 
     model_dir: str = field(metadata={"help": "folder of the trained model"})
-    scores_dir: str = field(metadata={"help": "folder of dense.json, before.json and after.json"})
+    scores_dir: str = field(metadata={"help": "folder with dense.json, before.json and after.json"})
     base_model: str = field(metadata={"help": "name of the dense model, for the card"})
 
 
 def scores_table(scores: dict[str, dict]) -> Table:
-    """One row for each domain and stage."""
+    """Returns a table with one row for each domain and stage."""
     table = Table("domain", "model", "loss", "perplexity", "bits per byte", "% of tokens per expert")
     names = {"dense": "dense", "before": "upcycled", "after": "fine-tuned"}
     for domain in scores["after"]:
@@ -45,13 +46,15 @@ def scores_table(scores: dict[str, dict]) -> Table:
 
 
 def main() -> None:
-    """Checks that upcycling kept the dense loss, writes the card, prints the table."""
+    """Checks that upcycling kept the dense loss, writes the model card, and prints the table."""
     (args,) = parse([Arguments], __doc__)
     scores = {stage: json.loads((Path(args.scores_dir) / f"{stage}.json").read_text()) for stage in STAGES}
     for domain, dense in scores["dense"].items():
         difference = abs(scores["before"][domain]["loss"] - dense["loss"])
         if difference > TOLERANCE:
-            raise UserError(f"upcycling changed the loss on {domain} by {difference:.4f}: it should not")
+            raise UserError(
+                f"upcycling changed the loss on {domain} by {difference:.4f}; it must not: please report this"
+            )
     metrics = {
         domain: {"before": scores["before"][domain], "after": scores["after"][domain]} for domain in scores["after"]
     }

@@ -21,7 +21,8 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from modeling_moe.training import DataArguments, DomainScore, EvaluationArguments, evaluate_lm
+from modeling_moe.data import DataArguments
+from modeling_moe.evaluation import DomainScore, EvaluationArguments, evaluate_lm
 from modeling_moe.utils.command_line import parse, run
 from modeling_moe.utils.errors import UserError
 

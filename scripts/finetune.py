@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
+from modeling_moe.data import DataArguments
 from modeling_moe.training import (
-    DataArguments,
     FinetuneArguments,
     FinetuneResult,
     LoraArguments,

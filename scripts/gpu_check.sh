@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# This is the check of the package on one GPU, in less than 8 minutes and without network: is it right, and how fast.
-#   bash scripts/gpu_check.sh                          all parts below but science
+# This checks on one GPU that the package is correct and how fast it is, in less than 8 minutes and without network.
+#   bash scripts/gpu_check.sh                          all parts below except science
 #   bash scripts/gpu_check.sh --part kernels --part sweep
-#   bash scripts/gpu_check.sh --part science           SmolLM2-135M upcycled against dense, at most 300 s; how its weights
-#                                                      get there: PYTHONPATH=scripts python3 -m moe_benchmark.gpu.weights --help
+#   bash scripts/gpu_check.sh --part science           SmolLM2-135M upcycled against dense, at most 300 s; how to provide
+#                                                      the weights: PYTHONPATH=scripts python3 -m moe_benchmark.gpu.weights --help
 #   bash scripts/gpu_check.sh --size tiny              shapes of a few rows
-#   bash scripts/gpu_check.sh --limit 600              at most that many seconds for each part, in place of those below
+#   bash scripts/gpu_check.sh --limit 600              at most this many seconds for each part, instead of those below
 #
 # part         at most  what
 # environment     25 s  versions, GPU, bandwidth of a copy, rate of products
@@ -19,15 +19,15 @@
 # memory          25 s  peak memory against grouped_mm and Liger
 #
 # The folder OUT (outputs/gpu) gets results.jsonl, one line for each number, and log.txt; lines of parts that do not run
-# again are kept. Each part is a process of its own, which is ended at its limit. The exit code is 1 if anything failed.
+# again are kept. Each part is a separate process, which is ended at its limit. The exit code is 1 if anything failed.
 # `python3 scripts/gpu_report.py` makes a page of the results.
 #
-# It wants python3 with torch >= 2.11, triton >= 3.6, transformers >= 5.17, peft and pytest (-xdist, -timeout). Wheels in
-# the folder .whl are put beside them; wanted are datasets dill multiprocess evaluate liger_kernel gguf bitsandbytes:
+# It needs python3 with torch >= 2.11, triton >= 3.6, transformers >= 5.17, peft and pytest (-xdist, -timeout). Wheels in
+# the folder .whl are installed; useful are datasets dill multiprocess evaluate liger_kernel gguf bitsandbytes:
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d .whl datasets dill multiprocess \
 #       evaluate liger_kernel gguf bitsandbytes --platform manylinux_2_24_x86_64
-# where a transfer is small, `zip -d .whl/bitsandbytes*.whl "*cuda1[12]*.so" "*rocm*.so" "*xpu*.so"` leaves 7 of its 43 MB.
-# What is missing is named, with what is left out for it.
+# If transfers are limited, `zip -d .whl/bitsandbytes*.whl "*cuda1[12]*.so" "*rocm*.so" "*xpu*.so"` leaves 7 of its 43 MB.
+# A missing package is named, with what is omitted without it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -41,7 +41,7 @@ parts=() size=full limit_of_all=
 while [ $# -gt 0 ]; do
     case $1 in
         --help) sed -n "2,/^set /s/^# \{0,1\}//p" "$0" && exit ;;
-        --part | --size | --limit) [ $# -gt 1 ] || { echo "gpu_check.sh: $1 wants a value (see --help)" >&2 && exit 2; } ;;&
+        --part | --size | --limit) [ $# -gt 1 ] || { echo "gpu_check.sh: $1 needs a value (see --help)" >&2 && exit 2; } ;;&
         --part)
             [ -n "${LIMITS[$2]:-}" ] || { echo "gpu_check.sh: unknown part $2 (see --help)" >&2 && exit 2; }
             parts+=("$2") && shift 2
@@ -51,7 +51,7 @@ while [ $# -gt 0 ]; do
             size=$2 && shift 2
             ;;
         --limit)
-            [[ $2 =~ ^[1-9][0-9]*$ ]] || { echo "gpu_check.sh: --limit $2 is no number of seconds" >&2 && exit 2; }
+            [[ $2 =~ ^[1-9][0-9]*$ ]] || { echo "gpu_check.sh: --limit $2 is not a number of seconds" >&2 && exit 2; }
             limit_of_all=$2 && shift 2
             ;;
         *) echo "gpu_check.sh: unknown argument $1 (see --help)" >&2 && exit 2 ;;
@@ -79,13 +79,13 @@ record() { printf '{"part": "%s", "at_s": %d, "error": "%s"}\n' "$1" "$2" "$3" |
 
 run_part() {
     local part=$1 limit=${limit_of_all:-${LIMITS[$1]}} start=$SECONDS code spent
-    # what has begun by then can end before the limit
+    # what has started by then can end before the limit
     local until=$(($(date +%s) + limit - limit / 8 - 3))
     echo "== $part, at most $limit s" | tee -a "$log"
     timeout -k 5 "$limit" python3 -m moe_benchmark.gpu "$part" --output "$OUT" --size "$size" \
         --until "$until" 2>&1 | tee -a "$log"
     code=${PIPESTATUS[0]} spent=$((SECONDS - start))
-    [ "$code" != 2 ] || exit 2 # it cannot be run, and has said why
+    [ "$code" != 2 ] || exit 2 # the part cannot run, and has printed the reason
     if [ "$code" = 124 ] || { [ "$code" = 137 ] && [ "$spent" -ge "$limit" ]; }; then
         record "$part" "$spent" "over its limit of $limit s"
     elif [ "$code" -gt 128 ]; then

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""The page on a GPU check, from the results of `bash scripts/gpu_check.sh`; and which tiles the kernels should take.
+"""Write the page of a GPU check from the results of `bash scripts/gpu_check.sh`, and print proposed tiles for the
+kernels.
 
     python scripts/gpu_report.py outputs/gpu/results.jsonl
     python scripts/gpu_report.py call1.jsonl call2.jsonl --output docs/speed-gpu.md
 
-Of a part that is in several files, the last one counts. A figure is drawn beside the page where matplotlib is installed.
+If several files contain a part of the check, the last file is used. A figure is drawn beside the page if matplotlib
+is installed.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -21,8 +23,10 @@ from modeling_moe.utils.errors import UserError
 def main() -> None:
     """Writes the page and the figure, and prints the targets and the tiles."""
     parser = ArgumentParser("gpu_report.py", None, __doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", default=["outputs/gpu/results.jsonl"], help="files of results")
-    parser.add_argument("--output", type=Path, default=Path("docs/speed-gpu.md"), help="the page to write")
+    parser.add_argument(
+        "results", nargs="*", default=["outputs/gpu/results.jsonl"], help="JSON Lines files of results"
+    )
+    parser.add_argument("--output", type=Path, default=Path("docs/speed-gpu.md"), help="Markdown page to write")
     arguments = parser.parse_args()
     if not arguments.output.parent.is_dir():
         raise UserError(f"output {arguments.output}: make the folder {arguments.output.parent} first")

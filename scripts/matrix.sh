@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# This runs tests and the demo on other releases, each set of them in an environment of its own. test.sh sources it.
+# This runs tests and the demo on other releases, each set of releases in a separate environment. test.sh sources it.
 #   run_matrix [ENVIRONMENT ...]
-# An environment is a name in configuration/constraints/matrix.txt, by default each of them in turn; or releases that take
-# the place of the tested ones: peft==0.21.0, torch (the newest), "transformers==5.20.2 huggingface-hub".
+# An environment is a name in configuration/constraints/matrix.txt, by default each name in turn; or releases that replace
+# the tested ones: peft==0.21.0, torch (the newest), "transformers==5.20.2 huggingface-hub".
 
 MATRIX=configuration/constraints/matrix.txt
 TESTED=configuration/constraints/tested.txt
 
-# find_python prints the interpreter of a Python version, python3 for -
+# find_python prints the interpreter of a Python version; - stands for python3
 find_python() {
     local candidate
     [ "$1" = - ] && echo "${PYTHON:-python3}" && return
     for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
         "$candidate" -c "" 2>/dev/null && echo "$candidate" && return
     done
-    echo "test.sh: no Python $1 here: install it (pyenv install $1, uv python install $1)" >&2
+    echo "test.sh: Python $1 is not installed: install it (pyenv install $1, uv python install $1)" >&2
     return 1
 }
 
@@ -44,7 +44,7 @@ install_environment() {
     shift 2
     [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
     releases "$@" > "$folder/requirements.txt"
-    # pip takes the registry's newest, whatever this machine's own constraints and this package's bounds say
+    # pip installs the registry's newest release, whatever the constraints of this machine and the bounds of this package
     export PIP_CONSTRAINT=/dev/null
     "$folder/bin/python" -m pip install -qq --disable-pip-version-check --upgrade -r "$folder/requirements.txt" &&
         "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-deps -e .
@@ -71,7 +71,7 @@ environment() {
         name=${1//==/-}
         echo "${name// /-} - $1"
     else
-        echo "test.sh: $1 is no environment of $MATRIX, nor a release (name==version) of a package in $TESTED" >&2
+        echo "test.sh: $1 is neither an environment of $MATRIX nor a release (name==version) of a package in $TESTED" >&2
         return 2
     fi
 }
@@ -94,7 +94,7 @@ run_matrix() {
             echo "== $name passed: $(installed ".venv-$name")"
         else
             echo "== $name FAILED: $(installed ".venv-$name")" >&2
-            echo "Mend the code for these releases; until then the bounds in pyproject.toml have to keep them out." >&2
+            echo "Fix the code for these releases, or exclude them by the bounds in pyproject.toml." >&2
             failed+=("$name")
         fi
     done

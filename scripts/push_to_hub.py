@@ -19,7 +19,8 @@ from rich.table import Table
 from modeling_moe.hub import push_folder
 from modeling_moe.utils.command_line import parse, run
 from modeling_moe.utils.errors import UserError
-from modeling_moe.utils.locations import local_folder, read_json
+from modeling_moe.utils.json_files import read_json
+from modeling_moe.utils.locations import local_folder
 
 
 @dataclass

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from modeling_moe.upcycling import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
+from modeling_moe.resizing import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
 from modeling_moe.utils.command_line import parse, run
 
 
@@ -33,7 +33,7 @@ class Arguments:
 def main() -> None:
     """Resizes and prints what came out."""
     args, options, growth, pruning = parse([Arguments, ResizeOptions, GrowthOptions, PruningOptions], __doc__)
-    before, after, inexactness = resize_checkpoint(
+    before, after, reason_not_exact = resize_checkpoint(
         args.model_name_or_path,
         args.output_dir,
         options,
@@ -48,7 +48,7 @@ def main() -> None:
         "parameters": [f"{config.num_params():,}" for config in (before, after)],
         "active per token": [f"{config.num_active_params():,}" for config in (before, after)],
         "experts, per token": [f"{config.num_experts}, {config.num_experts_per_tok}" for config in (before, after)],
-        "same function": ["", f"no: {inexactness}" if inexactness else "yes"],
+        "same function": ["", f"no: {reason_not_exact}" if reason_not_exact else "yes"],
     }.items():
         table.add_row(title, *values)
     Console().print(table)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# This makes a virtual environment with the package, from nothing but python3 and pip. demo.sh and test.sh source it.
+# This makes a virtual environment with the package; it needs only python3 and pip. demo.sh and test.sh source it.
 #   setup_env FOLDER EXTRA
-# PYTHON chooses the interpreter, python3 by default. The packages in tested.txt are installed in the releases named there.
+# PYTHON names the interpreter, python3 by default. Packages in tested.txt are installed in the releases listed there.
 
 setup_env() {
     local folder=$1 extra=$2

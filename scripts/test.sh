@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# This is the one gate: set-up, lint, format, types, tests.
-#   bash scripts/test.sh                     all of it, on the tested releases
-#   bash scripts/test.sh --slow              the tests marked slow as well
+# This runs all checks: set-up, lint, format, types, tests.
+#   bash scripts/test.sh                     all checks, on the tested releases
+#   bash scripts/test.sh --slow              also the tests marked slow
 #   bash scripts/test.sh --matrix            most tests and a short demo on other releases, two hours: scripts/matrix.sh
 #   bash scripts/test.sh --matrix newest     on the newest releases, as CI does; or oldest-python-3.10, peft==0.21.0 ...
 set -euo pipefail

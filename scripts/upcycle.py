@@ -56,7 +56,7 @@ def print_plan(plan: UpcyclingPlan, verification: Verification | None, title: st
     table.add_row("memory to train", f"{plan.bytes_to_train / 1e9:.2f} GB and activations (AdamW, all weights)")
     serving = f"{plan.bytes_on_disk / 1e9:.2f} GB and {plan.cache_bytes() / 1e9:.3f} GB for each 1000 tokens of a text"
     table.add_row("memory to serve", serving)
-    table.add_row("computes the dense function", f"no: {plan.inexactness}" if plan.inexactness else "yes")
+    table.add_row("computes the dense function", f"no: {plan.reason_not_exact}" if plan.reason_not_exact else "yes")
     for name, text in verification.rows() if verification else []:
         table.add_row(name, text)
     Console().print(groups)

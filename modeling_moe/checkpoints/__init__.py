@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints read and written tensor by tensor, so that memory does not grow with the model."""
+"""Checkpoints are read and written here tensor by tensor, so memory does not grow with the model."""
 
 from .damage import UnusableError
 from .fingerprint import check_hashes, fingerprint

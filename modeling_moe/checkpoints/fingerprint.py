@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The bytes of a checkpoint's files, compared with the hashes beside them, tell one source from another."""
+"""This module hashes the files of a checkpoint and compares the hashes with those in `SHA256SUMS`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,18 +10,18 @@ from ..utils.progress import byte_progress
 
 
 def fingerprint(folder: str | Path, names: Sequence[str], progress: bool = True) -> dict[str, str]:
-    """Reads files whole, for neither size nor time of a file tells that its bytes changed.
+    """Hashes files of a folder; only the bytes prove that a file is unchanged, neither size nor time does.
 
     Args:
-        folder: of the files.
-        names: relative to it.
-        progress: show a progress bar on stderr.
+        folder: folder that holds the files.
+        names: paths relative to `folder`.
+        progress: whether to show a progress bar on stderr.
 
     Returns:
-        Names to SHA-256 in hex.
+        File names to SHA-256 in hex.
 
     Raises:
-        UserError: names the first file that is missing, or differs from the folder's `SHA256SUMS`.
+        UserError: names the first file that is missing or differs from the folder's `SHA256SUMS`.
     """
     folder = Path(folder)
     listed, sums = read_sums(folder), {}
@@ -40,10 +40,14 @@ def fingerprint(folder: str | Path, names: Sequence[str], progress: bool = True)
 
 
 def check_hashes(folder: str | Path, progress: bool = True) -> list[str]:
-    """Compares the safetensors files that the folder's `SHA256SUMS` lists with their hashes.
+    """Compares the safetensors files of a folder with the hashes that the folder's `SHA256SUMS` lists.
+
+    Args:
+        folder: folder that holds the files and `SHA256SUMS`.
+        progress: whether to show a progress bar on stderr.
 
     Returns:
-        Names of the files that were compared; none where the folder has no `SHA256SUMS`.
+        Names of the compared files; an empty list if the folder has no `SHA256SUMS`.
 
     Raises:
         UserError: names the first file that is missing or differs.

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""GGUF files, read tensor by tensor with what transformers and the `gguf` library know of their names and layouts."""
+"""This module reads GGUF files tensor by tensor; transformers and the `gguf` library supply the names and layouts."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,25 +26,30 @@ from .gguf_header import refuse_damaged_header
 from .lazy_tensor import Index, LazyTensor, State
 
 
-# the largest tensors; transformers takes them as they are stored, so that rows of them can be read alone
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+
+# transformers does not reorder these two tensors, the largest ones, so a few rows of them can be read alone
 BY_ROWS = {"token_embd.weight", "output.weight"}
+# largest piece of such a tensor in bytes of fp32
 BLOCK = 1 << 26
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A tensor in the file: where it is, and how its numbers are packed."""
+class _StoredTensor:
+    """A tensor of a GGUF file: file, name, quantisation, byte offset, packed shape and dtype, and number of elements."""
 
     file: Path
     name: str
-    kind: int
+    quantisation: "GGMLQuantizationType"
     offset: int
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     numel: int
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows of the tensor, dequantised to fp32."""
+        """Returns rows `start` to `stop` of the tensor, dequantised to fp32."""
         from gguf import dequantize
 
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -52,36 +57,36 @@ class _Stored:
         packed = np.fromfile(self.file, np.uint8, count * row, offset=self.offset + start * row)
         if len(packed) != count * row:
             raise UserError(f"{self.file} became shorter while it was read: download it again")
-        values = dequantize(packed.view(self.dtype).reshape(count, *self.shape[1:]), self.kind)
+        values = dequantize(packed.view(self.dtype).reshape(count, *self.shape[1:]), self.quantisation)
         remedy = "the file is damaged, download it again"
         refuse_not_finite(torch.from_numpy(values), f"{self.name} in {self.file}", remedy)
         return values
 
 
 def read_gguf(file: Path) -> State:
-    """The tensors of a GGUF file under transformers' names, in fp32, equal to those that transformers loads.
+    """Returns the tensors of a GGUF file under transformers' names, in fp32, equal to those that transformers loads.
 
     Raises:
-        UserError: if the file is no GGUF file or truncated, transformers does not know its architecture, or it lacks a
-            tensor of the model.
+        UserError: if the file is truncated or not GGUF, transformers does not know the architecture, or a tensor of the
+            model is missing.
     """
     if not file.is_file():
         raise UserError(f"gguf_file {file.name} is not in {file.parent}: name a file of that folder")
     refuse_damaged_header(file)
     try:
         architecture, stored = _stored_tensors(file)
-        config = load_gguf_checkpoint(file)["config"]
+        config: dict[str, Any] = load_gguf_checkpoint(file)["config"]
         _refuse_more_layers(file, config, stored)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
-        mapping = get_gguf_hf_weights_map(_names(model), processor)
+        mapping = get_gguf_hf_weights_map(_name_source(model), processor)
     except ImportError as error:
         raise UserError(f"{file} needs the gguf library: pip install gguf") from error
     except UserError:
         raise
     except Exception as error:
-        # both libraries take what a file says without looking, and fail where it does not fit in any way
+        # both libraries trust the file's contents, so a damaged file can make them raise any exception
         raise UserError(f"{file} cannot be read as a GGUF file: {type(error).__name__} {error}") from error
     members = defaultdict(list)
     for tensor in stored:
@@ -94,13 +99,13 @@ def read_gguf(file: Path) -> State:
     return {name: _tensor(name, shapes[name], members[name], processor, mapping) for name in shapes if name in members}
 
 
-def _stored_tensors(file: Path) -> tuple[str, list[_Stored]]:
-    """The file's architecture and tensors."""
+def _stored_tensors(file: Path) -> tuple[str, list[_StoredTensor]]:
+    """Returns the file's architecture and tensors."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
     stored = [
-        _Stored(file, t.name, t.tensor_type, t.data_offset, t.data.shape, t.data.dtype, t.n_elements)
+        _StoredTensor(file, t.name, t.tensor_type, t.data_offset, t.data.shape, t.data.dtype, t.n_elements)
         for t in reader.tensors
     ]
     ends = sorted((t.data_offset, t.data_offset + t.n_bytes, t.name) for t in reader.tensors)
@@ -110,25 +115,36 @@ def _stored_tensors(file: Path) -> tuple[str, list[_Stored]]:
     return read_field(reader, "general.architecture")[0], stored
 
 
-def _refuse_more_layers(file: Path, config: dict[str, Any], stored: list[_Stored]) -> None:
-    """Refuses metadata with more layers than there are tensors, before a model is built that has so many."""
+def _refuse_more_layers(file: Path, config: dict[str, Any], stored: list[_StoredTensor]) -> None:
+    """Refuses metadata with more layers than tensors, before a model with that many layers is built."""
     if (layers := config.get("num_hidden_layers", 0)) > len(stored):
         raise UserError(
             f"{file} is damaged: it asks for {layers} layers and has {len(stored)} tensors; download it again"
         )
 
 
-def _names(model: PreTrainedModel) -> SimpleNamespace:
-    """What transformers' map of names asks of a model; its base model is the only submodule, for speed."""
+def _name_source(model: PreTrainedModel) -> SimpleNamespace:
+    """Returns a stand-in with the attributes that transformers' name map reads of a model.
+
+    The base model is the only submodule of the stand-in: a walk through all submodules would take long.
+    """
     base = SimpleNamespace(state_dict=model.base_model.state_dict, named_children=list)
     children = [(model.base_model_prefix, base)]
     return SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=lambda: children)
 
 
 def _tensor(
-    name: str, shape: tuple[int, ...], members: list[_Stored], processor: TensorProcessor, mapping: dict[str, str]
+    name: str,
+    shape: tuple[int, ...],
+    members: list[_StoredTensor],
+    processor: TensorProcessor,
+    mapping: dict[str, str],
 ) -> LazyTensor:
-    """One of transformers' tensors, made of those in the file that belong to it."""
+    """Makes one of transformers' tensors from the stored tensors that belong to it.
+
+    Raises:
+        UserError: if the stored tensors do not have as many elements as `shape`.
+    """
 
     if sum(member.numel for member in members) != math.prod(shape):
         raise UserError(

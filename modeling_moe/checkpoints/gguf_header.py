@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The header of a GGUF file is walked before the `gguf` library reads it, which believes every length that it finds."""
+"""This module checks the header of a GGUF file, because the `gguf` library trusts every length that a file gives."""
 
 import mmap
 import struct
@@ -10,20 +10,20 @@ from ..utils.errors import UserError
 
 MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9
-# type of a value -> its bytes
+# value type -> bytes of a value
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-# key length, type; name length, dimensions, type, offset
+# least bytes of a metadata entry (key length, type) and of a tensor's entry (name length, dimensions, type, offset)
 SMALLEST_ENTRY, SMALLEST_TENSOR = 12, 24
 
 
-class _Walk:
-    """A place in a file, which moves on over what is there and nothing else."""
+class _Cursor:
+    """A read position in a mapped file; a step beyond the end of the file raises an error."""
 
     def __init__(self, file: Path, data: mmap.mmap):
         self.file, self.data, self.at = file, data, 0
 
     def skip(self, count: int, what: str) -> None:
-        """Moves on over `count` bytes."""
+        """Advances by `count` bytes."""
         if count > len(self.data) - self.at:
             raise UserError(
                 f"{self.file} cannot be read as a GGUF file: {what} has {count:,} bytes where "
@@ -32,20 +32,20 @@ class _Walk:
         self.at += count
 
     def number(self, code: str, what: str) -> int:
-        """An unsigned number, little-endian, of 4 bytes (`I`) or 8 (`Q`)."""
+        """Reads an unsigned little-endian number of 4 bytes (`I`) or 8 bytes (`Q`)."""
         start = self.at
         self.skip(struct.calcsize(code), what)
         return struct.unpack_from(f"<{code}", self.data, start)[0]
 
     def string(self, what: str) -> str:
-        """A text with its length before it; what is no UTF-8 in it is replaced."""
+        """Reads a string with a length before it; bytes that are not UTF-8 are replaced."""
         length = self.number("Q", what)
         start = self.at
         self.skip(length, what)
         return self.data[start : self.at].decode("utf-8", "replace")
 
     def value(self, kind: int, key: str) -> None:
-        """Moves on over a value of that type."""
+        """Advances over a metadata value of type `kind`."""
         if kind == STRING:
             self.skip(self.number("Q", key), key)
         elif kind == ARRAY:
@@ -56,7 +56,7 @@ class _Walk:
             raise UserError(f"{self.file} cannot be read as a GGUF file: {key} has the unknown type {kind}")
 
     def array(self, key: str) -> None:
-        """Moves on over an array, whose length is looked at before any element."""
+        """Advances over an array, after checking that an array of this length fits into the file."""
         kind, length = self.number("I", key), self.number("Q", key)
         if kind == ARRAY:
             raise UserError(
@@ -74,17 +74,17 @@ class _Walk:
 
 
 def refuse_damaged_header(file: Path) -> None:
-    """Refuses a GGUF file with a length that exceeds the file, an array of arrays, or too few bytes for its entries.
+    """Refuses a GGUF file with a length that exceeds the file, an array of arrays, or too few bytes for the entries.
 
     Raises:
-        UserError: names the entry.
+        UserError: names the damaged entry.
     """
     if file.stat().st_size < len(MAGIC) + 20:
         raise UserError(f"{file} cannot be read as a GGUF file: it has {file.stat().st_size} bytes; download it again")
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[: len(MAGIC)] != MAGIC:
             raise UserError(f"{file} cannot be read as a GGUF file: it does not begin with GGUF; name another file")
-        walk = _Walk(file, data)
+        walk = _Cursor(file, data)
         walk.skip(len(MAGIC), "the file")
         version = walk.number("I", "the version")
         if version not in (2, 3):

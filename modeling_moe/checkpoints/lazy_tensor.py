@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""A tensor that is known by shape and dtype and read only when it is written: what conversions are made of."""
+"""A lazy tensor has a known shape and dtype and is read only when it is written; conversions transform lazy tensors."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +16,11 @@ class LazyTensor:
     """A tensor that has not been read.
 
     Attributes:
-        shape: of the tensor.
-        dtype: of the tensor.
-        load: reads the part `tensor[index]`; called each time that the part is needed.
-        parts: where the tensor is a stack or concatenation along dimension 0, what it is made of, so that a writer
-            need not hold it whole.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
+        load: function that reads `tensor[index]`; it is called each time the part is needed.
+        parts: pieces whose concatenation or stack along dimension 0 is the tensor; a writer that goes through them
+            never holds the whole tensor. Empty if the tensor is read whole.
     """
 
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class LazyTensor:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "LazyTensor":
-        """A tensor in memory."""
+        """Wraps a tensor in memory."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda index: tensor[index])
 
     @classmethod
@@ -41,13 +41,13 @@ class LazyTensor:
         shape: tuple[int, ...] | None = None,
         dtype: torch.dtype | None = None,
     ) -> "LazyTensor":
-        """`function(*tensors)`, computed whole whenever a part of it is read.
+        """Returns `function(*tensors)`; the function is computed whole each time a part of the result is read.
 
         Args:
-            function: of the tensors, read.
-            *tensors: its arguments.
-            shape: of the result; the first argument's if not given.
-            dtype: of the result, which is cast to it; the first argument's if not given.
+            function: maps the read tensors to the result.
+            *tensors: arguments of the function.
+            shape: shape of the result; the first argument's shape if not given.
+            dtype: dtype to which the result is cast; the first argument's dtype if not given.
         """
         shape = tensors[0].shape if shape is None else tuple(shape)
         dtype = dtype or tensors[0].dtype
@@ -55,7 +55,7 @@ class LazyTensor:
 
     @classmethod
     def cat(cls, tensors: Sequence["LazyTensor"]) -> "LazyTensor":
-        """The tensors one after another along dimension 0."""
+        """Concatenates tensors along dimension 0."""
         shape = (sum(t.shape[0] for t in tensors), *tensors[0].shape[1:])
         return cls(
             shape, tensors[0].dtype, lambda index: torch.cat([t.read() for t in tensors])[index], tuple(tensors)
@@ -63,7 +63,7 @@ class LazyTensor:
 
     @classmethod
     def stack(cls, tensors: Sequence["LazyTensor"]) -> "LazyTensor":
-        """The tensors one after another along a new dimension 0."""
+        """Stacks tensors along a new dimension 0."""
         shape = (len(tensors), *tensors[0].shape)
         return cls(
             shape, tensors[0].dtype, lambda index: torch.stack([t.read() for t in tensors])[index], tuple(tensors)
@@ -76,11 +76,11 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements."""
+        """Size of the elements in bytes."""
         return self.numel * self.dtype.itemsize
 
     def __getitem__(self, index: slice | int | tuple[slice | int, ...]) -> "LazyTensor":
-        """The part `tensor[index]`, of slices with step 1 and integers; of a tensor in a file only it is read."""
+        """Returns the part `tensor[index]` of slices with step 1 and integers; a tensor in a file reads only this part."""
         index = index if isinstance(index, tuple) else (index,)
         ranges, kept = [], []
         for size, part in zip(self.shape, index + (slice(None),) * (len(self.shape) - len(index)), strict=True):
@@ -98,11 +98,11 @@ class LazyTensor:
     def map(
         self, function: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...] | None = None
     ) -> "LazyTensor":
-        """`function(tensor)`, in the same dtype; `shape` where it changes."""
+        """Returns `function(tensor)` in the tensor's dtype; `shape` is needed if the function changes the shape."""
         return LazyTensor.combine(function, self, shape=shape)
 
     def to(self, dtype: torch.dtype) -> "LazyTensor":
-        """The tensor in another dtype."""
+        """Returns the tensor cast to `dtype`."""
         if dtype == self.dtype:
             return self
         return LazyTensor(
@@ -110,15 +110,15 @@ class LazyTensor:
         )
 
     def transpose(self) -> "LazyTensor":
-        """A matrix, transposed."""
+        """Returns the transpose of a matrix."""
         return self.map(lambda tensor: tensor.T, shape=self.shape[::-1])
 
     def read(self) -> torch.Tensor:
-        """The tensor."""
+        """Reads the whole tensor."""
         return self.load((slice(None),) * len(self.shape))
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """Consecutive pieces of the tensor's elements, in order."""
+        """Yields consecutive pieces that together hold all elements, in order."""
         if not self.parts:
             yield self.read()
         for part in self.parts:
@@ -126,4 +126,4 @@ class LazyTensor:
 
 
 State = dict[str, LazyTensor]
-"""A checkpoint: names to tensors."""
+"""A checkpoint as a dictionary of tensor names to tensors."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The safetensors format, read and written with plain file access: a mapped file would count as memory."""
+"""This module reads and writes safetensors files with plain file access, because a mapped file counts as memory in use."""
 
 import json
 import math
@@ -36,14 +36,14 @@ DTYPES = {
     "C64": torch.complex64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# a tensor larger than this is written in pieces of this size, and its columns are read through a buffer of it
+# bytes: a larger tensor is copied in pieces of this size, and columns are read through a buffer of this size
 BLOCK = 1 << 24
 
 
 def read_tensors(file: Path) -> State:
-    """The tensors of a safetensors file, of which only the header is read.
+    """Returns the tensors of a safetensors file and reads only the file's header.
 
-    The safetensors library checks the header: that tensors neither overlap nor leave holes, and that names differ.
+    The safetensors library checks the header: tensors neither overlap nor leave holes.
 
     Raises:
         UserError: if the file is damaged, or has a dtype that torch lacks.
@@ -54,7 +54,7 @@ def read_tensors(file: Path) -> State:
         if size < 8 or length > size - 8:
             raise UserError(f"{file} is truncated or no safetensors file ({size} bytes): download it again")
         try:
-            # it maps the file and touches the header alone, so that no memory counts
+            # safe_open maps the file but reads only the header, so memory in use does not grow
             with safe_open(file, framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
@@ -71,7 +71,7 @@ def read_tensors(file: Path) -> State:
 
 
 def _held_bytes(stream: BinaryIO, length: int) -> int | None:
-    """Size of the file that a header asks for; None if it is no header."""
+    """Returns the file size in bytes that the header asks for, or None if the bytes are not a header."""
     stream.seek(8)
     try:
         header = json.loads(stream.read(length))
@@ -82,6 +82,7 @@ def _held_bytes(stream: BinaryIO, length: int) -> int | None:
 
 
 def _distinct(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds a header's dictionary; raises a UserError if a name occurs twice, which JSON readers accept."""
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -90,6 +91,7 @@ def _distinct(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(file: Path, name: str, entry: dict, start: int) -> LazyTensor:
+    """Makes a lazy tensor of a header's entry; `start` is the byte at which the file's tensors begin."""
     if entry["dtype"] not in DTYPES:
         raise UserError(
             f"{name} in {file} has dtype {entry['dtype']}, which cannot be read: dequantise the source first"
@@ -111,7 +113,7 @@ def _tensor(file: Path, name: str, entry: dict, start: int) -> LazyTensor:
 def _read(
     file: Path, name: str, offset: int, shape: tuple[int, ...], dtype: torch.dtype, index: Index
 ) -> torch.Tensor:
-    """The part `tensor[index]`; rows are read whole, and where only some columns are asked for, block by block."""
+    """Reads the part `tensor[index]`: all columns of a row range directly, some columns block by block."""
     if not shape:
         return _read_rows(file, name, offset, (1,), dtype).reshape(())
     ranges = [range(size)[part] for size, part in zip(shape, index + (slice(None),) * len(shape), strict=False)]
@@ -131,10 +133,11 @@ def _read(
 
 
 def _read_rows(file: Path, name: str, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Reads a contiguous range of rows, of shape `shape`, at byte `offset`."""
     buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
     with open(file, "rb") as stream:
         stream.seek(offset)
-        if stream.readinto(buffer.numpy()) != len(buffer):
+        if stream.readinto(buffer.numpy().data) != len(buffer):
             raise UserError(f"{file} became shorter while it was read: download it again")
     tensor = buffer.view(dtype).reshape(shape)
     refuse_not_finite(tensor, f"{name} in {file}", "the file is damaged, download it again")
@@ -142,8 +145,10 @@ def _read_rows(file: Path, name: str, offset: int, shape: tuple[int, ...], dtype
 
 
 def make_header(tensors: State) -> bytes:
-    """The header of a file with these tensors one after another, as transformers asks for it, its length included."""
-    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    """Returns the header, with its length before it, of a file that holds these tensors one after another."""
+    # transformers refuses a file whose metadata does not name the framework
+    entries: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Finding a source checkpoint, and telling whether it is whole, from the headers of its files alone."""
+"""This module finds a source checkpoint and checks from the files' headers that the checkpoint is complete."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,8 @@ from huggingface_hub import snapshot_download
 
 from ..utils.companions import COMPANIONS
 from ..utils.errors import UserError
-from ..utils.locations import folder_and_gguf, read_json, refuse_outside
+from ..utils.json_files import read_json
+from ..utils.locations import folder_and_gguf, refuse_outside
 from .gguf import read_gguf
 from .lazy_tensor import State
 from .safetensors_format import read_tensors
@@ -25,10 +26,10 @@ class Source:
     """A checkpoint to convert.
 
     Attributes:
-        folder: where it lies.
-        state: its tensors under transformers' names, none of them read; as stored on disk, or fp32 from a GGUF file.
+        folder: local folder of the checkpoint.
+        state: unread tensors under transformers' names, as stored on disk; fp32 if they come from a GGUF file.
         files: names of the files in the folder that hold the tensors.
-        gguf_file: name of the GGUF file in the folder, if it is one.
+        gguf_file: name of the GGUF file in the folder, or None.
     """
 
     folder: Path
@@ -40,14 +41,14 @@ class Source:
 def open_source(name_or_path: str | Path, gguf_file: str | None = None) -> Source:
     """Opens a checkpoint by folder or Hub name.
 
-    A folder has either `model.safetensors`, or shards and the index that names them.
+    A folder holds either `model.safetensors`, or shards and the index that names them.
 
     Args:
         name_or_path: folder, path of a GGUF file, or Hub name of a model, whose safetensors files are downloaded.
-        gguf_file: name of the GGUF file in the folder to take instead.
+        gguf_file: name of a GGUF file in the folder, which is read instead of safetensors files.
 
     Raises:
-        UserError: if there is no such checkpoint, it is not in safetensors, a shard or tensor is missing, a file is
+        UserError: if there is no such checkpoint or it is not in safetensors, a shard or tensor is missing, a file is
             damaged or lies outside the folder, or the folder holds an adapter.
     """
     name, gguf_file = folder_and_gguf(name_or_path, gguf_file)
@@ -69,7 +70,7 @@ def open_source(name_or_path: str | Path, gguf_file: str | None = None) -> Sourc
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Refuses a PEFT adapter, alone or beside a model: a model made of the folder would lack what the adapter learnt."""
+    """Refuses a folder with a PEFT adapter: a model converted from the folder would lack what the adapter learnt."""
     if not (folder / ADAPTER).is_file():
         return
     base = read_json(folder / ADAPTER).get("base_model_name_or_path", "a model that it does not name")
@@ -77,17 +78,16 @@ def _refuse_adapter(folder: Path) -> None:
     what = f"is an adapter of {base}" if alone else f"holds a model and an adapter ({ADAPTER})"
     other = "" if alone else f", or move {ADAPTER} away to take the model alone"
     raise UserError(
-        f"{folder} {what}: merge it first: python scripts/merge_adapter.py --model_name_or_path {folder} --output_dir "
-        f"merged{other}"
+        f"{folder} {what}: merge it first: moe merge_adapter --model_name_or_path {folder} --output_dir merged{other}"
     )
 
 
 def _read_shards(folder: Path, weight_map: dict[str, str]) -> State:
-    state = {}
+    """Returns the tensors of all shards; if two shards hold a tensor of one name, the index decides which one is taken."""
+    state: State = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise UserError(f"{folder} lacks {shard}, which its index names: download it")
-        # where two shards have a tensor, the index decides
         state |= {name: t for name, t in read_tensors(folder / shard).items() if weight_map.get(name, shard) == shard}
     for name, shard in weight_map.items():
         if name not in state:
@@ -96,7 +96,8 @@ def _read_shards(folder: Path, weight_map: dict[str, str]) -> State:
 
 
 def _download(name: str, gguf_file: str | None) -> Path:
-    # the card tells the license
+    """Downloads description, tokenizer and weights of a Hub model and returns the local folder."""
+    # the model card gives the license
     described = ["README.md", *([gguf_file] if gguf_file else ["*.json", *COMPANIONS])]
     try:
         folder = Path(snapshot_download(name, allow_patterns=described))
@@ -113,13 +114,13 @@ def _download(name: str, gguf_file: str | None) -> Path:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor names to shards, as the folder's index has them; empty without an index."""
+    """Returns tensor names to shard names from the folder's index; an empty dictionary if there is no index."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     indices = [index for index in indices if index.name == f"{SINGLE}.index.json"] or indices
     if not indices:
         return {}
     if len(indices) > 1:
-        raise UserError(f"{folder} has {len(indices)} indices of safetensors files: keep the model's alone")
+        raise UserError(f"{folder} has {len(indices)} indices of safetensors files: keep only the model's index")
     weight_map = read_json(indices[0]).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise UserError(f"{indices[0]} is not an index of safetensors files: download it again")
@@ -127,13 +128,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def refuse_quantised(state: State) -> None:
-    """Refuses tensors that are not plain numbers.
+    """Refuses tensors whose dtype shows that they are quantised.
 
     Args:
-        state: tensors that a conversion takes as they are.
+        state: tensors that a conversion takes unchanged.
 
     Raises:
-        UserError: names the first whose dtype is an integer of less than 64 bits or a float of 8.
+        UserError: names the first tensor whose dtype is an integer of less than 64 bits or a float of 8 bits.
     """
     for name, tensor in state.items():
         if tensor.dtype not in READABLE:

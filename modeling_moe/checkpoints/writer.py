@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Writing a checkpoint tensor by tensor, whole or not at all, so that an interrupted run can go on where it was."""
+"""This module writes a checkpoint tensor by tensor, whole or not at all; an interrupted run can be continued."""
 
 import errno
 import hashlib
@@ -9,14 +9,14 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..utils.atomic import part_of, write_text
 from ..utils.errors import Interrupted, UserError
-from ..utils.folders import RECORD_NAME, STAGE_NAME, ResultFolder, describe
+from ..utils.folders import RECORD_NAME, STAGE_NAME, ResultFolder, record_text
 from ..utils.hashes import hash_file, read_sums, write_sums
 from ..utils.progress import byte_progress
 from ..utils.sizes import size_text
@@ -30,17 +30,20 @@ INDEX_NAME = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class _Shard:
+    """A file of the checkpoint: name, tensors in the order of the file, and header."""
+
     name: str
     tensors: State
     header: bytes
 
     @property
     def nbytes(self) -> int:
+        """Size of the file in bytes."""
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The bytes of the file, in order."""
-        yield np.frombuffer(self.header, np.uint8)
+    def pieces(self) -> Iterator[memoryview]:
+        """Yields the bytes of the file in order."""
+        yield memoryview(self.header)
         for name, tensor in self.tensors.items():
             count = 0
             for chunk in tensor.chunks():
@@ -48,7 +51,7 @@ class _Shard:
                     raise RuntimeError(f"{name} is {chunk.dtype} where {tensor.dtype} was announced")
                 refuse_not_finite(chunk, f"{name} of the result", "it overflows in this dtype: choose another dtype")
                 count += chunk.numel()
-                yield chunk.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+                yield chunk.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
             if count != tensor.numel:
                 raise RuntimeError(f"{name} has {count} elements where {tensor.numel} were announced")
 
@@ -56,7 +59,7 @@ class _Shard:
 def write_checkpoint(
     output_dir: str | Path | ResultFolder,
     state: State,
-    recipe: dict,
+    recipe: dict[str, Any],
     finish: Callable[[Path], None],
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
@@ -66,61 +69,69 @@ def write_checkpoint(
 ) -> None:
     """Writes a checkpoint that transformers loads; memory holds about one tensor at a time.
 
-    The shards grow in a hidden folder, which takes the place of `output_dir` at the end, see [`ResultFolder`]. After an
-    interruption the same call goes on after the last whole shard, and ends with the same bytes.
+    The shards are written into a hidden folder that replaces `output_dir` at the end, see [`ResultFolder`]. After an
+    interruption, the same call continues after the last complete shard and produces the same bytes.
 
     Args:
-        output_dir: written whole or not at all; of a `ResultFolder` its own `overwrite` and sources count.
-        state: names to tensors; read in this order, but for those of a shard with larger elements, which come first.
-        recipe: what the tensors were made from and how, in JSON's types. It is kept in `conversion.json`, and tells
-            whether an interrupted run was the same: name in it all that changes a byte.
-        finish: writes what else belongs into the empty folder that it is given: configuration, tokenizer.
-        overwrite: replace what an earlier run wrote at `output_dir`, and an interrupted run of another recipe.
-        max_shard_size: as transformers' `save_pretrained` takes it; a larger tensor gets a file of its own.
-        progress: show a progress bar on stderr.
-        sources: folders that are read; none may be, hold or lie in `output_dir`.
-        check: looks at the whole folder before it takes its place, and raises if it will not do.
+        output_dir: folder that is written whole or not at all; `overwrite` and `sources` are ignored if it is a
+            `ResultFolder`, which has them already.
+        state: names to tensors, read in this order; within a shard, tensors of larger elements come first.
+        recipe: sources and options of the result, in JSON's types. It is kept in `conversion.json` and decides
+            whether an interrupted run may be continued: include everything that changes a byte of the result.
+        finish: writes all other files (configuration, tokenizer) into the empty folder that it receives.
+        overwrite: whether to replace an earlier run's result, and an interrupted run of another recipe.
+        max_shard_size: size limit of a file, as in transformers' `save_pretrained`; a larger tensor gets its own file.
+        progress: whether to show a progress bar on stderr.
+        sources: folders that are read; none may equal, contain or lie in `output_dir`.
+        check: receives the complete folder before it replaces `output_dir`, and raises if the result is not usable.
 
     Raises:
         UserError: if `output_dir` may not be written, an interrupted run had another recipe, the disk is or becomes full,
             or another process writes there.
-        UnusableError: if a tensor has a value that is not finite; nothing is left then.
-        Interrupted: on Ctrl-C; whole shards are kept.
+        UnusableError: if a tensor has a value that is not finite; all files of the run are deleted then.
+        Interrupted: on Ctrl-C; complete shards are kept.
     """
     folder = output_dir if isinstance(output_dir, ResultFolder) else ResultFolder(output_dir, overwrite, sources)
-    shards, index = _plan(state, max_shard_size)
+    shards, index = _plan_shards(state, max_shard_size)
     layout = hashlib.sha256(b"".join(shard.name.encode() + shard.header for shard in shards)).hexdigest()
-    description = describe(recipe, layout=layout)
+    description = record_text(recipe, layout=layout)
     refuse_full_disk(folder, sum(shard.nbytes for shard in shards))
-    with folder.writing() as partial:
+    with folder.writing():
         _refuse_other_run(folder, description)
         sums: dict[str, str] = {}
         try:
-            with byte_progress("writing", sum(shard.nbytes for shard in shards), progress) as advance:
-                sums |= _whole_shards(folder, shards, advance)
-                write_text(partial / RECORD_NAME, description)
-                for shard in shards:
-                    if shard.name not in sums:
-                        sums[shard.name] = _write_shard(partial / shard.name, shard, advance)
-                        write_sums(partial, sums)
+            _write_shards(folder, shards, description, sums, progress)
             _finish(folder, index, sums, finish, check)
         except BaseException as error:
-            _give_up(folder, shards, sums, error)
+            _keep_complete_shards(folder, shards, sums, error)
             raise
         folder.commit()
 
 
+def _write_shards(
+    folder: ResultFolder, shards: list[_Shard], description: str, sums: dict[str, str], progress: bool
+) -> None:
+    """Writes the shards that an interrupted run has not completed, and enters each hash into `sums`."""
+    with byte_progress("writing", sum(shard.nbytes for shard in shards), progress) as advance:
+        sums |= _complete_shards(folder, shards, advance)
+        write_text(folder.partial / RECORD_NAME, description)
+        for shard in shards:
+            if shard.name not in sums:
+                sums[shard.name] = _write_shard(folder.partial / shard.name, shard, advance)
+                write_sums(folder.partial, sums)
+
+
 def _finish(
     folder: ResultFolder,
-    index: str,
+    index: str | None,
     sums: dict[str, str],
     finish: Callable[[Path], None],
     check: Callable[[Path], None] | None,
 ) -> None:
-    """Adds what is not a shard, and has the whole result looked at."""
+    """Adds the files that are not shards, and runs `check` on the complete result."""
     stage = folder.partial / STAGE_NAME
     stage.mkdir()
-    if index:
+    if index is not None:
         write_text(stage / INDEX_NAME, index)
     finish(stage)
     folder.seal(sums)
@@ -129,12 +140,16 @@ def _finish(
     try:
         check(folder.partial)
     except UserError as error:
-        # the next run would write the same bytes and fail here again
+        # another run would write the same bytes and fail here again, so the shards are not kept
         raise UnusableError(str(error)) from error
 
 
-def _give_up(folder: ResultFolder, shards: list[_Shard], sums: dict[str, str], error: BaseException) -> None:
-    """Keeps whole shards for the next run where it can use them, and says so."""
+def _keep_complete_shards(
+    folder: ResultFolder, shards: list[_Shard], sums: dict[str, str], error: BaseException
+) -> None:
+    """Keeps complete shards if another run can use them, and turns Ctrl-C and a full disk into an error that says how to
+    continue.
+    """
     if not sums or isinstance(error, UnusableError):
         folder.clear()
     else:
@@ -151,8 +166,8 @@ def _give_up(folder: ResultFolder, shards: list[_Shard], sums: dict[str, str], e
         ) from error
 
 
-def _plan(state: State, max_shard_size: int | str) -> tuple[list[_Shard], str]:
-    """The files of the checkpoint, and the text of their index; empty for a single file."""
+def _plan_shards(state: State, max_shard_size: int | str) -> tuple[list[_Shard], str | None]:
+    """Returns the files of the checkpoint and the text of the index, or None for a single file."""
     try:
         split = split_state_dict_into_shards_factory(
             state,
@@ -164,18 +179,18 @@ def _plan(state: State, max_shard_size: int | str) -> tuple[list[_Shard], str]:
         raise UserError(f"max_shard_size {max_shard_size!r} is no size: write it like 5GB") from error
     shards = []
     for file, names in split.filename_to_tensors.items():
-        # readers want each tensor aligned to its elements
+        # larger elements come first, so that each tensor is aligned to the size of an element
         tensors = {name: state[name] for name in sorted(names, key=lambda name: -state[name].dtype.itemsize)}
         shards.append(_Shard(file, tensors, make_header(tensors)))
     if not split.is_sharded:
-        return shards, ""
+        return shards, None
     metadata = {"total_parameters": sum(tensor.numel for tensor in state.values()), **split.metadata}
     index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
     return shards, json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def _refuse_other_run(folder: ResultFolder, description: str) -> None:
-    """Removes what an interrupted run of another recipe left, if that may be replaced."""
+    """Deletes the files of an interrupted run of another recipe, or refuses if they may not be replaced."""
     recipe = folder.partial / RECORD_NAME
     if recipe.exists() and recipe.read_text(encoding="utf-8") == description:
         return
@@ -187,8 +202,8 @@ def _refuse_other_run(folder: ResultFolder, description: str) -> None:
     folder.clear()
 
 
-def _whole_shards(folder: ResultFolder, shards: list[_Shard], advance: Callable[[int], None]) -> dict[str, str]:
-    """The finished shards of an interrupted run, with their hashes; all else that it left is removed."""
+def _complete_shards(folder: ResultFolder, shards: list[_Shard], advance: Callable[[int], None]) -> dict[str, str]:
+    """Returns name and hash of each shard that an interrupted run completed, and deletes all other files of that run."""
     listed, sums = read_sums(folder.partial), {}
     for shard in shards:
         file = folder.partial / shard.name
@@ -205,19 +220,19 @@ def _whole_shards(folder: ResultFolder, shards: list[_Shard], advance: Callable[
 
 
 def free_bytes(folder: ResultFolder) -> int:
-    """Bytes that the disk has for a result."""
+    """Returns the free bytes on the disk of a result folder."""
     return shutil.disk_usage(next(parent for parent in folder.partial.parents if parent.exists())).free
 
 
 def refuse_full_disk(folder: ResultFolder, nbytes: int) -> None:
-    """Refuses a result that does not fit, what an interrupted run has written of it deducted.
+    """Refuses a result that does not fit on the disk; bytes that an interrupted run has written already count as there.
 
     Args:
-        folder: where it goes.
-        nbytes: of the whole result.
+        folder: folder of the result.
+        nbytes: size of the result in bytes.
 
     Raises:
-        UserError: names what is needed and what is free.
+        UserError: names the bytes that are needed and free.
     """
     written = folder.partial.glob("*.safetensors") if folder.partial.is_dir() else ()
     needed, free = nbytes - sum(file.stat().st_size for file in written), free_bytes(folder)
@@ -229,9 +244,9 @@ def refuse_full_disk(folder: ResultFolder, nbytes: int) -> None:
 
 
 def _write_shard(file: Path, shard: _Shard, advance: Callable[[int], None]) -> str:
-    """Writes a shard and returns its SHA-256 in hex; the file appears under its name when it is whole.
+    """Writes a shard and returns the SHA-256 in hex; the file appears under `file` when it is complete.
 
-    It hashes in this thread, at some loss of speed: whoever waits for another thread when Ctrl-C comes can wait forever.
+    Hashing runs in this thread, which is slower: a Ctrl-C while this thread waits for another one could hang for ever.
     """
     digest, part = hashlib.sha256(), part_of(file)
     try:

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""transformers' own checkpoints, dense and sparse, to MoE checkpoints with the same logits, and back."""
+"""This package converts transformers' dense and sparse checkpoints to MoE checkpoints with equal logits, and back."""
 
 from .convert import Checkpoint, convert_checkpoint, open_checkpoint, save_checkpoint
 from .families.catalogue import FAMILIES, moe_config

@@ -1,10 +1,11 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""From folder to folder: a checkpoint of any family opened as a MoE, and one written with all that belongs to it."""
+"""This module opens checkpoints of any family as MoE checkpoints, and writes checkpoints with all their files."""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
@@ -13,14 +14,15 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..checkpoints import Source, State, fingerprint, open_source, write_checkpoint
 from ..checkpoints.writer import refuse_full_disk
 from ..configuration_moe import MoEConfig
-from ..modeling_moe import MoEForCausalLM, name_code
+from ..model_checkpoints import name_code
+from ..modeling_moe import MoEForCausalLM
 from ..utils.companions import copy_companions, find_companions
 from ..utils.errors import UserError
 from ..utils.folders import ResultFolder
+from ..utils.json_files import read_json
 from ..utils.limits import LAYERS
 from ..utils.lineage import lineage_of
 from ..utils.loading import load_tokenizer, parse_dtype
-from ..utils.locations import read_json
 from .families.catalogue import moe_config, source_config
 from .families.export import TARGETS, export_plan
 from .importing import import_state
@@ -31,13 +33,13 @@ from .verification import Verification, verification_ids, verify
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in the words of this package, none of it read.
+    """A source checkpoint under this package's names, with no tensor read.
 
     Attributes:
-        config: of the model; its dtype is that of the tensors.
-        state: tensors as a MoE checkpoint has them on disk.
-        source: the files that they come from.
-        source_config: what config.json says there.
+        config: configuration of the model; its dtype is the dtype of the tensors.
+        state: tensors with names and layout of a MoE checkpoint on disk.
+        source: the files that hold the tensors.
+        source_config: configuration as the source's config.json gives it.
     """
 
     config: MoEConfig
@@ -45,8 +47,8 @@ class Checkpoint:
     source: Source
     source_config: PreTrainedConfig
 
-    def identity(self) -> dict:
-        """What tells this source from another, for the recipe of what is made from it; it reads all bytes of the weights.
+    def identity(self) -> dict[str, Any]:
+        """Returns name, file hashes and configuration of the source, for a result's recipe; reads all weights.
 
         Raises:
             UserError: if a file differs from the hash beside it.
@@ -56,7 +58,7 @@ class Checkpoint:
 
 
 def cast(state: State, config: MoEConfig, dtype: torch.dtype) -> State:
-    """The tensors in `dtype`, but for integers and those that routers keep in fp32."""
+    """Casts floating tensors to `dtype`, except those that routers keep in fp32."""
     with torch.device("meta"):
         kept = MoEForCausalLM(config)._keep_in_fp32_modules_strict or set()
 
@@ -68,12 +70,12 @@ def cast(state: State, config: MoEConfig, dtype: torch.dtype) -> State:
     return {name: tensor.to(target(name)) for name, tensor in state.items()}
 
 
-# a checkpoint has this many times fewer numbers than its configuration asks for only if the two do not belong together
-SLACK = 8
+# if a configuration asks for more than this many times the parameters in the checkpoint, the two do not belong together
+LARGEST_RATIO = 8
 
 
 def _refuse_more_layers(source: Source) -> None:
-    """Refuses a config.json with more layers than tensors, before anything is built that has so many layers."""
+    """Refuses a config.json with more layers than tensors, before a model with that many layers is built."""
     if source.gguf_file or not (source.folder / "config.json").is_file():
         return
     values = read_json(source.folder / "config.json")
@@ -86,9 +88,9 @@ def _refuse_more_layers(source: Source) -> None:
 
 
 def _refuse_other_size(config: MoEConfig, source: Source) -> None:
-    """Refuses a configuration of far more parameters than the checkpoint has, before a model of it is built."""
+    """Refuses a configuration with far more parameters than the checkpoint, before a model with them is built."""
     held = sum(tensor.numel for tensor in source.state.values())
-    if config.num_params() > SLACK * held:
+    if config.num_params() > LARGEST_RATIO * held:
         raise UserError(
             f"the configuration in {source.folder} asks for {config.num_params():,} parameters where the checkpoint has "
             f"{held:,}: the two do not belong together, download both again"
@@ -98,16 +100,16 @@ def _refuse_other_size(config: MoEConfig, source: Source) -> None:
 def open_checkpoint(
     name_or_path: str, gguf_file: str | None = None, dtype: str = "auto", *, trust_remote_code: bool = False
 ) -> Checkpoint:
-    """Opens a checkpoint by folder or Hub name; reads headers alone.
+    """Opens a checkpoint by folder or Hub name and reads only the headers of the files.
 
     Args:
-        name_or_path: folder or Hub name of a model of one of `FAMILIES`, or of this package; or path of a GGUF file.
-        gguf_file: name of the GGUF file in that folder.
-        dtype: to cast to as it is read; `auto` keeps the source's.
-        trust_remote_code: run code that the source's configuration brings.
+        name_or_path: folder or Hub name of a model of one of `FAMILIES` or of this package; or path of a GGUF file.
+        gguf_file: name of the GGUF file in the folder, if the model is one.
+        dtype: dtype to which tensors are cast while they are read; `auto` keeps the source's.
+        trust_remote_code: whether code that the source's configuration brings may run.
 
     Raises:
-        UserError: if it is damaged, quantised, of an unknown family, or has what cannot be held.
+        UserError: if the source is damaged, quantised, of an unknown family, or has a feature that a MoE cannot have.
     """
     parse_dtype(dtype)
     source = open_source(name_or_path, gguf_file)
@@ -116,9 +118,9 @@ def open_checkpoint(
     try:
         config = moe_config(described)
     except (TypeError, AttributeError, ArithmeticError, LookupError, RecursionError) as error:
-        # a field of another type than its family's is read by any code
+        # a field of a wrong type can make the family's code raise any of these
         raise UserError(
-            f"the configuration in {source.folder} cannot be held: {type(error).__name__} {error}"
+            f"the configuration in {source.folder} cannot be converted: {type(error).__name__} {error}"
         ) from error
     _refuse_other_size(config, source)
     state = import_state(source.state, described, config)
@@ -132,16 +134,16 @@ def open_checkpoint(
 def result_folder(
     output_dir: str | Path, overwrite: bool, checkpoints: Sequence[Checkpoint], nbytes: int
 ) -> ResultFolder:
-    """Looks at where a result will go before anything is read or written.
+    """Checks where a result will be written, before anything is read or written.
 
     Args:
-        output_dir: of the result.
-        overwrite: replace what an earlier run wrote there.
-        checkpoints: what the result is made from.
-        nbytes: of the result's weights.
+        output_dir: folder of the result.
+        overwrite: whether to replace the result of an earlier run.
+        checkpoints: sources of the result.
+        nbytes: size of the result's weights in bytes.
 
     Raises:
-        UserError: if it may not be written, see [`ResultFolder`], or does not fit on the disk.
+        UserError: if the folder may not be written, see [`ResultFolder`], or the result does not fit on the disk.
     """
     folder = ResultFolder(output_dir, overwrite, [checkpoint.source.folder for checkpoint in checkpoints])
     refuse_full_disk(folder, nbytes)
@@ -149,10 +151,11 @@ def result_folder(
 
 
 def _write_moe(folder: Path, config: MoEConfig) -> None:
-    """config.json with the code that loads the model where this package is not installed."""
+    """Writes config.json, and the code that loads the model where this package is not installed."""
     config.architectures = [MoEForCausalLM.__name__]
     name_code(config)
     with torch.device("meta"):
+        # pyrefly: ignore[bad-argument-type]: transformers annotates a dict, but documents and takes a configuration
         custom_object_save(MoEForCausalLM(config), folder, config=config)
     config.save_pretrained(folder)
 
@@ -162,7 +165,7 @@ def save_checkpoint(
     config: MoEConfig,
     state: State,
     origin: Checkpoint,
-    recipe: dict,
+    recipe: dict[str, Any],
     target: str = "moe",
     overwrite: bool = False,
     max_shard_size: str = "5GB",
@@ -170,20 +173,20 @@ def save_checkpoint(
     *,
     trust_remote_code: bool = False,
 ) -> None:
-    """Writes a checkpoint, tokenizer, chat template, generation config and code included.
+    """Writes a checkpoint with tokenizer, chat template, generation config and code.
 
     Args:
-        output_dir: written whole or not at all; an interrupted run goes on where it was. What [`result_folder`] made
-            is not looked at again.
-        config: of the result.
-        state: of the result, as a MoE checkpoint.
-        origin: where tokenizer and generation config come from.
-        recipe: all that was chosen; it is kept in conversion.json.
-        target: format to write: `moe`, or a key of `TARGETS`.
-        overwrite: replace `output_dir`.
-        max_shard_size: largest file, unless a tensor is larger.
-        check: looks at the finished folder before it takes its place, and raises if it will not do.
-        trust_remote_code: run code that the source's tokenizer brings.
+        output_dir: folder that is written whole or not at all, where an interrupted run continues; or the object that
+            [`result_folder`] returned.
+        config: configuration of the result.
+        state: tensors of the result with names and layout of a MoE checkpoint.
+        origin: checkpoint from which tokenizer and generation config are taken.
+        recipe: sources and options of the result; it is kept in conversion.json.
+        target: format of the result: `moe`, or a key of `TARGETS`.
+        overwrite: whether to replace the result of an earlier run.
+        max_shard_size: size limit of a file; a larger tensor gets its own file.
+        check: receives the complete folder before it replaces `output_dir`, and raises if the result is not usable.
+        trust_remote_code: whether code that the source's tokenizer brings may run.
 
     Raises:
         UserError: if the target cannot hold the model, or `output_dir` cannot be written.
@@ -193,31 +196,51 @@ def save_checkpoint(
         written_config = export_plan(config, target)
         state = TARGETS[target].tensors(state, config)
 
-    gguf_file, tokenizer = origin.source.gguf_file, None
-    # what is wrong with a tokenizer is known now, not after hours of writing
-    if not gguf_file:
-        find_companions(origin.source.folder)
-    else:
-        tokenizer = load_tokenizer(str(origin.source.folder), gguf_file, trust_remote_code=trust_remote_code)
+    write_tokenizer = _tokenizer_writer(origin.source, target != "moe", trust_remote_code)
 
     def finish(folder: Path) -> None:
         if target == "moe":
             _write_moe(folder, config)
         else:
             save_for_older_readers(written_config, folder)
-        if tokenizer is None:
-            copy_companions(origin.source.folder, folder)
-        else:
-            tokenizer.save_pretrained(folder)
-        keep_tokenizer(
-            origin.source.folder, folder, gguf_file, older_readers=target != "moe", trust_remote_code=trust_remote_code
-        )
+        write_tokenizer(folder)
         if not (folder / "generation_config.json").exists():
             GenerationConfig.from_model_config(written_config).save_pretrained(folder)
 
     recipe = json.loads(json.dumps(recipe | {"lineage": lineage_of(origin.source.folder)}, default=str))
     sources = (origin.source.folder,)
     write_checkpoint(output_dir, state, recipe, finish, overwrite, max_shard_size, sources=sources, check=check)
+
+
+def _tokenizer_writer(source: Source, older_readers: bool, trust_remote_code: bool) -> Callable[[Path], None]:
+    """Returns a function that writes the source's tokenizer and generation config into a folder.
+
+    A damaged tokenizer raises an error here, and not after hours of writing weights.
+    """
+    tokenizer = None
+    if source.gguf_file:
+        tokenizer = load_tokenizer(str(source.folder), source.gguf_file, trust_remote_code=trust_remote_code)
+    else:
+        find_companions(source.folder)
+
+    def write(folder: Path) -> None:
+        if tokenizer is None:
+            copy_companions(source.folder, folder)
+        else:
+            tokenizer.save_pretrained(folder)
+        keep_tokenizer(
+            source.folder, folder, source.gguf_file, older_readers=older_readers, trust_remote_code=trust_remote_code
+        )
+
+    return write
+
+
+def _check_target(checkpoint: Checkpoint, target: str, dtype: str) -> None:
+    """Refuses a target that cannot hold the model, or that is the format and dtype that the source already has."""
+    if target != "moe":
+        export_plan(checkpoint.config, target)
+    elif checkpoint.source_config.model_type == MoEConfig.model_type and dtype == "auto":
+        raise UserError(f"{checkpoint.source.folder} is in this format already: name another target")
 
 
 def convert_checkpoint(
@@ -231,31 +254,28 @@ def convert_checkpoint(
     *,
     trust_remote_code: bool = False,
 ) -> tuple[MoEConfig, Verification | None]:
-    """Writes a checkpoint of one family in the format of another, with the same logits.
+    """Converts a checkpoint of one family to the format of another, with equal logits.
 
     Args:
-        name_or_path: folder or Hub name of a model of one of `FAMILIES`, or of this package.
-        output_dir: written whole or not at all; an interrupted run goes on where it was.
-        target: `moe`, or a key of `TARGETS`.
-        gguf_file: name of the GGUF file in that folder.
-        dtype: of the result; `auto` keeps the source's.
-        overwrite: replace what an earlier run wrote at `output_dir`.
-        check: run source and result on a short text before the result takes its place.
-        trust_remote_code: run code that the source brings.
+        name_or_path: folder or Hub name of a model of one of `FAMILIES` or of this package.
+        output_dir: folder that is written whole or not at all; an interrupted run continues where it was.
+        target: format of the result: `moe`, or a key of `TARGETS`.
+        gguf_file: name of the GGUF file in the folder, if the model is one.
+        dtype: dtype of the result; `auto` keeps the source's.
+        overwrite: whether to replace the result of an earlier run at `output_dir`.
+        check: whether to run source and result on a short text before the result replaces `output_dir`.
+        trust_remote_code: whether code that the source brings may run.
 
     Returns:
-        The model's configuration in the words of this package, and how the result compares if `check` is set.
+        The model's configuration as a `MoEConfig`; and the comparison of source and result, or None without `check`.
 
     Raises:
         UserError: if the source cannot be read or held, or the target cannot hold it.
     """
     checkpoint = open_checkpoint(name_or_path, gguf_file, dtype, trust_remote_code=trust_remote_code)
-    if target != "moe":
-        export_plan(checkpoint.config, target)
-    elif checkpoint.source_config.model_type == MoEConfig.model_type and dtype == "auto":
-        raise UserError(f"{name_or_path} is in this format already: name another target")
+    _check_target(checkpoint, target, dtype)
     if check:
-        # a source without a tokenizer is known now, not after hours of writing
+        # a missing tokenizer raises an error here, and not after hours of writing weights
         verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
     nbytes = sum(tensor.nbytes for tensor in checkpoint.state.values())
     folder = result_folder(output_dir, overwrite, [checkpoint], nbytes)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""A source's tensors as those of a MoE checkpoint, checked against its configuration before any is read."""
+"""This module gives a source's tensors the names of a MoE checkpoint and checks them against the configuration."""
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -14,15 +14,15 @@ from ..utils.errors import UserError
 from .families.catalogue import family_of, moe_config
 
 
-# fields that are a side of a tensor by themselves
+# fields whose value alone is the size of a dimension of some tensor
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts", "kv_lora_rank")
 
 
 def _on_disk(config: MoEConfig) -> dict[str, torch.Tensor]:
-    """The tensors of a MoE checkpoint on disk without their numbers, one for each expert.
+    """Returns the tensors of a MoE checkpoint on disk on the meta device, one tensor for each expert.
 
     Raises:
-        UserError: if the configuration's numbers are each allowed and make no model together.
+        UserError: if the fields of the configuration have allowed values that together make no model.
     """
     try:
         with torch.device("meta"):
@@ -36,16 +36,13 @@ def _on_disk(config: MoEConfig) -> dict[str, torch.Tensor]:
 
 
 def tensors_on_disk(config: MoEConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a MoE checkpoint's tensors, one for each expert."""
+    """Returns names and shapes of a MoE checkpoint's tensors on disk, one tensor for each expert."""
     return {name: tuple(tensor.shape) for name, tensor in _on_disk(config).items()}
 
 
-def _reason(config: MoEConfig, found: tuple[int, ...], asked: tuple[int, ...]) -> str:
-    """The end of a message: a field of the configuration that gives a size which the tensor has not."""
-    for name in SIZES:
-        if (size := getattr(config, name)) in set(asked) - set(found):
-            return f": {name} is {size} there"
-    return ""
+def _field_of_size(config: MoEConfig, found: tuple[int, ...], asked: tuple[int, ...]) -> str | None:
+    """Returns the field of the configuration that gives a size of shape `asked` that `found` lacks, if there is one."""
+    return next((name for name in SIZES if getattr(config, name) in set(asked) - set(found)), None)
 
 
 def import_state(state: State, source: PreTrainedConfig, config: MoEConfig) -> State:
@@ -74,9 +71,11 @@ def import_state(state: State, source: PreTrainedConfig, config: MoEConfig) -> S
             remedy = "set tie_word_embeddings if it is tied" if name == "lm_head.weight" else "restore it"
             raise UserError(f"the source has no tensor for {name}: {remedy}")
         if state[name].shape != shape:
+            field = _field_of_size(config, state[name].shape, shape)
+            reason = "" if field is None else f": {field} is {getattr(config, field)} there"
             raise UserError(
                 f"the source's tensor for {name} has shape {state[name].shape} where its config.json asks for {shape}"
-                f"{_reason(config, state[name].shape, shape)}"
+                f"{reason}"
             )
     refuse_quantised(state)
     for name, tensor in expected.items():
@@ -87,14 +86,14 @@ def import_state(state: State, source: PreTrainedConfig, config: MoEConfig) -> S
 
 
 def load_state(config: MoEConfig, state: State) -> MoEForCausalLM:
-    """A model in memory, in evaluation mode, with the tensors of a MoE checkpoint in their own dtypes."""
+    """Returns a model in evaluation mode with the tensors of a MoE checkpoint, each in the tensor's own dtype."""
     with torch.device("meta"):
         model = MoEForCausalLM(config)
-    # rotary frequencies are computed, not loaded
+    # rotary frequencies are not in a checkpoint, so they are computed here
     model.model.rotary_emb = RotaryEmbeddings(config)
     weights = {name: tensor.read() for name, tensor in state.items()}
     for layer in range(config.num_hidden_layers):
-        # here, so that no more than one layer's experts are held twice
+        # fusing layer by layer keeps no more than one layer's experts in memory twice
         fuse_experts(weights, f"model.layers.{layer}.mlp.experts.", config.num_experts)
     model.load_state_dict(weights, assign=True, strict=not config.tie_word_embeddings)
     model.tie_weights()
@@ -102,16 +101,16 @@ def load_state(config: MoEConfig, state: State) -> MoEForCausalLM:
 
 
 def to_moe(source: PreTrainedModel) -> MoEForCausalLM:
-    """The same function as a MoE model.
+    """Converts a transformers model in memory to a MoE model that computes the same function.
 
     Args:
-        source: causal LM of one of [`FAMILIES`]; its weights are shared with the result where their layout is the same.
+        source: causal LM of one of [`FAMILIES`]; weights whose layout stays the same are shared with the result.
 
     Returns:
-        In evaluation mode, in the source's dtypes, with its generation config.
+        The MoE model in evaluation mode, in the source's dtypes, with the source's generation config.
 
     Raises:
-        UserError: if the family has no conversion, or the model something that cannot be held.
+        UserError: if the family has no conversion, or the model has a feature that a MoE cannot have.
     """
     config = moe_config(source.config)
     state = {name: LazyTensor.of(tensor) for name, tensor in source.state_dict().items()}

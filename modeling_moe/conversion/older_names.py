@@ -1,29 +1,30 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This writes an exported config.json and tokenizer_config.json under the names that transformers 4 reads as well.
+"""This module writes config.json and tokenizer_config.json of an export so that transformers 4 can read them too.
 
-transformers 5 has other names for several fields and drops the old ones when it saves; transformers 4, which most servers
-pin, takes a default for a field that it does not find. transformers 5 reads both.
+transformers 5 renamed several fields and drops the old names when it saves. transformers 4, which most servers pin, takes a
+default for a field that it does not find. transformers 5 reads old and new names.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..utils.json_files import read_json, write_json
+
 
 logger = logging.get_logger(__name__)
 
-# what transformers 4 keeps beside `rope_scaling`, not in it
+# transformers 4 stores these beside `rope_scaling` rather than in it
 BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
 
 
 def older_names(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of config.json under which transformers 4 finds what this configuration says.
+    """Returns the fields of config.json under the names that transformers 4 reads.
 
     Args:
-        config: of one of transformers' families, with one rotary embedding for all layers.
+        config: configuration of one of transformers' families, with one rotary embedding for all layers.
 
     Returns:
         Names and values in JSON's types.
@@ -32,14 +33,14 @@ def older_names(config: PreTrainedConfig) -> dict[str, Any]:
     scaling = None
     if rope["rope_type"] != "default":
         scaling = {name: value for name, value in rope.items() if name not in BESIDE_SCALING}
-        # the key before transformers 4.43
+        # transformers before 4.43 reads this key
         scaling["type"] = rope["rope_type"]
     fields = {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
     if rope["rope_type"] == "longrope":
         fields["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     if config.dtype is not None:
         fields["torch_dtype"] = str(config.dtype).removeprefix("torch.")
-    # of two names for a number of experts, each release of a family has its own
+    # the number of experts has two names, and releases differ in the name that they read
     fields |= {alias: getattr(config, name) for alias, name in config.attribute_map.items()}
     if hasattr(config, "max_window_layers"):
         fields["max_window_layers"] = _first_window(config)
@@ -47,45 +48,41 @@ def older_names(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _first_window(config: PreTrainedConfig) -> int:
-    """The layer from which on transformers 4 takes `sliding_window`."""
+    """Returns the index of the first layer in which transformers 4 applies `sliding_window`."""
     kinds = config.layer_types
     return kinds.index("sliding_attention") if "sliding_attention" in kinds else len(kinds)
 
 
 def save_for_older_readers(config: PreTrainedConfig, folder: Path) -> None:
-    """Writes config.json with transformers 5's names and transformers 4's.
+    """Writes config.json with the names of transformers 5 and of transformers 4.
 
     Args:
-        config: of one of transformers' families.
-        folder: where the file goes.
+        config: configuration of one of transformers' families.
+        folder: folder of the file.
     """
     config.save_pretrained(folder)
     if len(set(getattr(config, "layer_types", None) or [])) > 1:
         logger.warning(
-            f"This {config.model_type} has a window in some layers, and transformers 4 takes it in all of them: serve it "
-            "with transformers 5."
+            f"This {config.model_type} model has a sliding window in some layers, and transformers 4 applies it in all "
+            "layers: serve the model with transformers 5."
         )
     file = folder / "config.json"
-    _write(file, json.loads(file.read_text(encoding="utf-8")) | older_names(config))
+    write_json(file, read_json(file) | older_names(config), sort_keys=True)
 
 
 def name_tokenizer_for_older_readers(folder: Path) -> None:
-    """Writes what transformers 5 calls by a new name in tokenizer_config.json as transformers 4 does; 5 reads both.
+    """Writes tokenizer_config.json with the names that transformers 4 reads; transformers 5 reads them too.
 
     Args:
-        folder: of a tokenizer; without the file nothing is done.
+        folder: folder of a tokenizer; nothing happens if the file does not exist.
     """
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # transformers 4 has a dictionary under this name
+    # transformers 4 expects a dictionary under this name
     if isinstance(values.get("extra_special_tokens"), list):
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
-    _write(file, values)
-
-
-def _write(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(file, values, sort_keys=True)

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This gives a converted folder a tokenizer that does what the source's tokenizer does.
+"""This module gives a converted folder a tokenizer that behaves as the source's tokenizer does.
 
-transformers chooses a tokenizer's class by `model_type` where the files name none, and for some model types against what
-they name. Copied files alone may therefore load as another tokenizer, or not at all.
+transformers chooses a tokenizer's class by `model_type` if the files name none, and for some model types even if they do.
+Copied files alone may therefore load as another tokenizer, or not at all.
 """
 
 from pathlib import Path
@@ -17,22 +17,22 @@ from .older_names import name_tokenizer_for_older_readers
 
 
 logger = logging.get_logger(__name__)
-# spaces, digits, line ends, scripts and bytes on which tokenizers differ
+# text with the spaces, digits, line ends, scripts and bytes on which tokenizers differ
 PROBE = "A router's  choice: isn't it 12345?\n\n\tÜber naïve 漢字 \U0001f600 <unk>"
-# one of them is there where there is a tokenizer; transformers makes an empty one of some classes without them
+# a tokenizer has one of these files; without them, transformers makes an empty tokenizer for some classes
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
-# a tokenizer that is saved anew says all of this in its own files
+# files that are deleted before a tokenizer is saved again, which writes their content into other files
 STALE = ("special_tokens_map.json", "added_tokens.json")
 
 
 def behaviour(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a user of a tokenizer can tell it by, the class's name aside.
+    """Returns everything by which a user can distinguish two tokenizers, except the name of the class.
 
     Args:
-        tokenizer: of any class.
+        tokenizer: tokenizer of any class.
 
     Returns:
-        Vocabulary, special tokens, settings, and what becomes of a text that holds every special token.
+        Vocabulary, special tokens, settings, and the encoding of a text that contains every special token.
     """
     specials = sorted(str(token) for token in tokenizer.all_special_tokens)
     ids = tokenizer(PROBE + " ".join(specials)).input_ids
@@ -51,7 +51,7 @@ def behaviour(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def differences(expected: PreTrainedTokenizerBase, folder: Path, trust_remote_code: bool = False) -> list[str]:
-    """Names what the tokenizer in `folder` does otherwise; all of it if none loads."""
+    """Returns the names of the properties in which the tokenizer in `folder` differs; all of them if none can be loaded."""
     wanted = behaviour(expected)
     try:
         found = behaviour(load_tokenizer(str(folder), trust_remote_code=trust_remote_code))
@@ -68,14 +68,14 @@ def keep_tokenizer(
     *,
     trust_remote_code: bool = False,
 ) -> None:
-    """Saves the source's tokenizer anew where the copied files would load as another one.
+    """Saves the source's tokenizer again if the copied files would load as another one.
 
     Args:
         source: folder of the model that was converted.
-        folder: the result's, with its config.json and with copies of the tokenizer's files.
-        gguf_file: name of the GGUF file in `source` that the tokenizer comes from.
-        older_readers: name things as transformers 4 does.
-        trust_remote_code: run code that the source's tokenizer brings.
+        folder: folder of the result, with config.json and copies of the tokenizer's files.
+        gguf_file: name of the GGUF file in `source` that holds the tokenizer, if it is one.
+        older_readers: whether to write the names that transformers 4 reads.
+        trust_remote_code: whether code that the source's tokenizer brings may run.
     """
     if not gguf_file and not any(file for pattern in VOCABULARIES for file in source.glob(pattern)):
         return

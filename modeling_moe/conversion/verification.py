@@ -1,14 +1,15 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Source and result of a conversion, run on the same text."""
+"""This module compares the source and the result of a conversion on a text."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from ..utils.errors import UserError
-from ..utils.loading import load_model, load_tokenizer
+from ..utils.loading import embedding_rows, load_model, load_tokenizer
 
 
 VERIFICATION_TEXT = (
@@ -19,14 +20,14 @@ VERIFICATION_TEXT = (
 
 @dataclass(frozen=True)
 class Verification:
-    """Source and result on the same text.
+    """The comparison of source and result on one text.
 
     Attributes:
-        source_loss: cross entropy of the source, nats per token.
-        result_loss: cross entropy of the result, nats per token.
-        largest_difference: between any two of their logits, compared in fp32.
-        router_spread: of the result's sparse layers the least and the largest share of the tokens that one expert has,
-            times the number of experts: (1, 1) is balance. None for a result without sparse layers of this package.
+        source_loss: cross entropy of the source, in nats per token.
+        result_loss: cross entropy of the result, in nats per token.
+        largest_difference: largest absolute difference of two logits, compared in fp32.
+        router_spread: least and largest share of the tokens that one expert of any sparse layer receives, times the
+            number of experts: (1, 1) is perfect balance. None for a result without sparse layers of this package.
     """
 
     source_loss: float
@@ -35,7 +36,7 @@ class Verification:
     router_spread: tuple[float, float] | None
 
     def rows(self) -> list[tuple[str, str]]:
-        """Titles and texts of a table."""
+        """Returns titles and texts of a table."""
         rows = [
             ("cross entropy, source and result", f"{self.source_loss:.4f}, {self.result_loss:.4f}"),
             ("largest logit difference", f"{self.largest_difference:.1e}"),
@@ -52,13 +53,13 @@ def verification_ids(
     text: str = VERIFICATION_TEXT,
     trust_remote_code: bool = False,
 ) -> torch.Tensor:
-    """Reads the text that a verification runs on with the source's tokenizer.
+    """Tokenises the text of a verification with the source's tokenizer.
 
     Args:
         source: folder or Hub name of the source.
-        gguf_file: name of the GGUF file in the source's folder.
-        text: what the models will read, up to 512 tokens of it.
-        trust_remote_code: run code that the source brings.
+        gguf_file: name of the GGUF file in the source's folder, if it is one.
+        text: text of which up to 512 tokens are used.
+        trust_remote_code: whether code that the source brings may run.
 
     Returns:
         Token ids, int64 of shape (1, S).
@@ -76,25 +77,35 @@ def verification_ids(
 
 
 def damaged_weight(model: PreTrainedModel) -> str | None:
-    """The name of the first parameter with a NaN or an infinity, None if every parameter is finite."""
+    """Returns the name of the first parameter with a NaN or an infinity, or None if every parameter is finite."""
     return next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
 
 
+class _ForwardPass(NamedTuple):
+    """Cross entropy in nats per token, logits (1, S, V) in fp32, and `router_spread` of [`Verification`]."""
+
+    loss: float
+    logits: torch.Tensor
+    router_spread: tuple[float, float] | None
+
+
 @torch.no_grad()
-def _run(
-    model: PreTrainedModel, input_ids: torch.Tensor, name: str | Path
-) -> tuple[float, torch.Tensor, tuple[float, float] | None]:
-    """Cross entropy in nats per token, logits (1, S, V) in fp32, and the spread of the experts' loads."""
+def _run(model: PreTrainedModel, input_ids: torch.Tensor, name: str | Path) -> _ForwardPass:
+    """Runs a model on token ids (1, S).
+
+    Raises:
+        UserError: if a weight or a logit is not finite, or a token id has no embedding.
+    """
     if (damaged := damaged_weight(model)) is not None:
         raise UserError(
             f"{damaged} of {name} holds NaN or infinity, so that nothing can be verified: download it again"
         )
-    if (largest := input_ids.max().item()) >= (rows := model.get_input_embeddings().num_embeddings):
+    if (largest := input_ids.max().item()) >= (rows := embedding_rows(model)):
         raise UserError(
             f"the tokenizer has a token {largest} and {name} an embedding of {rows}: they do not belong together"
         )
     wanted = {"output_router_logits": True} if hasattr(model, "update_routers") else {}
-    # transformers' own loss holds the router loss too
+    # the model's own loss is not used because it contains the router losses too
     output = model.eval()(input_ids, **wanted)
     logits = output.logits.float()
     if not logits.isfinite().all():
@@ -105,7 +116,7 @@ def _run(
         share = load.float() / load.float().mean(dim=-1, keepdim=True)
         spread = (share.min().item(), share.max().item())
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], input_ids[0, 1:])
-    return loss.item(), logits, spread
+    return _ForwardPass(loss.item(), logits, spread)
 
 
 def verify(
@@ -119,20 +130,20 @@ def verify(
     """Loads two checkpoints, one after the other, and compares them on a text.
 
     Args:
-        source: folder or Hub name of the source, with its tokenizer.
-        result: folder of what was made from it.
-        gguf_file: name of the GGUF file in the source's folder.
-        dtype: in which the source is loaded: the result's.
-        text: what they read, up to 512 tokens of it.
-        trust_remote_code: run code that the source brings.
+        source: folder or Hub name of the source, with a tokenizer.
+        result: folder of the model that was made from the source.
+        gguf_file: name of the GGUF file in the source's folder, if it is one.
+        dtype: dtype in which the source is loaded, which should be the result's.
+        text: text of which up to 512 tokens are used.
+        trust_remote_code: whether code that the source brings may run.
 
     Raises:
-        UserError: if one of them cannot be loaded, has a weight that is not finite (the message names it), or gives
-            logits that are not.
+        UserError: if a model cannot be loaded, or a weight (the message names it) or a logit is not finite.
     """
     input_ids = verification_ids(source, gguf_file, text, trust_remote_code)
     model = load_model(str(source), gguf_file, dtype, trust_remote_code=trust_remote_code)
-    source_loss, expected, _ = _run(model, input_ids, source)
+    expected = _run(model, input_ids, source)
     del model
-    result_loss, got, spread = _run(load_model(str(result)), input_ids, result)
-    return Verification(source_loss, result_loss, (expected - got).abs().max().item(), spread)
+    got = _run(load_model(str(result)), input_ids, result)
+    difference = (expected.logits - got.logits).abs().max().item()
+    return Verification(expected.loss, got.loss, difference, got.router_spread)

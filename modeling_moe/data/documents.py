@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Text and conversations of several domains become blocks of tokens to train on and to hold out.
+"""This module turns text and conversations of several domains into blocks of tokens to train on and to hold out.
 
-domains -> documents (rows of `text`) -> pieces (rows of `text` and `end`) -> training and held-out pieces -> blocks
-domains -> conversations, or prompts with completions -> training and held-out ones -> blocks
+Text: domains -> documents (rows of `text`) -> pieces (rows of `text` and `end`) -> training and held-out pieces ->
+blocks.
+Chat: domains -> conversations, or prompts with completions -> training and held-out rows -> blocks.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..utils.errors import UserError
 from .packing import packer
 from .sources import load_documents
+from .tables import one_table
 
 
 PIECE_CHARS = 4096
@@ -21,26 +23,28 @@ PIECE_CHARS = 4096
 
 @dataclass
 class DataArguments:
-    """What to read and how."""
+    """The data: the sources, their columns, and the size of blocks."""
 
     data: list[str] = field(
         metadata={
-            "help": "domain=source ..., a source being a file of text, source code, .json, .jsonl, .csv, .tsv or .parquet, a "
+            "help": "domain=source ...; a source is a file of text, source code, .json, .jsonl, .csv, .tsv or .parquet, a "
             "folder or a pattern ('src/**/*.py') of files of one kind, or name[:config] on the Hub"
         }
     )
     text_column: str | None = field(
         default=None,
         metadata={
-            "help": "column that holds the text, or the messages; if not given: messages, conversations (ShareGPT), prompt "
-            "and completion, instruction, input and output (Alpaca), or text, whichever is there first"
+            "help": "column with the text or the messages; the default is the first that exists of messages, conversations "
+            "(ShareGPT), prompt and completion, instruction, input and output (Alpaca), text"
         },
     )
-    split: str = field(default="train", metadata={"help": "split of the Hub's datasets"})
-    max_length: int = field(default=512, metadata={"help": "tokens of a block"})
+    split: str = field(default="train", metadata={"help": "split of datasets on the Hub"})
+    max_length: int = field(default=512, metadata={"help": "number of tokens in a block"})
     assistant_only: bool = field(
         default=True,
-        metadata={"help": "of conversations and completions count only what the assistant says; false: all tokens"},
+        metadata={
+            "help": "in conversations and completions, use only the assistant's tokens for the loss; false: all tokens"
+        },
     )
 
     def __post_init__(self):
@@ -49,10 +53,10 @@ class DataArguments:
         self.domains()
 
     def domains(self) -> dict[str, str]:
-        """Source of each domain.
+        """Returns the source of each domain.
 
         Raises:
-            UserError: if an entry is not `name=source`, or a name comes twice.
+            UserError: if an entry is not `name=source`, or two entries have one name.
         """
         domains = {}
         for entry in self.data:
@@ -60,12 +64,12 @@ class DataArguments:
             if not (name and equals and source):
                 raise UserError(f"data {entry!r} is malformed: write domain=source, such as wiki=wiki.txt")
             if name in domains:
-                raise UserError(f"data names the domain {name!r} twice: give each source its own name")
+                raise UserError(f"data names the domain {name!r} twice: give each source another name")
             domains[name] = source
         return domains
 
     def load(self, conversations: bool = False) -> dict[str, datasets.Dataset]:
-        """Documents of each domain, see [`load_documents`]."""
+        """Loads the documents of each domain with [`load_documents`]."""
         return {
             name: load_documents(source, self.text_column, self.split, conversations)
             for name, source in self.domains().items()
@@ -73,10 +77,11 @@ class DataArguments:
 
 
 def cut_documents(documents: datasets.Dataset, chars: int = PIECE_CHARS) -> datasets.Dataset:
-    """Cuts documents at line ends into pieces of at least `chars` characters, so that a part can be held out.
+    """Cuts documents at line ends into pieces of at least `chars` characters, so that some can be held out.
 
     Returns:
-        Rows of `text` and `end`, whether the piece is its document's last. A document's pieces join to its text.
+        Rows of `text` and `end`; `end` is true for the last piece of a document. The pieces of a document join to its
+        text.
     """
 
     def cut(batch):
@@ -94,14 +99,14 @@ def cut_documents(documents: datasets.Dataset, chars: int = PIECE_CHARS) -> data
             pieces["end"] += [False] * (len(parts) - 1) + [True]
         return pieces
 
-    return documents.map(cut, batched=True)
+    return one_table(documents.map(cut, batched=True))
 
 
 def hold_out(pieces: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Splits at random, the same way for the same seed; both parts keep their order.
+    """Splits pieces at random; equal seeds give equal splits, and both parts keep the order of the pieces.
 
     Returns:
-        Training and held-out pieces; the latter at least one.
+        The training pieces, and at least one held-out piece.
 
     Raises:
         UserError: if no piece would be left to train on.
@@ -113,16 +118,20 @@ def hold_out(pieces: datasets.Dataset, fraction: float, seed: int) -> tuple[data
             "with line breaks, or set eval_fraction to 0"
         )
     order = np.random.default_rng(seed).permutation(len(pieces))
-    return pieces.select(np.sort(order[count:])), pieces.select(np.sort(order[:count]))
+    training, held_out = (pieces.select(np.sort(part)) for part in (order[count:], order[:count]))
+    return one_table(training), one_table(held_out)
 
 
 def load_and_pack(
     args: DataArguments, tokenizer: PreTrainedTokenizerBase, eval_fraction: float, seed: int
 ) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
-    """Blocks to train on, of all domains, and held-out blocks of each domain.
+    """Loads all domains and packs them.
+
+    Returns:
+        The blocks of all domains to train on, and the held-out blocks of each domain.
 
     Raises:
-        UserError: if a part of a domain does not fill a block.
+        UserError: if the training or the held-out text of a domain does not fill a block.
     """
     train, held_out = [], {}
     for name, documents in args.load(conversations=True).items():

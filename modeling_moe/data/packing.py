@@ -1,11 +1,11 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Text, conversations and completions become blocks of tokens, with labels that say which tokens to learn or to score."""
+"""This module packs text, conversations and completions into blocks of tokens with labels."""
 
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -13,15 +13,28 @@ from transformers import PreTrainedTokenizerBase
 
 from ..utils.chat import encode_chat
 from ..utils.errors import UserError
+from .tables import one_table
 
 
-# ids of tokens, whether each counts, and the UTF-8 bytes of the text that each stands for
-Tokens = tuple[list[int], list[bool], list[int]]
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 
 
+class Tokens(NamedTuple):
+    """Tokens of one or more texts.
+
+    Attributes:
+        ids: token ids.
+        learned: whether each token is to be learned or scored.
+        sizes: UTF-8 bytes of the text that each token stands for; empty if not for scoring.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+    sizes: list[int]
+
+
 def _token_bytes(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """Bytes of UTF-8 text that each token adds to those before it; they sum to the text's."""
+    """Returns how many UTF-8 bytes each token adds to the tokens before it; the sum is the size of the text."""
     if not offsets:
         return np.zeros(0, dtype=int)
     ends = np.maximum.accumulate([end for _, end in offsets])
@@ -33,13 +46,13 @@ def _token_bytes(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
 
 def _check_fast(tokenizer: PreTrainedTokenizerBase, for_scoring: bool) -> None:
     if for_scoring and not tokenizer.is_fast:
-        raise UserError("the model's tokenizer is not a fast one, which is needed to count bytes: convert it")
+        raise UserError("the model's tokenizer is not a fast one, and only those count bytes: convert it")
 
 
 def _encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], ends: list[bool], for_scoring: bool, counts: bool = True
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], ends: list[bool], for_scoring: bool, learned: bool = True
 ) -> list[Tokens]:
-    """Tokens of texts, an eos of no bytes after each whose end is one; no bytes at all if not for scoring."""
+    """Tokenises texts, and adds an eos of 0 bytes after each text that ends a document."""
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=for_scoring, verbose=False)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts = []
@@ -48,22 +61,26 @@ def _encode_texts(
         sizes = (
             [*_token_bytes(text, encoded["offset_mapping"][i]).tolist(), *[0] * len(eos * end)] if for_scoring else []
         )
-        parts.append((ids, [counts] * len(ids), sizes))
+        parts.append(Tokens(ids, [learned] * len(ids), sizes))
     return parts
 
 
 def _join(parts: Iterable[Tokens]) -> Tokens:
-    ids, counts, sizes = [list(chain.from_iterable(column)) for column in zip(*parts, strict=True)] or ([], [], [])
-    return ids, counts, sizes
+    parts = list(parts)
+    return Tokens(
+        list(chain.from_iterable(part.ids for part in parts)),
+        list(chain.from_iterable(part.learned for part in parts)),
+        list(chain.from_iterable(part.sizes for part in parts)),
+    )
 
 
 def _blocks(tokens: Tokens, max_length: int, for_scoring: bool) -> dict[str, list[list[int]]]:
-    """Cuts into blocks; those without a token to predict are left away, for scoring the last may be shorter."""
-    ids, counts, sizes = tokens
-    labels = [token if counted else -100 for token, counted in zip(ids, counts, strict=True)]
+    """Cuts tokens into blocks. Blocks without a token to predict are dropped; for scoring, the last may be shorter."""
+    ids, learned, sizes = tokens
+    labels = [token if learn else -100 for token, learn in zip(ids, learned, strict=True)]
     starts = range(0, len(ids) - (1 if for_scoring else max_length - 1), max_length)
-    # a block's first token is predicted from nothing
-    starts = [i for i in starts if any(counts[i + 1 : i + max_length])]
+    # nothing predicts the first token of a block
+    starts = [i for i in starts if any(learned[i + 1 : i + max_length])]
     columns = {"input_ids": ids, "labels": labels} | ({"num_bytes": sizes} if for_scoring else {})
     return {name: [column[i : i + max_length] for i in starts] for name, column in columns.items()}
 
@@ -75,7 +92,7 @@ def _pack(
         return _blocks(_join(encode(dict(batch))), max_length, for_scoring)
 
     columns = ["input_ids", "labels", *(["num_bytes"] if for_scoring else [])]
-    return rows.map(
+    blocks = rows.map(
         tokenise,
         batched=True,
         batch_size=None if for_scoring else 1000,
@@ -83,6 +100,7 @@ def _pack(
         features=datasets.Features({name: datasets.List(datasets.Value("int64")) for name in columns}),
         desc=desc,
     )
+    return one_table(blocks)
 
 
 def pack(
@@ -90,18 +108,18 @@ def pack(
 ) -> datasets.Dataset:
     """Tokenises texts, joins them and cuts them into blocks of `max_length` tokens.
 
-    No special tokens but the tokenizer's eos, if it has one, after each document.
+    The tokenizer's eos, if it has one, follows each document. No other special tokens are added.
 
     Args:
-        texts: rows of `text`, and of `end` where texts are pieces of documents.
-        tokenizer: any; with `for_scoring` one of the fast ones.
-        max_length: tokens of a block.
-        for_scoring: join all texts, keep the last, shorter block if it has at least 2 tokens, and count bytes;
-            otherwise every 1000 texts are joined on their own and what does not fill a block is dropped.
+        texts: rows of `text`, and of `end` if the texts are pieces of documents (true for the last piece).
+        tokenizer: any tokenizer; with `for_scoring`, a fast one.
+        max_length: number of tokens in a block.
+        for_scoring: join all texts, keep a shorter last block of at least 2 tokens, and count bytes. Otherwise each
+            1000 texts are joined, and the rest that does not fill a block is dropped.
 
     Returns:
-        Rows of `input_ids` and `labels` (both alike), with `for_scoring` also of `num_bytes`, the UTF-8 bytes of the text
-        that each token stands for: they sum to the text's, and an eos has 0.
+        Rows of `input_ids` and `labels`, which are equal. With `for_scoring` also `num_bytes`, the UTF-8 bytes that
+        each token stands for: 0 for an eos, and in sum the size of the texts.
     """
     _check_fast(tokenizer, for_scoring)
 
@@ -113,7 +131,7 @@ def pack(
 
 
 def _messages(rows: Any) -> Any:
-    """Messages of `role` and `content`, made of ShareGPT's `from` and `value` where they are that; others as they are."""
+    """Turns ShareGPT's messages (`from`, `value`) into messages of `role` and `content`; other rows stay as they are."""
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         return rows
     if any(row.get("role") is not None or not isinstance(row.get("from"), str) for row in rows):
@@ -125,7 +143,7 @@ def _messages(rows: Any) -> Any:
 
 
 def _tools(row: dict) -> list | None:
-    """JSON schemas of the functions that a conversation may call; some keep them as a text."""
+    """Returns the JSON schemas of the functions that a conversation may call; some data sets store them as text."""
     tools = row.get("tools")
     try:
         return json.loads(tools) if isinstance(tools, str) and tools else tools or None
@@ -143,21 +161,21 @@ def pack_conversations(
     """Renders conversations by the tokenizer's chat template, joins them and cuts into blocks of `max_length` tokens.
 
     Args:
-        conversations: rows of `messages`, with `role` and `content` or ShareGPT's `from` and `value`, or of such lists in
-            `prompt` and `completion`; perhaps of `tools` and of `system`.
-        tokenizer: one with a chat template.
-        max_length: tokens of a block.
-        for_scoring: as for [`pack`].
-        assistant_only: count what the assistant says, and of `prompt` and `completion` only what it says in the latter;
-            otherwise count all tokens.
+        conversations: rows of `messages`, or of `prompt` and `completion`, and optionally of `tools` and `system`.
+            Messages have `role` and `content`, or ShareGPT's `from` and `value`.
+        tokenizer: a tokenizer with a chat template.
+        max_length: number of tokens in a block.
+        for_scoring: the argument of [`pack`].
+        assistant_only: learn or score only the assistant's tokens, and with `prompt` and `completion` only those in
+            the completion. Otherwise all tokens.
 
     Returns:
-        Rows as from [`pack`], with labels of -100 where a token does not count, and 0 bytes for a special token. A block without a token that counts is
-        dropped.
+        The rows that [`pack`] returns, with label -100 for a token that is not learned, and 0 bytes for a special
+        token. Blocks without a token to learn are dropped.
 
     Raises:
-        UserError: if there is no chat template, it cannot render a conversation, or, with `assistant_only`, does not tell
-            what the assistant says.
+        UserError: if there is no chat template, if it cannot render a conversation, or, with `assistant_only`, if it
+            does not show which tokens are the assistant's.
     """
     _check_fast(tokenizer, for_scoring)
 
@@ -170,12 +188,12 @@ def pack_conversations(
         messages = _messages(row["messages"] if "messages" in row else row["completion"])
         if before and isinstance(messages, list):
             messages = before + messages
-        text, encoded, counts = encode_chat(tokenizer, messages, _tools(row), assistant_only, len(before))
+        text, encoded, learned = encode_chat(tokenizer, messages, _tools(row), assistant_only, len(before))
         ids, sizes = encoded["input_ids"], []
         if for_scoring:
             sizes = _token_bytes(text, encoded["offset_mapping"]).tolist()
             sizes = [0 if token in special else size for token, size in zip(ids, sizes, strict=True)]
-        return ids, [bool(counted) for counted in counts], sizes
+        return Tokens(ids, [bool(learn) for learn in learned], sizes)
 
     def encode(batch: dict) -> list[Tokens]:
         return [encode_row(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
@@ -196,20 +214,20 @@ def pack_completions(
 
     Args:
         rows: rows of `prompt` and `completion`, both texts.
-        tokenizer: as for [`pack`].
-        max_length: tokens of a block.
-        for_scoring: as for [`pack`].
-        assistant_only: count the completions' tokens and the eos, otherwise all tokens.
+        tokenizer: any tokenizer; with `for_scoring`, a fast one.
+        max_length: number of tokens in a block.
+        for_scoring: the argument of [`pack`].
+        assistant_only: learn or score the tokens of the completion and the eos; otherwise all tokens.
 
     Returns:
-        Rows as from [`pack_conversations`].
+        The rows that [`pack_conversations`] returns.
     """
     _check_fast(tokenizer, for_scoring)
 
     def encode(batch: dict) -> list[Tokens]:
         ends = [True] * len(batch["prompt"])
         prompts = _encode_texts(
-            tokenizer, batch["prompt"], [False] * len(ends), for_scoring, counts=not assistant_only
+            tokenizer, batch["prompt"], [False] * len(ends), for_scoring, learned=not assistant_only
         )
         completions = _encode_texts(tokenizer, batch["completion"], ends, for_scoring)
         return [_join(pair) for pair in zip(prompts, completions, strict=True)]
@@ -220,8 +238,10 @@ def pack_completions(
 def packer(
     documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, assistant_only: bool
 ) -> Callable[..., datasets.Dataset]:
-    """What packs such rows: [`pack`], [`pack_conversations`] or [`pack_completions`], called with rows, `tokenizer`,
-    `max_length` and perhaps `for_scoring`."""
+    """Returns the function that packs such rows: [`pack`], [`pack_conversations`] or [`pack_completions`].
+
+    Call it with rows, `tokenizer`, `max_length` and optionally `for_scoring`.
+    """
     columns = documents.column_names
     if "text" in columns:
         return pack

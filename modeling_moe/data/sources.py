@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Files, folders and datasets of the Hub become rows of text, of conversations, or of prompts with their completions."""
+"""This module reads files, folders and datasets as rows of text, of conversations, or of prompts with completions."""
 
 import codecs
 import os
@@ -14,69 +14,22 @@ import pandas as pd
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..utils.errors import UserError
+from .tables import one_table
 
 
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 PROSE = {".md", ".rst"}
-CODE = {
-    *[
-        ".py",
-        ".pyi",
-        ".ipynb",
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".cxx",
-        ".hpp",
-        ".cu",
-        ".cuh",
-        ".rs",
-        ".go",
-        ".java",
-        ".kt",
-        ".scala",
-        ".swift",
-        ".cs",
-        ".js",
-        ".jsx",
-        ".ts",
-        ".tsx",
-        ".vue",
-        ".rb",
-    ],
-    *[
-        ".php",
-        ".pl",
-        ".lua",
-        ".r",
-        ".jl",
-        ".hs",
-        ".ml",
-        ".clj",
-        ".ex",
-        ".erl",
-        ".dart",
-        ".zig",
-        ".nim",
-        ".f90",
-        ".m",
-        ".sh",
-        ".bash",
-        ".zsh",
-        ".ps1",
-        ".sql",
-        ".tf",
-        ".proto",
-        ".css",
-    ],
-}
+CODE_NAMES = (
+    "py pyi ipynb c h cc cpp cxx hpp cu cuh rs go java kt scala swift cs js jsx ts tsx vue rb php pl lua "
+    "r jl hs ml clj ex erl dart zig nim f90 m sh bash zsh ps1 sql tf proto css"
+)
+CODE = {f".{name}" for name in CODE_NAMES.split()}
 KINDS = ".txt, .md, .rst, source code, .json, .jsonl, .csv, .tsv or .parquet"
 BOM = b"\xef\xbb\xbf"
 JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
-MAX_DEPTH = 100  # of lists and objects within each other; Arrow takes fewer, and its reader crashes at some thousands
+MAX_DEPTH = 100  # levels of nesting; Arrow supports fewer, and its reader crashes at some thousands
 SKIPPED = {"__pycache__", "node_modules"}
-# of an instruction without a chat template; the prompt of Stanford Alpaca
+# the prompt of Stanford Alpaca, for an instruction without a chat template
 ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n{}### Response:\n"
@@ -101,7 +54,7 @@ def _kind(file: Path) -> str:
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    """The files of a folder that are data, all of one kind."""
+    """Returns the data files of a folder, which must be of one kind."""
     by_kind: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") or part in SKIPPED for part in file.relative_to(folder).parts)
@@ -111,22 +64,22 @@ def _folder_files(folder: Path) -> list[Path]:
     if code:
         code += prose + by_kind.pop(".txt", [])
         if all(file.suffix.lower() == ".json" for file in by_kind.get(".json", [])):
-            # a package.json beside a program is no data
+            # a package.json beside a program is not data
             by_kind.pop(".json", None)
     kinds = [*by_kind, *(["source code"] if code else [])]
     if len(kinds) > 1:
         raise UserError(
-            f"data {folder} holds files of several kinds ({', '.join(kinds)}): give each kind a folder, or a pattern such as "
-            f"'{folder}/**/*.txt', and a domain, of its own"
+            f"data {folder} holds files of several kinds ({', '.join(kinds)}): give each kind its own domain, with a folder "
+            f"or a pattern such as '{folder}/**/*.txt'"
         )
     files = sorted(code) or next(iter(by_kind.values()), prose)
     if not files:
-        raise UserError(f"data {folder} is a folder that holds no {KINDS} file: convert the data, or name what is")
+        raise UserError(f"data {folder} is a folder without a {KINDS} file: convert the data, or name another folder")
     return files
 
 
 def _local_files(source: str) -> list[Path]:
-    """The files that a path or a pattern names; none if it names nothing on this machine."""
+    """Returns the files that a path or a pattern names on this machine, or an empty list."""
     source = os.path.expanduser(source)
     path = Path(source)
     if path.is_dir():
@@ -134,7 +87,7 @@ def _local_files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.exists():
-        raise UserError(f"data {source} is a device or a pipe, which may never end: save what it gives in a file")
+        raise UserError(f"data {source} is a device or a pipe, which may never end: save the data in a file")
     if not has_magic(source):
         return []
     files = sorted(Path(file) for file in glob(source, recursive=True) if os.path.isfile(file))
@@ -154,15 +107,15 @@ def _read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"data {file} is not text in UTF-8: convert it, {error}") from error
     if "\0" in text:
-        raise UserError(f"data {file} is binary, for it has zero bytes: name text, or a {KINDS} file")
+        raise UserError(f"data {file} is binary, since it has zero bytes: name a {KINDS} file")
     return text
 
 
 def _check_encoding(file: Path) -> None:
-    """Refuses bytes that are no UTF-8, which pyarrow would take and nobody could read.
+    """Refuses a file that is not UTF-8, which pyarrow would accept.
 
     Raises:
-        UserError: if there are any.
+        UserError: if the file is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     with file.open("rb") as stream:
@@ -175,17 +128,18 @@ def _check_encoding(file: Path) -> None:
 
 
 def _check_json(file: Path) -> None:
-    """Refuses rows that are no objects: at a null pyarrow's reader may end the process.
+    """Refuses JSON whose rows are not objects; at a null, pyarrow's reader may end the process.
 
     Raises:
-        UserError: if a line of a .jsonl file is no object, or the file begins neither with one nor with a list of them.
+        UserError: if a line of a .jsonl file is not an object, or another file begins with neither an object nor a
+            list.
     """
     with file.open("rb") as stream:
         head = stream.read(1 << 16).removeprefix(BOM).lstrip()
         wrong, number = head, 1
         if head.startswith(b"["):
             wrong = head[1:].lstrip()
-            known = wrong[:1] in (b"{", b'"')  # a list of texts is rows of `text`
+            known = wrong[:1] in (b"{", b'"')  # a list of texts becomes rows of `text`
         elif file.suffix.lower() == ".jsonl":
             stream.seek(0)
             lines = ((number, line.removeprefix(BOM).strip()) for number, line in enumerate(stream, start=1))
@@ -199,10 +153,10 @@ def _check_json(file: Path) -> None:
 
 
 def _check_depth(file: Path) -> None:
-    """Refuses JSON that is nested so deep that pyarrow's reader would end the process.
+    """Refuses deeply nested JSON, at which pyarrow's reader would end the process.
 
     Raises:
-        UserError: if lists and objects lie more than `MAX_DEPTH` deep in each other.
+        UserError: if lists and objects are nested more than `MAX_DEPTH` deep.
     """
     depth, rows = 0, file.suffix.lower() == ".jsonl"
     with file.open("rb") as stream:
@@ -219,15 +173,15 @@ def _check_depth(file: Path) -> None:
 
 
 def _check_header(file: Path, sep: str) -> None:
-    """Refuses columns of one name, and a first row with more fields than names, which pandas would shift.
+    """Refuses two columns of one name, and a first row with more fields than the header, which pandas would shift.
 
     Raises:
-        UserError: if there are any.
+        UserError: if the header or the first row is wrong.
     """
     try:
         names = pd.read_csv(file, sep=sep, header=None, nrows=2, dtype=str, keep_default_na=False).iloc[0]
     except pd.errors.ParserError as error:
-        raise UserError(f"data {file}: its first row does not fit its header: {error}") from error
+        raise UserError(f"data {file}: the first row does not fit the header: {error}") from error
     if len(twice := names[names.duplicated()]):
         raise UserError(f"data {file} names the column {twice.iloc[0]!r} twice: rename one")
 
@@ -244,7 +198,7 @@ def _read_table(files: list[Path]) -> datasets.Dataset:
             _check_json(file)
             _check_depth(file)
     if builder == "csv":
-        # a text may be "None" or "NA"
+        # pandas would read the texts "None" and "NA" as missing
         options = {"sep": "\t" if files[0].suffix.lower() == ".tsv" else ",", "keep_default_na": False}
         for file in files:
             _check_header(file, options["sep"])
@@ -252,10 +206,10 @@ def _read_table(files: list[Path]) -> datasets.Dataset:
 
 
 def read(source: str, text_column: str, split: str) -> datasets.Dataset:
-    """Rows of a source with all their columns; those of text files have only `text_column`.
+    """Reads the rows of a source with all columns; text files give one column, `text_column`.
 
     Raises:
-        UserError: if there is no such source, or it cannot be read.
+        UserError: if the source does not exist or cannot be read.
     """
     files = _local_files(source)
     if not files and (Path(source).suffix.lower() in {*TABLES, ".txt", *PROSE, *CODE} or source[0] in "./~"):
@@ -271,7 +225,7 @@ def read(source: str, text_column: str, split: str) -> datasets.Dataset:
         raise
     except READ_ERRORS as error:
         cause = error.__cause__ or error
-        reason = "it holds no row" if "corresponds to no data" in str(cause) else str(cause) or type(cause).__name__
+        reason = "it has no rows" if "corresponds to no data" in str(cause) else str(cause) or type(cause).__name__
         raise UserError(f"data {source} cannot be read as files or a dataset on the Hub: {reason}") from error
 
 
@@ -280,12 +234,12 @@ def _is_text(feature: Any) -> bool:
 
 
 def _is_list(feature: Any) -> bool:
-    # `Json` is what datasets takes for dicts of different keys; older releases lack it
+    # datasets uses `Json` for dicts of different keys; older releases lack it
     return isinstance(feature, (list, datasets.List, datasets.LargeList, getattr(datasets, "Json", list)))
 
 
 def _instructions(rows: datasets.Dataset, columns: dict[str, str]) -> datasets.Dataset:
-    """Rows of `messages` for a chat template, and of `prompt` and `completion` where there is none."""
+    """Returns rows with `messages` for a chat template, and with `prompt` and `completion` for tokenizers without one."""
 
     def convert(row: dict) -> dict:
         task, answer = (row[columns[name]] for name in ("instruction", "output"))
@@ -298,24 +252,25 @@ def _instructions(rows: datasets.Dataset, columns: dict[str, str]) -> datasets.D
             "completion": answer,
         }
 
-    rows = rows.filter(lambda *values: all(values), input_columns=[columns["instruction"], columns["output"]])
-    return rows.map(convert, remove_columns=rows.column_names)
+    full = one_table(rows.filter(lambda *cells: all(cells), input_columns=[columns["instruction"], columns["output"]]))
+    return one_table(full.map(convert, remove_columns=full.column_names))
 
 
 def _chats(rows: datasets.Dataset, messages_column: str | None) -> datasets.Dataset | None:
-    """Rows of a known format of conversations, None if it is none."""
+    """Returns the rows of a known conversation format, or None for other rows."""
     features = rows.features
     tools = ["tools"] * ("tools" in features)
     for column in [messages_column] if messages_column else ["messages", "conversations"]:
         if _is_list(features.get(column)):
             system = ["system"] * (column != "messages" and _is_text(features.get("system")))
-            rows = rows.select_columns([column, *system, *tools])
-            rows = rows if column == "messages" else rows.rename_column(column, "messages")
-            return rows.filter(bool, input_columns="messages")
+            chats = one_table(rows.select_columns([column, *system, *tools]))
+            chats = chats if column == "messages" else chats.rename_column(column, "messages")
+            return one_table(chats.filter(bool, input_columns="messages"))
     pair = ["prompt", "completion"]
     if all(_is_list(features.get(name)) for name in pair) or all(_is_text(features.get(name)) for name in pair):
-        rows = rows.select_columns([*pair, *tools])
-        return rows.filter(lambda prompt, completion: prompt is not None and bool(completion), input_columns=pair)
+        pairs = one_table(rows.select_columns([*pair, *tools]))
+        filled = pairs.filter(lambda prompt, completion: prompt is not None and bool(completion), input_columns=pair)
+        return one_table(filled)
     names = {"instruction": ["instruction"], "output": ["output", "response"], "input": ["input", "context"]}
     found = {name: [alias for alias in aliases if _is_text(features.get(alias))] for name, aliases in names.items()}
     columns = {name: aliases[0] for name, aliases in found.items() if aliases}
@@ -325,25 +280,25 @@ def _chats(rows: datasets.Dataset, messages_column: str | None) -> datasets.Data
 def load_documents(
     source: str, text_column: str | None = None, split: str = "train", conversations: bool = False
 ) -> datasets.Dataset:
-    """Documents of a source: a text file is one, elsewhere each row is one.
+    """Loads the documents of a source. A text file is one document; of other files, each row is one.
 
     Args:
-        source: path of a file, of a folder of files of one kind, or a pattern such as `src/**/*.py`; or `name` or
-            `name:config` of a dataset on the Hub. Text is .txt, .md, .rst and source code, in UTF-8; rows are .json, .jsonl,
-            .csv, .tsv and .parquet.
-        text_column: column that holds the text, not for text files; `text` if not given. With `conversations` it may hold
-            messages.
+        source: path of a file, path of a folder of files of one kind, or a pattern such as `src/**/*.py`; or `name` or
+            `name:config` of a dataset on the Hub. Text files are .txt, .md, .rst and source code, in UTF-8; tables are
+            .json, .jsonl, .csv, .tsv and .parquet.
+        text_column: column with the text, in tables; the default is `text`. With `conversations` it may hold messages.
         split: split of a dataset on the Hub.
-        conversations: unless `text_column` is given, take `messages` (of role and content), `conversations` (ShareGPT: of
-            from and value), `prompt` and `completion`, or `instruction`, `input` and `output` (Alpaca), if they are there.
+        conversations: use columns with conversations if they exist and `text_column` is not given: `messages` (role
+            and content), `conversations` (ShareGPT: from and value), `prompt` and `completion`, or `instruction`,
+            `input` and `output` (Alpaca).
 
     Returns:
-        Rows, none of which is empty: of `text`; or of `messages`, each a list of dicts, and perhaps of `tools` and `system`;
-        or of `prompt` and `completion`, both texts or both lists of messages; or, for Alpaca, of `messages`, `prompt` and
-        `completion`, the latter two for a tokenizer without a chat template.
+        Rows without empty ones, of one of these kinds: `text`; `messages`, each a list of dicts, optionally with
+        `tools` and `system`; `prompt` and `completion`, both texts or both lists of messages; for Alpaca `messages`,
+        `prompt` and `completion`, of which the last two serve a tokenizer without a chat template.
 
     Raises:
-        UserError: if there is no such source, it has no such column, or no text.
+        UserError: if the source does not exist, lacks the column, or holds no text.
     """
     documents = read(source, text_column or "text", split)
     chats = None
@@ -351,7 +306,7 @@ def load_documents(
         chats = _chats(documents, text_column)
     documents = _texts(documents, source, text_column or "text", conversations) if chats is None else chats
     if len(documents) == 0:
-        raise UserError(f"data {source} holds no text: give a source that does")
+        raise UserError(f"data {source} holds no text: give a source with text")
     return documents
 
 
@@ -364,8 +319,8 @@ def _texts(documents: datasets.Dataset, source: str, text_column: str, conversat
     if getattr(feature, "dtype", None) == "null":
         raise UserError(f"data {source} holds no text: every row of {text_column!r} is null")
     if not _is_text(feature):
-        raise UserError(f"text_column {text_column!r} of {source} holds {feature}: choose a text one")
-    documents = documents.select_columns(text_column)
+        raise UserError(f"text_column {text_column!r} of {source} holds {feature}: choose a column of text")
+    documents = one_table(documents.select_columns(text_column))
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
-    return documents.filter(lambda text: bool(text), input_columns="text")
+    return one_table(documents.filter(lambda text: bool(text), input_columns="text"))

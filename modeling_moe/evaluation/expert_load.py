@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""How many tokens each expert of any MoE gets, counted where transformers calls the experts."""
+"""This module counts the tokens that each expert of any MoE receives, where transformers calls the experts."""
 
 from typing import Any
 
@@ -8,26 +8,26 @@ from torch import nn
 
 
 def _assignments(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The experts' ids in a call of an experts module: (T, K), the only integers that it is given."""
+    """Returns the expert ids (T, K) among the arguments of an experts module: the only integer tensor there."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     return next((tensor for tensor in tensors if not tensor.is_floating_point()), None)
 
 
 def experts_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of any MoE that hold routed experts: transformers sets these two names on each of them."""
+    """Returns the modules of any MoE that hold routed experts, on which transformers sets two attributes."""
     return [
         module for module in model.modules() if all(name in vars(module) for name in ("has_gate", "is_transposed"))
     ]
 
 
 def active_share(model: Any) -> float:
-    """The share of a model's parameters, embeddings aside, that one token is multiplied by.
+    """Returns the share of a model's parameters, without embeddings, that one token uses.
 
     Args:
-        model: any model of transformers, with an adapter or without.
+        model: any model of transformers, with or without an adapter.
 
     Returns:
-        1.0 for a dense model, and where the configuration has no `num_experts_per_tok`.
+        A number in (0, 1]; 1.0 for a dense model, and for a configuration without `num_experts_per_tok`.
     """
     top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
     if not isinstance(top_k, int):
@@ -40,9 +40,9 @@ def active_share(model: Any) -> float:
 
 
 class ExpertLoadRecorder:
-    """Counts the tokens that reach each expert, in every module that follows transformers' interface for experts.
+    """Counts the tokens that reach each expert, in every module that follows transformers' experts interface.
 
-    Use it as a context manager around forward passes; an empty slot, of an id past the last expert, does not count.
+    Use it as a context manager around forward passes. Empty assignments (expert id E) are not counted.
 
     Example:
         >>> with ExpertLoadRecorder(model) as recorder:
@@ -77,10 +77,10 @@ class ExpertLoadRecorder:
         return count
 
     def take(self) -> torch.Tensor | None:
-        """The counts since the last call: (sparse layers, E) in float64 on the CPU.
+        """Returns the counts since the last call, and starts from 0 again.
 
         Returns:
-            None if no experts were called, or the layers differ in their number of experts.
+            (sparse layers, E) in float64 on the CPU; None if no experts were called, or if layers differ in E.
         """
         loads = [load.cpu() for load in self._loads if load is not None]
         self._loads = [None] * len(self._experts)

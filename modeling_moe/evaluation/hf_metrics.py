@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Metrics of the evaluate library that need no download: a language model's loss, and the balance of its routers.
+"""This module defines two metrics of the evaluate library without a download: language-model loss and router balance.
 
-Both are fed sums, batch by batch. Over several processes there are two ways, with the same result as one process:
-`compute(gather=True)` on all ranks of torch.distributed, each having fed what it alone saw, or evaluate's own
-`num_process`, `process_id` and `experiment_id`, which need a file system that the processes share.
+Both take sums, batch by batch. Several processes can compute a metric in two ways, and both give the result of one
+process: each process of torch.distributed adds its own batches and all call `compute(gather=True)`; or the metric is
+created with evaluate's `num_process`, `process_id` and `experiment_id`, which need a shared file system.
 """
 
 import math
@@ -18,7 +18,7 @@ from .routing_metrics import dead_experts, max_violation
 
 
 def _all_ranks(rows: list) -> list:
-    """Rows of all ranks, in their order."""
+    """Returns the rows of all ranks, in the order of the ranks."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return rows
     parts = [rows] * distributed.get_world_size()
@@ -27,7 +27,7 @@ def _all_ranks(rows: list) -> list:
 
 
 class BitsPerByte(evaluate.Metric):
-    """Loss, perplexity and bits per byte from sums over batches; one for each domain.
+    """Computes loss, perplexity and bits per byte from sums over batches; use one metric for each domain.
 
     Example:
         >>> metric = BitsPerByte(keep_in_memory=True)
@@ -41,7 +41,7 @@ class BitsPerByte(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Loss in nats per token, perplexity, and bits per UTF-8 byte of the text predicted.",
             citation="",
-            inputs_description="nll_sum: nats of a batch; tokens: tokens predicted in it; bytes: UTF-8 bytes they are.",
+            inputs_description="nll_sum: nats of a batch; tokens: its predicted tokens; bytes: UTF-8 bytes of these tokens.",
             features=datasets.Features(
                 {
                     "nll_sum": datasets.Value("float64"),
@@ -51,10 +51,12 @@ class BitsPerByte(evaluate.Metric):
             ),
         )
 
+    # evaluate passes the columns that `_info` names, of which the annotation of its method knows nothing
+    # pyrefly: ignore[bad-override]
     def _compute(self, nll_sum, tokens, bytes, gather: bool = False) -> dict[str, float | int]:
         columns = (nll_sum, tokens, bytes)
         nll_sum, tokens, bytes = [_all_ranks(column) if gather else column for column in columns]
-        # rounded once, so that the order of the batches does not matter
+        # `fsum` rounds once, so the order of the batches does not matter
         nats, tokens, bytes = math.fsum(nll_sum), sum(tokens), sum(bytes)
         loss = nats / tokens if tokens else math.nan
         return {
@@ -67,11 +69,12 @@ class BitsPerByte(evaluate.Metric):
 
 
 class RouterBalance(evaluate.Metric):
-    """How evenly routers spread tokens over their experts, from the experts' loads in each batch.
+    """Measures how evenly routers spread tokens over the experts, from the experts' loads in each batch.
 
-    `compute` returns, of the load over all batches and as the mean over the layers: `max_violation`, largest over mean
-    load, less 1 (MaxVio of arXiv:2408.15664; 0 in balance); `load_entropy` in nats (log(E) in balance, 0 if one expert
-    gets all); `dead_experts`, the share of the experts that got nothing; and `expert_share`, the E shares of the load.
+    `compute` sums the load over all batches, and returns means over the layers of four figures: `max_violation`, the
+    largest load divided by the mean load, minus 1 (MaxVio, arXiv:2408.15664; 0 is balanced); `load_entropy` in nats
+    (log(E) is balanced, 0 means one expert receives all); `dead_experts`, the share of the experts without a token;
+    `expert_share`, the share of the load of each of the E experts.
 
     Example:
         >>> metric = RouterBalance(keep_in_memory=True)
@@ -89,6 +92,8 @@ class RouterBalance(evaluate.Metric):
             features=datasets.Features({"load": datasets.List(datasets.List(datasets.Value("float64")))}),
         )
 
+    # evaluate passes the columns that `_info` names, of which the annotation of its method knows nothing
+    # pyrefly: ignore[bad-override]
     def _compute(self, load, gather: bool = False) -> dict[str, float | list[float]]:
         total = torch.tensor(load, dtype=torch.float64).sum(dim=0)  # (layers, E)
         if gather:

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The model card: metadata, facts from the saved config.json, how the model was made, results, how to load it."""
+"""This module writes the model card: metadata, facts, how the model was made, results, and how to load it."""
 
 import base64
 import hashlib
@@ -13,16 +13,17 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..utils.errors import UserError
-from .facts import describe, has_chat_template
-from .history import check_told, history
-from .wording import plain, printed
+from .facts import has_chat_template, model_facts
+from .history import check_card_fields, history
+from .wording import markdown_text, without_paths
 
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 MEASURES = {"loss": "Loss", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
-# the last line of a card that this module wrote: the hash of all before it, and what it was told, as JSON in base64
+# a card that this module wrote ends with this line: the hash of the text before it, and the card's fields as JSON in base64
 MARK = re.compile(r"<!-- modeling_moe card ([0-9a-f]{64}) ([A-Za-z0-9+/=]+) -->\n?\Z")
+# PEFT's empty card contains these texts
 PEFT_CARD = ("# Model Card for Model ID", "[More Information Needed]")
 
 
@@ -38,29 +39,29 @@ def write_model_card(
     training: Mapping[str, Any] | None = None,
     tags: Sequence[str] = ("moe", "modeling_moe"),
 ) -> ModelCard:
-    """Writes `README.md` into the folder of a saved model or LoRA adapter. Needs no network.
+    """Writes `README.md` into the folder of a saved model or LoRA adapter, without using the network.
 
-    What is not given comes from the records in the folder: `conversion.json`, `finetuning.json` and `scores.json`.
+    Arguments that are not given are taken from `conversion.json`, `finetuning.json` and `scores.json` in the folder.
 
     Args:
-        folder: where `save_pretrained` wrote the model; the facts come from its `config.json`.
-        repo_id: name on the Hub, for title and load snippet; the folder's name if not given.
-        base_model: checkpoint(s) the model was made from. Names on the Hub become metadata, of a local path the card
-            tells the last part.
-        language: the card's metadata, as `tags`; left out if nobody knows.
-        license: identifier of the Hub, such as `apache-2.0` or `llama3.2`; left out if nobody knows.
+        folder: folder in which `save_pretrained` wrote the model; the facts come from config.json there.
+        repo_id: name on the Hub, for title and code example; the folder's name if not given.
+        base_model: checkpoint(s) from which the model was made. Names on the Hub become metadata; the card shows only
+            the last part of a local path.
+        language: metadata of the card; left out if not known.
+        license: the Hub's identifier, such as `apache-2.0` or `llama3.2`; left out if not known.
         metrics: results of each domain, `{"wiki": {"loss": ..., "perplexity": ..., "bits_per_byte": ...}}`, any of the
             three; or before and after training, `{"wiki": {"before": {...}, "after": {...}}}`.
-        upcycling: how the dense model became sparse, names and values to print.
-        training: how the model was trained after that, names and values to print.
-        tags: see `language`.
+        upcycling: names and values that describe how the dense model became sparse.
+        training: names and values that describe how the model was trained afterwards.
+        tags: metadata of the card.
 
     Returns:
-        The card as written.
+        The card that was written.
 
     Raises:
-        UserError: if the folder holds no model, a record is damaged, the license is no identifier, or a domain has none
-            of the measures.
+        UserError: if the folder holds no model, a record is damaged, the license is no identifier, or the metrics of a
+            domain contain none of the three measures.
     """
     folder = Path(folder)
     given = {
@@ -73,12 +74,12 @@ def write_model_card(
         "training": training,
         "tags": list(tags),
     }
-    card = ModelCard(_card_text(folder, _told(given)))
+    card = ModelCard(_card_text(folder, _non_empty(given)))
     (folder / "README.md").write_text(card.content, encoding="utf-8")
     return card
 
 
-def own_card(
+def card_to_publish(
     folder: Path,
     *,
     repo_id: str,
@@ -88,26 +89,29 @@ def own_card(
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     trust_remote_code: bool = False,
 ) -> str | None:
-    """The text of the card to publish under a name, nothing of it written.
+    """Returns the text of the card to publish under a name; nothing is written.
 
     Args:
-        folder: of a model or adapter.
+        folder: folder of a model or adapter.
         repo_id: name on the Hub.
-        base_model: see [`write_model_card`], as are the others; what is not given stays as an earlier card has it.
-        trust_remote_code: whether the model's configuration may be read by code that the folder brings.
+        base_model: Hub name of the base model; a field that is not given keeps the value of an earlier card.
+        language: metadata of the card.
+        license: the Hub's identifier of the license.
+        metrics: results, as in [`write_model_card`].
+        trust_remote_code: whether code that the folder brings may read the model's configuration.
 
     Returns:
-        The text; None if the folder has a card that somebody else wrote, or has edited: it is left as it is.
+        The text; None if somebody else wrote or edited the folder's card, which is then published unchanged.
 
     Raises:
-        UserError: see [`write_model_card`]; or the license is not known.
+        UserError: as [`write_model_card`]; or if the license is not known.
     """
     earlier: dict[str, Any] = {}
     file = folder / "README.md"
     if file.is_file() and (text := file.read_text(encoding="utf-8")).strip():
         mark = MARK.search(text)
         if mark is not None and mark[1] == _hash(text[: mark.start()]):
-            earlier = _told_before(mark[2])
+            earlier = _fields_of_mark(mark[2])
         if not earlier and not all(part in text for part in PEFT_CARD):
             return None
     given = {
@@ -116,8 +120,8 @@ def own_card(
         "license": license,
         "metrics": metrics,
     }
-    told = _told(earlier | {name: value for name, value in given.items() if value is not None} | {"repo_id": repo_id})
-    text = _card_text(folder, told, trust_remote_code)
+    given = {name: value for name, value in given.items() if value is not None}
+    text = _card_text(folder, _non_empty(earlier | given | {"repo_id": repo_id}), trust_remote_code)
     if not ModelCard(text).data.to_dict().get("license"):
         raise UserError(
             "the license of the base model is recorded nowhere: pass --license, such as apache-2.0 or llama3.2"
@@ -125,30 +129,31 @@ def own_card(
     return text
 
 
-def _told_before(mark: str) -> dict[str, Any]:
-    """What an earlier card was told; empty if this module did not write the mark."""
+def _fields_of_mark(mark: str) -> dict[str, Any]:
+    """Returns the fields that the last line of an earlier card holds; empty if this module did not write the line."""
     try:
-        told = json.loads(base64.b64decode(mark, validate=True))
-        check_told(told, "the card")
+        fields = json.loads(base64.b64decode(mark, validate=True))
+        check_card_fields(fields, "the card")
     except (ValueError, RecursionError):
         return {}
-    return told
+    return fields
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _told(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a card was told, in JSON's types and without paths of this machine, and no entry that says nothing."""
-    told = {name: value for name, value in given.items() if value not in (None, [], {}, "")}
-    return {name: value if name == "repo_id" else plain(value) for name, value in told.items()}
+def _non_empty(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that are not empty, in JSON's types and without paths of this machine."""
+    fields = {name: value for name, value in given.items() if value not in (None, [], {}, "")}
+    return {name: value if name == "repo_id" else without_paths(value) for name, value in fields.items()}
 
 
-def _card_text(folder: Path, told: Mapping[str, Any], trust_remote_code: bool = False) -> str:
-    description = describe(folder, trust_remote_code)
-    known = history(folder) | {name: value for name, value in told.items() if name != "repo_id"}
-    name = told.get("repo_id") or folder.resolve().name
+def _card_text(folder: Path, fields: Mapping[str, Any], trust_remote_code: bool = False) -> str:
+    """Renders the card; fields that are not given come from the records in the folder."""
+    facts = model_facts(folder, trust_remote_code)
+    known = history(folder) | {name: value for name, value in fields.items() if name != "repo_id"}
+    name = fields.get("repo_id") or folder.resolve().name
     license = known.get("license")
     if license is not None and not (isinstance(license, str) and LICENSE.fullmatch(license)):
         raise UserError(f"license {license!r} is no identifier of the Hub: write it like apache-2.0, or other")
@@ -159,34 +164,34 @@ def _card_text(folder: Path, told: Mapping[str, Any], trust_remote_code: bool = 
         license=license,
         license_name=known.get("license_name"),
         license_link=known.get("license_link"),
-        library_name=description["library"],
-        pipeline_tag=description["task"],
+        library_name=facts.library,
+        pipeline_tag=facts.task,
         tags=known.get("tags") or ["moe", "modeling_moe"],
         base_model=[source for source in sources if is_hub_name(source)] or None,
-        model_name=printed(name).rpartition("/")[2] if results else None,
-        eval_results=_eval_results(results, description["task"]) or None,
+        model_name=markdown_text(name).rpartition("/")[2] if results else None,
+        eval_results=_eval_results(results, facts.task) or None,
     )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=name,
-        title=printed(name),
+        title=markdown_text(name),
         has_code=(folder / "modeling_moe.py").is_file(),
         chats=has_chat_template(folder),
-        sources=[printed(source) for source in sources],
+        sources=[markdown_text(source) for source in sources],
         upcycling=_rows(known.get("upcycling")),
         training=_rows(known.get("training")),
         results=_table(results),
         compared=any("before" in stages for stages in results.values()),
-        **description,
+        **vars(facts),
     )
     text = card.content.rstrip("\n") + "\n\n"
-    code = base64.b64encode(json.dumps(dict(told)).encode()).decode()
+    code = base64.b64encode(json.dumps(dict(fields)).encode()).decode()
     return f"{text}<!-- modeling_moe card {_hash(text)} {code} -->\n"
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a text is `owner/name` as on the Hub, and no path on this machine."""
+    """Returns whether a text is a Hub name `owner/name` rather than a path on this machine."""
     if name.count("/") != 1 or Path(name).exists():
         return False
     try:
@@ -197,7 +202,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def _results(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Domain -> `"before"` or `"after"` -> measure -> value, known measures only."""
+    """Returns domain -> `"before"` or `"after"` -> measure -> value; unknown measures are dropped."""
     results = {}
     for domain, values in metrics.items():
         stages = values if isinstance(values, Mapping) and {"before", "after"} & set(values) else {"after": values}
@@ -235,7 +240,7 @@ def _eval_results(results: Mapping, task: str) -> list[EvalResult]:
 
 
 def _table(results: Mapping) -> list[list[str]]:
-    """Header and rows, one column for each measure and stage that some domain has."""
+    """Returns header and rows of a table with one column for each measure and stage that occurs."""
     used = [
         (measure, stage)
         for measure in MEASURES
@@ -249,13 +254,13 @@ def _table(results: Mapping) -> list[list[str]]:
     rows = []
     for domain, stages in results.items():
         values = [stages.get(stage, {}).get(measure) for measure, stage in used]
-        rows.append([printed(domain), *("-" if value is None else f"{value:,.3f}" for value in values)])
+        rows.append([markdown_text(domain), *("-" if value is None else f"{value:,.3f}" for value in values)])
     return [header, *rows]
 
 
 def _rows(values: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [
-        (printed(name).replace("_", " ").capitalize(), printed(value))
+        (markdown_text(name).replace("_", " ").capitalize(), markdown_text(value))
         for name, value in (values or {}).items()
         if value is not None and value not in ("", [], {}, ())
     ]

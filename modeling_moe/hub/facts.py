@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The facts of a model card: what config.json and the names of the parameters tell of a model or an adapter."""
+"""This module derives the facts of a model card from config.json and the names of the parameters."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from ..configuration_moe import MoEConfig
 from ..modeling_moe import MODELS, MoEForCausalLM, MoEPreTrainedModel
 from ..utils.errors import UserError
+from ..utils.json_files import read_json
 from ..utils.loading import load_config
-from ..utils.locations import read_json
-from .wording import printed
+from .wording import markdown_text
 
 
 PIPELINES = {
@@ -24,47 +25,68 @@ PIPELINES = {
 }
 
 
-def describe(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """What the template of a card is told of a saved model or adapter, read from its folder alone.
+@dataclass(frozen=True)
+class ModelFacts:
+    """The facts about a model or adapter that the template of a card uses.
+
+    Attributes:
+        auto_class: name of the transformers auto class that loads the model.
+        task: the Hub's name of the task.
+        library: the library that loads the model, `transformers` or `peft`.
+        facts: titles and texts of a table.
+        total: number of parameters, as short text; None for an adapter.
+        active: number of parameters that a token uses, as short text; None if not known.
+        is_sparse: whether the model has sparse layers.
+        model_type: model type of a model that is not of this package, else None.
+        is_adapter: whether it is a LoRA adapter.
+    """
+
+    auto_class: str
+    task: str
+    library: str
+    facts: list[tuple[str, str]]
+    total: str | None = None
+    active: str | None = None
+    is_sparse: bool = False
+    model_type: str | None = None
+    is_adapter: bool = False
+
+
+def model_facts(folder: Path, trust_remote_code: bool = False) -> ModelFacts:
+    """Returns the facts about a saved model or adapter, read only from the folder.
 
     Args:
-        folder: of a model of this package, of a causal LM of transformers, or of a LoRA adapter.
-        trust_remote_code: whether the configuration may be read by code that the folder brings.
-
-    Returns:
-        `auto_class`, `task`, `total`, `active`, `is_sparse`, `facts` (rows of a table), `library`, `format` (the model type
-        where it is not ours) and `adapter` (whether it is one).
+        folder: folder of a model of this package, of a causal LM of transformers, or of a LoRA adapter.
+        trust_remote_code: whether code that the folder brings may read the configuration.
 
     Raises:
-        UserError: if the folder holds neither, or a configuration is damaged.
+        UserError: if the folder holds neither a model nor an adapter, or a configuration is damaged.
     """
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        return _adapter(read_json(folder / "adapter_config.json"))
+        return _adapter_facts(read_json(folder / "adapter_config.json"))
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: save the model there before its card")
     if read_json(folder / "config.json").get("model_type") == MoEConfig.model_type:
-        return _own_model(MoEConfig.from_pretrained(folder))
-    return _other_model(load_config(str(folder), trust_remote_code=trust_remote_code), trust_remote_code)
+        return _moe_facts(MoEConfig.from_pretrained(folder))
+    return _transformers_facts(load_config(str(folder), trust_remote_code=trust_remote_code), trust_remote_code)
 
 
-def _own_model(config: MoEConfig) -> dict[str, Any]:
+def _moe_facts(config: MoEConfig) -> ModelFacts:
     model_class = _model_class(config)
     total, active = _count_params(model_class, config)
     auto_class = str(model_class._auto_class)
-    return {
-        "auto_class": auto_class,
-        "task": PIPELINES[auto_class],
-        "total": _short(total),
-        "active": _short(active),
-        "is_sparse": _sparse_layers(config) > 0,
-        "facts": _facts(config, total, active),
-        "library": "transformers",
-        "format": None,
-        "adapter": False,
-    }
+    return ModelFacts(
+        auto_class=auto_class,
+        task=PIPELINES[auto_class],
+        library="transformers",
+        facts=_facts(config, total, active),
+        total=_short(total),
+        active=_short(active),
+        is_sparse=_sparse_layers(config) > 0,
+    )
 
 
-def _other_model(config: PreTrainedConfig, trust_remote_code: bool) -> dict[str, Any]:
+def _transformers_facts(config: PreTrainedConfig, trust_remote_code: bool) -> ModelFacts:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -81,20 +103,18 @@ def _other_model(config: PreTrainedConfig, trust_remote_code: bool) -> dict[str,
     facts |= {"Total parameters": f"{total:,}"}
     if config.dtype is not None:
         facts["Data type"] = str(config.dtype).removeprefix("torch.")
-    return {
-        "auto_class": "AutoModelForCausalLM",
-        "task": PIPELINES["AutoModelForCausalLM"],
-        "total": _short(total),
-        "active": None,
-        "is_sparse": "Experts per token" in facts,
-        "facts": list(facts.items()),
-        "library": "transformers",
-        "format": config.model_type,
-        "adapter": False,
-    }
+    return ModelFacts(
+        auto_class="AutoModelForCausalLM",
+        task=PIPELINES["AutoModelForCausalLM"],
+        library="transformers",
+        facts=list(facts.items()),
+        total=_short(total),
+        is_sparse="Experts per token" in facts,
+        model_type=config.model_type,
+    )
 
 
-def _adapter(config: dict[str, Any]) -> dict[str, Any]:
+def _adapter_facts(config: dict[str, Any]) -> ModelFacts:
     facts = [("Method", config.get("peft_type")), ("Rank", config.get("r")), ("Alpha", config.get("lora_alpha"))]
     for title, name in (
         ("Layers", "target_modules"),
@@ -103,21 +123,17 @@ def _adapter(config: dict[str, Any]) -> dict[str, Any]:
     ):
         value = config.get(name)
         facts.append((title, sorted(map(str, value)) if isinstance(value, list) else value))
-    return {
-        "auto_class": "AutoModelForCausalLM",
-        "task": PIPELINES["AutoModelForCausalLM"],
-        "total": None,
-        "active": None,
-        "is_sparse": False,
-        "facts": [(title, printed(value)) for title, value in facts if value],
-        "library": "peft",
-        "format": None,
-        "adapter": True,
-    }
+    return ModelFacts(
+        auto_class="AutoModelForCausalLM",
+        task=PIPELINES["AutoModelForCausalLM"],
+        library="peft",
+        facts=[(title, markdown_text(value)) for title, value in facts if value],
+        is_adapter=True,
+    )
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer in a folder has a chat template."""
+    """Returns whether the tokenizer in a folder has a chat template."""
     if (folder / "chat_template.jinja").is_file():
         return True
     file = folder / "tokenizer_config.json"
@@ -125,20 +141,21 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def _model_class(config: MoEConfig) -> type[MoEPreTrainedModel]:
+    """Returns the class of this package that config.json names; the causal LM if it names none."""
     classes = {model.__name__: model for model in MODELS}
     named = config.architectures if isinstance(config.architectures, list) else []
     return next((classes[name] for name in named if isinstance(name, str) and name in classes), MoEForCausalLM)
 
 
 def _count_params(model_class: type[MoEPreTrainedModel], config: MoEConfig) -> tuple[int, int]:
-    """Total and active parameters; the head may be another than the causal LM's, which the config counts."""
+    """Returns total and active parameters of a model with any head; the config counts those of the causal LM."""
     with torch.device("meta"):
         total = sum(parameter.numel() for parameter in model_class(config).parameters())
     return total, total - (config.num_params() - config.num_active_params())
 
 
 def _short(count: int) -> str:
-    """`46702792704` as `46.7B`."""
+    """Returns a number as short text: `46702792704` as `46.7B`."""
     for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
         if count >= size:
             return f"{count / size:.1f}{unit}"

@@ -1,11 +1,12 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Of the files in a folder, those that belong to the model are published, and no other."""
+"""This module selects the files of a folder that belong to the model; only they are published."""
 
 import re
 from pathlib import Path
 
 from ..utils.errors import UserError
-from ..utils.locations import leads_outside, read_json
+from ..utils.json_files import read_json
+from ..utils.locations import leads_outside
 from ..utils.trust import code_files
 
 
@@ -19,7 +20,7 @@ BELONGING = (
     *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
 )
 TEMPLATES = "additional_chat_templates"
-# transformers and PEFT read the first that is there
+# transformers and PEFT read the first of these files that exists
 WEIGHTS = {
     "model": (
         "model.safetensors",
@@ -33,6 +34,11 @@ PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 
 
 def _weights(folder: Path) -> list[str]:
+    """Returns the names of the files of weights, an index included.
+
+    Raises:
+        UserError: if an index names a file that is not a file of weights.
+    """
     kind = "model" if (folder / "config.json").is_file() else "adapter"
     first = next((name for name in WEIGHTS[kind] if (folder / name).is_file()), None)
     if first is None or not first.endswith(".index.json"):
@@ -45,15 +51,15 @@ def _weights(folder: Path) -> list[str]:
 
 
 def _pictures(card: str) -> list[str]:
-    """The paths of pictures that a card shows, as Markdown or HTML has them; hidden files and folders are none."""
+    """Returns relative paths of the pictures that a card shows in Markdown or HTML; hidden files are left out."""
     shown = re.findall(r"!\[[^\]]{0,500}\]\(\s*<?([^)\s>]+)", card)
     shown += re.findall(r"<img[^>]{0,500}?\ssrc=[\"']([^\"']+)[\"']", card)
     plain = [path.removeprefix("./") for path in shown if path.lower().endswith(PICTURES) and "\\" not in path]
     return [path for path in plain if ":" not in path and not any(part[:1] in ("", ".") for part in path.split("/"))]
 
 
-def _refuse_leading_elsewhere(folder: Path, files: list[str]) -> None:
-    """Refuses a file that is another one: a link out of the folder, or to what is not published under a name of its own."""
+def _refuse_links(folder: Path, files: list[str]) -> None:
+    """Refuses a link that leads outside the folder, or to a file that is not published itself."""
     for name in files:
         file = folder / name
         if leads_outside(file, folder):
@@ -64,18 +70,18 @@ def _refuse_leading_elsewhere(folder: Path, files: list[str]) -> None:
 
 
 def published_files(folder: str | Path, card: str | None = None) -> tuple[list[str], list[str]]:
-    """The files of a folder that a push uploads, and those that it leaves out.
+    """Returns the files of a folder that a push uploads, and the files that it leaves out.
 
     Args:
-        folder: of a model or an adapter.
-        card: text of the card that will be uploaded; that of the folder's README.md if None.
+        folder: folder of a model or an adapter.
+        card: text of the card that will be uploaded; the text of the folder's README.md if None.
 
     Returns:
-        Names relative to the folder: weights, code, configuration, tokenizer, card, license, records of how the model
-        was made, and the pictures that the card shows; and the names of all other files.
+        Names relative to the folder: first weights, code, configuration, tokenizer, card, license, records of how the
+        model was made, and pictures that the card shows; then all other files.
 
     Raises:
-        UserError: if a file to upload is a link to another that is not uploaded, or the weights lack a file.
+        UserError: if a file to upload is a link to a file that is not uploaded, or a file of weights is missing.
     """
     folder = Path(folder)
     if card is None and (folder / CARD).is_file():
@@ -86,6 +92,6 @@ def published_files(folder: str | Path, card: str | None = None) -> tuple[list[s
     templates = [f"{TEMPLATES}/{file.name}" for file in sorted((folder / TEMPLATES).glob("*.jinja"))]
     wanted = {*BELONGING, *weights, *templates, *code_files(folder), *_pictures(card or "")}
     files = sorted(name for name in wanted if (folder / name).is_file())
-    _refuse_leading_elsewhere(folder, files)
+    _refuse_links(folder, files)
     there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file() or file.is_symlink()}
     return files, sorted(there - set(files))

@@ -1,17 +1,18 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""How a model was made, as the records in its folder tell: `conversion.json`, `finetuning.json` and `scores.json`."""
+"""This module reads from `conversion.json`, `finetuning.json` and `scores.json` how a model was made."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..utils.errors import UserError
+from ..utils.json_files import read_json
 from ..utils.lineage import CONVERSION, FINETUNING, lineage_of, recorded_lineage
-from ..utils.locations import read_json
 
 
 SCORES = "scores.json"
-# of the options of upcycling, conversion and resizing
-TOLD = (
+# options of upcycling, conversion and resizing that a card shows
+SHOWN_OPTIONS = (
     *("method", "mode", "num_experts", "num_experts_per_tok", "granularity", "scaling", "shared_expert", "noise"),
     *("router_init", "factor", "keep", "score", "seed"),
 )
@@ -29,43 +30,51 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-# what a card can be told, and how: a test, and its meaning
-KINDS = {
-    **dict.fromkeys(("repo_id", "license", "license_name", "license_link"), (_is_text, "a text")),
-    "language": (lambda value: _is_text(value) or _is_texts(value), "a text or a list of texts"),
-    **dict.fromkeys(("base_model", "tags"), (_is_texts, "a list of texts")),
-    **dict.fromkeys(("upcycling", "training", "metrics"), (_is_table, "an object")),
+class FieldType(NamedTuple):
+    """The type of a card's field: a test of values, and a name for messages."""
+
+    accepts: Callable[[Any], bool]
+    name: str
+
+
+# fields of a card -> type
+CARD_FIELDS = {
+    **dict.fromkeys(("repo_id", "license", "license_name", "license_link"), FieldType(_is_text, "a text")),
+    "language": FieldType(lambda value: _is_text(value) or _is_texts(value), "a text or a list of texts"),
+    **dict.fromkeys(("base_model", "tags"), FieldType(_is_texts, "a list of texts")),
+    **dict.fromkeys(("upcycling", "training", "metrics"), FieldType(_is_table, "an object")),
 }
 
 
-def check_told(told: Any, where: str | Path) -> None:
-    """Refuses what cannot be told to a card.
+def check_card_fields(fields: object, where: str | Path) -> None:
+    """Refuses fields that a card does not have, and values of a wrong type.
 
     Args:
-        told: as [`history`] returns it.
-        where: it comes from, for the message.
+        fields: dictionary of field names to values, as [`history`] returns it.
+        where: folder or file from which the fields were read, for the message.
 
     Raises:
-        UserError: names what is of another type than it must be.
+        UserError: names the field.
     """
-    if not isinstance(told, dict):
-        raise UserError(f"{where} is damaged: it tells a {type(told).__name__} where an object belongs")
-    for name, value in told.items():
-        if name not in KINDS:
-            raise UserError(f"{where} is damaged: it tells {name}, which no card has")
-        holds, meaning = KINDS[name]
-        if not holds(value):
-            raise UserError(f"{where} is damaged: its {name} is {value!r:.100}, which must be {meaning}")
+    if not isinstance(fields, dict):
+        raise UserError(f"{where} is damaged: it holds a {type(fields).__name__} where an object belongs")
+    for name, value in fields.items():
+        if name not in CARD_FIELDS:
+            raise UserError(f"{where} is damaged: it holds {name}, which no card has")
+        if not CARD_FIELDS[name].accepts(value):
+            raise UserError(
+                f"{where} is damaged: its {name} is {value!r:.100}, which must be {CARD_FIELDS[name].name}"
+            )
 
 
 def history(folder: Path) -> dict[str, Any]:
-    """What the records say, in the words of [`~modeling_moe.hub.write_model_card`].
+    """Returns the arguments of [`~modeling_moe.hub.write_model_card`] that the records in a folder give.
 
     Args:
-        folder: of a saved model or adapter.
+        folder: folder of a saved model or adapter.
 
     Returns:
-        Those that are known of `base_model` (a list), `license`, `license_name`, `license_link`, `language`, `upcycling`,
+        The known ones of `base_model` (a list), `license`, `license_name`, `license_link`, `language`, `upcycling`,
         `training` and `metrics`.
 
     Raises:
@@ -82,8 +91,8 @@ def history(folder: Path) -> dict[str, Any]:
             parent = lineage_of(base) if Path(base).is_dir() else {}
             bases = [parent.pop("base_model", base)]
             known = parent | known
-        told = ("method", "data", "steps", "tokens", "learning_rate", "seed")
-        known["training"] = {name: finetuning[name] for name in told if finetuning.get(name) not in (None, {}, "")}
+        shown = ("method", "data", "steps", "tokens", "learning_rate", "seed")
+        known["training"] = {name: finetuning[name] for name in shown if finetuning.get(name) not in (None, {}, "")}
         if isinstance(losses := finetuning.get("eval_loss"), dict) and losses:
             known["metrics"] = {domain: {"loss": loss} for domain, loss in losses.items()}
     adapter = folder / "adapter_config.json"
@@ -95,16 +104,18 @@ def history(folder: Path) -> dict[str, Any]:
     if (folder / SCORES).is_file():
         known["metrics"] = read_json(folder / SCORES)
     known |= {"base_model": bases} if bases else {}
-    check_told(known, folder)
+    check_card_fields(known, folder)
     return known
 
 
 def _conversion(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns the card's rows about upcycling, conversion or resizing from the content of `conversion.json`."""
     recipe = record.get("recipe")
     recipe = recipe if isinstance(recipe, dict) else {}
     options = recipe.get("options")
-    told = {name: options[name] for name in TOLD if options.get(name) is not None} if isinstance(options, dict) else {}
+    options = options if isinstance(options, dict) else {}
+    shown = {name: options[name] for name in SHOWN_OPTIONS if options.get(name) is not None}
     sources = recipe.get("sources")
     sources = sources if isinstance(sources, list) else [recipe.get("source")]
     names = [source["name"] for source in sources if isinstance(source, dict) and isinstance(source.get("name"), str)]
-    return {"from": names, "target": recipe.get("target"), **told} if names or told else {}
+    return {"from": names, "target": recipe.get("target"), **shown} if names or shown else {}

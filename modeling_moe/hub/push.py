@@ -1,8 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""A saved model or adapter goes to the Hub, after it was loaded and a process without this package has loaded it too."""
+"""This module uploads a saved model or adapter to the Hub after checking that it loads, here and without this package."""
 
 import inspect
-import json
 import subprocess
 import sys
 import tempfile
@@ -15,37 +14,47 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
+from ..utils.json_files import json_text, read_json
 from ..utils.lineage import CONVERSION, FINETUNING
 from ..utils.loading import load_model
-from ..utils.locations import read_json, refuse_outside
+from ..utils.locations import refuse_outside
 from ..utils.trust import foreign_code
-from .card import is_hub_name, own_card
+from .card import card_to_publish, is_hub_name
 from .files import CARD, published_files
-from .wording import plain
+from .wording import without_paths
 
 
 def first_logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits (12, V) of a prompt of 8 tokens in one pass, and of 4 tokens that `generate` writes after it with a cache."""
+    """Returns logits (12, V): of a prompt of 8 tokens in one pass, and of 4 tokens that `generate` adds with a cache."""
     ids = torch.arange(8)[None]
     with torch.no_grad():
         prompt = model(ids).logits[0]
-        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
-        written = model.generate(ids, attention_mask=ids >= 0, return_dict_in_generate=True, **options)
+        if not isinstance(model, GenerationMixin):
+            raise TypeError(f"{type(model).__name__} cannot generate text")
+        written = model.generate(
+            ids,
+            attention_mask=ids >= 0,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     return torch.cat([prompt, *written.logits])
 
 
-# transformers and PEFT write the path of a model into these
-NAMING_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
-# None in sys.modules makes the import fail, as it does where the package is not installed
+# transformers and PEFT write paths of this machine into these files
+FILES_WITH_PATHS = ("config.json", "tokenizer_config.json", "adapter_config.json")
+# None in sys.modules makes the import fail, as if the package were not installed
 CLEAN_PROCESS = f"""
 import sys
 sys.modules["modeling_moe"] = None
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 {inspect.getsource(first_logits)}
 folder, output = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -55,10 +64,10 @@ torch.save(first_logits(model), output)
 
 @dataclass(frozen=True)
 class Published:
-    """What a push has uploaded, or would upload.
+    """The result of a push, or of a dry run.
 
     Attributes:
-        files: names and sizes in bytes.
+        files: names of the uploaded files to sizes in bytes.
         left_out: names of the files in the folder that do not belong to the model.
     """
 
@@ -81,14 +90,14 @@ def refuse_foreign_code(folder: str | Path, trust_remote_code: bool = False) -> 
 
 
 def check_without_package(folder: str | Path, *, trust_remote_code: bool = False) -> float:
-    """Loads a folder in a process that cannot import this package, by the code that was saved with it.
+    """Loads a folder in a process that cannot import this package, by the code that was saved with the model.
 
     Args:
-        folder: of a causal LM, as `save_pretrained` writes it.
-        trust_remote_code: whether code may run that this package did not write.
+        folder: folder of a causal LM, as `save_pretrained` writes it.
+        trust_remote_code: whether code that this package did not write may run.
 
     Returns:
-        Largest difference between that process' logits and this one's, in fp32.
+        Largest difference between the logits of that process and of this one, compared in fp32.
 
     Raises:
         UserError: if the folder holds foreign code, a tensor is missing or not finite, or the process cannot load it.
@@ -99,7 +108,7 @@ def check_without_package(folder: str | Path, *, trust_remote_code: bool = False
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / "logits.pt"
         command = [sys.executable, "-c", CLEAN_PROCESS, str(Path(folder).resolve()), str(output)]
-        # an empty standard input: nothing can answer a question
+        # with an empty standard input, no question about remote code can be answered
         result = subprocess.run(command, cwd=temporary, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if result.returncode != 0:
             cause = (result.stderr.strip().splitlines() or ["no message"])[-1]
@@ -107,7 +116,7 @@ def check_without_package(folder: str | Path, *, trust_remote_code: bool = False
                 f"{folder} does not load without this package: {cause}. Save it again with save_pretrained"
             )
         got = torch.load(output)
-    # the same experts functions in both: that process has transformers' own
+    # the other process only has transformers' experts functions, so this one uses them too
     model.set_experts_implementation("grouped_mm")
     return (got.float() - first_logits(model).float()).abs().max().item()
 
@@ -119,7 +128,7 @@ def _refuse_not_finite(tensors: Mapping[str, torch.Tensor], folder: str | Path) 
 
 
 def _check_adapter(folder: Path, base_model: str | None) -> None:
-    """Refuses an adapter whose base others cannot load, or whose weights are missing, damaged or not finite."""
+    """Refuses an adapter whose base model is not on the Hub, or whose weights are missing, damaged or not finite."""
     base = base_model or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(base, str) or not is_hub_name(base):
         raise UserError(
@@ -133,11 +142,12 @@ def _check_adapter(folder: Path, base_model: str | None) -> None:
             _refuse_not_finite({name: tensors.get_tensor(name) for name in tensors.keys()}, folder)  # noqa: SIM118
     except UserError:
         raise
-    except Exception as error:  # SafetensorError has no base class of its own
+    except Exception as error:  # SafetensorError derives directly from Exception
         raise UserError(f"{weights} is damaged: {error}") from error
 
 
 def _check_model(folder: Path, trust_remote_code: bool) -> None:
+    """Refuses a model that does not load, or whose saved code computes other logits than this package."""
     if read_json(folder / "config.json").get("model_type") != MoEConfig.model_type:
         model = load_model(str(folder), trust_remote_code=trust_remote_code)
         _refuse_not_finite(model.state_dict(), folder)
@@ -150,10 +160,10 @@ def _check_model(folder: Path, trust_remote_code: bool) -> None:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuses what is not a name on the Hub with an owner.
+    """Refuses a text that is not a Hub name `owner/name`.
 
     Raises:
-        UserError: says what a name is.
+        UserError: gives the form of a name.
     """
     try:
         validate_repo_id(repo_id)
@@ -163,27 +173,27 @@ def check_repo_id(repo_id: str) -> None:
         raise UserError(f"repo_id {repo_id!r} is no name on the Hub: write owner/name")
 
 
-def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """A description whose fields for files and models, which older releases of transformers fill in, tell no folder."""
+def _without_path_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a description in which fields for files and models, set by older transformers, name no folder."""
     return {
-        name: plain(value) if isinstance(value, str) and name.endswith(("_path", "_file")) else value
+        name: without_paths(value) if isinstance(value, str) and name.endswith(("_path", "_file")) else value
         for name, value in values.items()
     }
 
 
 def _contents(folder: Path, files: list[str], card: str | None, base_model: str | None) -> dict[str, bytes | Path]:
-    """What is uploaded under each name: the file, or other bytes where it would tell paths of this machine."""
+    """Returns for each uploaded name the file, or bytes without the paths of this machine that the file contains."""
     contents: dict[str, bytes | Path] = {name: folder / name for name in files}
-    for name in {CONVERSION, FINETUNING, *NAMING_FILES} & set(files):
+    for name in {CONVERSION, FINETUNING, *FILES_WITH_PATHS} & set(files):
         values = read_json(folder / name)
-        told = plain(values) if name not in NAMING_FILES else _without_paths(values)
-        if told != values:
-            contents[name] = (json.dumps(told, indent=2) + "\n").encode()
+        published = _without_path_fields(values) if name in FILES_WITH_PATHS else without_paths(values)
+        if published != values:
+            contents[name] = json_text(published).encode()
     if card is not None:
         contents[CARD] = card.encode()
     if base_model is not None and "adapter_config.json" in contents:
         config = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": base_model}
-        contents["adapter_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+        contents["adapter_config.json"] = json_text(config).encode()
     return dict(sorted(contents.items()))
 
 
@@ -195,36 +205,38 @@ def push_folder(
     *,
     trust_remote_code: bool = False,
     base_model: str | None = None,
-    **card_options: Any,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Published:
-    """Checks a saved model or adapter, makes a card if it has none of the user's, and uploads both.
+    """Checks a saved model or adapter, writes a card unless the user has written one, and uploads both.
 
     Args:
-        folder: of a causal LM, as `save_pretrained` writes it, with its tokenizer; or of a LoRA adapter.
-        repo_id: `owner/name` on the Hub; made if it is not there.
+        folder: folder of a causal LM, as `save_pretrained` writes it, with the tokenizer; or of a LoRA adapter.
+        repo_id: `owner/name` on the Hub; the repository is created if it does not exist.
         private: whether a new repository is private.
-        dry_run: check, upload nothing and write nothing.
-        trust_remote_code: whether code beside the weights may run, and go up, that this package did not write.
-        base_model: Hub name of what the model was made from; of an adapter it takes the place of the one that was saved.
-        card_options: `license`, `language` and `metrics`, see [`~modeling_moe.hub.write_model_card`].
+        dry_run: whether to check only, without uploading or writing anything.
+        trust_remote_code: whether code in the folder that this package did not write may run and be uploaded.
+        base_model: Hub name of the base model; for an adapter it replaces the name that was saved.
+        license: the Hub's identifier, see [`~modeling_moe.hub.write_model_card`].
+        language: metadata of the card.
+        metrics: results, see [`~modeling_moe.hub.write_model_card`].
 
     Raises:
-        UserError: if the folder is no model's, is damaged, holds foreign code, does not load without this package, or to
-            something else; if the license is not known; or if the Hub refuses. The folder is then as it was.
+        UserError: if the folder holds no model, is damaged, holds foreign code, does not load without this package or
+            computes other logits then; if the license is not known; or if the Hub refuses. The folder is then unchanged.
     """
     folder = Path(folder)
-    check_repo_id(repo_id)
-    if base_model is not None and not is_hub_name(base_model):
-        raise UserError(f"base_model {base_model!r} is no name on the Hub: write owner/name")
-    is_model, is_adapter = (folder / "config.json").is_file(), (folder / "adapter_config.json").is_file()
-    if not folder.is_dir() or not (is_model or is_adapter):
-        raise UserError(f"{folder} has no config.json and no adapter_config.json: give the folder of a saved model")
-    if is_model and is_adapter:
-        raise UserError(f"{folder} holds a model and an adapter: move one of them into a folder of its own")
-    refuse_outside(folder)
-    refuse_foreign_code(folder, trust_remote_code)
-    told = {"repo_id": repo_id, "base_model": base_model, **card_options}
-    card = own_card(folder, trust_remote_code=trust_remote_code, **told)
+    is_model = _check_folder(folder, repo_id, base_model, trust_remote_code)
+    card = card_to_publish(
+        folder,
+        repo_id=repo_id,
+        base_model=base_model,
+        language=language,
+        license=license,
+        metrics=metrics,
+        trust_remote_code=trust_remote_code,
+    )
     files, left_out = published_files(folder, card)
     if is_model:
         _check_model(folder, trust_remote_code)
@@ -239,6 +251,21 @@ def push_folder(
     return Published(sizes, [name for name in left_out if name not in sizes])
 
 
+def _check_folder(folder: Path, repo_id: str, base_model: str | None, trust_remote_code: bool) -> bool:
+    """Checks names and folder before anything is loaded; returns whether the folder holds a model, not an adapter."""
+    check_repo_id(repo_id)
+    if base_model is not None and not is_hub_name(base_model):
+        raise UserError(f"base_model {base_model!r} is no name on the Hub: write owner/name")
+    is_model, is_adapter = (folder / "config.json").is_file(), (folder / "adapter_config.json").is_file()
+    if not folder.is_dir() or not (is_model or is_adapter):
+        raise UserError(f"{folder} has no config.json and no adapter_config.json: give the folder of a saved model")
+    if is_model and is_adapter:
+        raise UserError(f"{folder} holds a model and an adapter: move one of them into a folder of its own")
+    refuse_outside(folder)
+    refuse_foreign_code(folder, trust_remote_code)
+    return is_model
+
+
 def _upload(repo_id: str, private: bool, contents: dict[str, bytes | Path]) -> None:
     operations = [
         CommitOperationAdd(name, str(data) if isinstance(data, Path) else data) for name, data in contents.items()
@@ -247,6 +274,6 @@ def _upload(repo_id: str, private: bool, contents: dict[str, bytes | Path]) -> N
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         api.create_commit(repo_id, operations, commit_message="Upload with modeling_moe")
-    except Exception as error:  # of the Hub, the network and the token: they have no common class
+    except Exception as error:  # errors of the Hub, the network and the token have no common class
         cause = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the upload to {repo_id} failed, and the folder is as it was: {cause}") from error

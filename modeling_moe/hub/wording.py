@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Values of records come into what is published without paths of this machine, and into Markdown as plain text."""
+"""This module prepares recorded values for publication: paths of this machine are removed and Markdown is escaped."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,18 +7,18 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 
-# the folders of a path from a root, a home or a drive; what has a letter before the slash, or two slashes after a colon as
-# in a web address, is none
+# the folders of a path that begins at a root, home folder or drive; a slash after a letter begins no path, nor do two slashes
+# after a colon, as in a web address
 _FOLDERS = re.compile(
     r"(?:(?<=:)(?!//)|(?<![\w:/\\.~-]))(?:file://)?(?:~\w*/|/|[A-Za-z]:[/\\]|(?:\.\./)+)(?:[^\s,;'\"|]*[/\\])?(?=[^\s/\\])"
 )
 _NAME = re.compile(r"[\w.-]+")
-# of Markdown's links, pictures, cells and code, and of HTML
+# characters that begin links, pictures, table cells and code in Markdown, or tags in HTML
 _MARKS = str.maketrans({"|": "\\|", "[": "\\[", "]": "\\]", "<": "&lt;", ">": "&gt;", "`": "'"})
 
 
 def _without_folders(text: str) -> str:
-    """A text whose paths have lost all but their last part; a name and `=` before a path stay."""
+    """Reduces each path in a text to the last part; a name and `=` before a path stay."""
     name, equals, rest = text.partition("=")
     if equals and _NAME.fullmatch(name) and _is_path(rest):
         return f"{name}={_last_part(rest)}"
@@ -33,25 +33,27 @@ def _last_part(path: str) -> str:
     return (PureWindowsPath if "\\" in path else PurePosixPath)(path).name
 
 
-def plain(value: Any) -> Any:
-    """A value in JSON's types; of a path on this machine the last part, since the rest is of no use to a reader."""
+def without_paths(value: Any) -> Any:
+    """Returns a value in JSON's types in which paths of this machine are reduced to the last part."""
     if isinstance(value, Mapping):
-        return {str(plain(key)): plain(item) for key, item in value.items()}
+        return {str(without_paths(key)): without_paths(item) for key, item in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, str):
-        return [plain(item) for item in value]
+        return [without_paths(item) for item in value]
     if value is None or isinstance(value, bool | int | float):
         return value
     return _without_folders(str(value))
 
 
-def printed(value: Any) -> str:
-    """A value as a table cell, in one line; nothing in it is taken for Markdown or for HTML."""
+def markdown_text(value: Any) -> str:
+    """Returns a value as one line of Markdown text, such as a table cell; Markdown and HTML in it are escaped."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{printed(key)}: {printed(item)}" for key, item in value.items() if item is not None)
+        return ", ".join(
+            f"{markdown_text(key)}: {markdown_text(item)}" for key, item in value.items() if item is not None
+        )
     if isinstance(value, Iterable) and not isinstance(value, str):
-        return ", ".join(printed(item) for item in value if item is not None)
-    return " ".join(str(plain(value)).split()).translate(_MARKS)
+        return ", ".join(markdown_text(item) for item in value if item is not None)
+    return " ".join(str(without_paths(value)).split()).translate(_MARKS)

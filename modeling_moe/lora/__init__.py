@@ -1,36 +1,51 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""LoRA on expert tensors, through PEFT's own API and in its own files.
+"""This package trains LoRA adapters on expert matrices through PEFT's own API, in PEFT's own files.
 
-With this package imported, PEFT's `target_parameters` on experts that [`~modeling_moe.dispatch`] serves are low-rank
-products on the tokens, in place of an updated copy of every expert's weight. PEFT is imported when it is used.
+    import modeling_moe.lora
 
-PEFT's other methods know no default layers of this model: name them, as in
+    modeling_moe.lora.enable()
+
+[`enable`] changes PEFT in this process: its layers on the matrices of experts multiply tokens by the low-rank factors,
+where PEFT alone builds the updated matrix of every expert in each forward pass. [`disable`] undoes the change. These
+functions call `enable` themselves: [`moe_lora_config`], [`MoELoraConfig`], [`quantize_experts`] and [`apply_adapter`],
+and so do the commands `finetune` and `merge_adapter`. Call it yourself before you use PEFT's own `LoraConfig` or
+`PeftModel.from_pretrained`; models that PEFT has wrapped earlier change too.
+
+Importing this package changes nothing. Without `enable`:
+
+- PEFT's `LoraConfig(target_parameters=...)` on the experts of this package's model gives correct outputs, gradients
+  and adapter files. PEFT's own path computes them: slower, and with a gradient as large as the experts' matrices.
+- PEFT treats models of other packages as if this package were not installed.
+- PEFT loads every adapter that was trained here, since the files are PEFT's own.
+- Dropout on experts, experts in 4 bits, and adapters on a model that `DistributedConfig` has split need `enable`.
+
+With `enable`, a model of transformers keeps its `experts_implementation`: another one takes the place of
+`"grouped_mm"` while an adapted layer computes its forward pass, and at no other time. `unload`, `merge_and_unload`,
+`delete_adapter` and `disable_adapter` therefore leave the model with the implementation that it had.
+
+PEFT knows no default target modules for this package's model, so its other methods need names, such as
 `IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])`.
 """
 
-from importlib import import_module
-from typing import Any
-
-from .imports import when_imported
-
-
-def _install() -> None:
-    from . import layers  # noqa: F401, teaches PEFT
+from .config import MoELoraConfig, moe_lora_config, trainable_parameters
+from .enabling import disable, enable, is_enabled, peft_alone
+from .merging import MergeArguments, apply_adapter, merge_adapter
+from .quantization import quantize_experts
+from .sharding import full_shape, synchronize_adapters
 
 
-when_imported("peft", _install)
-
-_MODULES = {
-    "MoELoraConfig": "config",
-    "moe_lora_config": "config",
-    "trainable_parameters": "config",
-    "synchronize_adapters": "sharding",
-    "quantize_experts": "quantization",
-}
-__all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+__all__ = [
+    "MergeArguments",
+    "MoELoraConfig",
+    "apply_adapter",
+    "disable",
+    "enable",
+    "full_shape",
+    "is_enabled",
+    "merge_adapter",
+    "moe_lora_config",
+    "peft_alone",
+    "quantize_experts",
+    "synchronize_adapters",
+    "trainable_parameters",
+]

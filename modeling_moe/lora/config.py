@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""PEFT's configuration for a mixture of experts: the usual choices by name."""
+"""This module makes PEFT configurations for MoE models from a few choices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ from peft import LoraConfig
 from rich.console import Console
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
-from transformers import conversion_mapping
+from transformers import PreTrainedModel, conversion_mapping
 
 from ..utils.errors import UserError
-from .layers import MATRICES, is_experts, wrap
+from .enabling import enable
+from .layers import MATRICES, Experts, is_experts, wrap
 from .sharding import full_shape
 
 
@@ -26,23 +27,29 @@ SHARED = ("shared_experts", "shared_expert")
 class MoELoraConfig(LoraConfig):
     """PEFT's [`~peft.LoraConfig`] whose `lora_dropout` reaches experts too.
 
-    PEFT refuses dropout beside `target_parameters`, in loading an adapter as well, so it is 0 in the saved file: say it
-    again to train a loaded adapter further.
+    Creating one calls [`~modeling_moe.lora.enable`]. PEFT refuses dropout beside `target_parameters`, also when it
+    loads an adapter, so the saved file holds `lora_dropout` 0. Set the dropout again to go on training a loaded
+    adapter.
+
+    Raises:
+        UserError: if `lora_dropout` is not in [0, 1).
     """
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout is {self.lora_dropout}: choose a number from 0 to below 1")
-        self._register_custom_module({nn.Module: wrap})
+        enable()
+        # PEFT's annotation asks for a class, and PEFT only calls it
+        self._register_custom_module({nn.Module: wrap})  # pyrefly: ignore[bad-assignment]
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT writes it, so that PEFT alone can load it."""
+        """Returns the fields to save, which PEFT alone can load."""
         return super().to_dict() | ({"lora_dropout": 0.0} if self.target_parameters else {})
 
 
 def moe_lora_config(
-    model: nn.Module,
+    model: PreTrainedModel,
     r: int = 16,
     experts: bool = True,
     router: bool = True,
@@ -53,62 +60,63 @@ def moe_lora_config(
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
 ) -> MoELoraConfig:
-    """The configuration for [`~peft.get_peft_model`]; prints how many parameters it trains.
+    """Makes a configuration for [`~peft.get_peft_model`], and prints how many parameters the configuration trains.
+
+    Calls [`~modeling_moe.lora.enable`].
 
     Args:
-        model: any causal LM; what it has of the following is found by transformers' names.
+        model: any causal LM. Experts, routers and attention are found by the names that transformers gives them.
         r: rank of each update.
-        experts: update the routed experts' matrices, with one update for each expert.
-        router: train the routers, in full: they are small.
-        attention: update the attention's linear layers; or the names of linear layers, wherever they are.
-        shared: update the shared experts' linear layers.
-        rank_per: `"expert"`: each expert's update has rank `r`. `"token"`: those of a token's experts have it together,
-            `r // num_experts_per_tok` each, with the same scaling.
-        lora_alpha: updates are scaled by `lora_alpha / r`; twice `r` if not given.
-        lora_dropout: on the input of each update, the experts' included where this package serves them.
-        use_rslora: scale by `lora_alpha / sqrt(r)` instead (arXiv:2312.03732).
+        experts: update the matrices of the routed experts, with one update for each expert.
+        router: train all weights of the routers, which are small.
+        attention: update the linear layers of the attention; or the names of linear layers anywhere in the model.
+        shared: update the linear layers of the shared experts.
+        rank_per: `"expert"` gives each expert's update the rank `r`. `"token"` divides `r` among the experts of a
+            token: each update has the rank `r // num_experts_per_tok`, and the scaling stays the same.
+        lora_alpha: updates are scaled by `lora_alpha / r`. The default is twice `r`.
+        lora_dropout: dropout on the input of each update; on experts only where this package computes them.
+        use_rslora: scale updates by `lora_alpha / sqrt(r)` instead (arXiv:2312.03732).
 
     Raises:
-        UserError: if that is nothing to train, or cannot be had.
+        UserError: if the choices leave nothing to train, or the model does not allow them.
 
     Example:
         >>> from peft import get_peft_model
         >>> from modeling_moe import MoEConfig, MoEForCausalLM
         >>> from modeling_moe.lora import moe_lora_config
-        >>> config = MoEConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
-        >>> model = MoEForCausalLM(config)
+        >>> model = MoEForCausalLM(MoEConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
         >>> model = get_peft_model(model, moe_lora_config(model, r=8, rank_per="token"))
     """
     if r < 1:
         raise UserError(f"r is {r}: it must be at least 1")
-    alpha = 2 * r if lora_alpha is None else lora_alpha
     parameters = _expert_parameters(model) if experts else []
-    modules = [] if attention is True or not attention else _named(model, attention)
-    if attention is True:
-        modules = sorted({name.rsplit(".", 1)[1] for name in _linear_layers(model, ("self_attn",))})
-    modules = modules + (_shared_layers(model) if shared else [])
+    modules = _attention_layers(model, attention) + (_shared_layers(model) if shared else [])
     _check_split(model, modules)
     rank = _expert_rank(model, r, rank_per) if parameters else r
-    others = modules if rank != r else []
+    alpha = 2 * r if lora_alpha is None else lora_alpha
     config = MoELoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=alpha * (rank / r) ** (0.5 if use_rslora else 1),
-        # PEFT warns of a pattern for parameters: the linear layers are the exception
-        rank_pattern=dict.fromkeys(others, r),
-        alpha_pattern=dict.fromkeys(others, alpha),
+        # PEFT's annotation is int, and PEFT only divides it
+        lora_alpha=alpha * (rank / r) ** (0.5 if use_rslora else 1),  # pyrefly: ignore[bad-argument-type]
         lora_dropout=lora_dropout,
         use_rslora=use_rslora,
         target_modules=modules,
         target_parameters=parameters or None,
         modules_to_save=(_routers(model) if router else []) or None,
     )
+    if rank != r:
+        # PEFT warns of a pattern for parameters, so the linear layers are the exception
+        config.rank_pattern, config.alpha_pattern = dict.fromkeys(modules, r), dict.fromkeys(modules, alpha)
     _print_trained(model, config)
     return config
 
 
 def trainable_parameters(model: nn.Module, config: LoraConfig) -> dict[str, int]:
-    """How many parameters `config` trains in `model`, which is not changed: in experts, linear layers and routers."""
+    """Returns how many parameters `config` trains in the experts, linear layers and routers of `model`.
+
+    The model is not changed. Parts of which nothing is trained are left out.
+    """
     counts = {"experts": 0, "linear layers": 0, "routers": 0}
     targets = tuple(config.target_parameters or ())
     for name, parameter in model.named_parameters():
@@ -143,10 +151,10 @@ def _matches(name: str, targets: tuple[str, ...]) -> bool:
     return name.endswith(tuple(f".{target}" for target in targets))
 
 
-def _experts_of(model: nn.Module) -> list[tuple[str, str, nn.Module]]:
-    """The name of the block around them, and their own, with the experts."""
-    named = [(name, module) for name, module in model.named_modules() if is_experts(module)]
-    return [(*name.rsplit(".", 2)[1:], module) for name, module in named]
+def _experts_of(model: nn.Module) -> list[tuple[str, str, Experts]]:
+    """Returns, for each module of experts, the names of the block and of the module, and the module."""
+    named = [(name.split("."), module) for name, module in model.named_modules() if is_experts(module)]
+    return [(path[-2], path[-1], module) for path, module in named]
 
 
 def _expert_parameters(model: nn.Module) -> list[str]:
@@ -172,12 +180,18 @@ def _routers(model: nn.Module) -> list[str]:
 
 
 def _linear_layers(model: nn.Module, parents: Sequence[str]) -> list[str]:
-    """Names of the linear layers inside modules of the names `parents`."""
+    """Returns the names of the linear layers inside modules that are called one of `parents`."""
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not set(parents).isdisjoint(name.split("."))
     ]
+
+
+def _attention_layers(model: nn.Module, attention: bool | Sequence[str]) -> list[str]:
+    if attention is True:
+        return sorted({name.rsplit(".", 1)[1] for name in _linear_layers(model, ("self_attn",))})
+    return _named(model, attention) if attention else []
 
 
 def _named(model: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -195,20 +209,20 @@ def _shared_layers(model: nn.Module) -> list[str]:
     return sorted({".".join(name.rsplit(".", 2)[1:]) for name in names})
 
 
-def _check_split(model: Any, modules: list[str]) -> None:
+def _check_split(model: PreTrainedModel, modules: list[str]) -> None:
     distributed = getattr(model.config, "distributed_config", None)
     if not modules or distributed is None:
         return
     sizes = {name: getattr(distributed, name, 1) for name in ("fsdp_size", "tp_size", "dp_replicate_size")}
     if sum(size > 1 for size in sizes.values()) > 1:
-        # PEFT (0.21) gives them the widths of a process's part, or trains them without averaging over batches
+        # PEFT 0.21 gives such factors the width of one process's part, or does not average their gradients over batches
         raise UserError(
             f"attention, shared: PEFT cannot adapt linear layers split in two ways, leave one of {', '.join(sizes)} above "
             "1, or leave these layers out"
         )
 
 
-def _expert_rank(model: Any, r: int, rank_per: str) -> int:
+def _expert_rank(model: PreTrainedModel, r: int, rank_per: str) -> int:
     if rank_per not in RANKS:
         raise UserError(f"rank_per is {rank_per!r}: choose {' or '.join(RANKS)}")
     if rank_per == "expert":

@@ -1,22 +1,25 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""PEFT's layer on a parameter, where that is a matrix of experts: it hands the factors to the experts' forward.
+"""This module lets PEFT's layer on the matrices of experts hand the low-rank factors to the experts' forward pass.
 
-PEFT's own makes `W + s B A` of all experts in each forward, with a gradient as large. Its method that does so is
-private; tests/lora/test_peft.py says with which release it changed.
+PEFT's own layer (`ParamWrapper`) computes `W + s B A` for all experts in each forward pass, with a gradient as large.
+The method that does this, `_activate_lora`, is private: tests/lora/test_peft.py notices when a release of PEFT changes
+it.
 
-# E experts, R rank, M columns of a matrix, N rows of it
+# E experts, R rank, M columns of a matrix, N rows of a matrix
 """
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeGuard
 
 import peft
 import torch
+from peft import LoraConfig, LoraModel
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..dispatch.interface import reason_unsupported
@@ -29,43 +32,50 @@ logger = logging.get_logger(__name__)
 
 Stock = peft_layer.ParamWrapper
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
-# transformers' default, for which this package's function can stand
+# transformers' default implementation, and the one of this package that takes its place under an adapter
 REPLACED_IMPLEMENTATION, IMPLEMENTATION = "grouped_mm", "moe"
-_stock_activation: Any = getattr(Stock, "_activate_lora", None)
+_stock_activate = getattr(Stock, "_activate_lora", None)
+_stock_merge, _stock_inject = Stock.merge, LoraModel._inject_parameters
 
 
-def install() -> None:
-    """Lets PEFT's layers on experts that are served here work on the tokens; a second call does nothing."""
-    if _stock_activation is None:
-        logger.warning(
-            f"PEFT {peft.__version__} has no ParamWrapper._activate_lora: LoRA on experts is left to PEFT, which builds "
-            "every expert's updated weight in each forward. Install an older release."
-        )
-    else:
-        Stock._activate_lora = _activate_lora
+class ServedConfig:
+    """A view of a configuration with another experts implementation; every other attribute is the configuration's.
+
+    The configuration itself belongs to all layers of the model, and is not changed.
+    """
+
+    def __init__(self, config: "PreTrainedConfig | ServedConfig"):
+        self._config = config
+        self._experts_implementation = IMPLEMENTATION
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_config":  # of a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self._config, name)
 
 
-@contextmanager
-def peft_alone() -> Iterator[None]:
-    """PEFT's own path for all layers, to compare with."""
-    current = Stock._activate_lora
-    Stock._activate_lora = _stock_activation
-    try:
-        yield
-    finally:
-        Stock._activate_lora = current
+class Experts(nn.Module):
+    """The type of modules for which [`is_experts`] is true; their classes are transformers' own, and not this one.
+
+    Attributes:
+        config: the model's configuration, which names the experts' implementation.
+        low_rank: updates by name of the matrix; present while an adapted layer computes.
+    """
+
+    config: PreTrainedConfig | ServedConfig
+    low_rank: dict[str, LowRank]
 
 
-def is_experts(module: Any) -> bool:
-    """Whether `module` follows transformers' experts interface."""
+def is_experts(module: object) -> TypeGuard[Experts]:
+    """Returns whether `module` follows transformers' experts interface."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
-def left_to_peft(module: Any) -> str | None:
-    """Why experts are updated the way PEFT does it, or None if they are served here.
+def reason_for_peft(module: Any) -> str | None:
+    """Returns why PEFT's own path must update these experts, or None if this package can.
 
     Raises:
-        UserError: if nobody can, since a process holds a part of each expert.
+        UserError: if each process holds a part of every expert, which neither path can update.
     """
     if any(sharding.splits_experts(parameter) for parameter in module.parameters(recurse=False)):
         raise UserError("LoRA on experts: tp_size splits each of them, set ep_size too to split them by expert")
@@ -75,48 +85,60 @@ def left_to_peft(module: Any) -> str | None:
     return reason_unsupported(module)
 
 
-def _serves(wrapper: Stock) -> bool:
-    """Whether the experts under `wrapper` take the factors of its parameter, which a warning says if not."""
-    module: Any = wrapper.get_base_layer()
+def _served_experts(wrapper: Stock) -> Experts | None:
+    """Returns the experts under `wrapper` if they can take its factors, else None.
+
+    A warning names the reason where experts cannot.
+
+    Raises:
+        UserError: if experts in 4 bits cannot, since PEFT's own path does not support them.
+    """
+    module = wrapper.get_base_layer()
     if not is_experts(module) or wrapper.parameter_name not in MATRICES:
-        return False
-    reason = left_to_peft(module)
-    if reason is not None:
-        if parametrize.is_parametrized(module, wrapper.parameter_name):
+        return None
+    if reason := reason_for_peft(module):
+        if parametrize.is_parametrized(wrapper.get_base_layer(), wrapper.parameter_name):
             raise UserError(f"LoRA on {wrapper.parameter_name} in 4 bits: {reason}")
         logger.warning_once(f"LoRA on {type(module).__name__} builds every expert's updated weight: {reason}.")
-        return False
-    if module.config._experts_implementation == REPLACED_IMPLEMENTATION:
-        module.config._experts_implementation = IMPLEMENTATION
-    return True
+        return None
+    return module
 
 
 @contextmanager
-def _activate_lora(wrapper: Stock, active_adapters: list[str]) -> Iterator[None]:
-    """PEFT's `ParamWrapper._activate_lora`; a matrix in 4 bits is dequantized once, however often it is looked at."""
+def activate_lora(wrapper: Stock, active_adapters: list[str]) -> Iterator[None]:
+    """Applies the active adapters inside the block, in the place of PEFT's `ParamWrapper._activate_lora`."""
+    # a matrix in 4 bits is dequantized once, however often it is read
     with parametrize.cached(), _activated(wrapper, active_adapters):
         yield
 
 
-@contextmanager
-def _activated(wrapper: Stock, active_adapters: list[str]) -> Iterator[None]:
+def _activated(wrapper: Stock, active_adapters: list[str]) -> AbstractContextManager[None]:
     adapters = [name for name in active_adapters if name in wrapper.lora_A]
-    if not adapters or not _serves(wrapper):
-        if any(_dropout(wrapper, name) for name in adapters):
-            raise UserError(
-                f"lora_dropout on {wrapper.parameter_name} needs experts_implementation='moe': set it to 0"
-            )
-        with _stock_activation(wrapper, active_adapters):
-            yield
-        return
-    module = wrapper.get_base_layer()
-    # the experts' other matrices have wrappers of their own around or inside this one
-    others = getattr(module, "low_rank", {})
-    module.low_rank = {**others, wrapper.parameter_name: low_rank(wrapper, adapters)}
+    experts = _served_experts(wrapper) if adapters else None
+    if experts is not None:
+        return _with_updates(experts, wrapper.parameter_name, low_rank(wrapper, adapters))
+    _refuse_dropout(wrapper, adapters)
+    assert _stock_activate is not None  # `enable` replaces only what PEFT has
+    return _stock_activate(wrapper, active_adapters)
+
+
+@contextmanager
+def _with_updates(experts: Experts, name: str, update: LowRank) -> Iterator[None]:
+    """Gives the experts an update of the matrix `name`, and this package's implementation, inside the block."""
+    config = experts.config
+    # the wrappers of the experts' other matrices lie around or inside this one
+    others: dict[str, LowRank] | None = vars(experts).get("low_rank")
+    experts.low_rank = {**(others or {}), name: update}
+    if config._experts_implementation == REPLACED_IMPLEMENTATION:
+        experts.config = ServedConfig(config)
     try:
         yield
     finally:
-        module.low_rank = others
+        experts.config = config
+        if others is None:
+            del experts.low_rank
+        else:
+            experts.low_rank = others
 
 
 def _dropout(wrapper: Stock, adapter: str) -> float:
@@ -124,11 +146,21 @@ def _dropout(wrapper: Stock, adapter: str) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and wrapper.training else 0.0
 
 
+def _refuse_dropout(wrapper: Stock, adapters: list[str]) -> None:
+    if any(_dropout(wrapper, name) for name in adapters if name in wrapper.lora_A):
+        raise UserError(
+            f"lora_dropout on {wrapper.parameter_name} needs experts_implementation='moe' and modeling_moe.lora.enable(): "
+            "set it to 0"
+        )
+
+
 def low_rank(wrapper: Stock, adapters: list[str]) -> LowRank:
-    """The adapters' factors as one: side by side along the rank, for the experts that this process holds.
+    """Returns the factors of all adapters as one update of the experts that this process computes.
+
+    The factors of several adapters are joined along the rank.
 
     Raises:
-        UserError: for adapters of different dropout.
+        UserError: if the adapters differ in dropout.
     """
     dropout = _dropout(wrapper, adapters[0])
     if any(_dropout(wrapper, name) != dropout for name in adapters):
@@ -142,16 +174,35 @@ def low_rank(wrapper: Stock, adapters: list[str]) -> LowRank:
 
 
 def _factors(wrapper: Stock, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(E, R, M) and (E, N, R), of which PEFT holds (E*R, M), expert by expert, and (N, R*E), rank by rank."""
-    a: Any = wrapper.lora_A[adapter].weight
-    b: Any = wrapper.lora_B[adapter].weight
+    """Returns the factors of one adapter as (E, R, M) and (E, N, R).
+
+    PEFT holds them as (E*R, M), expert after expert, and (N, R*E), rank after rank.
+    """
+    a, b = wrapper.lora_A[adapter].get_parameter("weight"), wrapper.lora_B[adapter].get_parameter("weight")
     experts = wrapper.num_experts
-    a = a.view(experts, -1, a.shape[1])
-    b = b.view(len(b), -1, experts).permute(2, 0, 1)
+    of_experts = [a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)]
     distributed = getattr(wrapper.get_base_layer().config, "distributed_config", None)
     tp_size = distributed.tp_size if distributed is not None else 1
-    a, b = sharding.of_local_experts([a, b], wrapper.get_param(), tp_size)
+    a, b = sharding.of_local_experts(of_experts, wrapper.get_param(), tp_size)
     return a, b
+
+
+def merge(wrapper: Stock, *args: Any, **kwargs: Any) -> None:
+    """Merges as PEFT's `ParamWrapper.merge` does, and refuses a matrix in 4 bits, of which PEFT would change a copy."""
+    if parametrize.is_parametrized(wrapper.get_base_layer(), wrapper.parameter_name):
+        raise UserError(
+            f"{wrapper.parameter_name} is in 4 bits: to merge, load the 16-bit model and the adapter on it"
+        )
+    _stock_merge(wrapper, *args, **kwargs)
+
+
+def inject_parameters(
+    tuner: LoraModel, peft_config: LoraConfig, model: nn.Module, *args: Any, **kwargs: Any
+) -> list[str]:
+    """Adds layers as PEFT's `_inject_parameters` does, and refuses experts in 4 bits, which PEFT would leave out."""
+    if any(parametrize.is_parametrized(module) for module in model.modules() if is_experts(module)):
+        raise UserError("experts are in 4 bits already: call quantize_experts after all adapters are on the model")
+    return _stock_inject(tuner, peft_config, model, *args, **kwargs)
 
 
 def _without_dropout(config: peft.LoraConfig) -> peft.LoraConfig:
@@ -161,23 +212,31 @@ def _without_dropout(config: peft.LoraConfig) -> peft.LoraConfig:
 
 
 class ParamWrapper(Stock):
-    """PEFT's, with `lora_dropout`, which PEFT refuses. It goes by the class's name in places."""
+    """PEFT's layer on a parameter, with `lora_dropout`, which PEFT refuses.
+
+    The class has PEFT's name because PEFT compares names in places.
+    """
 
     def __init__(self, base_layer, adapter_name, parameter_name, config, **kwargs):
         super().__init__(base_layer, adapter_name, parameter_name, _without_dropout(config), **kwargs)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
 
     def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs) -> None:
+        """Adds an adapter to the layer."""
         super().update_layer(adapter_name, r, lora_alpha, _without_dropout(config), **kwargs)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
 
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        if Stock._activate_lora is _stock_activate:  # `disable` was called, and PEFT's own path would skip the dropout
+            _refuse_dropout(self, active_adapters)
+        with super()._activate_lora(active_adapters):
+            yield
+
 
 def wrap(target: nn.Module, adapter_name: str, parameter_name: str | None = None, **kwargs) -> ParamWrapper | None:
-    """A layer on a matrix of experts, None for any other target: a custom module in PEFT's sense."""
+    """Returns a layer on a matrix of experts, or None for any other target; PEFT calls it as a custom module."""
     module = target.get_base_layer() if isinstance(target, Stock) else target
-    if parameter_name not in MATRICES or not is_experts(module) or left_to_peft(module) is not None:
+    if parameter_name not in MATRICES or not is_experts(module) or reason_for_peft(module) is not None:
         return None
     return ParamWrapper(target, adapter_name, parameter_name, **kwargs)
-
-
-install()

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This merges a saved adapter into its base model, and writes the result as a model of its own."""
+"""This module merges a saved adapter into its base model, and writes the result as a model."""
 
 import shutil
 import warnings
@@ -16,31 +16,33 @@ from ..checkpoints.damage import refuse_not_finite
 from ..conversion.tokenizer_files import keep_tokenizer
 from ..utils.companions import copy_companions
 from ..utils.errors import UserError
-from ..utils.folders import refuse_overlap, whole_folder
+from ..utils.folder_checks import refuse_overlap
+from ..utils.folders import whole_folder
 from ..utils.limits import refuse_vast_adapter
 from ..utils.lineage import FINETUNING, lineage_of
 from ..utils.loading import adapter_base, has_tokenizer, load_model, load_tokenizer, one_line_for
 from ..utils.locations import local_folder, refuse_outside
+from .enabling import enable
 
 
 @dataclass
 class MergeArguments:
-    """Which adapter to merge, and where to."""
+    """The arguments of `merge_adapter`: the adapter, the base model and the folder to write."""
 
     model_name_or_path: str = field(metadata={"help": "folder or Hub name of the adapter"})
-    output_dir: str = field(metadata={"help": "folder to write, whole or not at all"})
+    output_dir: str = field(metadata={"help": "folder to write; a failed run leaves no part of it"})
     base_model: str | None = field(
         default=None,
         metadata={
-            "help": "folder or Hub name of the base model; if not given, the one that adapter_config.json names"
+            "help": "folder or Hub name of the base model; the default is the one that adapter_config.json names"
         },
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace what an earlier run wrote to output_dir"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the result of an earlier run in output_dir"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the checkpoint brings"})
 
 
 def _adapter_folder(name: str) -> Path:
-    """The folder of an adapter, downloaded if need be."""
+    """Returns the folder of an adapter, which is downloaded if it is not a local folder."""
     folder = local_folder(name)
     if not Path(folder).is_dir():
         try:
@@ -57,7 +59,7 @@ def _adapter_folder(name: str) -> Path:
 
 
 def _load_weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter, all of them finite."""
+    """Returns the tensors of an adapter; a tensor that is not finite is a UserError."""
     if not any((Path(folder) / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
         raise UserError(f"{folder} has no adapter_model.safetensors: save the adapter with save_pretrained")
     with one_line_for("the adapter", str(folder)):
@@ -68,23 +70,26 @@ def _load_weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _fit_embeddings(model: PreTrainedModel, adapter: dict[str, torch.Tensor]) -> None:
-    """Gives the base model as many rows as an adapter has that was trained with further tokens."""
+    """Resizes the embeddings of the base model to those of an adapter that was trained with added tokens."""
     rows = [tensor.shape[0] for name, tensor in adapter.items() if name.endswith("embed_tokens.weight")]
     if rows and rows[0] != model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(rows[0], mean_resizing=False)
 
 
 def apply_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Puts a saved adapter onto its base model; PEFT goes on with random numbers where they do not fit.
+    """Puts a saved adapter onto its base model, and refuses an adapter that does not fit.
+
+    PEFT alone goes on with random numbers for the tensors that an adapter lacks. Calls [`~modeling_moe.lora.enable`].
 
     Args:
-        model: the base model; it is changed.
-        folder: of the adapter.
+        model: the base model, which is changed.
+        folder: folder of the adapter.
 
     Raises:
-        UserError: if the adapter is damaged, the model has no place for a tensor of the adapter, or the adapter none for a
-            place.
+        UserError: if the adapter is damaged, has a tensor for which the model has no place, or lacks one that the
+            model needs.
     """
+    enable()
     saved = _load_weights(folder)
     _fit_embeddings(model, saved)
     with warnings.catch_warnings(record=True) as caught:
@@ -105,20 +110,24 @@ def apply_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 
 
 def merge_adapter(args: MergeArguments) -> PreTrainedModel:
-    """Writes base model and adapter as one model in the base model's dtypes, tokenizer and generation config included.
+    """Writes a base model and an adapter as one model in the base model's dtypes, with tokenizer and generation
+    config.
 
     Args:
-        args: the adapter, the folder to write, and the base model if it is another than the adapter names.
+        args: the adapter, the base model and the folder to write.
 
     Returns:
         The merged model, in memory.
 
     Raises:
-        UserError: if adapter or base model cannot be loaded, do not fit each other or cannot be merged, or `output_dir`
-            cannot be written.
+        UserError: if the adapter or the base model cannot be loaded, they do not fit each other or cannot be merged,
+            or `output_dir` cannot be written.
     """
     folder = _adapter_folder(args.model_name_or_path)
-    base = local_folder(args.base_model or adapter_base(folder))
+    named = args.base_model or adapter_base(folder)
+    if named is None:  # `_adapter_folder` has found an adapter_config.json
+        raise UserError(f"{folder} names no base model: pass --base_model")
+    base = local_folder(named)
     if (Path(base) / "adapter_config.json").is_file():
         raise UserError(f"the base model {base} holds an adapter: merge that one first, or name another --base_model")
     refuse_overlap(args.output_dir, folder)
@@ -139,7 +148,7 @@ def merge_adapter(args: MergeArguments) -> PreTrainedModel:
 
 
 def _bring_along(folder: Path, base: str, partial: Path, trust_remote_code: bool) -> None:
-    """Gives the result the adapter's tokenizer, else the base model's, and the record of the adapter's training."""
+    """Copies the tokenizer of the adapter, or else of the base model, and the record of the adapter's training."""
     if (folder / FINETUNING).is_file():
         shutil.copyfile(folder / FINETUNING, partial / FINETUNING)
     source = folder if has_tokenizer(str(folder)) else Path(base)

@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""LoRA on a model that `DistributedConfig` has split over processes: the base is split, what is trained is whole.
+"""This module trains LoRA on a model that `DistributedConfig` has split over processes.
 
-Each process holds all factors and uses those of its own experts. PEFT adds them after the model was split, so neither FSDP2
-nor tensor parallelism knows of them.
+The base model is split; the trained factors are not. Each process holds the factors of all experts and uses those of
+the experts that it computes. PEFT adds the factors after the model was split, so neither FSDP2 nor tensor parallelism
+manages them.
 """
 
 import re
@@ -22,32 +23,35 @@ from torch.distributed.tensor import DTensor, Shard
 from ..utils.errors import UserError
 
 
-_stock_update: Any = ModulesToSaveWrapper.update
-# not in PEFT before 0.21, which knows of no such splitting
-_stock_tp_hooks: Any = getattr(peft_model, "add_lora_tp_hooks_dtensor", None)
-_stock_tp_plan: Any = getattr(peft_model, "get_tp_plan_and_mesh", None)
+_stock_update = ModulesToSaveWrapper.update
+_stock_tp_hooks = getattr(peft_model, "add_lora_tp_hooks_dtensor", None)
+_stock_tp_plan = getattr(peft_model, "get_tp_plan_and_mesh", None)
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """Its shape when it is whole: DeepSpeed's ZeRO-3 leaves an empty tensor."""
+    """Returns the shape of the whole parameter, of which DeepSpeed's ZeRO-3 leaves an empty tensor."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def splits_experts(parameter: torch.Tensor) -> bool:
-    """Whether a process holds a part of each expert of (E, ...), as under tensor parallelism."""
+    """Returns whether each process holds a part of every expert of `parameter` (E, ...), as under tensor parallelism."""
     placements = parameter.placements if isinstance(parameter, DTensor) else ()
     return any(placement.is_shard() and not placement.is_shard(0) for placement in placements)
 
 
 def local_experts(parameter: torch.Tensor) -> tuple[int, int]:
-    """The first expert of (E, ...) that this process computes, and how many: not all of them under expert parallelism.
+    """Returns the first expert of `parameter` (E, ...) that this process computes, and the number of experts.
 
-    What FSDP2 splits it gathers before it computes: a strided placement where experts are split already.
+    Only expert parallelism leaves a process fewer than E. FSDP2 gathers what it has split before the computation;
+    where experts are split already, its placement is a strided one, which is not a plain `Shard`.
     """
     first, count = 0, len(parameter)
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
-        for size, place, placement in zip(mesh.shape, mesh.get_coordinate(), parameter.placements, strict=True):
+        coordinate = mesh.get_coordinate()
+        if coordinate is None:
+            raise ValueError("this process is not in the device mesh that the experts are split over")
+        for size, place, placement in zip(mesh.shape, coordinate, parameter.placements, strict=True):
             if type(placement) is Shard and placement.dim == 0:
                 count //= size
                 first += place * count
@@ -55,10 +59,10 @@ def local_experts(parameter: torch.Tensor) -> tuple[int, int]:
 
 
 class _WholeFactor(torch.autograd.Function):
-    """A factor that each process of a mesh has; its gradient is the mean over the mesh's batches.
+    """The identity on a factor that all processes of a mesh hold; backward averages the gradient over the batches.
 
-    A process has the gradient of its own experts, of the tokens of all processes that send to it, so that the mean is the sum
-    over the mesh by the number of its batches.
+    A process computes the gradient of its own experts from the tokens that all processes send to it. The mean is
+    therefore the sum over the mesh, divided by the number of batches.
     """
 
     @staticmethod
@@ -67,20 +71,21 @@ class _WholeFactor(torch.autograd.Function):
         return factor.view_as(factor)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        gradient = (gradient / ctx.batches).contiguous()
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        gradient = (grad_outputs[0] / ctx.batches).contiguous()
         for dimension in range(ctx.mesh.ndim):
             dist.all_reduce(gradient, group=ctx.mesh.get_group(dimension))
         return gradient, None, None
 
 
 def of_local_experts(factors: list[torch.Tensor], parameter: torch.Tensor, tp_size: int) -> list[torch.Tensor]:
-    """Of factors (E, ...), those of the experts of `parameter` (E, ...) that this process computes.
+    """Returns the factors of the experts that this process computes: the rows of each factor (E, ...) of those
+    experts.
 
     Args:
-        factors: the same on all processes. Their gradients are too, and need no further reduction.
-        parameter: the matrix that they update.
-        tp_size: processes that share a batch.
+        factors: equal on all processes. Backward makes their gradients equal on all processes too.
+        parameter: the matrix (E, ...) that the factors update.
+        tp_size: number of processes that share a batch.
     """
     first, count = local_experts(parameter)
     if not isinstance(parameter, DTensor) or count == len(parameter):
@@ -92,7 +97,11 @@ def of_local_experts(factors: list[torch.Tensor], parameter: torch.Tensor, tp_si
 
 @contextmanager
 def _gathered(module: nn.Module) -> Iterator[None]:
-    """Plain parameters in place of split ones."""
+    """Puts whole parameters in the place of the split ones of `module` inside the block.
+
+    Raises:
+        UserError: if FSDP2 has split the module by itself.
+    """
     split = [
         (owner, name, parameter)
         for owner in module.modules()
@@ -100,7 +109,7 @@ def _gathered(module: nn.Module) -> Iterator[None]:
         if isinstance(parameter, DTensor)
     ]
     if split and any(isinstance(owner, FSDPModule) for owner in module.modules()):
-        raise UserError(f"modules_to_save: FSDP2 splits {type(module).__name__} by itself, leave it away")
+        raise UserError(f"modules_to_save: FSDP2 splits {type(module).__name__} by itself, omit it there")
     for owner, name, parameter in split:
         owner._parameters[name] = nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
     try:
@@ -110,53 +119,49 @@ def _gathered(module: nn.Module) -> Iterator[None]:
             owner._parameters[name] = parameter
 
 
-def _update(wrapper: ModulesToSaveWrapper, *args, **kwargs) -> None:
-    """PEFT's, which copies the module to train; a split parameter is no tensor that can be copied."""
+def update(wrapper: ModulesToSaveWrapper, *args: Any, **kwargs: Any) -> None:
+    """Copies the module to train as PEFT's `update` does, from whole parameters: PEFT cannot copy split ones."""
     with _gathered(wrapper.original_module):
         _stock_update(wrapper, *args, **kwargs)
 
 
-def _add_tp_hooks(tp_module: nn.Linear, *args, **kwargs) -> None:
-    """PEFT's, which makes a factor from this process's part of a layer; transformers asks it for the whole's widths."""
+def add_tp_hooks(tp_module: nn.Linear, *args: Any, **kwargs: Any) -> None:
+    """Adds PEFT's hooks for tensor parallelism, and gives the factor the widths of the whole layer.
+
+    PEFT makes the factor from this process's part of the layer, and transformers asks the factor for its widths.
+    """
+    assert _stock_tp_hooks is not None  # `enable` replaces only what PEFT has
     _stock_tp_hooks(tp_module, *args, **kwargs)
     tp_module.out_features, tp_module.in_features = tp_module.weight.shape
 
 
-def _tp_plan_and_mesh(model: Any, key: str) -> tuple[str | None, DeviceMesh | None]:
-    """PEFT's, which goes by the plan of tensor parallelism also where that of expert parallelism replaces it."""
-    plan, mesh = _stock_tp_plan(model, key)
+def tp_plan_and_mesh(model: Any, current_key: str) -> tuple[str, DeviceMesh] | tuple[None, None]:
+    """Returns PEFT's plan and mesh of a layer, or None for a layer where expert parallelism replaces the plan."""
+    assert _stock_tp_plan is not None  # `enable` replaces only what PEFT has
+    plan, mesh = _stock_tp_plan(model, current_key)
     if plan is not None and model.config.distributed_config.ep_size > 1:
-        replaced = re.sub(r"\.\d+\.", ".*.", key) in model.ep_plan
+        replaced = re.sub(r"\.\d+\.", ".*.", current_key) in model.ep_plan
         return (None, None) if replaced else (plan, mesh)
     return plan, mesh
 
 
-def install() -> None:
-    """Lets PEFT work on split layers as on whole ones; a second call does nothing."""
-    ModulesToSaveWrapper.update = _update
-    if _stock_tp_hooks is not None and _stock_tp_plan is not None:
-        peft_model.add_lora_tp_hooks_dtensor = _add_tp_hooks
-        peft_model.get_tp_plan_and_mesh = _tp_plan_and_mesh
-
-
 def synchronize_adapters(model: nn.Module) -> None:
-    """Keeps what is trained and not split equal on all processes, for a loop of one's own: `Trainer` does so by itself.
+    """Keeps trained weights that are not split equal on all processes, for training loops without `Trainer`.
 
-    Call it once, on all processes, when the adapter is there and before the optimizer is made. It sends the values of the
-    first process to all, and from then on each backward pass ends with the mean of the gradients over all processes.
+    Call it once on all processes, after the adapter was added and before the optimizer is made. It sends the values of
+    the first process to all others. From then on each backward pass ends with the mean of the gradients over all
+    processes. `Trainer` does this by itself.
 
     Args:
-        model: split by `from_pretrained(..., distributed_config=...)`, with an adapter.
+        model: a model that `from_pretrained(..., distributed_config=...)` has split, with an adapter.
     """
 
     def average(parameter: torch.Tensor) -> None:
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad.div_(dist.get_world_size())
 
     for parameter in model.parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             dist.broadcast(parameter.data, src=0)
             parameter.register_post_accumulate_grad_hook(average)
-
-
-install()

@@ -1,49 +1,51 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Fewer experts: those that a text uses least are dropped, or merged into those that stay.
+"""This module reduces the number of experts: those that a text uses least are dropped, or merged into the others.
 
 # E experts, K experts per token, G groups
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ..checkpoints.lazy_tensor import LazyTensor, State
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
-from .growth import ROUTER_ROWS, refuse_other_routers, replace_experts
+from .growth import ROUTER_ROWS, MakeExpert, refuse_other_routers, replace_experts
 from .usage import SCORES, Usage
 
 
 @dataclass
 class PruningOptions:
-    """Which experts stay; see [`prune`] and [`merge`]."""
+    """These options say which experts are kept; see [`prune`] and [`merge`]."""
 
-    keep: int = field(default=4, metadata={"help": "experts that each layer keeps"})
+    keep: int = field(default=4, metadata={"help": "number of experts that each layer keeps"})
     score: str = field(
         default="reap",
         metadata={
-            "help": "what the best experts have most of: reap (weight times norm of the output, mean over their "
-            "tokens), load (tokens) or mass (weight)"
+            "help": "score by which experts are ranked: reap (routing weight times norm of the output, averaged over the "
+            "expert's tokens), load (tokens) or mass (routing weight)"
         },
     )
 
-    def inexactness(self, config: MoEConfig) -> str:
-        """Why the result will not compute the function of a model with `config`."""
-        reason = "tokens that used a dropped expert use others"
+    def reason_not_exact(self, config: MoEConfig) -> str:
+        """Returns why the result will not compute the function of a model with `config`."""
+        reason = "tokens of a dropped expert are sent to other experts"
         if config.scoring_func == "softmax" and not config.norm_topk_prob:
-            reason += "; norm_topk_prob=False: the dropped experts leave the softmax, so that all other weights rise"
+            reason += (
+                "; norm_topk_prob=False: the softmax runs without the dropped experts, so that all other weights rise"
+            )
         if config.scoring_func == "softmax" and config.router_selection_bias:
-            reason += "; the dropped experts leave the softmax, so that the selection bias weighs less"
+            reason += "; the softmax runs without the dropped experts, so that the selection bias has less influence"
         return reason
 
 
 def check_pruning(config: MoEConfig, options: PruningOptions) -> None:
-    """Refuses options that leave no model, before anything is measured.
+    """Refuses options that cannot be applied to a model, before anything is measured.
 
     Raises:
-        UserError: names the option, or the router that cannot lose experts.
+        UserError: if an option is out of range, or the router cannot lose experts; the message names it.
     """
     refuse_other_routers(config, "pruning (for task see extract_task)", ("topk", "gumbel_topk"))
     if options.score not in SCORES:
@@ -51,20 +53,21 @@ def check_pruning(config: MoEConfig, options: PruningOptions) -> None:
     if not 1 <= options.keep < config.num_experts or options.keep % config.n_group:
         raise UserError(
             f"keep is {options.keep}: it must be a multiple of n_group ({config.n_group}) from 1 to "
-            f"{config.num_experts - 1}, one less than num_experts"
+            f"{config.num_experts - 1} (num_experts - 1)"
         )
 
 
 def kept_experts(config: MoEConfig, usage: Usage, options: PruningOptions) -> dict[int, list[int]]:
-    """Experts of each sparse layer that stay, in order: the best of each group, as many of each.
+    """Returns the kept expert ids of each sparse layer, ascending: equally many of each group, those with the best
+    scores.
 
     Args:
-        config: of the model.
-        usage: of its experts.
-        options: how many stay, and by what score.
+        config: configuration of the model.
+        usage: usage of the model's experts.
+        options: how many experts are kept, and by what score.
 
     Raises:
-        UserError: for an option or a router that leaves no model.
+        UserError: if the options cannot be applied to the model, or the usage is of another model.
     """
     check_pruning(config, options)
     kept = {}
@@ -84,23 +87,25 @@ def kept_experts(config: MoEConfig, usage: Usage, options: PruningOptions) -> di
 
 
 def prune(state: State, config: MoEConfig, usage: Usage, options: PruningOptions) -> tuple[State, MoEConfig]:
-    """Drops all but the best experts of each layer, and their rows of the router.
+    """Drops all but the best experts of each layer, with their rows in the router.
 
-    With the usage of one domain's text the result is a sub-model for that domain. On a text on which no dropped expert
-    was ever used its logits are the same, but for what [`PruningOptions.inexactness`] says of softmax. `score="reap"`
-    ranks as REAP does (arXiv:2510.13999), which found dropping better than merging for generation.
+    With the usage of one domain's text the result is a sub-model for that domain. On a text that uses no dropped
+    expert the logits are unchanged, except for the effects on the softmax that [`PruningOptions.reason_not_exact`]
+    names. `score="reap"` ranks experts as in REAP (arXiv:2510.13999), where dropping was better than merging for
+    generation.
 
     Args:
-        state: checkpoint, names as on disk; nothing is read.
-        config: of it.
-        usage: of its experts, see [`~modeling_moe.resizing.usage.measure_usage`].
-        options: how many stay, and by what score.
+        state: checkpoint with its names on disk; no weight is read.
+        config: configuration of the checkpoint.
+        usage: usage of the checkpoint's experts, see [`~modeling_moe.resizing.usage.measure_usage`].
+        options: how many experts are kept, and by what score.
 
     Returns:
-        Checkpoint and configuration; `num_experts_per_tok` is lowered to what a token can still choose.
+        Checkpoint and configuration; `num_experts_per_tok` is lowered to the number of experts that a token can
+            choose.
 
     Raises:
-        UserError: for an option, a router or a usage that does not fit.
+        UserError: if the options cannot be applied to the model, or the usage is of another model.
     """
     kept = kept_experts(config, usage, options)
 
@@ -113,12 +118,12 @@ def prune(state: State, config: MoEConfig, usage: Usage, options: PruningOptions
 def merge(state: State, config: MoEConfig, usage: Usage, options: PruningOptions) -> tuple[State, MoEConfig]:
     """Merges the experts that [`prune`] would drop into those that it would keep.
 
-    Each goes to the kept expert of its group whose router row has the highest cosine with its own. One that stays
-    becomes the mean of itself and all that came to it, weighted by load and computed in fp32; its router row stays.
-    Neurons are averaged in the order in which they lie: experts that began as copies of one dense network are aligned,
-    others may have permuted their neurons, and should be pruned.
+    A dropped expert is merged into the kept expert of its group whose router row has the highest cosine with its own.
+    A kept expert becomes the mean of itself and the experts merged into it, weighted by load and computed in fp32; its
+    router row is unchanged. Neurons are averaged in their order: experts that began as copies of one dense network are
+    aligned; other experts may have permuted their neurons, and should be pruned.
 
-    Args, returns and raises: as [`prune`]. The router's weights, and nothing else, are read at once.
+    Arguments, results and errors are those of [`prune`]. Only the router's weights are read.
     """
     kept = kept_experts(config, usage, options)
     clusters = {layer: _clusters(state, config, layer, experts) for layer, experts in kept.items()}
@@ -128,7 +133,7 @@ def merge(state: State, config: MoEConfig, usage: Usage, options: PruningOptions
         if len(members) == 1:
             return old[members[0]]
         load = usage.of(layer).load[members]
-        # where none was used the first, which is the kept one, stays as it is
+        # if no member was used, the kept expert, which is the first, is unchanged
         load[0].clamp_(min=1e-20)
         shares = (load / load.sum()).tolist()
         return LazyTensor.combine(lambda *tensors: _mean(tensors, shares), *(old[i] for i in members))
@@ -136,7 +141,8 @@ def merge(state: State, config: MoEConfig, usage: Usage, options: PruningOptions
     return _with_experts(state, config, kept, expert)
 
 
-def _mean(tensors: tuple[torch.Tensor, ...], shares: list[float]) -> torch.Tensor:
+def _mean(tensors: Sequence[torch.Tensor], shares: list[float]) -> torch.Tensor:
+    """Returns the sum of the tensors, weighted by `shares`, in fp32 or wider."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     total = torch.zeros_like(tensors[0], dtype=dtype)
     for tensor, share in zip(tensors, shares, strict=True):
@@ -145,7 +151,7 @@ def _mean(tensors: tuple[torch.Tensor, ...], shares: list[float]) -> torch.Tenso
 
 
 def _clusters(state: State, config: MoEConfig, layer: int, kept: list[int]) -> list[list[int]]:
-    """Experts that make up each kept one, itself first."""
+    """Returns, for each kept expert, the ids of the experts that are merged into it, its own id first."""
     rows = state[f"model.layers.{layer}.mlp.gate.weight"].read()[: config.num_experts]
     rows = torch.nn.functional.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
     group = torch.arange(config.num_experts) // (config.num_experts // config.n_group)
@@ -157,8 +163,10 @@ def _clusters(state: State, config: MoEConfig, layer: int, kept: list[int]) -> l
     return clusters
 
 
-def _with_experts(state: State, config: MoEConfig, kept: dict[int, list[int]], expert) -> tuple[State, MoEConfig]:
-    """The checkpoint with new experts and the kept ones' router rows, and its configuration."""
+def _with_experts(
+    state: State, config: MoEConfig, kept: dict[int, list[int]], expert: MakeExpert
+) -> tuple[State, MoEConfig]:
+    """Returns the checkpoint with new experts and the kept experts' router rows, and its configuration."""
     count = len(next(iter(kept.values())))
     idle = list(range(config.num_experts, config.num_router_outputs))
 
@@ -170,11 +178,10 @@ def _with_experts(state: State, config: MoEConfig, kept: dict[int, list[int]], e
 
     eligible = config.topk_group * (count // config.n_group) + len(idle)
     top_k = min(config.num_experts_per_tok, eligible)
-    expected: Any = config.expected_experts_per_tok
     changes = {
         "num_experts": count,
         "num_experts_per_tok": top_k,
-        "expected_experts_per_tok": min(expected, top_k),
+        "expected_experts_per_tok": min(config.expected_experts_per_tok, top_k),
     }
     result = replace_experts(state, (config.num_experts, count), expert, router)
-    return result, MoEConfig(**(config.to_dict() | changes))
+    return result, config.replace(**changes)

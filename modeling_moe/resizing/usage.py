@@ -1,30 +1,28 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a text uses of each expert, measured by running the model on it.
+"""This module measures how much a text uses each expert, by running the model on the text.
 
-# T tokens, H hidden, E experts, K slots per token, L sparse layers
+# T tokens, H hidden, E experts, K experts per token
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
-from ..modeling_moe import MoEForCausalLM
-from ..router import Router
+from ..modeling_moe import MoEBlock, MoEExperts, MoEForCausalLM
+from ..router import Router, RoutingContext
 from ..utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class LayerUsage:
-    """How much a text uses the experts of a sparse layer; float64 on the CPU.
+    """Holds how much a text uses each expert of a sparse layer; all tensors are float64 on the CPU.
 
     Attributes:
         load: (E,), share of the tokens that are sent to the expert.
-        mass: (E,), mean over all tokens of the expert's weight, 0 for those not sent to it.
-        reap: (E,), mean over the tokens sent to the expert of its weight times the norm of its output: the saliency of
-            REAP (arXiv:2510.13999); 0 without such tokens.
+        mass: (E,), routing weight of the expert, averaged over all tokens; 0 for tokens that are not sent to it.
+        reap: (E,), routing weight times norm of the expert's output, averaged over the tokens sent to the expert: the
+            saliency of REAP (arXiv:2510.13999); 0 for an expert without tokens.
     """
 
     load: torch.Tensor
@@ -34,10 +32,10 @@ class LayerUsage:
 
 @dataclass(frozen=True)
 class Usage:
-    """How much a text uses the experts of a model.
+    """Holds how much a text uses the experts of a model.
 
     Attributes:
-        layers: index of each sparse layer to what it uses.
+        layers: the usage of each sparse layer, by layer index.
         tokens: number of tokens measured.
     """
 
@@ -45,10 +43,10 @@ class Usage:
     tokens: int
 
     def of(self, layer: int) -> LayerUsage:
-        """Usage of a sparse layer.
+        """Returns the usage of a sparse layer.
 
         Raises:
-            UserError: if it was not measured.
+            UserError: if the layer was not measured.
         """
         if layer not in self.layers:
             raise UserError(f"the usage lacks layer {layer}: measure it with the same model")
@@ -56,24 +54,33 @@ class Usage:
 
 
 class _Sums:
-    """Sums (3, E) of a layer over the tokens that count: their number, weight, and weight times norm of the output."""
+    """Sums three values of each expert over the unmasked tokens of a layer.
 
-    def __init__(self, block: Any, device: torch.device):
+    Attributes:
+        total: (3, E + 1) float64: number of tokens, routing weight, and routing weight times norm of the output. The
+            last column collects empty and masked assignments.
+        mask: (T,) token mask of the current pass; None if all tokens are unmasked.
+    """
+
+    def __init__(self, block: MoEBlock, device: torch.device):
         self.total = torch.zeros(3, block.experts.num_experts + 1, dtype=torch.float64, device=device)
         self.mask: torch.Tensor | None = None
 
-    def see_context(self, block: nn.Module, args: tuple) -> None:
-        """Keeps the mask of the tokens; a hook before the block."""
+    def see_context(self, block: MoEBlock, args: tuple[torch.Tensor, RoutingContext]) -> None:
+        """Keeps the token mask; registered as a hook before the block."""
         self.mask = args[1].token_mask
 
-    def see_experts(self, experts: Any, args: tuple, output: torch.Tensor) -> None:
-        """Adds one pass; a hook after the experts. Each slot is computed once more, alone and unweighted."""
+    def see_experts(self, experts: MoEExperts, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """Adds one pass; registered as a hook after the experts.
+
+        The experts run once more on each assignment alone, with the weight 1, to obtain the norm of each output.
+        """
         tokens, index, weight = args
         empty = experts.num_experts
-        for slot, factor in zip(index.split(1, dim=-1), weight.double().unbind(-1), strict=True):
-            out = experts.forward(tokens, slot, torch.ones_like(slot, dtype=weight.dtype))  # (T, H)
+        for choice, factor in zip(index.split(1, dim=-1), weight.double().unbind(-1), strict=True):
+            out = experts.forward(tokens, choice, torch.ones_like(choice, dtype=weight.dtype))  # (T, H)
             norm = torch.linalg.vector_norm(out, dim=-1, dtype=torch.float64)
-            chosen = slot[:, 0]
+            chosen = choice[:, 0]
             if self.mask is not None:
                 chosen = chosen.where(self.mask > 0, empty)
             values = torch.stack([torch.ones_like(factor), factor, factor * norm])
@@ -81,24 +88,25 @@ class _Sums:
 
 
 @torch.no_grad()
-def measure_usage(model: MoEForCausalLM, batches: Iterable[dict[str, Any]]) -> Usage:
-    """Runs a model over a text and measures what it uses of each expert, at twice the experts' cost.
+def measure_usage(model: MoEForCausalLM, batches: Iterable[dict[str, torch.Tensor]]) -> Usage:
+    """Runs a model on a text and measures how much it uses each expert; the experts run twice.
 
     Args:
-        model: on the device to run on, its experts not split over processes; its mode is left as it is.
-        batches: keyword arguments of `model`, tensors: `input_ids` (B, S), `attention_mask` (B, S), 0 at tokens that
-            do not count, and what its router asks for.
+        model: model on the device to run on; its experts must not be split over processes. Its training mode is
+            restored.
+        batches: keyword arguments of `model`: `input_ids` (B, S), `attention_mask` (B, S), 0 at tokens to leave out,
+            and the tensors that the router needs.
 
     Returns:
-        Usage of every sparse layer, as routed in evaluation, after capacity.
+        The usage of every sparse layer, with the routing of evaluation, after capacity.
 
     Raises:
-        UserError: for a router that does not send tokens to experts (`soft`, `segment`), or without any token.
+        UserError: if the router does not send tokens to experts (`soft_moe`, `lory`), or there is no token.
     """
     blocks = {i: layer.mlp for i, layer in enumerate(model.model.layers) if layer.is_sparse}
     if any(block.mix is not Router.mix for block in blocks.values()):
         raise UserError(
-            f"router_type={model.config.router_type!r} sends no token to an expert: measure a model that does"
+            f"router_type={model.config.router_type!r} does not send tokens to experts: measure a model whose router does"
         )
     sums = {i: _Sums(block, block.experts.down_proj.device) for i, block in blocks.items()}
     hooks = [block.register_forward_pre_hook(sums[i].see_context) for i, block in blocks.items()]
@@ -125,7 +133,7 @@ def _layer_usage(sums: torch.Tensor, tokens: int) -> LayerUsage:
     return LayerUsage(load=count / tokens, mass=weight / tokens, reap=saliency / count.clamp(min=1))
 
 
-# what experts can be ranked by
+# score -> function that returns the values (E,) by which experts are ranked
 SCORES: dict[str, Callable[[LayerUsage], torch.Tensor]] = {
     "reap": lambda usage: usage.reap,
     "load": lambda usage: usage.load,

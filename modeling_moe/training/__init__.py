@@ -1,16 +1,30 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Fine-tuning with transformers' `Trainer`, and evaluation of what came out.
+"""This package fine-tunes models with transformers' `Trainer`.
 
-Importing it gives each `Trainer` made after, TRL's included, a [`MoECallback`], which is all that it needs.
+    import modeling_moe.training
+
+    modeling_moe.training.enable()
+
+[`enable`] gives each `Trainer` that is made from then on a [`MoECallback`], TRL's trainers included. A `Trainer` that
+exists already does not change. [`disable`] ends this. [`finetune`] and the command `finetune` use the callback without
+`enable`. To use it in one `Trainer` only, pass `callbacks=[MoECallback()]`.
+
+Importing this package changes nothing. A `Trainer` without the callback:
+
+- trains a model of this package with the router losses, which are part of the model's loss. The routers' controllers
+  (selection biases, thresholds) do not move, and the model warns of that after the first optimizer step. A loop that
+  calls `model.update_routers()` after each `optimizer.step()` needs no callback;
+- adds the router losses of all micro-batches where they attach themselves to the hidden states, because the trainer
+  computes its loss without the model's head (TRL, label smoothing): with N accumulated micro-batches they weigh N
+  times as much;
+- resumes a model of this package exactly, and loads its best checkpoint exactly;
+- resumes a model of transformers as transformers does: `Trainer` loads neither the experts nor the renamed routers of
+  most such models from a checkpoint, and only logs that keys are missing.
 """
 
-from ..data.documents import DataArguments, load_and_pack
-from ..data.packing import pack
-from ..data.sources import load_documents
-from ..evaluation.hf_metrics import BitsPerByte, RouterBalance
-from ..evaluation.scoring import DomainScore, EvaluationArguments, evaluate_lm, score
+from ..data import DataArguments
 from .arguments import FinetuneArguments, LoraArguments, ModelArguments
-from .callbacks import MoECallback
+from .callbacks import CastOnceCallback, MoECallback, disable, enable, is_enabled
 from .finetuning import FinetuneResult, finetune, trained_parameters
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
 from .nan_stop import NanStopMixin, NonFiniteError
@@ -18,27 +32,22 @@ from .sharded import ShardedResumeMixin
 
 
 __all__ = [
-    "MoECallback",
+    "CastOnceCallback",
     "DataArguments",
-    "load_documents",
-    "load_and_pack",
-    "pack",
-    "BitsPerByte",
-    "RouterBalance",
-    "DomainScore",
-    "EvaluationArguments",
-    "evaluate_lm",
-    "score",
     "FinetuneArguments",
     "FinetuneResult",
+    "FreezeExpertsCallback",
+    "FrozenExperts",
     "LoraArguments",
     "ModelArguments",
-    "finetune",
-    "trained_parameters",
+    "MoECallback",
     "NanStopMixin",
     "NonFiniteError",
     "ShardedResumeMixin",
-    "FreezeExpertsCallback",
-    "FrozenExperts",
+    "disable",
+    "enable",
+    "finetune",
     "freeze_experts",
+    "is_enabled",
+    "trained_parameters",
 ]

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What `scripts/finetune.py` is told: which model, what of it to train, and how."""
+"""This module defines the arguments of `finetune`: the model, the weights to train, and the training."""
 
 import json
 import math
@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from peft import LoraConfig
-from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from ..lora import moe_lora_config
@@ -18,7 +17,7 @@ from .presets import is_preset
 
 
 METHODS = ("full", "lora", "router", "attention")
-# argument of transformers' -> the least value, and the first that is too large
+# argument of TrainingArguments -> the smallest value allowed, and the smallest value that is too large
 RANGES = {
     "per_device_train_batch_size": (1, math.inf),
     "per_device_eval_batch_size": (1, math.inf),
@@ -47,44 +46,58 @@ FILES_OR_JSON = ("deepspeed", "fsdp_config", "accelerator_config", "gradient_che
 
 @dataclass
 class ModelArguments:
-    """What to train."""
+    """The model to train, its weights to train, and how the model is split over processes."""
 
     model_name_or_path: str = field(
         metadata={
             "help": "folder or Hub name of a causal LM, sparse or dense; or a configuration file, such as "
-            "configuration/models/moe_tiny.json, for a new model"
+            "configuration/models/moe_tiny.json, to train a new model"
         }
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "folder or Hub name of the tokenizer; the model's if not given"}
+        default=None, metadata={"help": "folder or Hub name of the tokenizer; the default is the model's"}
     )
-    method: str = field(default="full", metadata={"help": f"what to train: {', '.join(METHODS)}"})
+    method: str = field(default="full", metadata={"help": f"weights to train: {', '.join(METHODS)}"})
     freeze_experts: str | None = field(
-        default=None, metadata={"help": "experts to leave as they are, such as 0-7 or 0,2,5-6; with method full"}
+        default=None, metadata={"help": "experts not to train, such as 0-7 or 0,2,5-6; needs method full"}
     )
     dtype: str | None = field(
         default=None,
-        metadata={"help": "float32, bfloat16, float16 or auto (the checkpoint's); auto for lora, else float32"},
+        metadata={
+            "help": "dtype of the weights: float32, bfloat16, float16 or auto (as in the checkpoint); the default is auto for "
+            "method lora and float32 otherwise"
+        },
     )
-    eval_fraction: float = field(default=0.05, metadata={"help": "part of each domain held out for the eval loss"})
-    fsdp_size: int = field(default=1, metadata={"help": "processes that weights are split over, each with its batch"})
-    tp_size: int = field(default=1, metadata={"help": "processes that layers are split over, with one batch"})
-    ep_size: int = field(default=1, metadata={"help": "processes that experts are divided among; of the above"})
+    eval_fraction: float = field(default=0.05, metadata={"help": "share of each domain held out for the eval loss"})
+    fsdp_size: int = field(
+        default=1, metadata={"help": "processes over which FSDP2 splits the weights; each has its own batch"}
+    )
+    tp_size: int = field(
+        default=1, metadata={"help": "processes over which tensor parallelism splits layers; they share a batch"}
+    )
+    ep_size: int = field(
+        default=1,
+        metadata={"help": "processes among which experts are divided; some or all of fsdp_size times tp_size"},
+    )
     overwrite: bool = field(
         default=False,
-        metadata={"help": "write where an earlier run did; its checkpoints are deleted, other files stay"},
+        metadata={
+            "help": "write into the output_dir of an earlier run; its checkpoints are deleted, other files stay"
+        },
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the checkpoint brings"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run the Python code that the checkpoint contains"}
+    )
 
     def __post_init__(self):
         if self.dtype is None:
-            # an update is often smaller than the last bit of a 16-bit weight
+            # a 16-bit weight would round most updates of an optimizer away
             self.dtype = "auto" if self.method == "lora" else "float32"
         if self.method not in METHODS:
             raise UserError(f"method is {self.method!r}: choose one of {', '.join(METHODS)}")
         if self.freeze_experts is not None and self.method != "full":
             raise UserError(
-                f"freeze_experts goes with method full: {self.method} trains no single expert, leave it away"
+                f"freeze_experts needs method full: method {self.method} does not train single experts, omit freeze_experts"
             )
         self.frozen_experts()
         self.distributed_config()
@@ -96,17 +109,17 @@ class ModelArguments:
         if not is_preset(self.model_name_or_path):
             return
         if self.tokenizer_name is None:
-            raise UserError("tokenizer_name is missing: a configuration file alone has no tokenizer, so name one")
+            raise UserError("tokenizer_name is missing: a configuration file has no tokenizer, so name one")
         if self.method != "full" or self.freeze_experts is not None:
-            raise UserError("method must be full, without freeze_experts, for a new model: its weights are random")
+            raise UserError("method must be full, without freeze_experts, for a new model, whose weights are random")
         if self.distributed_config() is not None:
             raise UserError(
-                "fsdp_size, tp_size and ep_size split a model while it is loaded, and a new one is made whole: save it first, "
-                "or split it by accelerate launch"
+                "fsdp_size, tp_size and ep_size split a model while it is loaded, and a new model is not loaded: save it "
+                "first, or split it by accelerate launch"
             )
 
     def distributed_config(self) -> DistributedConfig | None:
-        """How transformers splits the model when it loads it, None if it does not.
+        """Returns how transformers splits the model while loading it, or None to load it whole.
 
         Raises:
             UserError: if the sizes do not fit each other; the message is transformers' own.
@@ -114,50 +127,59 @@ class ModelArguments:
         sizes = {"fsdp_size": self.fsdp_size, "tp_size": self.tp_size, "ep_size": self.ep_size}
         try:
             return DistributedConfig(**sizes) if max(sizes.values()) > 1 else None
-        except (TypeError, ValueError) as error:  # a TypeError where transformers is too old for one of them
+        except (
+            TypeError,
+            ValueError,
+        ) as error:  # older releases of transformers raise TypeError for a size that they do not know
             raise UserError(f"fsdp_size, tp_size, ep_size: {error}") from error
 
     def frozen_experts(self) -> list[int]:
-        """Ids of the experts to freeze.
+        """Returns the ids of the experts to freeze.
 
         Raises:
-            UserError: if `freeze_experts` is no list of ids and ranges of them.
+            UserError: if `freeze_experts` is not a list of ids and ranges of ids.
         """
         ids = []
         for part in self.freeze_experts.split(",") if self.freeze_experts is not None else []:
             ends = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip())
             new = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
             if not new:
-                raise UserError(f"freeze_experts {self.freeze_experts!r} is no list of experts: write 0-7 or 0,2,5-6")
+                raise UserError(
+                    f"freeze_experts {self.freeze_experts!r} is not a list of experts: write 0-7 or 0,2,5-6"
+                )
             ids += new
         return ids
 
 
 @dataclass
 class LoraArguments:
-    """Which weights get a low-rank update, for `--method lora`."""
+    """The low-rank updates of `--method lora`."""
 
-    lora_r: int = field(default=16, metadata={"help": "rank"})
+    lora_r: int = field(default=16, metadata={"help": "rank of the updates"})
     lora_rank_per: str = field(
-        default="expert", metadata={"help": "expert: each has that rank; token: a token's experts have it together"}
+        default="expert",
+        metadata={"help": "expert: each expert's update has rank lora_r; token: the experts of a token share it"},
     )
-    lora_alpha: int = field(default=32, metadata={"help": "the update is scaled by lora_alpha / lora_r"})
+    lora_alpha: int = field(default=32, metadata={"help": "updates are scaled by lora_alpha / lora_r"})
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], metadata={"help": "linear layers"}
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
+        metadata={"help": "names of linear layers to update"},
     )
-    lora_dropout: float = field(default=0.0, metadata={"help": "on the input of each update, the experts' included"})
-    use_rslora: bool = field(default=False, metadata={"help": "scale by lora_alpha / sqrt(lora_r) instead"})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "dropout on the input of each update, experts included"}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "scale updates by lora_alpha / sqrt(lora_r) instead"})
     lora_experts: bool = field(default=True, metadata={"help": "update the routed experts"})
     lora_shared: bool = field(default=False, metadata={"help": "update the shared experts"})
-    lora_router: bool = field(default=True, metadata={"help": "train the routers, in full: they are small"})
-    merge_lora: bool = field(default=True, metadata={"help": "save the merged model rather than the adapter"})
+    lora_router: bool = field(default=True, metadata={"help": "train all weights of the routers, which are small"})
+    merge_lora: bool = field(default=True, metadata={"help": "save the merged model instead of the adapter"})
 
     def __post_init__(self):
         if self.lora_r < 1:
             raise UserError(f"lora_r is {self.lora_r}: it must be at least 1")
 
-    def config(self, model: nn.Module) -> LoraConfig:
-        """PEFT's configuration for `model`: [`~modeling_moe.lora.moe_lora_config`]."""
+    def config(self, model: PreTrainedModel) -> LoraConfig:
+        """Returns PEFT's configuration for `model`, made by [`~modeling_moe.lora.moe_lora_config`]."""
         targets = tuple(f".{target}" for target in self.lora_target_modules)
         if targets and not any(name.endswith(targets) for name, _ in model.named_modules()):
             names = " ".join(self.lora_target_modules)
@@ -178,18 +200,18 @@ class LoraArguments:
 
 @dataclass
 class FinetuneArguments(TrainingArguments):
-    """transformers' [`~transformers.TrainingArguments`] that log early."""
+    """transformers' [`~transformers.TrainingArguments`] with a log line after the first step, and checked values."""
 
     logging_first_step: bool = field(default=True, metadata={"help": "log the first step's loss"})
-    logging_steps: float = field(default=10, metadata={"help": "steps between two log lines"})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "log the mean loss in place of NaN"})
+    logging_steps: float = field(default=10, metadata={"help": "optimizer steps between two log lines"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "log the mean loss instead of NaN"})
 
     def __post_init__(self):
         if self.output_dir is None:
             raise UserError("output_dir is missing: name the folder for the result and its checkpoints")
         self._check_ranges()
         if "activation_checkpointing" in (new := {f.name for f in fields(self)}):
-            # from transformers 5.24 on the recipes' names warn, and before it there are no others
+            # transformers 5.24 warns of the recipes' names, and older releases know no others
             for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
                 if (to := name.replace("gradient", "activation")) in new and getattr(self, to) is None:
                     setattr(self, to, getattr(self, name))
@@ -200,12 +222,12 @@ class FinetuneArguments(TrainingArguments):
             if "bf16" not in str(error):
                 raise
             raise UserError(
-                "bf16 true asks for a GPU that has bfloat16: add --use_cpu true to have it on the CPU"
+                "bf16 true needs a GPU with bfloat16: add --use_cpu true to use bfloat16 on the CPU"
             ) from error
         if self.device.type == "cpu":
-            # torch warns that it pins memory for an accelerator alone, once for each loader
+            # torch warns for each loader that memory is only pinned for an accelerator
             self.dataloader_pin_memory = False
-        # a tracker takes the evaluation after training for another run, unless both have a name
+        # without a name, a tracker would take the evaluation after training for another run
         self.run_name = self.run_name or self.output_dir
 
     def _check_ranges(self) -> None:
@@ -215,7 +237,7 @@ class FinetuneArguments(TrainingArguments):
                 limit = "a finite number" if below == math.inf else f"below {below:g}"
                 raise UserError(f"{name} is {value}: it must be at least {least:g} and {limit}")
         if self.label_names not in (None, ["labels"]):
-            raise UserError(f"label_names is {self.label_names}: leave it away, for the column is labels")
+            raise UserError(f"label_names is {self.label_names}: omit it, since the column is called labels")
         for name in FILES_OR_JSON:
             value = getattr(self, name, None)
             if not isinstance(value, str):
@@ -224,6 +246,6 @@ class FinetuneArguments(TrainingArguments):
                 try:
                     json.loads(value)
                 except ValueError as error:
-                    raise UserError(f"{name} is no JSON: {error}") from error
+                    raise UserError(f"{name} is not JSON: {error}") from error
             elif not Path(value).is_file():
                 raise UserError(f"{name} {value} does not exist: give the path of a JSON file, or JSON in braces")

@@ -1,6 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a `Trainer` has to do for a Mixture of Experts beyond computing the loss, done by a callback that every `Trainer`
-has once this module is imported."""
+"""This module holds the callbacks that a `Trainer` needs to train a Mixture of Experts beyond computing the loss."""
 
 from contextlib import ExitStack
 
@@ -21,12 +20,12 @@ def _set_router_loss_scale(model: nn.Module, scale: float) -> None:
 
 
 def micro_batches(accumulation_steps: int, step: int, batches: int | None) -> int:
-    """Micro-batches of a `Trainer`'s optimizer step: an epoch's last step takes what is left.
+    """Returns the number of micro-batches of a `Trainer`'s optimizer step; the last step of an epoch may have fewer.
 
     Args:
-        accumulation_steps: micro-batches of any other step.
-        step: number of optimizer steps before, over all epochs.
-        batches: micro-batches of an epoch; None if nobody knows.
+        accumulation_steps: micro-batches of every other step.
+        step: number of earlier optimizer steps, over all epochs.
+        batches: micro-batches of an epoch; None if unknown.
     """
     if not batches:
         return accumulation_steps
@@ -36,33 +35,36 @@ def micro_batches(accumulation_steps: int, step: int, batches: int | None) -> in
 
 
 class MoECallback(TrainerCallback):
-    """Balances the experts' load without gradient, and gives router losses that attach themselves the trainer's factors.
+    """Steps the routers' controllers, scales attached router losses, and lets `Trainer` resume transformers' MoE
+    models.
 
-    After each optimizer step it steps the routers' controllers, which move selection biases, thresholds and the like
-    ([`~modeling_moe.router_balancing.update_routers`]).
-    Router losses attach themselves where the trainer computes the loss without our head (label smoothing, TRL). What a
-    trainer multiplies its own loss by does not reach them, so it is set before each step: 1 over the step's number of
-    micro-batches, and the scale of fp16 training (not DeepSpeed's own). So a step's gradient is the mean over its
-    sequences, however micro-batches of equally many sequences split it.
-    Both reach through PEFT, DDP and FSDP wrappers, and do nothing to a model without experts.
-    The model's `load_state_dict` takes the names that its checkpoints have on disk ([`~modeling_moe.training.restoring`]), so
-    that resuming and `load_best_model_at_end` give transformers' own models their experts and routers, from one file or
-    shards; what a checkpoint lacks is an error.
+    Controllers: after each optimizer step the callback calls [`~modeling_moe.router_balancing.update_routers`], which
+    moves selection biases, thresholds and the like.
 
-    `import modeling_moe.training` gives one to each `Trainer` made after, TRL's included. To pass one by hand changes
-    nothing.
+    Attached router losses: where a trainer computes the loss without the model's head (TRL, label smoothing), router
+    losses attach themselves to the hidden states, and the factors on the trainer's loss do not reach them. The
+    callback sets these factors before each step: 1 over the number of micro-batches, and the loss scale of fp16
+    training (but not DeepSpeed's). The gradient of a step is then the mean over its sequences, for every split into
+    micro-batches of equally many sequences.
+
+    Resuming: the model's `load_state_dict` takes the names that the model's checkpoints have on disk
+    ([`~modeling_moe.training.restoring`]). Resuming and `load_best_model_at_end` then load the experts and routers of
+    transformers' own models too, from one file or from shards. A checkpoint that lacks a tensor is an error.
+
+    The callback works through PEFT, DDP and FSDP wrappers, and does nothing for a model without experts. A second one
+    in the same `Trainer` has no effect. [`~modeling_moe.training.enable`] gives one to each `Trainer` made later.
 
     Example:
-        >>> import modeling_moe.training
-        >>> trainer = Trainer(model=model, args=args, train_dataset=dataset)
+        >>> from modeling_moe.training import MoECallback
+        >>> trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[MoECallback()])
     """
 
     def on_init_end(self, args, state, control, **kwargs):
-        """Lets the model load what its checkpoints hold."""
+        """Lets the model load the names of its checkpoints."""
         load_from_disk_names(kwargs["model"])
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Refuses to go on from a checkpoint that was not loaded whole."""
+        """Refuses to go on from a checkpoint of which a tensor is missing."""
         hook, resumed = restore_hook(kwargs["model"]), state.global_step > 0
         if hook is not None:
             hook.finish(whole=resumed)
@@ -72,7 +74,7 @@ class MoECallback(TrainerCallback):
             )
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Scales the router losses of one micro-batch, and forgets what an abandoned step has counted."""
+        """Scales the router losses of one micro-batch, and drops the counts of an abandoned step."""
         forget_counts(kwargs["model"])
         loader = kwargs["train_dataloader"]
         batches = len(loader) if has_length(loader) else None
@@ -87,25 +89,48 @@ class MoECallback(TrainerCallback):
         update_routers(kwargs["model"])
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Takes the scale back, and refuses a best checkpoint that was not loaded whole."""
+        """Sets the scale to 1 again, and refuses a best checkpoint of which a tensor is missing."""
         _set_router_loss_scale(kwargs["model"], 1.0)
         hook = restore_hook(kwargs["model"])
         if hook is not None:
             hook.finish(whole=args.load_best_model_at_end and state.best_model_checkpoint is not None)
 
 
-class DefaultMoECallback(MoECallback):
-    """The one that every `Trainer` has; `Trainer.remove_callback` takes it away."""
+# transformers' annotation is narrower than its use: `Trainer` takes every TrainerCallback class in this list
+_DEFAULTS: list[type[TrainerCallback]] = DEFAULT_CALLBACKS  # pyrefly: ignore[bad-assignment]
+
+
+def is_enabled() -> bool:
+    """Returns whether each new `Trainer` gets a [`MoECallback`]."""
+    return MoECallback in _DEFAULTS
+
+
+def enable() -> None:
+    """Gives each `Trainer` that is made from now on a [`MoECallback`]; a second call does nothing.
+
+    Example:
+        >>> import modeling_moe.training
+        >>> modeling_moe.training.enable()
+    """
+    if not is_enabled():
+        _DEFAULTS.append(MoECallback)
+
+
+def disable() -> None:
+    """Gives a `Trainer` that is made from now on no callback of this package; existing ones keep theirs."""
+    if is_enabled():
+        _DEFAULTS.remove(MoECallback)
 
 
 class CastOnceCallback(TrainerCallback):
     """Casts experts in fp32 to the dtype of autocast once per optimizer step, for all its micro-batches, on a GPU.
 
-    It opens [`~modeling_moe.dispatch.backends.triton.casting.cast_once`], which says what that costs, and closes it before the optimizer
-    steps. Neither torch.compile's CUDA graphs nor FSDP or DeepSpeed should have it: their matrices live elsewhere in each step.
+    The callback opens [`~modeling_moe.dispatch.backends.triton.casting.cast_once`], whose documentation gives the cost
+    in memory, and closes it before the optimizer step. Do not use it with CUDA graphs of torch.compile, FSDP or
+    DeepSpeed, which move the matrices in each step.
 
     Example:
-        >>> from modeling_moe.training.callbacks import CastOnceCallback
+        >>> from modeling_moe.training import CastOnceCallback
         >>> trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[CastOnceCallback()])
     """
 
@@ -113,22 +138,18 @@ class CastOnceCallback(TrainerCallback):
         self._step = ExitStack()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Opens it, and closes that of a step which an exception cut short."""
+        """Starts to keep copies, after dropping those of a step that an exception has cut short."""
         self.close()
         self._step.enter_context(cast_once())
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Closes it."""
+        """Drops the copies."""
         self.close()
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Closes it."""
+        """Drops the copies."""
         self.close()
 
     def close(self) -> None:
-        """Drops the copies, where training ends by an exception, of which a `Trainer` tells no callback."""
+        """Drops the copies; call it when an exception ends training, since `Trainer` then calls no callback."""
         self._step.close()
-
-
-if DefaultMoECallback not in DEFAULT_CALLBACKS:
-    DEFAULT_CALLBACKS.append(DefaultMoECallback)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Fine-tuning by transformers' `Trainer`: all weights, some of them, or LoRA by PEFT."""
+"""This module fine-tunes a causal LM with transformers' `Trainer`: all weights, one part of them, or LoRA by PEFT."""
 
 import logging
 import math
@@ -25,26 +25,32 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..data.documents import DataArguments, load_and_pack
-from ..evaluation.expert_load import active_share
-from ..lora.sharding import full_shape
+from ..data import DataArguments, load_and_pack
+from ..evaluation import active_share
+from ..lora import full_shape
 from ..utils.errors import UserError
 from ..utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
 from .arguments import LoraArguments, ModelArguments
-from .callbacks import CastOnceCallback
+from .callbacks import CastOnceCallback, MoECallback, is_enabled
 from .freezing import FreezeExpertsCallback
 from .interruption import SaveOnInterrupt
 from .nan_stop import NanStopMixin
 from .presets import is_preset, new_model, preset_config
 from .record import write_record
 from .resume_state import read_trainer_state
-from .resuming import WholeCheckpointsTrainer, checkpoint_to_resume, discard_checkpoints, save_result
+from .resuming import (
+    WholeCheckpointsTrainer,
+    checkpoint_to_resume,
+    discard_checkpoints,
+    output_folder,
+    save_result,
+)
 from .sharded import ShardedResumeMixin, is_split
 
 
 logger = logging.getLogger(__name__)
 
-# part of a model -> names of its parameters
+# part of a model -> pattern of the names of its parameters
 PARTS = {
     "router": re.compile(r"\.(gate|router)\."),
     "attention": re.compile(r"\.(self_attn|self_attention|attention|attn)\."),
@@ -54,18 +60,18 @@ PARTS = {
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run did.
+    """The result of a training run.
 
     Attributes:
-        steps: optimizer steps, those before a resumption included.
-        processes: how many trained, each on batches of its own unless the model was split over them.
-        trained_params: parameters that were trained.
-        first_loss: mean of the first quarter of the training losses logged, nats per token, router losses included;
-            NaN if none was.
-        last_loss: mean of the last quarter.
-        eval_loss: cross entropy on each domain's held-out text.
+        steps: number of optimizer steps, including those before a resumption.
+        processes: number of processes that trained.
+        trained_params: number of parameters that were trained.
+        first_loss: mean of the first quarter of the logged training losses in nats per token, with router losses; NaN
+            if no loss was logged.
+        last_loss: mean of the last quarter of the logged training losses.
+        eval_loss: cross entropy in nats per token on the held-out text of each domain.
         seconds: wall time of the training.
-        tokens_per_second: tokens of all ranks over that time.
+        tokens_per_second: tokens of all processes divided by `seconds`.
     """
 
     steps: int
@@ -79,15 +85,14 @@ class FinetuneResult:
 
 
 class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer):
-    """transformers' `Trainer` that stops at NaN, and whose checkpoints are enough to resume and tell whether they are
-    whole."""
+    """transformers' `Trainer` that stops at NaN, and resumes from complete checkpoints only, of split models too."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Counts of an MoE's experts those that a token is sent to; transformers' own count takes all of them."""
+        """Counts the experts that a token is sent to; transformers counts all experts."""
         return round(super().floating_point_ops(inputs) * active_share(self.model))
 
     def create_optimizer(self, *args, **kwargs):
-        """Makes the optimizer; a [`UserError`] if it cannot be made."""
+        """Makes the optimizer, and raises UserError if that fails."""
         try:
             return super().create_optimizer(*args, **kwargs)
         except (ImportError, TypeError, ValueError) as error:
@@ -95,7 +100,7 @@ class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer)
             raise UserError(f"optim {name} cannot be used: {error}") from error
 
     def create_scheduler(self, *args, **kwargs):
-        """Makes the schedule of the learning rate; a [`UserError`] if it lacks what it needs."""
+        """Makes the learning-rate schedule, and raises UserError if that fails."""
         try:
             return super().create_scheduler(*args, **kwargs)
         except (TypeError, ValueError) as error:
@@ -105,7 +110,7 @@ class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer)
             ) from error
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Evaluates; of several domains it adds the mean of their losses, by which the best checkpoint is chosen."""
+        """Evaluates each domain, and adds the mean of the domains' losses, which chooses the best checkpoint."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         domains = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(domains, dict):
@@ -116,24 +121,24 @@ class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer)
 
 
 class ScheduleCallback(TrainerCallback):
-    """Says that a resumed run goes on with another learning rate than the run that it resumes would have had."""
+    """Warns if a resumed run follows another learning-rate schedule than the run before."""
 
     def __init__(self, checkpoint: str):
         self._before = read_trainer_state(checkpoint)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Compares the last steps of both."""
+        """Compares the last steps of both runs."""
         constant = str(args.lr_scheduler_type) in ("constant", "SchedulerType.CONSTANT", "constant_with_warmup")
         if state.max_steps != self._before.max_steps and not constant and state.is_world_process_zero:
             logger.warning(
-                f"The run that is resumed was to end at step {self._before.max_steps} and this one ends at "
-                f"{state.max_steps}: from here on the learning rate follows another schedule, and the result is not that of a "
-                "run in one piece."
+                f"The resumed run was planned to end at step {self._before.max_steps}, and this run ends at "
+                f"{state.max_steps}: the learning rate follows another schedule, and the result differs from that of an "
+                "uninterrupted run."
             )
 
 
 class LogAtCheckpoints(TrainerCallback):
-    """Logs the loss whenever a checkpoint is saved, for the mean since the last log line is not in it."""
+    """Logs the loss whenever a checkpoint is saved, since a checkpoint holds logged losses only."""
 
     def on_step_end(self, args, state, control, **kwargs):
         """Logs before the checkpoint is saved."""
@@ -145,7 +150,7 @@ class LogAtCheckpoints(TrainerCallback):
 
 
 def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """How many parameters are trained and how many there are, by the part of the model that they belong to."""
+    """Returns the numbers of trained and of all parameters for each part of the model."""
     counts = {}
     for name, parameter in model.named_parameters():
         group = next((part for part, pattern in PARTS.items() if pattern.search(name)), "others")
@@ -165,12 +170,12 @@ def _train_only(model: nn.Module, part: str) -> None:
 def _add_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
     if getattr(model.config, "controller", None) and not args.lora_router:
         raise UserError(
-            "lora_router false would lose what the routers' controller moves in training: set lora_router true"
+            "lora_router false would lose the selection biases that the routers' controller moves: set lora_router true"
         )
     adapted = get_peft_model(model, args.config(model))
     for config in adapted.peft_config.values():
         if config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
-            # an adapter may be loaded from any folder
+            # the adapter may be loaded from another working directory
             config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
     return adapted
 
@@ -184,7 +189,7 @@ def _load_for_training(
 ) -> PreTrainedModel | PeftModel:
     source, split = model_args.model_name_or_path, model_args.distributed_config()
     if resume is not None and split is not None and (Path(resume) / "config.json").is_file():
-        # `Trainer` loads no weights into a model that is split already
+        # `Trainer` loads no weights into a split model
         source = resume
     dtype, trust = model_args.dtype or "auto", model_args.trust_remote_code
     if is_preset(source):
@@ -204,7 +209,7 @@ def _check_processes(args: TrainingArguments, model_args: ModelArguments) -> Non
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and args.world_size == 1:
         raise UserError(
-            f"{launched} processes were started, and each would train alone, for there is no GPU: add --use_cpu true"
+            f"{launched} processes were started without a GPU, and each would train alone: add --use_cpu true"
         )
     needed = model_args.fsdp_size * model_args.tp_size
     if needed not in (1, args.world_size):
@@ -219,8 +224,7 @@ def _check_dtypes(trainer: Trainer, model: PreTrainedModel | PeftModel) -> None:
     mixed_precision = trainer.args.bf16 or trainer.args.fp16
     if trainer.is_fsdp_enabled and len(dtypes) > 1 and not mixed_precision:
         raise UserError(
-            "dtype: FSDP trains the weights of a layer in one dtype, and routers stay in float32: leave dtype away, or set "
-            "bf16 true"
+            "dtype: FSDP trains the weights of a layer in one dtype, and routers stay in float32: omit dtype, or set bf16 true"
         )
 
 
@@ -233,14 +237,14 @@ def _check_report_to(args: TrainingArguments) -> None:
 
 
 def _casts_once(trainer: Trainer, model: nn.Module) -> bool:
-    """Whether the experts' copies under autocast can be shared by a whole step."""
+    """Returns whether all micro-batches of a step can share the experts' copies under autocast."""
     args = trainer.args
     splits = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_split(model)
     return (args.bf16 or args.fp16) and args.device.type == "cuda" and not splits and not args.torch_compile
 
 
 def _train(trainer: Trainer, model: nn.Module, resume: str | None) -> dict[str, float]:
-    """Trains, and returns the metrics of that."""
+    """Trains, and returns the trainer's metrics."""
     casting, stopping = CastOnceCallback(), SaveOnInterrupt()
     trainer.add_callback(stopping)
     if _casts_once(trainer, model):
@@ -254,8 +258,8 @@ def _train(trainer: Trainer, model: nn.Module, resume: str | None) -> dict[str, 
         casting.close()
     if trainer.state.global_step == 0:
         raise UserError(
-            "no step was trained, so nothing is saved: set num_train_epochs or max_steps above 0, and give more text than one "
-            "batch if dataloader_drop_last is true"
+            "no step was trained, so nothing is saved: set num_train_epochs or max_steps above 0, and give more text than "
+            "one batch if dataloader_drop_last is true"
         )
     return metrics
 
@@ -279,10 +283,10 @@ def _make_trainer(
             eval_dataset=held_out or None,
             processing_class=tokenizer,
             data_collator=default_data_collator,
-            callbacks=[LogAtCheckpoints(), *callbacks],
+            callbacks=[*([] if is_enabled() else [MoECallback()]), LogAtCheckpoints(), *callbacks],
         )
     except (ValueError, ImportError) as error:
-        # arguments that do not go together, or a package that is not installed; the message is transformers' own
+        # conflicting arguments or a missing package; the message is transformers' own
         raise UserError(str(error)) from error
     _check_dtypes(trainer, model)
     return trainer
@@ -291,7 +295,7 @@ def _make_trainer(
 def _check_merge(trainer: Trainer, model: nn.Module, merge: bool) -> None:
     if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_split(model)):
         raise UserError(
-            "merge_lora true cannot merge a model that is split over ranks: set merge_lora false, and merge the adapter "
+            "merge_lora true cannot merge a model that is split over processes: set merge_lora false, and merge the adapter "
             "by scripts/merge_adapter.py afterwards"
         )
 
@@ -299,7 +303,7 @@ def _check_merge(trainer: Trainer, model: nn.Module, merge: bool) -> None:
 def _save(
     trainer: FinetuneTrainer, tokenizer: PreTrainedTokenizerBase, merge: bool, model_args: ModelArguments
 ) -> None:
-    # `Trainer` turns it off for checkpointing, in the checkpoints that a run resumes from too
+    # `Trainer` turns the cache off for checkpointing, and a resumed run has read the changed config.json
     source = model_args.model_name_or_path
     read_config = preset_config if is_preset(source) else load_config
     config: Any = read_config(source, trust_remote_code=model_args.trust_remote_code)
@@ -323,6 +327,23 @@ def _result(trainer: Trainer, trained: int, eval_loss: dict[str, float], max_len
     )
 
 
+def _load_data(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """Returns the blocks to train on, and the held-out blocks of each domain."""
+    seed = args.data_seed or args.seed
+    with args.main_process_first(desc="data"):
+        return load_and_pack(data_args, tokenizer, model_args.eval_fraction, seed)
+
+
+def _evaluate(trainer: FinetuneTrainer, held_out: dict[str, Dataset]) -> dict[str, float]:
+    """Returns the cross entropy on the held-out blocks of each domain, in nats per token."""
+    losses = {}
+    for name, blocks in held_out.items():
+        losses[name] = trainer.evaluate(blocks, metric_key_prefix=f"eval_{name}")[f"eval_{name}_loss"]
+    return losses
+
+
 def finetune(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -330,53 +351,49 @@ def finetune(
     args: TrainingArguments,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> FinetuneResult:
-    """Trains, and saves the model with its tokenizer in `args.output_dir`; the same result for the same seed.
+    """Trains a model, and saves it with its tokenizer in `args.output_dir`. Equal seeds give equal results.
 
-    A run that was cut short goes on from its last whole checkpoint as if it had not been: the same losses and weights, to
-    the last bit where the device's kernels give the same result twice.
+    An interrupted run continues from its last complete checkpoint with the losses and weights of an uninterrupted run,
+    bit for bit where the device's kernels are deterministic.
 
     Args:
-        model_args: what to train.
-        data_args: on what.
-        lora_args: for `method="lora"`.
-        args: how; `resume_from_checkpoint="true"` resumes from the last checkpoint.
-        callbacks: more callbacks for the trainer.
+        model_args: the model, and the weights to train.
+        data_args: the data.
+        lora_args: the adapter, for `method="lora"`.
+        args: the training; `resume_from_checkpoint="true"` resumes from the last checkpoint.
+        callbacks: further callbacks for the trainer.
 
     Raises:
-        UserError: for an argument that cannot work, before anything is written.
-        NonFiniteError: at the first loss or gradient that is not finite, a `UserError` too.
-        Interrupted: after Ctrl-C or SIGTERM in training, when the step is done and a checkpoint of it saved.
+        UserError: if an argument cannot work, before anything is written.
+        NonFiniteError: at the first loss or gradient that is not finite; a subclass of UserError.
+        Interrupted: after Ctrl-C or SIGTERM in training, when the step is complete and a checkpoint is saved.
     """
     _check_processes(args, model_args)
     if args.gradient_checkpointing and args.ddp_find_unused_parameters is None:
-        # as `Trainer` chooses for a model without an adapter: DDP cannot look for them in reentrant checkpointing
+        # `Trainer` chooses this without an adapter: DDP cannot find unused parameters under reentrant checkpointing
         args.ddp_find_unused_parameters = False
     resume = checkpoint_to_resume(args, model_args)
     _check_report_to(args)
     trust = model_args.trust_remote_code
     tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path, trust_remote_code=trust)
-    with args.main_process_first(desc="data"):
-        train, held_out = load_and_pack(data_args, tokenizer, model_args.eval_fraction, args.data_seed or args.seed)
+    train, held_out = _load_data(model_args, data_args, args, tokenizer)
     set_seed(args.seed)
     model = _load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume, tokenizer)
     refuse_misfit(tokenizer, model)
     refuse_longer(model, data_args.max_length, f"max_length is {data_args.max_length}")
-    more = [*callbacks, *([FreezeExpertsCallback(model_args.frozen_experts())] if model_args.freeze_experts else [])]
-    trainer = _make_trainer(
-        model, args, train, held_out, tokenizer, [*more, *([ScheduleCallback(resume)] if resume else [])]
-    )
+    freezing = [FreezeExpertsCallback(model_args.frozen_experts())] if model_args.freeze_experts else []
+    schedule = [ScheduleCallback(resume)] if resume else []
+    trainer = _make_trainer(model, args, train, held_out, tokenizer, [*callbacks, *freezing, *schedule])
     merge = model_args.method == "lora" and lora_args.merge_lora
     _check_merge(trainer, model, merge)
     if resume is None and args.should_save:
-        discard_checkpoints(Path(args.output_dir))
+        discard_checkpoints(output_folder(args))
     trained = sum(trained for trained, _ in trained_parameters(model).values())
     metrics = _train(trainer, model, resume)
     trainer.check_weights()
-    eval_loss = {}
-    for name, blocks in held_out.items():
-        eval_loss[name] = trainer.evaluate(blocks, metric_key_prefix=f"eval_{name}")[f"eval_{name}_loss"]
+    eval_loss = _evaluate(trainer, held_out)
     _save(trainer, tokenizer, merge, model_args)
     if args.should_save:
         tokens = round((trainer.state.epoch or 0) * len(train)) * data_args.max_length
-        write_record(Path(args.output_dir), model_args, data_args, args, trainer.state.global_step, tokens, eval_loss)
+        write_record(output_folder(args), model_args, data_args, args, trainer.state.global_step, tokens, eval_loss)
     return _result(trainer, trained, eval_loss, data_args.max_length, metrics)

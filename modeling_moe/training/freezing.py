@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Training some experts of a layer and leaving the others as they are, although one tensor holds them all."""
+"""This module freezes some experts of a layer, although one tensor holds all experts of the layer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,20 +12,19 @@ from transformers import TrainerCallback
 from ..utils.errors import UserError
 
 
-# parameters of a router that have one row for each expert
+# names of router parameters with one row for each expert
 _ROUTER_ROWS = ("weight", "bias", "noise_weight")
 
 
 class FrozenExperts:
-    """Experts that training does not change, by hooks on their gradients and a copy of their weights; see
-    [`freeze_experts`]."""
+    """Keeps experts frozen by hooks on their gradients and a copy of their weights; [`freeze_experts`] makes one."""
 
     def __init__(self, parameters: list[nn.Parameter], experts: list[int]):
         self._rows = [torch.tensor(experts, device=parameter.device) for parameter in parameters]
         self._parameters = parameters
         self._copies = [p.detach()[rows] for p, rows in zip(parameters, self._rows, strict=True)]
         self._hooks = [
-            # on the leaf, so that DDP reduces, and clipping and accumulation see, zeros
+            # a hook on the parameter itself, so that DDP, clipping and accumulation see zeros
             p.register_hook(lambda grad, rows=rows: grad.index_fill(0, rows, 0))
             for p, rows in zip(parameters, self._rows, strict=True)
             if p.requires_grad
@@ -33,7 +32,10 @@ class FrozenExperts:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undoes what weight decay, momentum or a step that mixes rows did to the experts: call it after each step."""
+        """Puts the experts' weights back, which weight decay, momentum or a step that mixes rows may have changed.
+
+        Call it after each optimizer step.
+        """
         for parameter, rows, copy in zip(self._parameters, self._rows, self._copies, strict=True):
             parameter.index_copy_(0, rows, copy)
 
@@ -45,26 +47,27 @@ class FrozenExperts:
 
 
 def freeze_experts(model: nn.Module, experts: Iterable[int], router: bool = False) -> FrozenExperts:
-    """Keeps experts of every sparse layer as they are, to the last bit, whatever the optimizer does.
+    """Freezes experts of every sparse layer, bit for bit, under any optimizer.
 
-    Their gradients become 0, so that they count for nothing in gradient clipping. An optimizer may still move them: by
-    weight decay, by momentum of an earlier phase, by steps that mix rows (Muon). Therefore their weights are kept once
-    more, on their device, and put back after each step.
+    The gradients of the experts become 0, so gradient clipping ignores them. An optimizer may still move the weights,
+    by weight decay, by momentum of an earlier phase, or by steps that mix rows (Muon). A copy of the weights on the
+    same device is therefore put back after each step.
 
     Args:
-        model: any whose sparse blocks have `experts`, with parameters (E, ...), and `gate`; wrapped by DDP or not.
-            Neither FSDP, ZeRO-3 nor expert parallelism, which split the experts' tensors. LoRA leaves all experts as
-            they are but adds to each: merge it before.
-        experts: ids, such as `range(8)` for those there were before [`~modeling_moe.resizing.growth.grow`].
-        router: freeze their rows of the routers too; not the selection bias, which belongs to its controller. A
-            token's choice still moves with the other rows.
+        model: any model whose sparse blocks have `experts` with parameters (E, ...), and `gate`; DDP may wrap it.
+            FSDP, ZeRO-3 and expert parallelism split these parameters and are not supported. Merge LoRA adapters
+            first.
+        experts: ids of the experts, such as `range(8)` for those before [`~modeling_moe.resizing.growth.grow`].
+        router: freeze the experts' rows of the routers too, but not the selection bias, which the controller moves.
+            The choice of a token may still change, with the other rows.
 
     Returns:
-        Call its `restore` after each `optimizer.step()`. In a `Trainer` [`FreezeExpertsCallback`] does all of this.
+        An object whose `restore` must be called after each `optimizer.step()`. In a `Trainer`,
+        [`FreezeExpertsCallback`] does all of this.
 
     Raises:
-        UserError: if there is no such expert, FSDP or ZeRO-3 has split the experts, or `router=True` meets a router that
-            has not one row for each expert.
+        UserError: if an id is out of range, FSDP or ZeRO-3 has split the experts, or `router=True` meets a router
+            without one row for each expert.
 
     Example:
         >>> frozen = freeze_experts(model, range(8))
@@ -90,7 +93,7 @@ def freeze_experts(model: nn.Module, experts: Iterable[int], router: bool = Fals
             if router:
                 parameters += _router_rows(block.gate, len(weights[0]))
     if not parameters:
-        raise UserError("the model has no experts to freeze: it needs sparse layers")
+        raise UserError("the model has no experts to freeze: freeze_experts needs sparse layers")
     return FrozenExperts(parameters, experts)
 
 
@@ -98,14 +101,14 @@ def _router_rows(gate: nn.Module, num_experts: int) -> list[nn.Parameter]:
     rows = [parameter for name, parameter in gate.named_parameters(recurse=False) if name in _ROUTER_ROWS]
     outputs = getattr(gate, "num_outputs", num_experts)
     if not rows or any(len(parameter) != outputs for parameter in rows):
-        raise UserError(f"{type(gate).__name__} has not one row for each expert: set router=False")
+        raise UserError(f"{type(gate).__name__} does not have one row for each expert: set router=False")
     return rows
 
 
 class FreezeExpertsCallback(TrainerCallback):
-    """Freezes experts while a `Trainer` trains; see [`freeze_experts`] for the arguments and limits.
+    """Freezes experts while a `Trainer` trains; the arguments and limits are those of [`freeze_experts`].
 
-    What is kept is what the model has when training begins, after a checkpoint to resume from is loaded.
+    The frozen weights are those at the beginning of training, after a checkpoint to resume from was loaded.
 
     Example:
         >>> trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[FreezeExpertsCallback(range(8))])
@@ -115,7 +118,7 @@ class FreezeExpertsCallback(TrainerCallback):
         self.experts, self.router = list(experts), router
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Freezes."""
+        """Freezes the experts."""
         self.frozen = freeze_experts(kwargs["model"], self.experts, self.router)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -123,5 +126,5 @@ class FreezeExpertsCallback(TrainerCallback):
         self.frozen.restore()
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Lets them train again."""
+        """Lets the experts train again."""
         self.frozen.release()

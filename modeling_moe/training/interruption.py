@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Ctrl-C, and the signal that a scheduler sends before it takes a machine away, end training with a whole checkpoint."""
+"""This module ends training with a complete checkpoint after Ctrl-C, or after the SIGTERM of a cluster's scheduler."""
 
 import os
 import signal
@@ -18,14 +18,15 @@ from ..utils.errors import Interrupted
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# torchrun passes a terminal's Ctrl-C, which has reached its processes already, on to them, and SIGTERM besides
+# torchrun passes Ctrl-C on to processes that the terminal has already signalled, and sends SIGTERM too
 ECHO_SECONDS = 10.0
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """After the first signal it lets the optimizer step end, saves a checkpoint and raises [`Interrupted`] on all ranks.
+    """Completes the optimizer step after a first signal, saves a checkpoint and raises [`Interrupted`] on all
+    processes.
 
-    A second Ctrl-C stops at once. It listens within [`listening`][SaveOnInterrupt.listening] alone.
+    A second Ctrl-C stops at once. Signals are handled only inside [`listening`][SaveOnInterrupt.listening].
     """
 
     def __init__(self):
@@ -35,7 +36,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals over while the block runs, in the main thread, to which alone Python gives them."""
+        """Handles the signals inside the block, in the main thread, which alone receives signals in Python."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -48,12 +49,12 @@ class SaveOnInterrupt(TrainerCallback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a worker that loads data, which this process ends
+            return  # a forked data-loading worker, which this process ends
         if self._asked is None:
             self._asked = time.monotonic()
             if PartialState().is_local_main_process:
-                # `print` must not be called again while it is interrupted
-                os.write(2, b"\nstopping: the step is finished and saved first; Ctrl-C once more stops at once\n")
+                # the signal may have interrupted `print`, which cannot be entered again
+                os.write(2, b"\nstopping after this step, which is saved first; a second Ctrl-C stops at once\n")
         elif number == signal.SIGINT and not self._is_echo():
             raise KeyboardInterrupt
 
@@ -62,7 +63,7 @@ class SaveOnInterrupt(TrainerCallback):
         return launched and self._asked is not None and time.monotonic() - self._asked < ECHO_SECONDS
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Asks for a checkpoint if any rank was told to stop."""
+        """Asks for a checkpoint if a process has received a signal."""
         asked = torch.tensor(float(self._asked is not None), device=args.device)
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(asked, op=distributed.ReduceOp.MAX)
@@ -70,9 +71,9 @@ class SaveOnInterrupt(TrainerCallback):
         control.should_save = control.should_save or self._stopping
 
     def on_save(self, args, state, control, **kwargs):
-        """Stops, when all ranks have written their part."""
+        """Raises [`Interrupted`] when all processes have written their part."""
         if self._stopping:
             PartialState().wait_for_everyone()
             raise Interrupted(
-                f"step {state.global_step} is saved, go on with the same flags and --resume_from_checkpoint true"
+                f"step {state.global_step} is saved: to go on, add --resume_from_checkpoint true to the flags"
             )

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""A configuration file alone becomes a model with new random weights, to be trained from scratch."""
+"""This module makes a model with random weights from a configuration file, to train it from scratch."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def is_preset(name_or_path: str) -> bool:
-    """Whether a name is that of a configuration file, and not of a model."""
+    """Returns whether `name_or_path` names a configuration file rather than a model."""
     return name_or_path.endswith(".json")
 
 
@@ -32,11 +32,11 @@ def preset_config(
 
     Args:
         file: path of a config.json, such as one of configuration/models.
-        tokenizer: if given, the vocabulary's size and the special tokens become those of the tokenizer.
-        trust_remote_code: whether Python code that the file names may run.
+        tokenizer: sets the vocabulary size and the special tokens, if given.
+        trust_remote_code: allows Python code that the file names to run.
 
     Raises:
-        UserError: if there is no such file, or it is no configuration.
+        UserError: if the file does not exist, or is not a configuration.
     """
     if not Path(file).is_file():
         raise UserError(f"model_name_or_path {file} does not exist: correct the path of the configuration")
@@ -47,22 +47,22 @@ def preset_config(
     try:
         return AutoConfig.from_pretrained(file, trust_remote_code=trust_remote_code, **fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"model_name_or_path {file} is no configuration of a causal LM: {error}") from error
+        raise UserError(f"model_name_or_path {file} is not the configuration of a causal LM: {error}") from error
 
 
 def new_model(
     file: str, tokenizer: PreTrainedTokenizerBase, dtype: str = "float32", *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Makes a model with new random weights, the same for the same seed of torch.
+    """Makes a model with random weights; equal seeds of torch give equal weights.
 
     Args:
         file: path of a config.json.
-        tokenizer: its vocabulary and special tokens become the model's.
-        dtype: `float32`, `bfloat16` or `float16`, or `auto` for the configuration's.
-        trust_remote_code: whether Python code that the file names may run.
+        tokenizer: sets the vocabulary size and the special tokens of the model.
+        dtype: `float32`, `bfloat16` or `float16`, or `auto` for the dtype of the configuration.
+        trust_remote_code: allows Python code that the file names to run.
 
     Raises:
-        UserError: if the file is no configuration of a causal LM.
+        UserError: if the file is not the configuration of a causal LM.
     """
     config = preset_config(file, tokenizer, trust_remote_code=trust_remote_code)
     dtype_of_weights = parse_dtype(dtype) or config.dtype or torch.float32

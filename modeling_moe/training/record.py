@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a fine-tuned model was made from, kept beside it for its card: `finetuning.json`, and its source's `conversion.json`."""
+"""This module writes `finetuning.json`, which records how a model was fine-tuned, for the model card."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from ..compatibility import __version__
-from ..data.documents import DataArguments
+from ..data import DataArguments
 from ..utils.atomic import write_text
 from ..utils.lineage import CONVERSION, FINETUNING, hub_name
 from .arguments import ModelArguments
@@ -23,18 +23,18 @@ def write_record(
     tokens: int,
     eval_loss: dict[str, float],
 ) -> None:
-    """Writes `finetuning.json`, and copies a local source's `conversion.json`.
+    """Writes `finetuning.json`, and copies `conversion.json` from the folder of the source model.
 
-    Names are kept as the user gave them, a source in the Hub's cache by its name on the Hub.
+    The record keeps names as the user gave them; a folder in the Hub's cache is recorded by its name on the Hub.
 
     Args:
-        output_dir: where the model was saved.
-        model_args: what was trained.
-        data_args: on what.
-        args: how.
-        steps: optimizer steps, those before a resumption included.
+        output_dir: folder of the saved model.
+        model_args: the model, and the weights that were trained.
+        data_args: the data.
+        args: the training.
+        steps: optimizer steps, including those before a resumption.
         tokens: tokens of all these steps.
-        eval_loss: nats per token of each domain's held-out text.
+        eval_loss: cross entropy in nats per token on the held-out text of each domain.
     """
     source = model_args.model_name_or_path
     record = {
@@ -52,5 +52,5 @@ def write_record(
     if (Path(source) / CONVERSION).is_file():
         shutil.copyfile(Path(source) / CONVERSION, output_dir / CONVERSION)
     else:
-        # of a run that this one has overwritten
+        # the file of a run that this run has overwritten
         (output_dir / CONVERSION).unlink(missing_ok=True)

@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This lets `load_state_dict` take the names and tensors of a checkpoint on disk, whole or shard by shard.
+"""This module lets `load_state_dict` take the names and tensors of a checkpoint on disk, whole or shard by shard.
 
-transformers saves the experts of most models as one tensor each and renames some routers, and undoes both in
-`from_pretrained` alone. A `Trainer` resumes, and loads its best checkpoint, by `load_state_dict(strict=False)`, and would
-go on with other experts and routers.
+transformers saves the experts of most models as one tensor per expert and renames some routers. Only `from_pretrained`
+undoes both. A `Trainer` resumes, and loads its best checkpoint, by `load_state_dict(strict=False)`, which would keep
+the experts and routers that the model has.
 """
 
 import logging
@@ -30,18 +30,18 @@ REPORTS = ("There were missing keys", "There were unexpected keys")
 
 
 class RestoringError(CheckpointError):
-    """A checkpoint that does not give a model all of its tensors; the message names one of those."""
+    """A checkpoint lacks tensors of a model; the message names one of them."""
 
 
 class DiskLayout:
-    """Which tensors on disk make up which tensors of a model, by transformers' own conversions.
+    """Maps tensors on disk to the tensors of a model, by transformers' own conversions.
 
     Attributes:
-        own: the model's tensors, by name, without their data.
-        groups: the names on disk that become one tensor of the model, or a few that belong together; by the first of these.
+        own: the model's tensors by name, without data.
+        groups: for each tensor of the model, or the first of several that are converted together, the names on disk.
 
     Raises:
-        RestoringError: if what the model saves does not give its tensors back.
+        RestoringError: if the conversions do not give the model's tensors back.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -52,14 +52,14 @@ class DiskLayout:
         self._prefix = model.base_model_prefix
         self.own: Tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
         saved: Tensors = dict(revert_weight_conversion(model, self.own))
-        # all at once: a renaming may depend on names that lie in another shard
+        # from all names at once, since a renaming may depend on names in another shard
         self._targets = {name: self._target(name) for name in sorted(saved, key=dot_natural_key)}
         self.groups: dict[str, set[str]] = {}
         for name, (target, _) in self._targets.items():
             self.groups.setdefault(target, set()).add(name)
         made = {name: tensor.shape for name, tensor in self.convert(model, saved).items()}
         if made != {name: tensor.shape for name, tensor in self.own.items()}:
-            raise RestoringError(f"what a {type(model).__name__} saves does not give its tensors back")
+            raise RestoringError(f"the checkpoint names of {type(model).__name__} cannot be converted back")
 
     @property
     def names(self) -> Collection[str]:
@@ -71,9 +71,9 @@ class DiskLayout:
         return (name, None) if target not in self.own and name in self.own else (target, pattern)
 
     def convert(self, model: PreTrainedModel, saved: Tensors) -> Tensors:
-        """The model's tensors that whole groups of tensors on disk make up."""
+        """Converts complete groups of tensors on disk to tensors of the model."""
         made, converters = {}, {}
-        # experts are stacked in the order in which they come, which must be that of their numbers
+        # the converter stacks experts in the order in which it receives them
         for name in sorted(saved, key=dot_natural_key):
             target, pattern = self._targets[name]
             if pattern is None:
@@ -88,9 +88,10 @@ class DiskLayout:
 
 
 class RestoreHook:
-    """A hook of a model's `load_state_dict` that takes what lies on disk, and keeps account of what it has taken.
+    """Converts the tensors that `load_state_dict` receives from names on disk, and remembers which tensors were
+    loaded.
 
-    Experts that lie in several shards wait until all are there. Names that are the model's own pass as they are.
+    Experts of one layer in several shards wait until the last shard arrives. Names of the model itself pass unchanged.
     """
 
     def __init__(self):
@@ -101,17 +102,17 @@ class RestoreHook:
         self._tied: dict[str, str] = {}
 
     def __call__(self, model: PreTrainedModel, state_dict: Tensors, prefix: str, *_) -> None:
-        """Replaces what lies on disk by what the model has, in `state_dict`.
+        """Replaces tensors on disk by tensors of the model, in `state_dict`.
 
         Raises:
-            RestoringError: if transformers' conversions cannot be undone for the model's class.
+            RestoringError: if transformers' conversions cannot be undone for the class of the model.
         """
         given = {name.removeprefix(prefix): name for name in state_dict if name.startswith(prefix)}
         self._own, self._tied = set(model.state_dict()), dict(model.all_tied_weights_keys)
-        TRAINER_LOGGER.addFilter(self.quiet)  # the logger adds it once
+        TRAINER_LOGGER.addFilter(self.quiet)  # the logger ignores a filter that it has
         if not self._own >= given.keys():
             self._layout = self._layout or self._read_layout(model)
-            # names that nobody knows stay, for torch to report them
+            # unknown names stay, so that torch reports them
             self._waiting |= {name: state_dict.pop(given[name]) for name in given if name in self._layout.names}
             whole = [names for names in self._layout.groups.values() if names <= self._waiting.keys()]
             saved = {name: self._waiting.pop(name) for names in whole for name in names}
@@ -126,33 +127,33 @@ class RestoreHook:
             return DiskLayout(model)
         except Exception as error:
             raise RestoringError(
-                f"{type(model).__name__}: its checkpoint's names cannot be turned into the model's ({error}), and a resumed "
-                "run would go on with other experts: load the model itself from the checkpoint, and train it anew"
+                f"{type(model).__name__}: the names of the checkpoint cannot be turned into the model's ({error}), and a "
+                "resumed run would go on with other experts: load the model itself from the checkpoint, and train it anew"
             ) from error
 
     def quiet(self, record: logging.LogRecord) -> bool:
-        """Whether a log record of the trainer's is to be shown: of a load in shards it compares names on disk alone."""
+        """Returns whether to show a log record of the trainer, which reports missing keys for each shard alone."""
         return bool(self._missing()) or not record.getMessage().startswith(REPORTS)
 
     def _missing(self) -> list[str]:
         return sorted(self._own - self._taken - self._tied.keys())
 
     def finish(self, whole: bool) -> None:
-        """Forgets what was taken, after it has looked whether that was enough.
+        """Checks that the loaded checkpoint was complete, and forgets what was loaded.
 
         Args:
-            whole: whether a whole checkpoint was loaded, rather than what a user likes to load.
+            whole: whether a whole checkpoint was loaded; a user may load a part.
 
         Raises:
-            RestoringError: if a tensor of the model was not in a checkpoint that gave others.
+            RestoringError: if a checkpoint had some tensors of the model and lacked others.
         """
         TRAINER_LOGGER.removeFilter(self.quiet)
         waiting, missing, taken = sorted(self._waiting), self._missing(), bool(self._taken)
         self._waiting, self._taken = {}, set()
         if waiting or (whole and taken and missing):
-            lack = f"it has {waiting[0]} and lacks others of those experts" if waiting else f"it lacks {missing[0]}"
+            lack = f"it has {waiting[0]} and lacks others of these experts" if waiting else f"it lacks {missing[0]}"
             raise RestoringError(
-                f"the checkpoint that was loaded is not whole: {lack}: restore the file, or resume from another checkpoint"
+                f"the loaded checkpoint is not complete: {lack}: restore the file, or resume from another checkpoint"
             )
 
 
@@ -161,16 +162,16 @@ def _has_experts(model: PreTrainedModel) -> bool:
 
 
 def restore_hook(model: object) -> RestoreHook | None:
-    """The [`RestoreHook`] of a model, None if it has none."""
+    """Returns the [`RestoreHook`] of a model, or None."""
     hooks = getattr(model, "_load_state_dict_pre_hooks", {}).values()
     return next((hook.hook for hook in hooks if isinstance(hook.hook, RestoreHook)), None)
 
 
 def load_from_disk_names(model: object) -> RestoreHook | None:
-    """Lets `model.load_state_dict` take the names on disk, if it is a Mixture of Experts of transformers' kind.
+    """Lets `model.load_state_dict` take the names on disk, if the model is a transformers model with experts.
 
     Returns:
-        The hook, a new one or the one that the model has; None for any other model, PEFT's included, which loads adapters.
+        The model's hook, new or existing; None for every other model, including PEFT models, which load adapters.
     """
     if not isinstance(model, PreTrainedModel) or not _has_experts(model):
         return None

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""An output folder and its checkpoints: which one to go on from, and files that are whole or not there."""
+"""This module finds the checkpoint to resume from, and saves each file of the result completely or not at all."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..utils.errors import UserError
@@ -17,7 +18,7 @@ from .resume_state import STATE_FILE, check_resume_states, read_trainer_state
 
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 CONFIGURATIONS = ("config.json", "adapter_config.json")
-# what a `Trainer` and a model's `save_pretrained` write into a checkpoint, folders last
+# files and folders that `Trainer` and `save_pretrained` write into a checkpoint
 WRITTEN = re.compile(
     r".*\.(safetensors|safetensors\.index\.json|pt|pth|bin|bin\.index\.json|py)"
     r"|(adapter_|generation_|tokenizer_)?config\.json|tokenizer.*\.json|tokenizer\.model|vocab\..*|merges\.txt"
@@ -26,8 +27,19 @@ WRITTEN = re.compile(
 )
 
 
+def output_folder(args: TrainingArguments) -> Path:
+    """Returns the folder for the result and the checkpoints.
+
+    Raises:
+        UserError: if `args` names none.
+    """
+    if args.output_dir is None:
+        raise UserError("output_dir is missing: name the folder for the result and its checkpoints")
+    return Path(args.output_dir)
+
+
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the trainer's state comes last."""
+    """Returns whether a checkpoint is complete: the trainer's state is written last."""
     try:
         read_trainer_state(checkpoint)
     except UserError:
@@ -36,29 +48,29 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The checkpoint that was finished last, not one in whose writing a run was killed."""
+    """Returns the newest complete checkpoint in `folder`, or None."""
     whole = [checkpoint for checkpoint in folder.glob("checkpoint-*") if _is_whole(checkpoint)]
     return str(max(whole, key=lambda checkpoint: (checkpoint / STATE_FILE).stat().st_mtime_ns)) if whole else None
 
 
 def checkpoint_to_resume(args: TrainingArguments, model_args: ModelArguments) -> str | None:
-    """Checkpoint to resume from, if any.
+    """Returns the checkpoint to resume from, or None to start from the beginning.
 
     Raises:
-        UserError: if there is none that is asked for, it is damaged or past the last step, or `output_dir` has files that
-            nobody said to overwrite, or that no fine-tuning wrote.
+        UserError: if the checkpoint asked for is missing, damaged or past the last step; or if `output_dir` has files
+            that `overwrite` does not allow to replace, or that no fine-tuning wrote.
     """
-    folder = Path(args.output_dir)
+    folder = output_folder(args)
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() == "true":
         resume = _last_checkpoint(folder)
         if resume is None and not folder.is_dir():
             raise UserError(
-                f"resume_from_checkpoint: output_dir {folder} does not exist, leave resume_from_checkpoint out to start anew"
+                f"resume_from_checkpoint: output_dir {folder} does not exist, omit resume_from_checkpoint to start anew"
             )
         if resume is None:
             raise UserError(
-                f"resume_from_checkpoint: {folder} holds no checkpoint that is whole, pass --overwrite instead to start anew"
+                f"resume_from_checkpoint: {folder} holds no complete checkpoint, pass --overwrite instead to start anew"
             )
     if resume is not None:
         _check_state(Path(resume), args.max_steps)
@@ -70,22 +82,24 @@ def checkpoint_to_resume(args: TrainingArguments, model_args: ModelArguments) ->
 def _check_state(checkpoint: Path, max_steps: int) -> None:
     if not (checkpoint / STATE_FILE).is_file():
         raise UserError(
-            f"resume_from_checkpoint {checkpoint} is no whole checkpoint: name one, or true for the last one"
+            f"resume_from_checkpoint {checkpoint} is not a complete checkpoint: name one, or true for the last one"
         )
     step = read_trainer_state(checkpoint).global_step
     if 0 < max_steps < step:
-        raise UserError(f"resume_from_checkpoint {checkpoint} is at step {step}, past max_steps {max_steps}: raise it")
+        raise UserError(
+            f"resume_from_checkpoint {checkpoint} is at step {step}, past max_steps {max_steps}: raise max_steps"
+        )
 
 
 def _refuse_occupied(folder: Path, model_args: ModelArguments) -> None:
-    """Refuses an output folder of other things, or one that the model to train lies in."""
+    """Refuses an output folder with other files, or with the model to train."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not model_args.overwrite):
         raise UserError(
             f"output_dir {folder} is not empty: choose another, or pass --overwrite or --resume_from_checkpoint true"
         )
     source = Path(model_args.model_name_or_path).resolve()
     if source == folder.resolve():
-        raise UserError(f"output_dir {folder} is the model to train, which would be replaced: choose another")
+        raise UserError(f"output_dir {folder} is the folder of the model to train: choose another")
     if source in [checkpoint.resolve() for checkpoint in folder.glob("checkpoint-*")]:
         raise UserError(f"model_name_or_path {source} is a checkpoint in output_dir, which overwrite deletes: move it")
     ours = (folder / FINETUNING).is_file() or any(folder.glob(f"checkpoint-*/{STATE_FILE}"))
@@ -97,15 +111,16 @@ def _refuse_occupied(folder: Path, model_args: ModelArguments) -> None:
 
 
 def save_result(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge: bool) -> None:
-    """Saves model and tokenizer in `output_dir`, beside the checkpoints: each file is whole or not there."""
-    output_dir = Path(trainer.args.output_dir)
+    """Saves model and tokenizer in `output_dir`, beside the checkpoints; each file is complete or absent."""
+    output_dir = output_folder(trainer.args)
     partial = output_dir / ".partial"
     try:
         if not merge:
             trainer.save_model(str(partial))
         elif trainer.args.should_save:
-            model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-            model.save_pretrained(partial)
+            adapted = trainer.accelerator.unwrap_model(trainer.model)
+            assert isinstance(adapted, PeftModel)  # `merge` is for adapters only
+            adapted.merge_and_unload().save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         if trainer.args.should_save:
             for stale in list(output_dir.iterdir()):
@@ -120,10 +135,10 @@ def save_result(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge: boo
 
 
 class WholeCheckpointsTrainer(Trainer):
-    """transformers' `Trainer` whose checkpoints tell whether they are whole, and that resumes from no damaged one."""
+    """transformers' `Trainer` that marks complete checkpoints, and refuses to resume from a damaged one."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model; a checkpoint that it is part of is not whole until its state is written."""
+        """Saves the model; a checkpoint is not complete until the trainer's state is written."""
         if _internal_call and output_dir is not None and self.args.should_save:
             (Path(output_dir) / STATE_FILE).unlink(missing_ok=True)
         super().save_model(output_dir, _internal_call)
@@ -134,7 +149,7 @@ class WholeCheckpointsTrainer(Trainer):
         except UserError:
             raise
         except Exception as error:
-            # safetensors, pickle, JSON, PEFT and torch have no class of errors in common
+            # safetensors, pickle, JSON, PEFT and torch have no common class of errors
             text = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"resume_from_checkpoint {resume_from_checkpoint}: its weights cannot be loaded ({text[:300]}): resume from "
@@ -144,12 +159,13 @@ class WholeCheckpointsTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             process = self.args.process_index if self.args.world_size > 1 else None
+            assert self.optimizer is not None  # `Trainer` makes it before it loads
             check_resume_states(checkpoint, self.optimizer, self.lr_scheduler, process)
         super()._load_optimizer_and_scheduler(checkpoint)
 
 
 def discard_checkpoints(output_dir: Path) -> None:
-    """Deletes those of another run, for one that resumes here must not find them; what no run wrote stays."""
+    """Deletes the checkpoints of an earlier run, which a resumed run must not find; files that no run wrote stay."""
     for checkpoint in output_dir.glob("checkpoint-*"):
         if not (checkpoint / STATE_FILE).is_file() or checkpoint.is_symlink():
             continue

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""A sparse checkpoint made from dense ones, of which nothing is read before it is written."""
+"""This module assembles a sparse checkpoint from dense ones; a tensor is read only when the result is written."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,12 +8,13 @@ import torch
 from ..checkpoints import LazyTensor, State
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
-from .experts import Network, at_least_fp32, make_expert
+from .experts import at_least_fp32, make_expert
 from .options import UpcyclingOptions
+from .request import LayerRequest, Network
 from .router_init import router_weight
 
 
-# fields in which sources may differ: they say nothing of what the weights compute
+# fields in which sources may differ, because the function that the weights compute does not depend on them
 FREE_FIELDS = {
     "_name_or_path",
     "architectures",
@@ -32,14 +33,14 @@ FREE_FIELDS = {
 
 
 def refuse_mismatch(configs: Sequence[MoEConfig], names: Sequence[str]) -> None:
-    """Refuses sources that are not of one architecture.
+    """Refuses sources of different architectures.
 
     Args:
-        configs: of the dense sources, in our words, the first one's first.
-        names: of as many sources, for the message.
+        configs: configurations of the dense sources as `MoEConfig`, the first source first.
+        names: a name for each source, for the message.
 
     Raises:
-        UserError: names the source and the first field in which it differs from the first one.
+        UserError: if a source differs from the first one; the message names the source and the field.
     """
     first = configs[0].to_dict()
     for config, name in zip(configs[1:], names[1:], strict=True):
@@ -53,14 +54,14 @@ def refuse_mismatch(configs: Sequence[MoEConfig], names: Sequence[str]) -> None:
 
 
 def refuse_different_tensors(sources: Sequence[State], names: Sequence[str]) -> None:
-    """Refuses checkpoints whose tensors have not the same names and shapes.
+    """Refuses checkpoints that differ in the names or shapes of their tensors.
 
     Args:
-        sources: under our names.
-        names: of the sources after the first, for the message.
+        sources: checkpoints under this package's names.
+        names: a name for each source after the first, for the message.
 
     Raises:
-        UserError: names the tensor and the source.
+        UserError: if a source differs from the first one; the message names the tensor and the source.
     """
     for source, name in zip(sources[1:], names, strict=True):
         for tensor in sorted(sources[0].keys() ^ source.keys()):
@@ -76,7 +77,9 @@ def refuse_different_tensors(sources: Sequence[State], names: Sequence[str]) -> 
 
 
 def average(tensors: Sequence[LazyTensor], weights: Sequence[float] | None = None) -> LazyTensor:
-    """The weighted sum, computed in fp32, in the first tensor's dtype; equal weights if none are given."""
+    """Returns the weighted sum, computed in fp32, in the first tensor's dtype; the weights are equal if none are
+    given.
+    """
     if len(tensors) == 1:
         return tensors[0]
     shares = weights or [1 / len(tensors)] * len(tensors)
@@ -91,7 +94,10 @@ def average(tensors: Sequence[LazyTensor], weights: Sequence[float] | None = Non
 
 
 def _on_disk(experts: Sequence[Network]) -> State:
-    """The experts under their names on disk; what servers cannot run anyway is fused, see `modeling_moe.checkpoint_layout`."""
+    """Returns the experts under their names on disk.
+
+    Experts that servers cannot run (ungated, or with biases) are fused, see `modeling_moe.checkpoint_layout`.
+    """
     fused = ("up_proj",) if "gate_proj.weight" not in experts[0] else ()
     state: State = {}
     for index, expert in enumerate(experts):
@@ -108,41 +114,38 @@ def _on_disk(experts: Sequence[Network]) -> State:
     return state
 
 
-def sparse_block(
-    networks: Sequence[Network],
-    layer: int,
-    config: MoEConfig,
-    options: UpcyclingOptions,
-    measured: Mapping[str, torch.Tensor],
-) -> State:
-    """Router, experts and shared expert of a layer, under the block's names; see [`upcycle`] for the arguments."""
-    experts = [make_expert(networks, layer, e, config, options, measured) for e in range(config.num_experts)]
-    block = {"gate.weight": router_weight(layer, config, options, measured)} | _on_disk(experts)
+def sparse_block(request: LayerRequest) -> State:
+    """Returns router, experts and shared expert of a layer, under the names that the block gives them."""
+    config, options, networks = request.config, request.options, request.networks
+    experts = [make_expert(request, expert) for expert in range(config.num_experts)]
+    block = {"gate.weight": router_weight(request)} | _on_disk(experts)
     if options.shared_expert:
         for name in networks[0]:
             block[f"shared_experts.{name}"] = average([network[name] for network in networks], options.source_weights)
     return block
 
 
-def upcycle(
+def assemble(
     sources: Sequence[State], config: MoEConfig, options: UpcyclingOptions, measured: Mapping[str, torch.Tensor]
 ) -> State:
-    """A sparse checkpoint made from dense ones; nothing is read.
+    """Assembles a sparse checkpoint from dense ones; no weight is read.
 
     Args:
-        sources: dense checkpoints under our names, of one architecture: the first one, and `options.sources`.
-        config: of the result, see [`~modeling_moe.upcycling.plan.sparse_config`]; its `mlp_layer_types` says which layers
-            become sparse.
+        sources: dense checkpoints of one architecture under this package's names: the first one, then
+            `options.sources`.
+        config: configuration of the result, see [`~modeling_moe.upcycling.plan.sparse_config`]; its `mlp_layer_types`
+            says which layers become sparse.
         options: how to upcycle.
-        measured: on calibration data: `layers.{i}.router` (R, H) for the routers that are not random, and for
-            `split="clustered"` `layers.{i}.neurons` (I,) int64, an order in which neurons of an expert stand together.
+        measured: tensors measured on calibration data: `layers.{i}.router` (R, H) for routers that are not random, and
+            for `split="clustered"` `layers.{i}.neurons` (I,) int64, an order in which the neurons of an expert are
+            adjacent.
 
     Returns:
-        The checkpoint as it lies on disk, in the first source's dtypes, the routers in `config.dtype`; everything but the
-        networks of sparse layers is the sources' average.
+        The checkpoint with the names and shapes of a checkpoint on disk, in the first source's dtypes, the routers in
+        `config.dtype`. All tensors outside the networks of sparse layers are averages of the sources.
 
     Raises:
-        UserError: if the sources have not the same tensors.
+        UserError: if the sources differ in the names or shapes of their tensors.
     """
     refuse_different_tensors(sources, options.sources or [])
     layers = {f"model.layers.{i}.mlp.": i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"}
@@ -154,6 +157,6 @@ def upcycle(
         elif f"{prefix}gate.weight" not in state:
             names = [key for key in sources[0] if key.startswith(prefix)]
             networks = [{key.removeprefix(prefix): source[key] for key in names} for source in sources]
-            block = sparse_block(networks, layers[prefix], config, options, measured)
+            block = sparse_block(LayerRequest(networks, layers[prefix], config, options, measured))
             state |= {f"{prefix}{key}": tensor for key, tensor in block.items()}
     return state

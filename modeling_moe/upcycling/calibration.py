@@ -1,13 +1,14 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a source model makes of text: routers that know its domains, and neurons that are active together.
+"""This module runs a source model on text to initialise routers and to group neurons that are active together.
 
-# D domains, N tokens sampled, H hidden, I intermediate, E experts, G granularity, R = E / G replicas of the dense network
+# D domains, N tokens sampled, H hidden, I intermediate, E experts, G granularity, R = E / G replicas of the dense
+network
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import datasets
 import torch
@@ -16,14 +17,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_moe import MoEConfig
-from ..data.documents import DataArguments, cut_documents
+from ..data.calibration_text import token_ids
 from ..utils.errors import UserError
 from ..utils.seeds import generator_for
 from .clustering import balanced_clusters, kmeans
 from .options import UpcyclingOptions
 
 
+# tokens of a block, which the model reads on its own
 BLOCK_LENGTH = 512
+# share of the neurons that count as active for a token
 ACTIVE_SHARE = 0.1
 FEED_FORWARD = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.mlp$")
 DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h")
@@ -31,14 +34,14 @@ DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h")
 
 @dataclass
 class LayerInputs:
-    """What entered the feed-forward network of a layer.
+    """Holds statistics of the inputs of a layer's feed-forward network.
 
     Attributes:
-        means: (D, H) fp64, of each domain's inputs; all domains have the same number of tokens.
+        means: (D, H) fp64, mean input of each domain; all domains have the same number of tokens.
         sample: (N, H) fp32, inputs drawn from all domains.
-        gram: (H, H) fp64, sum of x xᵀ over all inputs x; None unless asked for.
-        active: (N, I) bool, for the tokens of `sample`, the neurons of largest magnitude at the entry of the down
-            projection, a tenth of each token's; None unless asked for.
+        gram: (H, H) fp64, sum of x xᵀ over all inputs x; None unless requested.
+        active: (N, I) bool, whether a neuron is active for a token of `sample`: one of the tenth of the neurons with
+            the largest magnitude at the input of the down projection; None unless requested.
     """
 
     means: torch.Tensor
@@ -48,17 +51,23 @@ class LayerInputs:
 
 
 class _Recorder:
-    """Hooks of one layer; `domain` and `drawn` (tokens of the block,) bool tell what passes next."""
+    """Records the inputs of one layer with forward hooks.
+
+    Attributes:
+        domain: domain of the block that the model reads next.
+        drawn: (S - 1,) bool, which tokens of that block are sampled, the first token excluded.
+    """
 
     def __init__(self, num_domains: int, gram: bool):
         self.num_domains, self.wants_gram = num_domains, gram
         self.domain, self.drawn = 0, torch.zeros(0, dtype=torch.bool)
-        self.sums: Any = None
-        self.gram: Any = None
-        self.sample, self.active = [], []
+        self.sums: torch.Tensor | None = None
+        self.gram: torch.Tensor | None = None
+        self.sample: list[torch.Tensor] = []
+        self.active: list[torch.Tensor] = []
 
     def see_input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """Adds the network's input (1, S, H), but for the first token's."""
+        """Adds the network's input (1, S, H), without the first token."""
         states = args[0][0, 1:].detach()
         self.sample.append(states[self.drawn.to(states.device)].float().cpu())
         states = states.double()
@@ -71,58 +80,26 @@ class _Recorder:
             self.gram += states.T @ states
 
     def see_neurons(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """Adds the down projection's input (1, S, I), but for the first token's."""
+        """Adds the down projection's input (1, S, I), without the first token."""
         neurons = args[0][0, 1:].detach()
         neurons = neurons[self.drawn.to(neurons.device)].abs()
         top = neurons.topk(max(1, round(ACTIVE_SHARE * neurons.shape[-1])), dim=-1).indices
         self.active.append(torch.zeros_like(neurons, dtype=torch.bool).scatter(1, top, True).cpu())
 
     def inputs(self, tokens: int) -> LayerInputs:
-        """What was seen, with `tokens` of each domain."""
+        """Returns the statistics of everything recorded; `tokens` is the number of tokens of each domain."""
+        if self.sums is None:
+            raise RuntimeError("a feed-forward network was not called: the model skips one of its layers.")
         gram = None if self.gram is None else self.gram.cpu()
         active = torch.cat(self.active) if self.active else None
         return LayerInputs(self.sums.cpu() / tokens, torch.cat(self.sample), gram, active)
 
 
-def load_domains(calibration_data: list[str]) -> dict[str, datasets.Dataset]:
-    """Documents of each domain.
-
-    Args:
-        calibration_data: `domain=source` each, see [`~modeling_moe.training.DataArguments`].
-
-    Raises:
-        UserError: if one is malformed, does not exist or holds no text.
-    """
-    try:
-        return DataArguments(data=calibration_data).load()
-    except UserError as error:
-        raise UserError(f"calibration_data: {error}") from error
-
-
-def token_ids(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, tokens: int, name: str) -> torch.Tensor:
-    """The first tokens (`tokens`,) int64 of a domain, with the tokenizer's eos, if it has one, after each document.
-
-    Raises:
-        UserError: if the domain has fewer.
-    """
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
-    pieces: Any = cut_documents(documents)
-    for piece in pieces:
-        ids += tokenizer(piece["text"], add_special_tokens=False, verbose=False).input_ids + eos * piece["end"]
-        if len(ids) >= tokens:
-            return torch.tensor(ids[:tokens])
-    raise UserError(
-        f"calibration_tokens is {tokens}, but domain {name!r} of calibration_data has {len(ids)} tokens: lower it or "
-        "give more text"
-    )
-
-
 def feed_forwards(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The feed-forward network of each layer, dense or sparse.
+    """Returns the feed-forward network of each layer, dense or sparse.
 
     Raises:
-        UserError: if they are not where all supported families have them.
+        UserError: if the model does not name its networks as the supported families do.
     """
     found = {int(m[1]): module for name, module in model.named_modules() if (m := FEED_FORWARD.search(name))}
     if len(found) != model.config.num_hidden_layers:
@@ -141,6 +118,30 @@ def _down_projection(network: nn.Module, layer: int) -> nn.Module:
     raise UserError(f"split 'clustered' needs a dense network in layer {layer} of the source: choose split random")
 
 
+class _Block(NamedTuple):
+    """Holds tokens that the model reads in one pass: their domain, their ids (S,), and which are sampled (S - 1,)."""
+
+    domain: int
+    ids: torch.Tensor
+    drawn: torch.Tensor
+
+
+def _cut_blocks(ids: list[torch.Tensor], length: int, seed: int, samples: int) -> list[_Block]:
+    """Cuts the token ids of each domain into blocks, and draws `samples` tokens, at most all, from all blocks."""
+    blocks = [(domain, block) for domain, tokens in enumerate(ids) for block in tokens.split(length)]
+    sizes = [len(block) - 1 for _, block in blocks]
+    order = torch.randperm(sum(sizes), generator=generator_for(seed, "sample"))
+    drawn = torch.zeros(sum(sizes), dtype=torch.bool).index_fill(0, order[:samples], True).split(sizes)
+    return [_Block(domain, block, chosen) for (domain, block), chosen in zip(blocks, drawn, strict=True)]
+
+
+def _run_blocks(model: PreTrainedModel, blocks: list[_Block], recorders: Collection[_Recorder]) -> None:
+    for block in tqdm(blocks, desc="calibrating"):
+        for recorder in recorders:
+            recorder.domain, recorder.drawn = block.domain, block.drawn
+        model.base_model(input_ids=block.ids[None].to(model.device), use_cache=False)
+
+
 @torch.no_grad()
 def collect_inputs(
     model: PreTrainedModel,
@@ -153,56 +154,51 @@ def collect_inputs(
     gram: bool = False,
     neurons: bool = False,
 ) -> dict[int, LayerInputs]:
-    """Runs a model on text and keeps statistics of what enters its feed-forward networks, after norm and attention.
+    """Runs a model on text and collects statistics of the inputs of its feed-forward networks.
 
-    The text is cut into blocks, each read on its own. A block's first token counts nowhere: it attends to nothing but
-    itself, and its state is often an outlier.
+    The text is cut into blocks, and the model reads each block on its own. The first token of a block is left out of
+    all statistics: it attends to nothing but itself, and its state is often an outlier.
 
     Args:
         model: a causal LM, dense or sparse, in evaluation mode, on the device to run on.
-        tokenizer: of the model.
-        domains: documents of each domain, rows of `text`, see [`load_domains`].
-        tokens_per_domain: tokens read of each.
-        layers: indices of the layers to look at.
-        seed: of the sample.
-        samples: tokens of all domains of which the states themselves are kept, the same for all layers; all tokens if
-            there are no more. Memory is `samples * H` floats a layer.
+        tokenizer: tokenizer of the model.
+        domains: documents of each domain, see [`~modeling_moe.data.calibration_text.load_domains`].
+        tokens_per_domain: number of tokens read of each domain.
+        layers: indices of the layers to record.
+        seed: seed of the sample.
+        samples: number of tokens, over all domains, whose inputs are kept, the same tokens in all layers; all tokens
+            if there are fewer. They take `samples * H` floats a layer.
         gram: also sum x xᵀ, in `H * H` doubles a layer.
-        neurons: also keep which neurons are active.
+        neurons: also record which neurons are active.
 
     Returns:
         Statistics by layer, on the CPU.
 
     Raises:
-        UserError: if a domain has too few tokens or the model no such networks.
+        UserError: if a domain has too few tokens, or the model's feed-forward networks are not found.
     """
     if tokens_per_domain < 2:
         raise UserError(f"calibration_tokens is {tokens_per_domain}: it must be at least 2")
     networks, recorders, hooks = feed_forwards(model), {layer: _Recorder(len(domains), gram) for layer in layers}, []
     length = min(BLOCK_LENGTH, getattr(model.config, "max_position_embeddings", BLOCK_LENGTH))
     ids = [token_ids(documents, tokenizer, tokens_per_domain, name) for name, documents in domains.items()]
-    blocks = [(domain, block) for domain, tokens in enumerate(ids) for block in tokens.split(length)]
-    counted = [len(block) - 1 for _, block in blocks]
-    order = torch.randperm(sum(counted), generator=generator_for(seed, "sample"))
-    drawn = torch.zeros(sum(counted), dtype=torch.bool).index_fill(0, order[:samples], True).split(counted)
+    blocks = _cut_blocks(ids, length, seed, samples)
     try:
         for layer, recorder in recorders.items():
             hooks.append(networks[layer].register_forward_pre_hook(recorder.see_input))
             if neurons:
                 down = _down_projection(networks[layer], layer)
                 hooks.append(down.register_forward_pre_hook(recorder.see_neurons))
-        for (domain, block), chosen in zip(tqdm(blocks, desc="calibrating"), drawn, strict=True):
-            for recorder in recorders.values():
-                recorder.domain, recorder.drawn = domain, chosen
-            model.base_model(input_ids=block[None].to(model.device), use_cache=False)
+        _run_blocks(model, blocks, recorders.values())
     finally:
         for hook in hooks:
             hook.remove()
-    return {layer: recorder.inputs(sum(counted) // len(domains)) for layer, recorder in recorders.items()}
+    recorded = sum(len(block.drawn) for block in blocks) // len(domains)
+    return {layer: recorder.inputs(recorded) for layer, recorder in recorders.items()}
 
 
 def _for_replicas(domain_rows: torch.Tensor, layer: int, options: UpcyclingOptions) -> torch.Tensor:
-    """Rows (R, H) from those of the domains (D, H), made unequal by noise where several replicas share a domain."""
+    """Returns rows (R, H) from those of the domains (D, H); noise separates the replicas of one domain."""
     rows = domain_rows.repeat_interleave(options.num_replicas // len(domain_rows), dim=0)
     if len(rows) == len(domain_rows):
         return rows
@@ -211,31 +207,34 @@ def _for_replicas(domain_rows: torch.Tensor, layer: int, options: UpcyclingOptio
 
 
 def text_rows(inputs: LayerInputs, layer: int, options: UpcyclingOptions) -> torch.Tensor:
-    """The direction of each domain's mean input, less the mean over domains, which adds the same to all logits of a token.
+    """Returns the direction of each domain's mean input, minus the mean over domains, which shifts all logits alike.
 
-    The direction alone: without a bias, a domain with a longer mean would draw the others' tokens.
+    The length of the mean is dropped: without a bias, a domain with a longer mean would attract the tokens of others.
     """
     directions = nn.functional.normalize(inputs.means)
     return _for_replicas(directions - directions.mean(dim=0), layer, options)
 
 
 def ridge_rows(inputs: LayerInputs, layer: int, options: UpcyclingOptions) -> torch.Tensor:
-    """Ridge regression of the domain, one-hot and centred, on the input (DUME, arXiv:2603.29765).
+    """Returns the ridge regression of the one-hot, centred domain on the input (DUME, arXiv:2603.29765).
 
-    `(XᵀX + lambda * trace(XᵀX) / H * I)⁻¹ XᵀY`, `lambda` being `ridge_lambda`. As all domains have the same number of
-    tokens, XᵀY is that number times the centred means; the factor is left out, for the rows are scaled anyway.
+    The rows are `(XᵀX + lambda * trace(XᵀX) / H * I)⁻¹ XᵀY` with `lambda = ridge_lambda`. All domains have the same
+    number of tokens, so that XᵀY is that number times the centred means; the factor is omitted, because rows are
+    scaled later.
     """
-    gram: Any = inputs.gram
+    gram = inputs.gram
+    if gram is None:
+        raise ValueError("ridge_rows needs the Gram matrix: collect the inputs with gram=True.")
     centred = inputs.means - inputs.means.mean(dim=0)
     ridge = options.ridge_lambda * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     return _for_replicas(torch.linalg.solve(gram + ridge, centred.T).T, layer, options)
 
 
 def kmeans_rows(inputs: LayerInputs, layer: int, options: UpcyclingOptions) -> torch.Tensor:
-    """Centroids of spherical k-means on the inputs, less their mean.
+    """Returns the centroids of spherical k-means on the inputs, minus the mean of the centroids.
 
-    The largest logit is exactly that of the nearest centroid: on the sphere distance is the dot product, which needs no
-    bias, and neither a token's length nor a vector taken from all rows changes which is largest.
+    The nearest centroid has the largest logit: distance on the sphere is a function of the dot product, and neither
+    the length of a token nor a vector that is subtracted from all rows changes which logit is the largest.
     """
     replicas = options.num_replicas
     if len(inputs.sample) < replicas:
@@ -247,7 +246,7 @@ def kmeans_rows(inputs: LayerInputs, layer: int, options: UpcyclingOptions) -> t
     return centroids - centroids.mean(dim=0)
 
 
-# router_init -> rows (R, H) of a layer, at any scale
+# router_init -> function that returns rows (R, H) of a layer, at any scale
 MEASURED_ROUTERS: dict[str, Callable[[LayerInputs, int, UpcyclingOptions], torch.Tensor]] = {
     "text": text_rows,
     "kmeans": kmeans_rows,
@@ -256,24 +255,24 @@ MEASURED_ROUTERS: dict[str, Callable[[LayerInputs, int, UpcyclingOptions], torch
 
 
 def logit_std(rows: torch.Tensor, states: torch.Tensor) -> float:
-    """Standard deviation of a token's logits, the mean over tokens.
+    """Returns the standard deviation of a token's router logits, averaged over tokens.
 
     Args:
-        rows: of the router (R, H), any float dtype.
-        states: (N, H) fp32.
+        rows: rows of the router (R, H), in any float dtype.
+        states: inputs of the router (N, H) fp32.
     """
     return (states @ rows.float().T).std(dim=1, correction=0).mean().item()
 
 
 def group_neurons(active: torch.Tensor, groups: int, generator: torch.Generator) -> torch.Tensor:
-    """A permutation (I,) int64 of the neurons in which each group of I / `groups` is active together.
+    """Returns a permutation (I,) int64 of the neurons; each block of I / `groups` neurons tends to be active together.
 
-    Neurons are alike by the correlation of their activity over the tokens; balanced k-means groups them.
+    The similarity of two neurons is the correlation of their activity over the tokens; balanced k-means groups them.
 
     Args:
-        active: (N, I) bool.
-        groups: a divisor of I.
-        generator: of the random numbers.
+        active: (N, I) bool, whether each neuron is active for each token.
+        groups: number of groups, a divisor of I.
+        generator: source of the random numbers.
     """
     activity = active.T.float()
     clusters = balanced_clusters(activity - activity.mean(dim=1, keepdim=True), groups, generator)
@@ -288,6 +287,17 @@ def _check_domains(num_domains: int, options: UpcyclingOptions) -> None:
         )
 
 
+def _scaled_rows(inputs: LayerInputs, layer: int, options: UpcyclingOptions) -> torch.Tensor:
+    """Returns router rows (R, H) fp32 whose logits have the standard deviation `router_logit_std`."""
+    rows = MEASURED_ROUTERS[options.router_init](inputs, layer, options).float()
+    if not (std := logit_std(rows, inputs.sample)) > 0:
+        raise UserError(
+            f"router_init {options.router_init!r} finds no difference between domains or clusters in layer {layer}: give "
+            "calibration_data whose domains differ, and at least 2 replicas (num_experts / granularity)"
+        )
+    return rows * (options.router_logit_std / std)
+
+
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -295,16 +305,16 @@ def measure(
     config: MoEConfig,
     options: UpcyclingOptions,
 ) -> dict[str, torch.Tensor]:
-    """What routers and the split of the neurons take from text; all small.
+    """Measures on text what the initial routers and the groups of neurons need; all tensors are small.
 
-    Of `text` and `ridge` routers the replicas r with `r // (R / D) == d` belong to domain d.
+    In `text` and `ridge` routers the replicas r with `r // (R / D) == d` belong to domain d.
 
     Args:
-        model: the source; in evaluation mode, on the device to run on.
-        tokenizer: of the source.
-        domains: documents of each domain, see [`load_domains`].
-        config: of the result; its layers are the source's.
-        options: `router_init`, `split`, and what they need.
+        model: the source, in evaluation mode, on the device to run on.
+        tokenizer: tokenizer of the source.
+        domains: documents of each domain, see [`~modeling_moe.data.calibration_text.load_domains`].
+        config: configuration of the result; it has as many layers as the source.
+        options: `router_init`, `split`, and the options that they use.
 
     Returns:
         For each sparse layer i of the result `layers.{i}.router` (R, H) fp32, if `router_init` is measured, with
@@ -312,7 +322,7 @@ def measure(
         if `split` is clustered, see [`group_neurons`], the I / E neurons of the first expert first.
 
     Raises:
-        UserError: if the text is too short, does not fit the number of experts, or holds nothing to tell apart.
+        UserError: if the text is too short, does not fit the number of experts, or its domains do not differ.
     """
     if not options.needs_text:
         return {}
@@ -332,14 +342,8 @@ def measure(
     measured = {}
     for layer, seen in inputs.items():
         if routed:
-            rows = MEASURED_ROUTERS[options.router_init](seen, layer, options).float()
-            if not (std := logit_std(rows, seen.sample)) > 0:
-                raise UserError(
-                    f"router_init {options.router_init!r} finds nothing to tell apart in layer {layer}: give "
-                    "calibration_data whose domains differ, and at least 2 replicas (num_experts / granularity)"
-                )
-            measured[f"layers.{layer}.router"] = rows * (options.router_logit_std / std)
-        if split:
+            measured[f"layers.{layer}.router"] = _scaled_rows(seen, layer, options)
+        if seen.active is not None:
             generator = generator_for(options.seed, layer, "neurons")
             measured[f"layers.{layer}.neurons"] = group_neurons(seen.active, config.num_experts, generator)
     return measured

@@ -1,53 +1,72 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Spherical k-means, whose clusters a router without bias can tell apart, and its form with clusters of equal size.
+"""This module implements spherical k-means, and a variant with clusters of equal size.
+
+A router without a bias can separate the clusters, because on the unit sphere the nearest centroid has the largest
+logit.
 
 # N points, F features, C clusters
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import normalize
 
 
+class Clustering(NamedTuple):
+    """Holds the outcome of one run of k-means.
+
+    Attributes:
+        centres: (C, F), of length 1.
+        clusters: (N,) int64, the cluster of each point.
+        similarity: sum over the points of the cosine between a point and the centre of its cluster.
+    """
+
+    centres: torch.Tensor
+    clusters: torch.Tensor
+    similarity: float
+
+
 def kmeans(points: torch.Tensor, clusters: int, generator: torch.Generator, restarts: int = 4) -> torch.Tensor:
-    """Centroids of spherical k-means (Dhillon and Modha, Machine Learning 42, 2001).
+    """Returns the centroids (C, F) fp32 of spherical k-means (Dhillon and Modha, Machine Learning 42, 2001).
 
     Points and centroids have length 1, so that the nearest centroid is the one with the largest dot product.
 
     Args:
-        points: (N, F) fp32; of any length but 0.
+        points: (N, F) fp32, of any length but 0.
         clusters: C, at most N.
-        generator: of the random numbers.
-        restarts: the best of so many runs is taken.
-
-    Returns:
-        (C, F) fp32.
+        generator: source of the random numbers.
+        restarts: number of runs, of which the best is taken.
     """
     points = normalize(points)
     runs = [lloyd(points, seed_centres(points, clusters, generator), nearest) for _ in range(restarts)]
-    return max(runs, key=lambda run: run[2])[0]
+    return max(runs, key=lambda run: run.similarity).centres
 
 
 def balanced_clusters(points: torch.Tensor, clusters: int, generator: torch.Generator) -> torch.Tensor:
-    """Cluster (N,) int64 of each point, all clusters of N / C points, by cosine similarity.
+    """Returns the cluster (N,) int64 of each point, by cosine similarity, with N / C points in every cluster.
 
     Args:
-        points: (N, F) fp32; N is a multiple of C. Points of length 0 go where there is room.
+        points: (N, F) fp32; N is a multiple of C. Points of length 0 fill the clusters with room left.
         clusters: C.
-        generator: of the random numbers.
+        generator: source of the random numbers.
     """
     points = normalize(points)
-    # later steps add half a percent to the similarity
-    return lloyd(points, seed_centres(points, clusters, generator), assign_evenly, max_steps=10)[1]
+    # more than 10 steps raise the similarity by half a percent
+    return lloyd(points, seed_centres(points, clusters, generator), assign_evenly, max_steps=10).clusters
 
 
 def seed_centres(points: torch.Tensor, clusters: int, generator: torch.Generator) -> torch.Tensor:
-    """Points (C, F) drawn one by one with the squared distance to those drawn before as weight (k-means++)."""
+    """Draws starting centres (C, F) from the points, one after another (k-means++, Arthur and Vassilvitskii, 2007).
+
+    The probability of a point is proportional to the squared distance to the nearest centre drawn before it; between
+    points of length 1 that is twice `1 - cosine`. Points of length 0 are not drawn.
+    """
     not_zero = points.norm(dim=1) > 0
     distance, centres = not_zero.float(), []
     for _ in range(clusters):
-        # at least a little, for points that are all the same
+        # a little for every point, so that something can be drawn if all points are equal
         drawn = torch.multinomial(distance.clamp(min=1e-9), 1, generator=generator)
         centres.append(points[drawn[0]])
         distance = torch.minimum(distance, not_zero * (1 - points @ centres[-1]))
@@ -59,17 +78,14 @@ def lloyd(
     centres: torch.Tensor,
     assign: Callable[[torch.Tensor], torch.Tensor],
     max_steps: int = 100,
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Assigns points and moves centres in turn as long as that makes them more similar.
+) -> Clustering:
+    """Assigns points to centres and moves the centres, in turn, as long as the total similarity rises.
 
     Args:
-        points: (N, F) of length 1, or 0.
-        centres: (C, F) to start from.
-        assign: similarities (N, C) -> cluster of each point (N,).
-        max_steps: ends there at the latest.
-
-    Returns:
-        Centres (C, F), clusters (N,) int64, and the sum of the points' similarities to their centres.
+        points: (N, F), of length 1 or 0.
+        centres: (C, F), where to start.
+        assign: function from similarities (N, C) to the cluster of each point (N,).
+        max_steps: largest number of steps.
     """
     best, kept = -float("inf"), centres
     clusters = torch.zeros(len(points), dtype=torch.int64)
@@ -82,21 +98,21 @@ def lloyd(
         best, clusters, kept = own.sum().item(), assigned, centres
         centres = normalize(torch.zeros_like(centres).index_add(0, assigned, points))
         empty = torch.bincount(assigned, minlength=len(centres)) == 0
-        # a centre that lost all its points takes the one that lies worst
+        # a centre without points moves to the point that is least similar to its centre
         centres[empty] = points[own.argsort()[: int(empty.sum())]]
-    return kept, clusters, best
+    return Clustering(kept, clusters, best)
 
 
 def nearest(similarity: torch.Tensor) -> torch.Tensor:
-    """The cluster (N,) of the largest similarity (N, C)."""
+    """Returns the most similar cluster (N,) of each point, from similarities (N, C)."""
     return similarity.argmax(dim=1)
 
 
 def assign_evenly(similarity: torch.Tensor) -> torch.Tensor:
-    """Clusters (N,) of N / C points each, such that the similarities sum to nearly as much as they can.
+    """Returns a cluster (N,) for each point, N / C points to a cluster, with nearly the largest total similarity.
 
-    Each cluster gets the price at which about N / C points would choose it; then the points choose, those first that
-    lose most by their second choice.
+    Each cluster gets a price at which about N / C points would choose it. Then the points choose, in the order of what
+    each would lose by taking its second choice.
 
     Args:
         similarity: (N, C).

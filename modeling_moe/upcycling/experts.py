@@ -1,35 +1,35 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The experts of a sparse layer, made from the feed-forward networks of dense models.
+"""This module makes the experts of a sparse layer from the feed-forward networks of dense models.
 
-# R replicas of a dense network, G shards of each, E = R * G experts, T experts per token, H hidden, I dense width
+# R replicas of a dense network, G shards of each, E = R * G experts, K experts per token, H hidden, I dense width
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
 
 from ..checkpoints import LazyTensor
 from ..configuration_moe import MoEConfig
-from ..utils.seeds import generator_for
 from .options import UpcyclingOptions
+from .request import LayerRequest, Network
 
 
-Network = dict[str, LazyTensor]
-"""A feed-forward network: `up_proj.weight` and the like to tensors."""
-
-# tensors of a network that have a row or column for each neuron, and the dimension that counts them
+# tensors of a network that have a row or column for each neuron, and the dimension of the neurons
 NEURONS = {"gate_proj.weight": 0, "gate_proj.bias": 0, "up_proj.weight": 0, "up_proj.bias": 0, "down_proj.weight": 1}
 
 
 def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the dtype that sums of it are computed in."""
+    """Returns the tensor in fp32, or unchanged if its dtype is wider; sums are computed in this dtype."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def with_noise(weight: torch.Tensor, scale: float, generator: torch.Generator, std: float = 0.0) -> torch.Tensor:
-    """Adds normal noise of variance `(scale * std(weight))**2 + std**2`, computed in fp32, in the weight's dtype."""
+    """Returns the weight plus normal noise of variance `(scale * std(weight))**2 + std**2`.
+
+    The sum is computed in fp32 and returned in the weight's dtype.
+    """
     if scale == 0 and std == 0:
         return weight
     wide = at_least_fp32(weight)
@@ -37,109 +37,89 @@ def with_noise(weight: torch.Tensor, scale: float, generator: torch.Generator, s
     return (wide + size * torch.randn(weight.shape, generator=generator)).to(weight.dtype)
 
 
-def copy_expert(
-    networks: Sequence[Network],
-    layer: int,
-    expert: int,
-    config: MoEConfig,
-    options: UpcyclingOptions,
-    measured: Mapping[str, torch.Tensor],
-) -> Network:
-    """Every expert a copy of a dense network (Sparse Upcycling, arXiv:2212.05055), or a shard of a copy.
+def copy_expert(request: LayerRequest, expert: int) -> Network:
+    """Returns a copy of a dense network (Sparse Upcycling, arXiv:2212.05055), or a shard of a copy.
 
-    Expert `j * G + s` is shard s, the s-th block of neurons, of replica j; the shards of a replica have the same row in
-    the router, so that a token meets whole networks (virtual groups, He et al., arXiv:2410.07524). Of several sources the
-    first fills the first replicas, and so on (Branch-Train-MiX, arXiv:2403.07816).
-
-    Args:
-        networks: the layer's dense network in each source: `gate_proj.weight` (I, H) if gated, `up_proj.weight` (I, H),
-            `down_proj.weight` (H, I), and their biases if there are any.
-        layer: index of the layer.
-        expert: which one to make.
-        config: of the result.
-        options: how to upcycle.
-        measured: what was measured on calibration data.
+    Expert `j * G + s` is shard s, the s-th block of neurons, of replica j. The shards of a replica have one row in the
+    router, so that a token is sent to whole networks (virtual groups, He et al., arXiv:2410.07524). With several
+    sources the first source fills the first replicas, the second source the next ones (Branch-Train-MiX,
+    arXiv:2403.07816).
 
     Returns:
         The expert, of width I / G, before scale and noise.
     """
+    networks, options, width = request.networks, request.options, request.config.moe_intermediate_size
     replica, shard = divmod(expert, options.granularity)
     network = networks[replica * len(networks) // options.num_replicas]
-    block = slice(shard * config.moe_intermediate_size, (shard + 1) * config.moe_intermediate_size)
+    block = slice(shard * width, (shard + 1) * width)
     index = {0: block, 1: (slice(None), block)}
     return {name: tensor[index[NEURONS[name]]] if name in NEURONS else tensor for name, tensor in network.items()}
 
 
-def drop_expert(
-    networks: Sequence[Network],
-    layer: int,
-    expert: int,
-    config: MoEConfig,
-    options: UpcyclingOptions,
-    measured: Mapping[str, torch.Tensor],
-) -> Network:
-    """A copy of which `drop_ratio` of the neurons are drawn anew (Drop-Upcycling, arXiv:2502.19261).
+def drop_expert(request: LayerRequest, expert: int) -> Network:
+    """Returns a copy in which a share `drop_ratio` of the neurons is drawn anew (Drop-Upcycling, arXiv:2502.19261).
 
-    The same neurons in all of an expert's matrices, from the normal distribution with mean and standard deviation of what
-    they replace. Arguments and result as [`copy_expert`]'s.
+    The neurons are the same ones in all of an expert's matrices. New values come from a normal distribution with the
+    mean and standard deviation of the values that they replace.
     """
+    options = request.options
 
     def drop(name: str, tensor: LazyTensor) -> LazyTensor:
         def redraw(weight: torch.Tensor) -> torch.Tensor:
             width = weight.shape[NEURONS[name]]
-            neurons = torch.randperm(width, generator=generator_for(options.seed, layer, expert, "neurons"))
+            neurons = torch.randperm(width, generator=request.generator(expert, "neurons"))
             neurons = neurons[: options.num_dropped(width)]
             old = at_least_fp32(weight.index_select(NEURONS[name], neurons))
-            new = torch.randn(old.shape, generator=generator_for(options.seed, layer, expert, name, "drop"))
+            new = torch.randn(old.shape, generator=request.generator(expert, name, "drop"))
             new = old.mean() + old.std(correction=0) * new
             return weight.index_copy(NEURONS[name], neurons, new.to(weight.dtype))
 
         return tensor.map(redraw)
 
-    copied = copy_expert(networks, layer, expert, config, options, measured)
+    copied = copy_expert(request, expert)
     return {name: drop(name, tensor) if name in NEURONS else tensor for name, tensor in copied.items()}
 
 
-def split_expert(
-    networks: Sequence[Network],
-    layer: int,
-    expert: int,
-    config: MoEConfig,
-    options: UpcyclingOptions,
-    measured: Mapping[str, torch.Tensor],
-) -> Network:
-    """The neurons of one dense network divided among the experts, each in one (LLaMA-MoE, arXiv:2406.16554).
+def split_expert(request: LayerRequest, expert: int) -> Network:
+    """Returns a part of a dense network, whose neurons are divided among the experts (LLaMA-MoE, arXiv:2406.16554).
 
-    At random, or in blocks of the order `measured["layers.{layer}.neurons"]` (I,). Arguments as [`copy_expert`]'s; the
-    result's width is I / E.
+    The neurons are divided at random, or in equal blocks of [`LayerRequest.neuron_order`].
+
+    Returns:
+        The expert, of width I / E, before scale and noise.
     """
-    width = config.moe_intermediate_size
-    neurons = measured[f"layers.{layer}.neurons"] if options.split == "clustered" else None
+    width = request.config.moe_intermediate_size
+    measured = request.neuron_order if request.options.split == "clustered" else None
 
     def take(name: str, tensor: LazyTensor) -> LazyTensor:
         def select(weight: torch.Tensor) -> torch.Tensor:
-            order = neurons
+            order = measured
             if order is None:
-                order = torch.randperm(weight.shape[dim], generator=generator_for(options.seed, layer, "neurons"))
+                order = torch.randperm(weight.shape[dim], generator=request.generator("neurons"))
             return weight.index_select(dim, order[expert * width : (expert + 1) * width])
 
         dim = NEURONS[name]
         return tensor.map(select, shape=(*tensor.shape[:dim], width, *tensor.shape[dim + 1 :]))
 
-    return {name: take(name, tensor) if name in NEURONS else tensor for name, tensor in networks[0].items()}
+    return {name: take(name, tensor) if name in NEURONS else tensor for name, tensor in request.networks[0].items()}
 
 
-METHODS: dict[str, Callable[..., Network]] = {"copy": copy_expert, "drop": drop_expert, "split": split_expert}
+# method -> function from the layer's request and an expert id to that expert
+METHODS: dict[str, Callable[[LayerRequest, int], Network]] = {
+    "copy": copy_expert,
+    "drop": drop_expert,
+    "split": split_expert,
+}
 
 
 def output_scale(config: MoEConfig, options: UpcyclingOptions) -> tuple[float, float]:
-    """What an expert's output has to be multiplied by, and the bias of its output.
+    """Returns the factor on an expert's output that restores the dense output, and the factor on its output bias.
 
-    A token's weights sum to `routed_scaling_factor` if they are renormalised, else, the router being 0, to that times
-    T / E. Of a copied network's G shards each has a G-th of that network's weight: c = G / sum (He et al. write E for R:
-    c = R * G**2 / T). Of a split network's parts each has a T-th, and shall have the weight 1 that its neurons have in
-    the dense network: c = T / sum. That is the partial sum closest to the dense output if what the neurons add is
-    independent, and equal to it where T = E.
+    The routing weights of a token sum to `routed_scaling_factor` if they are renormalised; otherwise, with a router of
+    zeros, to that times K / E. Each of the G shards of a copied network has a G-th of the network's weight, so that c
+    = G / sum (He et al. write E for R: c = R * G**2 / K). Each part of a split network has a K-th, and shall have the
+    weight 1 of its neurons in the dense network: c = K / sum. That is the partial sum closest to the dense output if
+    the contributions of the neurons are independent, and equals it where K = E.
     """
     share = Fraction(1) if config.norm_topk_prob else Fraction(config.num_experts, config.num_experts_per_tok)
     bias = share / Fraction(config.routed_scaling_factor)
@@ -148,9 +128,10 @@ def output_scale(config: MoEConfig, options: UpcyclingOptions) -> tuple[float, f
 
 
 def exact_factors(config: MoEConfig, options: UpcyclingOptions) -> dict[str, float]:
-    """The scale where it is exact for every activation: on up and down projection if gated, else on the latter alone.
+    """Returns a factor for each tensor that scales the output exactly, whatever the activation.
 
-    A power of two is shared by both, so that no dtype has to round; anything else is on one of them, and rounded once.
+    The scale is on the up and down projection if the network is gated, else on the down projection alone. Both share a
+    power of two, so that no dtype has to round; any other scale is on one of them, and is rounded once.
     """
     scale, bias = output_scale(config, options)
     mantissa, exponent = math.frexp(scale)
@@ -161,19 +142,20 @@ def exact_factors(config: MoEConfig, options: UpcyclingOptions) -> dict[str, flo
 
 
 def megatron_factors(config: MoEConfig, options: UpcyclingOptions) -> dict[str, float]:
-    """Megatron-LM's formula (He et al., arXiv:2410.07524): a root of the scale on every weight.
+    """Returns Megatron-LM's factors (He et al., arXiv:2410.07524): a root of the scale on every weight.
 
-    The cube root if the network is gated or its activation is relu squared, else the square root.
+    The root is the cube root if the network is gated or its activation is the squared ReLU, else the square root.
     """
     root = 3 if config.gated_experts or config.hidden_act == "relu2" else 2
     return dict.fromkeys(NEURONS, output_scale(config, options)[0] ** (1 / root))
 
 
 def no_factors(config: MoEConfig, options: UpcyclingOptions) -> dict[str, float]:
-    """Weights as they are in the dense network."""
+    """Returns no factors: the weights remain those of the dense network."""
     return {}
 
 
+# scaling -> function that returns the factor of each tensor; a tensor without an entry is not scaled
 SCALINGS: dict[str, Callable[[MoEConfig, UpcyclingOptions], dict[str, float]]] = {
     "exact": exact_factors,
     "megatron": megatron_factors,
@@ -181,19 +163,13 @@ SCALINGS: dict[str, Callable[[MoEConfig, UpcyclingOptions], dict[str, float]]] =
 }
 
 
-def make_expert(
-    networks: Sequence[Network],
-    layer: int,
-    expert: int,
-    config: MoEConfig,
-    options: UpcyclingOptions,
-    measured: Mapping[str, torch.Tensor],
-) -> Network:
-    """One expert in the first source's dtype: `options.method`, then scale, then noise; arguments as [`copy_expert`]'s.
+def make_expert(request: LayerRequest, expert: int) -> Network:
+    """Returns an expert in the first source's dtype: made by `options.method`, then scaled, then with noise.
 
-    Beside a shared expert its output projection is 0, whatever the noise, and nothing is scaled.
+    Beside a shared expert the output projection is 0 whatever the noise, and nothing is scaled.
     """
-    factors = {} if options.shared_expert else SCALINGS[options.scaling](config, options)
+    options, networks = request.options, request.networks
+    factors = {} if options.shared_expert else SCALINGS[options.scaling](request.config, options)
 
     def finish(name: str, tensor: LazyTensor) -> LazyTensor:
         dtype, factor = networks[0][name].dtype, factors.get(name, 1.0)
@@ -201,12 +177,11 @@ def make_expert(
             return LazyTensor.combine(lambda: torch.zeros(tensor.shape), shape=tensor.shape, dtype=dtype)
 
         def change(weight: torch.Tensor) -> torch.Tensor:
-            generator = generator_for(options.seed, layer, expert, name)
-            return with_noise(weight * factor, options.noise, generator, options.noise_std)
+            return with_noise(weight * factor, options.noise, request.generator(expert, name), options.noise_std)
 
         return LazyTensor.combine(change, tensor, dtype=dtype)
 
-    made = METHODS[options.method](networks, layer, expert, config, options, measured)
+    made = METHODS[options.method](request, expert)
     return {name: finish(name, tensor) for name, tensor in made.items()}
 
 
@@ -216,22 +191,22 @@ def _scaled_exactly(config: MoEConfig, options: UpcyclingOptions) -> bool:
         return True
     if config.mlp_bias and bias != 1:
         return False
-    # what scales as a power of its input, of the degree that the root is taken for
+    # activations under which a factor c on every weight multiplies the output by c to the power of the root's degree
     homogeneous = ("relu",) if config.gated_experts else ("relu", "relu2")
     return scale == 1 or (options.scaling == "megatron" and config.hidden_act in homogeneous)
 
 
-def inexactness(options: UpcyclingOptions, config: MoEConfig) -> str:
-    """Why the result will not compute the dense model's function; empty if it will.
+def reason_not_exact(options: UpcyclingOptions, config: MoEConfig) -> str | None:
+    """Returns why the result will not compute the dense model's function, or None if it will.
 
     Args:
         options: how to upcycle.
-        config: of the result, see [`~modeling_moe.upcycling.plan.sparse_config`].
+        config: configuration of the result, see [`~modeling_moe.upcycling.plan.sparse_config`].
     """
     if options.sources:
-        return "several sources: what is no expert is their average"
+        return "several sources: every tensor outside the experts is an average of the sources"
     if options.shared_expert:
-        return ""
+        return None
     experts, top_k, shards = config.num_experts, config.num_experts_per_tok, options.granularity
     equal, every = options.zero_router or experts == 1, top_k == experts
     scale = output_scale(config, options)[0]
@@ -239,20 +214,19 @@ def inexactness(options: UpcyclingOptions, config: MoEConfig) -> str:
     reasons = {
         "noise moves every expert away from the dense network": options.noise or options.noise_std,
         f"drop draws {options.drop_ratio:.0%} of every expert's neurons anew": options.method == "drop",
-        f"split: a token meets {top_k} of the {experts} parts of the network (a scale of {scale:g} gives each the "
-        "weight that it has in the whole)": split and not every,
+        f"split: a token is sent to {top_k} of the {experts} parts of the network (a scale of {scale:g} gives each part "
+        "the weight that it has in the whole network)": split and not every,
         "split: the router weighs the parts of the network unequally": split and every and not equal,
-        f"num_experts_per_tok ({top_k}) is not a multiple of granularity ({shards}): a token meets parts of networks": (
-            top_k % shards
-        ),
-        "replicas tie in the router: a token may meet shards of different networks": (
+        f"num_experts_per_tok ({top_k}) is not a multiple of granularity ({shards}): a token is sent to parts of "
+        "networks": top_k % shards,
+        "replicas tie in the router: a token may be sent to shards of different networks": (
             shards > 1 and options.replicas_tie and not every
         ),
-        "norm_topk_prob=False: a token's weights do not sum to what the scale makes up for": (
+        "norm_topk_prob=False: a token's routing weights do not have the sum that the scale assumes": (
             not (config.norm_topk_prob or equal or every)
         ),
-        f"scaling={options.scaling!r}: the output is not multiplied by {scale:g}, as the router's weights ask for": (
+        f"scaling={options.scaling!r}: the output is not multiplied by {scale:g}, which the routing weights require": (
             not _scaled_exactly(config, options)
         ),
     }
-    return "; ".join(reason for reason, holds in reasons.items() if holds)
+    return "; ".join(reason for reason, holds in reasons.items() if holds) or None

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a user chooses of an upcycling, and which choices make no model."""
+"""This module defines the options of upcycling, and refuses combinations of which no model can be made."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,105 +11,131 @@ from ..utils.errors import UserError
 
 @dataclass
 class UpcyclingOptions:
-    """How dense models become a sparse one."""
+    """These options say how dense models become a sparse one."""
 
-    num_experts: int = field(default=8, metadata={"help": "experts of each sparse layer, all shards counted"})
-    num_experts_per_tok: int = field(default=2, metadata={"help": "experts that a token is sent to"})
+    num_experts: int = field(
+        default=8, metadata={"help": "number of experts in each sparse layer; each shard is one expert"}
+    )
+    num_experts_per_tok: int = field(default=2, metadata={"help": "number of experts that a token is sent to"})
     method: Literal["copy", "drop", "split"] = field(
         default="copy",
         metadata={
-            "help": "copy: each expert starts as the dense network, or as a shard of it; drop: so, but for a share of its "
-            "neurons, which are drawn anew; split: the neurons of the dense network are divided among the experts"
+            "help": "copy: each expert starts as the dense network, or as a shard of it; drop: each expert starts as a copy in "
+            "which a share of the neurons is drawn anew; split: the dense network's neurons are divided among the experts"
         },
     )
     granularity: int = field(
-        default=1, metadata={"help": "shards that a copied network is cut into, each an expert of its own"}
+        default=1, metadata={"help": "number of shards that a copied network is cut into; each shard is one expert"}
     )
     scaling: Literal["exact", "megatron", "none"] = field(
         default="exact",
         metadata={
-            "help": "factor on the experts' weights that makes up for the router's: exact (on up and down projection), "
-            "megatron (its cube root on all three, as published) or none"
+            "help": "factor on the experts' weights that compensates for the routing weights: exact (on up and down "
+            "projection), megatron (the cube root of the factor on all three projections, as published) or none"
         },
     )
     shared_expert: bool = field(
         default=False,
-        metadata={"help": "keep the dense network as a shared expert; the routed experts then start with output 0"},
+        metadata={
+            "help": "keep the dense network as a shared expert; the routed experts then start with an output of 0"
+        },
     )
     noise: float = field(
-        default=0.0, metadata={"help": "noise on each expert's tensors, in standard deviations of the tensor"}
+        default=0.0,
+        metadata={"help": "standard deviation of noise on each expert's tensors, relative to that of the tensor"},
     )
-    noise_std: float = field(default=0.0, metadata={"help": "noise on each expert's tensors, its standard deviation"})
-    drop_ratio: float = field(default=0.5, metadata={"help": "drop: share of an expert's neurons that is drawn anew"})
+    noise_std: float = field(
+        default=0.0, metadata={"help": "absolute standard deviation of noise on each expert's tensors"}
+    )
+    drop_ratio: float = field(
+        default=0.5, metadata={"help": "share of an expert's neurons that method drop draws anew"}
+    )
     split: Literal["random", "clustered"] = field(
         default="random",
-        metadata={"help": "split: neurons at random, or those together that fire together (needs calibration_data)"},
+        metadata={
+            "help": "how method split groups neurons: random, or clustered by joint activity (needs calibration_data)"
+        },
     )
     layers: str = field(
         default="all",
-        metadata={"help": "layers that become sparse: all, every:n (the n-th, 2n-th, ...) or indices such as 0,2,5"},
+        metadata={"help": "which layers become sparse: all, every:n (the n-th, 2n-th, ...) or indices such as 0,2,5"},
     )
-    norm_topk_prob: bool = field(default=True, metadata={"help": "a token's weights sum to 1; exactness needs it"})
+    norm_topk_prob: bool = field(
+        default=True, metadata={"help": "scale the routing weights of a token to the sum 1; an exact result needs it"}
+    )
     sources: list[str] | None = field(
         default=None,
-        metadata={"help": "further dense checkpoints, whose networks become experts too (Branch-Train-MiX)"},
+        metadata={"help": "further dense checkpoints whose networks become experts (Branch-Train-MiX)"},
     )
     source_weights: list[float] | None = field(
         default=None,
-        metadata={"help": "the first source's and the further ones' weights in the average of all that is no expert"},
+        metadata={
+            "help": "weight of each source, the first source first, in the average of all tensors outside the experts"
+        },
     )
     router_init: Literal["random", "zero", "text", "kmeans", "ridge"] = field(
-        default="random", metadata={"help": "how the routers start; text, kmeans and ridge need calibration_data"}
+        default="random",
+        metadata={"help": "initial values of the routers; text, kmeans and ridge need calibration_data"},
     )
     router_std: float = field(
         default=0.02,
         metadata={
-            "help": "random: standard deviation of the routers' weights; text, ridge: of the "
-            "noise that tells replicas of one domain apart, in deviations of the weights"
+            "help": "standard deviation of random router weights; for router_init text and ridge, standard deviation of the "
+            "noise that separates replicas of one domain, relative to that of the weights"
         },
     )
     router_logit_std: float = field(
-        default=1.0, metadata={"help": "text, kmeans, ridge: standard deviation that the logits are scaled to"}
+        default=1.0,
+        metadata={"help": "standard deviation of the router logits after router_init text, kmeans or ridge"},
     )
     calibration_data: list[str] | None = field(
-        default=None, metadata={"help": "domain=file, texts that the dense model is measured on"}
+        default=None, metadata={"help": "texts that the dense model is measured on, each as domain=file"}
     )
-    calibration_tokens: int = field(default=8192, metadata={"help": "tokens of each domain that are measured"})
-    ridge_lambda: float = field(default=1e-2, metadata={"help": "ridge: strength of the regularisation"})
-    router_aux_loss_coef: float = field(default=0.01, metadata={"help": "weight of the load-balancing loss"})
+    calibration_tokens: int = field(default=8192, metadata={"help": "number of tokens measured in each domain"})
+    ridge_lambda: float = field(
+        default=1e-2, metadata={"help": "strength of the regularisation for router_init ridge"}
+    )
+    router_aux_loss_coef: float = field(
+        default=0.005,
+        metadata={"help": "coefficient of the load-balancing loss, which is num_experts_per_tok in balance"},
+    )
     router_z_loss_coef: float = field(default=0.001, metadata={"help": "weight of the router's z-loss"})
-    seed: int = field(default=0, metadata={"help": "seed of all that is drawn"})
+    seed: int = field(default=0, metadata={"help": "seed of all random numbers"})
 
     @property
     def num_replicas(self) -> int:
-        """Whole networks that the experts of a layer make up."""
+        """Number of complete copies of the dense network in a layer: `num_experts / granularity`."""
         return self.num_experts // self.granularity
 
     @property
     def zero_router(self) -> bool:
-        """Whether every router starts at 0, so that all experts have the same weight."""
+        """Whether every router starts at 0, so that all experts have equal weights."""
         return self.router_init == "zero" or (self.router_init == "random" and self.router_std == 0)
 
     @property
     def replicas_tie(self) -> bool:
-        """Whether replicas have the same row in the router: all, or those of one domain of `text` and `ridge`."""
+        """Whether some replicas have equal rows in the router.
+
+        All rows are equal in a router of zeros, and those of one domain after `router_init` `text` or `ridge` without
+        noise.
+        """
         shared = self.router_init in ("text", "ridge") and self.num_replicas > len(self.calibration_data or [])
         return self.zero_router or (shared and self.router_std == 0)
 
     @property
     def needs_text(self) -> bool:
-        """Whether something must be measured on `calibration_data`."""
+        """Whether the options require a measurement on `calibration_data`."""
         return self.router_init in ("text", "kmeans", "ridge") or self.split == "clustered"
 
     def num_dropped(self, width: int) -> int:
-        """Neurons that `drop` draws anew in an expert of that width."""
+        """Returns how many neurons method `drop` draws anew in an expert with `width` neurons."""
         return round(self.drop_ratio * width)
 
     def sparse_layers(self, num_hidden_layers: int) -> list[int]:
-        """Indices of the layers that become sparse, ascending.
+        """Returns the indices of the layers that become sparse, in ascending order.
 
         Raises:
-            UserError: if `layers` names none, or one that the model does not have.
+            UserError: if `layers` is malformed, names no layer, or names one that the model does not have.
         """
         every, _, step = self.layers.partition("every:")
         try:
@@ -123,15 +149,15 @@ class UpcyclingOptions:
             raise UserError(f"layers is {self.layers!r}: it must be all, every:n or indices such as 0,2,5") from None
         if not layers or not 0 <= layers[0] <= layers[-1] < num_hidden_layers:
             raise UserError(
-                f"layers is {self.layers!r}: it must name layers between 0 and {num_hidden_layers - 1}, one at least"
+                f"layers is {self.layers!r}: it must name at least one layer, between 0 and {num_hidden_layers - 1}"
             )
         return layers
 
     def check(self, dense: MoEConfig) -> None:
-        """Refuses what cannot be made of a dense model.
+        """Refuses options of which no sparse model can be made from a dense one.
 
         Raises:
-            UserError: names the option and the remedy.
+            UserError: if an option is refused; the message names the option and the remedy.
         """
         self._check_values()
         self._check_division(dense.intermediate_size)
@@ -153,7 +179,7 @@ class UpcyclingOptions:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be positive")
         if not 0 < self.drop_ratio <= 1:
-            raise UserError(f"drop_ratio is {self.drop_ratio}: it must lie above 0, and not above 1")
+            raise UserError(f"drop_ratio is {self.drop_ratio}: it must be above 0 and at most 1")
         if self.split != "random" and self.method != "split":
             raise UserError(f"split={self.split!r} has no effect with method={self.method!r}: set method to split")
 
@@ -161,7 +187,7 @@ class UpcyclingOptions:
         experts, shards = self.num_experts, self.granularity
         if self.method == "split":
             if shards != 1:
-                raise UserError(f"granularity is {shards}: method split cuts by num_experts alone, leave it at 1")
+                raise UserError(f"granularity is {shards}: method split divides by num_experts alone, so keep it at 1")
             if width % experts:
                 raise UserError(
                     f"num_experts ({experts}) does not divide the dense network's width {width}: choose a divisor"
@@ -172,7 +198,7 @@ class UpcyclingOptions:
                 raise UserError(f"granularity ({shards}) does not divide {name} ({value}): choose a divisor")
         if self.method == "drop" and not 0 < self.num_dropped(width // shards) <= width // shards:
             raise UserError(
-                f"drop_ratio is {self.drop_ratio}: it must lie above 0 by a neuron of an expert's {width // shards} at least"
+                f"drop_ratio is {self.drop_ratio}: it must be large enough to draw one of an expert's {width // shards} neurons"
             )
 
     def _check_sources(self) -> None:
@@ -181,8 +207,8 @@ class UpcyclingOptions:
             raise UserError("sources cannot be given with method split, which divides one network: set method to copy")
         if self.num_replicas % count:
             raise UserError(
-                f"num_experts / granularity ({self.num_replicas}) is not a multiple of the {count} sources: choose one, so "
-                "that each fills as many experts"
+                f"num_experts / granularity ({self.num_replicas}) is not a multiple of the {count} sources: choose a "
+                "multiple, so that each source fills equally many experts"
             )
         weights = self.source_weights or [1 / count] * count
         if len(weights) != count:

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What an upcycling will make and cost, known before any weight is read."""
+"""This module plans an upcycling: it computes the result's configuration and size before any weight is read."""
 
 import re
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from ..configuration_moe import MoEConfig
 from ..conversion import DENSE_FAMILIES, SPARSE_FAMILIES, moe_config
 from ..modeling_moe import MoEForCausalLM
 from ..utils.errors import UserError
-from ..utils.result_limits import refuse_vast
+from ..utils.limits import refuse_vast_result
 from .assembly import refuse_mismatch
-from .experts import inexactness
+from .experts import reason_not_exact
 from .options import UpcyclingOptions
 
 
-# group of parameters -> the start of their names up to what is counted; the first match wins
+# group of parameters -> the beginning of their names, up to the module that is counted; the first match wins
 GROUPS = {
     "embedding": r".*\.embed_\w+\.",
     "output head": r"lm_head\.",
@@ -33,13 +33,13 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """A line of the plan's table.
+    """Describes one group of parameters, a line of the plan's table.
 
     Attributes:
-        name: of the group, a key of `GROUPS`.
-        count: how many of them there are; of routed experts, layers x experts.
-        params: parameters of all of them.
-        nbytes: of these.
+        name: name of the group, a key of `GROUPS`.
+        count: number of modules in the group; for routed experts, layers x experts.
+        params: number of parameters in the group.
+        nbytes: size of the parameters in bytes.
     """
 
     name: str
@@ -50,16 +50,16 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class UpcyclingPlan:
-    """The result's configuration and what it costs.
+    """Holds the result's configuration and size.
 
     Attributes:
-        config: of the result.
-        dtype: of its weights.
-        dense_params: parameters of the (first) source.
-        params: parameters of the result.
-        active_params: those of them that a token uses.
-        groups: what the parameters are.
-        inexactness: why the function changes; empty if it does not.
+        config: configuration of the result.
+        dtype: dtype of the result's weights.
+        dense_params: number of parameters of the (first) source.
+        params: number of parameters of the result.
+        active_params: number of parameters of the result that a token uses.
+        groups: the parameters by kind.
+        reason_not_exact: why the result will not compute the dense function; None if it will.
     """
 
     config: MoEConfig
@@ -68,23 +68,26 @@ class UpcyclingPlan:
     params: int
     active_params: int
     groups: tuple[TensorGroup, ...]
-    inexactness: str
+    reason_not_exact: str | None
 
     @property
     def bytes_on_disk(self) -> int:
-        """Of the weights; as many in memory, to serve them."""
+        """Size of the weights in bytes, on disk and in memory to serve them."""
         return sum(group.nbytes for group in self.groups)
 
     @property
     def bytes_to_train(self) -> int:
-        """Weights and gradients in the dtype of the weights and AdamW's two moments in fp32, without activations.
+        """Memory to train all weights, without activations: weights and gradients in `dtype`, AdamW's moments in fp32.
 
-        16 bytes for each parameter in fp32, 12 in bf16.
+        That is 16 bytes for each parameter in fp32, and 12 in bf16.
         """
         return 2 * self.bytes_on_disk + 8 * self.params
 
     def cache_bytes(self, tokens: int = 1000) -> int:
-        """Keys and values of one sequence of so many tokens, in the dtype of the weights; a window holds no more than its own."""
+        """Returns the size in bytes of one sequence's key-value cache, in the dtype of the weights.
+
+        A layer with sliding-window attention stores at most `sliding_window` tokens.
+        """
         config = self.config
         window = min(tokens, config.sliding_window or tokens)
         held = sum(window if kind == "sliding_attention" else tokens for kind in config.layer_types)
@@ -92,15 +95,15 @@ class UpcyclingPlan:
 
 
 def sparse_config(dense: MoEConfig, options: UpcyclingOptions, dtype: torch.dtype) -> MoEConfig:
-    """The configuration of the result.
+    """Returns the configuration of the result.
 
     Args:
-        dense: of the (first) source.
+        dense: configuration of the (first) source.
         options: how to upcycle.
-        dtype: of the result's weights.
+        dtype: dtype of the result's weights.
 
     Raises:
-        UserError: if an option makes no model of this source.
+        UserError: if no model can be made from this source with these options.
     """
     options.check(dense)
     sparse = options.sparse_layers(dense.num_hidden_layers)
@@ -118,11 +121,11 @@ def sparse_config(dense: MoEConfig, options: UpcyclingOptions, dtype: torch.dtyp
         "shared_expert_intermediate_size": options.shared_expert * dense.intermediate_size,
         "dtype": dtype,
     }
-    return MoEConfig(**(dense.to_dict() | changes))
+    return dense.replace(**changes)
 
 
 def tensor_groups(config: MoEConfig, dtype: torch.dtype) -> tuple[TensorGroup, ...]:
-    """What the parameters of a model are, in the order of `GROUPS`; groups that it lacks are left out."""
+    """Counts the parameters of a model by group, in the order of `GROUPS`; empty groups are omitted."""
     with torch.device("meta"):
         model = MoEForCausalLM(config)
     counted = {group: set() for group in GROUPS}
@@ -152,18 +155,19 @@ def make_plan(
     """Plans the upcycling of dense models.
 
     Args:
-        source: the dense model's configuration, of one of `conversion.DENSE_FAMILIES`.
+        source: the dense model's configuration; its family must be one of `conversion.DENSE_FAMILIES`.
         options: how to upcycle.
-        dtype: of the result's weights.
+        dtype: dtype of the result's weights.
         further: configurations of `options.sources`.
 
     Raises:
-        UserError: if a source is not of those families, the sources differ in architecture, or an option makes no model.
+        UserError: if a source is of another family, the sources differ in architecture, or no model can be made with
+            these options.
     """
     for config in (source, *further):
         if config.model_type not in DENSE_FAMILIES:
             sparse = config.model_type == MoEConfig.model_type or config.model_type in SPARSE_FAMILIES
-            more = ". It is sparse already: scripts/convert.py makes it a moe, scripts/resize.py changes its experts"
+            more = ". The model is sparse already: convert it with scripts/convert.py, or change its experts with scripts/resize.py"
             raise UserError(
                 f"model_type {config.model_type!r} cannot be upcycled: it must be one of "
                 f"{', '.join(sorted(DENSE_FAMILIES))}{more * sparse}"
@@ -171,7 +175,7 @@ def make_plan(
     dense, *others = (moe_config(config) for config in (source, *further))
     refuse_mismatch([dense, *others], ["the first source", *(options.sources or [])])
     config = sparse_config(dense, options, dtype)
-    refuse_vast(config, dtype)
+    refuse_vast_result(config, dtype)
     return UpcyclingPlan(
         config=config,
         dtype=dtype,
@@ -179,5 +183,5 @@ def make_plan(
         params=config.num_params(),
         active_params=config.num_active_params(),
         groups=tensor_groups(config, dtype),
-        inexactness=inexactness(options, config),
+        reason_not_exact=reason_not_exact(options, config),
     )

@@ -1,17 +1,17 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Small files are written whole or not at all, and names in a list of files stay within the list's folder."""
+"""This module writes small files whole or not at all, and checks that a file name stays within a folder."""
 
 import os
 from pathlib import Path, PurePath
 
 
 def part_of(file: Path) -> Path:
-    """Where a file grows; of each process its own, so that two of them cannot mix their bytes."""
+    """Returns the temporary path of a file that is being written; the process id keeps two processes apart."""
     return file.with_name(f"{file.name}.{os.getpid()}.part")
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a small file, in UTF-8, whole or not at all."""
+    """Writes a small UTF-8 file; a reader sees either the earlier content or the whole new text."""
     part = part_of(file)
     try:
         with open(part, "w", encoding="utf-8") as stream:
@@ -25,7 +25,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def is_plain(name: object) -> bool:
-    """Whether `name` is a text that names a file in a folder, or in a folder there, without `..` and not from the root."""
+    """Returns whether `name` is a relative path without `..` and backslashes, as a list of a folder's files may contain."""
     return (
         isinstance(name, str)
         and bool(name.strip("."))

@@ -1,24 +1,25 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""A chat template turns messages into text, and this module tells which part of the text the assistant wrote.
+"""A chat template turns messages into text; this module renders templates and finds the tokens that the assistant wrote.
 
-Some templates mark that by `{% generation %}`. Most do not; there the template's loop over the messages tells it: each pass of
-the loop that sees an assistant's message writes a header, which the generation prompt writes too, and then the assistant's turn.
+Some templates mark the assistant's text by `{% generation %}`. Most do not. For those, the template's loop over the messages
+is observed: each pass that sees an assistant's message writes a header, which the generation prompt contains too, and then
+the assistant's turn.
 """
 
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, TemplateError, TemplateSyntaxError
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from .errors import UserError
 
 
-MAX_PASSES = 300_000  # of a template's loops and macros, for one conversation: seconds of work
-# noncharacters of Unicode, which no text holds
+# passes of a template's loops and macros for one conversation; more would take longer than seconds
+MAX_PASSES = 300_000
+# Unicode noncharacters, which do not occur in text, delimit the marks that an instrumented template writes
 OPEN, CLOSE, END = "\ufdd0", "\ufdd1", "\ufdd2"
 TEMPLATE_ERRORS = (
     TemplateError,
@@ -43,27 +44,29 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class UnclearTurnsError(UserError):
-    """A chat template does not tell which tokens the assistant wrote."""
+    """The chat template does not show which tokens the assistant wrote."""
 
     def __init__(self, reason: str):
         super().__init__(
-            f"the chat template does not tell what the assistant says: {reason}; put {{% generation %}} ... "
-            "{% endgeneration %} around it in the template, or set assistant_only false to count all tokens"
+            f"the chat template does not show which text the assistant wrote: {reason}; put {{% generation %}} ... "
+            "{% endgeneration %} around that text in the template, or set assistant_only false to train on all tokens"
         )
 
 
 class _Instrument:
-    """Writes a template anew, so that it counts the passes of loops and macros and marks parts of the text.
+    """Rewrites a template's tags so that the template counts passes of loops and macros and marks parts of the text.
 
     Args:
-        mark: `messages` marks what each pass over a message writes, `generation` what the template's own marks enclose.
+        mark: `messages` marks the text of each pass over a message, `generation` the text between the template's own
+            generation tags; None marks nothing.
     """
 
     def __init__(self, mark: str | None):
-        self.mark, self.loops, self.numbers = mark, [], count()
+        self.mark, self.numbers = mark, count()
+        self.loops: list[int] = []
 
-    def __call__(self, match: re.Match) -> str:
-        """What takes the place of a tag; the last tag of it trims as that one does."""
+    def __call__(self, match: re.Match[str]) -> str:
+        """Returns the replacement of a tag; the replacement trims the whitespace after it as the tag did."""
         tag, trim = match["tag"], match["trim"]
         if tag is None:  # a comment or raw text
             return match[0]
@@ -90,22 +93,32 @@ class _Instrument:
 
 @lru_cache
 def _instrument(template: str, mark: str | None) -> str:
-    # a comment or a tag without an end, which the pattern would look for from each beginning, takes hours
+    # with an unclosed tag, the pattern would search to the end of the template from each opening, which takes hours
     kinds = [kind for _, kind, _ in Environment().lex(template)]
     if kinds.count("block_begin") != kinds.count("block_end"):
         raise TemplateSyntaxError("a tag has no end", template.count("\n") + 1)
-    # trim_blocks takes the line end after the first tag away
+    # the line break is removed again by trim_blocks
     return "{% set moe_passes = namespace(n=0) %}\n" + _TAGS.sub(_Instrument(mark), template)
 
 
 def _without_none(value: Any) -> Any:
-    """What Arrow filled in, where rows of one column have different keys, is taken away again."""
+    """Removes keys whose value is None, except `content`.
+
+    Arrow adds these keys if the rows of a column have different keys.
+    """
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None or key == "content"}
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Any, tools: Any, mark: str | None = None, **options) -> Any:
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    mark: str | None = None,
+    prompt: bool = False,
+) -> str:
+    """Renders messages by the chat template with the marks that [`_Instrument`] adds."""
     if tokenizer.chat_template is None:
         raise UserError(
             "the model's tokenizer has no chat template, which conversations need: save chat_template.jinja beside it, or "
@@ -118,64 +131,83 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Any, tools: Any, mark: 
         )
     try:
         template = _instrument(tokenizer.get_chat_template(tools=tools), mark)
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             _without_none(messages),
             tools=_without_none(tools),
             chat_template=template,
-            **({"tokenize": False} | options),
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
     except TEMPLATE_ERRORS as error:
         raise UserError(f"the chat template cannot render the messages {messages!r:.200}: {error}") from error
+    if not isinstance(text, str):
+        raise TypeError(f"apply_chat_template returned {type(text).__name__} for one conversation")
+    return text
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list | None = None, prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None = None,
+    prompt: bool = False,
 ) -> str:
-    """Renders a conversation by the tokenizer's chat template.
+    """Renders a conversation as text by the tokenizer's chat template.
 
     Args:
-        tokenizer: one with a chat template.
-        messages: dicts with `role` and `content`.
+        tokenizer: tokenizer with a chat template.
+        messages: dictionaries with `role` and `content`.
         tools: JSON schemas of the functions that the assistant may call.
-        prompt: append what makes the assistant answer.
+        prompt: whether to append the header after which the assistant answers.
 
     Raises:
         UserError: if there is no template, it fails, or its loops take more than `MAX_PASSES` passes.
     """
-    return _apply(tokenizer, messages, tools, add_generation_prompt=prompt)
+    return _apply(tokenizer, messages, tools, prompt=prompt)
 
 
-def _segments(marked: str) -> tuple[str, list[tuple[str, int, int]]]:
-    """The text without marks, and of each pass over a message its role and the range of characters that it wrote."""
-    text, segments, current = "", [], None
+class _Segment(NamedTuple):
+    """The characters `start` to `stop` of a text, written in one pass over a message of `role`."""
+
+    role: str
+    start: int
+    stop: int
+
+
+def _segments(marked: str) -> tuple[str, list[_Segment]]:
+    """Returns the text without marks, and one segment for each pass over a message that wrote text."""
+    text = ""
+    segments: list[_Segment] = []
+    current: tuple[str, str, int] | None = None
     for part in re.split(f"({OPEN}[^{CLOSE}{END}]*[{CLOSE}{END}])", marked):
         if not part.startswith(OPEN):
             text += part
             continue
         number, _, role = part[1:-1].partition(":")
         if current is not None and current[0] != number:
-            continue  # a loop within the pass over a message
+            continue  # this mark belongs to a loop inside the pass over a message
         if current is not None and len(text) > current[2]:
-            segments.append((current[1], current[2], len(text)))
+            segments.append(_Segment(current[1], current[2], len(text)))
         current = (number, role, len(text)) if part.endswith(CLOSE) else None
     return text, segments
 
 
-def _headers(tokenizer: PreTrainedTokenizerBase, before: list[dict], tools: Any) -> list[str]:
-    """What can stand before an assistant's turn that follows the messages `before`; the likeliest first."""
+def _headers(tokenizer: PreTrainedTokenizerBase, before: list[dict[str, Any]], tools: list[Any] | None) -> list[str]:
+    """Returns possible headers of an assistant's turn after the messages `before`, the likeliest first."""
     question = before or [{"role": "user", "content": "x"}]
     tails = []
     for prompt in (True, False):
-        text, segments = _segments(_apply(tokenizer, question, tools, mark="messages", add_generation_prompt=prompt))
-        tails.append(text[segments[-1][2] if segments else 0 :])
+        text, segments = _segments(_apply(tokenizer, question, tools, mark="messages", prompt=prompt))
+        tails.append(text[segments[-1].stop if segments else 0 :])
     prompts = [tails[0], tails[0].removeprefix(tails[1])]
-    # a thinking model's prompt opens the thought, which earlier turns are shown without
+    # the prompt of a thinking model opens a thought, which templates leave out of earlier turns
     prompts += [prompt.partition("<think>")[0] for prompt in prompts]
     return [lead + prompt for prompt in prompts for lead in ("", tokenizer.bos_token or "")]
 
 
-def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and the ranges of its characters that hold the assistant's turns with their headers."""
+def _turns(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None
+) -> tuple[str, list[tuple[int, int]]]:
+    """Returns the text of a conversation, and the character ranges of the assistant's turns including headers."""
     text, segments = _segments(_apply(tokenizer, messages, tools, mark="messages"))
     if text != render_chat(tokenizer, messages, tools):
         raise UnclearTurnsError("it changes what its loop over the messages wrote")
@@ -187,12 +219,13 @@ def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: Any)
 
 
 def _spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: Any, first: int
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None, first: int
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and the ranges of its characters that the assistant wrote from message `first` on."""
+    """Returns the text of a conversation, and the character ranges that the assistant wrote from message `first` on."""
     text, turns = _turns(tokenizer, messages, tools)
     indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    spans, headers = [], {}
+    spans: list[tuple[int, int]] = []
+    headers: dict[str | None, list[str]] = {}
     for i, (start, end) in zip(indices, turns, strict=True):
         before = messages[i - 1]["role"] if i else None
         if before not in headers:
@@ -202,7 +235,7 @@ def _spans(
             raise UnclearTurnsError(f"a turn begins {text[start : start + 40]!r}, unlike {headers[before][0]!r}")
         if i >= first:
             spans.append((start + len(header), end))
-    # some templates end the text, and not each turn, with the eos
+    # some templates write the end-of-text token once after all messages, where it still ends the assistant's turn
     eos = tokenizer.eos_token
     if spans and messages[-1]["role"] == "assistant" and eos and text[spans[-1][1] :].strip() == eos:
         spans[-1] = (spans[-1][0], len(text))
@@ -210,11 +243,11 @@ def _spans(
 
 
 def _marked_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: Any, first: int
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None, first: int
 ) -> tuple[str, list[tuple[int, int]]]:
-    """What [`_spans`] returns, by the marks that the template has.
+    """Returns the result of [`_spans`] for a template with generation tags.
 
-    transformers' own mask is wrong for marks within a macro.
+    transformers' own mask is not used because it is wrong for tags inside a macro.
     """
     text, segments = _segments(_apply(tokenizer, messages, tools, mark="generation"))
     if text != render_chat(tokenizer, messages, tools):
@@ -224,42 +257,63 @@ def _marked_spans(
     return text, [(start, end) for _, start, end in segments if start >= begin]
 
 
+class EncodedChat(NamedTuple):
+    """A tokenised conversation.
+
+    Attributes:
+        text: the rendered conversation.
+        encoding: token ids, with character offsets if the tokenizer is a fast one.
+        is_target: for each token, whether a model is trained to predict it.
+    """
+
+    text: str
+    encoding: BatchEncoding
+    is_target: list[bool]
+
+
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: list | None, assistant_only: bool, first: int = 0
-) -> tuple[str, Any, Sequence[int | bool]]:
-    """Tokenises a conversation and tells which tokens the assistant wrote.
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    assistant_only: bool,
+    first: int = 0,
+) -> EncodedChat:
+    """Tokenises a conversation and finds the tokens that the assistant wrote.
 
     Args:
-        tokenizer: one with a chat template, and with `assistant_only` a fast one.
-        messages: dicts with `role` and `content`.
+        tokenizer: tokenizer with a chat template; it must be a fast one if `assistant_only` is set.
+        messages: dictionaries with `role` and `content`.
         tools: JSON schemas of the functions that the assistant may call.
-        assistant_only: count the assistant's tokens alone.
-        first: with `assistant_only`, count only from that message on.
+        assistant_only: whether only the assistant's tokens are targets.
+        first: index of the first message whose tokens are targets, if `assistant_only` is set.
 
     Returns:
-        The text; its encoding, with offsets if the tokenizer is a fast one; for each token, whether it counts. A turn's end
-        mark counts, and what opens the turn, such as `<|im_start|>assistant`, does not.
+        Text, encoding and targets. The mark that ends a turn is a target; the header that opens a turn, such as
+        `<|im_start|>assistant`, is not.
 
     Raises:
-        UnclearTurnsError: if the template or the tokenizer does not tell what the assistant wrote.
+        UnclearTurnsError: if template or tokenizer do not show which text the assistant wrote.
         UserError: if there is no template, it fails, or its loops take more than `MAX_PASSES` passes.
     """
-    options = {"add_special_tokens": False, "return_offsets_mapping": tokenizer.is_fast, "verbose": False}
+
+    def encode(text: str) -> BatchEncoding:
+        return tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+
     if not assistant_only:
         text = render_chat(tokenizer, messages, tools)
-        encoded = tokenizer(text, **options)
-        return text, encoded, [True] * len(encoded["input_ids"])
+        encoding = encode(text)
+        return EncodedChat(text, encoding, [True] * len(encoding["input_ids"]))
     if not tokenizer.is_fast:
         raise UnclearTurnsError(
-            "the tokenizer is not a fast one, which alone knows where its tokens stand in the text"
+            "the tokenizer is a slow one, and only a fast tokenizer gives the position of each token in the text"
         )
-    # without a template the rendering says so
+    # the rendering below raises the error if there is no template
     template = tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else ""
     find = _marked_spans if _GENERATION.search(template) else _spans
     text, spans = find(tokenizer, messages, tools, first)
-    encoded = tokenizer(text, **options)
-    counts = [False] * len(encoded["input_ids"])
-    for i, (begin, end) in enumerate(encoded["offset_mapping"]):
-        # a token across the border counts, as in transformers' own mask
-        counts[i] = any(begin < stop and end > start for start, stop in spans)
-    return text, encoded, counts
+    encoding = encode(text)
+    # a token across the border of a span is a target, as in transformers' own mask
+    is_target = [
+        any(begin < stop and end > start for start, stop in spans) for begin, end in encoding["offset_mapping"]
+    ]
+    return EncodedChat(text, encoding, is_target)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What lies beside a source's weights, tokenizer and chat template, is copied as it is."""
+"""Files beside a model's weights, such as tokenizer and chat template, are copied unchanged by this module."""
 
 import shutil
 from pathlib import Path
@@ -21,10 +21,10 @@ COMPANIONS = (
 
 
 def find_companions(source: Path) -> list[Path]:
-    """The tokenizer's files, the chat template and the generation config of a model's folder.
+    """Returns tokenizer files, chat template and generation config of a model's folder.
 
     Raises:
-        UserError: if one of them is a link that leads out of the folder.
+        UserError: if one of the files is a link that leads outside the folder.
     """
     found = [file for pattern in COMPANIONS for file in sorted(source.glob(pattern))]
     for file in found:
@@ -35,10 +35,10 @@ def find_companions(source: Path) -> list[Path]:
 
 
 def copy_companions(source: Path, output_dir: Path) -> None:
-    """Copies what [`find_companions`] finds byte by byte; a source without a tokenizer gives none.
+    """Copies the files that [`find_companions`] returns; a folder without a tokenizer gives none.
 
     Raises:
-        UserError: if one of the files is a link that leads out of the folder.
+        UserError: if one of the files is a link that leads outside the folder.
     """
     for file in find_companions(source):
         target = output_dir / file.name

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Earlier versions saved checkpoints with these files of code; the SHA-256 hash of each tells it from foreign code."""
+"""`EARLIER` maps each earlier version to the code files that it saved with checkpoints, and their SHA-256 hashes."""
 
 EARLIER: dict[str, dict[str, str]] = {
     "0.1.0": {

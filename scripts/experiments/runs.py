@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Many short runs one after another or in several processes; those that a file holds are not run again."""
+"""This module executes many short runs, one after another or in several processes; finished runs are kept in a file."""
 
 import json
 import signal
@@ -15,11 +15,11 @@ from modeling_moe.utils.errors import Interrupted, UserError
 
 
 class RunsFile:
-    """JSON lines, one for each run that is finished, with the settings that all of them must share.
+    """Stores finished runs as JSON Lines, each with the settings that all runs of a file share.
 
     Args:
-        path: the file; None keeps nothing.
-        settings: all that a run depends on beside what tells it from the others, in JSON's types.
+        path: path of the file; None stores nothing.
+        settings: everything that all runs depend on, in JSON's types.
     """
 
     def __init__(self, path: str | None, settings: dict[str, Any]):
@@ -27,13 +27,13 @@ class RunsFile:
         self._settings = json.loads(json.dumps(settings))
 
     def read(self, make: Callable[[dict[str, Any]], Any]) -> list[Any]:
-        """The runs in the file.
+        """Reads the runs in the file.
 
         Args:
-            make: a run of its entries.
+            make: function that makes a run from the stored dictionary.
 
         Raises:
-            UserError: if it holds runs with other settings, or something else.
+            UserError: if a line is not a run, or its settings are different.
         """
         if self._path is None or not self._path.exists():
             return []
@@ -43,23 +43,25 @@ class RunsFile:
                 entry = json.loads(line)
                 run, settings = make(entry["run"]), entry["settings"]
             except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"runs_file {self._path} holds no run in line {number}: remove the line") from error
+                raise UserError(
+                    f"runs_file {self._path} does not hold a run in line {number}: remove the line"
+                ) from error
             if settings != self._settings:
                 raise UserError(f"runs_file {self._path} holds runs with other arguments: name another file")
             runs.append(run)
         return runs
 
     def add(self, run: dict[str, Any]) -> None:
-        """Appends a run."""
+        """Appends a run to the file."""
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"settings": self._settings, "run": run}) + "\n")
 
     def how_to_go_on(self) -> str:
-        """What to say when the user stops."""
+        """Returns a sentence that says how to continue after Ctrl-C."""
         if self._path is None:
-            return "nothing was kept, name a runs_file to keep the runs that are finished"
-        return f"the same command goes on, {self._path} keeps the runs that are finished"
+            return "nothing was kept; give a runs_file to keep finished runs"
+        return f"repeat the command to continue; finished runs are in {self._path}"
 
 
 def _leave_ctrl_c_to_the_parent() -> None:
@@ -72,15 +74,15 @@ def run_all(
     """Calls `function(*job)` for each job, and `finish` with each result as soon as it is there.
 
     Args:
-        jobs: arguments of each run.
-        function: a run; pickled, if there are several workers.
-        workers: processes, no more than there are jobs; 1 runs in this one.
-        finish: keeps a result.
-        file: what it says to a user who stops.
-        desc: of the progress bar.
+        jobs: the arguments of each run.
+        function: executes a run; it is pickled if there are several workers.
+        workers: number of processes, at most one for each job; with 1 the runs are executed in this process.
+        finish: stores a result.
+        file: file of the runs; it provides the message after Ctrl-C.
+        desc: label of the progress bar.
 
     Raises:
-        Interrupted: on Ctrl-C, when all workers have ended.
+        Interrupted: on Ctrl-C, after all workers have ended.
     """
     try:
         if workers == 1 or len(jobs) < 2:
@@ -103,7 +105,7 @@ def _in_processes(
             finish(future.result())
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        # a run takes minutes, and nothing is asked of it any more
+        # a run takes minutes, and its result is not needed any more
         for process in set(active_children()) - others:
             process.terminate()
         raise

@@ -1,89 +1,83 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What each way to upcycle does to a dense model before any training: loss and logits on the same held-out text.
+"""This experiment measures how each method of upcycling changes loss and logits of a dense model before training.
 
 # D domains, S tokens of each, V vocabulary
 """
 
-import json
-import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import datasets
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_moe.checkpoints import LazyTensor, State
 from modeling_moe.configuration_moe import MoEConfig
 from modeling_moe.conversion import load_state, open_checkpoint
 from modeling_moe.data.documents import DataArguments, cut_documents, hold_out
 from modeling_moe.resizing.growth import GrowthOptions, grow
-from modeling_moe.upcycling.assembly import upcycle
+from modeling_moe.upcycling.assembly import assemble
 from modeling_moe.upcycling.calibration import measure
 from modeling_moe.upcycling.options import UpcyclingOptions
 from modeling_moe.upcycling.plan import make_plan
+from modeling_moe.upcycling.request import LayerRequest
 from modeling_moe.upcycling.router_init import router_weight
 from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.loading import load_model, load_tokenizer
 
-from .router_comparison import cross_entropy, python_documents
+from .files import refuse_missing_folders
+from .python_text import python_documents
+from .scoring import cross_entropy
 
 
-# difference of fp32 logits above which a method that claims exactness has broken its word
+# largest difference of the fp32 logits of a method that claims to compute the dense function
 TOLERANCE = 1e-3
+# share of the text that is held out
 HELD_OUT_PART = 0.1
 
 
 @dataclass
 class TableArguments:
-    """Which model, and which text."""
+    """These arguments name the model, the text and the methods."""
 
     model_name_or_path: str = field(metadata={"help": "folder or Hub name of a dense model"})
     gguf_file: str | None = field(default=None, metadata={"help": "name of the GGUF file in the model's folder"})
     data: list[str] | None = field(
         default=None,
         metadata={
-            "help": "domain=file ..., 2 of them; if not given, Python's own documentation and sources. A tenth is "
-            "evaluated, routers and neuron groups are measured on the rest"
+            "help": "two texts, each as domain=file; without it, Python's own documentation and sources. A tenth of a text "
+            "is evaluated; routers and neuron groups are measured on the rest"
         },
     )
-    tokens: int = field(default=256, metadata={"help": "tokens of each domain's held-out text"})
+    tokens: int = field(default=256, metadata={"help": "number of held-out tokens evaluated in each domain"})
     calibration_tokens: int = field(
-        default=1024, metadata={"help": "tokens of each domain that routers are measured on"}
+        default=1024, metadata={"help": "number of tokens of each domain that routers are measured on"}
     )
     only: list[str] | None = field(
-        default=None, metadata={"help": "names of the methods to measure; all if not given"}
+        default=None, metadata={"help": "names of the methods to measure; all methods without it"}
     )
     output_json: str | None = field(default=None, metadata={"help": "file for the results"})
-    seed: int = field(default=0, metadata={"help": "seed of all that is drawn"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the checkpoint brings"})
+    seed: int = field(default=0, metadata={"help": "seed of all random numbers"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code from the checkpoint"})
 
     def __post_init__(self):
         if self.tokens < 2:
-            raise UserError(f"tokens is {self.tokens}: a loss needs at least 2")
+            raise UserError(f"tokens is {self.tokens}: it must be at least 2 to compute a loss")
         refuse_missing_folders(self, "output_json")
-
-
-def refuse_missing_folders(args: Any, *names: str) -> None:
-    """Raises UserError, before anything is computed, where the folder of a file to write does not exist."""
-    for name in names:
-        path = getattr(args, name)
-        if path is not None and not Path(path).parent.is_dir():
-            raise UserError(f"{name} {path}: make the folder {Path(path).parent} first")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table.
+    """Describes a method, a row of the table.
 
     Attributes:
-        name: how the table calls it.
-        source: paper or tool whose formula it is.
-        options: what it changes in [`UpcyclingOptions`].
-        growth: what is changed in [`GrowthOptions`] to grow the result; None leaves it as it is.
-        own_rows: each shard has its own row in the router, see [`with_own_rows`].
+        name: name in the table.
+        source: paper or tool that published the method.
+        options: values of [`UpcyclingOptions`] that differ from the defaults.
+        growth: values of [`GrowthOptions`] with which the upcycled model grows; None if it does not grow.
+        own_rows: whether each shard has its own row in the router, see [`with_own_rows`].
     """
 
     name: str
@@ -94,7 +88,7 @@ class Method:
 
     @property
     def options_line(self) -> str:
-        """What it changes, as arguments."""
+        """The options as one line of text."""
         parts = self.options | {f"growth.{name}": value for name, value in (self.growth or {}).items()}
         return ", ".join(f"{name}={value}" for name, value in parts.items())
 
@@ -119,7 +113,7 @@ METHODS = (
     Method("virtual groups, pre-softmax, Megatron", "He et al.", _VG | _PRE_SOFTMAX | {"scaling": "megatron"}),
     Method("virtual groups, pre-softmax, std .02", "ours", _VG | _PRE_SOFTMAX | {"router_std": 0.02}),
     Method("virtual groups, pre-softmax, std .002", "ours", _VG | _PRE_SOFTMAX | {"router_std": 0.002}),
-    Method("virtual groups, broken", "no multiple of the shards", _VG | {"num_experts_per_tok": 12}),
+    Method("virtual groups, broken", "not a multiple of the shards", _VG | {"num_experts_per_tok": 12}),
     Method("fine-grained, no virtual groups", "a router row for each shard", _VG, own_rows=True),
     Method("shared expert", "ours", {"shared_expert": True}),
     Method("copy, 5% noise", "relative noise", {"noise": 0.05}),
@@ -141,80 +135,93 @@ METHODS = (
 
 
 @dataclass(frozen=True)
-class StepZeroResult:
-    """What a method does at step 0.
+class InitialLoss:
+    """Holds the result of a method before training.
 
     Attributes:
-        name, source, options: of [`Method`], the options as a line.
-        inexactness: why it does not claim to compute the dense function; empty if it claims to.
-        delta_loss: nats per token more than the dense model's.
-        largest_difference: between any two logits of the two models.
+        name, source, options: the fields of [`Method`], with the options as one line of text.
+        reason_not_exact: why the method does not claim to compute the dense function; None if it claims to.
+        delta_loss: loss minus the dense model's loss, in nats per token.
+        largest_difference: largest difference between two logits of the two models.
     """
 
     name: str
     source: str
     options: str
-    inexactness: str
+    reason_not_exact: str | None
     delta_loss: float
     largest_difference: float
 
 
 @dataclass(frozen=True)
-class StepZeroTable:
-    """All rows, and the loss (nats per token) of the dense model that they are measured against."""
+class InitialLossTable:
+    """Holds the results of all methods, and the loss of the dense model in nats per token."""
 
     dense_loss: float
-    results: list[StepZeroResult]
+    results: list[InitialLoss]
 
 
 def with_own_rows(state: State, config: MoEConfig, options: UpcyclingOptions) -> State:
-    """The checkpoint with a router in which each shard has its own random row, so that replicas fall apart."""
+    """Returns the checkpoint with a random router row for each shard.
+
+    A token may then choose shards of several replicas.
+    """
     untied = replace(options, granularity=1)
     sparse = [i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
-    return state | {f"model.layers.{i}.mlp.gate.weight": router_weight(i, config, untied, {}) for i in sparse}
+    return state | {
+        f"model.layers.{i}.mlp.gate.weight": router_weight(LayerRequest([], i, config, untied, {})) for i in sparse
+    }
 
 
 @torch.no_grad()
 def compare_logits(model: torch.nn.Module, ids: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """Loss of a model on ids (D, S) less that of the logits `expected` (D, S, V), and the largest difference of both."""
+    """Compares the logits of a model on ids (D, S) with `expected` (D, S, V).
+
+    Returns:
+        The model's loss minus the loss of `expected`, in nats per token, and the largest difference of two logits.
+    """
     logits = model(input_ids=ids, use_cache=False).logits.float()
     return cross_entropy(logits, ids) - cross_entropy(expected, ids), (logits - expected).abs().max().item()
 
 
-def held_out_ids(tokenizer: Any, domains: dict[str, datasets.Dataset], tokens: int) -> torch.Tensor:
-    """The first tokens of each domain's pieces of text, (D, S) int64.
+def held_out_ids(
+    tokenizer: PreTrainedTokenizerBase, domains: dict[str, datasets.Dataset], tokens: int
+) -> torch.Tensor:
+    """Returns the first token ids (D, S) int64 of each domain's held-out text.
 
     Raises:
-        UserError: if a domain has fewer.
+        UserError: if a domain has fewer tokens.
     """
     rows = []
     for name, pieces in domains.items():
         ids = tokenizer("".join(pieces["text"]), add_special_tokens=False, verbose=False).input_ids[:tokens]
         if len(ids) < tokens:
-            raise UserError(f"tokens is {tokens}, but {len(ids)} of domain {name!r} are held out: lower it")
+            raise UserError(f"tokens is {tokens}, but domain {name!r} has {len(ids)} held-out tokens: lower it")
         rows.append(ids)
     return torch.tensor(rows)
 
 
 def chosen_methods(only: Sequence[str] | None) -> list[Method]:
-    """The methods of these names, all if none are given.
+    """Returns the methods with the names `only`, or all methods if it is None.
 
     Raises:
-        UserError: for a name that there is not.
+        UserError: if a name is unknown.
     """
     for name in only or []:
         if all(method.name != name for method in METHODS):
-            raise UserError(f"only {name!r} is no method: choose of {'; '.join(method.name for method in METHODS)}")
+            raise UserError(
+                f"only {name!r} is unknown: it must be one of {'; '.join(method.name for method in METHODS)}"
+            )
     return [method for method in METHODS if only is None or method.name in only]
 
 
-def step_zero_table(args: TableArguments) -> StepZeroTable:
-    """Upcycles a dense model by each method, one at a time, and runs all on the same text in fp32.
+def initial_loss_table(args: TableArguments) -> InitialLossTable:
+    """Upcycles a dense model by each method, one at a time, and runs the results on one text in fp32.
 
-    The dense model is transformers' own, so that the import counts too.
+    The dense model is transformers' own implementation, so that errors of the import are visible too.
 
     Raises:
-        UserError: for an argument or a source that cannot work.
+        UserError: if an argument or the source cannot be used.
     """
     methods = chosen_methods(args.only)
     texts = python_documents() if args.data is None else DataArguments(data=args.data).load()
@@ -226,7 +233,7 @@ def step_zero_table(args: TableArguments) -> StepZeroTable:
     with torch.no_grad():
         model = load_model(args.model_name_or_path, args.gguf_file, "float32", **trust).eval()
         expected = model(ids).logits.float()
-    # read once, and not once for each copy
+    # weights are read once, not once for each method
     state = {name: LazyTensor.of(tensor.read()) for name, tensor in checkpoint.state.items()}
     dense = load_state(checkpoint.config, state)
     domains = {name: training for name, (training, _) in parts.items()}
@@ -234,68 +241,70 @@ def step_zero_table(args: TableArguments) -> StepZeroTable:
     def measured(config: MoEConfig, options: UpcyclingOptions) -> dict[str, torch.Tensor]:
         return measure(dense, tokenizer, domains, config, options)
 
-    fixed = {"calibration_data": list(texts), "calibration_tokens": args.calibration_tokens, "seed": args.seed}
+    fixed: dict[str, Any] = {
+        "calibration_data": list(texts),
+        "calibration_tokens": args.calibration_tokens,
+        "seed": args.seed,
+    }
     results = []
     for method in tqdm(methods, desc="methods"):
         options = UpcyclingOptions(**(fixed | method.options))
-        config, made, inexactness = make(method, options, checkpoint.source_config, state, measured)
-        delta, difference = compare_logits(load_state(config, made), ids, expected)
-        results.append(StepZeroResult(method.name, method.source, method.options_line, inexactness, delta, difference))
-    return StepZeroTable(cross_entropy(expected, ids), results)
+        made = make(method, options, checkpoint.source_config, state, measured)
+        delta, difference = compare_logits(load_state(made.config, made.state), ids, expected)
+        row = (method.name, method.source, method.options_line, made.reason_not_exact)
+        results.append(InitialLoss(*row, delta, difference))
+    return InitialLossTable(cross_entropy(expected, ids), results)
+
+
+class MadeModel(NamedTuple):
+    """Holds an upcycled model, and why it does not claim to compute the dense function (None if it claims to)."""
+
+    config: MoEConfig
+    state: State
+    reason_not_exact: str | None
 
 
 def make(
     method: Method,
     options: UpcyclingOptions,
-    source_config: Any,
+    source_config: PreTrainedConfig,
     state: State,
     measured: Callable[[MoEConfig, UpcyclingOptions], dict[str, torch.Tensor]],
-) -> tuple[MoEConfig, State, str]:
-    """What a method makes of a dense fp32 checkpoint.
+) -> MadeModel:
+    """Applies a method to a dense fp32 checkpoint.
 
     Args:
-        method: what to make.
-        options: of it, complete.
-        source_config: the dense model's configuration.
-        state: its checkpoint.
-        measured: what the text gives for a result's configuration and options.
-
-    Returns:
-        Configuration, checkpoint, and why it does not claim to compute the dense function; empty if it claims to.
+        method: the method.
+        options: all options of the method.
+        source_config: configuration of the dense model.
+        state: checkpoint of the dense model.
+        measured: function from a result's configuration and options to the tensors measured on text.
 
     Raises:
-        UserError: if it makes no model of this source.
+        UserError: if the method cannot be applied to this source.
     """
     plan = make_plan(source_config, options, torch.float32)
-    config, inexactness = plan.config, plan.inexactness
-    made = upcycle([state], config, options, measured(config, options))
+    config, reason_not_exact = plan.config, plan.reason_not_exact
+    made = assemble([state], config, options, measured(config, options))
     if method.own_rows:
         made = with_own_rows(made, config, options)
-        inexactness = "every shard has its own row in the router: a token meets parts of different networks"
+        reason_not_exact = "every shard has its own row in the router: a token is sent to parts of different networks"
     if method.growth is not None:
         growth = GrowthOptions(**method.growth)
         made, config = grow(made, config, growth)
-        inexactness = "; ".join(reason for reason in (inexactness, growth.inexactness()) if reason)
-    return config, made, inexactness
+        reason_not_exact = "; ".join(filter(None, (reason_not_exact, growth.reason_not_exact()))) or None
+    return MadeModel(config, made, reason_not_exact)
 
 
-def refuse_broken_claims(results: Sequence[StepZeroResult]) -> None:
+def refuse_broken_claims(results: Sequence[InitialLoss]) -> None:
     """Raises UserError if a method claims to compute the dense function and does not."""
     broken = [
         f"{result.name} ({result.largest_difference:.1e})"
         for result in results
-        if not result.inexactness and not result.largest_difference <= TOLERANCE
+        if not result.reason_not_exact and not result.largest_difference <= TOLERANCE
     ]
     if broken:
         raise UserError(
-            f"these claim to compute the dense function, but their logits differ by more than {TOLERANCE:g}: "
+            f"methods claim to compute the dense function, but their logits differ by more than {TOLERANCE:g}: "
             f"{', '.join(broken)}: please report the source's config.json"
         )
-
-
-def write_json(path: str, args: Any, content: dict[str, Any]) -> None:
-    """Writes arguments, versions and content, whole or not at all."""
-    record = {"arguments": asdict(args), "python": platform.python_version(), "torch": torch.__version__} | content
-    partial_file = Path(path).with_name(f".{Path(path).name}.partial")
-    partial_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial_file.rename(path)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Speed and memory of the experts against transformers' own implementations and against what is possible."""
+"""This package measures speed and memory of the experts against transformers' own implementations and limits."""
 
 from .arguments import BenchmarkArguments
 from .cases import Case

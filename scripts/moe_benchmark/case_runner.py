@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Runs cases one after another, whatever they measure: a failure is recorded in its case, and the next case follows."""
+"""This module runs cases one after another; a failure is recorded in the result of its case, and the next case runs."""
 
 import gc
 import time
@@ -19,12 +19,12 @@ class CaseRunner:
     """Measures cases on one device.
 
     Attributes:
-        args: what was asked for.
-        rounds: turns of each contestant, or None for as many as fit into a case's time.
-        device: where.
-        clock: of that device.
-        stopped: why [`CaseRunner.run`] ended before its last case, or None.
-        lost: the message of an error that left the GPU unusable for this process, or None.
+        args: arguments of the benchmark.
+        rounds: number of rounds; None for as many as fit into a case's time.
+        device: device of all tensors.
+        clock: clock of the device.
+        stopped: why [`CaseRunner.run`] ended before the last case; None if it did not.
+        lost: message of an error that left the GPU unusable for this process; None without one.
     """
 
     def __init__(self, args: BenchmarkArguments):
@@ -36,19 +36,24 @@ class CaseRunner:
         self.lost: str | None = None
 
     def contestants(self, case: Case, result: Result) -> list[Contestant]:
-        """Makes the weights and inputs of `case`, and those that take turns, after each has shown that it computes the
-        right thing; the others leave a note in `result`."""
+        """Makes weights and inputs of `case`, and returns the contestants whose results are correct.
+
+        Other contestants are recorded as skipped or failed in `result`.
+        """
         raise NotImplementedError
 
     def remembered(self, name: str) -> tuple[Callable[[], Any], list[torch.Tensor]] | None:
-        """The forward with gradient of a contestant, and the tensors that live anyhow; None for what keeps nothing."""
+        """Returns a contestant's forward pass with gradients, and the tensors that exist without it.
+
+        The result is None for a contestant that saves nothing for backward.
+        """
         raise NotImplementedError
 
     def run(self, cases: Iterable[Case]) -> Iterator[Result]:
-        """Measures `cases` in order, until the budget is spent or the GPU is lost: then `stopped` says so."""
+        """Measures `cases` in order until the budget is spent or the GPU is lost; `stopped` then holds the reason."""
         for case in cases:
-            if time.perf_counter() - self.start > self.args.budget_s:
-                self.stopped = f"the budget of {self.args.budget_s:g} s was spent"
+            if time.perf_counter() - self.start > self.args.seconds_of_run:
+                self.stopped = f"the budget of {self.args.seconds_of_run:g} s was spent"
             if self.stopped:
                 return
             yield self.measure(case)
@@ -56,10 +61,10 @@ class CaseRunner:
                 self.stopped = f"the GPU was lost in {case}: {self.lost}"
 
     def measure(self, case: Case) -> Result:
-        """Measures one case. Whatever goes wrong in it is recorded in the result.
+        """Measures one case and records every failure in the result.
 
         Raises:
-            RuntimeError: if the GPU was lost in an earlier case, so that nothing could be measured in this process.
+            RuntimeError: if the GPU was lost in an earlier case, so that nothing can be measured in this process.
         """
         if self.lost:
             raise RuntimeError(f"the GPU was lost in an earlier case, start another process: {self.lost}")
@@ -71,7 +76,7 @@ class CaseRunner:
     def _measure(self, case: Case, result: Result) -> None:
         contestants = self.contestants(case, result)
         cold = case.mode == "decode"
-        result.times, failed = interleave(contestants, self.clock, self.rounds, self.args.case_s, cold)
+        result.times, failed = interleave(contestants, self.clock, self.rounds, self.args.seconds_of_case, cold)
         for name, failure in failed.items():
             self._drop(name, failure, result)
         for contestant in contestants:
@@ -90,14 +95,14 @@ class CaseRunner:
             result.peak_bytes[contestant.name] = peak_bytes(contestant.run, self.device)
 
     def guard(self, name: str, result: Result, action: Callable[[], object]) -> bool:
-        """Runs an action for a contestant, and returns whether it went well; if not there is a note in `result`."""
+        """Runs an action for a contestant; returns whether it succeeded, and records a failure in `result`."""
         try:
             action()
         except Exception as error:
             failure = Failure.of(error)
         else:
             return True
-        # after the exception is gone, whose frames hold tensors
+        # here the exception is gone, whose frames held tensors
         self._drop(name, failure, result)
         return False
 
@@ -106,7 +111,7 @@ class CaseRunner:
         result.drop(name, failure, fatal=self.lost is not None)
 
     def free(self) -> None:
-        """Gives unused memory back, and notices a GPU that is lost."""
+        """Frees unused memory, and detects a lost GPU."""
         gc.collect()
         if self.device.type != "cuda":
             return

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Which measurements a run is made of, the most important first."""
+"""This module defines the measurements of a run, the most important first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +16,17 @@ DECODE_TOKENS = (1, 16)
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement.
+    """Describes one measurement.
 
     Attributes:
-        level: `"experts"` alone, the sparse `"block"` with its router, a `"model"` of two layers, or `"lora"`, such a
-            model with LoRA.
+        level: `"experts"` alone, the sparse `"block"` with its router, a `"model"` of two layers, or `"lora"`, a
+            model of two layers with LoRA.
         preset: key of `PRESETS`.
         dtype: name of the torch dtype of weights and tokens.
-        tokens: T; in decoding at the level `"model"` the number of sequences that get one token each.
-        routing: key of `ROUTINGS`; `"router"` above the level of the experts, where a router chooses.
-        mode: `"forward"` without gradient, `"forward_backward"` with all gradients, or `"decode"`: without gradient
+        tokens: number of tokens T; in decoding at the level `"model"` the number of sequences, each with one new
+            token.
+        routing: key of `ROUTINGS`; `"router"` at levels with a router.
+        mode: `"forward"` without gradients, `"forward_backward"` with all gradients, or `"decode"`: without gradients
             and with cold caches.
     """
 
@@ -38,7 +39,7 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """That of `dtype`."""
+        """The torch dtype named by `dtype`."""
         return getattr(torch, self.dtype)
 
     def __str__(self) -> str:
@@ -56,13 +57,13 @@ def _cpu_experts() -> list[Case]:
         *(case(*shape, "decode", tokens) for shape in shapes for tokens in DECODE_TOKENS),
         *(case(preset, "float32", "forward_backward") for preset in EXPERT_SWEEP),
         *(case(preset, "float32", "forward") for preset in ("cpu_fine", "cpu_coarse")),
-        # last, since without AVX-512 they take minutes
+        # these are last, because they take minutes without AVX-512
         *(case(preset, "bfloat16", mode) for mode in MODES[1::-1] for preset in ("cpu_fine", "cpu_coarse")),
     ]
 
 
 def _cuda_experts() -> list[Case]:
-    """Each preset at the sizes that matter first, then what can be left out of a short run."""
+    """Returns the cases of all GPU presets: the most important sizes first, those that a short run omits last."""
 
     def cases(preset: str, tokens: Sequence[int], routing: str = "balanced") -> list[Case]:
         passes = [(count, mode) for count in tokens for mode in ("forward_backward", "forward")]
@@ -81,7 +82,7 @@ def _cuda_experts() -> list[Case]:
 
 
 def default_cases(device: str, level: str) -> list[Case]:
-    """What is measured if nothing is asked for: on the CPU what the README claims, on the GPU all large presets."""
+    """Returns the default cases: on the CPU those that the documentation reports, on a GPU all large presets."""
     if level == "experts":
         return _cuda_experts() if device == "cuda" else _cpu_experts()
     preset = "qwen3_30b_a3b" if device == "cuda" else "cpu_fine"
@@ -98,10 +99,10 @@ def make_cases(
     routings: Sequence[str],
     modes: Sequence[str],
 ) -> list[Case]:
-    """All combinations; an empty list stands for what is usual on that device.
+    """Returns all combinations of the given values; an empty list stands for the device's defaults.
 
-    Tokens and modes depend on each other: without `modes` few tokens decode and many train, without `tokens` decoding
-    takes few and training many.
+    Tokens and modes depend on each other: without `modes` small numbers of tokens decode and large ones train;
+    without `tokens` decoding has small numbers and training large ones.
     """
     many = (32768, 4096) if device == "cuda" else (2048,)
     presets = presets or (list(GPU_PRESETS) if device == "cuda" else ["cpu_fine", "cpu_coarse"])
@@ -124,7 +125,7 @@ def make_cases(
 
 
 def lora_cases(device: str, presets: Sequence[str], dtypes: Sequence[str], tokens: Sequence[int]) -> list[Case]:
-    """All combinations with LoRA on experts; an empty list stands for what is usual on that device."""
+    """Returns all combinations with LoRA on experts; an empty list stands for the device's defaults."""
     cuda = device == "cuda"
     presets = presets or ["qwen3_30b_a3b" if cuda else "cpu_lora"]
     dtypes = dtypes or ["bfloat16" if cuda else "float32"]
@@ -139,6 +140,6 @@ def lora_cases(device: str, presets: Sequence[str], dtypes: Sequence[str], token
 
 
 def shape_of(case: Case) -> tuple[int, int, int]:
-    """H, I and K, what decides the work of a case beside E."""
+    """Returns H, I and K, which with E determine the work of a case."""
     preset = PRESETS[case.preset]
     return preset.hidden, preset.intermediate, preset.per_token

@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Whether a pass computed what it should, against one expert after another in float64.
+"""This module compares the results of a pass with those of a float64 oracle that runs one expert after another.
 
-# T tokens, K per token, H hidden, C columns of the first matrix, I expert width, E experts, R rows of one expert
+# T tokens, K experts per token, H hidden, C columns of the first matrix, I expert width, E experts, R rows of one
+expert
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,33 +16,33 @@ from torch import nn
 from .workloads import experts_in
 
 
-# largest difference over the oracle's largest element
+# tolerance of the largest difference relative to the oracle's largest element
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-# others add up in 16 bits where we do not: that is no reason to leave them out
+# factor on the tolerance of other packages, which sum in 16 bits where this package sums in fp32
 FOREIGN_TOLERANCE = 10
 TOKENS = 128
 ORACLE_FLOPS = 2e10
 ORACLE_BYTES = 256e6
 ROWS = 8192
-# quantities that a message lists
+# largest number of quantities in a message
 NAMED = 4
 
 
 class Disagreement(Exception):
-    """An implementation gave something else than what it was compared with: none of its numbers may be reported."""
+    """An implementation differs from its reference by more than the tolerance; its times must not be reported."""
 
 
 @dataclass
 class Call:
-    """One call of an experts module.
+    """Holds one call of an experts module.
 
     Attributes:
-        module: the experts.
-        x: (T, H).
-        index: (T, K).
-        weight: (T, K).
-        output: (T, H).
-        grads: gradients of `"output"`, `"x"` and `"weight"` once backward has run.
+        module: the experts module.
+        x: input (T, H).
+        index: expert ids (T, K).
+        weight: routing weights (T, K).
+        output: output (T, H).
+        grads: gradients of `"output"`, `"x"` and `"weight"` after backward has run.
     """
 
     module: Any
@@ -52,19 +53,19 @@ class Call:
     grads: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def watch(self, name: str, tensor: torch.Tensor) -> None:
-        """Keeps the gradient of a tensor in the graph."""
+        """Stores the gradient of a tensor when backward computes it."""
         tensor.register_hook(lambda grad: self.grads.__setitem__(name, grad))
 
 
 @contextmanager
 def recorded(module: nn.Module) -> Iterator[list[Call]]:
-    """Yields a list that receives the experts' calls within `module`, whatever level it is."""
+    """Yields a list that receives the calls of all experts modules within `module`."""
     calls: list[Call] = []
 
     def before(experts, args):
         x, index, weight = args
         if torch.is_grad_enabled():
-            # views of their own, since the router may use the same tensors
+            # new views, because the router may use the original tensors
             x, weight = x.view_as(x), weight.view_as(weight)
         call = Call(experts, x, index, weight)
         for name, tensor in (("x", x), ("weight", weight)):
@@ -89,20 +90,20 @@ def recorded(module: nn.Module) -> Iterator[list[Call]]:
 
 
 class Errors:
-    """Largest difference over largest reference, by quantity."""
+    """Collects, for each quantity, the largest difference relative to the largest reference element."""
 
     def __init__(self):
         self.differences: dict[str, list[torch.Tensor]] = {}
         self.references: dict[str, list[torch.Tensor]] = {}
 
     def add(self, name: str, actual: torch.Tensor, reference: torch.Tensor) -> None:
-        """Compares two tensors of one shape as a part of the quantity `name`."""
+        """Compares two tensors of equal shape as a part of the quantity `name`."""
         difference = (actual.detach().to(reference.dtype) - reference).abs()
         self.differences.setdefault(name, []).append(difference.max())
         self.references.setdefault(name, []).append(reference.abs().max())
 
     def relative(self) -> dict[str, float]:
-        """NaN and infinity included."""
+        """Returns the relative error of each quantity; it may be NaN or infinity."""
         return {
             name: (torch.stack(parts).max() / torch.stack(self.references[name]).max().clamp(min=1e-30)).item()
             for name, parts in self.differences.items()
@@ -112,16 +113,16 @@ class Errors:
 def relative_errors(calls: Sequence[Call], grads: dict[torch.Tensor, torch.Tensor]) -> dict[str, float]:
     """Compares recorded calls with the oracle.
 
-    Outputs and gradients of tokens and of their weights are compared for a sample of tokens, gradients of parameters
-    for a sample of experts over all their tokens, the busiest and the idlest among them. Small cases are compared
-    whole.
+    Outputs and gradients of tokens and routing weights are compared for a sample of tokens. Gradients of parameters
+    are compared for a sample of experts, over all their tokens; the sample contains the experts with the most and the
+    fewest tokens. Small cases are compared in full.
 
     Args:
-        calls: from [`recorded`].
-        grads: parameter -> its gradient; empty if no backward ran.
+        calls: calls from [`recorded`].
+        grads: gradient of each parameter; empty if no backward ran.
 
     Returns:
-        By quantity, over all calls, the largest difference over the oracle's largest element.
+        For each quantity the largest difference over all calls, relative to the oracle's largest element.
     """
     errors = Errors()
     for call in calls:
@@ -134,7 +135,9 @@ def relative_errors(calls: Sequence[Call], grads: dict[torch.Tensor, torch.Tenso
 def refuse_disagreement(
     errors: dict[str, float], tolerance: float, what: str, reference: str = "the float64 oracle"
 ) -> None:
-    """Raises [`Disagreement`] between `what` and `reference` if any error, or NaN, is beyond `tolerance`."""
+    """Raises [`Disagreement`] if an error is NaN or above `tolerance`; `what` and `reference` name the sides in
+    the message.
+    """
     wrong = [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= tolerance]
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
@@ -143,7 +146,7 @@ def refuse_disagreement(
 
 
 class _Expert:
-    """One expert in float64, its parameters leaves of their own."""
+    """One expert in float64, with separate leaf parameters."""
 
     def __init__(self, module: Any, expert: int, trained: bool):
         self.module = module
@@ -159,13 +162,15 @@ class _Expert:
         return y + self.parameters[f"{name}_bias"] if self.module.has_bias else y
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Rows x (R, H) and their weights (R,) to (R, H)."""
+        """Returns the weighted output (R, H) of rows x (R, H) with routing weights (R,)."""
         a = self.module._apply_gate(self._linear(x, "gate_up_proj"))
         return self._linear(a, "down_proj") * weight[:, None]
 
 
 @torch.enable_grad()
 def _compare_tokens(call: Call, errors: Errors) -> None:
+    if call.output is None:
+        raise ValueError("a recorded call has no output: its forward pass did not end.")
     tokens = torch.linspace(0, len(call.x) - 1, min(TOKENS, len(call.x)), device=call.x.device).long()
     x, weight, index = call.x.detach()[tokens].double(), call.weight.detach()[tokens].double(), call.index[tokens]
     output, grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(weight)
@@ -186,7 +191,9 @@ def _compare_tokens(call: Call, errors: Errors) -> None:
 
 
 def _sample_experts(call: Call) -> list[int]:
-    """Busiest, idlest, then evenly spread, as many as the oracle has time and memory for."""
+    """Returns the experts with the most and the fewest tokens and others evenly between them, limited by time and
+    memory.
+    """
     experts = call.module.num_experts
     order = torch.bincount(call.index.flatten().cpu(), minlength=experts).argsort(descending=True).tolist()
     elements = call.module.gate_up_proj[0].numel() + call.module.down_proj[0].numel()

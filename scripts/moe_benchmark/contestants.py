@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Who is measured: implementations of the experts, and the limit.
+"""This module defines the contestants: implementations of the experts, and the limit.
 
-# T tokens, S = T*K slots, H hidden, I expert width, E experts
+# T tokens, A = T * K assignments, H hidden, I expert width, E experts
 """
 
 import importlib
@@ -24,7 +24,7 @@ RECOMPUTE = "moe_recompute"
 TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
 OTHERS = (*TRANSFORMERS, "liger", "sonicmoe")
 IMPLEMENTATIONS = (OURS, *OTHERS)
-# LoRA by PEFT's own path
+# LoRA on experts by PEFT's own code
 PEFT = "PEFT"
 COPY = "copy"
 DENSE = "dense"
@@ -35,44 +35,47 @@ MAX_QUADRATIC_BYTES = 4_000_000_000
 
 
 def is_ours(name: str) -> bool:
-    """Whether an implementation is this package's."""
+    """Whether an implementation belongs to this package."""
     return name.startswith(OURS) and not name.endswith(GRAPH)
 
 
 def is_foreign(name: str) -> bool:
-    """Whether others answer for it: if it fails or is wrong, it is left out and is no failure of the run."""
+    """Whether an implementation belongs to another package; if it fails or is wrong, it is skipped and the run
+    succeeds.
+    """
     return name.removesuffix(GRAPH) in OTHERS or name == PEFT or name.endswith(", grouped_mm")
 
 
 def is_known(name: str) -> bool:
-    """Whether `name` can be asked for."""
+    """Whether `name` is an implementation that can be requested."""
     return name in IMPLEMENTATIONS or name == RECOMPUTE or name in ALL_EXPERTS_FUNCTIONS
 
 
 def pin_liger() -> str:
-    """Turns the autotuning of Liger's experts off, unless the environment asks for it: about 200 compilations otherwise
-    precede the first case. Liger reads the variable when it is imported.
+    """Turns off the autotuning of Liger's experts unless the environment asks for it.
+
+    Autotuning compiles about 200 kernels before the first case. Liger reads the variable when it is imported.
 
     Returns:
-        `"LIGER_FUSED_MOE_AUTOTUNE=0"`, or what else the environment says.
+        The setting as text, `"LIGER_FUSED_MOE_AUTOTUNE=0"` by default.
     """
     return f"{LIGER_AUTOTUNE}={os.environ.setdefault(LIGER_AUTOTUNE, '0')}"
 
 
 def _liger(module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
-    """Liger's fused experts behind transformers' interface."""
+    """Calls Liger's fused experts through transformers' experts interface."""
     pin_liger()
     function = importlib.import_module("liger_kernel.ops").LigerFusedMoEFunction
     return function.apply(hidden_states, module.gate_up_proj, module.down_proj, top_k_index.int(), top_k_weights)
 
 
 def register_adapters() -> None:
-    """Gives packages that do not know transformers' interface a name in it."""
+    """Registers packages that do not register themselves in transformers' experts interface."""
     ALL_EXPERTS_FUNCTIONS.register("liger", _liger)
 
 
 def skip_reason(name: str, case: Case, device: torch.device, element_size: int) -> str | None:
-    """Why an implementation is not measured in `case`, or None if it is."""
+    """Returns why an implementation is not measured in `case`, or None if it is."""
     preset = PRESETS[case.preset]
     weight_bytes = preset.expert_elements * element_size
     training = case.mode == "forward_backward"
@@ -82,9 +85,9 @@ def skip_reason(name: str, case: Case, device: torch.device, element_size: int) 
         if name == implementation and importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
     if name == "liger" and preset.family != "gated":
-        return "knows no biases"
+        return "does not support biases"
     if name == RECOMPUTE and not training:
-        return "is the same without backward"
+        return "differs from moe only in backward"
     traffic = preset.experts**2 * weight_bytes
     if name == "eager" and training and preset.experts >= 64 and traffic > MAX_QUADRATIC_BYTES:
         return "its backward is quadratic in experts"
@@ -95,15 +98,15 @@ def skip_reason(name: str, case: Case, device: torch.device, element_size: int) 
 
 
 def implementation(name: str, workload: Workload, mode: str) -> Contestant:
-    """One pass of `workload` by an implementation.
+    """Returns a contestant that runs one pass of `workload` with an implementation.
 
     Args:
-        name: a key of transformers' experts interface, `"eager"`, or `"moe_recompute"`.
-        workload: with the inputs of a case.
-        mode: as in [`~moe_benchmark.cases.Case`].
+        name: key of transformers' experts interface, `"eager"`, or `"moe_recompute"`.
+        workload: workload with the inputs of a case.
+        mode: mode of a [`~moe_benchmark.cases.Case`].
 
     Returns:
-        Its `run` gives the output, with `mode="forward_backward"` the gradients of
+        A contestant whose `run` returns the output, or with `mode="forward_backward"` the gradients of
         [`~moe_benchmark.contestants.leaves`].
     """
     module = module_of(name, workload)
@@ -128,19 +131,19 @@ def implementation(name: str, workload: Workload, mode: str) -> Contestant:
 
 
 def module_of(name: str, workload: Workload) -> nn.Module:
-    """The module that an implementation runs in: above the experts' level ours has a router of its own."""
+    """Returns the module that an implementation runs in; blocks and models of this package have their own router."""
     return workload.ours if is_ours(name) else workload.theirs
 
 
 def leaves(name: str, workload: Workload) -> list[torch.Tensor]:
-    """What is differentiated: the inputs, then the parameters."""
+    """Returns the differentiated tensors: the inputs, then the parameters."""
     return [*workload.inputs(), *module_of(name, workload).parameters()]
 
 
 def dense(case: Case, dtype: torch.dtype, device: torch.device) -> Contestant:
-    """The limit: the matrix products of `case` as if there were one expert, into memory that is there already.
+    """Returns the limit: the matrix products of `case` as if there were one expert, with preallocated outputs.
 
-    Forward is (S, H) x (H, 2I) and (S, I) x (I, H); backward another four with the same operands, transposed.
+    Forward is (A, H) x (H, 2I) and (A, I) x (I, H); backward has four more products of these operands, transposed.
     """
     preset = PRESETS[case.preset]
     slots = case.tokens * preset.per_token
@@ -154,7 +157,7 @@ def dense(case: Case, dtype: torch.dtype, device: torch.device) -> Contestant:
     if case.mode == "forward_backward":
         grad_a, grad_up, grad_down = torch.empty_like(a), torch.empty_like(up), torch.empty_like(down)
 
-    # y stands for its own gradient and h for its own, then y for the gradient of x
+    # y and h also serve as their own gradients; the last product writes the gradient of x into y
     def run() -> None:
         torch.mm(x, up.T, out=h)
         torch.mm(a, down.T, out=y)
@@ -168,10 +171,10 @@ def dense(case: Case, dtype: torch.dtype, device: torch.device) -> Contestant:
 
 
 def captured(contestant: Contestant) -> Contestant:
-    """The same as a CUDA graph, without the launches' cost on the host.
+    """Returns the contestant as a CUDA graph, which has no launch cost on the host.
 
     Raises:
-        RuntimeError: if it synchronises, or does anything else that a graph cannot hold.
+        RuntimeError: if the contestant synchronises, or does anything else that a graph cannot contain.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The machine and the releases that the numbers depend on beside the code."""
+"""This module describes the machine and the software versions that measurements depend on."""
 
 import os
 import platform
@@ -14,12 +14,12 @@ from .roofline import peak_of
 
 
 def machine_facts(device: str) -> dict[str, Any]:
-    """Processor, threads, releases, and on `"cuda"` the GPU with its stated peak, by name."""
+    """Returns processor, threads and versions by name, and on `"cuda"` the GPU with its stated peak."""
     facts: dict[str, Any] = {"device": device, "cpu": _cpu_model(), "cores": os.cpu_count()}
     facts["threads"] = torch.get_num_threads()
     facts["instructions"] = torch.backends.cpu.get_cpu_capability()
     installed = {distribution.name.lower(): distribution.version for distribution in distributions()}
-    # torch's own word tells for which CUDA it was built
+    # torch.__version__ names the CUDA version that torch was built for
     facts["torch"] = torch.__version__
     facts |= {package: installed.get(package, "not installed") for package in ("transformers", "triton", "peft")}
     if device == "cuda":

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""LoRA on experts here against PEFT's own, full fine-tuning and attention-only LoRA, on one model in one run."""
+"""This module measures LoRA on experts against PEFT's own code, full fine-tuning and LoRA on attention."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 from modeling_moe.dispatch import backend_of
-from modeling_moe.lora.layers import peft_alone
+from modeling_moe.lora import enable, peft_alone
 
 from .arguments import BenchmarkArguments
 from .case_runner import CaseRunner
@@ -28,12 +28,12 @@ from .runner import tiles_of
 
 
 VOCABULARY = 512
-# on a GPU a real shape, so that products are measured and not launches
+# GPUs get the size of a real model, so that products and not launches take the time
 RANK = {"cpu": 8, "cuda": 16}
 SEQUENCE = {"cpu": 64, "cuda": 1024}
 ROUNDS = {"cpu": 15, "cuda": None}
 ATTENTION, EXPERTS = ["q_proj", "v_proj"], ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-# of the largest gradient; with one token, those of the attention's queries are nothing but rounding errors
+# smallest scale of an error, relative to the largest gradient: with one token the query gradients are rounding errors
 ROUNDING = 1e-3
 # contestant -> targets in the attention, in the experts (None: all weights are trained), experts' implementation
 CONTESTANTS = {
@@ -47,7 +47,8 @@ CONTESTANTS = {
 
 
 def _models(preset: Preset, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
-    """The same weights for each contestant, in two layers."""
+    """Returns a model of two layers for each contestant, all with equal weights."""
+    enable()
     heads = max(4, preset.hidden // 64)
     config = MixtralConfig(
         vocab_size=VOCABULARY, hidden_size=preset.hidden, intermediate_size=preset.intermediate, num_hidden_layers=2,
@@ -73,7 +74,7 @@ def _models(preset: Preset, rank: int, dtype: torch.dtype, device: torch.device)
 
 
 class _Pass:
-    """One contestant on some tokens."""
+    """One contestant with its token ids."""
 
     def __init__(self, name: str, model: nn.Module, ids: torch.Tensor):
         self.name, self.model, self.ids = name, model, ids
@@ -84,7 +85,7 @@ class _Pass:
 
     def loss(self) -> torch.Tensor:
         with self._path():
-            # no mean, whose gradients are below what float16 has
+            # a sum, because the gradients of a mean would underflow in float16
             return self.model(self.ids).logits.float().logsumexp(-1).sum()
 
     def forward(self) -> torch.Tensor:
@@ -95,7 +96,7 @@ class _Pass:
         return torch.autograd.grad(self.loss(), self.parameters)
 
     def outcome(self, mode: str) -> dict[str, torch.Tensor]:
-        """What a pass computes, by name."""
+        """Returns the results of a pass by name."""
         if mode == "forward":
             return {"output": self.forward()}
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -104,8 +105,11 @@ class _Pass:
 
 @contextmanager
 def _routes(model: nn.Module, index: list[torch.Tensor] | None = None) -> Iterator[list[torch.Tensor]]:
-    """Yields a list that receives which experts each router of `model` chooses; with `index`, what such a list holds is
-    what they choose: a token whose experts change with a rounding error would hide all other errors."""
+    """Yields a list that receives the experts (T, K) that each router of `model` chooses.
+
+    With `index`, such a list, the routers choose those experts: otherwise a rounding error that changes a token's
+    experts would hide all other errors.
+    """
     seen: list[torch.Tensor] = []
 
     def choose(router, args, output):
@@ -127,11 +131,11 @@ def _routes(model: nn.Module, index: list[torch.Tensor] | None = None) -> Iterat
 
 @contextmanager
 def _backends(model: nn.Module) -> Iterator[set[str]]:
-    """Yields a set that receives what computes the experts of `model`, with their updates."""
+    """Yields a set that receives the back ends that compute the experts of `model` with their updates."""
     names: set[str] = set()
 
     def ask(experts, args):
-        # PEFT's layer around the experts has handed them their factors by now
+        # at this point PEFT's layer has passed the low-rank factors to the experts
         names.add(backend_of(experts, *args[:2]))
 
     handles = [each.register_forward_pre_hook(ask) for each in model.modules() if isinstance(each, MixtralExperts)]
@@ -143,7 +147,7 @@ def _backends(model: nn.Module) -> Iterator[set[str]]:
 
 
 def _differences(actual: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Of outputs and of all gradients the largest difference, over the reference's largest element."""
+    """Returns, for the output and each gradient, the largest difference relative to the reference's largest element."""
     rounding = ROUNDING * max(tensor.abs().max() for tensor in reference.values())
     errors = {}
     for name, theirs in reference.items():
@@ -155,8 +159,8 @@ def _differences(actual: dict[str, torch.Tensor], reference: dict[str, torch.Ten
 class LoraRunner(CaseRunner):
     """Measures cases of the level `"lora"`.
 
-    Ours must give what PEFT's own path gives for the same weights in float32, for the experts that this one chooses.
-    The experts are Mixtral's, whatever the preset's family.
+    Results of this package must equal those of PEFT's own code in float32, with equal weights and equal expert
+    choices. The experts are Mixtral's, whatever the preset's family.
     """
 
     def __init__(self, args: BenchmarkArguments):
@@ -167,7 +171,7 @@ class LoraRunner(CaseRunner):
         self.passes: dict[str, _Pass] = {}
 
     def contestants(self, case: Case, result: Result) -> list[Contestant]:
-        """All of `CONTESTANTS`, without those that differ from PEFT's own path in float32."""
+        """Returns all of `CONTESTANTS` except those that differ from PEFT's own code in float32."""
         self._load(case)
         reference, index = self._reference(case)
         for name in (OURS, PEFT):
@@ -177,7 +181,7 @@ class LoraRunner(CaseRunner):
         return [Contestant(name, getattr(each, case.mode)) for name, each in self.passes.items()]
 
     def remembered(self, name: str) -> tuple[Callable[[], Any], list[torch.Tensor]]:
-        """The loss of a contestant, and its parameters."""
+        """Returns the loss function of a contestant, and its parameters."""
         each = self.passes[name]
         return each.loss, list(each.model.parameters())
 
@@ -196,7 +200,7 @@ class LoraRunner(CaseRunner):
         self.passes = {name: _Pass(name, model, ids) for name, model in self.models.items()}
 
     def _reference(self, case: Case) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """What PEFT's own path computes in float32, and the experts that it chooses."""
+        """Returns the results of PEFT's own code in float32, and the experts that its routers choose."""
         model = self.models[PEFT]
         if case.torch_dtype != torch.float32:
             model = copy.deepcopy(model).float()
@@ -211,5 +215,5 @@ class LoraRunner(CaseRunner):
             result.backends[name] = ", ".join(sorted(backends))
             result.tiles = tiles_of(result.backends[name], self.device)
         tolerance = TOLERANCES[case.torch_dtype] * (FOREIGN_TOLERANCE if is_foreign(name) else 1)
-        refuse_disagreement(errors, tolerance, f"LoRA by {name} in {case}", "PEFT's own path in float32")
+        refuse_disagreement(errors, tolerance, f"LoRA by {name} in {case}", "PEFT's own code in float32")
         result.errors[name] = {"largest": max(errors.values())}

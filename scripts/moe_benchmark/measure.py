@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Time and memory of calls that take turns."""
+"""This module measures time and memory of calls that take turns."""
 
 import statistics
 import time
@@ -12,24 +12,24 @@ import torch
 
 
 MAX_ROUNDS = 50
-# least rounds of a case on a GPU, where a round takes a second at most
+# smallest number of rounds on a GPU, where a round takes at most a second
 MIN_CUDA_ROUNDS = 3
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device or the host has no memory left."""
+    """Whether `error` reports that the device or the host has no memory left."""
     messages = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in messages)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong, as text: an exception would keep the tensors of its frames alive.
+    """Describes a failure as text, because an exception would keep the tensors of its frames alive.
 
     Attributes:
-        message: its first line.
-        traceback: where it was raised.
-        out_of_memory: whether there was only no memory left.
+        message: first line of the error.
+        traceback: traceback of the error.
+        out_of_memory: whether the only cause is missing memory.
     """
 
     message: str
@@ -38,7 +38,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
-        """The text of `error`."""
+        """Returns the description of `error`."""
         text = str(error).strip() or type(error).__name__
         exhausted = is_out_of_memory(error)
         message = "out of memory" if exhausted else text.splitlines()[0][:300]
@@ -47,12 +47,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to time.
+    """Describes something to time.
 
     Attributes:
-        name: in the table.
-        run: what is timed.
-        prepare: what comes before each run, outside the time.
+        name: name in tables.
+        run: function that is timed.
+        prepare: function that is called before each run and not timed.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Clock:
     """Times calls on one device, and copies memory on it.
 
     Attributes:
-        copied_bytes: read plus written by one `copy`; larger than any cache.
+        copied_bytes: number of bytes that one `copy` reads and writes; larger than any cache.
     """
 
     def __init__(self, device: torch.device):
@@ -74,11 +74,11 @@ class Clock:
         self.copied_bytes = 2 * self.source.nbytes
 
     def copy(self) -> None:
-        """Moves `copied_bytes`, and with them whatever the caches held."""
+        """Moves `copied_bytes` bytes, and so replaces the contents of all caches."""
         self.target.copy_(self.source)
 
     def time(self, run: Callable[[], Any]) -> float:
-        """Milliseconds of one call, its launches included."""
+        """Returns the time of one call in milliseconds, including its launches."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             result = run()
@@ -98,19 +98,20 @@ class Clock:
 def interleave(
     contestants: Sequence[Contestant], clock: Clock, rounds: int | None, seconds: float, cold: bool
 ) -> tuple[dict[str, list[float]], dict[str, Failure]]:
-    """Times all contestants once in each round, so that what disturbs the machine disturbs them alike.
+    """Times all contestants once in each round, so that disturbances of the machine affect all alike.
 
     Args:
-        contestants: in the order of their turns.
-        clock: of their device.
-        rounds: how many; if not given as many as fit into `seconds`, at most `MAX_ROUNDS`, and at least one, on a GPU
-            `MIN_CUDA_ROUNDS`.
+        contestants: contestants in the order of their turns.
+        clock: clock of their device.
+        rounds: number of rounds; without it as many as fit into `seconds`, at most `MAX_ROUNDS`, at least one on a
+            CPU and `MIN_CUDA_ROUNDS` on a GPU.
         seconds: length of the measurement without `rounds`.
-        cold: empty the caches before each call, as the other layers of a model would.
+        cold: whether caches are emptied before each call, as the other layers of a model would do.
 
     Returns:
-        For each contestant the milliseconds of each round, and for those that failed in any round the failure in their
-        place. A first round to warm up is left out, unless it is so long on a CPU that there is no time for another.
+        The milliseconds of each round by contestant, and the failures of contestants that failed in any round. The
+            first
+        round is a warm-up and omitted, unless it is so long on a CPU that there is no time for another.
     """
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     failed: dict[str, Failure] = {}
@@ -140,7 +141,7 @@ def _turn(
     times: dict[str, list[float]],
     failed: dict[str, Failure],
 ) -> None:
-    """Times each contestant once, save those that have `failed`, and moves those that fail now there."""
+    """Times each contestant once, except those in `failed`; a contestant that fails is moved there."""
     for contestant in contestants:
         name = contestant.name
         if name in failed:
@@ -156,23 +157,23 @@ def _turn(
 
 
 def median_ratio(numerators: Iterable[float], denominators: Iterable[float]) -> float:
-    """Median over the rounds of the ratio of two contestants in the same round."""
+    """Returns the median over rounds of the ratio of two contestants in one round."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def saved_bytes(forward: Callable[[], Any], excluded: Iterable[torch.Tensor]) -> int:
-    """Bytes that a forward pass keeps for backward.
+    """Returns the number of bytes that a forward pass saves for backward.
 
     Args:
-        forward: builds a graph and returns its end.
-        excluded: tensors that live anyhow, parameters and inputs; what aliases them does not count.
+        forward: function that builds a graph and returns its output.
+        excluded: tensors that exist without the pass, such as parameters and inputs; their storages are not counted.
 
     Returns:
-        Sum over the distinct storages, each counted whole, since it is kept whole.
+        Sum of the sizes of all distinct storages; a storage is counted in full, because all of it is kept.
     """
     alive = {tensor.untyped_storage().data_ptr() for tensor in excluded}
     kept: dict[int, int] = {}
-    tensors = []  # keeps a storage from being freed and its address from being given to another
+    tensors = []  # keeps storages alive, so that no address is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -188,7 +189,7 @@ def saved_bytes(forward: Callable[[], Any], excluded: Iterable[torch.Tensor]) ->
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Most CUDA memory that a call holds beyond what was held before it."""
+    """Returns the peak of CUDA memory during a call, minus the memory allocated before it."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -1,18 +1,18 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The shapes that are measured."""
+"""This module defines the measured shapes."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The routed experts of one layer.
+    """Describes the routed experts of one layer.
 
     Attributes:
         hidden: width H of a token.
         intermediate: width I of an expert.
-        experts: their number E.
-        per_token: experts K of a token.
+        experts: number E of experts.
+        per_token: number K of experts per token.
         family: `"gated"`, act(gate) * up without biases; or `"gpt_oss"`, with biases, a clamped interleaved gate and
             transposed weights.
     """
@@ -25,11 +25,11 @@ class Preset:
 
     @property
     def expert_elements(self) -> int:
-        """Elements of one expert's matrices, 3HI."""
+        """Number of elements of one expert's matrices, 3HI."""
         return 3 * self.hidden * self.intermediate
 
 
-# in the order in which they are measured
+# presets in the order of measurement
 GPU_PRESETS = {
     "qwen3_30b_a3b": Preset(2048, 768, 128, 8),
     "mixtral_8x7b": Preset(4096, 14336, 8, 2),
@@ -39,7 +39,7 @@ GPU_PRESETS = {
     "qwen3_next": Preset(2048, 512, 512, 10),
     "deepseek_v2_lite": Preset(2048, 1408, 64, 6),
 }
-# the same H, I, K and tokens: what is left to grow with E is overhead
+# H, I, K and tokens are equal, so that only overhead grows with E
 EXPERT_SWEEP = {f"cpu_e{experts}": Preset(512, 256, experts, 8) for experts in (8, 16, 32, 64, 128, 256)}
 PRESETS = {
     **GPU_PRESETS,

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a run has found so far: a file that is whole after every case, and tables for a terminal of 100 columns."""
+"""This module reports a run: a JSON file, complete after every case, and tables for a terminal of 100 columns."""
 
 import json
 import os
@@ -19,20 +19,22 @@ from .tables import case_table, comparison_table, lora_table, mode_table
 
 WIDTH = 100
 _LEGEND = (
-    "transformers: the fastest of its implementations. limit: dense products of the same FLOPs; decode: bytes of the active weights over the "
-    "bandwidth of a copy. saved, peak: bytes over grouped_mm's."
+    "transformers: the fastest of its implementations. limit: dense products of equal FLOPs; in decode, bytes of the "
+    "active weights over the bandwidth of a copy. saved, peak: bytes relative to grouped_mm."
 )
-_COMPARED = "Other routings as they are; other numbers of experts without the time to move the weights."
+_COMPARED = (
+    "Ratios of other numbers of experts exclude the time to move the weights; those of other routings include it."
+)
 
 
 class Report:
-    """The results of a run.
+    """Holds the results of a run.
 
     Attributes:
-        facts: of the machine.
-        cases: all that the run is to measure.
-        results: what it has measured.
-        stopped: why it ended before its last case, or None.
+        facts: description of the machine.
+        cases: all cases of the run.
+        results: results measured until now.
+        stopped: why the run ended before its last case; None if it did not.
     """
 
     def __init__(self, facts: dict[str, Any], cases: Sequence[Case], path: str | Path | None = None):
@@ -42,23 +44,25 @@ class Report:
         self.write()
 
     def add(self, result: Result) -> None:
-        """Takes in one case, and writes the file."""
+        """Adds the result of a case, and writes the file."""
         self.results.append(result)
         self.write()
 
     @property
-    def not_run(self) -> list[Case]:
+    def not_run(self) -> Sequence[Case]:
         """Cases without a result."""
         return self.cases[len(self.results) :]
 
     @property
     def failed(self) -> list[Result]:
-        """Cases in which this package failed."""
+        """Results of cases in which this package failed."""
         return [result for result in self.results if result.failures]
 
     def write(self) -> None:
-        """Writes everything so far as JSON, the times of each round included, if there is a file: a run that is killed
-        leaves the file of the case before."""
+        """Writes all results as JSON, including the times of each round, if there is a file.
+
+        If the run is killed, the file of the previous case remains.
+        """
         if self.path is None:
             return
         path = Path(self.path)
@@ -78,7 +82,9 @@ class Report:
         os.replace(partial, path)
 
     def print(self) -> None:
-        """Prints a table of its contestants for each case, then ours in all cases, then what failed or was left out."""
+        """Prints a table of contestants for each case, a table of this package in all cases, then failures and
+        skipped cases.
+        """
         console = Console()
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console = Console(width=WIDTH)
@@ -103,7 +109,9 @@ class Report:
             console.print(escape(line), highlight=False)
 
     def _notes(self) -> list[str]:
-        """One line for each reason that an implementation was not measured for, for each failure, and for what is left."""
+        """Returns a line for each reason to skip an implementation, for each failure, and for each case that was
+        not run.
+        """
         reasons = Counter((name, reason) for result in self.results for name, reason in result.skipped.items())
         notes = []
         for (name, reason), count in reasons.items():

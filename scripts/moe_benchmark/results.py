@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a run found, and the ratios that follow from it."""
+"""This module holds the results of a run, and computes ratios from them."""
 
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -13,23 +13,23 @@ from .presets import PRESETS
 
 @dataclass
 class Result:
-    """One case.
+    """Holds the results of one case.
 
     Attributes:
-        case: what was measured.
-        times: contestant -> milliseconds of each round.
-        skipped: contestant -> why it was not measured, where that is no failure of this package.
-        failures: contestant of this package -> what went wrong; no other number of it is here. `"all"` stands for the
-            case, whose weights or inputs could not be made.
-        backends: our implementations -> what computed them.
-        tiles: family of the Triton kernels' tiles; empty where they computed nothing.
-        errors: implementation -> quantity -> largest difference to the oracle over its largest element.
-        saved_bytes: implementation -> bytes kept for backward beside parameters and input.
-        peak_bytes: implementation -> CUDA memory beyond what was there before.
-        active_experts: experts with any token.
-        weight_bytes: of expert weights that must move.
-        copied_bytes: read plus written by the contestant `"copy"`.
-        floors_ms: `"compute"`, `"memory"`, `"floor"` by the stated peak of the GPU.
+        case: the measured case.
+        times: milliseconds of each round, by contestant.
+        skipped: why a contestant was not measured, by contestant, where this is not a failure of this package.
+        failures: failure of each failed contestant of this package, which has no other results. `"all"` means that
+            weights or inputs of the case could not be made.
+        backends: back end of each implementation of this package.
+        tiles: family of the Triton kernels' tiles; empty if they were not used.
+        errors: largest difference relative to the oracle's largest element, by implementation and quantity.
+        saved_bytes: bytes saved for backward beside parameters and inputs, by implementation.
+        peak_bytes: peak of CUDA memory minus the memory before the call, by implementation.
+        active_experts: number of experts with any token.
+        weight_bytes: number of bytes of expert weights that must be moved.
+        copied_bytes: number of bytes read and written by the contestant `"copy"`.
+        floors_ms: `"compute"`, `"memory"` and `"floor"` from the stated peak of the GPU.
     """
 
     case: Case
@@ -47,12 +47,12 @@ class Result:
     floors_ms: dict[str, float] = field(default_factory=dict)
 
     def drop(self, name: str, failure: Failure, fatal: bool = False) -> None:
-        """Takes out what was measured of a contestant, and says why.
+        """Removes the measurements of a contestant, and records why.
 
         Args:
-            name: the contestant.
-            failure: what happened to it. Somebody else's, and a want of memory, are no failures of this package.
-            fatal: count it as a failure whoever it is, since nothing after it can be measured.
+            name: name of the contestant.
+            failure: what happened. Failures of other packages and missing memory are no failures of this package.
+            fatal: record a failure whoever caused it, because nothing can be measured after it.
         """
         for numbers in (self.times, self.errors, self.saved_bytes, self.peak_bytes):
             numbers.pop(name, None)
@@ -63,52 +63,53 @@ class Result:
 
     @property
     def error(self) -> str | None:
-        """What went wrong in one line, or None if nothing of this package did."""
+        """The failures of this package in one line; None without failures."""
         return "; ".join(f"{name}: {failure.message}" for name, failure in self.failures.items()) or None
 
     @property
     def ours(self) -> str | None:
-        """The first of our implementations; None if it, or `"moe"`, was not measured: no other takes its place."""
+        """Name of this package's first measured implementation; None if `"moe"` failed or was skipped."""
         if OURS in self.failures or OURS in self.skipped:
             return None
         return next((name for name in self.times if is_ours(name)), None)
 
     def median(self, name: str) -> float | None:
-        """Milliseconds, or None if it was not measured."""
+        """Returns the median time in milliseconds, or None if the contestant was not measured."""
         times = self.times.get(name)
         return statistics.median(times) if times else None
 
     def best_of_transformers(self, suffix: str = "") -> str | None:
-        """The fastest of transformers' own implementations; with `suffix=GRAPH` of those in a CUDA graph."""
+        """Returns the fastest of transformers' own implementations; with `suffix=GRAPH` the fastest in a CUDA graph."""
         measured = [name + suffix for name in TRANSFORMERS if self.times.get(name + suffix)]
         return min(measured, key=lambda name: statistics.median(self.times[name]), default=None)
 
     @property
     def weights_ms(self) -> float | None:
-        """Time to move the expert weights at the bandwidth of a copy."""
+        """Time in milliseconds to move the expert weights at the bandwidth of a copy."""
         copy = self.median(COPY)
         return copy * self.weight_bytes / self.copied_bytes if copy else None
 
     @property
     def limit_ms(self) -> float | None:
-        """Dense products of the same FLOPs; in decoding the active experts' bytes over bandwidth."""
+        """Time in milliseconds of dense products of equal FLOPs; in decoding, of moving the active experts' weights."""
         if self.case.level in ("model", "lora"):
             return None
         return self.weights_ms if self.case.mode == "decode" else self.median(DENSE)
 
     def over(self, name: str, other: str | None) -> float | None:
-        """Median over the rounds of the ratio of two contestants, or None if either was not measured."""
+        """Returns the median over rounds of the ratio of two contestants, or None if either was not measured."""
         if other is None or not (self.times.get(name) and self.times.get(other)):
             return None
         return median_ratio(self.times[name], self.times[other])
 
     def over_ours(self, name: str) -> float | None:
-        """Ours over a contestant, both as CUDA graphs if that is one."""
-        ours = f"{self.ours}{GRAPH}" if name.endswith(GRAPH) else self.ours
-        return self.over(ours, name)
+        """Returns the ratio of this package to a contestant; both are CUDA graphs if the contestant is one."""
+        if self.ours is None:
+            return None
+        return self.over(self.ours + GRAPH if name.endswith(GRAPH) else self.ours, name)
 
     def over_limit(self, name: str) -> float | None:
-        """A contestant over `limit_ms`."""
+        """Returns the ratio of a contestant to `limit_ms`."""
         if not self.limit_ms:
             return None
         decoding = self.case.mode == "decode"
@@ -116,12 +117,15 @@ class Result:
         return ratio * self.copied_bytes / self.weight_bytes if decoding and ratio is not None else ratio
 
     def over_floor(self, name: str) -> float | None:
-        """A contestant over the floor that the GPU's stated peak gives."""
+        """Returns the ratio of a contestant to the floor from the GPU's stated peak."""
         median = self.median(name)
         return median / self.floors_ms["floor"] if median is not None and self.floors_ms else None
 
     def ratios(self) -> dict[str, float]:
-        """Ours over others, by name; what was not measured is left out. Those of times are medians over the rounds."""
+        """Returns the ratios of this package to others, by name, without those that were not measured.
+
+        Ratios of times are medians over rounds.
+        """
         ours = self.ours
         if ours is None:
             return {}
@@ -143,7 +147,7 @@ class Result:
         return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, medians and ratios included."""
+        """Returns all fields, medians and ratios in JSON's types."""
         medians = {name: self.median(name) for name in self.times}
         derived = {"best_of_transformers": self.best_of_transformers(), "limit_ms": self.limit_ms}
         return asdict(self) | {"error": self.error, "median_ms": medians} | derived | {"ratios": self.ratios()}
@@ -151,13 +155,13 @@ class Result:
 
 @dataclass
 class Comparison:
-    """Two cases that differ in one thing only, each over the dense products that took turns with it.
+    """Compares two cases that differ in one property, each relative to the dense products measured in turns with it.
 
     Attributes:
-        case: the one that varies.
-        base: the one it is compared with.
-        ratio: (ours - time to move the weights) / dense of `case`, over the same of `base`; for another routing the
-            weights' time stays in.
+        case: the case that varies.
+        base: the case that it is compared with.
+        ratio: (this package's time - time to move the weights) / time of dense products, of `case` over `base`; for
+            another routing the time to move the weights is not subtracted.
     """
 
     case: Case
@@ -166,7 +170,7 @@ class Comparison:
 
 
 def compare_cases(results: list[Result]) -> list[Comparison]:
-    """Every unbalanced routing with the balanced one, and every number of experts with the smallest."""
+    """Compares every unbalanced routing with the balanced one, and every number of experts with the smallest."""
     by_case = {result.case: result for result in results if result.ours and result.median(DENSE)}
     comparisons = []
     for case, result in by_case.items():
@@ -183,8 +187,15 @@ def compare_cases(results: list[Result]) -> list[Comparison]:
 
 
 def _over_dense(result: Result, without_weights: bool = False) -> float:
+    """Returns the ratio of this package to the dense products, without the time to move the weights if asked for."""
+    ours = None if result.ours is None else result.median(result.ours)
     weights = result.weights_ms if without_weights else 0.0
-    return (result.median(result.ours) - weights) / result.median(DENSE)
+    products = result.median(DENSE)
+    if ours is None or weights is None or products is None:
+        raise ValueError(
+            f"{result.case} cannot be compared: this package, the copy or the products were not measured."
+        )
+    return (ours - weights) / products
 
 
 def _same_but_experts(a: Case, b: Case) -> bool:

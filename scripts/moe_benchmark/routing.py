@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Which tokens go to which experts, made up: evenly, unevenly, and as badly as can be.
+"""This module makes artificial routings: balanced, skewed, and all to one expert.
 
-# T tokens, E experts, K experts per token. Each returns (T, K) int64, distinct experts in a row.
+# T tokens, E experts, K experts per token. Each function returns (T, K) int64 with distinct experts in a row.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,20 @@ from .presets import Preset
 
 
 def _balanced(tokens: int, preset: Preset, generator: torch.Generator) -> torch.Tensor:
-    """Loads that differ by one at most, in an order that no kernel can profit from."""
+    """Returns expert ids whose loads differ by at most one, in an order that no kernel can exploit."""
     slots = torch.arange(tokens * preset.per_token).view(tokens, preset.per_token) % preset.experts
     names = torch.randperm(preset.experts, generator=generator)
     return names[slots][torch.randperm(tokens, generator=generator)]
 
 
 def _zipf(tokens: int, preset: Preset, generator: torch.Generator) -> torch.Tensor:
-    """K draws without replacement from p(e) ~ 1 / (e + 1)."""
+    """Returns K expert ids per token, drawn without replacement from p(e) ~ 1 / (e + 1)."""
     odds = 1 / torch.arange(1, preset.experts + 1, dtype=torch.float32)
     return torch.multinomial(odds.expand(tokens, -1), preset.per_token, generator=generator)
 
 
 def _all_to_one(tokens: int, preset: Preset, generator: torch.Generator) -> torch.Tensor:
-    """Every token's k-th choice is expert k, its first one expert 0: a token cannot take an expert twice."""
+    """Returns expert k as every token's k-th choice, so that expert 0 is the first choice of all tokens."""
     return torch.arange(preset.per_token).repeat(tokens, 1)
 
 
@@ -41,12 +41,12 @@ def route(routing: str, tokens: int, preset: Preset, seed: int = 0) -> tuple[tor
 
     Args:
         routing: key of `ROUTINGS`.
-        tokens: T.
-        preset: gives E and K.
-        seed: of the experts' draw and of the weights.
+        tokens: number of tokens T.
+        preset: shape with E and K.
+        seed: seed of the choices and of the routing weights.
 
     Returns:
-        Expert ids (T, K) int64 and positive weights (T, K) fp32 whose rows sum to 1.
+        Expert ids (T, K) int64, and positive routing weights (T, K) fp32 whose rows sum to 1.
     """
     generator = torch.Generator().manual_seed(seed)
     index = ROUTINGS[routing](tokens, preset, generator)

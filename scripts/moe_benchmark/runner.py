@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Measures experts, blocks and models: check, then time, then count memory."""
+"""This module measures experts, blocks and models: results are checked, then times and memory are measured."""
 
 from collections.abc import Callable
 from functools import partial
@@ -38,7 +38,7 @@ from .workloads import make_workload
 
 
 class Runner(CaseRunner):
-    """Measures all levels but `"lora"`, with the weights of one preset in memory at a time."""
+    """Measures all levels except `"lora"`, with the weights of one preset in memory at a time."""
 
     def __init__(self, args: BenchmarkArguments):
         super().__init__(args)
@@ -47,7 +47,7 @@ class Runner(CaseRunner):
         register_adapters()
 
     def contestants(self, case: Case, result: Result) -> list[Contestant]:
-        """The implementations that agree with the oracle, their CUDA graphs, and the limits."""
+        """Returns the implementations that agree with the oracle, their CUDA graphs, and the limits."""
         self._load(case)
         admitted = [self._admit(name, case, result) for name in self.args.implementations]
         implementations = [contestant for contestant in admitted if contestant is not None]
@@ -56,7 +56,7 @@ class Runner(CaseRunner):
         return implementations + self._graphs(implementations, case, result) + self._limits(case, result)
 
     def remembered(self, name: str) -> tuple[Callable[[], Any], list[torch.Tensor]] | None:
-        """The forward of an implementation, and its inputs and parameters."""
+        """Returns the forward pass of an implementation, and its inputs and parameters."""
         if name not in self.args.implementations:
             return None
         module = module_of(name, self.workload)
@@ -72,7 +72,7 @@ class Runner(CaseRunner):
         self.workload.prepare(case)
 
     def _admit(self, name: str, case: Case, result: Result) -> Contestant | None:
-        """A contestant that has shown that it computes the right thing, or None with a note in `result`."""
+        """Returns a contestant whose results are correct; otherwise None, with the reason in `result`."""
         reason = skip_reason(name, case, self.device, case.torch_dtype.itemsize)
         if reason is not None:
             result.skipped[name] = reason
@@ -97,7 +97,7 @@ class Runner(CaseRunner):
         result.errors[name] = errors
 
     def _graphs(self, contestants: list[Contestant], case: Case, result: Result) -> list[Contestant]:
-        """CUDA graphs of ours and of transformers' implementations, those that can be captured."""
+        """Returns the CUDA graphs of all implementations of this package and of transformers that can be captured."""
         graphs: list[Contestant] = []
         if self.device.type != "cuda" or not self.args.cuda_graphs or (case.level, case.mode) != ("experts", "decode"):
             return graphs
@@ -137,14 +137,14 @@ def _tolerance(name: str, case: Case) -> float:
 
 
 def _backend(name: str, call: Call, mode: str) -> str:
-    """What computed a call of ours: a back end that cannot serve is not the one of its name."""
+    """Returns the back end that computed a call; it may differ from the requested one if that cannot serve the call."""
     asked = None if name in (OURS, RECOMPUTE) else name.removeprefix(f"{OURS}_")
     with torch.set_grad_enabled(mode == "forward_backward"):
         return backend_of(call.module, call.x.detach(), call.index, asked)
 
 
 def tiles_of(backend: str, device: torch.device) -> str:
-    """Family of the tiles in which the Triton kernels work; empty for other back ends, which need no Triton."""
+    """Returns the family of the Triton kernels' tiles; empty for other back ends, which run without Triton."""
     if not backend.startswith("triton"):
         return ""
     from modeling_moe.dispatch.backends.triton import tiles

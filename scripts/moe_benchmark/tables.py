@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Tables of results, none of them wider than 100 columns."""
+"""This module makes tables of results, at most 100 columns wide."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ FAILED = "FAILED"
 
 
 def _table(texts: Sequence[str], numbers: Sequence[str]) -> Table:
-    """Columns of text, then of numbers, one space apart."""
+    """Returns a table with columns of text, then columns of numbers, one space apart."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), collapse_padding=True)
     for header in texts:
         table.add_column(header)
@@ -45,7 +45,9 @@ def _ms(result: Result, name: str) -> str:
 
 
 def case_table(result: Result) -> Table:
-    """One line for each contestant of a case: medians, ours over it, it over the limits, and memory."""
+    """Returns a table with a line for each contestant: median, ratio of this package to it, its ratio to limits,
+    memory.
+    """
     names = [name for name in result.times if name != COPY]
     floors = bool(result.floors_ms)
     numbers = ["ms", "ours / it", *["it / limit"] * (result.limit_ms is not None), *["it / roofline"] * floors]
@@ -69,7 +71,7 @@ def _peak(result: Result) -> list[str]:
 
 
 def mode_table(results: Sequence[Result]) -> Table:
-    """One line for ours in each case, and one for ours as a CUDA graph, over others by name."""
+    """Returns a table with this package's ratios to others: a line for each case, and one for its CUDA graph."""
     ratios = {
         "transformers": "trans-\nformers",
         "limit": "limit",
@@ -94,7 +96,7 @@ def mode_table(results: Sequence[Result]) -> Table:
 
 
 def _ratios(result: Result, suffix: str) -> dict[str, float]:
-    """Ratios of ours, or of ours as a CUDA graph, by the headers of `mode_table`."""
+    """Returns this package's ratios, with `suffix=GRAPH` those of its CUDA graph, by the headers of `mode_table`."""
     ratios = result.ratios()
     found = {name: ratios.get(f"ours/{name}{suffix}") for name in ("transformers", "limit")}
     if result.ours is not None:
@@ -105,7 +107,7 @@ def _ratios(result: Result, suffix: str) -> dict[str, float]:
 
 
 def lora_table(results: Sequence[Result]) -> Table:
-    """One line for LoRA on experts here in each case, over others by name."""
+    """Returns a table with the ratios of this package's LoRA on experts to others, a line for each case."""
     others = list(dict.fromkeys(name for result in results for name in result.times if name != OURS))
     headers = ["ms", *(name.replace(", ", ",\n") for name in others), f"saved/\n{PEFT}", f"peak/\n{PEFT}"]
     table = _table(["preset", "dtype", "T"], headers)
@@ -118,7 +120,7 @@ def lora_table(results: Sequence[Result]) -> Table:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    """One line for each case that is compared with another."""
+    """Returns a table with a line for each compared case."""
     table = _table(["case", "against"], ["ratio"])
     for comparison in comparisons:
         table.add_row(str(comparison.case), _differing(comparison), f"{comparison.ratio:.2f}")
@@ -126,6 +128,6 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def _differing(comparison: Comparison) -> str:
-    """The one thing in which the base differs from the case."""
+    """Returns the property in which the base differs from the case."""
     same_preset = comparison.case.preset == comparison.base.preset
     return comparison.base.routing if same_preset else comparison.base.preset

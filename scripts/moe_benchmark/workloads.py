@@ -1,9 +1,10 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The modules that are measured, with their inputs: the experts alone, the sparse block, a small model.
+"""This module makes the measured modules with their inputs: experts alone, a sparse block, a small model.
 
-# T tokens, H hidden, I expert width, E experts, K per token
+# T tokens, H hidden, I expert width, E experts, K experts per token
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,35 +31,44 @@ SEED = 0
 
 
 def experts_in(module: nn.Module) -> list[nn.Module]:
-    """The modules that transformers' experts interface serves."""
+    """Returns the modules that transformers' experts interface serves."""
     return [child for child in module.modules() if hasattr(child, "is_transposed") and hasattr(child, "down_proj")]
 
 
 @torch.no_grad()
 def _materialize(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Random weights for a module on the meta device, of a size that keeps activations near 1."""
+    """Gives a module on the meta device random weights of a size that keeps activations near 1."""
     module.to(dtype).to_empty(device=device)
     for parameter in module.parameters():
         parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return module
 
 
+# family of a preset -> function from the sizes to transformers' experts
+EXPERTS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
+    "gated": lambda sizes: MixtralExperts(MixtralConfig(**sizes)),
+    "gpt_oss": lambda sizes: GptOssExperts(GptOssConfig(**sizes)),
+}
+
+
 class ExpertsWorkload:
-    """transformers' own experts module, which all implementations share; weights come in the dtype of the tokens."""
+    """transformers' own experts module, which all implementations share; routing weights have the dtype of the
+    tokens.
+    """
+
+    ours: nn.Module
+    theirs: nn.Module
 
     def __init__(self, preset: Preset, dtype: torch.dtype, device: torch.device):
         self.preset, self.dtype, self.device = preset, dtype, device
-        experts_class, config_class = MixtralExperts, MixtralConfig
-        if preset.family == "gpt_oss":
-            experts_class, config_class = GptOssExperts, GptOssConfig
-        config = config_class(
-            hidden_size=preset.hidden,
-            intermediate_size=preset.intermediate,
-            num_local_experts=preset.experts,
-            num_experts_per_tok=preset.per_token,
-        )
+        sizes: dict[str, Any] = {
+            "hidden_size": preset.hidden,
+            "intermediate_size": preset.intermediate,
+            "num_local_experts": preset.experts,
+            "num_experts_per_tok": preset.per_token,
+        }
         with torch.device("meta"):
-            experts = experts_class(config)
+            experts = EXPERTS[preset.family](sizes)
         self.ours = self.theirs = _materialize(experts, dtype, device)
 
     def prepare(self, case: Case) -> None:
@@ -72,19 +82,19 @@ class ExpertsWorkload:
         self.grad = torch.randn(**shape, generator=generator)
 
     def inputs(self) -> list[torch.Tensor]:
-        """What autograd differentiates beside parameters."""
+        """Returns the differentiated tensors that are not parameters."""
         return [self.x, self.weight]
 
     def reset(self, module: nn.Module) -> None:
-        """Undoes what a forward leaves behind."""
+        """Restores the state before a forward pass."""
 
     def forward(self, module: nn.Module) -> torch.Tensor:
-        """(T, H)."""
+        """Returns the output (T, H)."""
         return module(self.x, self.index, self.weight)
 
 
 class BlockWorkload(ExpertsWorkload):
-    """Our [`~modeling_moe.MoEBlock`] and transformers' Qwen3MoeSparseMoeBlock, which share their weights."""
+    """This package's [`~modeling_moe.MoEBlock`] and transformers' Qwen3MoeSparseMoeBlock with shared weights."""
 
     def __init__(self, preset: Preset, dtype: torch.dtype, device: torch.device):
         self.preset, self.dtype, self.device = preset, dtype, device
@@ -102,16 +112,17 @@ class BlockWorkload(ExpertsWorkload):
         self.grad = torch.randn(**shape, generator=generator)
 
     def inputs(self) -> list[torch.Tensor]:
-        """What autograd differentiates beside parameters."""
+        """Returns the differentiated tensors that are not parameters."""
         return [self.x]
 
     def forward(self, module: nn.Module) -> torch.Tensor:
-        """(1, T, H)."""
-        return module(self.x)
+        """Returns the output (1, T, H)."""
+        output = module(self.x)
+        return output[0] if isinstance(output, tuple) else output  # our block also returns its router's statistics
 
 
 class ModelWorkload:
-    """Our model and Qwen3MoeForCausalLM, two layers, with equal weights and no router losses."""
+    """This package's model and Qwen3MoeForCausalLM: two layers, equal weights, no router losses."""
 
     grad = None
 
@@ -125,7 +136,7 @@ class ModelWorkload:
         self.theirs.load_state_dict(self.ours.state_dict(), assign=True)
 
     def prepare(self, case: Case) -> None:
-        """Makes the ids of `case`, and for decoding each model's cache of a prompt."""
+        """Makes the token ids of `case`, and for decoding each model's cache of a prompt."""
         self.mode = case.mode
         length = SEQUENCE if case.tokens % SEQUENCE == 0 else case.tokens
         shape = (case.tokens, 1) if case.mode == "decode" else (case.tokens // length, length)
@@ -140,18 +151,18 @@ class ModelWorkload:
                     model(prompt, use_cache=True, **cache_keyword(self.caches[model]))
 
     def inputs(self) -> list[torch.Tensor]:
-        """What autograd differentiates beside parameters: nothing."""
+        """Returns an empty list: only parameters are differentiated."""
         return []
 
     def reset(self, module: nn.Module) -> None:
-        """Undoes what a forward leaves behind."""
+        """Restores the state before a forward pass."""
         module.train(self.mode == "forward_backward")
         surplus = self.caches[module].get_seq_length() - PROMPT if self.mode == "decode" else 0
         if surplus > 0:
             self.caches[module].crop(-surplus)
 
     def forward(self, module: nn.Module) -> torch.Tensor:
-        """The loss in training, else logits (B, S, V)."""
+        """Returns the loss in training, else the logits (B, S, V)."""
         if self.mode == "forward_backward":
             return module(self.ids, labels=self.ids).loss
         cache = cache_keyword(self.caches.get(module))
@@ -159,7 +170,7 @@ class ModelWorkload:
 
 
 def _configs(preset: Preset) -> tuple[MoEConfig, Qwen3MoeConfig]:
-    """The same network as our model's configuration and as Qwen3-MoE's."""
+    """Returns equivalent configurations of this package's model and of Qwen3-MoE."""
     heads = max(1, preset.hidden // 64)
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -185,5 +196,5 @@ Workload = ExpertsWorkload | BlockWorkload | ModelWorkload
 
 
 def make_workload(case: Case, device: torch.device) -> Workload:
-    """The modules that `case` needs, without inputs."""
+    """Makes the modules that `case` needs, without inputs."""
     return WORKLOADS[case.level](PRESETS[case.preset], case.torch_dtype, device)

@@ -1,8 +1,8 @@
-"""A GPU that is none: devices named cuda are the CPU, torch.cuda is made up, and Triton's kernels are interpreted.
+"""This module fakes a GPU: CUDA devices are the CPU, torch.cuda is replaced, and Triton's kernels are interpreted.
 
     python -m tests.benchmark.fake_cuda -m moe_benchmark.gpu kernels --size tiny
 
-runs a module so. Its times mean nothing; what it shows is that every line on the way to a real GPU runs.
+runs a module with it. The times mean nothing; the run executes every line that a run on a real GPU executes.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class Stream:
 
 
 class Graph:
-    """What was captured has run already; replaying it does nothing."""
+    """A fake CUDA graph: the captured calls have run already, and replaying does nothing."""
 
     def replay(self):
         pass
@@ -109,7 +109,7 @@ def _patch_torch(patch, torch, state):
         compiled = compile_really(module, backend="eager", **options)
 
         def call(*arguments):
-            # the compiler asks the GPU for more than is made up here
+            # the compiler asks the GPU for more than is faked here
             with pytest.MonkeyPatch.context() as inner, torch._C.DisableTorchFunction():
                 inner.setattr(cuda, "is_available", lambda: False)
                 return compiled(*arguments)
@@ -130,12 +130,12 @@ def _patch_package(patch, torch, mode):
     choose, run = interface.choose, launching.Launch.run
 
     def run_outside(launch):
-        # the interpreter is no part of what is watched
+        # calls of the interpreter are not recorded
         with torch._C.DisableTorchFunction():
             run(launch)
 
     def watched(call):
-        # torch leaves its modes where an operator begins
+        # torch disables its modes inside an operator
         @functools.wraps(call)
         def within(*arguments, **options):
             with mode():
@@ -144,7 +144,7 @@ def _patch_package(patch, torch, mode):
         return within
 
     def make_small_clock(clock, device):
-        # a GPU's caches take more than a second to empty here
+        # emptying buffers as large as a GPU's caches would take more than a second
         clock.device, clock.source, clock.target = device, torch.zeros(1024), torch.zeros(1024)
         clock.copied_bytes = 8192
 
@@ -154,14 +154,14 @@ def _patch_package(patch, torch, mode):
     patch.setattr(interface, "choose", lambda backend, problem: choose(backend or "triton", problem))
     patch.setattr(launching.Launch, "run", run_outside)
     patch.setattr(tiles, "_family_of_gpu", lambda index: "hopper")
-    # a capture runs nothing, and each replay the call once
+    # a real capture runs nothing, and each replay runs the call once
     patch.setattr(capturing, "capture", lambda call: call)
     patch.setattr(precompile, "describe_gpu", lambda: "sm_90")
 
 
 @contextlib.contextmanager
 def faked():
-    """Everything within sees the GPU; what it imports must be imported before."""
+    """Fakes the GPU within the body; modules that it uses must be imported before."""
     import moe_benchmark.gpu.adapters  # noqa: F401
     import torch
 
@@ -174,7 +174,7 @@ def faked():
 
 
 def main():
-    """As `python -m MODULE ARGUMENTS`; parts that compile for a GPU run without the interpreter."""
+    """Runs `python -m MODULE ARGUMENTS`; parts that compile for a GPU run without the interpreter."""
     _, module, *arguments = sys.argv[1:]
     os.environ["TRITON_INTERPRET"] = "0" if "precompile" in arguments else "1"
     sys.argv = [module, *arguments]

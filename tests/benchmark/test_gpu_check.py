@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh and its parts, on a GPU that is none: what they write, and that nothing that fails is lost."""
+"""These tests run scripts/gpu_check.sh and its parts on a fake GPU, and check the lines and that no failure is lost."""
 
 import json
 import os
@@ -49,14 +49,14 @@ def results(tmp_path):
 
 @pytest.fixture
 def gpu():
-    """The GPU that is none, for one test."""
+    """Fakes a GPU for one test."""
     with faked():
         yield
 
 
 @pytest.fixture
 def run_part(results, gpu):
-    """Runs a part at the tiny size, some fields of which may be replaced; returns its lines."""
+    """Runs a part at the tiny size, some fields of which may be replaced, and returns the lines."""
 
     def run(module, **changes):
         results.part = module.__name__.rsplit(".", 1)[1]
@@ -107,8 +107,8 @@ def test_correctness(run_part):
         "training step of a block in a CUDA graph",
         "training step of a model in a CUDA graph",
         "torch.compile, fullgraph",
-        "generated tokens are eager's",
-        "LoRA as PEFT computes it",
+        "generated tokens equal those of eager",
+        "LoRA equals PEFT's own code",
         "nothing is compiled after the first steps",
         "experts in 4 bits",
     } <= set(passed)
@@ -136,7 +136,7 @@ def test_kernels(run_part):
     assert {"decode_up", "decode_down"} <= {row.get("kernel") for row in rows}
     whole = [row for row in rows if "whole_ms" in row]
     assert [row["scenario"] for row in whole] == ["train", "lora", "decode"]
-    # six products of a token's slot with an expert's matrices of 3 H I elements, forward and backward
+    # six products of an assignment with an expert's matrices of 3 H I elements, forward and backward
     train = whole[0]
     assert train["tflops"] * train["whole_ms"] * 1e9 == pytest.approx(6 * 27 * 3 * 32 * 24, rel=1e-6)
 
@@ -419,7 +419,7 @@ def test_launches_that_differ_from_call_to_call(gpu, monkeypatch):
 # ---- the shell script
 
 STUB = """#!/usr/bin/env bash
-# python3 of the tests: parts do what the test wants, all else is this package's
+# a python3 in which the parts do what the test requests, and everything else is real
 case "$3" in
     sweep) exec sleep 60 ;;
     kernels) kill -9 $$ ;;
@@ -432,7 +432,7 @@ exec PYTHON -m tests.benchmark.fake_cuda "$@"
 
 @pytest.fixture
 def shell(tmp_path):
-    """Runs scripts/gpu_check.sh with a GPU that is none; returns its exit code, output and lines."""
+    """Runs scripts/gpu_check.sh with a fake GPU, and returns exit code, output and lines."""
     stub = tmp_path / "bin" / "python3"
     stub.parent.mkdir()
     stub.write_text(STUB.replace("PYTHON", sys.executable))
@@ -451,7 +451,7 @@ def shell(tmp_path):
 
 
 def test_parts_that_hang_or_die_leave_the_others_alone(shell, tmp_path):
-    # what runs again replaces what it wrote before, and nothing else
+    # a repeated part replaces its own lines and no others
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.jsonl").write_text(
         '{"part": "memory", "old": 1}\n{"part": "environment", "old": 1}\n'
@@ -480,8 +480,8 @@ def test_parts_that_hang_or_die_leave_the_others_alone(shell, tmp_path):
     ("flags", "complaint"),
     [
         (["--part", "nothing"], "unknown part nothing"),
-        (["--part"], "--part wants a value"),
-        (["--limit", "soon"], "--limit soon is no number"),
+        (["--part"], "--part needs a value"),
+        (["--limit", "soon"], "--limit soon is not a number"),
         (["--size", "huge"], "unknown size huge"),
         (["all"], "unknown argument all"),
     ],
@@ -532,7 +532,7 @@ def test_report_script_without_results(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_all_of_it(shell, tmp_path, monkeypatch):
-    """The whole check on a GPU that is none, in minutes, and the page on it."""
+    """The whole check runs on a fake GPU in minutes, and its page is written."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     script = f'#!/usr/bin/env bash\nexec {sys.executable} -m tests.benchmark.fake_cuda "$@"\n'
     code, printed, rows = shell("--size", "tiny", "--limit", "900", script=script)
@@ -563,6 +563,6 @@ def test_all_of_it(shell, tmp_path, monkeypatch):
 def test_without_a_gpu_it_says_so_and_ends(shell):
     code, printed, rows = shell(script=f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
     assert code == 2
-    assert "torch sees no GPU here" in printed
+    assert "torch finds no GPU" in printed
     assert rows == []
     assert "precompile" not in printed

@@ -1,4 +1,4 @@
-"""scripts/gpu_report.py: targets, page, proposed tiles and summary, from lines as a GPU would give them."""
+"""These tests check scripts/gpu_report.py on invented lines of a GPU: targets, page, proposed tiles and summary."""
 
 import math
 
@@ -101,7 +101,7 @@ def test_the_proposed_tiles():
     assert (family, numbers) == ("hopper", "16bit")
     assert table[:2] == old[:2]
     assert table[2] == (160, old[2][1]._replace(persistent=True))
-    # the gate's is faster by less than measurements differ
+    # the gate's tile is faster by less than the noise
     assert table[3] == (old[3][0], old[3][1]._replace(gradient=Tile(128, 128, 64, 8, 5)))
     names = {"Config": Config, "Tile": Tile, "math": math}
     assert eval(f"{{{tile_table.as_text(numbers, table)}}}", names) == {"16bit": table}

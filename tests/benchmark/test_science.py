@@ -1,4 +1,4 @@
-"""The GPU check's science has equal tokens, exact starts, held-out text, told failures, and a report of whole seeds."""
+"""These tests check part science: equal tokens, exact starts, held-out text, recorded failures, and complete seeds."""
 
 import random
 from dataclasses import replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments.upcycling_facts import interval
+from experiments.intervals import interval
 from moe_benchmark.gpu import science
 from moe_benchmark.gpu.results import Results, read
 from moe_benchmark.gpu.science import (
@@ -47,14 +47,14 @@ SMALL = {"rows": 4, "length": 16, "held_out": 4, "characters": 20_000, "device":
 
 
 def lines_of(seed: int, count: int = 30) -> str:
-    """Paragraphs of random words, others for each seed."""
+    """Returns paragraphs of random words, different for each seed."""
     choice = random.Random(seed).choices
     return "".join(" ".join(choice(WORDS, k=8)) + (".\n\n" if number % 3 == 2 else ".\n") for number in range(count))
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """A random Llama, and 60 small files."""
+    """Makes a random Llama and 60 small files."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("science")
     size = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -73,7 +73,7 @@ def results_in(folder: Path) -> Results:
 
 @pytest.fixture(scope="module")
 def lines(arguments, tmp_path_factory):
-    """The lines of a whole run of two seeds, by the command line."""
+    """Returns the lines of a whole run of two seeds, started by the command line."""
     path = tmp_path_factory.mktemp("run") / "outputs" / "results.jsonl"
     flags = {"weights": arguments.weights, "text_dir": arguments.text_dir, "results": path, **SMALL}
     flags |= {"steps": 6, "seeds": 2, "evaluations": 2, "rate": 1e-2}
@@ -118,7 +118,7 @@ def test_every_arm_starts_as_the_dense_model_and_learns(lines):
     for arm in ARMS:
         for seed in (1, 2):
             run = evaluations(lines, arm, seed)
-            # of seed 1 for seed 2 too: no run changes what the next one starts from
+            # seed 2 starts from the weights of seed 1's start: no run changes them
             assert run[0]["loss"] == pytest.approx(evaluations(lines, DENSE, 1)[0]["loss"], abs=1e-5)
             assert run[6]["loss"] < run[0]["loss"] - 0.05
 
@@ -127,7 +127,7 @@ def test_a_run_gives_a_report(lines):
     text = markdown(lines)
     assert text.count("| dense |") == 1 + len(evaluations(lines, DENSE, 1))
     assert f"the fp32 logits of {FINE} differ from the dense model's" in text
-    assert "Means over 2 seeds" in text
+    assert "means over 2 seeds" in text
     assert "Not counted" not in text
     assert "Failed" not in text
 
@@ -140,7 +140,7 @@ def test_a_method_that_does_not_start_exact_is_an_error(arguments, tmp_path, mon
     assert f"exact of {FINE}: {FINE} computes the dense function at step 0: no" in markdown(failed)
 
 
-def test_a_failing_arm_is_told_and_the_others_go_on(arguments, tmp_path, monkeypatch):
+def test_a_failing_arm_is_recorded_and_the_others_run(arguments, tmp_path, monkeypatch):
     def failing(setting, arm, seed):
         if arm == FINE and seed == 2:
             raise RuntimeError("out of everything")
@@ -165,7 +165,7 @@ def test_an_arm_that_fails_when_it_is_timed_is_not_planned(arguments, tmp_path, 
         return Probe(0.0, 1.0, 0.0)
 
     monkeypatch.setattr(science, "probe", failing)
-    # as if two arms took 2 s a step: some 25 steps
+    # the clock says that two arms take 2 s a step, which allows about 25 steps
     science.run(results_in(tmp_path), args=replace(arguments, seconds=60.0, seeds=1))
     lines = read(tmp_path / "results.jsonl")
     (plan,) = (line for line in lines if line.get("what") == "plan")
@@ -239,12 +239,12 @@ def test_updates_below_bf16s_precision_add_up(arguments, tmp_path):
         m for m, p in zip(training.masters, training.parameters, strict=True) if p is block.experts.down_proj
     )
     before, rounded = master.detach().clone(), block.experts.down_proj.detach().clone()
-    # what AdamW updates are the weights before they were rounded
+    # AdamW updates the weights before they are rounded
     assert torch.equal(before, build(setting, COARSE, 1).model.sparse_blocks()[0].experts.down_proj)
     for _ in range(8):
         training.step(setting.training[:4])
     moved = (master - before).abs()
-    # Adam moves each weight by up to its rate, and always the same way on the same batch
+    # Adam moves each weight by at most the learning rate, and in one direction on one batch
     assert moved.median() > 4e-5
     assert torch.equal(block.experts.down_proj, master.bfloat16())
     # a single step of 1e-5 is less than half a unit in the last place of weights above 0.01
@@ -265,7 +265,7 @@ def test_the_rate_rises_and_stays(arguments, tmp_path):
 def test_flops_are_those_of_the_products(arguments, tmp_path):
     setting = read_setting(arguments, results_in(tmp_path))
     model, ids = build(setting, DENSE, 1), setting.training[:4]
-    # the counter knows plain products alone
+    # the counter counts only plain products
     model.set_attn_implementation("eager")
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -287,7 +287,7 @@ def test_held_out_text_is_not_trained_on(tmp_path):
             (tmp_path / package / "core" / f"module_{number}.py").write_text(text, encoding="utf-8")
     (tmp_path / "a" / "core" / "latin.py").write_bytes(b"\xff\xfe\xff")
     paths = sources_in(tmp_path)
-    # a package's copy of a file is on the side of the file
+    # a copy of a file in another package is on the side of the file
     assert all(is_held_out(path) == is_held_out(tmp_path / "b" / "core" / path.name) for path in paths)
     text = read_text(paths, 10**9, 10**9)
     assert (text.unread, text.copies) == (1, 40)
@@ -308,7 +308,7 @@ def test_text_is_read_as_far_as_it_is_wanted(arguments):
     assert len(text.training) < len(paths) / 2
     with pytest.raises(UserError, match="held_out is 99999"):
         make_blocks(text, train_tokenizer(), 16, 99_999)
-    with pytest.raises(UserError, match="text_dir holds too few files"):
+    with pytest.raises(UserError, match="text_dir contains too few files"):
         make_blocks(replace(text, held_out=[]), train_tokenizer(), 16, 2)
 
 
@@ -330,9 +330,9 @@ def test_parts_of_a_file_are_joined_and_checked(tmp_path):
     tail = second.read_bytes()
     second.unlink()
     # the first call
-    with pytest.raises(UserError, match=r"the parts 0 of model.gguf, which do not make that file"):
+    with pytest.raises(UserError, match=r"the parts 0 of model.gguf, which do not form that file"):
         model_path(carried, kept)
-    # the second, which brings the other part alone
+    # the second call, to which only the other part is transferred
     first.unlink()
     digest.unlink()
     second.write_bytes(tail)
@@ -341,11 +341,11 @@ def test_parts_of_a_file_are_joined_and_checked(tmp_path):
     assert (kept / "model.gguf").read_bytes() == file.read_bytes()
     (kept / "model.gguf").unlink()
     (kept / "model.gguf.1").write_bytes(tail[:-1] + b"x")
-    with pytest.raises(UserError, match="do not make that file"):
+    with pytest.raises(UserError, match="do not form that file"):
         join(kept)
     assert not (kept / "model.gguf").exists()
     assert keep(tmp_path / "nothing", kept) == []
-    with pytest.raises(UserError, match=r"holds 0 files .sha256"):
+    with pytest.raises(UserError, match=r"contains 0 .sha256 files"):
         join(tmp_path / "nothing")
 
 
@@ -359,7 +359,7 @@ def test_a_whole_model_needs_no_parts(arguments, tmp_path):
 def test_impossible_arguments_are_refused(field):
     with pytest.raises(UserError, match=field):
         Arguments(**{field: "int8" if field == "dtype" else 0})
-    with pytest.raises(UserError, match="intervals for 10"):
+    with pytest.raises(UserError, match="intervals for at most 10"):
         Arguments(seeds=11)
 
 
@@ -371,7 +371,7 @@ LOSSES = {
 
 
 def made_lines(seeds=(1, 2, 3), batches=lambda arm, seed: "same") -> list[dict]:
-    """Lines as the part writes them, of seeds that ended."""
+    """Returns lines of finished seeds, as the part writes them."""
     lines = [
         {"what": "setting", "dtype": "bfloat16", "rate": 3e-4},
         {"what": "text", "model": "m", "training_tokens": 5000, "training_files": 9, "held_out_tokens": 64},
@@ -420,7 +420,7 @@ def test_the_report_has_both_comparisons_with_their_intervals():
     assert "| dense | 1,024 | 1.00 | 2.0467 | 1.9500, 2.0700, 2.1200 |" in text
 
 
-def test_an_arm_that_is_worse_is_told_to_be():
+def test_the_report_says_which_arm_is_worse():
     lines = made_lines()
     for line in lines:
         if line.get("arm") == COARSE:
@@ -431,8 +431,8 @@ def test_an_arm_that_is_worse_is_told_to_be():
 def test_an_unfinished_seed_is_left_out():
     lines = made_lines()[:-1]
     text = markdown(lines)
-    assert "- seed 3: it did not come to its end" in text
-    assert "Means over 2 seeds" in text
+    assert "- seed 3: it was not finished" in text
+    assert "means over 2 seeds" in text
     assert row_of(text, COARSE)[5] == "1.9550"
     one = markdown(made_lines(seeds=(1,)))
     assert row_of(one, COARSE)[6:8] == ["-0.1000 (one seed)", "-0.0500 (one seed)"]
@@ -442,7 +442,7 @@ def test_an_unfinished_seed_is_left_out():
 def test_a_seed_whose_arms_met_other_batches_is_left_out():
     text = markdown(made_lines(batches=lambda arm, seed: arm if seed == 2 else "same"))
     assert "- seed 2: its arms were trained on different batches" in text
-    assert "Means over 2 seeds" in text
+    assert "means over 2 seeds" in text
 
 
 def test_only_the_last_run_counts():

@@ -1,4 +1,4 @@
-"""What was taken although it is damaged, or changed, or would never end: each is refused by name, at once."""
+"""Damaged, changed or endless sources are refused at once, and the message names the damage."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def test_a_weight_that_overflows_in_the_chosen_dtype_is_named(source, tmp_path):
     assert not left(tmp_path)
 
 
-def test_damage_behind_whole_shards_leaves_nothing(tmp_path):
+def test_damage_after_complete_shards_leaves_nothing(tmp_path):
     state = {name: LazyTensor.of(torch.ones(100)) for name in "abc"}
     state["c"] = LazyTensor.of(torch.full((100,), float("nan")))
     with pytest.raises(UnusableError, match="c of the result"):
@@ -128,7 +128,7 @@ def test_damage_behind_whole_shards_leaves_nothing(tmp_path):
 
 
 def test_a_source_whose_bytes_change_between_kill_and_resume_is_noticed(source, tmp_path):
-    """Size and time of the file stay as they are: a mixture of two sources was written."""
+    """A changed source with equal size and time would give a mixture of two sources."""
     from modeling_moe.conversion import convert as module
 
     opened = open_checkpoint(str(source))
@@ -219,7 +219,7 @@ def test_a_gguf_file_outside_the_folder_is_not_read(tmp_path, name):
         open_source(tmp_path / "source", name)
 
 
-def test_the_path_of_a_gguf_file_is_taken(tmp_path):
+def test_the_path_of_a_gguf_file_is_accepted(tmp_path):
     write_llama(tmp_path / "tiny.gguf")
     opened = open_source(tmp_path / "tiny.gguf")
     assert (opened.folder, opened.gguf_file) == (tmp_path, "tiny.gguf")
@@ -262,7 +262,7 @@ def test_more_layers_than_tensors_are_refused_at_once(source, tmp_path, layers):
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "intermediate_size"])
 @pytest.mark.parametrize("value", [10**12, 1e30, 10**30, -5, 0])
-def test_a_size_that_no_checkpoint_has_is_refused_at_once(source, tmp_path, field, value):
+def test_an_absurd_size_is_refused_at_once(source, tmp_path, field, value):
     change_json(source / "config.json", **{field: value})
     start = time.monotonic()
     with pytest.raises((UserError, StrictDataclassError)) as caught:
@@ -281,7 +281,7 @@ def test_more_layers_than_tensors_are_refused_in_older_families(tmp_path):
 
 
 def gguf_with(tmp_path, key: bytes, kind: int, value: bytes):
-    """A GGUF file with one entry of metadata more."""
+    """Returns a GGUF file with one additional metadata entry."""
     write_llama(tmp_path / "tiny.gguf")
     data = (tmp_path / "tiny.gguf").read_bytes()
     entries = int.from_bytes(data[16:24], "little") + 1
@@ -304,7 +304,7 @@ def nested(depth: int) -> bytes:
         (nested(250_000), "array of arrays"),
     ],
 )
-def test_a_gguf_array_that_no_file_holds_is_refused_at_once(tmp_path, value, message):
+def test_a_gguf_array_longer_than_the_file_is_refused_at_once(tmp_path, value, message):
     gguf_with(tmp_path, b"a.b", 9, value)
     start = time.monotonic()
     with pytest.raises(UserError, match=message):
@@ -312,7 +312,7 @@ def test_a_gguf_array_that_no_file_holds_is_refused_at_once(tmp_path, value, mes
     assert time.monotonic() - start < 5
 
 
-def test_a_gguf_file_with_vast_numbers_of_tensors_or_layers_is_refused(tmp_path):
+def test_a_gguf_file_with_too_many_tensors_or_layers_is_refused(tmp_path):
     write_llama(tmp_path / "tiny.gguf")
     data = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "tiny.gguf").write_bytes(data[:8] + (10**12).to_bytes(8, "little") + data[16:])
@@ -336,13 +336,17 @@ def test_a_gguf_weight_that_is_not_finite_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [(True, "holds a model and an adapter"), (False, "is an adapter of some/base")]
+    ("weights", "message", "end"),
+    [
+        (True, "holds a model and an adapter", r", or move adapter_config\.json away to take the model alone"),
+        (False, "is an adapter of some/base", ""),
+    ],
 )
-def test_an_adapter_is_not_dropped_silently(source, tmp_path, weights, message):
+def test_an_adapter_is_not_dropped_silently(source, tmp_path, weights, message, end):
     (source / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     if not weights:
         (source / "model.safetensors").rename(source / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=rf"{message}.*merge it first.*scripts/merge_adapter\.py"):
+    with pytest.raises(UserError, match=rf"{message}.*merge it first: moe merge_adapter .*merged{end}$"):
         convert_checkpoint(str(source), tmp_path / "out")
     assert not left(tmp_path)
 
@@ -353,7 +357,7 @@ def test_verify_without_a_tokenizer_is_refused_before_anything_is_written(source
     assert not left(tmp_path)
 
 
-def test_what_is_needed_never_reads_like_what_is_free():
+def test_bytes_needed_round_up_and_bytes_free_round_down():
     assert size_text(8 * 2**20 + 1) == "8.1 MiB"
     assert size_text(8 * 2**20 + 1, up=False) == "8.0 MiB"
     assert size_text(0) == "0.0 MiB"
@@ -376,7 +380,7 @@ def test_no_bar_is_printed_before_the_line_that_refuses(tmp_path, capsys, monkey
 
 
 def test_ctrl_c_at_any_moment_neither_hangs_nor_leaves_half_a_file(tmp_path, monkeypatch):
-    """Once a run waited for its hashing thread for 524 s: there is none any more."""
+    """A hashing thread once made Ctrl-C hang for 524 s, so no thread may run."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     clock, main = random.Random(0), threading.main_thread().ident
     state = {f"t{number}": LazyTensor.of(torch.full((50_000,), float(number))) for number in range(8)}

@@ -1,4 +1,4 @@
-"""Files that are damaged at random are converted to the right result or refused in one line, at once, and leave nothing."""
+"""Randomly damaged files are converted correctly, or refused at once in one line without leaving files behind."""
 
 import json
 import random
@@ -57,7 +57,7 @@ ODD = (
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A checkpoint in one file, in two shards, and in GGUF."""
+    """Returns a checkpoint in one file, in two shards, and in GGUF."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("sources")
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZE))
@@ -103,7 +103,7 @@ def flip_header(data: bytes, dice: random.Random) -> bytes:
 
 
 def offsets(data: bytes, dice: random.Random) -> bytes:
-    """An overlap, a hole or a negative start."""
+    """Makes an overlap, a hole or a negative start."""
     header, body = _header(data)
     entry = header[_tensor(header, dice)]
     shift, (start, end) = dice.choice([-4, 4, -64, 64, -(10**6), 10**12]), entry["data_offsets"]
@@ -112,7 +112,7 @@ def offsets(data: bytes, dice: random.Random) -> bytes:
 
 
 def swap_offsets(data: bytes, dice: random.Random) -> bytes:
-    """Two tensors in one place."""
+    """Gives two tensors the same place."""
     header, body = _header(data)
     first, second = dice.sample([name for name in header if name != "__metadata__"], 2)
     header[first]["data_offsets"] = header[second]["data_offsets"]
@@ -126,7 +126,7 @@ def dtype(data: bytes, dice: random.Random) -> bytes:
 
 
 def dtype_that_fits(data: bytes, dice: random.Random) -> bytes:
-    """Integers of as many bytes, where floats belong."""
+    """Replaces a floating dtype by an integer dtype of the same width."""
     header, body = _header(data)
     header[_tensor(header, dice)]["dtype"] = "I32"
     return _with_header(header, body)
@@ -163,7 +163,7 @@ def not_finite(data: bytes, dice: random.Random) -> bytes:
 
 
 def json_value(data: bytes, dice: random.Random) -> bytes:
-    """A value of the object, or of an object in it, is replaced."""
+    """Replaces a value of the object or of an object inside it."""
     values = json.loads(data)
     inner = values.get("weight_map", values) if dice.random() < 0.8 else values
     inner[dice.choice(sorted(inner))] = dice.choice(ODD)
@@ -195,7 +195,7 @@ def gguf_length(data: bytes, dice: random.Random) -> bytes:
     return data[:at] + dice.choice([10**9, 2**63, 2**64 - 1]).to_bytes(8, "little") + data[at + 8 :]
 
 
-# kind -> folder, file, and what becomes of the file's bytes
+# kind -> folder, file, and function that damages the file's bytes
 KINDS = {
     f"{file}: {change.__name__}": (folder, file, change)
     for folder, file, changes in (
@@ -208,7 +208,7 @@ KINDS = {
     )
     for change in changes
 }
-# what is wrong whatever the dice say
+# kinds of damage that are wrong for every random choice
 NEVER = (
     "offsets",
     "swap_offsets",
@@ -224,7 +224,7 @@ NEVER = (
 
 @contextmanager
 def bounded():
-    """Fails what takes longer than SECONDS."""
+    """Fails if the block takes longer than SECONDS."""
 
     def stop(number, frame):
         raise TimeoutError(f"it takes more than {SECONDS} s")
@@ -250,7 +250,7 @@ def damaged(kind: str, seed: int, sources, tmp_path):
 
 
 def is_right(checkpoint, folder, logits: bool) -> bool:
-    """Whether an accepted checkpoint has the tensors, and the logits, that safetensors and transformers read there."""
+    """Returns whether an accepted checkpoint has the tensors and logits that safetensors and transformers read from it."""
     if checkpoint.source.gguf_file:
         theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
         stored = theirs.state_dict()
@@ -268,12 +268,12 @@ def is_right(checkpoint, folder, logits: bool) -> bool:
 
 
 def attack(kind: str, seed: int, sources, tmp_path, whole: bool) -> str:
-    """Opens and reads one damaged source, or converts it; what came out."""
+    """Opens and reads, or converts, one damaged source; returns the outcome."""
     folder, changed = damaged(kind, seed, sources, tmp_path)
     gguf_file = GGUF if kind.startswith(GGUF) else None
     try:
         with bounded():
-            # this GGUF file has no tokenizer, without which none is converted
+            # this GGUF file has no tokenizer, so it cannot be converted
             if whole and not gguf_file:
                 convert_checkpoint(str(folder), tmp_path / "out", gguf_file=gguf_file)
                 shutil.rmtree(tmp_path / "out")
@@ -300,20 +300,20 @@ def campaign(kind: str, seeds, sources, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_files_are_refused_or_right(kind, sources, tmp_path):
+def test_damaged_files_are_refused_or_read_correctly(kind, sources, tmp_path):
     campaign(kind, range(5), sources, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_damaged_files_are_refused_or_right(kind, sources, tmp_path):
+def test_many_damaged_files_are_refused_or_read_correctly(kind, sources, tmp_path):
     for start in range(100, 220, 20):
         campaign(kind, range(start, start + 20), sources, tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["single", "sharded", "gguf"])
-def test_what_is_damaged_was_right_before(folder, sources, tmp_path):
-    """Without this, a fuzzer of sources that are always refused would be green."""
+def test_undamaged_sources_are_accepted(folder, sources, tmp_path):
+    """The undamaged sources are accepted; a fuzz test of sources that are always refused would prove nothing."""
     gguf_file = GGUF if folder == "gguf" else None
     if not gguf_file:
         convert_checkpoint(str(sources / folder), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""GGUF sources give the tensors that transformers loads from the same file."""
+"""A GGUF source gives the tensors that transformers loads from the same file."""
 
 import gguf
 import numpy as np
@@ -15,7 +15,7 @@ HIDDEN, WIDTH, HEADS, KV_HEADS, VOCAB, LAYERS = 64, 96, 4, 2, 50, 2
 
 
 def write_llama(file, tied=True, without=()):
-    """A llama in GGUF: matrices in Q8_0 and F16, norms in F32."""
+    """Writes a Llama model in GGUF: matrices in Q8_0 and F16, norms in F32."""
     generator = np.random.default_rng(0)
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(64)
@@ -61,7 +61,7 @@ def write_llama(file, tied=True, without=()):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_equals_what_transformers_loads(tmp_path, monkeypatch, tied):
-    monkeypatch.setattr(streaming_gguf, "BLOCK", 2000)  # some rows of the embeddings at a time
+    monkeypatch.setattr(streaming_gguf, "BLOCK", 2000)  # the embeddings are read in several pieces
     write_llama(tmp_path / "tiny.gguf", tied)
     state = open_source(tmp_path, "tiny.gguf").state
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").state_dict()

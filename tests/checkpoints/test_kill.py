@@ -1,4 +1,4 @@
-"""A run that is killed at any moment, and run again until it is done, ends with the bytes of one that was not."""
+"""A run that is killed at any moment and repeated until it succeeds writes the bytes of an uninterrupted run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Memory does not grow with the checkpoint: measured on one of 12 GB."""
+"""Memory does not grow with the checkpoint, as measured on a checkpoint of 12 GB."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Sources: what they give equals what safetensors gives, and each damaged one is refused before anything is read."""
+"""A source gives the tensors that safetensors gives, and a damaged source is refused before any tensor is read."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoints import (
@@ -34,7 +34,7 @@ TENSORS = {
 
 @pytest.fixture
 def sharded(tmp_path):
-    """A folder of shards with an index that has a prefix."""
+    """Returns a folder with two shards and an index whose name has a prefix."""
     names = sorted(TENSORS)
     weight_map = {}
     for number, part in enumerate((names[:2], names[2:])):
@@ -51,7 +51,7 @@ def write_index(folder, weight_map):
 
 @pytest.fixture(params=[1 << 24, 40])
 def block(request, monkeypatch):
-    """Reading in one piece, and in so small ones that every larger tensor takes several."""
+    """Tensors are read in one piece, and in pieces so small that every larger tensor takes several."""
     monkeypatch.setattr(safetensors_format, "BLOCK", request.param)
 
 
@@ -115,6 +115,18 @@ def test_missing_shard(sharded):
         open_source(sharded)
 
 
+def test_index_decides_which_of_two_copies_of_a_tensor_is_taken(sharded):
+    copies = {name: tensor + 1 for name, tensor in TENSORS.items() if tensor.is_floating_point()}
+    shards = {shard: load_file(sharded / shard) for shard in ("weights-0.safetensors", "weights-1.safetensors")}
+    for shard, tensors in shards.items():
+        save_file(copies | tensors, sharded / shard)
+    both = load_file(sharded / "weights-0.safetensors").keys() & load_file(sharded / "weights-1.safetensors").keys()
+    assert {"a.matrix", "b.half", "c.scalar"} <= both
+    state = open_source(sharded).state
+    assert state.keys() == TENSORS.keys()
+    assert all(torch.equal(state[name].read(), TENSORS[name]) for name in TENSORS)
+
+
 def test_tensor_that_only_the_index_has(sharded):
     write_index(sharded, {**dict.fromkeys(TENSORS, "weights-0.safetensors"), "ghost": "weights-0.safetensors"})
     with pytest.raises(UserError, match=r"weights-0.safetensors lacks c.scalar, which the index promises"):
@@ -155,7 +167,7 @@ def test_two_indices(sharded):
         open_source(sharded)
 
 
-def test_index_that_is_none(sharded):
+def test_file_that_is_no_index(sharded):
     (sharded / "weights.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match=r"index\.json is damaged: its weight_map must give"):
         open_source(sharded)
@@ -177,7 +189,7 @@ def test_quantised_tensor(dtype):
     refuse_quantised(state)
 
 
-def test_name_that_neither_disk_nor_hub_has(monkeypatch):
+def test_name_that_exists_neither_on_disk_nor_on_the_hub(monkeypatch):
     def offline(name, allow_patterns):
         raise LocalEntryNotFoundError("no connection")
 

@@ -1,4 +1,4 @@
-"""What is written is what transformers and safetensors load, whatever went wrong on the way."""
+"""transformers and safetensors load every written checkpoint, whatever went wrong during writing."""
 
 import errno
 import hashlib
@@ -35,7 +35,7 @@ def six_tensors() -> dict[str, torch.Tensor]:
 
 
 def write(folder: Path, tensors=None, recipe=RECIPE, finish=finish, **options) -> None:
-    """Three shards, of two tensors each, if not told otherwise."""
+    """Writes three shards of two tensors each, unless other arguments are given."""
     tensors = six_tensors() if tensors is None else tensors
     state = {name: t if isinstance(t, LazyTensor) else LazyTensor.of(t) for name, t in tensors.items()}
     options = {"max_shard_size": 800, "progress": False} | options
@@ -55,7 +55,7 @@ def failing_at(number: int, error: BaseException) -> dict:
 
 @pytest.fixture
 def expected(tmp_path):
-    """The folder of a run that nothing interrupted."""
+    """Returns the folder of a run that nothing interrupted."""
     write(tmp_path / "reference")
     return contents(tmp_path / "reference")
 
@@ -151,14 +151,14 @@ def test_folder_that_is_not_empty(out, tmp_path):
     assert contents(tmp_path) == {"out/precious": b"x"}
 
 
-def test_too_little_space_is_told_before_anything_is_written(out, tmp_path):
+def test_too_little_space_is_reported_before_anything_is_written(out, tmp_path):
     vast = LazyTensor((1 << 50,), torch.float32, lambda index: pytest.fail("it was read"))
     with pytest.raises(UserError, match=r"needs 4503599\.\d GB where .* are free"):
         write(out, {"vast": vast})
     assert not list(tmp_path.iterdir())
 
 
-def test_shard_size_that_is_none(out):
+def test_text_that_is_no_shard_size(out):
     with pytest.raises(UserError, match="max_shard_size 'big' is no size"):
         write(out, max_shard_size="big")
 
@@ -218,7 +218,7 @@ def test_no_space_for_the_first_shard(out, tmp_path, code):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_errors_of_the_disk_stay_what_they_are(out):
+def test_other_disk_errors_are_raised_unchanged(out):
     with pytest.raises(OSError, match="burning"):
         write(out, failing_at(0, OSError(errno.EIO, "burning")))
 
@@ -290,6 +290,6 @@ def test_old_folder_comes_back_if_the_new_one_cannot_take_its_place(out, monkeyp
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(99), torch.zeros(100, dtype=torch.float16)])
-def test_tensor_that_is_not_what_it_was_announced_as(out, wrong):
+def test_tensor_of_another_size_or_dtype_than_announced(out, wrong):
     with pytest.raises(RuntimeError, match=r"t0 (has|is) .* announced"):
         write(out, {"t0": LazyTensor((100,), torch.float32, lambda index: wrong)})

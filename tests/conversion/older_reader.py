@@ -1,4 +1,4 @@
-"""This runs under another release of transformers: it reads each model folder in a folder and keeps what it computes there."""
+"""This script runs under another release of transformers and saves what it computes for each model folder in a folder."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import transformers
 
 
 def read(folder: Path) -> None:
-    """Writes `theirs.pt` beside `ids.pt`: logits, and the token ids of the text in text.txt if there is one."""
+    """Writes `theirs.pt` beside `ids.pt`: logits, and the token ids of text.txt if that file exists."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     with torch.no_grad():

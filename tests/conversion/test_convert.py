@@ -1,4 +1,4 @@
-"""From folder to folder: what is written equals its source, and a source that will not do is refused before any byte."""
+"""A written checkpoint equals the source, and an unusable source is refused before any byte is written."""
 
 import json
 
@@ -6,10 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models import gpt2, llama, mixtral, qwen3_moe
 
+from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.conversion import convert_checkpoint, moe_config, open_checkpoint, to_moe, verify
 from modeling_moe.utils.errors import UserError
+from tests.conftest import tiny_config
 
 
 SIZE = {
@@ -97,7 +100,19 @@ def test_to_moe_keeps_generation_config():
     torch.testing.assert_close(model(IDS).logits, source(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_verify_tells_source_and_result_apart(tmp_path):
+def test_a_configuration_class_of_a_checkpoints_own_code_becomes_this_packages_class(tmp_path):
+    MoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    own_class = get_class_from_dynamic_module("configuration_moe.MoEConfig", str(tmp_path))
+    source = own_class.from_pretrained(tmp_path)
+    assert not isinstance(source, MoEConfig)
+    config = moe_config(source)
+    assert type(config) is MoEConfig
+    expected = MoEConfig.from_pretrained(tmp_path)
+    assert moe_config(expected) is expected
+    assert {**config.to_dict(), "_name_or_path": ""} == {**expected.to_dict(), "_name_or_path": ""}
+
+
+def test_verify_reports_the_difference_of_source_and_result(tmp_path):
     from tests.training.conftest import train_tokenizer
 
     tokenizer = train_tokenizer()
@@ -179,7 +194,7 @@ def test_changed_file_is_refused(tmp_path):
         ({"dtype": "int3"}, "dtype 'int3' is unknown"),
     ],
 )
-def test_what_cannot_be_written(arguments, message, tmp_path):
+def test_unwritable_results_are_refused(arguments, message, tmp_path):
     save_source("llama", tmp_path / "source")
     with pytest.raises(UserError, match=message):
         convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe", **arguments)

@@ -1,4 +1,4 @@
-"""Dense families of transformers' as MoE models whose layers are all dense: same logits, same text, nothing unread."""
+"""Dense families of transformers become MoE models with dense layers: equal logits, equal text, and no unread field."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from modeling_moe.utils.errors import UserError
 
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# fewer rows than tokens and ids from 3 on; the length of a batch is 12 and every window 4
+# ids below 3 are special tokens; batches have length 12 and every window has length 4
 SIZE = TOKENS | {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -88,7 +88,7 @@ SOURCES = {
     "gpt_neox-serial": NEOX_SIZE
     | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 0.5, "tie_word_embeddings": True},
 }
-# the one that transformers' model runs with
+# transformers' model runs with this attention implementation
 ATTENTION = {"gemma2": "eager"}
 
 
@@ -104,7 +104,7 @@ def moe_config(config) -> MoEConfig:
 
 
 def random_source(config):
-    """The source model with every parameter random, norms and biases too."""
+    """Returns a source model in which every parameter is random, norms and biases included."""
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -123,7 +123,7 @@ def loaded(config: MoEConfig, state, **options) -> MoEForCausalLM:
 
 
 def pair(name: str, folder, dtype=torch.float32, attention: str | None = None, **fields):
-    """The source, loaded from a folder, and the same as a MoE, from the folder's tensors."""
+    """Loads the source from a folder, and a MoE from the tensors in that folder."""
     random_source(source_config(name, **fields)).save_pretrained(folder)
     options = {"dtype": dtype, "attn_implementation": attention or ATTENTION.get(name.partition("-")[0], "sdpa")}
     source = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -158,7 +158,7 @@ def test_same_text_and_cached_decode(name, tmp_path):
     arguments = {"max_new_tokens": 12, "do_sample": False, "min_new_tokens": 12}
     expected = source.generate(**batch, **arguments)
     assert torch.equal(model.generate(**batch, **arguments), expected)
-    # a cache filled with a prompt, then token by token
+    # the cache is filled with a prompt and then token by token
     ids = expected[:1]
     out = model(input_ids=ids[:, :12], use_cache=True)
     steps = [out.logits]
@@ -172,7 +172,7 @@ def test_text_that_outgrows_the_short_factors(tmp_path):
     source, model = pair("phi3-long", tmp_path, original_max_position_embeddings=16)
     ids = torch.randint(3, 99, (2, 12))
     arguments = {"max_new_tokens": 12, "do_sample": False, "min_new_tokens": 12}
-    # transformers' own cached text is wrong here before 5.23
+    # before 5.23, the text that transformers' own model writes with a cache is wrong
     assert torch.equal(model.generate(ids, **arguments), source.generate(ids, **arguments, use_cache=False))
 
 
@@ -240,7 +240,7 @@ def test_unknown_field_is_refused(name):
         ("gpt2", "add_cross_attention", True),
     ],
 )
-def test_value_that_cannot_be_held_is_refused(name, field, value):
+def test_unsupported_value_is_refused(name, field, value):
     with pytest.raises(UserError, match=f"^{field} is .* in the config.json of this {name} model"):
         moe_config(source_config(name, **{field: value}))
 
@@ -309,7 +309,7 @@ def test_tied_head_in_the_checkpoint():
     assert torch.equal(alone["model.embed_tokens.weight"].read(), head)
 
 
-def test_fused_rows_too_many_are_not_cut_off():
+def test_additional_fused_rows_are_refused():
     config = moe_config(source_config("phi3"))
     fused = LazyTensor.of(torch.zeros(99, 32))
     names = ("self_attn.qkv_proj", "mlp.gate_up_proj")

@@ -1,4 +1,4 @@
-"""Mixture-of-Experts families imported: same logits, router logits and text, from memory and from disk."""
+"""Mixture-of-Experts families are imported with equal logits, router logits and text, from memory and from disk."""
 
 import copy
 
@@ -53,7 +53,7 @@ YARN = {
     "beta_slow": 1.0,
     "original_max_position_embeddings": 8,
 }
-# the fields of DeepSeek-MoE-16B's config.json, for which transformers has no class
+# DeepSeek-MoE-16B has these fields in config.json; transformers has no class for it
 DEEPSEEK = SIZE | {
     "model_type": "deepseek",
     "attention_bias": False,
@@ -142,7 +142,7 @@ CONFIGS = {
 
 
 def deepseek_model(config) -> LlamaForCausalLM:
-    """DeepSeek-MoE of transformers' parts: Llama with the sparse block of DeepSeek-V2."""
+    """Builds DeepSeek-MoE from transformers' parts: a Llama with the sparse block of DeepSeek-V2."""
     values = {name: value for name, value in config.to_dict().items() if name in LlamaConfig.__annotations__}
     if config.rope_parameters is None:
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -164,12 +164,12 @@ def deepseek_model(config) -> LlamaForCausalLM:
 
 
 def random_source(name: str):
-    """The source model with every parameter random: norms, biases, sinks and what corrects the choice of experts too."""
+    """Returns a source model in which every parameter and each router's correction bias is random."""
     config = copy.deepcopy(CONFIGS[name])
     model = deepseek_model(config) if config.model_type == "deepseek" else AutoModelForCausalLM.from_config(config)
     for module in model.modules():
         if type(module).__name__ == "GptOssExperts":
-            # constants in older releases of transformers
+            # older releases of transformers have constants instead of these fields
             module.limit = getattr(config, "swiglu_limit", module.limit)
             module.alpha = getattr(config, "swiglu_alpha", module.alpha)
     with torch.no_grad():
@@ -200,7 +200,7 @@ def moe_config(config) -> MoEConfig:
 
 
 def mapped(config, state: State) -> tuple[MoEConfig, dict[str, torch.Tensor]]:
-    """Our configuration and weights of a source; every tensor has to be of the shape and dtype that it said."""
+    """Returns a source's MoE configuration and weights, and asserts that each tensor has the announced shape and dtype."""
     target = moe_config(config)
     tensors = {}
     for name, tensor in SPARSE_FAMILIES[config.model_type].tensors(state, target).items():
@@ -231,7 +231,7 @@ def test_same_logits(name, side):
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(got.logits[real], expected.logits[real], atol=1e-5, rtol=1e-5)
     assert len(got.router_logits) == model.config.mlp_layer_types.count("sparse") > 0
-    # Llama's class records none, and DeepSeek's do in newer releases of transformers only
+    # Llama's class records no router logits, and DeepSeek's classes do only in newer releases of transformers
     assert "router_logits" in expected or config.model_type.startswith("deepseek")
     for mine, theirs in zip(got.router_logits, expected.get("router_logits", got.router_logits), strict=True):
         torch.testing.assert_close(mine[real.flatten()], theirs[real.flatten()], atol=1e-5, rtol=1e-5)
@@ -276,14 +276,14 @@ def test_deepseek_from_disk():
     "name", ["mixtral", "qwen2_moe", "qwen3_moe-renormalised", "olmoe", "deepseek_v3", "deepseek_v3-bare", "gpt_oss"]
 )
 def test_bf16_is_bitwise(name, tmp_path):
-    # DeepSeek-V2 is left out: it rotates by complex numbers, in fp32
-    # through a file: `.to(bfloat16)` would round the source's rotary frequencies
+    # DeepSeek-V2 is left out because it rotates with complex numbers in fp32
+    # the source goes through a file, because `.to(bfloat16)` would round the rotary frequencies
     random_source(name)[0].save_pretrained(tmp_path)
     arguments = {"dtype": torch.bfloat16, "attn_implementation": "eager", "experts_implementation": "eager"}
     source = AutoModelForCausalLM.from_pretrained(tmp_path, **arguments)
     for module_name, module in source.named_modules():
         if module_name.endswith((".mlp.gate", ".mlp.router")):
-            # routers are fp32 here, whatever the model is
+            # routers of a MoE are always fp32
             module.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     target, tensors = mapped(source.config, lazy(source.state_dict()))
     model = AutoModelForCausalLM.from_config(target, **arguments).eval()
@@ -291,7 +291,7 @@ def test_bf16_is_bitwise(name, tmp_path):
     ids = torch.randint(3, 99, (2, 9))
     got, expected = (net(ids, output_router_logits=True) for net in (model, source))
     if name == "gpt_oss":
-        # it rounds an expert's products before it adds the bias: equal up to the first experts
+        # transformers' gpt-oss rounds a product before it adds the bias, so only layers before the first experts are equal
         assert torch.equal(got.router_logits[0], expected.router_logits[0])
     else:
         assert torch.equal(got.logits, expected.logits)
@@ -306,10 +306,10 @@ def test_yarn_scales_of_deepseek():
 
 
 def test_balance_losses():
-    """DeepSeek's coefficient goes to the loss that its code has; transformers' to ours."""
+    """DeepSeek's first loss is 1 in balance and ours K, so the coefficient is divided; transformers' is kept."""
     first, batch = moe_config(CONFIGS["deepseek"]), moe_config(CONFIGS["deepseek-bare"])
-    assert (first.router_aux_loss_coef, first.router_aux_loss_scope) == (0.002, "sequence")
-    assert (batch.router_aux_loss_coef, batch.router_aux_loss_scope) == (0.002, "batch")
+    assert (first.router_aux_loss_coef, first.router_aux_loss_scope) == (0.002 / 3, "sequence")
+    assert (batch.router_aux_loss_coef, batch.router_aux_loss_scope) == (0.002 / 3, "batch")
     config = copy.deepcopy(CONFIGS["deepseek_v3"])
     config.aux_loss_alpha, config.seq_aux = 0.001, True
     third = moe_config(config)
@@ -344,7 +344,7 @@ def test_prediction_layers_are_left_out():
 
 
 def test_fp8_blocks():
-    """Squares of 128 by 128 that do not divide the matrix, as in DeepSeek-V3's kv_a_proj_with_mqa."""
+    """Blocks of 128 by 128 do not divide the matrix evenly, as in DeepSeek-V3's kv_a_proj_with_mqa."""
     weight = torch.randn(192, 300).to(torch.float8_e4m3fn)
     scale = torch.rand(2, 3)
     name = "model.layers.0.mlp.down_proj.weight"
@@ -359,7 +359,7 @@ def test_fp8_blocks():
 
 
 def test_mxfp4_experts():
-    """One at a time what transformers' function makes of all; and the model that has them."""
+    """Experts dequantised one by one equal transformers' dequantisation of all, and the model has these experts."""
     config = gpt_oss.GptOssConfig(
         **SIZE | {"hidden_size": 96, "intermediate_size": 32}, num_local_experts=3, num_experts_per_tok=2, head_dim=8
     )
@@ -401,12 +401,12 @@ def test_nothing_is_read_before_it_is_asked_for(name):
     state = {key: recorded(key, tensor) for key, tensor in source.state_dict().items()}
     ours = SPARSE_FAMILIES[config.model_type].tensors(state, moe_config(config))
     assert read == []
-    # an expert costs its own part of one tensor
+    # reading one expert reads only the expert's part of a tensor
     ours["model.layers.1.mlp.experts.2.up_proj.weight"].read()
     assert read == ["model.layers.1.mlp.experts.gate_up_proj"]
 
 
-# what config.json files on the Hub have beyond what transformers' classes know
+# fields in config.json files on the Hub that transformers' classes do not declare
 PUBLISHED = {
     "qwen3_moe": {"max_window_layers": 48},
     "deepseek_v2": {
@@ -475,7 +475,7 @@ def test_unknown_field_is_refused(name):
         ("gpt_oss", "experts_per_token", 2),
     ],
 )
-def test_what_cannot_be_held_is_refused(name, field, value):
+def test_unsupported_values_are_refused(name, field, value):
     config = copy.deepcopy(CONFIGS[name])
     moe_config(config)
     setattr(config, field, value)

@@ -1,4 +1,4 @@
-"""Source configurations that lie: each is refused in words, or converted to what transformers computes of the same folder."""
+"""A false configuration is refused in one sentence, or converted to what transformers computes of the same folder."""
 
 import copy
 import json
@@ -16,13 +16,13 @@ from tests.conversion import test_families_dense as dense
 from tests.conversion import test_families_sparse as sparse
 
 
-# transformers has no class for it
+# transformers has no class for this family
 SPARSE = [name for name in sparse.CONFIGS if name.partition("-")[0] != "deepseek"]
 VARIANTS = [*dense.SOURCES, *SPARSE]
 IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
 JUNK = [None, "x", [], {}, True, math.nan, math.inf, 1e30, -1, 0, 0.5, 10**5, [1], "1"]
 NAMES = ["x", "gelu", "silu", "relu", "default", "yarn", "linear", "full_attention", None, 3]
-# fields that a configuration may not have
+# fields that are optional in a configuration
 ADDED = {
     "rope_theta": [100.0, -1, "x", None, math.nan],
     "rope_scaling": [
@@ -43,12 +43,12 @@ ADDED = {
     "n_group": [2],
     "unknown_field": [1],
 }
-# the library's own bookkeeping
+# fields that are the library's bookkeeping
 KEPT = {"architectures", "transformers_version", "model_type", "dtype"}
 
 
 def other_value(choose: random.Random, value: Any) -> Any:
-    """A value that somebody could have written in its place."""
+    """Returns another value that a user could have written in place of a value."""
     if isinstance(value, bool):
         return choose.choice([not value, not value, None, "x", 2])
     if isinstance(value, int):
@@ -79,7 +79,7 @@ def other_value(choose: random.Random, value: Any) -> Any:
 
 
 def mutated(choose: random.Random, values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with one field changed, taken away or added, sometimes two."""
+    """Returns a configuration with one or two fields changed, removed or added."""
     values = copy.deepcopy(values)
     for _ in range(choose.choice([1, 1, 1, 2])):
         if choose.random() < 0.2:
@@ -95,7 +95,7 @@ def mutated(choose: random.Random, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_source(variant: str, folder) -> str:
-    """Saves a model of the variant; returns the attention to compare with."""
+    """Saves a model of a variant; returns the attention implementation for the comparison."""
     torch.manual_seed(0)
     if variant in dense.SOURCES:
         model = dense.random_source(dense.source_config(variant))
@@ -106,7 +106,7 @@ def save_source(variant: str, folder) -> str:
 
 
 def theirs(folder, attention: str) -> torch.Tensor | None:
-    """transformers' logits; None where its model does not load whole, or fails."""
+    """Returns transformers' logits, or None if its model does not load completely or fails."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation=attention, output_loading_info=True
@@ -120,7 +120,7 @@ def theirs(folder, attention: str) -> torch.Tensor | None:
 
 @torch.no_grad()
 def outcome(folder, attention: str) -> str:
-    """`refused`, `equal`, or `not computed by transformers`; everything else fails the test.
+    """Returns `refused`, `equal`, or `not computed by transformers`; any other outcome fails the test.
 
     Raises:
         AssertionError: if the converted model computes something else than transformers.
@@ -139,7 +139,7 @@ def outcome(folder, attention: str) -> str:
 
 
 def run(variant: str, folder, cases: int) -> dict[str, int]:
-    """Outcomes and how often each came."""
+    """Returns the number of cases for each outcome."""
     attention = save_source(variant, folder)
     file = folder / "config.json"
     written = json.loads(file.read_text())
@@ -157,13 +157,13 @@ def run(variant: str, folder, cases: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_lying_configuration_is_refused_or_computed_right(variant, tmp_path):
+def test_a_false_configuration_is_refused_or_converted_correctly(variant, tmp_path):
     run(variant, tmp_path / "source", 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_three_hundred_lying_configurations_are_refused_or_computed_right(variant, tmp_path):
+def test_300_false_configurations_are_refused_or_converted_correctly(variant, tmp_path):
     counts = run(variant, tmp_path / "source", 300)
     assert counts["refused"] > 100
     assert counts["equal"] > 20
@@ -212,7 +212,7 @@ def with_fields(variant: str, folder, **fields) -> str:
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
     ],
 )
-def test_a_field_that_lies_is_refused_by_name(variant, fields, message, tmp_path):
+def test_a_false_field_is_refused_by_name(variant, fields, message, tmp_path):
     with_fields(variant, tmp_path / "source", **fields)
     with pytest.raises(UserError, match=message):
         open_checkpoint(str(tmp_path / "source"))

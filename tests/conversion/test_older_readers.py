@@ -1,4 +1,4 @@
-"""Exports as transformers 4 reads them: the old names stand beside the new, and its logits are ours."""
+"""transformers 4 reads an export: the old names are in the files, and the logits are ours."""
 
 import json
 import os
@@ -26,7 +26,7 @@ SHARED = [
     *("output_router_logits", "router_aux_loss_coef", "pad_token_id", "bos_token_id", "eos_token_id", "rope_scaling"),
 ]
 QWEN = ["num_experts", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"]
-# the arguments of the configuration classes of transformers 4.57, and head_dim, which its models ask for
+# arguments of the configuration classes of transformers 4.57, and head_dim, which its models read
 READ_BY_OLDER = {
     "mixtral": [*SHARED, *ATTENTION, "head_dim", "num_local_experts", "router_jitter_noise"],
     "qwen2_moe": [
@@ -59,7 +59,7 @@ PLAIN = {
 }
 
 
-def test_every_target_is_looked_at():
+def test_every_target_is_tested():
     assert set(READ_BY_OLDER) == set(PLAIN) == set(TARGETS)
 
 
@@ -75,14 +75,14 @@ def test_config_json_of_an_export_lacks_no_name_that_transformers_4_reads(target
     assert written["rope_scaling"] is None
     assert written["torch_dtype"] == written["dtype"] == "bfloat16"
     assert {written[name] for name in ("num_experts", "num_local_experts") if name in written} == {5}
-    # transformers 5 takes the file for what it is without the old names
+    # the old names do not change what transformers 5 reads
     windows = {"max_window_layers": 3} if target == "qwen2_moe" else {}
     read = AutoConfig.from_pretrained(tmp_path).to_dict() | {"_name_or_path": ""}
     assert read == plan.to_dict() | windows
 
 
 @pytest.mark.parametrize("kind", ROPES)
-def test_scaled_rotary_embedding_stands_under_its_old_names(kind, tmp_path):
+def test_scaled_rotary_embedding_is_written_under_old_names(kind, tmp_path):
     plan = export_plan(MoEConfig(**MOE | {"rope_parameters": ROPES[kind]}), "mixtral")
     save_for_older_readers(plan, tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -96,20 +96,20 @@ def test_scaled_rotary_embedding_stands_under_its_old_names(kind, tmp_path):
     assert {name: value for name, value in read.items() if name != "type"} == plan.rope_parameters
 
 
-def test_windows_in_some_layers_are_said_to_be_wrong_in_transformers_4(tmp_path):
+def test_a_warning_names_windows_that_transformers_4_applies_in_all_layers(tmp_path):
     plan = export_plan(MoEConfig(**MOE | {"qkv_bias": True, "sliding_window": 4, "layer_types": WINDOWS}), "qwen2_moe")
     assert older_names(plan)["max_window_layers"] == 1
     with CaptureLogger(logger) as captured:
         save_for_older_readers(plan, tmp_path)
-    assert "transformers 4 takes it in all of them" in captured.out
+    assert "transformers 4 applies it in all" in captured.out
 
 
 @pytest.fixture(scope="module")
 def older_transformers(tmp_path_factory) -> Path:
-    """A folder with transformers 4.57, skipped where it cannot be fetched."""
+    """Returns a folder with transformers 4.57; skips the test if it cannot be installed."""
     folder = tmp_path_factory.mktemp("older")
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, *OLDER]
-    # a constraint of this machine would keep the old release out
+    # pip's constraints could exclude the old release
     done = subprocess.run(install, env=os.environ | {"PIP_CONSTRAINT": "/dev/null"}, capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"transformers 4.57 cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
@@ -117,7 +117,7 @@ def older_transformers(tmp_path_factory) -> Path:
 
 
 def read_by_older(site: Path, folder: Path) -> dict[str, dict]:
-    """What transformers 4.57 computes of every model in `folder`, by name."""
+    """Returns what transformers 4.57 computes of every model in `folder`, by name."""
     environment = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
     reader = [sys.executable, Path(__file__).with_name("older_reader.py"), folder]
     done = subprocess.run(reader, env=environment, capture_output=True, text=True, cwd=folder)
@@ -128,7 +128,7 @@ def read_by_older(site: Path, folder: Path) -> dict[str, dict]:
 
 
 def exports() -> dict[str, tuple[str, dict]]:
-    """Targets and fields, without windows in some layers: transformers 4.57 takes them in all."""
+    """Returns targets and fields without windows in some layers, which transformers 4.57 applies in all layers."""
     cases = {name: case for name, case in EXPRESSIBLE.items() if case[1].get("layer_types") != WINDOWS}
     for target, fields in PLAIN.items():
         cases |= {f"{target}-{kind}": (target, fields | {"rope_parameters": rope}) for kind, rope in ROPES.items()}

@@ -1,4 +1,4 @@
-"""Converted folders have the source's tokenizer, whatever files it came in and whatever transformers makes of a model type."""
+"""A converted folder has the source's tokenizer, whatever its files are and however transformers treats the model type."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ SOURCES = {
 
 @pytest.fixture(scope="module")
 def byte_level() -> Tokenizer:
-    """A BPE as GPT-2's."""
+    """Returns a byte-level BPE tokenizer like GPT-2's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,7 +67,7 @@ def byte_level() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory) -> Path:
-    """A folder with two SentencePiece models, llama.model and gemma.model."""
+    """Returns a folder with two SentencePiece models, llama.model and gemma.model."""
     sentencepiece = pytest.importorskip("sentencepiece")
     folder = tmp_path_factory.mktemp("pieces")
     (folder / "text.txt").write_text("\n".join(TEXT), "utf-8")
@@ -80,7 +80,7 @@ def pieces(tmp_path_factory) -> Path:
     return folder
 
 
-# of a source: its model type, its tokenizer's vocabulary, its tokenizer_config.json, and other files
+# each source has a model type, a vocabulary, a tokenizer_config.json, and other files
 FILES = {
     "gpt2-vocab-and-merges-alone": ("gpt2", "vocab", None, {}),
     "gpt2-as-on-the-hub": ("gpt2", "vocab", {"model_max_length": 1024}, {}),
@@ -153,7 +153,7 @@ def save_source(name: str, folder: Path, byte_level: Tokenizer, pieces: Path) ->
 
 
 def assert_equal_behaviour(folder: Path, source: Path) -> None:
-    """Ids, text, special tokens, template and settings, by a list of its own."""
+    """Asserts equal ids, text, special tokens, template and settings by a list that the tested code does not use."""
     ours, theirs = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(source)
     assert ours(PROBE).input_ids == theirs(PROBE).input_ids
     assert ours(PROBE, add_special_tokens=False).input_ids == theirs(PROBE, add_special_tokens=False).input_ids
@@ -174,7 +174,7 @@ def test_a_converted_folder_does_not_lose_its_tokenizers_class(name, tmp_path, b
     assert_equal_behaviour(tmp_path / "moe", tmp_path / "source")
 
 
-def test_an_upcycled_gpt2_knows_its_first_and_last_token(tmp_path, byte_level, pieces):
+def test_an_upcycled_gpt2_keeps_its_first_and_last_token(tmp_path, byte_level, pieces):
     save_source("gpt2-as-on-the-hub", tmp_path / "source", byte_level, pieces)
     upcycle_checkpoint(str(tmp_path / "source"), tmp_path / "moe", UpcyclingOptions(num_experts=4))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "moe")
@@ -191,7 +191,7 @@ def test_files_that_load_as_the_sources_tokenizer_are_copied_byte_for_byte(tmp_p
     assert not (tmp_path / "moe" / "tokenizer.json").exists()
 
 
-def test_a_tokenizer_that_does_not_load_is_copied_and_said(tmp_path):
+def test_a_tokenizer_that_does_not_load_is_copied_with_a_warning(tmp_path):
     AutoModelForCausalLM.from_config(SOURCES["llama"]).save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "tokenizer.json").write_text("{}")
     with CaptureLogger(logger) as captured:

@@ -1,4 +1,4 @@
-"""Source and result on a text: cross entropy alone is compared, and nothing that is not finite is verified."""
+"""Verification compares only cross entropy and logits, and refuses models with values that are not finite."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def save_source(config, folder):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_router_loss_in_transformers_loss_is_not_taken_for_another_model(name, tmp_path):
+def test_the_router_loss_in_transformers_loss_is_no_difference(name, tmp_path):
     model = save_source(SOURCES[name], tmp_path / "source")
     _, verification = convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe", check=True)
     ids = verification_ids(tmp_path / "source")
@@ -57,7 +57,7 @@ def test_a_router_loss_in_transformers_loss_is_not_taken_for_another_model(name,
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("damaged", ["source", "result"])
-def test_a_weight_that_is_not_finite_is_never_verified_but_named(damaged, value, tmp_path):
+def test_verification_names_a_weight_that_is_not_finite(damaged, value, tmp_path):
     save_source(llama.LlamaConfig(**SIZE), tmp_path / "source")
     convert_checkpoint(str(tmp_path / "source"), tmp_path / "result")
     file = tmp_path / damaged / "model.safetensors"

@@ -21,15 +21,17 @@ MODES = {
 }
 # the limit of a plain capacity factor depends on the length
 CACHED = [name for name in CAUSAL if name != "token_capacity"]
-REMEMBERING = ("segment", "absolute_capacity", "running_capacity")
+# what asks for task_ids
+BY_TASK = ("task", "mmoe")
+REMEMBERING = ("lory", "absolute_capacity", "running_capacity")
 # router_type or field, by which continuous batching is refused
 MIXING = {
-    "segment": "router_type='segment'",
+    "lory": "router_type='lory'",
     "absolute_capacity": "expert_capacity",
     "running_capacity": "eval_capacity_factor",
     "token_capacity": "eval_capacity_factor",
     "expert_choice": "router_type='expert_choice'",
-    "soft": "router_type='soft'",
+    "soft_moe": "router_type='soft_moe'",
     "k_major": "eval_capacity_factor",
     "probability": "eval_capacity_factor",
 }
@@ -62,8 +64,8 @@ def text(model, inputs, **arguments) -> torch.Tensor:
 def test_each_mode_and_cache_gives_the_uncached_text(name):
     # in float64 no two logits are so near that the order of a sum decides
     model = model_of(name).double().eval()
-    inputs = batch() | ({"task_ids": TASKS} if "task" in name else {})
-    modes = {"greedy": MODES["greedy"]} if "task" in name else MODES
+    inputs = batch() | ({"task_ids": TASKS} if name in BY_TASK else {})
+    modes = {"greedy": MODES["greedy"]} if name in BY_TASK else MODES
     for mode, arguments in modes.items():
         expected = text(model, inputs, use_cache=False, **arguments)
         assert torch.equal(text(model, inputs, **arguments), expected), mode
@@ -73,7 +75,7 @@ def test_each_mode_and_cache_gives_the_uncached_text(name):
     alone = {key: value[2:, 1:] if value.dim() == 2 else value[2:] for key, value in inputs.items()}
     greedy = text(model, alone, **MODES["greedy"])
     assert torch.equal(greedy[:, 6:], text(model, inputs, **MODES["greedy"])[2:, 7:])
-    if "task" not in name:
+    if name not in BY_TASK:
         assert torch.equal(text(model, alone, do_sample=False, prompt_lookup_num_tokens=2), greedy)
 
 
@@ -105,7 +107,7 @@ def alone(model, prompt: list[int]) -> list[int]:
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], [20, 21, 22, 23, 24, 25, 26, 27]]
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in MIXING and "task" not in name])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in MIXING and name not in BY_TASK])
 def test_continuous_batching_gives_the_same_text(name):
     model = model_of(name, eos_token_id=None).eval()
     assert continuously(model, PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
@@ -128,7 +130,7 @@ def test_continuous_batching_is_refused_where_tokens_of_a_row_mix(name):
     [
         ("softmax", {"capacity_factor": 0.5}, "capacity_factor counts"),
         ("sinkhorn", {}, "router_type='sinkhorn' mixes"),
-        ("base", {}, "router_type='base' mixes"),
+        ("base_layer", {}, "router_type='base_layer' mixes"),
     ],
 )
 def test_continuous_batching_in_training_mode_is_refused_by_what_counts_there(name, fields, reason):
@@ -138,7 +140,7 @@ def test_continuous_batching_in_training_mode_is_refused_by_what_counts_there(na
     model.config.refuse_continuous_batching(training=False)
 
 
-@pytest.mark.parametrize("name", ["task", "task_gate"])
+@pytest.mark.parametrize("name", BY_TASK)
 def test_continuous_batching_without_a_task_is_refused_before_it_starts(name):
     with pytest.raises(ValueError, match=f"router_type='{name}' asks for task_ids, which a request cannot give"):
         continuously(model_of(name, eos_token_id=None).eval(), PROMPTS)
@@ -171,7 +173,7 @@ def test_continuous_batching_is_refused_where_positions_follow_the_longest_seque
 
 def test_every_router_is_batched_continuously_or_refused():
     assert set(MIXING) <= set(ALL)
-    assert set(NONCAUSAL) - set(MIXING) == {"sinkhorn", "base"}  # per token in evaluation
+    assert set(NONCAUSAL) - set(MIXING) == {"sinkhorn", "base_layer"}  # per token in evaluation
 
 
 OWN_CODE = """
@@ -188,7 +190,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     arguments = {"attention_mask": (ids > 0).long(), "max_new_tokens": 6, "do_sample": False}
     expected = model.generate(ids, **arguments, use_cache=False)
     assert torch.equal(model.generate(ids, **arguments), expected), folder.name
-    if folder.name not in ("segment", "absolute_capacity", "running_capacity"):
+    if folder.name not in ("lory", "absolute_capacity", "running_capacity"):
         static = {"cache_implementation": "static", "disable_compile": True}
         assert torch.equal(model.generate(ids, **arguments, **static), expected), folder.name
         options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -204,7 +206,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     "names",
     [
         pytest.param(["deepseek_v3"], id="one router"),
-        pytest.param([name for name in CACHED if "task" not in name], id="all routers", marks=pytest.mark.slow),
+        pytest.param([name for name in CACHED if name not in BY_TASK], id="all routers", marks=pytest.mark.slow),
     ],
 )
 def test_the_code_of_a_checkpoint_gives_the_same_text(names, tmp_path):

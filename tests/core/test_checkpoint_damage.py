@@ -21,7 +21,7 @@ ROUTER = "model.layers.2.mlp.gate.weight"
 ROUTERS = {
     "selection bias": {"scoring_func": "sigmoid", "router_selection_bias": True},
     "hash": {"router_type": "hash"},
-    "relu": {"router_type": "relu"},
+    "remoe": {"router_type": "remoe"},
     "threshold": {"router_type": "expert_threshold"},
 }
 

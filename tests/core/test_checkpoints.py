@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.modeling_moe import AUTO_MAP
+from modeling_moe.model_checkpoints import AUTO_MAP
+from modeling_moe.modeling_moe import MODELS
 from tests.conftest import tiny_config
 from tests.processes import run_without_package
 
@@ -243,9 +244,19 @@ SHIPPED = {
     "compatibility.py",
     "configuration_fields.py",
     "configuration_moe.py",
+    "configuration_checks.py",
     "configuration_derived.py",
+    "configuration_inputs.py",
+    "configuration_model.py",
+    "configuration_presets.py",
+    "configuration_unread.py",
     "router_variable_k.py",
+    "model_checkpoints.py",
     "model_embeddings.py",
+    "model_experts.py",
+    "model_generation.py",
+    "model_inputs.py",
+    "model_mlp.py",
     "attention_latent.py",
     "router_losses.py",
     "modeling_moe.py",
@@ -269,7 +280,8 @@ def test_code_and_every_auto_class_are_saved(saved):
     _, folder = saved
     assert {file.name for file in folder.glob("*.py")} == SHIPPED
     assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
-    assert len(AUTO_MAP) == 6
+    models = {model._auto_class: f"modeling_moe.{model.__name__}" for model in MODELS}
+    assert {"AutoConfig": "configuration_moe.MoEConfig"} | models == AUTO_MAP
 
 
 REMOTE = """

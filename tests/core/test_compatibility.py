@@ -164,7 +164,7 @@ class Proxy:
 
 
 @EACH_NAME
-@pytest.mark.parametrize("fields", [{}, {"router_type": "segment", "segment_length": 3}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"router_type": "lory", "segment_length": 3}], ids=str)
 def test_a_cache_of_another_class_is_used(name, fields):
     model = make(**fields)
     cache, whole = Proxy(DynamicCache(config=model.config)), model(IDS).logits

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_moe import MoEConfig, MoEForCausalLM
+from modeling_moe.configuration_fields import settings_of
 from tests.conftest import tiny_config
 
 
@@ -33,7 +34,7 @@ def by_hand(folder, **changes) -> None:
 
 def with_weights(model, layers=None, **fields):
     """A new model with the fields of `model` but for `fields`, made from scratch, and with its weights."""
-    chosen = {name: getattr(model.config, name) for name in MoEConfig.__annotations__}
+    chosen = {name: getattr(model.config, name) for name in settings_of(MoEConfig)}
     chosen |= {"layer_types": None, "mlp_layer_types": None} | fields
     other = MoEForCausalLM(MoEConfig(**chosen)).eval()
     missing, left = other.load_state_dict(model.state_dict(), strict=layers is None)
@@ -86,6 +87,7 @@ def test_a_window_given_after_the_fact_had_no_effect(model, folder):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, config=config)), expected)
     with pytest.raises(ValueError, match="sliding_window is 4 and no layer uses it"):
         MoEConfig(**(model.config.to_dict() | {"sliding_window": 4}))
+    assert model.config.replace(sliding_window=4).layer_types == ["sliding_attention"] * 3
     assert (
         MoEForCausalLM.from_pretrained(folder, sliding_window=4, use_sliding_window=False).config.layer_types
         == ["full_attention"] * 3

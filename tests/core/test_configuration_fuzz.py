@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from modeling_moe import MoEConfig, MoEForCausalLM
-from modeling_moe.configuration_derived import PER_LAYER
-from modeling_moe.configuration_fields import Range
+from modeling_moe.configuration_derived import PER_LAYER, derived_fields
+from modeling_moe.configuration_fields import Range, settings_of
 from modeling_moe.router_catalogue import ROUTERS, router_class
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(MoEConfig) if field.name in MoEConfig.__annotations__}
+SETTINGS = settings_of(MoEConfig)
+FIELDS = {field.name: field for field in dataclasses.fields(MoEConfig) if field.name in SETTINGS}
 SMALL = {
     "vocab_size": 61,
     "hidden_size": 24,
@@ -117,7 +118,7 @@ def drawn(name: str, rng: random.Random):
     """A value of a field, most of which are valid."""
     if name in USUAL:
         return rng.choice(USUAL[name])
-    kind, limits = FIELDS[name].type, FIELDS[name].metadata.get("range")
+    kind, limits = FIELDS[name].type, SETTINGS[name].limits
     options = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return rng.choice(options)
@@ -149,7 +150,7 @@ def fields_of(seed: int) -> dict:
         fields |= {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 6}
     if seed % 4 == 0:
         fields |= {"router_type": rng.choice(list(ROUTERS)), "allow_noncausal": True}
-        fields |= {"hierarchical": {"n_group": 2, "topk_group": 1}, "fixed": {"num_experts_per_tok": 4}}.get(
+        fields |= {"hierarchical": {"n_group": 2, "topk_group": 1}, "uniform": {"num_experts_per_tok": 4}}.get(
             fields["router_type"], {}
         )
     if seed % 3 == 0:
@@ -198,9 +199,7 @@ def run(config: MoEConfig, seed: int, folder) -> None:
     model = MoEForCausalLM(config).eval()
     ids = torch.randint(0, config.vocab_size, (2, 9))
     router = router_class(config)
-    tasks = (
-        {"task_ids": torch.tensor([0, config.num_tasks - 1])} if config.router_type in ("task", "task_gate") else {}
-    )
+    tasks = {"task_ids": torch.tensor([0, config.num_tasks - 1])} if config.router_type in ("task", "mmoe") else {}
     with torch.no_grad():
         logits = model(ids, **tasks).logits
         assert logits.isfinite().all()
@@ -256,7 +255,7 @@ def outcomes(seed: int) -> list[dict | None]:
     if (config := built(fields)) is None:
         config = built(fields := dict(SMALL))
     # what equals what it would be if it were not given counts as not given
-    fields = {name: value for name, value in fields.items() if name not in config._derived}
+    fields = {name: value for name, value in fields.items() if name not in derived_fields(config)}
     changes = {name: drawn(name, rng) for name in rng.sample(sorted(set(FIELDS) - ORDERED), rng.choice([1, 1, 2, 3]))}
     if rng.random() < 0.2:
         changes[rng.choice(sorted(set(FIELDS) - ORDERED))] = rng.choice(HOSTILE)

@@ -17,10 +17,15 @@ ROWS = (slice(0, 1), slice(1, 4))
 BIAS = {"router_selection_bias": True, "router_bias_update_rate": 0.01}
 KINDS = {
     "bias": {"scoring_func": "sigmoid", **BIAS},
-    "pid": {"num_null_experts": 3, "router_controller": "pid", "expected_experts_per_tok": 2, **BIAS},
+    "proportional": {
+        "num_null_experts": 3,
+        "router_controller": "proportional",
+        "expected_experts_per_tok": 2,
+        **BIAS,
+    },
     "quantile": {"router_selection_bias": True, "router_controller": "quantile"},
     "threshold": {"router_type": "expert_threshold"},
-    "sparsity": {"router_type": "relu", "router_sparsity_coef": 0.01},
+    "sparsity": {"router_type": "remoe", "router_sparsity_coef": 0.01},
     "global_balance": {"router_aux_loss_coef": 1.0, "router_aux_loss_scope": "global"},
 }
 

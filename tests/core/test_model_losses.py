@@ -2,8 +2,18 @@
 
 import pytest
 import torch
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from modeling_moe import MoEForCausalLM
+from modeling_moe.conversion import to_moe
+from modeling_moe.conversion.families.export import export_plan
 from modeling_moe.router import expert_load
 from modeling_moe.router_losses import balance
 from tests.conftest import tiny_config
@@ -33,10 +43,13 @@ def losses_by_hand(model, weight_of_row=LABELS_OF_ROW):
     model(IDS, attention_mask=MASK)
     for hook in hooks:
         hook.remove()
+    mask = MASK.flatten()
     share = (MASK / MASK.sum(dim=1, keepdim=True) * weight_of_row / weight_of_row.sum()).flatten()
     total = 0
     for routing in routings:
-        total += 0.7 * balance(expert_load(routing, MASK.flatten()), (share[:, None] * routing.probs).sum(dim=0))
+        # each token weighs as much as any other in the balance of a batch
+        probs = (mask[:, None] * routing.probs).sum(dim=0) / mask.sum()
+        total += 0.7 * balance(expert_load(routing, mask), mask.sum(), probs)
         total += 0.3 * (share * routing.logits.logsumexp(dim=-1).square()).sum()
     return total / len(routings)
 
@@ -70,7 +83,7 @@ def test_collapse_of_layers_onto_different_experts_is_seen():
             gate = model.model.layers[layer].mlp.gate
             gate.weight.zero_()
             gate.forward = _constant_router(gate, experts)
-    assert model(IDS, output_router_logits=True).aux_loss == pytest.approx(2.0, abs=1e-3)
+    assert model(IDS, output_router_logits=True).aux_loss == pytest.approx(6.0, abs=1e-3)
 
 
 def _constant_router(gate, experts):
@@ -162,3 +175,69 @@ def test_generation_with_the_flag_saved_on():
     model = model_of(output_router_logits=True).eval()
     text = model.generate(IDS[:2], attention_mask=MASK[:2], max_new_tokens=3, do_sample=False)
     assert text.shape == (2, 12)
+
+
+HF_SIZE = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "num_experts_per_tok": 3,
+    "initializer_range": 0.3,
+    "router_aux_loss_coef": 0.7,
+    "output_router_logits": True,
+}
+# transformers' class and its configuration
+FAMILIES = {
+    "mixtral": (MixtralForCausalLM, MixtralConfig(**HF_SIZE, num_local_experts=5)),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**HF_SIZE, num_experts=5, moe_intermediate_size=24, head_dim=8, norm_topk_prob=True),
+    ),
+    "qwen3_moe_not_renormalised": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**HF_SIZE, num_experts=5, moe_intermediate_size=24, head_dim=8, norm_topk_prob=False),
+    ),
+    "olmoe": (OlmoeForCausalLM, OlmoeConfig(**HF_SIZE, num_experts=5)),
+}
+PADDED = torch.ones_like(IDS)
+PADDED[0, :4] = 0
+PADDED[2, 7:] = 0
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_loss_is_that_of_transformers_at_the_same_coefficient(family, padded):
+    """Loss, `aux_loss` and the router's gradient, of one layer with equal weights, whatever tokens have labels."""
+    cls, config = FAMILIES[family]
+    theirs = cls(config)
+    ours = to_moe(theirs)
+    theirs.set_experts_implementation("eager")  # serves float64
+    assert ours.config.router_aux_loss_coef == config.router_aux_loss_coef
+    batch = {"input_ids": IDS, "labels": IDS}
+    if padded:
+        labels = IDS.masked_fill(PADDED == 0, -100)
+        labels[1, :5] = -100  # a prompt
+        batch = {"input_ids": IDS, "labels": labels, "attention_mask": PADDED}
+    results = []
+    for model in (theirs.double().train(), ours.double().train()):
+        out = model(**batch)
+        out.loss.backward()
+        router = next(p for name, p in model.named_parameters() if name.endswith("mlp.gate.weight"))
+        results.append((out.loss.detach(), out.aux_loss.detach(), router.grad))
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got.double(), expected.double(), atol=1e-6, rtol=1e-6)
+    # in evaluation too, where the loss of transformers' model holds the balance loss and ours does not
+    expected, got = (model.eval()(**batch).aux_loss for model in (theirs, ours))
+    torch.testing.assert_close(got.double(), expected.double(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_conversion_keeps_the_coefficient_in_both_directions(family):
+    cls, config = FAMILIES[family]
+    ours = to_moe(cls(config)).config
+    assert ours.router_aux_loss_coef == config.router_aux_loss_coef
+    assert export_plan(ours, config.model_type).router_aux_loss_coef == config.router_aux_loss_coef

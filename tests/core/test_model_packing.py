@@ -25,12 +25,12 @@ KINDS = ALL | {
     "running_with_k_2": {"num_experts_per_tok": 2, "capacity_running": True, **HALF},
     "one_place": {"expert_capacity": 1},
     "one_place_by_choice": {"expert_capacity": 1, "capacity_priority": "k_major", "allow_noncausal": True},
-    "soft_with_slots": {"router_type": "soft", "slots_per_expert": 3, "allow_noncausal": True},
-    "segments_of_one": {"router_type": "segment", "segment_length": 1},
+    "soft_with_slots": {"router_type": "soft_moe", "slots_per_expert": 3, "allow_noncausal": True},
+    "segments_of_one": {"router_type": "lory", "segment_length": 1},
 }  # fmt: skip
 # in training these share out the tokens of the whole batch, alone as packed
-BATCH_WIDE = ("sinkhorn", "base")
-REMEMBER = ["segment", "absolute_capacity", "running_capacity"]
+BATCH_WIDE = ("sinkhorn", "base_layer")
+REMEMBER = ["lory", "absolute_capacity", "running_capacity"]
 
 
 def even_noise(monkeypatch) -> None:
@@ -50,7 +50,7 @@ def packed_model(name: str, training: bool) -> MoEForCausalLM:
 
 
 def tasks_of(name: str, row=slice(None), part=slice(None)) -> dict:
-    return {"task_ids": TASKS[row, part]} if "task" in KINDS[name].get("router_type", "") else {}
+    return {"task_ids": TASKS[row, part]} if KINDS[name].get("router_type") in ("task", "mmoe") else {}
 
 
 def run(model, ids, **fields) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -105,7 +105,7 @@ def test_what_shares_out_a_batch_does_not_care_how_it_lies(name):
 
 
 def test_one_sequence_a_row_with_positions_is_what_it_is_without():
-    for name in ("segment", "token_capacity", "probability", "expert_choice", "soft"):
+    for name in ("lory", "token_capacity", "probability", "expert_choice", "soft_moe"):
         model = packed_model(name, training=False)
         expected, _ = run(model, IDS)
         got, _ = run(model, IDS, position_ids=torch.arange(12)[None])
@@ -122,7 +122,7 @@ def test_a_cache_that_a_packed_pass_makes_joins_no_sequences(name):
     torch.testing.assert_close(out.logits, expected, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["softmax", "deepseek_v3", "segment", "token_capacity", "expert_choice", "soft"])
+@pytest.mark.parametrize("name", ["softmax", "deepseek_v3", "lory", "token_capacity", "expert_choice", "soft_moe"])
 def test_a_mask_that_numbers_the_sequences_weighs_all_tokens_alike(name):
     """Some packers put 1, 2, 3 where others put 1: what a token counts does not grow with it."""
     results = []
@@ -169,7 +169,7 @@ def test_padding_before_packed_sequences_changes_nothing(name):
     torch.testing.assert_close(got[:, 3:], expected, atol=1e-9, rtol=1e-8)
 
 
-@pytest.mark.parametrize("name", [*REMEMBER, "token_capacity", "k_major", "expert_choice", "soft"])
+@pytest.mark.parametrize("name", [*REMEMBER, "token_capacity", "k_major", "expert_choice", "soft_moe"])
 def test_cu_seq_lens_mark_sequences_as_positions_do(name):
     """Padding-free, as FlashAttention's collator gives them; the rotary embedding knows distances alone."""
     model = packed_model(name, training=False)
@@ -182,17 +182,17 @@ def test_cu_seq_lens_mark_sequences_as_positions_do(name):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)  # angles are fp32
 
 
-@pytest.mark.parametrize("name", [*REMEMBER, "token_capacity", "k_major", "probability", "expert_choice", "soft"])
+@pytest.mark.parametrize("name", [*REMEMBER, "token_capacity", "k_major", "probability", "expert_choice", "soft_moe"])
 def test_a_block_with_padding_between_packed_sequences(name):
     """Where only a mask tells the padding; the blocks' own attention-free part."""
     block = eager_block(**KINDS[name]).eval()
     states, mask = torch.randn(2, 12, 32).double(), torch.ones(2, 12, dtype=torch.long)
     mask[0, 3:5] = mask[0, 9] = mask[1, 0] = 0
     begins = BEGINS & (mask > 0)
-    got = block(states, RoutingContext(2, mask.flatten(), begins=begins.flatten()))
+    got = block(states, RoutingContext(2, mask.flatten(), begins=begins.flatten()))[0]
     for row, start, end in PARTS:
         real = mask[row, start:end] > 0
-        alone = block(states[row : row + 1, start:end][:, real])
+        alone = block(states[row : row + 1, start:end][:, real])[0]
         torch.testing.assert_close(got[row, start:end][real], alone[0])
 
 
@@ -204,8 +204,8 @@ def test_packed_rows_compile_in_one_graph(name):
     for parameter in block.experts.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     states, context = torch.randn(2, 12, 32), RoutingContext(2, begins=BEGINS.flatten())
-    got = torch.compile(block, fullgraph=True, backend="aot_eager")(states, context)
-    torch.testing.assert_close(got, block(states, context))
+    got = torch.compile(block, fullgraph=True, backend="aot_eager")(states, context)[0]
+    torch.testing.assert_close(got, block(states, context)[0])
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from modeling_moe import MoEConfig, MoEForCausalLM
+from modeling_moe.configuration_fields import settings_of
 from modeling_moe.conversion.importing import moe_config
 
 
@@ -77,7 +78,7 @@ def test_loads_as_written(file):
 
 @PRESET
 def test_keys_are_declared_fields(file):
-    unknown = set(json.loads(file.read_text())) - set(MoEConfig.__annotations__) - {"model_type", "architectures"}
+    unknown = set(json.loads(file.read_text())) - set(settings_of(MoEConfig)) - {"model_type", "architectures"}
     assert not unknown
 
 
@@ -156,11 +157,9 @@ def test_deepseek_v3_is_what_its_published_configuration_imports_as():
     preset = AutoConfig.from_pretrained(FOLDER / "models" / "deepseek_v3.json")
     # how it is trained stands in the paper, not in that file
     training = {name: getattr(preset, name) for name in TRAINING}
-    imported = MoEConfig(
-        **{name: getattr(moe_config(published), name) for name in MoEConfig.__annotations__} | training
-    )
+    imported = MoEConfig(**{name: getattr(moe_config(published), name) for name in settings_of(MoEConfig)} | training)
     imported.rope_parameters.pop("type", None)
-    for name in MoEConfig.__annotations__:
+    for name in settings_of(MoEConfig):
         assert getattr(preset, name) == getattr(imported, name), name
 
 

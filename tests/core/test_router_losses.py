@@ -6,15 +6,15 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from modeling_moe.router import Routing, RoutingContext, expert_load
+from modeling_moe.router import Routing, RoutingContext, expert_load, masked_mean, num_real_tokens
 from modeling_moe.router_losses import (
-    LOSSES,
+    COEFFICIENTS,
+    RouterLosses,
     balance,
     importance_loss,
     load_balancing_loss,
     load_loss,
     loss_share,
-    mean_probs,
     router_entropy_loss,
     router_losses,
     router_z_loss,
@@ -23,8 +23,22 @@ from modeling_moe.router_losses import (
 from tests.conftest import tiny_config
 
 
-each_loss = pytest.mark.parametrize("loss", LOSSES.values())
-BALANCE = (load_balancing_loss, sequence_balance_loss)
+# each with the arguments that it reads; K is 2 in these tests
+LOSSES = {
+    "balance": load_balancing_loss,
+    "z": lambda routing, token_mask=None, batch_size=1, num_experts=None: router_z_loss(routing, token_mask),
+    "sequence_balance": sequence_balance_loss,
+    "importance": lambda routing, token_mask=None, batch_size=1, num_experts=None: importance_loss(
+        routing, token_mask, num_experts
+    ),
+    "load": lambda routing, token_mask=None, batch_size=1, num_experts=None: load_loss(
+        routing, token_mask, num_experts
+    ),
+    "entropy": lambda routing, token_mask=None, batch_size=1, num_experts=None: router_entropy_loss(
+        routing, token_mask
+    ),
+}
+each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 # three sequences of four tokens: padded on the right, not at all, on the left
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]]).flatten()
 
@@ -57,6 +71,7 @@ def real_tokens(routing: Routing, mask) -> list[int]:
 
 
 def balance_in_loops(routing: Routing, mask=None, rows=1, num_experts=None, unbiased=False) -> float:
+    """`N sum_i c_i / T P_i` of each row, the mean over rows; for `unbiased` of the best K experts, divided by K."""
     outputs, length = routing.probs.shape[1], len(routing.probs) // rows
     losses = []
     for row in range(rows):
@@ -76,7 +91,8 @@ def balance_in_loops(routing: Routing, mask=None, rows=1, num_experts=None, unbi
         if num_experts is not None:
             idle = sum(counts[num_experts:]) / max(1, outputs - num_experts)
             counts[num_experts:] = [idle] * (outputs - num_experts)
-        losses.append(outputs * sum(c / sum(counts) * p for c, p in zip(counts, probs, strict=True)))
+        divisor = sum(counts) if unbiased else len(tokens)
+        losses.append(outputs * sum(c / divisor * p for c, p in zip(counts, probs, strict=True)))
     return sum(losses) / len(losses)
 
 
@@ -94,22 +110,27 @@ def test_balance_by_hand():
 
 def test_balance_with_null_experts_by_hand():
     load, probs = torch.tensor([2.0, 2.0, 4.0, 0.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
-    # experts 2 and 3 are null: f = (1/4, 1/4, 1/4, 1/4)
-    torch.testing.assert_close(balance(load, probs, 2), torch.tensor(1.0))
-    torch.testing.assert_close(balance(load, probs), torch.tensor(4 * (0.025 + 0.05 + 0.15)))
+    tokens = torch.tensor(4.0)  # of two choices each
+    # experts 2 and 3 are null: f = (1/2, 1/2, 1/2, 1/2)
+    torch.testing.assert_close(balance(load, tokens, probs, 2), torch.tensor(2.0))
+    torch.testing.assert_close(balance(load, tokens, probs), torch.tensor(4 * (0.05 + 0.1 + 0.3)))
 
 
-@pytest.mark.parametrize("loss", BALANCE)
+@pytest.mark.parametrize(("loss", "normalised"), [(load_balancing_loss, False), (sequence_balance_loss, True)])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_balance_extremes(loss, top_k):
+def test_balance_extremes(loss, normalised, top_k):
+    """K in balance and E in collapse; DeepSeek's loss is divided by K."""
+    divisor = top_k if normalised else 1
     uniform = torch.full((4, 4), 0.25)
     turns = (torch.arange(4)[:, None] + torch.arange(top_k)) % 4
     # the unbiased choice of the sequence loss needs a best expert
     balanced = uniform + 1e-6 * torch.eye(4)[turns].sum(1)
-    torch.testing.assert_close(loss(Routing(balanced, balanced[:, :top_k], turns, balanced)), torch.tensor(1.0))
+    torch.testing.assert_close(
+        loss(Routing(balanced, balanced[:, :top_k], turns, balanced)), torch.tensor(top_k / divisor)
+    )
     one = torch.eye(4)[:top_k].sum(0).expand(4, -1) / top_k
     collapsed = Routing(one, one[:, :top_k], torch.arange(top_k).expand(4, -1), one)
-    torch.testing.assert_close(loss(collapsed), torch.tensor(4.0 / top_k))
+    torch.testing.assert_close(loss(collapsed), torch.tensor(4.0 / divisor))
 
 
 @pytest.mark.parametrize("mask", [None, MASK, MASK.bool(), MASK * (torch.arange(12) < 8)])
@@ -118,7 +139,7 @@ def test_balance_extremes(loss, top_k):
 def test_balance_losses_in_loops(mask, rows, num_experts):
     routing = random_routing()
     fields = {"token_mask": mask, "batch_size": rows, "num_experts": num_experts}
-    for loss, unbiased in zip(BALANCE, (False, True), strict=True):
+    for loss, unbiased in ((load_balancing_loss, False), (sequence_balance_loss, True)):
         expected = balance_in_loops(routing, mask, rows, num_experts, unbiased)
         assert loss(routing, **fields).item() == pytest.approx(expected, rel=1e-12)
 
@@ -131,11 +152,11 @@ def test_the_sequence_loss_counts_the_best_and_not_the_chosen():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_balance_is_transformers_for_one_layer_but_for_k(masked):
+def test_balance_is_transformers_for_one_layer(masked):
     routing = best_routing()
     theirs = load_balancing_loss_func((routing.logits,), 5, 2, MASK.view(3, 4) if masked else None)
     mine = load_balancing_loss(routing, MASK if masked else None)
-    torch.testing.assert_close(2 * mine, theirs.double(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(mine, theirs.double(), atol=1e-6, rtol=1e-6)
 
 
 def test_gradients_of_micro_batches_with_the_global_load_add_up():
@@ -145,14 +166,18 @@ def test_gradients_of_micro_batches_with_the_global_load_add_up():
         total = 0
         for part in (slice(0, 4), slice(4, 12)):
             piece = Routing(*(tensor[part] for tensor in routing[:5]))
-            loss = balance(load_of(piece, MASK[part]), mean_probs(piece, MASK[part])[0])
+            loss = balance(*load_of(piece, MASK[part]), masked_mean(piece.probs, MASK[part]))
             total = total + loss * MASK[part].sum() / MASK.sum()
         return torch.autograd.grad(total, routing.logits, retain_graph=True)[0]
 
     whole = torch.autograd.grad(load_balancing_loss(routing, MASK), routing.logits, retain_graph=True)[0]
-    load = expert_load(routing, MASK)
-    torch.testing.assert_close(gradients(lambda piece, mask: load), whole, rtol=1e-12, atol=1e-15)
-    assert not torch.allclose(gradients(expert_load), whole)
+
+    def load_of(piece, mask):
+        return expert_load(piece, mask), num_real_tokens(piece, mask)
+
+    of_step = load_of(routing, MASK)
+    torch.testing.assert_close(gradients(lambda piece, mask: of_step), whole, rtol=1e-12, atol=1e-15)
+    assert not torch.allclose(gradients(load_of), whole)
 
 
 def test_z_loss_by_hand_and_its_gradient():
@@ -175,9 +200,9 @@ def test_importance_and_load_in_loops(mask, num_experts):
                 importance[i] += routing.weight[t, k].item()
                 load[i] += 1
         for i in range(5):
-            chance[i] += routing.chance[t, i].item()
+            chance[i] += routing.selection_probability[t, i].item()
     fields = {"token_mask": mask, "num_experts": num_experts}
-    silent = routing._replace(chance=None)
+    silent = routing._replace(selection_probability=None)
     for got, values in [
         (importance_loss(routing, **fields), importance),
         (load_loss(routing, **fields), chance),
@@ -247,7 +272,7 @@ def test_only_padding_gives_zero_and_a_finite_gradient(loss, rows):
 @pytest.mark.parametrize("masked", [False, True])
 def test_fp32_under_autocast(loss, chance, masked):
     routing = cast(random_routing(tokens=201), torch.float32)
-    routing = routing if chance else routing._replace(chance=None)
+    routing = routing if chance else routing._replace(selection_probability=None)
     fields = {"token_mask": torch.arange(201) % 3 > 0 if masked else None, "batch_size": 3, "num_experts": 4}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = loss(routing, **fields)
@@ -255,19 +280,39 @@ def test_fp32_under_autocast(loss, chance, masked):
     assert torch.equal(got, loss(routing, **fields))
 
 
-@pytest.mark.parametrize("scope", ["sequence", "batch"])
-def test_router_losses_are_all_losses_in_order(scope):
-    config = tiny_config(router_aux_loss_scope=scope, **dict.fromkeys(LOSSES, 0.1))
+@pytest.mark.parametrize("scope", ["sequence", "batch", "global"])
+def test_router_losses_computes_each_loss_by_its_name(scope):
+    config = tiny_config(
+        router_type="noisy_topk", router_aux_loss_scope=scope, **dict.fromkeys(COEFFICIENTS.values(), 0.1)
+    )
     routing = random_routing(outputs=5)
     got = router_losses(routing, RoutingContext(3, MASK), config)
-    expected = torch.stack([loss(routing, token_mask=MASK, batch_size=3) for loss in LOSSES.values()])
-    expected[0] = balance_in_loops(routing, MASK, 3 if scope == "sequence" else 1)
-    torch.testing.assert_close(got, expected)
+    expected = {name: loss(routing, token_mask=MASK, batch_size=3) for name, loss in LOSSES.items()}
+    rows = 3 if scope == "sequence" else 1
+    expected["balance"] = torch.tensor(balance_in_loops(routing, MASK, rows), dtype=torch.float64)
+    assert got.auxiliary is None
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(got, name), value)
+    total = got._replace(auxiliary=torch.tensor(5.0)).weighted_sum(config)
+    torch.testing.assert_close(total, 5 + 0.1 * sum(expected.values()))
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_a_coefficient_weighs_the_loss_of_its_name(name):
+    config = tiny_config(
+        router_type="noisy_topk", **(dict.fromkeys(COEFFICIENTS.values(), 0.0) | {COEFFICIENTS[name]: 0.3})
+    )
+    losses = router_losses(random_routing(outputs=5), RoutingContext(3), config)
+    computed = {field for field, value in losses._asdict().items() if value is not None}
+    assert computed == {"balance", name}
+    torch.testing.assert_close(losses.weighted_sum(config), 0.3 * getattr(losses, name))
 
 
 def test_only_the_balance_is_computed_without_a_coefficient():
-    got = router_losses(random_routing(), RoutingContext(3), tiny_config(**dict.fromkeys(LOSSES, 0.0)))
-    assert (got != 0).tolist() == [True] + [False] * (len(LOSSES) - 1)
+    config = tiny_config(**dict.fromkeys(COEFFICIENTS.values(), 0.0))
+    got = router_losses(random_routing(), RoutingContext(3), config)
+    assert got == RouterLosses(balance=got.balance)
+    assert got.weighted_sum(config) is None
 
 
 def test_shares_of_micro_batches_sum_to_one():

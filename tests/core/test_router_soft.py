@@ -13,7 +13,7 @@ from tests.conftest import eager_block, tiny_config
 MASK = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 11])
 # norms and rotary embedding are fp32 in a float64 model too
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
-SEGMENTS = {"router_type": "segment", "segment_length": 3}
+SEGMENTS = {"router_type": "lory", "segment_length": 3}
 
 
 def network(up: torch.Tensor, down: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -36,10 +36,10 @@ def soft_moe(block: MoEBlock, x: torch.Tensor, slots: int) -> torch.Tensor:
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "padding"])
 @pytest.mark.parametrize("slots", [1, 2])
 def test_soft_against_the_paper(slots, mask):
-    block = eager_block(router_type="soft", allow_noncausal=True, slots_per_expert=slots)
+    block = eager_block(router_type="soft_moe", allow_noncausal=True, slots_per_expert=slots)
     torch.nn.init.constant_(block.gate.scale, 3.0)
     states = torch.randn(2, 11, 32).double()
-    output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))
+    output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))[0]
     for row in range(2):
         real = slice(None) if mask is None else mask[row] > 0
         torch.testing.assert_close(output[row, real], soft_moe(block, states[row, real], slots))
@@ -47,16 +47,18 @@ def test_soft_against_the_paper(slots, mask):
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_soft_gradients_against_the_paper(slots):
-    block = eager_block(router_type="soft", allow_noncausal=True, slots_per_expert=slots)
+    block = eager_block(router_type="soft_moe", allow_noncausal=True, slots_per_expert=slots)
     states, factor = torch.randn(2, 11, 32).double(), torch.randn(2, 11, 32).double()
     expected = torch.stack([soft_moe(block, row, slots) for row in states])
-    gradients = [torch.autograd.grad((factor * y).sum(), list(block.parameters())) for y in (block(states), expected)]
+    gradients = [
+        torch.autograd.grad((factor * y).sum(), list(block.parameters())) for y in (block(states)[0], expected)
+    ]
     torch.testing.assert_close(*gradients)
     assert all(gradient.abs().max() > 1e-5 for gradient in gradients[0])
 
 
 def test_soft_routing_tells_the_experts_shares():
-    block = eager_block(router_type="soft", allow_noncausal=True, slots_per_expert=2)
+    block = eager_block(router_type="soft_moe", allow_noncausal=True, slots_per_expert=2)
     routing = block.gate(torch.randn(6, 32).double(), RoutingContext(1))
     torch.testing.assert_close(routing.probs.sum(-1), torch.ones(6).double())
     torch.testing.assert_close(routing.logits.softmax(-1), routing.probs)
@@ -65,7 +67,7 @@ def test_soft_routing_tells_the_experts_shares():
 
 def test_soft_is_refused_unless_noncausal_is_meant():
     with pytest.raises(ValueError, match="must not see: set allow_noncausal=True"):
-        tiny_config(router_type="soft")
+        tiny_config(router_type="soft_moe")
 
 
 def lory(block: MoEBlock, x: torch.Tensor, length: int = 3) -> torch.Tensor:
@@ -85,7 +87,7 @@ def lory(block: MoEBlock, x: torch.Tensor, length: int = 3) -> torch.Tensor:
 def test_segments_against_the_paper(mask):
     block = eager_block(**SEGMENTS)
     states = torch.randn(2, 11, 32).double()
-    output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))
+    output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))[0]
     for row in range(2):
         real = slice(None) if mask is None else mask[row] > 0
         torch.testing.assert_close(output[row, real], lory(block, states[row, real]))
@@ -97,7 +99,7 @@ def test_segment_gradients_against_the_paper(mask):
     states = torch.randn(2, 11, 32).double().requires_grad_()
     real = torch.ones(2, 11, dtype=torch.bool) if mask is None else mask > 0
     factor = torch.randn(2, 11, 32).double() * real[..., None]
-    output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))
+    output = block(states, RoutingContext(2, None if mask is None else mask.flatten()))[0]
     expected = sum((factor[row, real[row]] * lory(block, states[row, real[row]])).sum() for row in range(2))
     wanted = [states, *block.parameters()]
     gradients = [torch.autograd.grad(value, wanted) for value in ((factor * output).sum(), expected)]

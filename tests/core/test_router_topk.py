@@ -181,14 +181,14 @@ def test_noisy_logits_and_chance_are_the_papers(top_k):
     torch.testing.assert_close(routing.logits, noisy)
     assert torch.equal(routing.index, noisy.topk(top_k).indices)
     torch.testing.assert_close(routing.weight, noisy.topk(top_k).values.softmax(-1))
-    torch.testing.assert_close(routing.chance, shazeer_chance(clean, noisy, std, top_k))
+    torch.testing.assert_close(routing.selection_probability, shazeer_chance(clean, noisy, std, top_k))
 
 
 def test_chance_is_how_often_fresh_noise_of_one_expert_selects_it():
     router, draws = noisy_router(), 20000
     clean, std = double(2, 5), double(2, 5).exp()
     noisy = clean + std * double(2, 5)
-    chance = router.chance(clean, noisy, std)
+    chance = router.selection_probability(clean, noisy, std)
     for t, i in itertools.product(range(2), range(5)):
         again = noisy[t].repeat(draws, 1)
         again[:, i] = clean[t, i] + std[t, i] * double(draws)
@@ -222,7 +222,7 @@ def test_noisy_gates_start_at_zero_and_evaluation_has_no_noise():
     router, tokens = noisy_router().eval(), double(6, 8)
     routing = router(tokens)
     torch.testing.assert_close(routing.logits, tokens @ router.weight.T)
-    assert routing.chance is None
+    assert routing.selection_probability is None
 
 
 @pytest.mark.parametrize(
@@ -547,7 +547,7 @@ def test_the_first_layers_can_be_hash_layers():
     assert names == ["ScoredHashRouter", "TopKRouter"]
 
 
-# task, task_gate, fixed
+# task, mmoe, uniform
 
 
 def test_all_tokens_of_a_task_share_experts():
@@ -563,7 +563,7 @@ def test_all_tokens_of_a_task_share_experts():
     assert router.task_embedding.grad.abs().sum(-1).min() > 0
 
 
-@pytest.mark.parametrize("router_type", ["task", "task_gate"])
+@pytest.mark.parametrize("router_type", ["task", "mmoe"])
 def test_task_ids_are_one_for_each_sequence_or_each_token(router_type):
     model = MoEForCausalLM(tiny_config(router_type=router_type, num_tasks=3)).double().eval()
     ids, task = torch.randint(3, 99, (2, 5)), torch.tensor([0, 2])
@@ -578,11 +578,11 @@ def test_task_ids_are_one_for_each_sequence_or_each_token(router_type):
         model(ids)
 
 
-def test_task_gate_over_all_experts_is_mmoe():
+def test_mmoe_over_all_experts_mixes_them():
     """`y = sum_i softmax(W_task x)_i f_i(x)`."""
-    block = block_of(router_type="task_gate", num_tasks=2, num_experts=4, num_experts_per_tok=4)
+    block = block_of(router_type="mmoe", num_tasks=2, num_experts=4, num_experts_per_tok=4)
     tokens, task = double(6, 8), torch.tensor([0, 1, 1, 0, 1, 0])
-    got = block(tokens[None], RoutingContext(task_ids=task))[0]
+    got = block(tokens[None], RoutingContext(task_ids=task))[0][0]
     rows = []
     for token, n in zip(tokens, task.tolist(), strict=True):
         gate = block.gate.weight[4 * n : 4 * n + 4] @ token
@@ -594,15 +594,15 @@ def test_task_gate_over_all_experts_is_mmoe():
 
 
 def test_fixed_weights_mix_all_experts():
-    block = block_of(router_type="fixed", num_experts=4, num_experts_per_tok=4)
+    block = block_of(router_type="uniform", num_experts=4, num_experts_per_tok=4)
     tokens = double(6, 8)
     expected = torch.stack(
         [sum(block.gate.expert_weight[i] * expert_output(block, i, token) for i in range(4)) for token in tokens]
     )
-    torch.testing.assert_close(block(tokens[None])[0], expected)
-    gradients_agree(block(tokens[None])[0], expected, [block.gate.expert_weight], 1e-10)
+    torch.testing.assert_close(block(tokens[None])[0][0], expected)
+    gradients_agree(block(tokens[None])[0][0], expected, [block.gate.expert_weight], 1e-10)
     with pytest.raises(ValueError, match="num_experts_per_tok"):
-        tiny_config(router_type="fixed")
+        tiny_config(router_type="uniform")
 
 
 # experts without weights
@@ -612,7 +612,7 @@ def test_fixed_weights_mix_all_experts():
 def test_null_experts_do_nothing_and_copy_experts_return_the_token(norm):
     block = block_of(num_null_experts=2, num_copy_experts=1, norm_topk_prob=norm, routed_scaling_factor=1.5)
     tokens = double(40, 8).requires_grad_()
-    got = block(tokens[None])[0]
+    got = block(tokens[None])[0][0]
     rows, kinds = [], set()
     for token in tokens:
         logits = block.gate.weight @ token
@@ -638,7 +638,7 @@ def test_a_token_with_null_experts_alone_passes_nothing_and_no_nan():
     tokens = torch.rand(1, 4, 8)
     tokens[:, 2:] *= -1
     tokens.requires_grad_()
-    output = block(tokens)
+    output = block(tokens)[0]
     output.square().sum().backward()
     assert not output[:, :2].any()
     assert not tokens.grad[:, :2].any()
@@ -674,7 +674,7 @@ def test_copy_experts_equal_longcat_flash():
         }
     )
     tokens = torch.randn(2, 9, 8, requires_grad=True)
-    expected, got = theirs(tokens), block(tokens)
+    expected, got = theirs(tokens), block(tokens)[0]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     gradients_agree(got, expected, [tokens], 1e-4)
 
@@ -698,7 +698,7 @@ def test_dense_gradient_changes_the_routers_alone(fields):
     plain = block_of(**fields)
     plain.load_state_dict(block.state_dict())
     scaling = fields.get("routed_scaling_factor", 1.0)
-    got, standard = block(tokens[None])[0], plain(tokens[None])[0]
+    got, standard = block(tokens[None])[0][0], plain(tokens[None])[0][0]
     assert torch.equal(got, standard)
     direction = torch.randn_like(got)
     (got * direction).sum().backward()
@@ -723,7 +723,7 @@ def test_dense_gradient_changes_the_routers_alone(fields):
 
 def test_dense_gradient_of_the_tokens_is_through_chosen_experts_and_router():
     block, tokens = block_of(router_gradient="dense"), double(7, 8).requires_grad_()
-    got = block(tokens[None])[0]
+    got = block(tokens[None])[0][0]
     routing = block.gate(tokens)
     rows = []
     for t in range(7):
@@ -740,7 +740,7 @@ def test_dense_gradient_is_for_training():
     block, tokens = block_of(router_gradient="dense").eval(), double(1, 7, 8)
     plain = block_of().eval()
     plain.load_state_dict(block.state_dict())
-    grads = [torch.autograd.grad(m(tokens).square().sum(), m.gate.weight)[0] for m in (block, plain)]
+    grads = [torch.autograd.grad(m(tokens)[0].square().sum(), m.gate.weight)[0] for m in (block, plain)]
     torch.testing.assert_close(*grads)
 
 
@@ -753,10 +753,10 @@ def test_dense_gradient_is_for_training():
         {"scoring_func": "sigmoid", "norm_topk_prob": False},
         {"scoring_func": "sqrtsoftplus", "norm_topk_prob": False, "routed_scaling_factor": 1.5},
         {"router_type": "hierarchical", "num_experts": 6, "num_experts_per_tok": 6, "n_group": 3, "topk_group": 3},
-        {"router_type": "task_gate", "num_tasks": 2},
+        {"router_type": "mmoe", "num_tasks": 2},
         {"router_type": "hash_scored", "norm_topk_prob": False, "scoring_func": "sigmoid"},
-        {"router_type": "fixed"},
-        {"router_type": "relu"},
+        {"router_type": "uniform"},
+        {"router_type": "remoe"},
     ],
     ids=str,
 )
@@ -767,7 +767,7 @@ def test_dense_gradient_is_the_exact_one_where_all_experts_are_chosen(fields):
     plain.load_state_dict(block.state_dict())
     context = RoutingContext(input_ids=torch.arange(7), task_ids=torch.arange(7) % 2)
     for model in (block, plain):
-        model(tokens, context).square().sum().backward()
+        model(tokens, context)[0].square().sum().backward()
     for name, parameter in block.gate.named_parameters():
         assert parameter.grad.any()
         torch.testing.assert_close(parameter.grad, plain.gate.get_parameter(name).grad)

@@ -7,7 +7,7 @@ import torch
 
 from modeling_moe.router import RoutingContext
 from modeling_moe.router_balancing import CONTROLLERS
-from modeling_moe.router_variable_k import relu_loss
+from modeling_moe.router_variable_k import remoe_loss
 from tests.conftest import router_of_logits, tiny_config
 
 
@@ -68,7 +68,7 @@ def test_top_p_renormalises_when_told():
     "fields",
     [
         {"router_type": "top_p", "router_top_p": 0.9},
-        {"router_type": "relu"},
+        {"router_type": "remoe"},
         {"router_type": "continuous", "router_threshold_mode": "fixed", "router_cutoff": 0.4},
         {"router_type": "expert_threshold"},
     ],
@@ -152,7 +152,7 @@ def test_budget_of_all_experts_is_refused():
 
 
 def test_relu_by_hand():
-    routing = router_of_logits(3, router_type="relu").eval()(
+    routing = router_of_logits(3, router_type="remoe").eval()(
         torch.tensor([[1.5, -2.0, 0.25], [-1.0, -0.1, 0.0]]).double()
     )
     torch.testing.assert_close(dense(routing), torch.tensor([[1.5, 0.0, 0.25], [0.0, 0.0, 0.0]]).double())
@@ -163,10 +163,10 @@ def test_relu_by_hand():
 @pytest.mark.parametrize("masked", [False, True])
 def test_relu_loss_against_the_paper(masked):
     """Equation 10: mean over the tokens of `sum_e f_e w_te`, `f_e = E / (K T) sum_t [w_te > 0]`."""
-    router = router_of_logits(5, router_type="relu", router_sparsity_coef=0.5).eval()
+    router = router_of_logits(5, router_type="remoe", router_sparsity_coef=0.5).eval()
     logits = torch.randn(12, 5).double().requires_grad_()
     mask = torch.tensor([1, 1, 0, 1] * 3) if masked else None
-    loss = router.own_loss(router(logits), mask)
+    loss = router.auxiliary_loss(router(logits), mask)
 
     copy = logits.detach().requires_grad_()
     real = [t for t in range(12) if mask is None or mask[t]]
@@ -180,27 +180,27 @@ def test_relu_loss_against_the_paper(masked):
 
 
 def test_relu_loss_of_no_token_is_zero():
-    routing = router_of_logits(5, router_type="relu").eval()(torch.randn(4, 5).double())
-    assert relu_loss(routing, 2, torch.zeros(4)) == 0
+    routing = router_of_logits(5, router_type="remoe").eval()(torch.randn(4, 5).double())
+    assert remoe_loss(routing, 2, torch.zeros(4)) == 0
 
 
 @pytest.mark.parametrize(("used_per_layer", "factor"), [((3, 2), 1.2), ((3, 1), 1.0), ((2, 1), 1 / 1.2)])
 def test_sparsity_by_hand(used_per_layer, factor):
     """Per layer so many experts of 4 tokens, at a target of 2."""
-    routers = [router_of_logits(5, router_type="relu", router_sparsity_coef=0.01).eval() for _ in used_per_layer]
+    routers = [router_of_logits(5, router_type="remoe", router_sparsity_coef=0.01).eval() for _ in used_per_layer]
     controller = CONTROLLERS["sparsity"]
     totals = []
     for router, active in zip(routers, used_per_layer, strict=True):
         logits = torch.full((5, 5), -1.0).double()
         logits[:, :active] = 1.0
         logits[4] = 1.0
-        totals.append(controller.measure(router, router(logits), torch.tensor([1, 1, 1, 1, 0])))
+        totals.append(controller.observe(router, router(logits), torch.tensor([1, 1, 1, 1, 0])))
     controller.step(routers, torch.stack(totals).float())
     for router in routers:
         torch.testing.assert_close(router.sparsity_coef, torch.tensor([0.01 * factor]), check_dtype=False)
 
 
-@pytest.mark.parametrize("router_type", ["top_p", "continuous", "relu", "expert_threshold"])
+@pytest.mark.parametrize("router_type", ["top_p", "continuous", "remoe", "expert_threshold"])
 def test_a_token_is_routed_by_itself(router_type):
     router = router_of_logits(5, router_type=router_type).eval().train()
     logits = torch.randn(8, 5).double()

@@ -42,7 +42,7 @@ def test_a_balanced_table_keeps_its_old_rows_when_it_grows():
     assert torch.equal(router.table[:99], old)
 
 
-@pytest.mark.parametrize("router_type", ["task", "task_gate"])
+@pytest.mark.parametrize("router_type", ["task", "mmoe"])
 def test_generate_failed_with_a_task_for_each_token_of_the_prompt(router_type):
     model = MoEForCausalLM(tiny_config(router_type=router_type, num_tasks=3, eos_token_id=None)).eval()
     ids, tasks = torch.arange(1, 11).view(2, 5), torch.tensor([[0, 0, 1, 2, 1], [2, 2, 2, 2, 0]])

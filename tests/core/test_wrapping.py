@@ -9,7 +9,7 @@ from tests.core.test_catalogue import ALL, ALL_NAMES, IDS, batch_of, model_of
 
 
 # whose gates are matrices; hash and fixed have none
-GATED = [name for name, fields in ALL.items() if fields.get("router_type") not in ("hash", "fixed")]
+GATED = [name for name, fields in ALL.items() if fields.get("router_type") not in ("hash", "uniform")]
 OFFLOADED = {
     "cpu": lambda model, folder: cpu_offload(model, execution_device="cpu", offload_buffers=True),
     "disk": lambda model, folder: disk_offload(model, folder, execution_device="cpu", offload_buffers=True),
@@ -64,9 +64,9 @@ def test_stock_lora_on_the_router_computes_what_merging_makes(name):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "moe"])
-@pytest.mark.parametrize("name", ["segment", "soft", "dense_gradient", "null_and_copy"])
+@pytest.mark.parametrize("name", ["lory", "soft_moe", "dense_gradient", "null_and_copy"])
 def test_stock_lora_on_the_experts_computes_what_merging_makes(name, implementation):
-    """`segment` merges the updated experts; the dense gradient reaches the router alone."""
+    """`lory` merges the updated experts; the dense gradient reaches the router alone."""
     model = model_of(name, experts_implementation=implementation).double()
     wrapped = lora(model, "experts.gate_up_proj")
     got = run(wrapped, name, training=True).logits
@@ -117,7 +117,7 @@ def test_offloaded_weights_give_the_same_bits(name, where, tmp_path):
         assert torch.equal(logits, reference)
 
 
-@pytest.mark.parametrize("name", ["softmax", "segment", "soft", "dense_gradient", "null_and_copy", "hierarchical"])
+@pytest.mark.parametrize("name", ["softmax", "lory", "soft_moe", "dense_gradient", "null_and_copy", "hierarchical"])
 def test_gradients_of_weights_in_use_reach_them_where_gates_and_experts_are_offloaded(name):
     """The weights that need a gradient stay; the frozen ones live elsewhere."""
     model = model_of(name)

@@ -1,4 +1,4 @@
-"""The labels of a chat template without marks equal those of the template with `{% generation %}` added."""
+"""These tests compare the labels of chat templates without marks with those of the templates with `{% generation %}`."""
 
 import re
 import time
@@ -11,7 +11,7 @@ from modeling_moe.utils.errors import UserError
 from tests.training.conftest import train_tokenizer
 
 
-# each with G and E where the marks go
+# in each template, G and E stand for the marks
 CHATML = """{%- for message in messages %}
     {%- if message.role == 'assistant' %}
         {{- '<|im_start|>assistant\\n' }}G{{- message.content }}
@@ -33,7 +33,7 @@ LLAMA2 = (
     "{{ bos_token + lead + '[INST] ' + m['content'] + ' [/INST]' }}{% else %}G{{ ' ' + m['content'] + ' ' + eos_token }}E"
     "{% endif %}{% endfor %}"
 )
-# trims, names the assistant otherwise, writes a default system turn
+# this template trims texts, renames the assistant and writes a default system turn
 GEMMA = """{{ bos_token }}{% if messages[0].role != 'system' %}<turn>system
 Be kind.</turn>
 {% endif %}
@@ -46,7 +46,7 @@ E{% else %}<turn>{{ message.role }}
 {% endfor %}
 {% if add_generation_prompt %}<turn>model
 {% endif %}"""
-# shows the thought of the last turn alone
+# this template shows the thought of the last turn only
 THINKING = """{# {% for comment in no %} #}{% set ns = namespace(last=0) %}
 {%- for m in messages[::-1] %}{% if m.role == 'user' and not ns.last %}{% set ns.last = messages | length - loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}
@@ -56,7 +56,7 @@ THINKING = """{# {% for comment in no %} #}{% set ns = namespace(last=0) %}
 {{- m.content + '<|end|>' }}E
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
-# a macro writes the turns, and the eos stands once, at the end
+# a macro writes the turns, and one eos ends the text
 MACRO = (
     "{% macro turn(m) %}{% if m.role == 'assistant' %}A: G{{ m.content + '|' }}E{% else %}U: {{ m.content }}|{% endif %}"
     "{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
@@ -131,7 +131,7 @@ def test_labels_without_marks_were_all_tokens(name, messages):
 
 def test_transformers_mask_of_a_marked_macro_was_wrong():
     tokenizer = chatting(marked(MACRO, MARKS[""]))
-    assert learnt(tokenizer, CHATS["several"])[2] == " mill \n| 日本 🙂|"  # a token across the border counts
+    assert learnt(tokenizer, CHATS["several"])[2] == " mill \n| 日本 🙂|"  # a token across the border is learned
 
 
 def test_what_is_learnt_by_hand():
@@ -173,13 +173,13 @@ def test_a_thought_that_the_prompt_opens_is_not_learnt():
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        # one text, written at the end
+        # this template writes one text at the end
         ("{% set ns = namespace(t='') %}{% for m in messages %}{% set ns.t = ns.t + m.content %}{% endfor %}{{ ns.t }}", "0 of 2"),
-        # a loop over numbers
+        # this template loops over numbers
         ("{% for i in range(messages | length) %}{{ messages[i].content }}{% endfor %}", "0 of 2"),
-        # a prompt for another role than the one written
+        # this template writes another role than it prompts for
         ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}", "unlike"),
-        # what a turn wrote is changed afterwards
+        # this template changes a turn after it was written
         ("{% set all %}{% for m in messages %}{{ m.content }}{% endfor %}{% endset %}{{ all | upper }}", "0 of 2"),
         ("{% set all %}{% for m in messages %}{{ m.content }}{% endfor %}{% endset %}{{ all | reverse }}", "changes"),
     ],

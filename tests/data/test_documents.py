@@ -1,4 +1,4 @@
-"""From sources to blocks of tokens."""
+"""These tests follow sources to blocks of tokens."""
 
 import json
 from itertools import chain
@@ -6,15 +6,15 @@ from itertools import chain
 import pytest
 from datasets import Dataset
 
+from modeling_moe.data import DataArguments, load_and_pack, load_documents, pack
 from modeling_moe.data.documents import cut_documents, hold_out
 from modeling_moe.data.packing import pack_conversations
-from modeling_moe.training import DataArguments, load_and_pack, load_documents, pack
 from modeling_moe.utils.errors import UserError
 from tests.training.conftest import sample_text, train_tokenizer
 
 
 EOS = 2
-# what the assistant says is marked in the first, with its end
+# the first template marks the assistant's text and the end of the text
 MARKED = (
     "{% for message in messages %}<bos>{{ message.role }}:"
     "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<eos>{% endgeneration %}"
@@ -82,12 +82,12 @@ def test_refused_sources(tmp_path):
     for source, column, message in [
         (tmp_path / "missing.txt", "text", "does not exist"),
         (tmp_path, "text", "holds files of several kinds"),
-        (tmp_path / "nothing", "text", "is a folder that holds no .txt"),
-        (table, "text", "holds no row"),
+        (tmp_path / "nothing", "text", "is a folder without a .txt"),
+        (table, "text", "has no rows"),
         (rows, "text", "text_column 'text' is not in .* choose one of body, n, chat, meta"),
-        (rows, "n", "choose a text one"),
-        (rows, "chat", "choose a text one"),
-        (rows, "meta", "choose a text one"),
+        (rows, "n", "choose a column of text"),
+        (rows, "chat", "choose a column of text"),
+        (rows, "meta", "choose a column of text"),
         (empty, "text", "holds no text"),
     ]:
         with pytest.raises(UserError, match=message):

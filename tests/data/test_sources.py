@@ -1,4 +1,4 @@
-"""Every kind of data file becomes rows, and what is none is refused in one line."""
+"""These tests read every kind of data file as rows, and check that other files are refused in one line."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import os
 import pytest
 from datasets import Dataset
 
-from modeling_moe.training import DataArguments, load_and_pack, load_documents
+from modeling_moe.data import DataArguments, load_and_pack, load_documents
 from modeling_moe.utils.errors import UserError
 from tests.training.conftest import train_tokenizer
 
@@ -54,8 +54,8 @@ def test_markdown_was_refused(tmp_path):
         ("a.jsonl", b"", "is empty"),
         ("a.csv", b"", "is empty"),
         ("a.parquet", b"", "is empty"),
-        ("a.jsonl", b"\n\n", "holds no row"),
-        ("a.csv", b"text,b\n", "holds no row"),
+        ("a.jsonl", b"\n\n", "has no rows"),
+        ("a.csv", b"text,b\n", "has no rows"),
         ("a.jsonl", b'null\n{"text": "a"}\n', "'null' in line 1"),
         ("a.jsonl", b'{"text": "a"}\n3\n', "'3' in line 2"),
         ("a.json", b"[null, {}]", "'null, {}]' in line 1"),
@@ -73,8 +73,8 @@ def test_markdown_was_refused(tmp_path):
         ("a.xlsx", b"PK\x03\x04\xff\x00", "is not text in UTF-8"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", "Expected 2 fields in line 3"),
         ("a.csv", b"\x1f\x8b\x08\x00", "is not text in UTF-8"),
-        ("a.csv", b"text,n\n1,2\n", "choose a text one"),
-        ("a.jsonl", b'{"text": 1}\n{"text": "b"}\n', "choose a text one"),
+        ("a.csv", b"text,n\n1,2\n", "choose a column of text"),
+        ("a.jsonl", b'{"text": 1}\n{"text": "b"}\n', "choose a column of text"),
         ("a.jsonl", b'{"text": null}\n', "every row of 'text' is null"),
         ("a.jsonl", b'{"text": ""}\n', "holds no text"),
         ("a.jsonl", b'{"messages": null}\n', "not in"),
@@ -231,7 +231,7 @@ def test_nested_json_crashed_the_process(name, text, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("text,b\nshifted,right,one\n", "first row does not fit its header"), ("text,text\na,b\n", "'text' twice")],
+    [("text,b\nshifted,right,one\n", "first row does not fit the header"), ("text,text\na,b\n", "'text' twice")],
 )
 def test_a_csv_gave_another_column_than_its_header_says(text, message, tmp_path):
     (tmp_path / "a.csv").write_text(text)

@@ -1,4 +1,4 @@
-"""The packaged metrics by hand, and over two processes against one."""
+"""These tests compare the metrics with values computed by hand, and two processes with one."""
 
 import math
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Metrics of a routing against literals and loops."""
+"""These tests compare routing metrics with literals and loops."""
 
 import math
 
@@ -28,7 +28,7 @@ masks = pytest.mark.parametrize("mask", MASKS, ids=["all", "some", "first"])
 
 
 def random_routing() -> Routing:
-    """Five experts and two without weights, three slots, of which some are empty."""
+    """Returns a routing with five experts, two experts without weights, and three assignments per token, some empty."""
     logits = torch.randn(TOKENS, OUTPUTS, dtype=torch.float64, requires_grad=True)
     probs = logits.softmax(-1)
     index = torch.rand(TOKENS, OUTPUTS).argsort(-1)[:, :SLOTS]
@@ -60,7 +60,7 @@ def entropy(probs: list[float]) -> float:
     ],
 )
 def test_load_by_hand(load, violation, variation, dead):
-    # a second layer shows that each is judged by itself
+    # a second layer shows that each layer is measured separately
     both = torch.tensor([load, [1.0] * len(load)])
     torch.testing.assert_close(max_violation(both), torch.tensor([violation, 0.0]))
     torch.testing.assert_close(load_variation(both), torch.tensor([variation, 0.0]))
@@ -192,7 +192,7 @@ def test_summary_is_finite_without_gradient(mask):
 
 
 def test_summary_never_waits_for_the_device():
-    """On the meta device there are no values to read."""
+    """No metric waits for the device: on the meta device there are no values to read."""
     routing = Routing(*(tensor.detach().to("meta") for tensor in random_routing()[:4]))
     got = summary(routing, torch.ones(TOKENS, device="meta"), EXPERTS, torch.ones(2, device="meta"))
     assert {value.device.type for value in got.values()} == {"meta"}

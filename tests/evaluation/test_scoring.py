@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte by hand, and the experts' load."""
+"""These tests compare perplexity, bits per byte and the experts' load with values computed by hand."""
 
 import json
 import math
@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from modeling_moe import MoEForCausalLM
+from modeling_moe.data import DataArguments, pack
+from modeling_moe.evaluation import EvaluationArguments, evaluate_lm, score
 from modeling_moe.evaluation.expert_load import active_share
 from modeling_moe.evaluation.hf_metrics import RouterBalance
-from modeling_moe.training import DataArguments, EvaluationArguments, evaluate_lm, pack, score
 from modeling_moe.training.finetuning import FinetuneTrainer
 from modeling_moe.utils.errors import UserError
 from tests.conftest import tiny_config
@@ -33,7 +34,7 @@ from tests.training.conftest import sample_text, tiny_model, train_tokenizer
 
 @pytest.fixture
 def blocks(tokenizer) -> Dataset:
-    """Blocks of 13 tokens and a shorter last one."""
+    """Returns blocks of 13 tokens, and a shorter last block."""
     packed = pack(Dataset.from_dict({"text": [sample_text(12)]}), tokenizer, max_length=13, for_scoring=True)
     assert 1 < len(packed[-1]["input_ids"]) < 13
     return packed
@@ -42,7 +43,7 @@ def blocks(tokenizer) -> Dataset:
 @torch.no_grad()
 def test_score_is_the_hand_computation(blocks):
     model = tiny_model().double().eval()
-    model.set_experts_implementation("eager")  # the others have no float64
+    model.set_experts_implementation("eager")  # the other back ends have no float64
     nats, tokens, size = 0.0, 0, 0
     for row in blocks:
         log_probs = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(dim=-1)
@@ -257,7 +258,7 @@ def test_a_tokenizer_larger_than_the_model_was_an_index_error(text_file, tokeniz
 
 def rank_main(rank: int, blocks: Dataset, folder: str) -> None:
     PartialState(cpu=True, backend="gloo")
-    # an odd number of batches, then a single one, of which a rank has none
+    # an odd number of batches, then a single batch, so that one process has none
     scores = [score(tiny_model(), blocks, 4), score(tiny_model(), blocks.select([0]), 4)]
     torch.save(scores, f"{folder}/{rank}.pt")
 

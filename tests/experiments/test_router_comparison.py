@@ -1,4 +1,4 @@
-"""scripts/compare_routers.py with tiny models, and what it measures."""
+"""These tests run scripts/compare_routers.py with tiny models, and check the measurements."""
 
 import json
 import math
@@ -21,6 +21,7 @@ from experiments.router_comparison import (
     RouterEntry,
     batches,
     build,
+    compare_routers,
     held_out_scores,
     load_entries,
     router_config,
@@ -28,6 +29,7 @@ from experiments.router_comparison import (
 )
 
 from modeling_moe.router_catalogue import ROUTERS, router_class
+from modeling_moe.utils.errors import UserError
 from tests.training.conftest import sample_text
 
 
@@ -42,13 +44,13 @@ MODEL = {
 }
 ENTRIES = [
     {"name": "plain", "fields": {"router_type": "topk", "capacity_factor": 1.0}, "source": "a|b", "highlight": True},
-    {"name": "all to all", "fields": {"router_type": "soft", "allow_noncausal": True}, "source": "c"},
+    {"name": "all to all", "fields": {"router_type": "soft_moe", "allow_noncausal": True}, "source": "c"},
 ]
 
 
 @pytest.fixture
 def flags(tmp_path):
-    """Two routers, three steps, one domain."""
+    """Returns flags for two routers, three steps and one domain."""
     (tmp_path / "routers.yaml").write_text(yaml.safe_dump({"model": MODEL, "routers": ENTRIES}, sort_keys=False))
     (tmp_path / "words.txt").write_text(sample_text(), encoding="utf-8")
     return {
@@ -116,11 +118,11 @@ def test_seed_decides_and_processes_do_not(flags, tmp_path, monkeypatch):
         ("highlight:", "highlihgt:", "'highlihgt' is unknown"),
         ("highlight: true", "highlight: 3", "'highlight' must be a bool"),
         ("source: c", "sauce: c", "must have 'name', 'fields' and 'source'"),
-        ("name: all to all", "name: plain", "'plain' comes twice"),
-        ("model:", "modle:", "must hold 'model'"),
+        ("name: all to all", "name: plain", "two routers have the name 'plain'"),
+        ("model:", "modle:", "must contain 'model'"),
         ("hidden_size: 16", "hidden_sice: 16", "no field 'hidden_sice'"),
         ("hidden_size: 16", "hidden_size: wide", "hidden_size"),
-        ("router_type: soft", "router_type: task", "has num_tasks=1 and the data 2 domains"),
+        ("router_type: soft_moe", "router_type: task", "has num_tasks=1, but the data have 2 domains"),
         ("model:", "model: [", "is not YAML"),
     ],
 )
@@ -140,7 +142,7 @@ def test_misspelt_file_ends_with_code_2(old, new, message, flags, tmp_path, monk
     [
         ({"only": "plane"}, "only 'plane' is not in"),
         ({"steps": 0}, "steps is 0"),
-        ({"length": 100000}, "length 100000 is more than"),
+        ({"length": 100000}, "length is 100000, but a part of"),
         ({"routers_file": "missing.yaml"}, "missing.yaml does not exist"),
         ({"plot": "/missing/folder/r.png"}, "make the folder /missing/folder"),
     ],
@@ -215,7 +217,7 @@ def test_runs_that_were_finished_were_run_again(flags, tmp_path, monkeypatch, ca
         compare(monkeypatch, flags)
     assert exit_info.value.code == 130
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == f"compare_routers.py: stopped: the same command goes on, {runs} keeps the runs that are finished"
+    assert last == f"compare_routers.py: stopped: repeat the command to continue; finished runs are in {runs}"
     compare(monkeypatch, flags)
     assert trained == ["plain", "all to all", "all to all"]
     results = json.loads((tmp_path / "out.json").read_text())["routers"]
@@ -233,7 +235,7 @@ def test_runs_that_were_finished_were_run_again(flags, tmp_path, monkeypatch, ca
     runs.write_text("{}\n")
     with pytest.raises(SystemExit):
         compare(monkeypatch, flags)
-    assert "holds no run in line 1: remove the line" in capsys.readouterr().err
+    assert "does not hold a run in line 1: remove the line" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -259,4 +261,10 @@ def test_workers_ended_minutes_after_their_parent(flags, tmp_path):
     assert process.returncode == 130
     assert time.monotonic() - began < 30
     assert "Traceback" not in error
-    assert error.strip().splitlines()[-1].endswith("keeps the runs that are finished")
+    assert error.strip().splitlines()[-1].endswith(f"finished runs are in {tmp_path / 'runs.jsonl'}")
+
+
+def test_the_routers_of_the_repository_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"only 'plane' is not in .*routers.yaml: choose one of topk"):
+        compare_routers(ComparisonArguments(only=["plane"]))

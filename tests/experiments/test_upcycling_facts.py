@@ -1,4 +1,4 @@
-"""The capacity experiment: the cut model is the model, the arms cost the same, and claims need their interval."""
+"""These tests check the facts experiment: cut models are exact, arms have equal compute, and claims need intervals."""
 
 import json
 import math
@@ -6,32 +6,34 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from experiments.facts_data import (
+    DIGITS,
+    Rows,
+    cut,
+    entering_states,
+    make_facts,
+    positions,
+    prose_rows,
+    shuffled,
+    tail_model,
+)
+from experiments.intervals import Comparison, interval
 from experiments.upcycling_facts import (
     ARMS,
-    DIGITS,
-    CapacityArguments,
-    Comparison,
+    FactsArguments,
     Job,
     Run,
     active_width,
     arm_model,
     batches,
     best_rates,
-    capacity_experiment,
     compare,
-    cut,
-    entering_states,
+    facts_experiment,
     finished_runs,
-    interval,
-    make_facts,
-    positions,
     prepare,
-    prose_rows,
     recall,
     settings_of,
-    shuffled,
     steps_of,
-    tail_model,
     train,
     trainable,
 )
@@ -58,7 +60,7 @@ def arguments(tmp_path_factory):
     config = LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     train_tokenizer().save_pretrained(folder)
-    return CapacityArguments(
+    return FactsArguments(
         model_name_or_path=str(folder),
         layers=2,
         facts=8,
@@ -124,7 +126,7 @@ def router_params(config: MoEConfig) -> int:
 
 
 def test_all_arms_have_the_same_active_parameters_or_fewer_steps(data):
-    dense, state = MoEConfig(**data["config"]), {name: LazyTensor.of(t) for name, t in data["weights"].items()}
+    dense, state = MoEConfig(**data.config), {name: LazyTensor.of(t) for name, t in data.weights.items()}
     width, layers = dense.intermediate_size, dense.num_hidden_layers
     per_neuron = 3 * dense.hidden_size * layers
     for arm in ARMS:
@@ -146,9 +148,9 @@ def test_exact_arms_start_as_the_dense_model_and_others_do_not(data, arguments):
 
 
 def test_facts_in_a_row_do_not_see_each_other(data, arguments):
-    model = load_state(MoEConfig(**data["config"]), {name: LazyTensor.of(t) for name, t in data["weights"].items()})
+    model = load_state(MoEConfig(**data.config), {name: LazyTensor.of(t) for name, t in data.weights.items()})
     batch = next(batches(data, arguments, Job("dense", 1, 1e-3, 1, 8)))
-    length = data["states"]["facts"].shape[2]
+    length = data.facts.states.shape[2]
     with torch.no_grad():
         packed = model(
             inputs_embeds=batch["inputs_embeds"], position_ids=batch["position_ids"], use_cache=False
@@ -161,7 +163,7 @@ def test_facts_in_a_row_do_not_see_each_other(data, arguments):
 
 def test_labels_are_the_digits_and_the_prose(data, arguments):
     batch = next(batches(data, arguments, Job("dense", 1, 1e-3, 1, 8)))
-    length = data["states"]["facts"].shape[2]
+    length = data.facts.states.shape[2]
     facts = batch["labels"][:2].unflatten(1, (2, length))
     assert (facts[..., :-DIGITS] == -100).all()
     assert (facts[..., -DIGITS:] >= 0).all()
@@ -177,7 +179,7 @@ def test_batches_are_the_same_for_all_arms_of_a_seed_and_differ_between_seeds(da
 
 
 def test_a_short_run_meets_the_first_facts_alone(data, arguments):
-    first = data["labels"]["facts"][0, :5, -DIGITS:]
+    first = data.facts.labels[0, :5, -DIGITS:]
     for batch in batches(data, arguments, Job("dense", 0, 1e-3, 6, 5)):
         met = batch["labels"][:2].unflatten(1, (2, -1)).flatten(0, 1)[:, -DIGITS:]
         assert (met[:, None] == first).all(dim=-1).any(dim=1).all()
@@ -191,14 +193,14 @@ def test_every_index_comes_before_one_comes_again():
 
 
 def test_the_same_job_gives_the_same_run(data, arguments):
-    before = {name: tensor.clone() for name, tensor in data["weights"].items()}
+    before = {name: tensor.clone() for name, tensor in data.weights.items()}
     for arm in ("dense", "drop .5"):
         a, b, c = (
             replace(train(Job(arm, seed, 1e-2, 3, 8), data, arguments), seconds=0.0, seed=0) for seed in (1, 1, 2)
         )
         assert a == b
         assert a.recall_bits != c.recall_bits
-    for name, tensor in data["weights"].items():
+    for name, tensor in data.weights.items():
         assert torch.equal(tensor, before[name])
 
 
@@ -228,8 +230,7 @@ def test_recall():
         def forward(self, inputs_embeds, use_cache):
             return type("Output", (), {"logits": logits})
 
-    data = {"states": {"facts": torch.zeros(1, 2, 8, 4)}, "labels": {"facts": labels[None]}}
-    bits, exact = recall(Fixed(), data, 0, 2)
+    bits, exact = recall(Fixed(), Rows(torch.zeros(2, 8, 4), labels))
     assert bits == pytest.approx(math.log2(10) / 2, abs=1e-4)
     assert exact == 0.5
 
@@ -296,7 +297,7 @@ def test_the_rate_with_the_most_recall_wins():
 
 def test_whole_experiment_and_its_second_part_after_an_interruption(arguments, tmp_path):
     args = replace(arguments, only=["dense", "drop .1 and shared expert"], runs_file=str(tmp_path / "runs.jsonl"))
-    result = capacity_experiment(args)
+    result = facts_experiment(args)
     assert result.steps == {"dense": 4, "drop .1 and shared expert": 4}
     assert [(run.arm, run.seed) for run in result.runs] == [(arm, seed) for seed in (1, 2) for arm in args.arms]
     assert all(run.learning_rate == result.rates[run.arm] for run in result.runs)
@@ -307,7 +308,7 @@ def test_whole_experiment_and_its_second_part_after_an_interruption(arguments, t
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
     assert len(lines) == 8
     (tmp_path / "runs.jsonl").write_text("\n".join(lines[:6]) + "\n")
-    again = capacity_experiment(args)
+    again = facts_experiment(args)
     assert again.runs[:2] == result.runs[:2]
     assert [replace(run, seconds=0.0) for run in again.runs] == [replace(run, seconds=0.0) for run in result.runs]
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 8
@@ -322,7 +323,7 @@ def test_runs_of_other_arguments_are_refused(arguments, tmp_path):
     with pytest.raises(UserError, match="other arguments"):
         finished_runs(replace(args, seed=1))
     (tmp_path / "runs.jsonl").write_text(line + "\n" + line[:20] + "\n")
-    with pytest.raises(UserError, match="no run in line 2"):
+    with pytest.raises(UserError, match="does not hold a run in line 2"):
         finished_runs(args)
 
 
@@ -331,10 +332,10 @@ def test_runs_of_other_arguments_are_refused(arguments, tmp_path):
     [
         ({"steps": 0}, "steps is 0"),
         ({"seeds": 1}, "seeds is 1"),
-        ({"facts": 3}, "facts is 3: it must be 4 at least"),
+        ({"facts": 3}, "facts is 3: it must be at least 4"),
         ({"prose_pool": 0}, "prose_pool is 0"),
         ({"rates": [0.0]}, "rates is"),
-        ({"only": ["dence"]}, "only 'dence' is no arm"),
+        ({"only": ["dence"]}, "only 'dence' is unknown"),
         ({"runs_file": "no/where/runs.jsonl"}, "make the folder"),
     ],
 )

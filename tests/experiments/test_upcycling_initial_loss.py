@@ -1,24 +1,27 @@
-"""The step-0 table: rows that claim exactness have it, the others lose, and a broken claim is an error."""
+"""These tests check the table of initial losses: exact methods are exact, others differ, and a broken claim is an
+error.
+"""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
+from experiments.files import write_json
 from experiments.upcycling_initial_loss import (
     METHODS,
-    StepZeroResult,
+    InitialLoss,
     TableArguments,
     chosen_methods,
     compare_logits,
+    initial_loss_table,
     refuse_broken_claims,
-    step_zero_table,
     with_own_rows,
-    write_json,
 )
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_moe.conversion import load_state, open_checkpoint
-from modeling_moe.upcycling import UpcyclingOptions, sparse_config, upcycle
+from modeling_moe.upcycling import UpcyclingOptions, assemble, sparse_config
 from modeling_moe.utils.errors import UserError
 from tests.training.conftest import sample_text, train_tokenizer
 
@@ -53,7 +56,7 @@ INEXACT = {
     "clustered split, 4 of 8",
     "clustered split, 6 of 8",
 }
-# the dense networks are whole here, and only move a little
+# methods that keep whole dense networks and change them only a little
 SMALL = {"copy, pre-softmax, std .02", "copy, pre-softmax, std .002", "copy, 5% noise", "copy, noise of .01"}
 
 
@@ -82,13 +85,13 @@ def arguments(dense, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(arguments):
-    return step_zero_table(TableArguments(**arguments))
+    return initial_loss_table(TableArguments(**arguments))
 
 
 def test_all_methods_and_their_claims(table):
     results = {result.name: result for result in table.results}
     assert list(results) == [method.name for method in METHODS]
-    assert {name for name, result in results.items() if result.inexactness} == INEXACT
+    assert {name for name, result in results.items() if result.reason_not_exact} == INEXACT
     for name, result in results.items():
         if name not in INEXACT:
             assert result.largest_difference < 1e-4, name
@@ -108,9 +111,9 @@ def test_what_is_not_exact_is_seen(table):
 
 def test_the_same_seed_gives_the_same_table(arguments, table):
     names = ["drop .5", "clustered split, 4 of 8"]
-    again = step_zero_table(TableArguments(**arguments, only=names)).results
+    again = initial_loss_table(TableArguments(**arguments, only=names)).results
     assert again == [result for result in table.results if result.name in names]
-    other = step_zero_table(TableArguments(**arguments, only=["drop .5"], seed=1)).results
+    other = initial_loss_table(TableArguments(**arguments, only=["drop .5"], seed=1)).results
     assert other[0].delta_loss != again[0].delta_loss
 
 
@@ -124,22 +127,22 @@ def test_compare_logits():
     assert difference == 3
 
 
-def result(inexactness: str, difference: float) -> StepZeroResult:
-    return StepZeroResult("a", "b", "", inexactness, 0.0, difference)
+def result(reason_not_exact: str | None, difference: float) -> InitialLoss:
+    return InitialLoss("a", "b", "", reason_not_exact, 0.0, difference)
 
 
 @pytest.mark.parametrize("difference", [2e-3, float("nan")])
 def test_a_broken_claim_is_an_error(difference):
-    refuse_broken_claims([result("", 9e-4), result("drop", difference)])
+    refuse_broken_claims([result(None, 9e-4), result("drop", difference)])
     with pytest.raises(UserError, match=r"a \((2\.0e-03|nan)\)"):
-        refuse_broken_claims([result("", 9e-4), result("", difference)])
+        refuse_broken_claims([result(None, 9e-4), result(None, difference)])
 
 
 def test_own_rows_part_the_shards(dense):
     checkpoint = open_checkpoint(str(dense), dtype="float32")
     options = UpcyclingOptions(num_experts=8, granularity=4, num_experts_per_tok=4)
     config = sparse_config(checkpoint.config, options, torch.float32)
-    tied = upcycle([checkpoint.state], config, options, {})
+    tied = assemble([checkpoint.state], config, options, {})
     parted = with_own_rows(tied, config, options)
     name = "model.layers.1.mlp.gate.weight"
     assert len(tied[name].read().unique(dim=0)) == 2
@@ -148,18 +151,18 @@ def test_own_rows_part_the_shards(dense):
 
 
 def test_refusals(arguments, tmp_path):
-    with pytest.raises(UserError, match="only 'coyp' is no method"):
+    with pytest.raises(UserError, match="only 'coyp' is unknown"):
         chosen_methods(["coyp"])
     with pytest.raises(UserError, match="tokens is 1"):
         TableArguments(**arguments | {"tokens": 1})
     with pytest.raises(UserError, match="make the folder"):
         TableArguments(**arguments, output_json=str(tmp_path / "no" / "t.json"))
-    with pytest.raises(UserError, match=r"tokens is 99999, but \d+ of domain 'words' are held out"):
-        step_zero_table(TableArguments(**arguments | {"tokens": 99999}))
+    with pytest.raises(UserError, match=r"tokens is 99999, but domain 'words' has \d+ held-out tokens"):
+        initial_loss_table(TableArguments(**arguments | {"tokens": 99999}))
 
 
 def test_json(arguments, tmp_path):
-    write_json(str(tmp_path / "t.json"), TableArguments(**arguments), {"rows": [1]})
+    write_json(str(tmp_path / "t.json"), asdict(TableArguments(**arguments)), {"rows": [1]})
     record = json.loads((tmp_path / "t.json").read_text())
     assert record["rows"] == [1]
     assert record["arguments"]["tokens"] == 32

@@ -95,7 +95,7 @@ def test_sections_follow_the_arguments(saved):
     assert list(sections(full)) == ["someone/tiny-moe", "How it was made", "Results", "Use", "Limits"]
 
 
-def test_states_the_true_numbers(saved):
+def test_states_the_true_numbers_of_parameters(saved):
     model = MoEForCausalLM.from_pretrained(saved)
     total = model.num_parameters()
     unused = 4 * sum(3 * 32 * 24 for layer in model.model.layers if layer.is_sparse)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Base model, license and language are carried from a source's card through every conversion."""
+"""Base model, license and language of a source's card reach the card of every model that is made from it."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ CARD = "---\nlicense: other\nlicense_name: our-license\nlicense_link: LICENSE\nl
 
 @pytest.fixture
 def llama(tmp_path):
-    """A source as the Hub's cache holds it."""
+    """Returns a source as the Hub's cache stores it."""
     folder, tokenizer = tmp_path / "models--owner--dense" / "snapshots" / "0a1b", train_tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
@@ -29,7 +29,7 @@ def llama(tmp_path):
 
 
 def test_lineage_is_carried_through_two_conversions_to_the_card(llama, tmp_path):
-    """The result knew nothing of its source but the name of a folder."""
+    """The card of a model that was converted twice names the first source, its license and its language."""
     expected = {
         "base_model": "owner/dense",
         "license": "other",
@@ -47,7 +47,7 @@ def test_lineage_is_carried_through_two_conversions_to_the_card(llama, tmp_path)
     assert {name: data[name] for name in expected} == expected | {"base_model": ["owner/dense"]}
 
 
-def test_a_card_that_cannot_be_read_tells_nothing(llama):
+def test_an_unreadable_card_gives_no_lineage(llama):
     for text in ("no metadata", "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: 3\n---\n"):
         (llama / "README.md").write_text(text)
         assert card_metadata(llama) == {}

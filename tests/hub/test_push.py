@@ -1,4 +1,4 @@
-"""Publishing: what is uploaded, and what is refused before anything is."""
+"""These tests check what a push uploads, and what it refuses before it uploads anything."""
 
 import json
 import runpy
@@ -34,7 +34,7 @@ PRIVATE = (
 
 
 class Hub:
-    """Takes notes in the place of the Hub."""
+    """Records calls instead of the Hub."""
 
     def __init__(self, error: Exception | None = None):
         self.calls, self.error = [], error
@@ -92,14 +92,14 @@ def test_push_uploads_the_model_with_code_and_card(hub, folder):
     _, repo_id, contents = hub.calls[1]
     assert repo_id == "you/moe"
     assert contents == {name: (folder / name).read_bytes() for name in published.files}
-    assert {"README.md", "config.json", "model.safetensors", "modeling_moe.py", "routing.py"} <= contents.keys()
+    assert {"README.md", "config.json", "model.safetensors", "modeling_moe.py", "router.py"} <= contents.keys()
     assert published.left_out == ["checkpoint-3/optimizer.pt", "training_args.bin"]
     assert published.files["model.safetensors"] == (folder / "model.safetensors").stat().st_size
     assert 'from_pretrained("you/moe"' in (folder / "README.md").read_text()
 
 
 def test_nothing_but_the_model_is_uploaded_whatever_lies_beside_it(hub, folder, unchecked):
-    """Keys, tokens and event files went up, and all of the folder if a file was called `*`."""
+    """Keys, tokens and event files are not uploaded, not even if a file is called `*`."""
     for name in PRIVATE:
         (folder / name).write_text("secret")
     (folder / "wandb").mkdir()
@@ -151,8 +151,8 @@ def test_an_index_does_not_make_a_secret_a_weight(hub, folder, unchecked):
     assert hub.calls == []
 
 
-def test_the_index_of_a_model_counts_for_no_adapter(tmp_path):
-    """A file that such an index named went to the Hub."""
+def test_the_index_of_a_model_is_not_used_for_an_adapter(tmp_path):
+    """A file that a model's index names is not uploaded with an adapter."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "secret.safetensors"):
         (tmp_path / name).write_text("{}")
     index = tmp_path / "model.safetensors.index.json"
@@ -170,7 +170,7 @@ def test_a_link_to_a_secret_in_the_folder_is_refused(hub, folder, unchecked):
     assert hub.calls == []
 
 
-def test_pictures_in_hidden_folders_and_long_cards_are_no_harm(folder):
+def test_hidden_pictures_are_left_out_and_long_cards_are_fast(folder):
     (folder / ".ssh").mkdir()
     (folder / ".ssh" / "key.png").write_text("secret")
     files, _ = published_files(folder, "![a](.ssh/key.png) ![a](./.ssh/key.png)" + "![" * 100_000 + "<img " * 100_000)
@@ -179,7 +179,7 @@ def test_pictures_in_hidden_folders_and_long_cards_are_no_harm(folder):
 
 
 def test_descriptions_go_up_without_the_paths_of_this_machine(hub, folder, unchecked):
-    """transformers 4 wrote the folder of the model and of the tokenizer's files into them."""
+    """transformers 4 writes the folders of the model and of the tokenizer's files into these descriptions."""
     config = json.loads((folder / "config.json").read_text()) | {"_name_or_path": "/home/me/secret/model"}
     (folder / "config.json").write_text(json.dumps(config))
     template = "{{ '/home/me' }}"
@@ -196,7 +196,7 @@ def test_descriptions_go_up_without_the_paths_of_this_machine(hub, folder, unche
 
 
 def test_dry_run_uploads_nothing_and_leaves_nothing(hub, folder, unchecked):
-    """It left a card in the folder, whose name the next push kept."""
+    """A dry run leaves no card, whose name the next push would keep."""
     before = snapshot(folder)
     assert "README.md" in push_folder(folder, "you/moe", dry_run=True, license="mit").files
     assert snapshot(folder) == before
@@ -210,8 +210,8 @@ def test_a_users_own_card_is_kept(hub, folder, unchecked):
     assert (folder / "README.md").read_text() == "my own card"
 
 
-def test_an_own_card_gets_the_new_name_and_keeps_what_it_was_told(hub, folder, unchecked):
-    """The name of the first push stayed in the snippet for ever."""
+def test_a_card_of_this_package_gets_the_new_name_and_keeps_its_fields(hub, folder, unchecked):
+    """A card of this package gets the name of the current push and keeps fields that were given earlier."""
     push_folder(folder, "you/first", license="mit", metrics={"wiki": {"loss": 2.5}})
     push_folder(folder, "you/second")
     text = (folder / "README.md").read_text()
@@ -222,7 +222,7 @@ def test_an_own_card_gets_the_new_name_and_keeps_what_it_was_told(hub, folder, u
     assert [result.metric_value for result in card.data.eval_results] == [2.5]
 
 
-def test_an_own_card_that_somebody_edited_is_the_users(hub, folder, unchecked):
+def test_an_edited_card_is_kept(hub, folder, unchecked):
     push_folder(folder, "you/first", license="mit")
     edited = (folder / "README.md").read_text().replace("## Limits", "## What I found\n\nIt is good.\n\n## Limits")
     (folder / "README.md").write_text(edited)
@@ -230,8 +230,8 @@ def test_an_own_card_that_somebody_edited_is_the_users(hub, folder, unchecked):
     assert (folder / "README.md").read_text() == edited
 
 
-def test_a_license_that_nobody_gave_is_asked_for(hub, folder, unchecked):
-    """Every card said apache-2.0 and English."""
+def test_a_missing_license_is_asked_for(hub, folder, unchecked):
+    """A license that is recorded nowhere is asked for, and no default is published."""
     with pytest.raises(UserError, match="pass --license"):
         push_folder(folder, "you/moe")
     assert hub.calls == []
@@ -242,7 +242,7 @@ def test_a_license_that_nobody_gave_is_asked_for(hub, folder, unchecked):
 
 
 def test_license_lineage_data_and_losses_come_from_the_records(hub, folder, unchecked, monkeypatch):
-    """The records said all of it and the card nothing."""
+    """The card shows license, lineage, data and losses from the records beside the model."""
     lineage = {"base_model": "owner/dense", "license": "gemma", "language": "de"}
     recipe = {"sources": [{"name": "dense"}], "options": {"method": "drop", "num_experts": 5}, "lineage": lineage}
     (folder / "conversion.json").write_text(json.dumps({"modeling_moe_version": "0.2.0", "recipe": recipe}))
@@ -308,7 +308,7 @@ def test_a_wrong_repo_id_is_refused_in_a_dry_run_too(hub, folder, name, dry_run)
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(hub, folder, value):
-    """A dry run said that they are fine."""
+    """A dry run finds weights that are not finite."""
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -332,7 +332,7 @@ def mixtral(folder: Path) -> Path:
 
 
 def test_an_export_can_be_published(hub, tmp_path):
-    """The answer was that the card is made for 'moe'."""
+    """A card can be made for a model in the format of another family."""
     folder = mixtral(tmp_path / "mixtral")
     files = push_folder(folder, "you/mixtral", license="mit").files
     assert set(files) == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
@@ -344,7 +344,7 @@ def test_an_export_can_be_published(hub, tmp_path):
 
 
 def test_an_adapter_can_be_published_if_its_base_is_on_the_hub(hub, tmp_path):
-    """The answer was that it does not load without this package, and the base's local path went up."""
+    """An adapter needs a base model on the Hub, and the local path of the base model is not uploaded."""
     base, folder = mixtral(tmp_path / "mixtral"), tmp_path / "adapter"
     adapted = get_peft_model(MixtralForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=["q_proj"]))
     adapted.save_pretrained(folder)
@@ -372,17 +372,15 @@ def test_both_ways_of_loading_agree(folder):
 
 
 def test_missing_code_is_refused(hub, folder):
-    (folder / "routing.py").unlink()
+    (folder / "router.py").unlink()
     with pytest.raises(UserError, match="does not load without this package"):
         push_folder(folder, "you/moe", license="mit")
     assert hub.calls == []
 
 
 def test_other_code_is_refused(hub, folder):
-    code = (folder / "routing.py").read_text()
-    (folder / "routing.py").write_text(
-        code.replace("return weight * self.scaling", "return 2 * weight * self.scaling")
-    )
+    code = (folder / "router.py").read_text()
+    (folder / "router.py").write_text(code.replace("return weight * self.scaling", "return 2 * weight * self.scaling"))
     with pytest.raises(UserError, match="computes something else by its own code"):
         push_folder(folder, "you/moe", license="mit", trust_remote_code=True)
     assert hub.calls == []
@@ -390,7 +388,7 @@ def test_other_code_is_refused(hub, folder):
 
 @pytest.mark.slow
 def test_code_that_decodes_without_its_cache_is_refused(hub, folder):
-    """As that of before 0.2.0 on transformers 5.24: a pass over the whole text is right, `generate` is not."""
+    """Code from before 0.2.0 computes whole texts correctly on transformers 5.24, but `generate` is wrong."""
     code = (folder / "attention.py").read_text()
     (folder / "attention.py").write_text(code.replace("if cache is not None:", "if cache is not None and False:"))
     with pytest.raises(UserError, match="computes something else by its own code"):
@@ -406,7 +404,7 @@ def test_script_checks_and_lists(folder, unchecked, monkeypatch, capsys):
 
 
 def test_a_trusted_model_of_its_authors_own_code_can_be_published(hub, tmp_path):
-    """The card's configuration was read without the code, and the refusal named the flag that was given."""
+    """With --trust_remote_code, the card reads the configuration by the code that the folder brings."""
     folder = tmp_path / "own"
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).save_pretrained(folder)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Records beside a model come from strangers: damaged ones are one sentence, and none writes Markdown or a path into a card."""
+"""Damaged records beside a model give one sentence, and no record writes Markdown or a path into a card."""
 
 import base64
 import hashlib
@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_moe.hub.card import own_card, write_model_card
-from modeling_moe.hub.wording import plain, printed
+from modeling_moe.hub.card import card_to_publish, write_model_card
+from modeling_moe.hub.wording import markdown_text, without_paths
 from modeling_moe.utils.errors import UserError
 
 
@@ -42,29 +42,29 @@ def folder(tmp_path):
     ("name", "content"), [(name, content) for name, contents in DAMAGED.items() for content in contents]
 )
 def test_a_damaged_record_is_one_sentence(folder, name, content):
-    """Each of these was a traceback, or came into the card as it was."""
+    """Each of these records once caused a traceback, or appeared in the card unchanged."""
     (folder / name).write_text(json.dumps(content))
     with pytest.raises(UserError):
-        own_card(folder, repo_id="you/model", license="mit")
+        card_to_publish(folder, repo_id="you/model", license="mit")
 
 
 @pytest.mark.parametrize("record", [{}, {"sources": 5}, {"sources": [5]}, {"options": 5}, {"source": {"name": 5}}])
-def test_a_recipe_that_tells_nothing_is_no_part_of_the_card(folder, record):
+def test_an_empty_recipe_adds_nothing_to_the_card(folder, record):
     (folder / "conversion.json").write_text(json.dumps({"recipe": record}))
-    assert "How it was made" not in own_card(folder, repo_id="you/model", license="mit")
+    assert "How it was made" not in card_to_publish(folder, repo_id="you/model", license="mit")
 
 
 @pytest.mark.parametrize("told", MARKS)
-def test_a_card_whose_mark_this_package_did_not_write_is_the_users(folder, told):
+def test_a_card_with_a_foreign_mark_is_kept(folder, told):
     text = "a card\n\n"
     code = told if isinstance(told, str) else base64.b64encode(json.dumps(told).encode()).decode()
     mark = f"<!-- modeling_moe card {hashlib.sha256(text.encode()).hexdigest()} {code} -->\n"
     (folder / "README.md").write_text(text + mark)
-    assert own_card(folder, repo_id="you/model", license="mit") is None
+    assert card_to_publish(folder, repo_id="you/model", license="mit") is None
 
 
 @pytest.mark.parametrize("architectures", [5, {"a": 1}, [["x"]], [5], [None]])
-def test_architectures_of_any_kind_are_the_causal_lms(tmp_path, architectures):
+def test_unknown_architectures_count_as_the_causal_lm(tmp_path, architectures):
     config = {"model_type": "moe", "vocab_size": 64, **SIZES, "architectures": architectures}
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_model_card(tmp_path)
@@ -75,20 +75,20 @@ def test_an_adapter_writes_no_markdown_into_its_card(tmp_path):
     hostile = "x|\n\n# Trusted <script> ![a](b.png) `c`"
     config = {"peft_type": {"a": 1}, "r": hostile, "target_modules": [5, hostile], "base_model_name_or_path": ["a"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    text = own_card(tmp_path, repo_id="you/adapter", license="mit")
+    text = card_to_publish(tmp_path, repo_id="you/adapter", license="mit")
     assert "\n# Trusted" not in text
     assert "<script>" not in text
     assert "![a]" not in text
-    assert printed(hostile) == "x\\| # Trusted &lt;script&gt; !\\[a\\](b.png) 'c'"
+    assert markdown_text(hostile) == "x\\| # Trusted &lt;script&gt; !\\[a\\](b.png) 'c'"
 
 
 @pytest.mark.parametrize(
     "value", ["a\n---\nlicense: gpl-3.0\n---\n", "x: y", "!!python/name:os.system", "a\r\n---\r\n"]
 )
-def test_a_record_writes_no_metadata_but_its_own(folder, value):
+def test_a_record_adds_no_foreign_metadata(folder, value):
     (folder / "conversion.json").write_text(json.dumps({"recipe": {"lineage": {"license_name": value}}}))
     (folder / "scores.json").write_text(json.dumps({value: {"loss": 1.0}}))
-    data = ModelCard(own_card(folder, repo_id="you/model", license="mit")).data
+    data = ModelCard(card_to_publish(folder, repo_id="you/model", license="mit")).data
     assert data.license == "mit"
     assert data.license_name == value
     assert data.eval_results[0].dataset_name == value
@@ -112,6 +112,6 @@ def test_a_record_writes_no_metadata_but_its_own(folder, value):
         (["a=/b/c", {"/d/e": 1.5}, None, True], ["a=c", {"e": 1.5}, None, True]),
     ],
 )
-def test_published_values_tell_no_path_of_this_machine(value, expected):
-    """`domain=/path`, as --data and --calibration_data take it, went to the Hub in conversion.json."""
-    assert plain(value) == expected
+def test_published_values_contain_no_path_of_this_machine(value, expected):
+    """conversion.json contains `domain=/path` from --data and --calibration_data, and is published without the path."""
+    assert without_paths(value) == expected

@@ -1,5 +1,7 @@
-"""Small models of transformers' own with weights by formula, and what PEFT alone makes of them. Run as a script in a
-process where this package is not imported."""
+"""This module builds small models of transformers with weights by formula.
+
+As a script, it trains and loads adapters by PEFT alone, in a process that does not import this package.
+"""
 
 import sys
 
@@ -13,7 +15,7 @@ IDS = torch.arange(3, 39).view(2, 18)
 
 
 def build(model_type: str, **kwargs):
-    """Every weight is a sine, so that no random number generator has a say."""
+    """Builds a model whose weights are sines, so that no random number generator matters."""
     config = AutoConfig.for_model(
         model_type, hidden_size=16, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts=4,
@@ -36,7 +38,7 @@ def fill(model, scale: float, only: str = "") -> None:
 
 
 def train(model, steps: int = 3) -> None:
-    """A few steps of plain gradient descent."""
+    """Trains a few steps of plain gradient descent."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ids = IDS.to(model.device)
     for _ in range(steps):
@@ -47,7 +49,7 @@ def train(model, steps: int = 3) -> None:
 
 
 def main(base: str, trained_elsewhere: str, trained_here: str, results: str) -> None:
-    """Logits of an adapter that was trained elsewhere; then trains and saves one of its own, with its logits."""
+    """Saves the logits of a given adapter, and of an adapter that this process trains and saves."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), trained_elsewhere)

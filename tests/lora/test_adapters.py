@@ -1,6 +1,6 @@
-"""PEFT's prompt learning, and what transformers' own adapter methods do; the documentation uses PEFT's API alone.
+"""These tests cover PEFT's prompt learning and transformers' own adapter methods.
 
-transformers 5.24 asks for PEFT 0.22 in `add_adapter` and the like; loading an adapter works with earlier ones too.
+transformers 5.24 needs PEFT 0.22 for `add_adapter`; loading an adapter works with earlier releases too.
 """
 
 import json
@@ -37,7 +37,7 @@ EACH_CONFIG = pytest.mark.parametrize("kind", CONFIGS)
 
 @pytest.fixture
 def folders(tmp_path, kind):
-    """A base model, and an adapter of it by PEFT, saved; and the logits of both together."""
+    """Saves a base model and an adapter, and returns the folder and the logits of the adapted model."""
     model = MoEForCausalLM(tiny_config()).eval()
     model.save_pretrained(tmp_path / "base")
     adapted = get_peft_model(model, CONFIGS[kind](model)).eval()
@@ -51,7 +51,7 @@ def folders(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("kind", "use_cache"),
-    # a prefix is a cache itself: PEFT 0.21 cannot generate with it and without one, whatever the model
+    # a prefix is a cache: PEFT 0.21 cannot generate with a prefix and use_cache=False, for any model
     [(PromptTuningConfig, True), (PromptTuningConfig, False), (PromptEncoderConfig, True), (PrefixTuningConfig, True)],
 )
 def test_virtual_tokens_are_there_in_every_step(kind, use_cache):

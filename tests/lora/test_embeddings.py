@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Adapters on an embedding that scales (Gemma): what they compute is what the merged and the reloaded model computes."""
+"""These tests compare adapters on a scaled embedding (Gemma) with the merged and the reloaded model."""
 
 import copy
 
@@ -46,7 +46,7 @@ def test_a_scaled_embedding_computes_the_same_adapted_merged_and_reloaded(name, 
         logits, plain = model(IDS).logits, base(tied).eval()(IDS).logits
         loaded = PeftModel.from_pretrained(base(tied), tmp_path).eval()(IDS).logits
         merged = model.merge_and_unload()(IDS).logits
-    # an adapter that does nothing would pass the rest
+    # an adapter without effect would pass the other assertions
     assert (logits - plain).abs().max() > 0.1
     assert torch.equal(loaded, logits)
     torch.testing.assert_close(merged, logits, atol=1e-5 * logits.abs().max().item(), rtol=0)

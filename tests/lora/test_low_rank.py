@@ -1,4 +1,4 @@
-"""Low-rank updates in the operator, against experts whose weights are W + s B A, in float64: outputs and gradients."""
+"""These tests compare low-rank updates in the operator with experts of weights W + s B A in float64."""
 
 import copy
 
@@ -36,7 +36,7 @@ def up_of(module) -> str:
 
 
 def factors_for(module, names=None, rank=RANK, dtype=None, packed=True) -> dict[str, LowRank]:
-    """Random factors for the matrices of `module`, b laid out as PEFT has it if `packed`."""
+    """Returns random factors for the matrices of `module`; with `packed`, b has the memory layout of PEFT."""
     torch.manual_seed(2)
     updates = {}
     for scaling, name in enumerate(names or (up_of(module), DOWN), start=2):
@@ -55,7 +55,7 @@ def leaves(module, updates) -> list[torch.Tensor]:
 
 
 def run(module, updates, states, index, weight, direction):
-    """Output, and gradients of states, weights, parameters and factors."""
+    """Returns the output, and the gradients of states, weights, parameters and factors."""
     module.low_rank = updates
     states, weight = states.detach().requires_grad_(), weight.detach().requires_grad_()
     output = module(states, index, weight)
@@ -64,7 +64,7 @@ def run(module, updates, states, index, weight, direction):
 
 
 def oracle(module, updates, states, index, weight, direction):
-    """As `run`, by the class's own loop with the updated matrices, in float64; `kept` is applied by hand elsewhere."""
+    """Returns what `run` returns, computed in float64 by the class's own loop with the updated matrices."""
     module = copy.deepcopy(module).double()
     module.config._experts_implementation = "eager"
     updates = {
@@ -132,7 +132,7 @@ def test_native(kind, shape, recompute):
 
 @NEEDS_NATIVE
 def test_native_with_more_ranks_than_columns():
-    """A product wider than any matrix of the experts, over a sum of two parts."""
+    """A rank above the widths of the experts' matrices makes the product a sum over two parts."""
     module = make("gated", "moe_native", experts=1, hidden=520, width=8, dtype=torch.float32)
     inputs, updates = draw(600, 1, 1, torch.float32, hidden=520), factors_for(module, rank=600)
     assert_close(run(module, updates, *inputs), oracle(module, updates, *inputs), 3e-5)
@@ -216,7 +216,7 @@ def test_fp32_factors_on_16_bit_experts(backend, dtype, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout(backend, monkeypatch, device):
-    """Against the same masks applied by hand; none is drawn without dropout, and the CPU's drops out in the loop."""
+    """Dropout equals masks applied by hand; without dropout no mask is drawn, and on the CPU the loop serves dropout."""
     module = make("gated", "moe" if backend == "moe_native" else backend, dtype=torch.float32, device=device)
     states, index, weight, direction = draw(40, 5, 3, torch.float32, device=device)
     updates = {name: update._replace(dropout=0.3) for name, update in factors_for(module).items()}
@@ -247,7 +247,7 @@ def test_dropout(backend, monkeypatch, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_saved_for_backward(backend, device):
-    """h and the grouping, as without updates: no matrix of an expert, and no copy of a factor."""
+    """Backward saves h and the order, as without updates: no matrix of an expert, and no copy of a factor."""
     module = make("gated", backend, dtype=torch.float32, device=device).requires_grad_(False)
     states, index, weight, _ = draw(40, 5, 3, torch.float32, device=device)
     module.low_rank = factors_for(module)

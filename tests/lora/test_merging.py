@@ -1,4 +1,4 @@
-"""Adapters merged later: the merged folder computes what base and adapter compute, and what does not fit is refused."""
+"""These tests merge saved adapters, compare the result with base and adapter, and check what is refused."""
 
 import json
 import runpy
@@ -28,12 +28,12 @@ EXPERTS = {"target_modules": ["q_proj"], "target_parameters": TARGETS}
 
 
 def model_of(kind: str):
-    """A dense model, one of transformers' own MoEs, or ours."""
+    """Returns a dense model, a MoE of transformers, or a MoE of this package."""
     return MoEForCausalLM(tiny_config(vocab_size=64)) if kind == "moe" else build(kind)
 
 
 def save_adapter(folder: Path, kind: str, dtype=torch.float32, **fields) -> torch.Tensor:
-    """Writes base and adapter; returns the logits of both together."""
+    """Saves a base model and an adapter, and returns the logits of the adapted model."""
     model_of(kind).to(dtype).save_pretrained(folder / "base")
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto")
     model = get_peft_model(base, LoraConfig(r=2, lora_alpha=3, **(EXPERTS | fields)))
@@ -128,7 +128,6 @@ def test_tokenizer_and_generation_config_come_along(tmp_path):
 
 
 def test_the_adapters_own_tokenizer_comes_before_the_bases(tmp_path):
-    """The base's was taken, whatever lay beside the adapter."""
     save_adapter(tmp_path, "llama", target_parameters=None)
     for name in ("base", "adapter"):
         tokenizer = train_tokenizer()
@@ -151,7 +150,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_weights_of_an_adapter_are_one_sentence(tmp_path, kind):
-    """These were tracebacks, and an answer about names on the Hub."""
+    """Each kind of damage ends in one line, without a traceback or a request to the Hub."""
     save_adapter(tmp_path, "llama", target_parameters=None)
     files, message = DAMAGE[kind]
     for name, content in files.items():
@@ -175,7 +174,7 @@ def test_an_adapter_that_holds_nan_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["finetuning.json", "adapter_model.safetensors"])
 def test_a_link_beside_an_adapter_brings_nothing_of_this_machine(tmp_path, name):
-    """The file that finetuning.json led to was copied beside the merged model."""
+    """A file of the adapter that is a link out of the folder is refused, and nothing is written."""
     save_adapter(tmp_path, "llama", target_parameters=None)
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "adapter" / name).unlink(missing_ok=True)
@@ -240,7 +239,7 @@ def test_what_is_no_weight_is_refused(tmp_path):
 
 def test_convert_names_the_command_that_merges_an_adapter(tmp_path):
     save_adapter(tmp_path, "llama", target_parameters=None)
-    with pytest.raises(UserError, match=r"is an adapter of .*base: merge it first: python scripts/merge_adapter\.py"):
+    with pytest.raises(UserError, match=r"is an adapter of .*base: merge it first: moe merge_adapter"):
         convert_checkpoint(str(tmp_path / "adapter"), tmp_path / "moe")
 
 

@@ -1,4 +1,4 @@
-"""Experts in 4 bits: against the same model whose weights are the dequantized ones, and what backward keeps."""
+"""These tests compare experts in 4 bits with a model of the dequantized weights, and check what backward keeps."""
 
 import copy
 import sys
@@ -46,7 +46,7 @@ def pair(
     device: str = "cpu",
     **fields,
 ):
-    """A model in 4 bits, and one in `dtype` whose experts are what the first one's are dequantized to."""
+    """Returns a model in 4 bits, and a model in `dtype` with the dequantized weights."""
     model, reference = (adapted(family, dtype, device, **fields) for _ in range(2))
     quantize_experts(model, quant_type, compress_statistics)
     for (module, name), (other, _) in zip(matrices_of(model), matrices_of(reference), strict=True):
@@ -83,7 +83,7 @@ def test_our_other_experts(fields):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("compress_statistics", [False, True])
 def test_close_to_what_was_there(quant_type, compress_statistics):
-    """Half the widest gap between two levels, of the largest number among 64 in a row; the scale has 8 bits or 32."""
+    """The error is at most half the widest gap between two levels, relative to the largest of 64 numbers."""
     module = MoEForCausalLM(
         MoEConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24)
     )
@@ -109,11 +109,11 @@ def test_checkpointing(family, reentrant, device):
 
 
 def saved(call) -> tuple[list, int]:
-    """What `call` returns, and the bytes of what it saves for backward."""
+    """Returns the result of `call`, and the bytes that it saves for backward."""
     kept = {}
 
     def pack(tensor):
-        # the storage itself, so that no other is made where it was
+        # keeps the storage, so that no other takes the same address
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor.detach()
 
@@ -122,7 +122,7 @@ def saved(call) -> tuple[list, int]:
 
 
 def watch(model) -> list[StorageWeakRef]:
-    """Gets what is dequantized from now on."""
+    """Returns a list that receives the storage of each matrix that is dequantized from now on."""
     made = []
     for module, name in matrices_of(model):
         module.parametrizations[name][0].register_forward_hook(
@@ -133,7 +133,7 @@ def watch(model) -> list[StorageWeakRef]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_backward_keeps_no_matrix(family, device):
-    """Less is saved than for the 16-bit model, by all its experts' matrices, and none that was dequantized lives on."""
+    """Backward keeps no matrix: the saved bytes are fewer by the experts' matrices, and dequantized copies are freed."""
     (model, reference), ids = pair(family, device=device), IDS.to(device)
     made = watch(model)
     (loss, got), (_, expected) = (saved(lambda each=each: each(ids, labels=ids).loss) for each in (model, reference))
@@ -148,10 +148,9 @@ def test_backward_keeps_no_matrix(family, device):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dequantized_once(family):
-    """Once in a forward, though PEFT and the dispatch look at it repeatedly, and once in backward."""
+    """A matrix is dequantized once in a forward pass and once in backward, although it is read more often."""
     model = adapted(family)
     quantize_experts(model)
-    model(IDS)  # the implementation is chosen in the first forward
     made, matrices = watch(model), len(matrices_of(model))
     made.clear()
     loss = model(IDS, labels=IDS).loss
@@ -161,7 +160,7 @@ def test_dequantized_once(family):
 
 
 def test_within_other_hooks():
-    """Hooks that replace what is saved see all but the matrices."""
+    """Outer hooks on saved tensors see every saved tensor except the matrices."""
     model, reference = pair("moe", torch.float32)
     expected, packed = results(reference), []
     with saved_tensors_hooks(lambda tensor: packed.append(tensor.clone()) or len(packed), lambda n: packed[n - 1]):
@@ -171,7 +170,7 @@ def test_within_other_hooks():
 
 
 def test_checkpointing_keeps_no_states(monkeypatch):
-    """Its hooks stand outside ours: what the experts save beside their matrices is still theirs to drop."""
+    """Checkpointing still drops the tensors that the experts save beside their matrices."""
     model = adapted("moe").train()
     quantize_experts(model)
     states, operator = [], interface.experts
@@ -209,12 +208,12 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert_equal(results(model), results(reference))
         (_, got), (_, expected) = (saved(lambda e=each: e(IDS, labels=IDS).loss) for each in (model, reference))
-    # under autocast the copies in bf16 of the fp32 matrices are kept
+    # under autocast backward keeps the bf16 copies of fp32 matrices
     assert expected - got == sum(getattr(module, name).nbytes for module, name in matrices_of(model))
 
 
 def test_adapters(tmp_path):
-    """Trained in 4 bits: loads in 4 bits with the same logits, and in 16 bits to be merged."""
+    """An adapter trained in 4 bits gives equal logits when loaded in 4 bits, and merges into the 16-bit model."""
     model = adapted("mixtral", torch.float32)
     quantize_experts(model)
     train(model)
@@ -281,7 +280,7 @@ def test_copies_and_devices():
 
 
 def test_memory_of_the_matrices():
-    """4 bits a number and, for each 64, 8 bits of scale; for each 256 of these, 32 bits; two small tables."""
+    """A number takes 4 bits, each 64 numbers an 8-bit scale, and each 256 scales 32 bits; two tables are small."""
     model = MoEForCausalLM(
         MoEConfig(hidden_size=256, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128)
     )
@@ -335,7 +334,7 @@ def test_mistakes(tmp_path, monkeypatch):
 
 
 def test_not_left_to_peft():
-    """PEFT's own way leaves its parametrization behind on a parameter in 4 bits."""
+    """Experts in 4 bits that this package cannot serve are refused, since PEFT's own path does not support them."""
     model = adapted("mixtral")
     quantize_experts(model)
     model.base_model.model.set_experts_implementation("eager")

@@ -1,4 +1,4 @@
-"""A model that `DistributedConfig` has split over processes, with LoRA and without, against one that holds it all."""
+"""These tests compare a model that `DistributedConfig` has split with a whole one, with and without LoRA."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from modeling_moe.lora import moe_lora_config, synchronize_adapters
+from modeling_moe.lora import enable, moe_lora_config, synchronize_adapters
 from modeling_moe.utils.errors import UserError
 from tests.dispatch.test_expert_parallel import build
 from tests.lora.checkpoints import fill
@@ -33,7 +33,7 @@ FOUR = {
     "all_three": {"fsdp_size": 2, "tp_size": 2, "ep_size": 4},
     "tp_inside_ep": {"fsdp_size": 2, "tp_size": 2, "ep_size": 2},
 }
-# PEFT's factors of attention are right with one kind of splitting alone, those of the experts with all
+# PEFT's factors in the attention are right under one kind of splitting only; factors of experts under all
 TWO_CELLS = [(plan, "adapter") for plan in PLANS if plan != "tp"] + [(plan, "all_weights") for plan in PLANS]
 FOUR_CELLS = [(plan, "adapter" if plan == "experts_split_twice" else "no_attention") for plan in FOUR]
 KINDS = ("moe", "mixtral")
@@ -44,7 +44,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def learn(model, rows: torch.Tensor, folder: str, writes: bool = True) -> dict:
-    """What two steps of training show, and what they leave behind in `folder`."""
+    """Trains two steps and saves the model in `folder`; returns logits, gradients and generated tokens."""
     model.train()
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], 0.05, foreach=False)
     result = {}
@@ -66,7 +66,7 @@ def learn(model, rows: torch.Tensor, folder: str, writes: bool = True) -> dict:
 
 
 def load(folder, kind: str, trained: str, plan: DistributedConfig | None = None):
-    """The model, with an adapter to train unless it is to train itself."""
+    """Loads the model, with an adapter to train unless all weights are trained."""
     model = AutoModelForCausalLM.from_pretrained(
         f"{folder}/{kind}", **({"distributed_config": plan} if plan is not None else {})
     )
@@ -76,7 +76,8 @@ def load(folder, kind: str, trained: str, plan: DistributedConfig | None = None)
 
 
 def rank_main(rank: int, folder: str, cells: list[tuple[str, str]]) -> None:
-    """All cells, one after the other."""
+    """Runs all cells in this process."""
+    enable()
     for kind in KINDS:
         for name, trained in cells:
             plan = DistributedConfig(**(PLANS | FOUR)[name])
@@ -89,7 +90,7 @@ def rank_main(rank: int, folder: str, cells: list[tuple[str, str]]) -> None:
 
 
 def run_cells(folder, cells: list[tuple[str, str]], ranks: int, num_experts: int) -> None:
-    """Writes checkpoints with adapters, and what the processes make of them in each cell."""
+    """Saves models and adapters, and runs the cells in `ranks` processes."""
     for kind in KINDS:
         model = build(kind, num_experts)
         model.save_pretrained(folder / kind)
@@ -103,7 +104,7 @@ def run_cells(folder, cells: list[tuple[str, str]], ranks: int, num_experts: int
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    """The folder of two processes' results."""
+    """Runs the cells in two processes and returns the folder of the results."""
     folder = tmp_path_factory.mktemp("two")
     run_cells(folder, TWO_CELLS, 2, 6)
     return folder
@@ -111,7 +112,7 @@ def of_two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_four(tmp_path_factory):
-    """The folder of four processes' results."""
+    """Runs the cells in four processes and returns the folder of the results."""
     folder = tmp_path_factory.mktemp("four")
     run_cells(folder, FOUR_CELLS, 4, 8)
     return folder
@@ -123,7 +124,7 @@ def of_one_process(folder, kind: str, trained: str) -> dict:
 
 
 def check(folder, kind: str, name: str, trained: str, ranks: int) -> None:
-    """Logits, gradients and the trained model of each process, and what they saved together."""
+    """Compares logits, gradients and the trained model of each process, and the saved checkpoint, with one process."""
     plan, expected = DistributedConfig(**(PLANS | FOUR)[name]), of_one_process(folder, kind, trained)
     for rank in range(ranks):
         result = torch.load(folder / f"{kind}_{name}_{trained}_{rank}.pt")

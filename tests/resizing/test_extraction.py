@@ -1,10 +1,10 @@
-"""One task's experts as a model of their own: the same logits to the last bit."""
+"""This test checks that a model of one task's experts has equal logits to the last bit."""
 
 import pytest
 import torch
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.upcycling import extract_task
+from modeling_moe.resizing import extract_task
 from tests.conftest import tiny_config
 
 
@@ -37,8 +37,8 @@ def test_bitwise_equal(fields, dtype, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "task", "message"),
     [
-        ({}, 3, "task is 3: it must lie between 0 and num_tasks - 1"),
-        ({"router_type": "topk"}, 0, "router_type='task'"),
+        ({}, 3, "task is 3: it must be between 0 and num_tasks - 1"),
+        ({"router_type": "topk", "num_tasks": 1}, 0, "router_type='task'"),
     ],
 )
 def test_what_cannot_be_extracted(fields, task, message):

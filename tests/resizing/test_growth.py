@@ -1,4 +1,4 @@
-"""A sparse model grown: the same function in float64, and experts that are there to be used."""
+"""These tests check that a grown model has an equal function in float64, and that the new experts can be used."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ EXACT = GrowthOptions(noise=0.0)
 
 
 def source_model(dtype=torch.float64, **fields) -> MoEForCausalLM:
-    """All weights random, biases too, on the oracle's path for float64."""
+    """Returns a float64 model with random weights and biases that runs transformers' eager experts."""
     torch.manual_seed(0)
     model = MoEForCausalLM(tiny_config(**({"num_experts": 6} | fields)))
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_clones_keep_the_function(fields, factor):
     assert big.config.num_experts_per_tok == model.config.num_experts_per_tok * factor
     assert big.config.num_params() == sum(p.numel() for p in big.parameters())
     torch.testing.assert_close(logits(big, **kwargs), logits(model, **kwargs), atol=1e-10, rtol=1e-10)
-    assert GrowthOptions(factor=factor).inexactness() == ""
+    assert GrowthOptions(factor=factor).reason_not_exact() is None
 
 
 def test_noise_parts_the_clones_and_keeps_the_function():
@@ -120,7 +120,7 @@ def test_nothing_is_read_before_it_is_asked_for():
 @pytest.mark.parametrize("options", [{"keep_top_k": True}, {"router_noise": 0.5}], ids=str)
 def test_inexact_options_say_so(options):
     options = GrowthOptions(**options)
-    assert options.inexactness()
+    assert options.reason_not_exact()
     model = source_model()
     big = grown(model, options)
     assert (logits(big) - logits(model)).abs().max() > 1e-3
@@ -141,7 +141,7 @@ def test_inexact_options_say_so(options):
 def test_masked_experts_are_unseen_until_released(fields):
     model = source_model(**fields)
     options = GrowthOptions(mode="masked", num_experts=10, noise=0.3, router_noise=0.5)
-    assert options.inexactness() == ""
+    assert options.reason_not_exact() is None
     big = grown(model, options)
     assert big.config.num_experts_per_tok == 3
     torch.testing.assert_close(logits(big), logits(model), atol=1e-10, rtol=1e-10)
@@ -194,9 +194,9 @@ def test_noise_has_one_seed_for_each_expert():
         ({"router_gradient": "sparsemixer", "router_jitter_noise": 0.1}, {}, "router_gradient='sparsemixer'"),
         ({"num_null_experts": 2}, {}, "num_null_experts"),
         ({"capacity_factor": 2.0}, {}, "capacity"),
-        ({}, {"num_experts": 9}, "multiple of the 6"),
-        ({}, {"num_experts": 6}, "no growth"),
-        ({}, {"factor": 0}, "no growth"),
+        ({}, {"num_experts": 9}, "multiple of the model's 6"),
+        ({}, {"num_experts": 6}, "growth to . experts is impossible"),
+        ({}, {"factor": 0}, "growth to . experts is impossible"),
         ({}, {"mode": "split"}, "mode 'split' is unknown"),
         ({}, {"noise": -1.0}, "noise is -1.0"),
         ({"norm_topk_prob": False}, {"mode": "masked"}, "use mode='clone'"),

@@ -1,4 +1,4 @@
-"""Experts dropped and merged, against hand-made weights, and the texts on which nothing changes."""
+"""These tests check dropped and merged experts against hand-made weights, and on texts for which nothing changes."""
 
 import pytest
 import torch
@@ -25,8 +25,10 @@ def source_model(dtype=torch.float64, **fields) -> MoEForCausalLM:
 
 
 def never_chooses(model, experts) -> MoEForCausalLM:
-    """Its routers' rows for these experts are far below the others' on every token: shrunk, they have the logit 0, the
-    others a bias of 8."""
+    """Returns a model whose routers never choose these experts.
+
+    Their rows are shrunk, so that their logits are 0, while the others have a bias of 8.
+    """
     for block in model.model.sparse_blocks():
         with torch.no_grad():
             block.gate.bias.fill_(8.0)
@@ -87,9 +89,9 @@ def test_plain_softmax_loses_its_denominator():
     small = shrunk(prune, model, usage, keep=4)
     assert (small(IDS).logits - model(IDS).logits).abs().max() > 1e-5
     options = PruningOptions(keep=4)
-    assert "softmax" in options.inexactness(model.config)
-    assert "softmax" not in options.inexactness(tiny_config())
-    assert "selection bias" in options.inexactness(tiny_config(router_selection_bias=True))
+    assert "softmax" in options.reason_not_exact(model.config)
+    assert "softmax" not in options.reason_not_exact(tiny_config())
+    assert "selection bias" in options.reason_not_exact(tiny_config(router_selection_bias=True))
 
 
 def test_best_of_each_score_stay():
@@ -134,7 +136,7 @@ def test_merged_weights_are_means_by_load(dtype):
     for block in model.model.sparse_blocks():
         with torch.no_grad():
             block.experts.gate_up_proj_bias.normal_()
-            # 0 is nearest to 3, 2 and 4 to 1, though 5 is as near in angle but turned round
+            # 0 is nearest to 3, and 2 and 4 to 1; 5 has the opposite direction
             block.gate.weight.zero_()
             block.gate.weight[:, :3] = torch.tensor(
                 [[2.0, 1, 0], [0, 1, 1], [0, 9, 8], [1, 0, 0], [0, 0, 1], [-1, 0, 0]]
@@ -149,7 +151,7 @@ def test_merged_weights_are_means_by_load(dtype):
             expected = [0.75 * wide[1] + 0.25 * wide[4], 0.75 * wide[3] + 0.25 * wide[0], wide[5]]
             got = new.experts.get_parameter(name)
             assert got.dtype == dtype
-            # bf16: rounded once
+            # bf16 is rounded once
             tolerance = {torch.float64: 1e-12, torch.bfloat16: 2**-8}[dtype]
             torch.testing.assert_close(got.double(), torch.stack(expected), rtol=tolerance, atol=1e-9)
             assert torch.equal(got[2], tensor[5])
@@ -165,7 +167,7 @@ def test_merge_stays_within_groups():
     model = source_model(n_group=2, topk_group=2)
     with torch.no_grad():
         for block in model.model.sparse_blocks():
-            # expert 0 looks like 5 of the other group
+            # expert 0 is most similar to expert 5, which is in the other group
             block.gate.weight[0] = block.gate.weight[5]
     load = torch.tensor([1.0, 2, 0, 0, 0, 3], dtype=torch.float64)
     small = shrunk(merge, model, usage_of(load), keep=2)

@@ -1,4 +1,4 @@
-"""More or fewer experts, from folder to folder."""
+"""These tests check checkpoints with more or fewer experts, read from and written into folders."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.upcycling import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
+from modeling_moe.resizing import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
 from modeling_moe.utils.errors import UserError
 from tests.conftest import tiny_config
 from tests.training.conftest import train_tokenizer
@@ -27,19 +27,19 @@ def moe(tmp_path):
 
 def resize(tmp_path, options, growth=None, pruning=None):
     arguments = [ResizeOptions(**options), growth or GrowthOptions(), pruning or PruningOptions()]
-    _, config, inexactness = resize_checkpoint(str(tmp_path / "moe"), tmp_path / "new", *arguments)
+    _, config, reason = resize_checkpoint(str(tmp_path / "moe"), tmp_path / "new", *arguments)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert model.num_parameters() == config.num_params()
-    return model.eval(), inexactness
+    return model.eval(), reason
 
 
 @pytest.mark.parametrize("mode", ["clone", "masked"])
 def test_growth_keeps_the_function(moe, mode, tmp_path):
-    model, inexactness = resize(tmp_path, {"method": "grow"}, GrowthOptions(mode=mode))
+    model, reason = resize(tmp_path, {"method": "grow"}, GrowthOptions(mode=mode))
     assert model.config.num_experts == 12
-    assert inexactness == ""
+    assert reason is None
     torch.testing.assert_close(model(IDS).logits, moe(IDS).logits, atol=1e-5, rtol=1e-5)
     assert (tmp_path / "new" / "tokenizer.json").exists()
 
@@ -47,9 +47,9 @@ def test_growth_keeps_the_function(moe, mode, tmp_path):
 @pytest.mark.parametrize("method", ["prune", "merge"])
 def test_fewer_experts(moe, method, tmp_path):
     options = {"method": method, "data": [f"mine={tmp_path / 'text.txt'}"], "tokens": 200}
-    model, inexactness = resize(tmp_path, options, pruning=PruningOptions(keep=3))
+    model, reason = resize(tmp_path, options, pruning=PruningOptions(keep=3))
     assert model.config.num_experts == 3
-    assert "tokens that used a dropped expert use others" in inexactness
+    assert "tokens of a dropped expert are sent to other experts" in reason
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("moe", "new"))
     kept = [
         expert
@@ -68,8 +68,8 @@ def test_fewer_experts(moe, method, tmp_path):
 def test_one_task(tmp_path):
     model = MoEForCausalLM(tiny_config(router_type="task", num_tasks=3)).eval()
     model.save_pretrained(tmp_path / "moe")
-    extracted, inexactness = resize(tmp_path, {"method": "extract", "task": 1})
-    assert inexactness == ""
+    extracted, reason = resize(tmp_path, {"method": "extract", "task": 1})
+    assert reason is None
     assert torch.equal(extracted(IDS).logits, model(IDS, task_ids=torch.tensor([1, 1])).logits)
 
 
@@ -95,7 +95,7 @@ def test_a_model_of_transformers(tmp_path):
     ("options", "message"),
     [
         ({"method": "shrink"}, "method 'shrink' is unknown: it must be one of grow, prune, merge, extract"),
-        ({"method": "prune"}, "method 'prune' ranks the experts by what a text uses: give data"),
+        ({"method": "prune"}, "method 'prune' ranks the experts by their use on a text: give data"),
         ({"method": "extract"}, "method 'extract' keeps the experts of one task: give task"),
         ({"method": "extract", "task": 0}, "extract_task needs a model with router_type='task'"),
         ({"method": "merge", "data": ["mine=/nowhere"]}, "/nowhere"),
@@ -112,7 +112,7 @@ def test_mistakes_leave_nothing(moe, options, message, tmp_path):
 
 @pytest.mark.parametrize("method", ["prune", "merge"])
 def test_a_wrong_keep_is_refused_before_the_text_is_read(moe, method, tmp_path):
-    """The answer came after the whole text was measured."""
+    """The message must not come after the whole text has been measured."""
     with pytest.raises(UserError, match="keep is 0: it must be a multiple"):
         resize(tmp_path, {"method": method, "data": ["mine=/nowhere"]}, pruning=PruningOptions(keep=0))
 

@@ -1,4 +1,4 @@
-"""What is measured of each expert, against a loop over tokens and slots."""
+"""These tests compare the measured usage of experts with a loop over tokens and assignments."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ BATCHES = [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:], "attention_mask": MASK
 
 
 def naive(model, batches) -> tuple[dict[int, torch.Tensor], int]:
-    """(3, E) of each sparse layer: load, mass and reap."""
+    """Returns (3, E) for each sparse layer: load, mass and reap."""
     sums = {i: torch.zeros(3, model.config.num_experts, dtype=torch.float64) for i in (0, 2)}
     count, inputs = 0, {}
     hooks = [
@@ -94,6 +94,6 @@ def test_what_cannot_be_measured():
         measure_usage(model, [])
     with pytest.raises(UserError, match="lacks layer 1"):
         measure_usage(model, BATCHES).of(1)
-    soft = MoEForCausalLM(tiny_config(router_type="soft", allow_noncausal=True))
-    with pytest.raises(UserError, match="router_type='soft'"):
+    soft = MoEForCausalLM(tiny_config(router_type="soft_moe", allow_noncausal=True))
+    with pytest.raises(UserError, match="router_type='soft_moe'"):
         measure_usage(soft, BATCHES)

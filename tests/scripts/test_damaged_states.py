@@ -84,7 +84,7 @@ def test_a_damaged_trainer_state_ended_in_a_traceback(content, run):
     folder, resume = run
     (folder / "trainer_state.json").write_text(content)
     assert "trainer_state.json is damaged" in resume("--resume_from_checkpoint", folder)
-    assert "holds no checkpoint that is whole" in resume()
+    assert "holds no complete checkpoint" in resume()
 
 
 def test_damaged_weights_of_a_checkpoint_ended_in_a_traceback(run):
@@ -106,7 +106,7 @@ def test_another_schedule_was_taken_without_a_word(run, checkpoint, text_file, m
     assert "is at step 2, past max_steps 1: raise it" in resume("--max_steps", "1")
     flags = [*small(checkpoint, text_file, folder.parent, steps=3), "--eval_fraction", "0", "--save_steps", "2"]
     finetune(monkeypatch, *flags, "--resume_from_checkpoint", "true")
-    assert "was to end at step 2 and this one ends at 3" in caplog.text
+    assert "was planned to end at step 2, and this run ends at 3" in caplog.text
     caplog.clear()
     finetune(monkeypatch, *flags, "--resume_from_checkpoint", "true", "--lr_scheduler_type", "constant")
     assert "was to end" not in caplog.text
@@ -150,7 +150,7 @@ def test_overwrite_deleted_what_no_run_wrote(checkpoint, text_file, tmp_path, mo
     line = mistake(monkeypatch, capsys, *small(checkpoint, text_file, tmp_path / "other"), "--overwrite")
     assert "which no fine-tuning wrote: choose another" in line
     line = mistake(monkeypatch, capsys, *small(checkpoint, text_file, checkpoint), "--overwrite")
-    assert "is the model to train, which would be replaced" in line
+    assert "is the folder of the model to train" in line
 
 
 def test_finetune_wrote_into_a_folder_that_nobody_named(checkpoint, text_file, tmp_path, monkeypatch, capsys):

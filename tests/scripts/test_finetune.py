@@ -284,7 +284,7 @@ def test_lora_without_the_routers_loses_no_bias(text_file, tokenizer, tmp_path, 
     tokenizer.save_pretrained(tmp_path / "model")
     flags = ["--method", "lora", "--lora_router", "false"]
     error = mistake(monkeypatch, capsys, *small(tmp_path / "model", text_file, tmp_path / "out"), *flags)
-    assert "lora_router false would lose what the routers' controller moves" in error
+    assert "lora_router false would lose the selection biases that the routers' controller" in error
 
 
 def test_overwritten_adapter_leaves_nothing_behind(checkpoint, text_file, tmp_path, monkeypatch):
@@ -307,10 +307,10 @@ def test_reloads_without_the_package(checkpoint, text_file, tmp_path, monkeypatc
         (["--data", "wiki"], "write domain=source"),
         (["--data", "wiki=missing.txt"], "missing.txt does not exist"),
         (["--method", "qlora"], "choose one of full, lora, router, attention"),
-        (["--method", "router", "--freeze_experts", "0"], "freeze_experts goes with method full"),
-        (["--freeze_experts", "3-1"], "freeze_experts '3-1' is no list of experts"),
-        (["--freeze_experts", "0,x"], "freeze_experts '0,x' is no list of experts"),
-        (["--resume_from_checkpoint", "missing"], "missing is no whole checkpoint"),
+        (["--method", "router", "--freeze_experts", "0"], "freeze_experts needs method full"),
+        (["--freeze_experts", "3-1"], "freeze_experts '3-1' is not a list of experts"),
+        (["--freeze_experts", "0,x"], "freeze_experts '0,x' is not a list of experts"),
+        (["--resume_from_checkpoint", "missing"], "missing is not a complete checkpoint"),
         (["--report_to", "paper"], "paper is not supported"),
         (["--eval_fraction", "1.5"], "eval_fraction is 1.5"),
         (["--max_length", "100000"], "lower it"),

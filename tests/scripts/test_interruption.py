@@ -50,7 +50,7 @@ def test_what_was_trained_before_ctrl_c_was_lost(number, text_file, tokenizer, t
     with monkeypatch.context() as patch:
         signals_at(patch, 2, number)
         line = stopped(patch, capsys, *small(model, text_file, tmp_path / "out", steps=5), *flags)
-    assert line.startswith("finetune.py: stopped: step 3 is saved, go on with")
+    assert line.startswith("finetune.py: stopped: step 3 is saved: to go on, add")
     assert "--resume_from_checkpoint true" in line
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
@@ -122,9 +122,7 @@ def test_two_processes_on_the_cpu_trained_alone_and_collided(checkpoint, text_fi
     flags = [flag for flag in small(checkpoint, text_file, tmp_path / "out", steps=1) if flag != "--use_cpu"]
     run = launched(tmp_path, *flags)
     assert run.returncode != 0
-    assert (
-        "2 processes were started, and each would train alone, for there is no GPU: add --use_cpu true" in run.stderr
-    )
+    assert "2 processes were started without a GPU, and each would train alone: add --use_cpu true" in run.stderr
     assert not (tmp_path / "out").exists()
     run = launched(tmp_path, *flags, "--use_cpu", "true", config=True)
     assert run.returncode == 0

@@ -76,7 +76,7 @@ def test_a_preset_had_no_tokenizer_and_could_not_be_trained(flags, tmp_path, mon
         (["--method", "lora"], "method must be full"),
         (["--freeze_experts", "0"], "method must be full"),
         (["--model_name_or_path", "nowhere.json"], "nowhere.json does not exist"),
-        (["--model_name_or_path", "TOKENIZER/tokenizer.json"], "is no configuration of a causal LM"),
+        (["--model_name_or_path", "TOKENIZER/tokenizer.json"], "is not the configuration of a causal LM"),
     ],
 )
 def test_mistakes(more, message, flags, tmp_path, monkeypatch, capsys):

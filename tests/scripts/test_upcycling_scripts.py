@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments import upcycling_initial_loss as step_zero
+from experiments import upcycling_initial_loss as initial_loss
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.training.conftest import train_tokenizer
@@ -67,9 +67,9 @@ def test_table(run, dense, tmp_path):
     assert code == 0
     record = json.loads((tmp_path / "table.json").read_text())
     exact, megatron = record["results"]
-    assert exact["inexactness"] == ""
+    assert exact["reason_not_exact"] is None
     assert exact["largest_difference"] < 1e-4
-    assert "scaling='megatron'" in megatron["inexactness"]
+    assert "scaling='megatron'" in megatron["reason_not_exact"]
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.count("│") == 7}
     assert "│ yes " in rows["copy"]
     assert "│ no " in rows["virtual groups, Megatron"]
@@ -78,12 +78,12 @@ def test_table(run, dense, tmp_path):
 
 
 def test_a_broken_claim_fails_after_the_table(run, dense, monkeypatch):
-    monkeypatch.setattr(step_zero, "TOLERANCE", -1.0)
+    monkeypatch.setattr(initial_loss, "TOLERANCE", -1.0)
     code, out, err = run("upcycling_table.py", model_name_or_path=dense, tokens=32, only=["copy", "drop .5"])
     assert code == 2
     assert "drop .5" in out
     assert len(err.strip().splitlines()[-1:]) == 1
-    assert "these claim to compute the dense function" in err
+    assert "methods claim to compute the dense function" in err
     assert "copy (" in err.splitlines()[-1]
     assert "drop .5 (" not in err
 

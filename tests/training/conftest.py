@@ -1,4 +1,4 @@
-"""A tokenizer trained on a small text, and what is needed to run a `Trainer` for a step."""
+"""Shared by the tests of training: a tokenizer trained on a small text, tiny models, and `Trainer` arguments."""
 
 import random
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
+import modeling_moe.training
 from modeling_moe import MoEForCausalLM
 from tests.conftest import tiny_config
 
@@ -16,13 +17,13 @@ WORDS = ["der", "Weg", "führt", "über", "die", "Brücke", "to", "the", "old", 
 
 
 def sample_text(lines: int = 800) -> str:
-    """Lines of random words, one to four UTF-8 bytes a character."""
+    """Returns lines of random words whose characters have one to four UTF-8 bytes."""
     choice = random.Random(0).choices
     return "".join(" ".join(choice(WORDS, k=8)) + ".\n" for _ in range(lines))
 
 
 def train_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
-    """A byte-level BPE like GPT-2's; the smallest one cuts characters into bytes."""
+    """Trains a byte-level BPE tokenizer like GPT-2's; a small one cuts characters into bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,13 +38,13 @@ def train_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(**fields) -> MoEForCausalLM:
-    """The same weights for the same fields."""
+    """Returns a tiny model; equal fields give equal weights."""
     torch.manual_seed(0)
     return MoEForCausalLM(tiny_config(vocab_size=300, **fields))
 
 
 def training_arguments(output_dir: Path, **fields) -> TrainingArguments:
-    """One plain SGD step on the CPU, with the gradient as it is."""
+    """Returns arguments for one plain SGD step on the CPU, without gradient clipping."""
     defaults = {
         "output_dir": str(output_dir),
         "use_cpu": True,
@@ -62,7 +63,7 @@ class GradientRecorder(TrainerCallback):
     """Keeps the routers' gradients of the last optimizer step in `gradients`, by name."""
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        """Copies them."""
+        """Copies the gradients."""
         self.gradients = {
             name: parameter.grad.clone()
             for name, parameter in model.named_parameters()
@@ -70,15 +71,23 @@ class GradientRecorder(TrainerCallback):
         }
 
 
+@pytest.fixture(autouse=True)
+def enabled():
+    """Gives each `Trainer` of a test a MoECallback."""
+    modeling_moe.training.enable()
+    yield
+    modeling_moe.training.disable()
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """300 tokens."""
+    """Returns a tokenizer of 300 tokens."""
     return train_tokenizer()
 
 
 @pytest.fixture
 def text_file(tmp_path) -> Path:
-    """800 lines, 28 kB."""
+    """Returns a text file of 800 lines and 28 kB."""
     path = tmp_path / "sample.txt"
     path.write_text(sample_text(), encoding="utf-8")
     return path
@@ -86,7 +95,7 @@ def text_file(tmp_path) -> Path:
 
 @pytest.fixture
 def checkpoint(tmp_path, tokenizer) -> Path:
-    """A tiny MoE with its tokenizer."""
+    """Returns the folder of a tiny MoE with a tokenizer."""
     path = tmp_path / "checkpoint"
     tiny_model().save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -1,4 +1,4 @@
-"""Every causal LM of the installed transformers that has experts: few of them, narrow, with random weights."""
+"""This module builds a tiny model of every causal LM with experts in the installed transformers."""
 
 import inspect
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-# names that transformers' configurations use -> a small value
+# field of transformers' configurations -> a small value
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -21,7 +21,7 @@ SMALL = {
     "intermediate_size": 24,
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
-    # two digits, for the order of experts
+    # two digits, so that sorting by name and by number differ
     "num_experts": 12,
     "num_local_experts": 12,
     "n_routed_experts": 12,
@@ -38,7 +38,7 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# what a model type asks for besides
+# model type -> further fields that it needs
 ALSO = {
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_expand": 2, "mamba_d_head": 16},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -51,18 +51,18 @@ ALSO = {
     "inkling2_loop_text": {"unpadded_vocab_size": 60},
     "gemma4_text": {"enable_moe_block": True, "num_key_value_heads": 2, "top_k_experts": 2},
 }
-# dbrx: no model of its default configuration runs; deepseek_v4: a `Trainer` cannot read the config.json it wrote
+# dbrx: the default configuration gives no model that runs; deepseek_v4: a `Trainer` cannot read its own config.json
 BROKEN = {"dbrx", "deepseek_v4"}
 
 
 def model_class(model_type: str) -> type[PreTrainedModel]:
-    """The causal LM of a model type."""
+    """Returns the causal LM class of a model type."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     return getattr(transformers, name if isinstance(name, str) else name[0])
 
 
 def families() -> list[str]:
-    """Model types whose model has a module `experts`; of those with a text model of their own, that one."""
+    """Returns the model types with a module `experts`; a model type with a separate text model is left out."""
     names, root = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, Path(transformers.__file__).parent / "models"
     found = []
     for model_type in sorted(names.keys() - BROKEN - {"moe"}):
@@ -79,7 +79,7 @@ def families() -> list[str]:
 
 
 def tiny(model_type: str, **fields) -> PreTrainedModel:
-    """The same weights for the same fields, in fp32."""
+    """Returns a tiny fp32 model; equal fields give equal weights."""
     config_class = CONFIG_MAPPING[model_type]
     known = {*config_class().to_dict(), *config_class.attribute_map}
     small = {name: value for name, value in SMALL.items() if name in known}

@@ -1,4 +1,4 @@
-"""MoECallback in a real Trainer."""
+"""These tests run MoECallback in a Trainer."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, default_data_collator
 
-from modeling_moe.router_balancing import RouterTotals, forget_counts, update_routers
+import modeling_moe.training
+from modeling_moe.router_balancing import FORGOTTEN, RouterTotals, forget_counts, update_routers
 from modeling_moe.training import MoECallback
 from tests.training.conftest import tiny_model, training_arguments
 
@@ -23,12 +24,12 @@ CHECKPOINTING = {
 
 
 def statistics(model) -> torch.Tensor:
-    """What the sparse layers have counted since the last step (sparse layers, E)."""
+    """Returns what the sparse layers have counted since the last step, (sparse layers, E)."""
     return next(m for m in model.modules() if isinstance(m, RouterTotals)).statistics
 
 
 class LoadRecorder(TrainerCallback):
-    """Keeps what the sparse layers have counted when the optimizer steps, and the scales of the attached losses."""
+    """Keeps the counts of the sparse layers before the optimizer step, and the scales of the attached losses."""
 
     def __init__(self):
         self.scales = []
@@ -44,7 +45,7 @@ def biased_model(**fields):
 
 
 def biases(model) -> torch.Tensor:
-    """(sparse layers, E)."""
+    """Returns the selection biases (sparse layers, E)."""
     names = [name for name in model.state_dict() if name.endswith("e_score_correction_bias")]
     return torch.stack([model.state_dict()[name] for name in names if "original_module" not in name])
 
@@ -73,6 +74,14 @@ def test_bias_moves_once_per_step_by_all_micro_batches(checkpointing, tmp_path):
     torch.testing.assert_close(recorder.load, load)
     torch.testing.assert_close(biases(model), RATE * torch.sign(load.mean(dim=-1, keepdim=True) - load))
     assert not statistics(model).any()
+
+
+def test_without_the_callback_the_bias_stays_and_the_model_says_so(tmp_path, caplog):
+    modeling_moe.training.disable()
+    model = biased_model()
+    train(model, torch.randint(3, 300, (8, 11)), tmp_path, max_steps=3, learning_rate=0.1)
+    assert not biases(model).any()
+    assert FORGOTTEN in caplog.text
 
 
 def test_bias_moves_at_every_step(tmp_path):
@@ -108,10 +117,10 @@ def test_the_last_step_of_an_epoch_has_what_is_left(tmp_path):
 
 
 def test_passing_the_callback_too_steps_once(tmp_path):
-    """This controller moves the biases by a target less the load, so also for a load of nothing."""
+    """This controller moves the biases by a target minus the load, so a second step without load would move them too."""
     ids, after = torch.randint(3, 300, (8, 11)), []
     for callbacks in ((), (MoECallback(),)):
-        model = biased_model(router_controller="pid", num_null_experts=3, expected_experts_per_tok=2)
+        model = biased_model(router_controller="proportional", num_null_experts=3, expected_experts_per_tok=2)
         train(model, ids, tmp_path, callbacks)
         after.append(biases(model))
     assert after[0].any()
@@ -165,13 +174,13 @@ def test_dense_model_is_left_alone(tmp_path):
 
 
 def test_counts_of_an_abandoned_step_do_not_move_the_bias(tmp_path):
-    """In a `Trainer`, and in a loop of one's own that says so."""
+    """A Trainer drops the counts, and so does a loop that calls `forget_counts`."""
     torch.manual_seed(0)
     model, ids = biased_model(), torch.randint(3, 300, (8, 11))
     alone = biased_model()
     alone.load_state_dict(model.state_dict())
     train(alone, ids, tmp_path / "alone", max_steps=1)
-    for _ in range(50):  # outweighs the step
+    for _ in range(50):  # more than the step counts
         model.train()(torch.full_like(ids, 7), labels=ids)
     assert statistics(model).any()
     train(model, ids, tmp_path / "after", max_steps=1)

@@ -1,4 +1,4 @@
-"""A `Trainer`'s steps in bf16 by autocast, on the GPU where there is one, and how often they cast the experts."""
+"""These tests train in bf16 by autocast, on a GPU if there is one, and count how often the experts are cast."""
 
 from types import SimpleNamespace
 
@@ -21,13 +21,13 @@ class Gradients(TrainerCallback):
     """Keeps all gradients of the last optimizer step in `named`."""
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        """Copies them."""
+        """Copies the gradients."""
         self.named = {name: parameter.grad.cpu().clone() for name, parameter in model.named_parameters()}
 
 
 @pytest.fixture
 def backends(monkeypatch) -> list[tuple[str, torch.dtype]]:
-    """Back end and dtype of each call of the operator."""
+    """Lists the back end and dtype of each call of the operator."""
     seen, operator = [], interface.experts
 
     def spy(*arguments):
@@ -46,7 +46,7 @@ def one_layer():
 def trainer_of(model, rows: torch.Tensor, tmp_path, callbacks=(), **fields) -> Trainer:
     data = Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()})
     args = training_arguments(tmp_path, **fields)
-    args._n_gpu = min(args.n_gpu, 1)  # on a machine of several GPUs `Trainer` would split the batch
+    args._n_gpu = min(args.n_gpu, 1)  # with several GPUs `Trainer` would split the batch
     return Trainer(
         model=model, args=args, train_dataset=data, data_collator=default_data_collator, callbacks=[*callbacks]
     )
@@ -74,7 +74,7 @@ def test_bf16(checkpointing, device, backends, tmp_path):
 @NEEDS_TRITON
 @pytest.mark.parametrize(("callbacks", "casts"), [([], 2 * 2 * 2), ([CastOnceCallback()], 2)], ids=["each", "once"])
 def test_casts_of_two_steps(callbacks, casts, device, tmp_path):
-    """Two steps of two micro-batches: in forward and in backward of each, or once a step."""
+    """In two steps of two micro-batches, experts are cast in each forward and backward pass, or once per step."""
     model = one_layer()
     model.set_experts_implementation("moe_triton")
     fields = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "bf16": True}
@@ -85,19 +85,19 @@ def test_casts_of_two_steps(callbacks, casts, device, tmp_path):
 
 
 class Watch(TrainerCallback):
-    """Keeps how many `cast_once` are open at the events of a `Trainer`, and fails in the step that it is told."""
+    """Keeps how many `cast_once` are open at the events of a `Trainer`, and fails in the given step."""
 
     def __init__(self, fails: int | None = None):
         self.fails, self.seen = fails, []
 
     def on_substep_end(self, args, state, control, **kwargs):
-        """Between two micro-batches."""
+        """Counts between two micro-batches."""
         self.seen.append(("micro-batch", len(casting._open)))
         if state.global_step == self.fails:
             raise ZeroDivisionError
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        """After the optimizer."""
+        """Counts after the optimizer step."""
         self.seen.append(("optimizer", len(casting._open)))
 
 

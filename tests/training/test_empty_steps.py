@@ -1,4 +1,4 @@
-"""Optimizer steps without any label: in a plain `Trainer` they once made every parameter NaN, by 0 / 0."""
+"""These tests train steps without any label, which must not make parameters NaN by 0 / 0."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ KINDS = {
                "router_entropy_loss_coef": 0.1},
     "sums": {"router_type": "noisy_topk", "router_importance_loss_coef": 0.1, "router_load_loss_coef": 0.1},
     "global": {"router_aux_loss_coef": 0.1, "router_aux_loss_scope": "global"},
-    "relu": {"router_type": "relu", "router_sparsity_coef": 0.01},
+    "remoe": {"router_type": "remoe", "router_sparsity_coef": 0.01},
     "capacity": {"capacity_factor": 0.5, "router_aux_loss_coef": 0.1},
 }  # fmt: skip
 
 
 class Rows(Dataset):
-    """Rows of eight tokens, of which those listed have labels."""
+    """A dataset of rows of eight tokens; `labelled` says which rows have labels."""
 
     def __init__(self, labelled: list[bool]):
         self.labelled = labelled
@@ -36,7 +36,7 @@ class Rows(Dataset):
 
 
 def train(kind: str, labelled: list[bool], tmp_path, accumulation: int = 1) -> tuple[dict, dict]:
-    """The parameters before and after one optimizer step."""
+    """Returns the parameters before and after one optimizer step."""
     torch.manual_seed(0)
     model = MoEForCausalLM(tiny_config(**KINDS[kind]))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Frozen experts stay the same to the last bit, and all else trains."""
+"""These tests check that frozen experts stay equal bit for bit, while everything else trains."""
 
 import pytest
 import torch
@@ -29,9 +29,9 @@ def snapshot(model) -> dict[str, torch.Tensor]:
 
 
 def moved(model, before) -> tuple[set[str], set[str]]:
-    """Names of parameters in which a frozen expert's row moved, and in which all others did, or what has no rows.
+    """Returns the names of parameters in which a frozen expert moved, and of those in which all others moved.
 
-    Router rows count as the experts' own.
+    An expert's rows are those of the experts' matrices and of the router.
     """
     frozen, free = set(), set()
     for name, parameter in model.named_parameters():
@@ -83,7 +83,7 @@ def test_frozen_rows_do_not_count_in_the_gradient():
     model.zero_grad()
     freeze_experts(model, FROZEN)
     for rows in IDS.chunk(2):
-        # accumulated, as two halves of the mean
+        # accumulates the two halves of the mean
         (model(rows, labels=rows).loss / 2).backward()
     for name, parameter in model.named_parameters():
         if ".experts." in name:
@@ -113,7 +113,7 @@ def test_trainer_keeps_them_and_resumes(tmp_path):
 
     saved = MoEForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
     assert moved(saved, before)[0] == set()
-    # a model of other weights: what counts is the checkpoint
+    # a model with other weights, which the checkpoint replaces
     torch.manual_seed(1)
     resumed = MoEForCausalLM(model.config)
     callbacks = [MoECallback(), FreezeExpertsCallback(FROZEN, router=True)]
@@ -142,7 +142,7 @@ def test_experts_of_other_models():
 
 @pytest.fixture
 def one_process():
-    """A process group of one."""
+    """Makes a process group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -173,7 +173,7 @@ def test_experts_that_are_split_are_refused(one_process):
         ({}, [-1], False, "name some of the 5"),
         ({}, [], False, "name some of the 5"),
         ({"mlp_layer_types": ["dense"] * 3}, [0], False, "needs sparse layers"),
-        ({"router_type": "task_gate", "num_tasks": 2}, [0], True, "set router=False"),
+        ({"router_type": "mmoe", "num_tasks": 2}, [0], True, "set router=False"),
         ({"router_type": "hash"}, [0], True, "set router=False"),
     ],
     ids=str,

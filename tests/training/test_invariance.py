@@ -1,7 +1,8 @@
-"""One optimizer step's gradient, whatever split the batch: accumulation x ranks x checkpointing, in transformers' `Trainer`.
+"""These tests compare the gradient of one optimizer step between splits of its batch, in transformers' `Trainer`.
 
-A table of cells, each one step of a Trainer on the same 16 sequences of unequal lengths, prompts and label counts. Nothing
-but `import modeling_moe.training` prepares the Trainer.
+Each cell of the table is one step on the same 16 sequences of unequal lengths, prompts and label counts, with one
+number of accumulated micro-batches, one number of processes and one kind of checkpointing. Only
+`modeling_moe.training.enable()` prepares the Trainer.
 """
 
 import gc
@@ -16,7 +17,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, default_data_collator
 
-import modeling_moe.training  # noqa: F401, gives each Trainer its MoECallback
+import modeling_moe.training
 from modeling_moe import MoEForCausalLM
 from modeling_moe.router_balancing import exact_global_balance
 from modeling_moe.router_topk import NoisyTopKRouter
@@ -25,7 +26,7 @@ from tests.training.conftest import tiny_model, training_arguments
 
 
 SEQUENCES, RANKS = 16, (1, 2)
-SPLITS = (1, 2, 4, 8)  # micro-batches; of 8, 4, 2 and 1 sequences with 2 ranks
+SPLITS = (1, 2, 4, 8)  # numbers of micro-batches; with 2 processes they have 8, 4, 2 and 1 sequences
 CHECKPOINTING = {
     "none": {},
     "non_reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
@@ -41,7 +42,7 @@ SUMS = {
 } | BIAS
 GLOBAL = {"router_aux_loss_coef": 8.0, "router_aux_loss_scope": "global"}
 BATCH = {"router_aux_loss_coef": 100.0, "router_aux_loss_scope": "batch"}
-# the gradient of either is some 25 times the cross entropy's
+# the gradient of each of these losses is about 25 times that of the cross entropy
 IMPORTANCE = {"router_type": "noisy_topk", "router_importance_loss_coef": 25.0, "router_load_loss_coef": 100.0}
 # kind of batch -> router losses, how the sequences are batched, fields of TrainingArguments
 KINDS = {
@@ -56,14 +57,14 @@ KINDS = {
     "same_importance": (IMPORTANCE, "same", {}),
     "same_importance_label_smoothing": (IMPORTANCE, "same", {"label_smoothing_factor": 0.1}),
 }
-OWN_SIZE = ("batch", "batch_importance")  # kinds whose router losses no split adds up to the whole batch's
+OWN_SIZE = ("batch", "batch_importance")  # kinds whose router losses are not additive over micro-batches
 CELLS = [("padded", *cell) for cell in product(SPLITS, CHECKPOINTING)]
 CELLS += [(kind, split, "none") for kind in KINDS if kind != "padded" for split in (1, 8)]
 CELLS += [(kind, 4, "reentrant") for kind in KINDS if kind not in ("padded", *OWN_SIZE)]
 
 
 def sequences() -> list[dict]:
-    """Token ids with labels on what follows a prompt, the last a prompt only."""
+    """Returns sequences with labels after a prompt; the last sequence is only a prompt."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for i in range(SEQUENCES):
@@ -75,12 +76,12 @@ def sequences() -> list[dict]:
 
 
 def same() -> list[dict]:
-    """One sequence, again and again."""
+    """Returns copies of one sequence."""
     return sequences()[:1] * SEQUENCES
 
 
 def packed() -> list[dict]:
-    """Each sequence with another one behind it in a row of 40 tokens, the rest of which is a third."""
+    """Returns rows of 40 tokens, each packed from three sequences."""
     rows = []
     for first, second in zip(sequences(), reversed(sequences()), strict=True):
         rest = [5] * (43 - len(first["input_ids"]) - len(second["input_ids"]))
@@ -91,7 +92,7 @@ def packed() -> list[dict]:
 
 
 def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Right-padded to the longest of the micro-batch."""
+    """Pads on the right to the longest sequence of the micro-batch."""
     columns = {name: [torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels")}
     columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
     values = {"input_ids": 0, "labels": -100, "attention_mask": 0}
@@ -107,7 +108,7 @@ BATCHINGS = {
 
 
 class Recorder(TrainerCallback):
-    """Keeps all gradients of the step, and the buffers that it moved."""
+    """Keeps all gradients of the step, and the buffers that the step moved."""
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         """Copies the gradients."""
@@ -130,7 +131,7 @@ class ExactTrainer(Trainer):
 
 
 def model_of(coefficients: dict[str, float | str | bool]) -> MoEForCausalLM:
-    """The tiny model; its routers at random where `router_type="noisy_topk"` starts them at 0, all experts alike."""
+    """Returns the tiny model with random routers, which `noisy_topk` would start at 0."""
     model = tiny_model(**({"router_aux_loss_coef": 0.0} | coefficients))
     for router in model.modules():
         if isinstance(router, NoisyTopKRouter):
@@ -140,7 +141,8 @@ def model_of(coefficients: dict[str, float | str | bool]) -> MoEForCausalLM:
 
 
 def run(kind: str, split: int, checkpointing: str, ranks: int, folder: Path) -> dict[str, torch.Tensor]:
-    """Gradients and biases of one step."""
+    """Returns the gradients and biases of one step."""
+    modeling_moe.training.enable()
     coefficients, batching, fields = KINDS[kind]
     rows, collator = BATCHINGS[batching]
     args = training_arguments(
@@ -158,7 +160,7 @@ def run(kind: str, split: int, checkpointing: str, ranks: int, folder: Path) -> 
         data_collator=collator,
         callbacks=[recorder],
     )
-    # a token's noise would be another in another split; the load loss has a gradient without it too
+    # another split would draw other noise for a token; the load loss has a gradient without noise too
     without_noise = mock.patch.object(torch, "randn_like", torch.zeros_like)
     with ExitStack() as trainer.stack, without_noise:
         trainer.train()
@@ -166,15 +168,15 @@ def run(kind: str, split: int, checkpointing: str, ranks: int, folder: Path) -> 
 
 
 def rank_main(rank: int, folder: str) -> None:
-    """All cells on one of two ranks, which Accelerate finds in the environment."""
-    gc.freeze()  # Trainer's collections after each training would look at all that was imported
+    """Runs all cells in one of two processes."""
+    gc.freeze()  # `Trainer` collects garbage after training, which would scan all imported modules
     steps = {cell: run(*cell, 2, Path(folder)) for cell in CELLS}
     torch.save(steps, f"{folder}/rank{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """(kind, split, checkpointing, ranks) -> gradients and biases."""
+    """Maps (kind, split, checkpointing, ranks) to gradients and biases."""
     folder = tmp_path_factory.mktemp("cells")
     context = run_ranks(rank_main, 2, str(folder), join=False)
     gc.freeze()
@@ -189,7 +191,7 @@ def table(tmp_path_factory):
 
 
 def assert_same_step(got: dict, expected: dict) -> None:
-    """Each tensor to 1e-5 of its largest entry; the biases exactly."""
+    """Compares tensors to 1e-5 of the largest entry, and biases exactly."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         limit = 0.0 if name.endswith("bias") else 1e-5 * tensor.abs().max().item()
@@ -197,7 +199,7 @@ def assert_same_step(got: dict, expected: dict) -> None:
 
 
 def routers(step: dict) -> torch.Tensor:
-    """The routers' gradients as one vector."""
+    """Returns the routers' gradients as one vector."""
     return torch.cat([gradient.flatten() for name, gradient in step.items() if name.endswith("gate.weight")])
 
 
@@ -218,7 +220,11 @@ def test_padding_free_is_padded(prefix, table):
 @pytest.mark.parametrize("cell", [(1, 2), (8, 1), (8, 2)], ids=str)
 @pytest.mark.parametrize("kind", OWN_SIZE)
 def test_losses_of_the_batch_keep_their_size(kind, cell, table):
-    """Those of a few short sequences point elsewhere, so along the whole's gradient their mean is 0.2 to 1.4 of it, by
-    the noise that the router draws; their sum over ranks or micro-batches would be 1.8 of it or more."""
+    """The mean of the micro-batches' losses is compared with the loss of the whole batch.
+
+    Losses of a few short sequences differ from the loss of the batch: along the gradient of the batch, their mean is
+    0.2 to 1.4 of it, depending on the router's noise. A sum over processes or micro-batches would be 1.8 of it or
+    more.
+    """
     whole, got = (routers(table[kind, split, "none", ranks]) for split, ranks in ((1, 1), cell))
     assert 0.1 < (got @ whole / (whole @ whole)).item() < 1.6

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite stops the run and is traced to its layer."""
+"""These tests make a loss, gradient or weight not finite, and check that the run stops and names the layer."""
 
 import math
 from pathlib import Path
@@ -7,11 +7,11 @@ import pytest
 import torch
 from datasets import Dataset
 from experiments.router_comparison import load_entries, router_config
-from transformers import Trainer, default_data_collator
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, default_data_collator
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.training import MoECallback
-from modeling_moe.training.nan_stop import NanStopMixin, NonFiniteError, _watched
+from modeling_moe.training.nan_stop import NanStopMixin, NonFiniteError, watch_outputs
 from tests.ranks import run_ranks
 from tests.training.conftest import tiny_model, training_arguments
 
@@ -21,11 +21,11 @@ NAN = float("nan")
 
 
 class NanStopTrainer(NanStopMixin, Trainer):
-    """transformers' own that stops."""
+    """transformers' `Trainer` that stops."""
 
 
-def train(model, tmp_path: Path, ids: torch.Tensor = IDS, **fields) -> None:
-    """Two steps of 8 rows."""
+def train(model, tmp_path: Path, ids: torch.Tensor = IDS, callbacks=(), **fields) -> None:
+    """Trains two steps of 8 rows."""
     rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
     defaults = {"max_steps": 2, "max_grad_norm": 1.0, "learning_rate": 0.1, "train_sampling_strategy": "sequential"}
     NanStopTrainer(
@@ -33,7 +33,7 @@ def train(model, tmp_path: Path, ids: torch.Tensor = IDS, **fields) -> None:
         args=training_arguments(tmp_path, **(defaults | fields)),
         train_dataset=rows,
         data_collator=default_data_collator,
-        callbacks=[MoECallback()],
+        callbacks=list(callbacks),
     ).train()
 
 
@@ -56,7 +56,7 @@ def spoil_gradient(model, layer: str) -> None:
     """Makes the gradient of a layer's output NaN."""
 
     def hook(module, args, output):
-        states = output[0] if isinstance(output, tuple) else output  # a block's router signals follow
+        states = output[0] if isinstance(output, tuple) else output  # the statistics of a block's router follow
         if states.requires_grad:
             states.register_hook(lambda gradient: gradient * NAN)
 
@@ -108,6 +108,32 @@ def test_names_a_bad_weight(tmp_path):
         train(model, tmp_path)
 
 
+class SpoilWeight(TrainerCallback):
+    """Makes a weight NaN after an optimizer step, before the checkpoint of that step is saved."""
+
+    name = "model.layers.2.mlp.experts.down_proj"
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        """Spoils the weight."""
+        if state.global_step == self.step:
+            with torch.no_grad():
+                model.get_parameter(self.name)[0, 0, 0] = NAN
+
+
+def test_weights_are_checked_before_a_checkpoint_is_saved(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(
+        NonFiniteError, match=f"^step 2: the weight {SpoilWeight.name} is not finite; it was not saved:"
+    ):
+        train(tiny_model(), tmp_path, callbacks=[SpoilWeight(step=2)], **saving)
+    saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert not list((tmp_path / "checkpoint-2").glob("*.safetensors"))
+
+
 def test_overflow_of_finite_weights(tmp_path):
     model = tiny_model()
     with torch.no_grad():
@@ -154,14 +180,14 @@ def test_no_router_is_taken_for_broken():
     fields, entries = load_entries(str(Path(__file__).parents[2] / "configuration" / "routers.yaml"))
     for entry in entries:
         model = MoEForCausalLM(router_config(fields, entry)).train()
-        with _watched(model) as run:
+        with watch_outputs(model) as record:
             model(input_ids=IDS, labels=IDS, task_ids=torch.zeros(8, dtype=torch.long))
-        assert run.first_bad is None, entry.name
+        assert record.first_bad is None, entry.name
 
 
 def rank_main(rank: int, folder: str) -> None:
     model = tiny_model()
-    spoil_token(model, "model.layers.1.mlp", token=int(IDS[1, 0]))  # on one rank alone
+    spoil_token(model, "model.layers.1.mlp", token=int(IDS[1, 0]))  # in one process only
     try:
         train(model, Path(folder), ids=IDS[:2], per_device_train_batch_size=1, ddp_find_unused_parameters=False)
     except NonFiniteError as error:

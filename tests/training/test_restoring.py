@@ -1,4 +1,4 @@
-"""A plain `Trainer` that resumes from a checkpoint, or loads its best one, has the weights of one that did neither."""
+"""These tests resume a `Trainer` or load its best checkpoint, and compare the weights with an unbroken run."""
 
 import functools
 
@@ -32,7 +32,7 @@ def trainer(model: PreTrainedModel, output_dir, **fields) -> Trainer:
 
 
 def shards(monkeypatch) -> None:
-    """Saves in shards of 20 kB, between whose limits the experts of a layer lie."""
+    """Makes models save shards of 20 kB, which divide the experts of a layer."""
     save = functools.partialmethod(PreTrainedModel.save_pretrained, max_shard_size="20KB")
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
 
@@ -61,10 +61,10 @@ def test_a_plain_trainer_resumes_without_its_experts(kind, sharded, tmp_path, mo
 
 
 class Spoil(TrainerCallback):
-    """Makes evaluation worse with every step, so that the first checkpoint is the best."""
+    """Makes the evaluation loss rise with every step, so that the first checkpoint is the best."""
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        """Writes what the trainer compares."""
+        """Replaces the loss that the trainer compares."""
         metrics["eval_loss"] = float(state.global_step)
 
 
@@ -103,6 +103,22 @@ def test_names_of_the_model_itself_pass_as_they_are(tmp_path):
     assert "lm_head.weight" in result.missing_keys
 
 
+def test_our_model_needs_no_callback_to_resume_and_to_load_the_best(tmp_path):
+    modeling_moe.training.disable()
+    whole, resumed = make("ours"), make("ours")
+    trainer(whole, tmp_path).train()
+    trainer(resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert restore_hook(resumed) is None
+    assert differing(resumed, whole) == []
+    best, middle = make("ours"), make("ours")
+    trainer(middle, tmp_path / "middle", max_steps=2).train()
+    fields = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    trained = trainer(best, tmp_path / "best", **fields)
+    trained.add_callback(Spoil())
+    trained.train()
+    assert differing(best, middle) == []
+
+
 LACKS = {
     "mixtral": ["model.layers.1.block_sparse_moe.experts.10.w2.weight", "model.layers.0.block_sparse_moe.gate.weight"],
     "gpt_oss": ["model.layers.1.mlp.router.weight", "model.layers.0.mlp.experts.down_proj"],
@@ -119,7 +135,7 @@ def test_a_checkpoint_that_lacks_a_tensor_was_resumed_from(kind, name, tmp_path)
     save_file(tensors, file, metadata={"format": "pt"})
     model = make(kind)
     layer = name.rpartition(".experts")[0].removesuffix("block_sparse_moe")
-    with pytest.raises(RestoringError, match="is not whole: it") as error:
+    with pytest.raises(RestoringError, match="is not complete: it") as error:
         trainer(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert layer in str(error.value)
     with pytest.raises(RuntimeError, match="Missing key"):

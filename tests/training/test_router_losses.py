@@ -1,11 +1,11 @@
-"""The router losses in transformers' `Trainer`: there, once, in training only; `test_invariance` splits the batch."""
+"""These tests check that router losses reach transformers' `Trainer` once, and in training only."""
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import Trainer, default_data_collator
 
-import modeling_moe.training  # noqa: F401, gives each Trainer its MoECallback
+import modeling_moe.training
 from tests.training.conftest import GradientRecorder, tiny_model, training_arguments
 
 
@@ -18,12 +18,12 @@ HIDE_LABELS = {"label_smoothing_factor": 0.1}
 
 @pytest.fixture
 def ids() -> torch.Tensor:
-    """(8, 41)."""
+    """Returns token ids (8, 41)."""
     return torch.randint(3, 300, (8, 41))
 
 
 def gradients(coefficients: dict, ids: torch.Tensor, tmp_path, **fields) -> torch.Tensor:
-    """The routers' gradients in one step of a Trainer, as one vector."""
+    """Returns the routers' gradients in one step of a Trainer, as one vector."""
     recorder = GradientRecorder()
     trainer = Trainer(
         model=tiny_model(**coefficients),
@@ -37,7 +37,7 @@ def gradients(coefficients: dict, ids: torch.Tensor, tmp_path, **fields) -> torc
 
 
 def router_loss_gradients(coefficients: dict, ids: torch.Tensor) -> torch.Tensor:
-    """Those of the router losses alone, by autograd."""
+    """Returns the routers' gradients of the router losses alone, by autograd."""
     model = tiny_model(**coefficients).train()
     model.model(ids, attach_router_loss=False).router_loss.backward()
     return torch.cat([layer.mlp.gate.weight.grad.flatten() for layer in model.model.layers if layer.is_sparse])
@@ -60,9 +60,19 @@ def test_accumulation_over_equal_micro_batches(trainer_fields, ids, tmp_path):
     torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-5 * whole.abs().max())
 
 
+@pytest.mark.parametrize(("trainer_fields", "times"), [({}, 1), (HIDE_LABELS, 4)], ids=["labels", "hidden_labels"])
+def test_without_the_callback_attached_losses_add_up_over_micro_batches(trainer_fields, times, ids, tmp_path):
+    modeling_moe.training.disable()
+    ids = ids[:1].expand(8, -1)
+    expected = router_loss_gradients(BOTH, ids)
+    accumulated = gradients(BOTH, ids, tmp_path, **trainer_fields, **ACCUMULATE)
+    without = gradients(NONE, ids, tmp_path, **trainer_fields, **ACCUMULATE)
+    torch.testing.assert_close(accumulated - without, times * expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
+
+
 @pytest.mark.parametrize("trainer_fields", [{}, HIDE_LABELS], ids=["labels", "hidden_labels"])
 def test_accumulation_does_not_multiply_the_balance_loss(trainer_fields, ids, tmp_path):
-    # f * P differs between micro-batches and the whole, so only the size can agree
+    # f * P of micro-batches differs from that of the batch, so only the sizes are compared
     whole = gradients(BALANCE, ids, tmp_path, **trainer_fields)
     accumulated = gradients(BALANCE, ids, tmp_path, **trainer_fields, **ACCUMULATE)
     ratio = (accumulated @ whole / (whole @ whole)).item()
@@ -70,7 +80,7 @@ def test_accumulation_does_not_multiply_the_balance_loss(trainer_fields, ids, tm
 
 
 def test_label_smoothing_predicts_the_next_token(ids, tmp_path):
-    """transformers shifts the labels only for classes that its list of causal LMs names."""
+    """transformers shifts the labels only for the classes in its list of causal LMs."""
     trainer = Trainer(model=tiny_model(**NONE).eval(), args=training_arguments(tmp_path, label_smoothing_factor=1e-6))
     inputs = {"input_ids": ids, "labels": ids}
     expected = trainer.model(**inputs).loss

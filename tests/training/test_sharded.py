@@ -1,5 +1,4 @@
-"""`finetune` with a model that is split over two processes, by `DistributedConfig` or by Accelerate's FSDP2, against one
-process; and resumed."""
+"""These tests compare `finetune` of a model that is split over two processes with one process, and resume it."""
 
 import json
 import shutil
@@ -54,10 +53,10 @@ CELLS += [(plan, method) for plan in ("fsdp_ep", "tp_ep", "ddp", "accelerate") f
 
 
 class SameFactors(TrainerCallback):
-    """A split model draws its factors in other parts, and so from other random numbers."""
+    """Fills the factors by formula, since a split model draws other random numbers."""
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        """Fills them, unless a checkpoint has."""
+        """Fills the factors, unless they come from a checkpoint."""
         split = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         assert split == (args.fsdp or is_split(model))
         if state.global_step == 0:
@@ -70,7 +69,7 @@ class SpoilLayer(TrainerCallback):
     layer = "model.layers.1.mlp"
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        """Hooks it."""
+        """Adds the hook."""
 
         def hook(module, inputs, output):
             return output * float("nan") if state.global_step == 1 else output
@@ -89,7 +88,7 @@ def run(
     callbacks: Sequence[TrainerCallback] = (),
     **plan: int | str,
 ) -> None:
-    """Four steps of eight blocks."""
+    """Trains four steps of eight blocks."""
     args = FinetuneArguments(
         output_dir=str(output),
         use_cpu=True,
@@ -112,7 +111,7 @@ def run(
 
 
 def let_accelerate_split_on_cpus() -> None:
-    """It runs DDP where FSDP2 is asked for on CPUs; with the name of another device it does what it does there."""
+    """Makes Accelerate use FSDP2 on CPUs, where it would use DDP, by the name of another device."""
     init = AcceleratorState.__init__
 
     def of_gpus(state, *args, fsdp_plugin=None, **kwargs) -> None:
@@ -124,8 +123,8 @@ def let_accelerate_split_on_cpus() -> None:
 
 
 def rank_main(rank: int, folder: str) -> None:
-    """All plans and methods; each once more from its second step."""
-    # Accelerate wants GPUs for tensor parallelism, which transformers does by itself
+    """Runs all plans and methods, and resumes each from the second step."""
+    # Accelerate refuses tensor parallelism without GPUs, and transformers does it alone
     ParallelismConfig._validate_accelerator = lambda *_: None
     let_accelerate_split_on_cpus()
     root = Path(folder)
@@ -149,9 +148,9 @@ def rank_main(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What one process and two make of the same checkpoint and text."""
+    """Trains one checkpoint on one text with one process and with two."""
     folder = tmp_path_factory.mktemp("sharded_training")
-    # six experts, which two processes can share; no loss of the batch, which depends on how it is split
+    # two processes can share six experts; a loss of the batch would depend on the split
     model = tiny_model(
         num_experts=6, router_aux_loss_coef=0.0, router_z_loss_coef=0.1,
         scoring_func="sigmoid", router_selection_bias=True, router_bias_update_rate=0.125,
@@ -172,7 +171,7 @@ def losses(output: Path, name: str = "loss") -> list[float]:
 
 @torch.no_grad()
 def logits(output: Path, method: str) -> torch.Tensor:
-    """Of the model that was saved, loaded whole."""
+    """Returns the logits of the saved model, loaded whole."""
     loader = AutoPeftModelForCausalLM if method == "lora" else AutoModelForCausalLM
     return loader.from_pretrained(output).eval()(IDS).logits
 

@@ -1,4 +1,4 @@
-"""TRL's trainers, which bypass our head: the router losses arrive, and what they save generates in batch."""
+"""These tests run TRL's trainers, which bypass the model's head: router losses, biases, and saved models."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import modeling_moe.training  # noqa: F401, gives each Trainer its MoECallback
 from modeling_moe.router_balancing import RouterTotals
 from tests.training.conftest import tiny_model, training_arguments
 from tests.training.families import tiny
@@ -29,22 +28,22 @@ LENGTHS = (5, 9, 17, 6, 12, 8, 20, 7)
 
 
 def rows() -> list[dict]:
-    """Eight texts of unequal lengths."""
+    """Returns eight texts of unequal lengths."""
     return [{"input_ids": torch.randint(3, 300, (length,)).tolist()} for length in LENGTHS]
 
 
 def arguments(config, tmp_path, **fields):
-    """TRL's arguments for one plain step, as `training_arguments`."""
+    """Returns TRL's arguments for one plain SGD step."""
     common = training_arguments(tmp_path).to_dict()
     defaults = {name: common[name] for name in COMMON} | {"per_device_train_batch_size": 8, "report_to": "none"}
     return config(**(defaults | {"bf16": False, "gradient_checkpointing": False} | fields))
 
 
 class Recorder(TrainerCallback):
-    """Keeps the routers' gradients as one vector, and what the sparse layers have counted for their controllers."""
+    """Keeps the routers' gradients as one vector, and the counts of the sparse layers for the controllers."""
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        """Copies both."""
+        """Copies gradients and counts."""
         gates = [gate for name, gate in model.named_parameters() if ".mlp.gate." in name and gate.grad is not None]
         self.routers = torch.cat([gate.grad.flatten() for gate in gates])
         totals = next(module for module in model.modules() if isinstance(module, RouterTotals))
@@ -52,7 +51,7 @@ class Recorder(TrainerCallback):
 
 
 def sft(model, data: list[dict], tokenizer, tmp_path, peft_config=None, **fields) -> tuple:
-    """Trainer and recorder after one step."""
+    """Returns trainer and recorder after one step."""
     recorder = Recorder()
     trainer = trl.SFTTrainer(
         model=model,
@@ -67,7 +66,7 @@ def sft(model, data: list[dict], tokenizer, tmp_path, peft_config=None, **fields
 
 
 def router_loss_gradients(data: list[dict]) -> torch.Tensor:
-    """Those of the losses of `SUMS`, by autograd of the mean over the sequences, one by one."""
+    """Returns the routers' gradients of the losses of `SUMS`, as the mean over single sequences, by autograd."""
     model = tiny_model(**SUMS).train()
     for row in data:
         loss = model.model(torch.tensor([row["input_ids"]]), attach_router_loss=False).router_loss
@@ -100,7 +99,7 @@ def test_a_saved_checkpoint_generates_in_batch(tokenizer, tmp_path):
     trainer, _ = sft(tiny_model(**SUMS), rows(), tokenizer, tmp_path)
     trainer.save_model(str(tmp_path / "saved"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-    assert model.config.output_router_logits  # TRL saves it so
+    assert model.config.output_router_logits  # TRL saves the flag
     alone = torch.randint(3, 300, (1, 5))
     batch = torch.cat([torch.cat([torch.zeros(1, 3, dtype=torch.long), alone], dim=1), torch.randint(3, 300, (1, 8))])
     mask = torch.ones_like(batch)

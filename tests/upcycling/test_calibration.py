@@ -1,4 +1,6 @@
-"""What is measured on text: the networks' true inputs, routers that tell domains apart, neurons that fire together."""
+"""These tests check the measurements on text: the networks' true inputs, routers that separate domains, groups of
+neurons.
+"""
 
 import datasets
 import numpy as np
@@ -8,12 +10,12 @@ from transformers import AutoModelForCausalLM
 from transformers.models import gemma2, gpt2, gpt_neox, llama, mixtral, olmo2, opt
 
 from modeling_moe import MoEForCausalLM
+from modeling_moe.data.calibration_text import load_domains
 from modeling_moe.upcycling.calibration import (
     MEASURED_ROUTERS,
     LayerInputs,
     collect_inputs,
     group_neurons,
-    load_domains,
     logit_std,
     measure,
 )
@@ -43,7 +45,7 @@ GPT2 = {
     "eos_token_id": 2,
 }
 NEOX = {name: SIZE[name] for name in SIZE if name != "num_key_value_heads"}
-# model -> its configuration, and the norm before the feed-forward network
+# model -> configuration, and name of the norm before the feed-forward network
 MODELS = {
     "llama": (llama.LlamaConfig(**SIZE), "post_attention_layernorm"),
     "gemma2": (gemma2.Gemma2Config(**SIZE, head_dim=8), "pre_feedforward_layernorm"),
@@ -94,7 +96,7 @@ def test_the_input_is_what_the_norm_after_attention_puts_out(name, tokenizer):
     getattr(layer, norm).register_forward_hook(lambda module, args, output: seen.append(output[0]))
     layer.register_forward_pre_hook(lambda module, args: entered.append(args[0][0]))
     for text in TEXTS.values():
-        # the context holds 64 tokens
+        # the model's context is 64 tokens
         for block in tokenizer(text * 100, return_tensors="pt").input_ids[0, :150].split(64):
             with torch.no_grad():
                 model(block[None])
@@ -152,7 +154,9 @@ def test_active_neurons_are_the_largest_at_the_down_projection(name, tokenizer):
 
 
 def synthetic(num_domains: int, hidden: int = 48, tokens: int = 200) -> tuple[LayerInputs, torch.Tensor, torch.Tensor]:
-    """Domains told apart by a direction each, beside a vector that all share, of unequal length; and fresh states."""
+    """Returns inputs of domains, each with a direction of its domain and a shared vector, of unequal lengths; and
+    new inputs.
+    """
     shared, directions = 2 * torch.randn(hidden), torch.randn(num_domains, hidden)
     lengths = torch.linspace(1.0, 1.5, num_domains)[:, None, None]
 
@@ -172,7 +176,7 @@ def test_domains_that_differ_are_told_apart(init):
     rows = MEASURED_ROUTERS[init](inputs, 0, UpcyclingOptions(num_experts=4)).float()
     chosen = (states @ rows.T).argmax(dim=1)
     if init == "kmeans":
-        # clusters are in no order
+        # the order of clusters is arbitrary
         chosen = torch.stack([chosen[domain == d].mode().values for d in range(4)]).argsort()[chosen]
     assert (chosen == domain).float().mean() > 0.9
 
@@ -193,7 +197,7 @@ def test_the_largest_logit_is_that_of_the_nearest_centroid():
     inputs, states, _ = synthetic(4)
     rows = MEASURED_ROUTERS["kmeans"](inputs, 0, UpcyclingOptions(num_experts=7))
     torch.testing.assert_close(rows.sum(dim=0), torch.zeros(48), atol=1e-6, rtol=0)
-    # the centroids of the points that the router sends together are the router's
+    # the centroid of the points that choose a row equals that row
     directions = torch.nn.functional.normalize(inputs.sample)
     chosen = (inputs.sample @ rows.T).argmax(dim=1)
     means = torch.stack([directions[chosen == r].mean(dim=0) for r in range(7)])
@@ -288,7 +292,7 @@ def test_clustered_split_is_measured(tokenizer):
         ),
         (
             {"router_init": "kmeans", "granularity": 4, "num_experts_per_tok": 4},
-            "finds nothing to tell apart in layer 0: .* at least 2 replicas",
+            "finds no difference .* in layer 0: .* at least 2 replicas",
         ),
     ],
     ids=str,
@@ -303,7 +307,7 @@ def test_domains_that_tell_nothing_are_refused(tokenizer):
     with pytest.raises(UserError, match=r"calibration_data has 1 domain"):
         measured(model, tokenizer, domains("german"), router_init="ridge")
     text = TEXTS["german"] * 40
-    with pytest.raises(UserError, match=r"'text' finds nothing to tell apart .* whose domains differ"):
+    with pytest.raises(UserError, match=r"'text' finds no difference .* whose domains differ"):
         measured(model, tokenizer, documents(one=text, two=text), router_init="text")
 
 

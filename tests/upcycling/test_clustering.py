@@ -1,12 +1,13 @@
-"""Spherical k-means against enumeration, and clusters of equal size against the best assignment."""
+"""These tests compare spherical k-means with enumeration, and clusters of equal size with the best assignment."""
 
+import math
 from itertools import product
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from modeling_moe.upcycling.clustering import assign_evenly, balanced_clusters, kmeans, lloyd, nearest
+from modeling_moe.upcycling.clustering import assign_evenly, balanced_clusters, kmeans, lloyd, nearest, seed_centres
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -31,6 +32,25 @@ def test_kmeans_finds_separate_groups():
     assert len({(a, b) for a, b in zip(labels.tolist(), found.tolist(), strict=True)}) == 6
 
 
+def test_starting_centres_are_drawn_by_the_distance_to_all_centres_before():
+    # 48 equal points and two other ones: a draw that ignores a centre would take an equal point again
+    points = torch.eye(3)[[0] * 48 + [1, 2]]
+    for seed in range(20):
+        assert len(seed_centres(points, 3, generator(seed)).unique(dim=0)) == 3
+
+
+def test_starting_centres_are_drawn_by_the_squared_distance():
+    points = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    draws, random = 4000, generator()
+    pairs = [seed_centres(points, 2, random) for _ in range(draws)]
+    second = [centres[1, 0].item() for centres in pairs if centres[0, 0] == 1]
+    # squared distances of the other points to (1, 0): 0.4 and 2
+    share = sum(x > 0.5 for x in second) / len(second)
+    sigma = math.sqrt(1 / 6 * 5 / 6 / len(second))
+    assert len(second) > draws / 4
+    assert abs(share - 1 / 6) < 4 * sigma
+
+
 def test_a_centre_without_points_takes_the_one_that_lies_worst():
     points = normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.9, 0.1], [0.3, 1.0]]))
     centres, labels, _ = lloyd(points, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), nearest)
@@ -40,7 +60,7 @@ def test_a_centre_without_points_takes_the_one_that_lies_worst():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_even_assignment_is_nearly_the_best(seed):
-    # all want the first cluster
+    # every point prefers the first cluster
     similarity = torch.randn(9, 3, generator=generator(seed)) + torch.tensor([3.0, 0.0, 0.0])
     labels = [torch.tensor(row) for row in product(range(3), repeat=9) if all(row.count(k) == 3 for k in range(3))]
     best = max(similarity.gather(1, row[:, None]).sum().item() for row in labels)

@@ -1,4 +1,4 @@
-"""The plan against the model that it plans, and options that make none."""
+"""These tests compare the plan with the planned model, and check that impossible options are refused."""
 
 import pytest
 import torch
@@ -103,13 +103,13 @@ def test_configuration():
     config = plan.config
     assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (12, 6, 20)
     assert (config.norm_topk_prob, config.router_aux_loss_coef, config.router_z_loss_coef) == (False, 0.5, 0.25)
-    # as Qwen's decoder_sparse_step: the second and the fourth
+    # every:2 is Qwen's decoder_sparse_step: the second and the fourth layer
     assert config.mlp_layer_types == ["dense", "sparse", "dense", "sparse"]
     assert not config.has_shared_experts
-    assert "norm_topk_prob=False" in plan.inexactness
+    assert "norm_topk_prob=False" in (plan.reason_not_exact or "")
     shared = plan_of(num_experts=4, granularity=2, shared_expert=True)
     assert (shared.config.num_shared_experts, shared.config.shared_expert_intermediate_size) == (1, 40)
-    assert shared.inexactness == ""
+    assert shared.reason_not_exact is None
     assert plan_of(layers="3, 1").config.mlp_layer_types == config.mlp_layer_types
 
 
@@ -158,21 +158,21 @@ def test_flags():
         ({"granularity": 3, "num_experts": 9}, r"granularity \(3\) does not divide the dense network's width \(40\)"),
         ({"granularity": 5}, r"granularity \(5\) does not divide num_experts \(8\)"),
         ({"method": "split", "num_experts": 6}, r"num_experts \(6\) does not divide the dense network's width 40"),
-        ({"method": "split", "granularity": 2}, "granularity is 2: method split cuts by num_experts alone"),
-        ({"method": "drop", "drop_ratio": 0.0}, "drop_ratio is 0.0: it must lie above 0"),
-        ({"method": "drop", "drop_ratio": float("nan")}, "drop_ratio is nan: it must lie above 0"),
+        ({"method": "split", "granularity": 2}, "granularity is 2: method split divides by num_experts alone"),
+        ({"method": "drop", "drop_ratio": 0.0}, "drop_ratio is 0.0: it must be above 0"),
+        ({"method": "drop", "drop_ratio": float("nan")}, "drop_ratio is nan: it must be above 0"),
         ({"noise": float("nan")}, "noise is nan: it must be 0 or positive"),
         ({"noise_std": float("inf")}, "noise_std is inf: it must be 0 or positive"),
         ({"source_weights": [float("nan")]}, r"source_weights are \[nan\]: give weights"),
-        ({"method": "drop", "drop_ratio": 1.1}, "drop_ratio is 1.1: .* not above 1"),
-        ({"method": "drop", "drop_ratio": 0.1, "granularity": 8}, "by a neuron of an expert's 5 at least"),
+        ({"method": "drop", "drop_ratio": 1.1}, "drop_ratio is 1.1: .* at most 1"),
+        ({"method": "drop", "drop_ratio": 0.1, "granularity": 8}, "large enough to draw one of an expert's 5 neurons"),
         ({"layers": "every:0"}, "layers is 'every:0': it must be all"),
         ({"layers": "every:two"}, "layers is 'every:two': it must be all"),
         ({"layers": "not every:2"}, "layers is 'not every:2': it must be all"),
         ({"layers": ""}, "layers is '': it must be all"),
-        ({"layers": "every:5"}, "layers is 'every:5': it must name layers between 0 and 3, one at least"),
-        ({"layers": "1,4"}, "layers is '1,4': it must name layers between 0 and 3"),
-        ({"layers": "-1"}, "layers is '-1': it must name layers between 0 and 3"),
+        ({"layers": "every:5"}, "layers is 'every:5': it must name at least one layer, between 0 and 3"),
+        ({"layers": "1,4"}, "layers is '1,4': it must name at least one layer, between 0 and 3"),
+        ({"layers": "-1"}, "layers is '-1': it must name at least one layer, between 0 and 3"),
         ({"router_init": "ridge"}, "router_init='ridge' measures the dense model on text: give calibration_data"),
         ({"method": "split", "split": "clustered"}, "split='clustered' measures the dense model"),
         ({"split": "clustered", **MEASURED}, "split='clustered' has no effect with method='copy'"),

@@ -1,9 +1,10 @@
-"""Routers of an upcycled model: shape, dtype, seeds, and one row for all shards of a replica."""
+"""These tests check the routers of an upcycled model: shape, dtype, seeds, and one row for all shards of a replica."""
 
 import pytest
 import torch
 
 from modeling_moe.upcycling.options import UpcyclingOptions
+from modeling_moe.upcycling.request import LayerRequest
 from modeling_moe.upcycling.router_init import ROUTER_INITS, router_weight
 from modeling_moe.utils.seeds import generator_for
 from tests.conftest import tiny_config
@@ -11,7 +12,8 @@ from tests.conftest import tiny_config
 
 def weight(layer: int = 1, dtype=torch.float32, measured=None, **options) -> torch.Tensor:
     options = UpcyclingOptions(num_experts=6, **options)
-    lazy = router_weight(layer, tiny_config(num_experts=6, dtype=dtype), options, measured or {})
+    config = tiny_config(num_experts=6, dtype=dtype)
+    lazy = router_weight(LayerRequest([], layer, config, options, measured or {}))
     read = lazy.read()
     assert (lazy.shape, lazy.dtype) == (tuple(read.shape), read.dtype)
     return read
@@ -47,6 +49,6 @@ def test_measured_rows_are_taken_as_they_are(init):
 
 def test_a_part_can_be_read_alone():
     options = UpcyclingOptions(num_experts=6)
-    lazy = router_weight(0, tiny_config(num_experts=6), options, {})
+    lazy = router_weight(LayerRequest([], 0, tiny_config(num_experts=6), options, {}))
     assert lazy.dtype == torch.float32
     assert torch.equal(lazy[2:4].read(), lazy.read()[2:4])

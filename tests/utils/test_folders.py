@@ -1,4 +1,4 @@
-"""A result takes the place of nothing but what an earlier run of this package wrote, wherever the user says it shall lie."""
+"""A result replaces only what an earlier run of this package wrote, wherever the user wants the result."""
 
 import errno
 import json
@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from modeling_moe.checkpoints import LazyTensor, write_checkpoint
-from modeling_moe.utils import folders
+from modeling_moe.utils import file_moves, folders
 from modeling_moe.utils.errors import UserError
-from modeling_moe.utils.folders import ResultFolder, refuse_foreign, whole_folder
+from modeling_moe.utils.folder_checks import refuse_foreign
+from modeling_moe.utils.folders import ResultFolder, whole_folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -27,14 +28,14 @@ def finish(folder: Path) -> None:
 
 
 def write(folder, value: float = 1.0, **options) -> None:
-    """Two shards and three small files."""
+    """Writes two shards and three small files."""
     state = {name: LazyTensor.of(torch.full((100,), float(value))) for name in "ab"}
     write_checkpoint(folder, state, {"value": float(value)}, finish, max_shard_size=400, progress=False, **options)
 
 
 @pytest.fixture
 def expected(tmp_path_factory):
-    """What `write(..., value)` gives where nothing is in the way, for the values 1 and 2."""
+    """Returns the files of an undisturbed `write(..., value)` for the values 1 and 2."""
     folder = tmp_path_factory.mktemp("expected")
     for value in (1, 2):
         write(folder / str(value), value)
@@ -183,8 +184,8 @@ def test_result_lands_in_the_folder_that_the_user_named(tmp_path, out, name, old
     assert inode in (None, out.stat().st_ino)
 
 
-def test_a_tilde_that_met_no_shell_is_the_home(tmp_path, expected, monkeypatch):
-    """`output_dir: ~/out` of a recipe made a folder of the name `~`, which nobody dares to delete."""
+def test_a_tilde_in_a_recipe_is_the_home_folder(tmp_path, expected, monkeypatch):
+    """`output_dir: ~/out` in a recipe names the home folder, and makes no folder called `~`."""
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
@@ -204,7 +205,7 @@ def test_root_and_files_are_no_output_dir(tmp_path):
 
 @pytest.fixture
 def mount(tmp_path):
-    """A folder that another file system is mounted on."""
+    """Returns a folder that is a mount point of another file system."""
     folder = tmp_path / "volume"
     folder.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, check=False)
@@ -224,7 +225,7 @@ def test_result_lands_in_a_mount_point(mount, expected):
 
 @pytest.fixture
 def unmovable(monkeypatch, out):
-    """The result folder cannot be renamed, as a bind mount, which nothing tells beforehand."""
+    """Makes the rename of the result folder fail, as for a bind mount, which cannot be detected in advance."""
     rename, real_replace = Path.rename, os.replace
 
     def refuse(path, target):
@@ -253,9 +254,9 @@ def test_result_lands_in_a_folder_that_cannot_be_renamed(out, expected, old):
 
 
 def dies_at(step: int, out: Path) -> bool:
-    """Writes the result 2 over what is there in a process that dies before a step of the change; whether it did.
+    """Writes result 2 over result 1 in a process that dies before a step; returns whether the process died.
 
-    A step is a rename, a move or a deletion, of a folder too, counted from where the new result is whole.
+    A step is a rename, a move or a deletion of a file or folder, counted from the moment the new result is complete.
     """
     child = os.fork()
     if child:
@@ -274,7 +275,7 @@ def dies_at(step: int, out: Path) -> bool:
 
     def sealed(self, sums):
         seal(self, sums)
-        folders._move = counted(folders._move)
+        file_moves.move = counted(file_moves.move)
         for name in ("rename", "unlink", "mkdir", "rmdir"):
             setattr(Path, name, counted(getattr(Path, name)))
 
@@ -288,9 +289,9 @@ def dies_at(step: int, out: Path) -> bool:
 
 @pytest.mark.parametrize("rename", [True, False])
 @pytest.mark.parametrize("old", [True, False])
-def test_a_kill_while_results_change_places_loses_neither(tmp_path, expected, monkeypatch, rename, old):
-    """The process dies at each step once: both results are still there, and the same command ends well."""
-    monkeypatch.setattr(folders, "_stays", lambda path: path.is_dir() and not rename)
+def test_a_kill_during_the_replacement_loses_no_result(tmp_path, expected, monkeypatch, rename, old):
+    """After a kill at any step both results still exist, and the same command then succeeds."""
+    monkeypatch.setattr(folders, "_must_stay", lambda path: path.is_dir() and not rename)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     died, found = True, []
     while died:

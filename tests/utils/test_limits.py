@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""A checkpoint that asks for far more than it holds is refused within seconds, and nothing of that size is made."""
+"""A checkpoint of absurd size is refused within seconds, and nothing of that size is allocated."""
 
 import json
 import struct
@@ -23,7 +23,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 
 @pytest.fixture
 def quick():
-    """The test takes less than 10 seconds, where what it asks for takes minutes or more memory than there is."""
+    """Fails the test if it takes 10 seconds or more; an object of the given size would take minutes or all memory."""
     start = time.monotonic()
     yield
     assert time.monotonic() - start < 10
@@ -54,7 +54,7 @@ def test_a_config_of_a_billion_layers_or_labels_is_refused_by_name(llama, load, 
     ("name", "size"), [("vocab_size", 10**10), ("intermediate_size", 10**11), ("num_hidden_layers", 300)]
 )
 def test_a_config_of_more_parameters_than_the_files_can_hold_is_refused(llama, name, size):
-    """transformers made the missing ones of random numbers, before it named them."""
+    """transformers would initialise the missing parameters at random before it names them."""
     edit(llama / "config.json", **{name: size})
     with pytest.raises(UserError, match=r"asks for [\d,]+ parameters where the files have [\d,]+ bytes"):
         load_model(str(llama))
@@ -65,7 +65,7 @@ def _text(text: str) -> bytes:
 
 
 def gguf(entries: dict[str, tuple[int, bytes]]) -> bytes:
-    """A GGUF file without tensors; of each entry type and bytes."""
+    """Returns a GGUF file without tensors; each entry is a type and bytes."""
     values = b"".join(_text(key) + struct.pack("<I", kind) + data for key, (kind, data) in entries.items())
     return b"GGUF" + struct.pack("<IQQ", 3, 0, len(entries)) + values
 
@@ -83,8 +83,8 @@ GGUF_BOMBS = {
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", GGUF_BOMBS)
-def test_a_gguf_bomb_is_refused_where_a_model_is_loaded_too(tmp_path, kind):
-    """Conversions alone looked at the file first."""
+def test_a_gguf_bomb_is_refused_when_a_model_is_loaded(tmp_path, kind):
+    """Loading a model checks the header of a GGUF file as conversion does."""
     data, message = GGUF_BOMBS[kind]
     (tmp_path / "model.gguf").write_bytes(data)
     with pytest.raises(UserError, match=message):
@@ -111,7 +111,7 @@ def test_an_adapter_of_a_billion_ranks_or_layers_is_refused_by_name(tmp_path, fi
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("part", ["{#", "{% raw %}", "{% for", "{% macro"])
-def test_a_template_of_beginnings_without_an_end_is_refused_at_once(part):
+def test_a_template_of_unclosed_tags_is_refused_at_once(part):
     tokenizer = train_tokenizer()
     tokenizer.chat_template = part * 100_000
     with pytest.raises(UserError, match="the chat template cannot render"):
@@ -120,7 +120,7 @@ def test_a_template_of_beginnings_without_an_end_is_refused_at_once(part):
 
 @pytest.mark.usefixtures("quick")
 def test_lists_nested_in_a_sources_card_are_not_written_out(llama, tmp_path):
-    """Ten lines of YAML stand for 10**9 texts, and conversion.json was to hold them all."""
+    """Ten lines of YAML can stand for 10**9 texts, which must not be written to conversion.json."""
     lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 10)}]" for i in range(8)]
     (llama / "README.md").write_text("\n".join(["---", "license: mit", *lines, "language: *i", "---", ""]))

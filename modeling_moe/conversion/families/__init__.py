@@ -1,2 +1,2 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Each family of models in transformers has its fields and tensors described here, for import and for export."""
+"""This package describes the fields and tensors of each model family in transformers, for import and for export."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a model family is to a conversion: its configuration in our words, its tensors under our names."""
+"""A model family is described by a function that maps its configuration and a function that maps its tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 
 
-# what every configuration carries and no model computes with; or bookkeeping of the tools that wrote it
+# fields that do not change what a model computes: those of every configuration, and bookkeeping of the tools that wrote it
 IGNORED = {
     *PreTrainedConfig().to_dict(),
     "model_type",
@@ -32,7 +32,7 @@ IGNORED = {
     "unsloth_fixed",
     "unsloth_version",
 }
-# fields that mean the same in (nearly) every family
+# fields with one meaning in (nearly) every family
 COMMON = (
     "vocab_size",
     "hidden_size",
@@ -53,7 +53,7 @@ COMMON = (
     "eos_token_id",
 )
 
-# old checkpoints hold what is computed: the causal mask, its fill value, the rotary frequencies
+# old checkpoints contain buffers that are computed now: the causal mask, its fill value, the rotary frequencies
 BUFFERS = (
     ".attn.bias",
     ".attn.masked_bias",
@@ -64,48 +64,48 @@ BUFFERS = (
 
 
 class SourceFields:
-    """A source's configuration, read field by field, so that a field that nobody read can be refused.
+    """A source's configuration that records which fields were read, so that unread fields can be refused.
 
     Args:
-        config: of the source.
+        config: configuration of the source.
     """
 
     def __init__(self, config: PreTrainedConfig):
         self.model_type = config.model_type
         self.dtype = config.dtype
         self._values = config.to_dict()
-        # read through the config's own properties too: a layer type list that a pattern implies, for one
+        # values are read as attributes too, because properties derive some, such as layer types from a pattern
         self._config = config
-        self._taken = set(IGNORED)
+        self._read = set(IGNORED)
 
     def take(self, name: str, default: Any = None) -> Any:
-        """The field's value; `default` if the source has no such field."""
-        self._taken.add(name)
+        """Reads a field; returns `default` if the source has no such field."""
+        self._read.add(name)
         return getattr(self._config, name, default)
 
     def same(self, *names: str) -> dict[str, Any]:
-        """Fields whose name and meaning are the same here."""
+        """Reads fields whose name and meaning are the same in a `MoEConfig`."""
         return {name: self.take(name) for name in names}
 
     def require(self, name: str, *allowed: Any) -> None:
-        """Reads a field that can be held at these values alone.
+        """Reads a field for which a MoE supports only the values `allowed`.
 
         Raises:
-            UserError: if it has another one.
+            UserError: if the field has another value.
         """
         if (value := self.take(name, allowed[0])) not in allowed:
             raise UserError(
-                f"{name} is {value!r} in the config.json of this {self.model_type} model, which cannot be held: only "
+                f"{name} is {value!r} in the config.json of this {self.model_type} model, which cannot be converted: only "
                 f"{' or '.join(map(repr, allowed))} can."
             )
 
     def refuse_partial_rotation(self) -> None:
-        """Refuses heads that are to rotate in part, for a family that rotates whole heads.
+        """Refuses a partial rotation of heads, for a family that rotates whole heads.
 
-        transformers ignores the field there, or fails on it.
+        transformers ignores the field in these families, or fails on it.
 
         Raises:
-            UserError: if partial_rotary_factor is not 1, for all layers or one kind of them.
+            UserError: if partial_rotary_factor is not 1, for all layers or for one type of layer.
         """
         rope = self.take("rope_parameters") or {}
         for kind in (rope, *rope.values()):
@@ -116,20 +116,20 @@ class SourceFields:
                 )
 
     def refuse_unread(self) -> None:
-        """Refuses a field that nobody read: what it does to the model is not known.
+        """Refuses a field that was not read, because its effect on the model is not known.
 
         Raises:
             UserError: names the field.
         """
-        if self._values.get("quantization_config") is not None and "quantization_config" not in self._taken:
+        if self._values.get("quantization_config") is not None and "quantization_config" not in self._read:
             raise UserError(
                 f"quantization_config is set in the config.json of this {self.model_type} model: dequantise the source first"
             )
         for name, value in self._values.items():
-            bookkeeping = name.endswith("_token_id") or name in self._taken
-            if not bookkeeping and value is not None:
+            known = name.endswith("_token_id") or name in self._read
+            if not known and value is not None:
                 raise UserError(
-                    f"{name} ({value!r}) in the config.json of this {self.model_type} model is unknown, so that equality "
+                    f"{name} ({value!r}) in the config.json of this {self.model_type} model is unknown, so equal logits "
                     "cannot be promised: remove the field if the model does not compute with it."
                 )
 
@@ -139,9 +139,9 @@ class Family:
     """One of transformers' model types.
 
     Attributes:
-        fields: the [`MoEConfig`] fields of a source.
-        tensors: the source's tensors under the names and in the layout of a MoE checkpoint on disk.
-        sparse: whether the source is a Mixture of Experts itself.
+        fields: maps the configuration of a source to [`MoEConfig`] fields.
+        tensors: maps the source's tensors to names and layout of a MoE checkpoint on disk.
+        sparse: whether the source itself is a Mixture of Experts.
     """
 
     fields: Callable[[SourceFields], dict[str, Any]]
@@ -150,6 +150,11 @@ class Family:
 
 
 def _tied(embedding: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Returns the embedding if the head equals it.
+
+    Raises:
+        UserError: if the two differ.
+    """
     if not torch.equal(embedding, head):
         raise UserError(
             "tie_word_embeddings is true in config.json, but the checkpoint's head differs from its embedding: set the "
@@ -159,7 +164,7 @@ def _tied(embedding: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
 
 
 def parameters(state: State, config: MoEConfig) -> State:
-    """A state under our names, without buffers and without the second copy of a tied head."""
+    """Removes buffers, and the second copy of a tied head, from a state with the names of a MoE checkpoint."""
     state = {name: tensor for name, tensor in state.items() if not name.endswith(BUFFERS)}
     if config.tie_word_embeddings and (head := state.pop("lm_head.weight", None)) is not None:
         embedding = state.get("model.embed_tokens.weight")

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""transformers' model families, dense and sparse, as configurations of this package's model."""
+"""This module maps the configuration of any dense or sparse family to a `MoEConfig`."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
+from ...utils.json_files import read_json
 from ...utils.loading import load_config
-from ...utils.locations import read_json
 from .base import Family, SourceFields
 from .dense import DENSE_FAMILIES
 from .sparse import SPARSE_FAMILIES
@@ -19,10 +19,10 @@ FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
 
 
 def family_of(source: PreTrainedConfig) -> Family:
-    """What converts models of this configuration.
+    """Returns the conversion of the configuration's family.
 
     Raises:
-        UserError: if nothing does.
+        UserError: if the family has no conversion.
     """
     if source.model_type not in FAMILIES:
         raise UserError(
@@ -32,22 +32,25 @@ def family_of(source: PreTrainedConfig) -> Family:
 
 
 def moe_config(source: PreTrainedConfig) -> MoEConfig:
-    """The configuration under which a [`MoEForCausalLM`] computes what the source model does.
+    """Returns the configuration under which a [`MoEForCausalLM`] computes what the source model computes.
 
     Args:
-        source: configuration of one of `FAMILIES`, dense ones become a MoE whose layers are all dense; or a `MoEConfig`,
-            which is returned as it is.
+        source: configuration of one of `FAMILIES`; a dense model becomes a MoE whose layers are all dense. A `MoEConfig`
+            is returned unchanged.
 
     Raises:
-        UserError: if the family is another one, or the source has a field that cannot be held or that no model has.
+        UserError: if the family is unknown, or the source has a field value that a MoE or any model cannot have.
     """
-    if source.model_type == MoEConfig.model_type:
+    if isinstance(source, MoEConfig):
         return source
+    if source.model_type == MoEConfig.model_type:
+        # this configuration's class comes from code that a checkpoint carries
+        return MoEConfig.from_dict(source.to_dict())
     fields = SourceFields(source)
     values = family_of(source).fields(fields)
     fields.refuse_unread()
     if "sliding_attention" not in (values.get("layer_types") or ["sliding_attention"]):
-        values["sliding_window"] = None  # no layer has it
+        values["sliding_window"] = None  # no layer uses the window
     try:
         return MoEConfig(**values, dtype=source.dtype)
     except (ValueError, StrictDataclassError) as error:
@@ -55,10 +58,10 @@ def moe_config(source: PreTrainedConfig) -> MoEConfig:
 
 
 def source_config(folder: Path, gguf_file: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of a checkpoint in a folder; that of a family that transformers has no class for included.
+    """Returns the configuration of a checkpoint in a folder, also for a family for which transformers has no class.
 
     Raises:
-        UserError: if there is none, it cannot be read, or it needs code that may not run.
+        UserError: if there is no configuration, it cannot be read, or it needs code that may not run.
     """
     file = folder / "config.json"
     if gguf_file:
@@ -70,7 +73,5 @@ def source_config(folder: Path, gguf_file: str | None = None, *, trust_remote_co
     if not isinstance(model_type, str):
         raise UserError(f"model_type is {model_type!r} in {file}: it must be the name of a family, such as llama")
     if model_type in FAMILIES and model_type not in CONFIG_MAPPING:
-        config = PreTrainedConfig(**values)
-        config.model_type = model_type
-        return config
+        return type("SourceConfig", (PreTrainedConfig,), {"model_type": model_type})(**values)
     return load_config(str(folder), trust_remote_code=trust_remote_code)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Dense model families as a MoE whose layers are all dense: what their fields and tensors are called here."""
+"""This module maps dense model families to a MoE whose layers are all dense: fields of the configuration and tensors."""
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
@@ -39,7 +39,7 @@ GPT_NEOX_NAMES = {
 def _dense(
     fields: SourceFields, common: Iterable[str] = (*COMMON, "head_dim"), partial: bool = False
 ) -> dict[str, Any]:
-    """The fields `common` of a model without a sparse layer, whose heads may rotate in part if `partial` is set."""
+    """Reads the fields `common` of a dense model; `partial` allows heads that rotate only in part."""
     if not partial:
         fields.refuse_partial_rotation()
     values = fields.same(*common)
@@ -47,12 +47,16 @@ def _dense(
 
 
 def _window_by_layer(fields: SourceFields) -> dict[str, Any]:
-    """The window and the layers that have it, into which the configuration has turned Qwen's two switches."""
+    """Reads the sliding window and the layers that use it.
+
+    transformers' configuration has already merged Qwen's two switches into `layer_types`.
+    """
     fields.same("use_sliding_window", "max_window_layers")
     return fields.same("sliding_window", "layer_types")
 
 
 def _window_everywhere(fields: SourceFields) -> dict[str, Any]:
+    """Reads a sliding window that all layers use."""
     window = fields.take("sliding_window")
     implied = "full_attention" if window is None else "sliding_attention"
     fields.require("layer_types", None, [implied] * fields.take("num_hidden_layers"))
@@ -60,7 +64,7 @@ def _window_everywhere(fields: SourceFields) -> dict[str, Any]:
 
 
 def _llama(fields: SourceFields) -> dict[str, Any]:
-    # SmolLM2 says of itself what transformers does not read
+    # SmolLM2 sets this field, and transformers does not read it
     fields.take("is_llama_config")
     fields.require("rope_interleaved", False)
     return _dense(fields) | fields.same("attention_bias", "mlp_bias")
@@ -95,19 +99,19 @@ def _olmo3(fields: SourceFields) -> dict[str, Any]:
 
 
 def _phi3(fields: SourceFields) -> dict[str, Any]:
-    # Phi-4-mini spells out what the family has not
+    # Phi-4-mini names features that the family does not have
     for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
         fields.require(name, False)
     for name in ("full_attn_mod", "interpolate_factor"):
         fields.require(name, 1)
-    # two stand in rope_parameters; transformers has no dropout behind the embedding
+    # rope_parameters contains the first two; transformers' model has no dropout after the embedding
     fields.same("original_max_position_embeddings", "partial_rotary_factor", "embd_pdrop")
     return _dense(fields, partial=True) | _window_everywhere(fields) | fields.same("resid_pdrop")
 
 
 def _gemma(fields: SourceFields) -> dict[str, Any]:
     fields.require("use_bidirectional_attention", None, False)
-    # the one is written beside the field that counts, the other is for `generate`
+    # the model reads hidden_activation instead of hidden_act, and only `generate` reads cache_implementation
     fields.same("hidden_act", "cache_implementation")
     values = _dense(fields, {*COMMON, "head_dim"} - {"hidden_act"})
     window = fields.same("sliding_window", "layer_types")
@@ -118,13 +122,13 @@ def _gemma(fields: SourceFields) -> dict[str, Any]:
 
 
 def _gemma2(fields: SourceFields) -> dict[str, Any]:
-    # another spelling of the window, which transformers does not read
+    # transformers reads sliding_window instead
     fields.take("sliding_window_size")
     return _gemma(fields) | fields.same("attn_logit_softcapping")
 
 
 def _gemma3_text(fields: SourceFields) -> dict[str, Any]:
-    # transformers reads this one and does not compute with it
+    # transformers' model ignores this field, so another value would change nothing there
     fields.require("attn_logit_softcapping", None)
     fields.same("sliding_window_pattern", "_sliding_window_pattern")
     return _gemma(fields) | {"qk_norm": "head"}
@@ -138,7 +142,7 @@ def _granite(fields: SourceFields) -> dict[str, Any]:
 def _gpt2(fields: SourceFields) -> dict[str, Any]:
     for name in ("reorder_and_upcast_attn", "add_cross_attention"):
         fields.require(name, False)
-    # of other heads, of text generation, and the length once more
+    # these belong to other heads and to text generation; n_ctx repeats n_positions
     heads = ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")
     fields.same(*(f"summary_{name}" for name in heads), "task_specific_params", "n_ctx")
     names = {
@@ -168,7 +172,7 @@ def _gpt2(fields: SourceFields) -> dict[str, Any]:
 
 
 def _gpt_neox(fields: SourceFields) -> dict[str, Any]:
-    # of another head, of an encoder's decoder, and names of dropout that transformers does not read
+    # these belong to another head and to encoder-decoders, or are names of dropout that transformers does not read
     fields.same("classifier_dropout", "is_decoder", "attention_probs_dropout_prob", "hidden_dropout_prob")
     values = _dense(fields, {*COMMON} - {"num_key_value_heads", "rms_norm_eps"}, partial=True)
     dropout = fields.take("hidden_dropout")
@@ -184,36 +188,38 @@ def _gpt_neox(fields: SourceFields) -> dict[str, Any]:
     }
 
 
-def _cut(tensor: LazyTensor, sizes: Sequence[int], dim: int = 0) -> list[LazyTensor]:
-    """Blocks of these sizes along `dim`, and the rest."""
+def _split(tensor: LazyTensor, sizes: Sequence[int], dim: int = 0) -> list[LazyTensor]:
+    """Splits a tensor along `dim` into blocks of these sizes and a last block with the rest."""
     edges = [0, *accumulate(sizes), None]
     before = (slice(None),) * dim
     return [tensor[(*before, slice(*pair))] for pair in pairwise(edges)]
 
 
 def _qkv_sizes(config: MoEConfig) -> tuple[int, int]:
-    """Rows of the queries and of the keys; those of the values are the rest."""
+    """Returns the number of rows of the queries and of the keys in a fused projection; the values have the rest."""
     return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
 
 def _named(name: str, fused: str, names: str, parts: Sequence[LazyTensor]) -> State:
-    """The parts of a fused projection, each under its own of `names`."""
+    """Names the parts of a fused projection by replacing `fused` in the name by each of `names`."""
     return {name.replace(fused, new): part for new, part in zip(names.split(), parts, strict=True)}
 
 
 def _phi3_tensors(state: State, config: MoEConfig) -> State:
+    """Splits Phi-3's fused projections."""
     result: State = {}
     for name, tensor in state.items():
         if ".qkv_proj." in name:
-            result |= _named(name, "qkv_proj", "q_proj k_proj v_proj", _cut(tensor, _qkv_sizes(config)))
+            result |= _named(name, "qkv_proj", "q_proj k_proj v_proj", _split(tensor, _qkv_sizes(config)))
         elif ".gate_up_proj." in name:
-            result |= _named(name, "gate_up_proj", "gate_proj up_proj", _cut(tensor, [config.intermediate_size]))
+            result |= _named(name, "gate_up_proj", "gate_proj up_proj", _split(tensor, [config.intermediate_size]))
         else:
             result[name] = tensor
     return parameters(result, config)
 
 
 def _gpt2_tensors(state: State, config: MoEConfig) -> State:
+    """Renames GPT-2's tensors, transposes the weights and splits the fused projection."""
     result: State = {}
     for source, tensor in state.items():
         name = source.removeprefix("transformer.")
@@ -222,24 +228,25 @@ def _gpt2_tensors(state: State, config: MoEConfig) -> State:
                 name = "model." + new + name.removeprefix(old)
         for old, new in GPT2_LAYER_NAMES.items():
             name = name.replace(old, new)
-        # `Conv1D` holds its weight (in, out)
-        turn = LazyTensor.transpose if ".c_" in source and len(tensor.shape) == 2 else lambda part: part
+        # GPT-2's `Conv1D` stores the weight as (in, out)
+        orient = LazyTensor.transpose if ".c_" in source and len(tensor.shape) == 2 else lambda part: part
         if ".qkv_proj." in name:
-            parts = _cut(tensor, _qkv_sizes(config), dim=len(tensor.shape) - 1)
-            result |= _named(name, "qkv_proj", "q_proj k_proj v_proj", [turn(part) for part in parts])
+            parts = _split(tensor, _qkv_sizes(config), dim=len(tensor.shape) - 1)
+            result |= _named(name, "qkv_proj", "q_proj k_proj v_proj", [orient(part) for part in parts])
         else:
-            result[name] = turn(tensor)
+            result[name] = orient(tensor)
     return parameters(result, config)
 
 
 def _gpt_neox_tensors(state: State, config: MoEConfig) -> State:
+    """Renames GPT-NeoX's tensors and splits the fused projection, whose rows are ordered by head."""
     result: State = {}
     width = config.head_dim
     for name, tensor in state.items():
         for old, new in GPT_NEOX_NAMES.items():
             name = name.replace(old, new)
         if ".qkv_proj." in name:
-            # rows: the query, key and value of the first head, of the second, ...
+            # rows are ordered by head: query, key and value of the first head, then of the second, ...
             heads = range(0, tensor.shape[0], 3 * width)
             parts = [LazyTensor.cat([tensor[h + i * width : h + (i + 1) * width] for h in heads]) for i in range(3)]
             result |= _named(name, "qkv_proj", "q_proj k_proj v_proj", parts)

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""MoE checkpoints as transformers' own MoE families, under the classic names that every server loads; what a family
-cannot express is refused by name.
+"""This module exports MoE checkpoints to transformers' own MoE families, under the classic names that every server loads.
 
-Exact are, among others, the upcycled Llama and Mistral as `mixtral`, Qwen2 as `qwen2_moe` and Qwen3 as `qwen3_moe`.
+A feature that the family cannot express is refused by name. Exact exports include upcycled Llama and Mistral models as
+`mixtral`, upcycled Qwen2 models as `qwen2_moe`, and upcycled Qwen3 models as `qwen3_moe`.
 """
 
 import copy
@@ -16,68 +16,19 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...checkpoints import LazyTensor, State
+from ...configuration_fields import settings_of, with_effect
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from .base import COMMON
 from .catalogue import moe_config
 
 
-# fields that leave the logits of evaluation alone
-TRAINING = {
-    "initializer_range",
-    "attention_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "experts_recompute",
-    "allow_noncausal",
-    "expected_experts_per_tok",
-    "router_controller",
-    "router_bias_update_rate",
-    "router_ema_decay",
-    "router_jitter_noise",
-    "router_sparsity_coef",
-    "router_sparsity_step",
-    "capacity_factor",
-    "router_aux_loss_coef",
-    "router_aux_loss_scope",
-    "router_z_loss_coef",
-    "router_seq_aux_loss_coef",
-    "router_importance_loss_coef",
-    "router_load_loss_coef",
-    "router_entropy_loss_coef",
-    "output_router_logits",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-}
-# fields that tell how, where another one that is compared tells that: it would be named
-DETAILS = {
-    "use_sliding_window",
-    "q_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "swiglu_alpha",
-    "num_shared_experts",
-    "topk_group",
-    "group_score",
-    "router_temperature",
-    "router_top_p",
-    "max_experts_per_tok",
-    "router_threshold",
-    "router_threshold_mode",
-    "router_cutoff",
-    "hash_seed",
-    "num_tasks",
-    "slots_per_expert",
-    "segment_length",
-    "capacity_running",
-    "capacity_includes_k",
-    "capacity_priority",
-}
-# fields with an effect in some configurations alone
-COUNTS: dict[str, Callable[[MoEConfig], bool]] = {
+# fields that do not change the logits in evaluation
+TRAINING = with_effect(MoEConfig, "training")
+# parameters of a feature that another, compared field switches on: if the feature differs, that field is already reported
+DETAILS = with_effect(MoEConfig, "detail")
+# fields that are compared only if they have an effect in the configuration
+COMPARED_IF: dict[str, Callable[[MoEConfig], bool]] = {
     "intermediate_size": lambda config: "dense" in config.mlp_layer_types,
     "gated_mlp": lambda config: "dense" in config.mlp_layer_types,
     "rope_parameters": lambda config: config.position_embedding_type == "rope",
@@ -89,8 +40,8 @@ COUNTS: dict[str, Callable[[MoEConfig], bool]] = {
     "n_group": lambda config: config.topk_group < config.n_group,
     "router_gradient": lambda config: config.router_gradient == "sparsemixer",
 }
-# width of a shared expert of zeros: 0 is another width to llama.cpp, and this one divides by any number of processes and
-# by any block of quantised weights
+# width of a shared expert of zeros: llama.cpp replaces a width of 0 by another one, and 256 is divisible by any usual number
+# of processes and any block of quantised weights
 ZERO_WIDTH = 256
 MIXTRAL_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 ROUTED = re.compile(r"\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight$")
@@ -98,15 +49,15 @@ ROUTED = re.compile(r"\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight$")
 
 @dataclass(frozen=True)
 class Target:
-    """One of transformers' MoE families, to be written.
+    """One of transformers' MoE families as the target of an export.
 
     Attributes:
-        model_type: of the family.
-        fields: what its configuration has beyond the fields that all families share.
-        tensors: a MoE checkpoint on disk, under the names of the family's checkpoints and one tensor for each expert.
+        model_type: model type of the family.
+        fields: returns the fields of the family's configuration that not all families share.
+        tensors: maps a MoE checkpoint on disk to the names of the family's checkpoints, one tensor for each expert.
             `routed_scaling_factor` is multiplied into the routed experts' `down_proj`: exact for a power of two, rounded
             to the weights' dtype otherwise.
-        absorbed: fields that `tensors` puts into the weights, and what they are after that.
+        absorbed: returns the fields that `tensors` merges into the weights, with the values that they have afterwards.
     """
 
     model_type: str
@@ -115,22 +66,22 @@ class Target:
     absorbed: Callable[[MoEConfig], dict[str, Any]] = lambda config: {"routed_scaling_factor": 1.0}
 
     def config(self, config: MoEConfig) -> PreTrainedConfig:
-        """The family's own configuration; it says what the model is only if there are no `reasons` against it."""
+        """Returns the family's configuration, which is equivalent only if [`Target.reasons`] is empty."""
         fields = {name: getattr(config, name) for name in (*COMMON, "dtype")} | _sparse(config) | self.fields(config)
         architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type]]
         return CONFIG_MAPPING[self.model_type](**fields, architectures=architectures)
 
     def reasons(self, config: MoEConfig) -> list[str]:
-        """What the family cannot express: fields with an effect on the logits that would come back with another value.
+        """Returns the features that the family cannot express, as texts that name field and value.
 
-        Returns:
-            Texts that name field and value, none if the export is exact but for the rounding of `routed_scaling_factor`.
+        A field is such a feature if it has an effect on the logits and would have another value after import. An empty list
+        means that the export is exact, except for the rounding of `routed_scaling_factor`.
         """
         family, reasons = self.config(config), []
         implied = config.hidden_size // config.num_attention_heads
         if not hasattr(family, "head_dim") and config.head_dim != implied:
             reasons.append(f"head_dim={config.head_dim} ({self.model_type} has {implied})")
-            # named already; an odd width would stop the import below
+            # the reason above names this field, and the import below would stop at it
             family.head_dim = config.head_dim
         try:
             held = moe_config(family)
@@ -140,8 +91,8 @@ class Target:
                 f"{self.model_type} has no such configuration ({' '.join(str(error.__cause__ or error).split())})",
             ]
         absorbed = self.absorbed(config)
-        for name in MoEConfig.__annotations__:
-            if name in TRAINING or name in DETAILS or (name in COUNTS and not COUNTS[name](config)):
+        for name in settings_of(MoEConfig):
+            if name in TRAINING or name in DETAILS or (name in COMPARED_IF and not COMPARED_IF[name](config)):
                 continue
             value, theirs = absorbed.get(name, getattr(config, name)), getattr(held, name)
             if value != theirs:
@@ -150,7 +101,7 @@ class Target:
 
 
 def _difference(name: str, value: Any, model_type: str, theirs: Any) -> str:
-    """Field and value, of a list with an entry for each layer the first that differs."""
+    """Returns field and values as text; for a list with an entry per layer, those of the first layer that differs."""
     if isinstance(value, list) and isinstance(theirs, list):
         layer = next(i for i, (mine, other) in enumerate(zip(value, theirs, strict=True)) if mine != other)
         name, value, theirs = f"{name}[{layer}]", value[layer], theirs[layer]
@@ -158,8 +109,8 @@ def _difference(name: str, value: Any, model_type: str, theirs: Any) -> str:
 
 
 def _rope(config: MoEConfig) -> dict[str, Any]:
-    """The rotary embedding as far as these families compute it: one for all layers, over the whole head."""
-    rope = copy.deepcopy(config.rope_parameters) or {}
+    """Returns the rotary embedding that these families can compute: one for all layers, over the whole head."""
+    rope: dict[str, Any] = dict(copy.deepcopy(config.rope_parameters) or {})
     if any(isinstance(value, dict) for value in rope.values()):
         return {}
     if rope.get("partial_rotary_factor") != 1.0:
@@ -236,7 +187,7 @@ def _zeros(*shape: int, dtype: torch.dtype) -> LazyTensor:
 
 
 def _scaled(state: State, config: MoEConfig) -> State:
-    """`routed_scaling_factor` in the routed experts' `down_proj`."""
+    """Multiplies `routed_scaling_factor` into the routed experts' `down_proj`."""
     factor = config.routed_scaling_factor
     if factor == 1:
         return state
@@ -255,8 +206,11 @@ def _mixtral_tensors(state: State, config: MoEConfig) -> State:
 
 
 def _qwen2_moe_tensors(state: State, config: MoEConfig) -> State:
-    """Every part that Qwen2-MoE always has is there, zero where the model has none: the biases of query, key and value,
-    which vLLM does not make optional; the shared expert; its gate, whose sigmoid then is 1/2 of twice the output."""
+    """Adds zeros for each part that Qwen2-MoE always has and the model lacks.
+
+    These parts are: biases of query, key and value, which vLLM does not make optional; the shared expert; and the shared
+    expert's gate. A gate of zeros has the sigmoid 1/2, so the output of an ungated shared expert is doubled.
+    """
     result = {name.replace(".shared_experts.", ".shared_expert."): t for name, t in _scaled(state, config).items()}
     for layer, kind in enumerate(config.mlp_layer_types):
         attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
@@ -286,15 +240,15 @@ TARGETS: dict[str, Target] = {
 
 
 def export_plan(config: MoEConfig, target: str) -> PreTrainedConfig:
-    """The configuration under which transformers' own model computes the same logits.
+    """Returns the configuration under which transformers' own model computes the same logits.
 
     Args:
-        config: of the MoE model.
-        target: a key of `TARGETS`, whose `tensors` then gives the weights.
+        config: configuration of the MoE model.
+        target: a key of `TARGETS`, whose `tensors` function maps the weights.
 
     Raises:
-        UserError: if the target is unknown, or cannot hold the model; the message names each field that is in the way,
-            and the targets that can hold it or else the one that comes nearest.
+        UserError: if the target is unknown or cannot hold the model. The message names each field that prevents it, and
+            the targets that can hold the model or else the nearest one.
     """
     if target not in TARGETS:
         raise UserError(f"target {target!r} is unknown: it must be moe or one of {', '.join(TARGETS)}")

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Mixture-of-Experts families: their configurations in the words of a [`MoEConfig`], their tensors under our names.
+"""This module maps Mixture-of-Experts families to a MoE: fields of the configuration and tensors.
 
-Both layouts of experts are taken: one tensor for each, as on disk, and transformers' fused ones in memory.
+Two layouts of experts are accepted: one tensor for each expert, as on disk, and transformers' fused tensors in memory.
 """
 
 import math
@@ -17,7 +17,7 @@ from ...utils.errors import UserError
 from .base import COMMON, Family, SourceFields, parameters
 
 
-# part of a source's name -> ours; no family uses one of them for anything else
+# part of a tensor's name in a source -> part of the name in a MoE; no family uses a part for anything else
 RENAMED = {
     ".block_sparse_moe.": ".mlp.",
     ".w1.": ".gate_proj.",
@@ -26,15 +26,15 @@ RENAMED = {
     ".shared_expert.": ".shared_experts.",
     ".mlp.router.": ".mlp.gate.",
 }
-# side of the square of weights that share a scale in DeepSeek-V3's fp8 checkpoints
+# in DeepSeek-V3's fp8 checkpoints, a square of weights with this side shares a scale
 FP8_BLOCK = 128
 
 
 def _sparse(fields: SourceFields) -> dict[str, Any]:
-    """What all have: the fields of `COMMON` that the source gives, and how many experts."""
+    """Reads the fields that all sparse families share: the given ones of `COMMON`, and the number of experts."""
     fields.refuse_partial_rotation()
     common = {name: value for name, value in fields.same(*COMMON).items() if value is not None}
-    # configurations of one family call the number by its own name or by transformers' standard one
+    # configurations of one family use either the family's name for the number or transformers' standard name
     counts = [fields.take(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")]
     return common | {
         "num_experts": next((count for count in counts if count is not None), None),
@@ -45,7 +45,7 @@ def _sparse(fields: SourceFields) -> dict[str, Any]:
 
 
 def _standard(fields: SourceFields) -> dict[str, Any]:
-    """[`_sparse`], with attention by heads and transformers' balance loss."""
+    """Reads the fields of [`_sparse`], head_dim and the coefficient of transformers' balance loss."""
     # the coefficient is kept as it stands, though transformers' loss is K times ours
     return _sparse(fields) | fields.same("head_dim", "router_aux_loss_coef")
 
@@ -57,7 +57,7 @@ def _mixtral(fields: SourceFields) -> dict[str, Any]:
 def _qwen(fields: SourceFields) -> dict[str, Any]:
     dense, step = fields.take("mlp_only_layers") or [], fields.take("decoder_sparse_step", 1)
     layers = range(fields.take("num_hidden_layers"))
-    # transformers has worked these two into the window and the layer types
+    # transformers' configuration has already merged these two into sliding_window and layer_types
     fields.same("use_sliding_window", "max_window_layers")
     if fields.take("use_sliding_window") and fields.take("sliding_window") == 0:
         raise UserError(
@@ -87,7 +87,7 @@ def _olmoe(fields: SourceFields) -> dict[str, Any]:
 def _gpt_oss(fields: SourceFields) -> dict[str, Any]:
     fields.require("hidden_act", "silu")
     _require_quantization(fields, "mxfp4")
-    # other names for num_experts_per_tok and for a number in rope_parameters
+    # these repeat num_experts_per_tok and a number in rope_parameters
     fields.require("experts_per_token", None, fields.take("num_experts_per_tok"))
     fields.take("initial_context_length")
     same = _standard(fields) | fields.same("attention_bias", "sliding_window", "layer_types")
@@ -96,7 +96,7 @@ def _gpt_oss(fields: SourceFields) -> dict[str, Any]:
         "attention_sinks": True,
         "moe_intermediate_size": fields.take("intermediate_size"),
         "mlp_bias": True,
-        # older releases of transformers have these two as constants
+        # older releases of transformers have these two as constants in the model
         "swiglu_limit": fields.take("swiglu_limit", 7.0),
         "swiglu_alpha": fields.take("swiglu_alpha", 1.702),
         "router_bias": True,
@@ -105,7 +105,7 @@ def _gpt_oss(fields: SourceFields) -> dict[str, Any]:
 
 
 def _deepseek_sparse(fields: SourceFields) -> dict[str, Any]:
-    """What DeepSeek's three generations share."""
+    """Reads the fields that DeepSeek's three generations share."""
     dense, every = fields.take("first_k_dense_replace", 0), fields.take("moe_layer_freq", 1)
     layers = range(fields.take("num_hidden_layers"))
     fields.take("ep_size")
@@ -118,9 +118,15 @@ def _deepseek_sparse(fields: SourceFields) -> dict[str, Any]:
 
 
 def _deepseek_balance(fields: SourceFields) -> dict[str, Any]:
-    """The balance loss of the first two generations; transformers' models have none."""
+    """Returns the balance loss of the first two generations, which transformers' models do not compute.
+
+    DeepSeek's loss is 1 in balance, where `router_aux_loss_coef` weighs one that is K in balance.
+    """
+    alpha, top_k = fields.take("aux_loss_alpha", 0.0), fields.take("num_experts_per_tok")
+    if isinstance(alpha, (int, float)) and isinstance(top_k, int) and top_k > 0:  # MoEConfig refuses others
+        alpha = alpha / top_k
     return {
-        "router_aux_loss_coef": fields.take("aux_loss_alpha", 0.0),
+        "router_aux_loss_coef": alpha,
         "router_aux_loss_scope": "sequence" if fields.take("seq_aux", True) else "batch",
     }
 
@@ -128,17 +134,17 @@ def _deepseek_balance(fields: SourceFields) -> dict[str, Any]:
 def _deepseek(fields: SourceFields) -> dict[str, Any]:
     fields.require("scoring_func", "softmax")
     values = _deepseek_sparse(fields) | _deepseek_balance(fields)
-    # the model has no class here, so that nobody has moved these into rope_parameters
+    # transformers has no class for this model, so rope_theta is still outside rope_parameters
     rope = {"rope_theta": fields.take("rope_theta", 10000.0)} | (fields.take("rope_parameters") or {})
-    # the remote code does not renormalise the weight of a single expert
+    # the model's own code does not renormalise the weight of a single expert
     renormalise = bool(fields.take("norm_topk_prob", False)) and values["num_experts_per_tok"] > 1
     return values | {"rope_parameters": rope, "norm_topk_prob": renormalise}
 
 
 def _latent_attention(fields: SourceFields) -> dict[str, Any]:
-    """Multi-head latent attention; yarn's second factor, on all dimensions, goes into the scale of q·k."""
+    """Reads the fields of multi-head latent attention; yarn's `mscale_all_dim` is merged into the scale of q·k."""
     widths = fields.same("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    # these two follow from the widths, and transformers' model fails on others
+    # both fields follow from the widths, and transformers' model fails on other values
     plain, rotated = widths["qk_nope_head_dim"], widths["qk_rope_head_dim"]
     fields.require("head_dim", rotated, None)
     fields.require("qk_head_dim", plain + rotated, None)
@@ -153,7 +159,7 @@ def _deepseek_v2(fields: SourceFields) -> dict[str, Any]:
     fields.require("scoring_func", "softmax")
     fields.require("topk_method", "greedy", "group_limited_greedy")
     fields.require("mlp_bias", False)
-    # transformers ignores it, where DeepSeek's code renormalises
+    # if it is true, DeepSeek's code renormalises and transformers does not
     fields.require("norm_topk_prob", False, None)
     groups = fields.same("n_group", "topk_group")
     if fields.take("topk_method") == "greedy":
@@ -168,11 +174,11 @@ def _deepseek_v3(fields: SourceFields) -> dict[str, Any]:
     fields.require("rope_interleave", True)
     fields.require("seq_aux", True)
     _require_quantization(fields, "fp8", weight_block_size=[FP8_BLOCK, FP8_BLOCK])
-    # the layers that predict further tokens are left out
+    # the layers that predict further tokens are not converted
     fields.same("num_nextn_predict_layers", "num_mtp_layers")
     router = fields.same("n_group", "topk_group", "routed_scaling_factor")
     router |= {
-        # null is false there
+        # the family treats null as false
         "norm_topk_prob": bool(fields.take("norm_topk_prob")),
         "scoring_func": "sigmoid",
         "group_score": "top2sum",
@@ -184,7 +190,11 @@ def _deepseek_v3(fields: SourceFields) -> dict[str, Any]:
 
 
 def _require_quantization(fields: SourceFields, method: str, **settings: Any) -> None:
-    """Raises UserError for a quantized source that [`Family.tensors`] cannot read."""
+    """Refuses a quantised source that the family's `tensors` function cannot read.
+
+    Raises:
+        UserError: names the settings that can be read.
+    """
     found = fields.take("quantization_config")
     wanted = {"quant_method": method} | settings
     if found and any(found.get(name) != value for name, value in wanted.items()):
@@ -194,14 +204,14 @@ def _require_quantization(fields: SourceFields, method: str, **settings: Any) ->
         )
 
 
-def _halves(width: int, plain: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Reorders the rotated rows of each head, the last `width - plain`, from pairs to halves."""
+def _pairs_to_halves(width: int, plain: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns a function that reorders the last `width - plain` rows of each head from interleaved pairs to halves."""
     order = [*range(plain), *range(plain, width, 2), *range(plain + 1, width, 2)]
     return lambda tensor: tensor.unflatten(0, (-1, width))[:, order].flatten(0, 1)
 
 
 def _unfused(name: str, tensor: LazyTensor) -> State:
-    """One tensor for each expert from `experts.gate_up_proj` (E, 2I, H), gate first, or `experts.down_proj` (E, H, I)."""
+    """Splits fused experts: `experts.gate_up_proj` (E, 2I, H), gate first, or `experts.down_proj` (E, H, I)."""
     prefix, _, kind = name.rpartition(".")
     width = tensor.shape[1] // 2
     parts = {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
@@ -213,7 +223,7 @@ def _unfused(name: str, tensor: LazyTensor) -> State:
 
 
 def _moe_tensors(state: State, config: MoEConfig) -> State:
-    """The tensors of any family but gpt-oss."""
+    """Renames the tensors of all families except gpt-oss and splits fused experts."""
     tensors = {}
     for name, tensor in parameters(state, config).items():
         for old, new in RENAMED.items():
@@ -224,10 +234,10 @@ def _moe_tensors(state: State, config: MoEConfig) -> State:
 
 
 def _latent_tensors(state: State, config: MoEConfig) -> State:
-    """As [`_moe_tensors`]; the rotated parts of queries and keys from interleaved pairs to halves."""
+    """Applies [`_moe_tensors`], and reorders the rotated rows of queries and keys from interleaved pairs to halves."""
     plain, rotated = config.qk_nope_head_dim, config.qk_rope_head_dim
-    query = _halves(plain + rotated, plain)
-    key = _halves(config.kv_lora_rank + rotated, config.kv_lora_rank)
+    query = _pairs_to_halves(plain + rotated, plain)
+    key = _pairs_to_halves(config.kv_lora_rank + rotated, config.kv_lora_rank)
     reorder = {"q_proj": query, "q_b_proj": query, "kv_a_proj_with_mqa": key}
     tensors = {}
     for name, tensor in _moe_tensors(state, config).items():
@@ -237,14 +247,14 @@ def _latent_tensors(state: State, config: MoEConfig) -> State:
 
 
 def _from_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """A matrix (N, M) times its blocks' scales (ceil(N / FP8_BLOCK), ceil(M / FP8_BLOCK))."""
+    """Dequantises an fp8 matrix (N, M) with scales of blocks (ceil(N / FP8_BLOCK), ceil(M / FP8_BLOCK)) to fp32."""
     for dim, size in enumerate(weight.shape):
         scale = scale.repeat_interleave(FP8_BLOCK, dim).narrow(dim, 0, size)
     return weight.float() * scale
 
 
 def _deepseek_v3_tensors(state: State, config: MoEConfig) -> State:
-    """As [`_latent_tensors`]; without the layers that predict further tokens, fp8 weights as bf16."""
+    """Applies [`_latent_tensors`] after dropping the layers that predict further tokens and dequantising fp8 to bf16."""
     kept = {}
     for name, tensor in state.items():
         if name.startswith("model.layers.") and int(name.split(".")[2]) >= config.num_hidden_layers:
@@ -258,12 +268,17 @@ def _deepseek_v3_tensors(state: State, config: MoEConfig) -> State:
 
 
 def _from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """An expert's matrix (N, M) in bf16 from blocks (N, M / 32, 16) of two values a byte and scales (N, M / 32)."""
+    """Dequantises an expert's matrix to bf16 (N, M).
+
+    Args:
+        blocks: (N, M / 32, 16), two values in a byte.
+        scales: (N, M / 32).
+    """
     return convert_moe_packed_tensors(blocks[None], scales[None], dtype=torch.bfloat16)[0].T
 
 
 def _gpt_oss_experts(state: State, name: str) -> list[LazyTensor]:
-    """The experts' matrices (out, in) from `name` (E, in, out), or from its blocks and scales in mxfp4."""
+    """Returns the experts' matrices (out, in) from the tensor `name` (E, in, out), or from mxfp4 blocks and scales."""
     tensor = state[name]
     if not name.endswith("_blocks"):
         return [tensor[expert].transpose() for expert in range(tensor.shape[0])]
@@ -277,7 +292,7 @@ def _gpt_oss_experts(state: State, name: str) -> list[LazyTensor]:
 
 
 def _gpt_oss_tensors(state: State, config: MoEConfig) -> State:
-    """Experts one by one; rows of their gate and up projections, which take turns in the source, apart."""
+    """Splits fused experts, and separates the rows of their gate and up projections, which alternate in the source."""
     tensors = {}
     for name, tensor in state.items():
         experts, _, kind = name.rpartition(".")

@@ -39,22 +39,22 @@ from .report import markdown, print_table
 
 @dataclass
 class CompilationArguments:
-    """These arguments choose calls to compile: a part of all, or those of presets, dtypes, tokens and scenarios."""
+    """These arguments choose the calls to compile: a named part, or calls by presets, dtypes, tokens and scenarios."""
 
-    part: str = field(default="presets", metadata={"help": "small, presets or all, with dtypes and edge cases"})
+    part: str = field(default="presets", metadata={"help": "small, presets, or all, which adds dtypes and edge cases"})
     targets: list[str] = field(
         default_factory=lambda: list(USUAL_TARGETS), metadata={"help": f"GPUs: {', '.join(TARGETS)}"}
     )
-    presets: list[str] = field(default_factory=list, metadata={"help": "shapes, instead of a part"})
-    tokens: list[int] = field(default_factory=list, metadata={"help": "tokens of a call of --presets"})
+    presets: list[str] = field(default_factory=list, metadata={"help": "shapes to compile instead of a part"})
+    tokens: list[int] = field(default_factory=list, metadata={"help": "numbers of tokens of a call of --presets"})
     dtypes: list[str] = field(default_factory=list, metadata={"help": f"{', '.join(KINDS)}; without it bfloat16"})
     scenarios: list[str] = field(default_factory=list, metadata={"help": ", ".join(SCENARIOS)})
     tiles: list[str] = field(
         default_factory=list, metadata={"help": "changes of the tiles: gate=128,256,64,8,3 or persistent=1"}
     )
     jobs: int = field(default=os.cpu_count() or 1, metadata={"help": "processes that compile"})
-    json: str | None = field(default=None, metadata={"help": "file for all results"})
-    markdown: str | None = field(default=None, metadata={"help": "file for a page with the table"})
+    json: str | None = field(default=None, metadata={"help": "JSON file for all results"})
+    markdown: str | None = field(default=None, metadata={"help": "Markdown file for a page with the table"})
 
     def __post_init__(self):
         known: dict[str, tuple[Sequence[str], Collection[str]]] = {
@@ -71,7 +71,7 @@ class CompilationArguments:
         if min([self.jobs, *self.tokens]) < 1:
             raise UserError("jobs and tokens must be positive")
         if not self.presets and (self.tokens or self.dtypes or self.scenarios):
-            raise UserError("tokens, dtypes and scenarios go with presets: say which by --presets")
+            raise UserError("tokens, dtypes and scenarios need presets: give --presets")
         self.changes = dict(map(_change, self.tiles))
 
     def calls(self, target: str) -> list[Call]:
@@ -89,7 +89,7 @@ def _change(text: str) -> tuple[str, Any]:
         return name, value == "1"
     numbers = value.split(",")
     if name not in tiles.Config._fields or len(numbers) not in (5, 6) or not all(map(str.isdigit, numbers)):
-        raise UserError(f"tiles {text!r} is no change: write FIELD=BLOCK_M,BLOCK_N,BLOCK_K,warps,stages[,maxnreg]")
+        raise UserError(f"tiles {text!r} is malformed: write FIELD=BLOCK_M,BLOCK_N,BLOCK_K,warps,stages[,maxnreg]")
     return name, tiles.Tile(*map(int, numbers))
 
 
@@ -112,7 +112,7 @@ def main() -> None:
         Path(args.markdown).write_text(markdown(codes))
     print_table(codes)
     found = [fault for code in codes for fault in faults(code)]
-    print("\n".join(found or [f"{len(codes)} launches compiled, none at fault"]))
+    print("\n".join(found or [f"{len(codes)} launches compiled without a fault"]))
     sys.exit(bool(found))
 
 

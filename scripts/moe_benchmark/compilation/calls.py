@@ -1,5 +1,6 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The uses of the Triton back end whose launches are compiled: presets and edge cases, in every scenario.
+"""This module lists the calls of the Triton back end whose launches are compiled: presets and edge cases, in all
+scenarios.
 
 # T tokens, K experts per token, E experts, H hidden, I expert width, R rank
 """
@@ -13,13 +14,13 @@ from modeling_moe.dispatch.backends.triton import tiles
 from ..presets import GPU_PRESETS, PRESETS
 
 
-# what a call's numbers are -> the key of the tables of tiles
+# dtype of a call -> key of the tables of tiles
 KINDS = {"bfloat16": "16bit", "float16": "16bit", "float32": "float32", "tf32": "tf32"}
 PARTS = ("small", "presets", "all")
 
 
 class Experts(NamedTuple):
-    """Experts describes the experts of one layer.
+    """Describes the experts of one layer.
 
     Attributes:
         hidden: the width H of a token.
@@ -28,7 +29,7 @@ class Experts(NamedTuple):
         per_token: the number K of a token's experts.
         gate: a key of [`~modeling_moe.dispatch.activations.ACTIVATIONS`].
         bias: whether both matrices have biases.
-        transposed: whether the matrices lie in memory as gpt-oss has them, (E, H, C) and (E, I, H).
+        transposed: whether the matrices have gpt-oss's memory layout, (E, H, C) and (E, I, H).
     """
 
     hidden: int
@@ -41,17 +42,17 @@ class Experts(NamedTuple):
 
 
 class Scenario(NamedTuple):
-    """Scenario says which passes run, and what they are given.
+    """Describes which passes run, and with which inputs.
 
     Attributes:
-        keep: whether forward keeps h, None if no forward runs.
-        stored: whether backward is given h, None if no backward runs.
+        keep: whether forward keeps h; None if no forward runs.
+        stored: whether backward receives h; None if no backward runs.
         frozen: whether the matrices and biases have no gradients.
-        rank: the rank R of the low-rank updates, 0 for none.
-        updated: the matrices that have an update.
-        dropout: whether the updates are given a draw of dropout. Factors then have the dtype of the tokens, as PEFT
-            has them with `autocast_adapter_dtype=False`, else float32.
-        mixed: whether the matrices and biases are float32 whatever the tokens are, as under autocast.
+        rank: rank R of the low-rank updates; 0 for none.
+        updated: the matrices with an update.
+        dropout: whether the updates have dropout. Factors then have the dtype of the tokens, as in PEFT with
+            `autocast_adapter_dtype=False`; otherwise they are float32.
+        mixed: whether matrices and biases are float32 whatever the tokens' dtype, as under autocast.
     """
 
     keep: bool | None = None
@@ -82,14 +83,14 @@ SCENARIOS = {
 
 
 class Call(NamedTuple):
-    """Call describes one use of the Triton back end.
+    """Describes one call of the Triton back end.
 
     Attributes:
-        name: the layer's name in tables.
+        name: name of the layer in tables.
         experts: the layer.
-        tokens: the number T of tokens.
-        dtype: `"bfloat16"`, `"float16"`, `"float32"` or `"tf32"`, which is float32 rounded to TF32 in products.
-        scenario: a key of `SCENARIOS`.
+        tokens: number of tokens T.
+        dtype: `"bfloat16"`, `"float16"`, `"float32"` or `"tf32"`: float32 that is rounded to TF32 in products.
+        scenario: key of `SCENARIOS`.
     """
 
     name: str
@@ -126,12 +127,12 @@ def preset_calls(
     """Yields the calls of presets.
 
     Args:
-        family: a key of [`~modeling_moe.dispatch.backends.triton.tiles.CONFIGS`].
+        family: key of [`~modeling_moe.dispatch.backends.triton.tiles.CONFIGS`].
         presets: keys of [`~moe_benchmark.presets.PRESETS`].
-        dtypes: as [`Call`] has them; tf32 is left out where the family has no tiles for it.
+        dtypes: dtypes of a [`Call`]; tf32 is omitted if the family has no tiles for it.
         scenarios: keys of `SCENARIOS`.
-        tokens: numbers of tokens. Without any, decode has 1 and 16, and the others have numbers that reach each of the
-            family's configurations.
+        tokens: numbers of tokens. If empty, decode has 1 and 16, and other scenarios have numbers that reach each of
+            the family's configurations.
     """
     for preset in presets:
         experts = preset_experts(preset)
@@ -174,9 +175,10 @@ def part_calls(part: str, family: str) -> list[Call]:
     """Returns the calls of a part.
 
     Args:
-        part: `"small"`, a few of one preset; `"presets"`, the usual ones of each preset in bfloat16; or `"all"`, which
-            adds the other dtypes and scenarios of two presets that differ in gate, biases and strides, and edge cases.
-        family: a key of [`~modeling_moe.dispatch.backends.triton.tiles.CONFIGS`].
+        part: `"small"`, a few calls of one preset; `"presets"`, the usual calls of each preset in bfloat16; or
+            `"all"`, which adds the other dtypes and scenarios of two presets that differ in gate, biases and strides,
+            and edge cases.
+        family: key of [`~modeling_moe.dispatch.backends.triton.tiles.CONFIGS`].
     """
     one, two = ["qwen3_30b_a3b"], ["qwen3_30b_a3b", "gpt_oss_20b"]
     if part == "small":

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module compiles launches for GPUs that need not be there, in many processes at once, and judges their code."""
+"""This module compiles launches for GPUs that need not be present, and reports faults of the code."""
 
 import multiprocessing
 import re
@@ -27,14 +27,14 @@ from .recording import changed, record
 
 
 class Target(NamedTuple):
-    """Target describes a GPU that Triton compiles for.
+    """Describes a GPU that Triton compiles for.
 
     Attributes:
         backend: Triton's name of the maker, `"cuda"` or `"hip"`.
-        arch: the compute capability times ten, or AMD's name.
-        warp: the number of threads that run in step.
-        shared: the shared memory that one program may have, in KiB.
-        family: a key of [`~modeling_moe.dispatch.backends.triton.tiles.CONFIGS`].
+        arch: compute capability times ten, or AMD's name.
+        warp: number of threads of a warp.
+        shared: shared memory that one program may have, in KiB.
+        family: key of [`~modeling_moe.dispatch.backends.triton.tiles.CONFIGS`].
     """
 
     backend: str
@@ -54,16 +54,16 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 64, "cdna"),
 }
 USUAL_TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-# sm_100's tensor cores add up in a memory of so many columns
+# number of columns of the memory in which sm_100's tensor cores accumulate
 TENSOR_MEMORY = 512
-# a product of so many rows must have matrix instructions
+# a product of at least so many rows must have matrix instructions
 MATRIX_ROWS = 64
 
 
 class _StandIn:
-    """_StandIn tells Triton that a GPU is there which need not be.
+    """Replaces Triton's driver of a GPU that need not be present.
 
-    The device's name is the target's, and no number, so that Triton takes no real GPU for it.
+    The device is named after the target instead of numbered, so that Triton uses no real GPU for it.
     """
 
     def __init__(self, target: str):
@@ -82,8 +82,9 @@ class _StandIn:
 
 @contextmanager
 def _standing_in(target: str) -> Iterator[None]:
-    # the property `active` would start CUDA, the attribute does not
+    # the property `active` would start CUDA; the attribute does not
     before = driver._active
+    # pyrefly: ignore[bad-argument-type]: compiling calls only these three of a driver's methods
     driver.set_active(_StandIn(target))
     try:
         yield
@@ -92,7 +93,7 @@ def _standing_in(target: str) -> Iterator[None]:
 
 
 def distinct(launches: Iterable[Launch], target: str) -> dict[str, Launch]:
-    """Returns the launches that Triton compiles separately for a target, by what tells them apart."""
+    """Returns the launches that Triton compiles separately for a target, by the properties that distinguish them."""
     different: dict[str, Launch] = {}
     with _standing_in(target):
         for launch in launches:
@@ -104,23 +105,23 @@ def distinct(launches: Iterable[Launch], target: str) -> dict[str, Launch]:
 
 @dataclass
 class Code:
-    """Code describes what a launch was compiled to.
+    """Describes the compiled code of a launch.
 
     Attributes:
-        target: a key of `TARGETS`.
-        kernel: the kernel's name.
+        target: key of `TARGETS`.
+        kernel: name of the kernel.
         tile: BLOCK_M x BLOCK_N x BLOCK_K, warps and stages, as far as the kernel has them.
         uses: the calls that launch it.
-        error: the compiler's error, or `""`.
-        seconds: the time to compile it.
-        registers: the registers of a thread.
-        spills: the number of loads and stores of spilled registers.
-        loop_spills: the number of these in the loop over the products, or in any loop of a kernel without products.
-        shared: the shared memory in bytes.
-        tensor_memory: the tensor memory in columns.
-        instructions: the kinds of matrix instructions; `"fma"` stands for products without them.
-        scalar: the shapes (rows, columns) of sums of products that lack matrix instructions and could have them.
-        lines: the number of machine instructions.
+        error: error of the compiler, or `""`.
+        seconds: time of compiling.
+        registers: number of registers of a thread.
+        spills: number of loads and stores of spilled registers.
+        loop_spills: number of those in the loop over the products, or in any loop of a kernel without products.
+        shared: shared memory in bytes.
+        tensor_memory: tensor memory in columns.
+        instructions: kinds of matrix instructions; `"fma"` stands for products without them.
+        scalar: shapes (rows, columns) of sums of products that could have matrix instructions, but do not.
+        lines: number of machine instructions.
     """
 
     target: str
@@ -146,9 +147,9 @@ def faults(code: Code) -> list[str]:
         return [f"{subject} does not compile: {code.error}"]
     found = []
     if code.shared > limit * 1024:
-        found.append(f"{subject} takes {code.shared / 1024:g} KiB of shared memory, of {limit}")
+        found.append(f"{subject} takes {code.shared / 1024:g} KiB of shared memory of {limit}")
     if code.tensor_memory > TENSOR_MEMORY:
-        found.append(f"{subject} takes {code.tensor_memory} columns of tensor memory, of {TENSOR_MEMORY}")
+        found.append(f"{subject} takes {code.tensor_memory} columns of tensor memory of {TENSOR_MEMORY}")
     if code.loop_spills:
         found.append(f"{subject} spills in its loop: {code.loop_spills} loads and stores")
     for rows, columns in code.scalar:
@@ -158,7 +159,7 @@ def faults(code: Code) -> list[str]:
 
 
 def tile_of(launch: Launch) -> str:
-    """Returns a launch's BLOCK_M x BLOCK_N x BLOCK_K, warps, stages and most registers, as far as it has them."""
+    """Returns BLOCK_M x BLOCK_N x BLOCK_K, warps, stages and register limit of a launch, as far as it has them."""
     options = launch.options
     block = "x".join(str(options[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in options)
     letters = {"num_warps": "w", "num_stages": "s", "maxnreg": "r"}
@@ -167,7 +168,7 @@ def tile_of(launch: Launch) -> str:
 
 
 def compile_launch(launch: Launch, target: str, analysed: bool = True) -> Code:
-    """Compiles a launch under the stand-in for `target`; without `analysed` nobody looks at the machine code."""
+    """Compiles a launch for `target` without a GPU; the machine code is analysed only if `analysed` is set."""
     code, start = Code(target, launch.name, tile_of(launch)), time.perf_counter()
     try:
         kernel = launch.kernel.warmup(**launch.arguments, grid=(1,), **launch.options)
@@ -180,7 +181,7 @@ def compile_launch(launch: Launch, target: str, analysed: bool = True) -> Code:
     return code
 
 
-# processes inherit the launches by fork, since kernels cannot be sent to them
+# processes inherit the launches by fork, because kernels cannot be pickled
 _forked: list[Launch] = []
 
 
@@ -190,16 +191,16 @@ def _compile_number(number: int, target: str, analysed: bool) -> Code:
 
 
 def compile_all(launches: Sequence[Launch], target: str, jobs: int = 1, analysed: bool = True) -> Iterator[Code]:
-    """Compiles launches in `jobs` processes, which never touch a GPU, and yields their code in order.
+    """Compiles launches in `jobs` processes, which never use a GPU, and yields their code in order.
 
     Args:
-        launches: what [`record`] gives, or better [`collect`], without repetitions.
-        target: a key of `TARGETS`.
-        jobs: the number of processes.
-        analysed: whether the machine code is looked at; without, only `error`, `seconds`, `shared` and `tensor_memory`
-            of the codes are filled in.
+        launches: launches from [`record`], or from [`collect`], which returns each only once.
+        target: key of `TARGETS`.
+        jobs: number of processes.
+        analysed: whether the machine code is analysed; otherwise only `error`, `seconds`, `shared` and
+            `tensor_memory` of the codes are set.
 
-    A compiler that crashes is an error of the launch, not of the run.
+    If a compiler crashes, the launch has an error and the run continues.
     """
     _forked[:] = launches
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
@@ -209,7 +210,7 @@ def compile_all(launches: Sequence[Launch], target: str, jobs: int = 1, analysed
 
 
 def _result(future: Future) -> Code | None:
-    """Returns what a process has compiled, None if a crash ended it, which another launch may have caused."""
+    """Returns the code that a process compiled; None if the process crashed, which another launch may have caused."""
     try:
         return future.result()
     except BrokenProcessPool:
@@ -224,10 +225,10 @@ def _compile_alone(launch: Launch, target: str, analysed: bool) -> Code:
 
 
 def precompile(launches: Iterable[Launch], target: str, jobs: int = 1) -> list[Code]:
-    """Fills Triton's cache with what `launches` need on a target, in `jobs` processes, without touching a GPU.
+    """Fills Triton's cache with the kernels of `launches` for a target, in `jobs` processes, without using a GPU.
 
     Returns:
-        The code of each different launch; `faults` says what stands in the way of one.
+        The code of each different launch; [`faults`] names the problems of each.
     """
     return [*compile_all([*distinct(launches, target).values()], target, jobs, analysed=False)]
 
@@ -238,7 +239,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _analyse(kernel: Any, code: Code) -> None:
-    """Fills in what a kernel's machine code shows."""
+    """Sets the fields of a code that are read from the machine code."""
     scalar, code.scalar = scalar_products(kernel.asm["ttgir"])
     if "cubin" in kernel.asm:
         isa, ptx = NVIDIA, kernel.asm["ptx"]
@@ -256,7 +257,7 @@ def _analyse(kernel: Any, code: Code) -> None:
         registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
         found = re.findall(r"v_(mfma)_\w+?_(\d+x\d+x\d+)", text)
     if registers is None:
-        raise ValueError(f"{code.target}: the disassembly of {code.kernel} does not say how many registers it takes")
+        raise ValueError(f"{code.target}: the disassembly of {code.kernel} does not state its number of registers")
     code.registers = int(registers[1])
     code.instructions = sorted({" ".join(filter(None, each)) for each in found} | ({"fma"} if scalar else set()))
     instructions = re.findall("(?m)^" + isa.instruction, text)
@@ -268,12 +269,13 @@ def _analyse(kernel: Any, code: Code) -> None:
 def collect(
     calls: Iterable[Call], target: str, changes: dict[str, Any] | None = None
 ) -> tuple[list[Launch], list[list[str]]]:
-    """Returns the different launches of calls for a target, and for each the calls that launch it.
+    """Returns the different launches of calls for a target, and for each launch the calls that use it.
 
     Args:
         calls: the calls.
-        target: a key of `TARGETS`.
-        changes: values of fields of [`~modeling_moe.dispatch.backends.triton.tiles.Config`] that replace those of the table.
+        target: key of `TARGETS`.
+        changes: values of fields of [`~modeling_moe.dispatch.backends.triton.tiles.Config`] that replace those of the
+            table.
     """
     family = TARGETS[target].family
     found: dict[str, Launch] = {}

@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 
 class Isa(NamedTuple):
-    """Isa holds the patterns by which a maker's disassembly is read.
+    """Holds the patterns that read a maker's disassembly.
 
     Attributes:
-        instruction: matches a line with an instruction, whose text is the group.
-        label: matches a line that names a place, the group.
-        jump: matches an instruction that may go on at another place, the group.
-        leaves: matches an instruction that never goes on at the next one.
+        instruction: matches a line with an instruction; the group is its text.
+        label: matches a line with a label; the group is the label.
+        jump: matches an instruction that may jump to a label, the group.
+        leaves: matches an instruction after which the next one never runs.
         matrix: matches a matrix instruction.
-        scalar: matches a multiplication and addition of float32.
+        scalar: matches a multiply-add of float32.
         spill: matches a load or store of a spilled register.
     """
 
@@ -32,7 +32,7 @@ class Isa(NamedTuple):
 NVIDIA = Isa(
     instruction=r"\s+/\*[0-9a-f]+\*/\s+(\S.*?)\s*;",
     label=r"(\.L\w+):",
-    # a far jump is a CALL that nothing returns from
+    # a far jump is a CALL that never returns
     jump=r"(?:@\S+ )?(?:BRA|CALL|JMP)\b.*`\((\.L\w+)\)",
     leaves=r"(?:BRA[.\w]* `|JMP|BRX|EXIT|RET)",
     matrix=r"(?:@\S+ )?(?:HGMMA|HMMA|QGMMA|UTC\w*MMA)",
@@ -51,12 +51,12 @@ AMD = Isa(
 
 
 class Flow:
-    """Flow holds the blocks of a program between jumps, and the loops that they form.
+    """Holds the blocks of a program between jumps, and the loops that they form.
 
     Attributes:
-        blocks: the instructions of each block, the entry first.
-        successors: the numbers of the blocks that may follow each block.
-        loops: for each loop, the numbers of the blocks in it and of those among them that run in every round.
+        blocks: instructions of each block, the entry first.
+        successors: numbers of the blocks that may follow each block.
+        loops: for each loop, the numbers of the blocks in it, and of those blocks that run in every iteration.
     """
 
     def __init__(self, text: str, isa: Isa):
@@ -84,7 +84,7 @@ class Flow:
         return [*after, names[jump[1]]] if jump and jump[1] in names else after
 
     def _dominators(self) -> dict[int, set[int]]:
-        """Returns for each block that can be reached the blocks that every way to it passes."""
+        """Returns, for each reachable block, the blocks on every path to it."""
         found, stack = {0: {0}}, [0]
         while stack:
             block = stack.pop()
@@ -112,19 +112,20 @@ class Flow:
             yield members, members.intersection(*(dominators[last] for last in lasts))
 
     def count(self, blocks: Iterable[int], pattern: str) -> int:
-        """Counts the instructions of these blocks that match."""
+        """Counts the instructions of the given blocks that match."""
         return sum(bool(re.match(pattern, each)) for block in blocks for each in self.blocks[block])
 
 
 def spills_in_loops(text: str, isa: Isa, products: str | None) -> int:
-    """Counts the loads and stores of spilled registers that run in every round of the innermost loops with products.
+    """Counts the loads and stores of spilled registers that run in every iteration of the innermost loops with
+    products.
 
-    Those of a tile's end do not count, even where a compiler has made one loop of all tiles.
+    Those at the end of a tile are not counted, even if the compiler has made one loop of all tiles.
 
     Args:
         text: the disassembly.
         isa: `NVIDIA` or `AMD`.
-        products: the pattern of a product's instruction; None for a kernel without products, of which all loops count.
+        products: pattern of a product's instruction; None for a kernel without products, of which all loops count.
     """
     flow = Flow(text, isa)
     if products is None:
@@ -139,7 +140,8 @@ def scalar_products(ttgir: str) -> tuple[bool, list[tuple[int, int]]]:
     """Finds the products without matrix instructions in Triton's IR, `kernel.asm["ttgir"]`.
 
     Returns:
-        Whether there are any, and the (rows, columns) of those that could have matrix instructions: all but products of
+        Whether there are any, and the (rows, columns) of those that could have matrix instructions: all except
+            products of
         float32 in full precision.
     """
     # a matrix instruction's sum has a layout of that instruction, or it is another operation than tt.dot

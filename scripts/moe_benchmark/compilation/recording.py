@@ -1,5 +1,6 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The launches of a use of the Triton back end, recorded on meta tensors: without memory, GPU or computation.
+"""This module records the launches of a call of the Triton back end on meta tensors, without memory, GPU or
+computation.
 
 # T tokens, K experts per token, E experts, H hidden, I expert width, C = I or 2I columns, R rank
 """
@@ -94,9 +95,9 @@ def _precision(dtype: str) -> Iterator[None]:
 
 
 def record(call: Call, family: str, config: tiles.Config | None = None) -> list[Launch]:
-    """Returns the launches of a call, with the tiles of a family or with `config` instead of them.
+    """Returns the launches of a call, with the tiles of a family, or with `config` instead of them.
 
-    The tensors among their arguments are on the meta device, so any size does. Nothing of a GPU is touched.
+    The tensors among the arguments are on the meta device, so that any size is possible. No GPU is used.
     """
     launches: list[Launch] = []
     with tiles.assumed(family), _precision(call.dtype), launching.intercepted(launches.append):
@@ -105,7 +106,7 @@ def record(call: Call, family: str, config: tiles.Config | None = None) -> list[
 
 
 def changed(call: Call, family: str, changes: dict[str, Any]) -> tiles.Config | None:
-    """Returns the configuration that a call takes, with `changes` to its fields; None if there are no changes."""
+    """Returns the configuration of a call with `changes` to its fields; None if there are no changes."""
     if not changes:
         return None
     rows = call.tokens * call.experts.per_token / call.experts.number

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module shows compiled launches: in a table on the terminal, in a page for docs/."""
+"""This module reports compiled launches, as a table on the terminal and as a page of documentation."""
 
 import sys
 from collections import defaultdict
@@ -25,7 +25,7 @@ def print_table(codes: Iterable[Code]) -> None:
     console.print(table)
 
 
-PAGE = """# What the Triton kernels compile to
+PAGE = """# Machine code of the Triton kernels
 
 This page shows the machine code of the launches that the Triton back end chooses for the presets of
 `scripts/moe_benchmark/presets.py` in bfloat16: for training, inference and decoding, and for LoRA of two of them, with
@@ -35,11 +35,11 @@ numbers of tokens that reach each tile. Triton {triton} compiled it on a machine
 python -m moe_benchmark.compilation --markdown docs/gpu-kernels.md
 ```
 
-A line is a kernel with one tile: BLOCK_M x BLOCK_N x BLOCK_K, warps and stages. It covers all its compiled versions, and
-the numbers are those of the least and of the greatest. The compiler spills registers that do not suffice to memory:
-*spills* counts these loads and stores in the whole code, *in loop* those in the loop over the products, of which there
-must be none. A product of 64 rows or more must have matrix instructions, save in float32 at full precision.
-`tests/dispatch/test_compilation.py` checks this, and that the shared memory suffices, for more dtypes and edge cases.
+Each line shows a kernel with one tile: BLOCK_M x BLOCK_N x BLOCK_K, warps and stages. It covers all compiled versions of
+the kernel, with the smallest and the largest number of each column. If registers do not suffice, the compiler spills them
+to memory: *spills* counts these loads and stores in the whole code, *in loop* those in the loop over the products, which
+must be 0. A product of 64 rows or more must use matrix instructions, except in float32 at full precision.
+`tests/dispatch/test_compilation.py` checks these rules and the shared memory for more dtypes and edge cases.
 """
 COLUMNS = ("kernel", "tile", "versions", "registers", "spills", "in loop", "shared KiB", "products by", "instructions")
 
@@ -50,7 +50,7 @@ def _span(values: Iterable[float]) -> str:
 
 
 def markdown(codes: Sequence[Code]) -> str:
-    """Returns a page with a table for each target, which has a line for each kernel and tile."""
+    """Returns a Markdown page with a table for each target, which has a line for each kernel and tile."""
     text = PAGE.format(triton=triton.__version__)
     for target in dict.fromkeys(code.target for code in codes):
         shared = TARGETS[target].shared

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Checks of part `correctness`: LoRA on experts against PEFT's own path, and experts in 4 bits."""
+"""This module holds checks of part `correctness`: LoRA on experts against PEFT's own code, and experts in 4 bits."""
 
 import importlib.util
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from modeling_moe.lora import quantize_experts
-from modeling_moe.lora.layers import MATRICES, peft_alone
+from modeling_moe.lora import enable, peft_alone, quantize_experts
+from modeling_moe.lora.layers import MATRICES
 
 from ..workloads import experts_in
 from .models import gradients_of, make_ids, make_model, worst_difference
@@ -22,7 +22,8 @@ TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def _adapted(size: Size) -> Any:
-    """The model of a size with random factors on its experts, in float32."""
+    """Returns the model of a size in float32, with random low-rank factors on its experts."""
+    enable()
     model = get_peft_model(make_model(size), LoraConfig(r=RANK, lora_alpha=RANK, target_parameters=TARGETS))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -32,7 +33,7 @@ def _adapted(size: Size) -> Any:
 
 
 def lora_as_peft(results: Results, size: Size) -> None:
-    """The gradients of adapters on experts are those of PEFT's own path, which builds each updated matrix."""
+    """Checks that gradients of adapters on experts equal those of PEFT's own code, which builds each updated matrix."""
     model, ids = _adapted(size), make_ids(size)
     got = gradients_of(model, ids)
     model.get_base_model().set_experts_implementation("eager")
@@ -40,12 +41,12 @@ def lora_as_peft(results: Results, size: Size) -> None:
         expected = gradients_of(model, ids)
     quantity, worst = worst_difference(got, expected)
     passed = worst <= TOLERANCE and len(expected) > 1
-    results.check("LoRA as PEFT computes it", passed, worst=worst, of=quantity, at_most=TOLERANCE)
+    results.check("LoRA equals PEFT's own code", passed, worst=worst, of=quantity, at_most=TOLERANCE)
 
 
 @torch.no_grad()
 def _copy_dequantized(model: nn.Module, quantized: nn.Module) -> None:
-    """Gives the experts of `model` the numbers that those of `quantized` are dequantized to."""
+    """Replaces the experts of `model` by the dequantized experts of `quantized`."""
     for module, other in zip(experts_in(model), experts_in(quantized), strict=True):
         for name in MATRICES:
             if hasattr(module, name):
@@ -53,7 +54,7 @@ def _copy_dequantized(model: nn.Module, quantized: nn.Module) -> None:
 
 
 def four_bits(results: Results, size: Size) -> None:
-    """Adapters on experts in 4 bits have the gradients of adapters on what these are dequantized to."""
+    """Checks that adapters on experts in 4 bits have the gradients of adapters on the dequantized experts."""
     if importlib.util.find_spec("bitsandbytes") is None:
         results.put(check="experts in 4 bits", skipped="bitsandbytes is not installed")
         return

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Checks of part `correctness`: a training step as a CUDA graph, and under `torch.compile`."""
+"""This module holds checks of part `correctness`: a training step as a CUDA graph, and under `torch.compile`."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -19,10 +19,10 @@ TOLERANCE = 1e-4
 
 
 class Training:
-    """A module with its optimizer, one step of which may become a CUDA graph.
+    """Holds a module with its optimizer, one step of which may become a CUDA graph.
 
     Attributes:
-        inputs: the tensor that each step reads; new ones are copied into it.
+        inputs: tensor that each step reads; new inputs are copied into it.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class Training:
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True, capturable=True)
 
     def step(self) -> None:
-        """Forward, backward, and the update of all parameters."""
+        """Runs forward, backward, and the update of all parameters."""
         self.optimizer.zero_grad(set_to_none=True)
         self.loss(self.module, self.inputs).backward()
         self.optimizer.step()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Parameters and the optimizer's moments, by name."""
+        """Returns parameters and the optimizer's moments, by name."""
         found = dict(self.module.named_parameters())
         for name, parameter in self.module.named_parameters():
             for key, tensor in self.optimizer.state[parameter].items():
@@ -47,7 +47,7 @@ class Training:
 
 
 def capture(call: Callable[[], Any]) -> Callable[[], None]:
-    """A CUDA graph of a call that ran before on another stream than the default one; the capture runs nothing."""
+    """Captures a call as a CUDA graph without running it; the call must have run before on a side stream."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
@@ -56,7 +56,7 @@ def capture(call: Callable[[], Any]) -> Callable[[], None]:
 
 @contextmanager
 def side_stream() -> Iterator[None]:
-    """Runs what is within on a stream of its own, as what is to be captured must before."""
+    """Runs the body on a side stream, which a later capture requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -66,7 +66,7 @@ def side_stream() -> Iterator[None]:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Makes torch's own operators give the same bits in each run."""
+    """Makes torch's own operators return equal bits in each run."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -75,7 +75,7 @@ def deterministic() -> Iterator[None]:
 
 
 def _block_loss(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return block(x).float().square().mean()
+    return block(x)[0].float().square().mean()
 
 
 def _model_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,9 @@ def _model_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def training_step_in_a_graph(results: Results, size: Size) -> None:
-    """Steps replayed from a graph leave the bits that eager steps leave: of a sparse block, then of a whole model."""
+    """Checks that steps replayed from a graph leave the bits of eager steps: of a sparse block, then of a whole
+    model.
+    """
     model = make_model(size, half_of(size))
     block = copy.deepcopy(model.model.layers[0].mlp)
     shape = (*size.batch, size.model["hidden_size"])
@@ -98,14 +100,14 @@ def training_step_in_a_graph(results: Results, size: Size) -> None:
 def _different_bits(
     module: nn.Module, loss: Callable[[nn.Module, torch.Tensor], torch.Tensor], inputs: list[torch.Tensor]
 ) -> list[str]:
-    """What differs between a module trained eagerly and one trained by a graph, on the same inputs."""
+    """Returns the tensors that differ between a module trained eagerly and one trained by a graph, on equal inputs."""
     eager, captured = (Training(copy.deepcopy(module), loss, inputs[0]) for _ in range(2))
     for _ in range(WARM):
         eager.step()
     with side_stream():
         for _ in range(WARM):
             captured.step()
-        # the gradients are then made in the graph's own memory
+        # without gradients before the capture, they are allocated in the graph's memory
         captured.optimizer.zero_grad(set_to_none=True)
     replay = capture(captured.step)
     for new in inputs[1:]:
@@ -119,7 +121,7 @@ def _different_bits(
 
 
 def compiled(results: Results, size: Size) -> None:
-    """A sparse block under `torch.compile(fullgraph=True)` gives what it gives without, gradients included."""
+    """Checks that a sparse block gives equal outputs and gradients with and without `torch.compile(fullgraph=True)`."""
     block = make_model(size).model.layers[0].mlp
     x = torch.randn(*size.batch, size.model["hidden_size"], device="cuda", requires_grad=True)
     direction = torch.randn_like(x)

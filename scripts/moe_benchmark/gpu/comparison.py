@@ -1,8 +1,10 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Part `comparison`: the benchmark's own runner against transformers' grouped_mm, Liger and the dense products.
+"""This module is part `comparison`: the benchmark's runner against grouped_mm, Liger and the dense products.
 
 Each case is checked against the float64 oracle before it is timed, as in `scripts/benchmark.py`.
 """
+
+from collections.abc import Mapping
 
 from ..arguments import BenchmarkArguments
 from ..case_runner import CaseRunner
@@ -25,7 +27,7 @@ def run(results: Results, size: Size) -> None:
 
 
 def measure(results: Results, runner: CaseRunner, case: Case) -> None:
-    """Measures one case and writes its line, with an `error` if an implementation of this package failed in it.
+    """Measures one case and writes a line, with an `error` if an implementation of this package failed.
 
     Raises:
         DeviceLost: if the runner's GPU has become unusable.
@@ -41,7 +43,7 @@ def measure(results: Results, runner: CaseRunner, case: Case) -> None:
             raise DeviceLost(runner.lost)
 
 
-def _put_result(results: Results, label: dict[str, object], result: Result) -> None:
+def _put_result(results: Results, label: Mapping[str, object], result: Result) -> None:
     failed = {} if result.error is None else {"error": result.error}
     for name, failure in result.failures.items():
         print(f"{name} in {result.case}:\n{failure.traceback}")

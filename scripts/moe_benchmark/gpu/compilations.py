@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Counts what Triton compiles while something runs."""
+"""This module counts the kernels that Triton compiles or loads."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,8 +11,10 @@ import triton
 
 @contextmanager
 def specialisations() -> Iterator[list[str]]:
-    """Yields a list that receives the kernel's name each time that Triton needs a version of a kernel which this process
-    has not used yet, whether it is compiled or comes from the cache on disk."""
+    """Yields a list that receives a kernel's name each time that Triton needs a new specialisation of it.
+
+    A specialisation is new if this process has not used it; it may be compiled or loaded from the cache on disk.
+    """
     needed: list[str] = []
 
     def note(*, fn: Any, **_) -> None:
@@ -28,7 +30,7 @@ def specialisations() -> Iterator[list[str]]:
 
 @contextmanager
 def cache_use() -> Iterator[Counter[str]]:
-    """Yields counts of the kernels that were `"loaded"` from Triton's cache on disk, and of those `"compiled"`."""
+    """Yields the number of kernels that were `"loaded"` from Triton's cache on disk, and of those `"compiled"`."""
     counts: Counter[str] = Counter(loaded=0, compiled=0)
 
     def note(*, cache_hit: bool, **_) -> None:

@@ -1,5 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Part `correctness`: the operator within a model on the GPU, beyond what tests of single kernels see."""
+"""This module is part `correctness`: it checks the operator within models, which tests of single kernels do not
+cover.
+"""
 
 import os
 import statistics
@@ -20,14 +22,14 @@ from .sizes import Size
 
 
 TOLERANCE = 1e-4
-# how much farther than eager's our gradients in 16 bits may be from those in float32
+# largest ratio of the distances from the float32 gradients: this package in 16 bits over eager in 16 bits
 HALF_FACTOR = 3.0
 IMPLEMENTATIONS = ("moe", "moe_grouped_mm", "grouped_mm")
 
 
 def run(results: Results, size: Size) -> None:
-    """Runs each of `CHECKS`; one that fails is recorded, and the others run."""
-    # before the first product: cuBLAS gives the same bits in each run only with a workspace of its own
+    """Runs each of `CHECKS`; a failure is recorded, and the other checks run."""
+    # set before the first product: cuBLAS returns equal bits in each run only with a fixed workspace
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for check in CHECKS:
         name = check.__name__.replace("_", " ")
@@ -39,7 +41,7 @@ def run(results: Results, size: Size) -> None:
 
 
 def back_end(results: Results, size: Size) -> None:
-    """Triton serves the experts in each dtype, in training and in decoding."""
+    """Checks that Triton computes the experts in each dtype, in training and in decoding."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         experts = experts_in(make_model(size, dtype))[0]
         for tokens, expected in ((4 * DECODE_TOKENS, "triton"), (1, "triton (decode)")):
@@ -51,7 +53,7 @@ def back_end(results: Results, size: Size) -> None:
 
 
 def gradients_in_float32(results: Results, size: Size) -> None:
-    """A model's gradients are those of transformers' eager loop over the experts."""
+    """Checks that a model's float32 gradients equal those of transformers' eager loop over the experts."""
     model, ids = make_model(size), make_ids(size)
     model.set_experts_implementation("eager")
     expected = gradients_of(model, ids)
@@ -64,9 +66,9 @@ def gradients_in_float32(results: Results, size: Size) -> None:
 
 
 def gradients_in_16_bits(results: Results, size: Size) -> None:
-    """Each of a model's gradients in 16 bits is about as far from that in float32 as eager's is.
+    """Checks that each 16-bit gradient is about as far from the float32 gradient as with transformers' eager loop.
 
-    A tolerance for each element would fail where rounding changes an expert's choice by the router.
+    A tolerance for each element would fail where rounding changes the router's choice of an expert.
     """
     model, ids = make_model(size, half_of(size)), make_ids(size)
     exact = make_model(size)
@@ -81,7 +83,7 @@ def gradients_in_16_bits(results: Results, size: Size) -> None:
             model.set_experts_implementation(name)
             apart = distances(gradients_of(model, ids), expected)
             ratios = {quantity: value / max(eager[quantity], usual) for quantity, value in apart.items()}
-            # a NaN is worse than any number
+            # a NaN is worse than any other value
             worst = max(ratios, key=lambda quantity: (ratios[quantity] != ratios[quantity], ratios[quantity]))
             found = {"distance": apart[worst], "eager": eager[worst], "of": worst, "ratio": ratios[worst]}
             results.check(f"gradients in {size.half}, {name}", ratios[worst] <= HALF_FACTOR, **found)
@@ -89,7 +91,7 @@ def gradients_in_16_bits(results: Results, size: Size) -> None:
 
 @contextmanager
 def synchronisation_refused() -> Iterator[None]:
-    """Makes whatever waits for the GPU an error."""
+    """Makes every wait for the GPU an error."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -99,7 +101,7 @@ def synchronisation_refused() -> Iterator[None]:
 
 
 def no_synchronisation(results: Results, size: Size) -> None:
-    """Forward, backward and decoding never wait for the GPU: experts alone, then with their router."""
+    """Checks that forward, backward and decoding never wait for the GPU: experts alone, then with their router."""
     block = make_model(size, half_of(size)).model.layers[0].mlp
     tokens, hidden = size.batch[0] * size.batch[1], size.model["hidden_size"]
     experts, top_k = size.model["num_experts"], size.model["num_experts_per_tok"]
@@ -116,7 +118,7 @@ def no_synchronisation(results: Results, size: Size) -> None:
             block.experts(few, index[:2], weight[:2].detach())
 
     def train_block() -> None:
-        block(x[None]).sum().backward()
+        block(x[None])[0].sum().backward()
 
     passes: dict[str, Callable[[], None]] = {
         "experts, forward and backward": train_experts,
@@ -125,25 +127,25 @@ def no_synchronisation(results: Results, size: Size) -> None:
     }
     for name, call in passes.items():
         with results.attempt(check=f"no synchronisation: {name}"):
-            call()  # compiles
+            call()  # the first call compiles
             with synchronisation_refused():
                 call()
             results.check(f"no synchronisation: {name}", True)
 
 
 def generation(results: Results, size: Size) -> None:
-    """Greedy generation in float32 gives eager's tokens."""
+    """Checks that greedy generation in float32 gives the tokens of transformers' eager loop."""
     model, ids = make_model(size).eval(), make_ids(size)[:2, :8]
     tokens = {}
     for name in ("moe", "eager"):
         model.set_experts_implementation(name)
         tokens[name] = model.generate(ids, max_new_tokens=size.new_tokens, do_sample=False, pad_token_id=0)
     equal = tokens["moe"].shape == tokens["eager"].shape and bool((tokens["moe"] == tokens["eager"]).all())
-    results.check("generated tokens are eager's", equal, shape=list(tokens["moe"].shape))
+    results.check("generated tokens equal those of eager", equal, shape=list(tokens["moe"].shape))
 
 
 def no_compilation_later(results: Results, size: Size) -> None:
-    """After one step in each range of the tile table, steps of any number of tokens compile nothing."""
+    """Checks that after one step in each range of the tile table no number of tokens needs another compilation."""
     experts = experts_in(make_model(size, half_of(size)))[0]
     number, top_k = size.model["num_experts"], size.model["num_experts_per_tok"]
 
@@ -177,7 +179,7 @@ CHECKS: tuple[Callable[[Results, Size], None], ...] = (
     adapters.lora_as_peft,
     gradients_in_16_bits,
     no_compilation_later,
-    # a capture that breaks off may leave the process unusable
+    # last, because an aborted capture may leave the process unusable
     capturing.training_step_in_a_graph,
     capturing.compiled,
     adapters.four_bits,

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Part `environment`: what the machine is, and how fast it copies and multiplies."""
+"""This module is part `environment`: it describes the machine, and measures how fast it copies and multiplies."""
 
 import importlib.util
 import platform
@@ -16,7 +16,7 @@ from .timing import median_ms
 
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
-# wheel -> what is left out without it
+# package -> what is omitted without it
 WANTED = {
     "datasets": "tests that load data, and the part science",
     "dill": "datasets",
@@ -29,7 +29,7 @@ WANTED = {
 
 
 def run(results: Results, size: Size) -> None:
-    """Writes the versions, the GPU, what is missing, and the measured rates."""
+    """Writes the versions, the GPU, missing packages, and the measured rates."""
     results.put(python=platform.python_version(), **{package: _version(package) for package in PACKAGES})
     for package, without in WANTED.items():
         if importlib.util.find_spec(package) is None:
@@ -69,8 +69,8 @@ def _put_gpu(results: Results) -> None:
     if shutil.which("nvidia-smi"):
         query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
         command = ["nvidia-smi", query, "--format=csv,noheader"]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        results.put(nvidia_smi=(told.stdout or told.stderr).strip())
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        results.put(nvidia_smi=(done.stdout or done.stderr).strip())
 
 
 def _put_bandwidth(results: Results, size: Size) -> None:

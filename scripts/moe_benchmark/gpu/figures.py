@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The figure of a GPU check: every preset's forward and backward, by who computes it."""
+"""This module draws the figure of a GPU check: forward and backward of every preset, by implementation."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ def can_draw() -> bool:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draws forward and backward at the most tokens that were measured, time relative to dense products.
+    """Draws the time of forward and backward relative to dense products, at the largest measured number of tokens.
 
     Args:
         rows: lines of results.
-        path: of the PNG.
+        path: path of the PNG file.
 
     Returns:
         Whether there was anything to draw.

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Part `tests`: the tests marked `gpu`, each failure recorded as soon as it is known."""
+"""This module is part `tests`: it runs the tests marked `gpu`, and records each failure as soon as it is known."""
 
 import re
 from collections import Counter
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class _Recorder:
-    """A plugin of pytest that writes failures, and counts."""
+    """A pytest plugin that records failures and counts tests."""
 
     def __init__(self, results: Results):
         self.results, self.counts = results, Counter[str]()
@@ -44,14 +44,14 @@ class _Recorder:
 
 
 def _last_line(text: str) -> str:
-    """The line of a traceback that says what was wrong: the last one that pytest marks as the error's, else the last."""
+    """Returns the line of a traceback that states the error: the last one that pytest marks, else the last line."""
     lines = [line for line in text.splitlines() if line.strip()]
     errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
     return (errors or lines or ["no message"])[0 if errors else -1][:400]
 
 
 def run(results: Results, size: Size) -> None:
-    """Runs pytest with the arguments of `size.tests`; none passed is a failure too."""
+    """Runs pytest with the arguments of `size.tests`; if no test passed, that is a failure."""
     recorder = _Recorder(results)
     options = ["-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors"]
     arguments = [f"--rootdir={ROOT}", *options, *size.tests]

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Part `kernels`: time and TFLOP/s of each launch of a pass, and of the whole pass."""
+"""This module is part `kernels`: it measures time and TFLOP/s of each launch of a pass, and of the whole pass."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +16,7 @@ TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 
 
 def run(results: Results, size: Size) -> None:
-    """Writes, for each pass of `size.kernels`, a line for every launch in order, and one for the whole."""
+    """Writes, for each pass of `size.kernels`, a line for every launch in order, and one for the whole pass."""
     for shape in size.kernels:
         if results.late():
             results.put(not_run=shape._asdict())
@@ -42,12 +42,14 @@ def named_arguments(launch: Launch) -> dict[str, Any]:
 
 
 def tile_of(launch: Launch) -> list[int | None]:
-    """`TILE` of a launch, None where the kernel has no such constant."""
+    """Returns the constant `TILE` of a launch, or None if the kernel has none."""
     return [launch.options.get(name) for name in TILE]
 
 
 def flops(launch: Launch, slots: int) -> int:
-    """Operations of a launch's matrix product over that many rows; 0 for a kernel that multiplies no matrices."""
+    """Returns the floating-point operations of a launch's matrix product over `rows` rows; 0 for a kernel without
+    a product.
+    """
     values = named_arguments(launch)
     if launch.name == "project_up":
         columns = values["inner"] * (1 if values["LAYOUT"] == "plain" else 2)
@@ -62,6 +64,6 @@ def flops(launch: Launch, slots: int) -> int:
 
 
 def total(times: Iterable[LaunchTime], slots: int) -> tuple[int, float]:
-    """Operations of all products among some launches, and the ms that these products took."""
+    """Returns the floating-point operations of all products among some launches, and their time in ms."""
     products = [(work, ms) for launch, ms in times if (work := flops(launch, slots))]
     return sum(work for work, _ in products), sum(ms for _, ms in products)

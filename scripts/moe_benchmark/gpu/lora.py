@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Part `lora`: low-rank updates of experts against full fine-tuning, and against PEFT's own path."""
+"""This module is part `lora`: it compares LoRA on experts with full fine-tuning and with PEFT's own code."""
 
 from ..arguments import BenchmarkArguments
 from ..cases import Case
@@ -12,8 +12,11 @@ from .timing import median_ms
 
 
 def run(results: Results, size: Size) -> None:
-    """Writes ms of forward plus backward with all gradients and with those of the factors; then a model of two layers,
-    its experts adapted here and by PEFT, fully trained, or adapted in the attention only."""
+    """Writes the ms of forward plus backward, with all gradients and with those of the factors only.
+
+    Then it measures a model of two layers: experts adapted by this package and by PEFT, all weights trained, and only
+    the attention adapted.
+    """
     _compare_with_full(results, size)
     runner = LoraRunner(BenchmarkArguments(device="cuda", what="lora", case_s=size.case_s, rounds=size.case_rounds))
     for shape in size.lora:

@@ -1,9 +1,11 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Part `memory`: what forward plus backward of one layer's experts hold on the GPU, whoever computes them.
+"""This module is part `memory`: it measures the GPU memory of forward plus backward of one layer's experts.
 
-# peak: most bytes beyond weights and inputs, in which the gradients of the weights are contained
+# peak: largest number of bytes beyond weights and inputs; it includes the gradients of the weights
 # saved: bytes kept between forward and backward
 """
+
+from collections.abc import Mapping
 
 import torch
 
@@ -17,7 +19,7 @@ from .sizes import Size
 
 
 def run(results: Results, size: Size) -> None:
-    """Writes a line for each pass of `size.memory` and implementation."""
+    """Writes a line for each pass of `size.memory` and each implementation."""
     register_adapters()
     for shape in size.memory:
         if results.late():
@@ -35,7 +37,7 @@ def run(results: Results, size: Size) -> None:
         free()
 
 
-def _put_bytes(results: Results, label: dict[str, object], name: str, case: Case, workload: Workload) -> None:
+def _put_bytes(results: Results, label: Mapping[str, object], name: str, case: Case, workload: Workload) -> None:
     device = torch.device("cuda")
     reason = skip_reason(name, case, device, case.torch_dtype.itemsize)
     if reason is not None:
@@ -45,7 +47,7 @@ def _put_bytes(results: Results, label: dict[str, object], name: str, case: Case
     gradients = sum(parameter.nbytes for parameter in module.parameters())
     try:
         contestant.prepare()
-        contestant.run()  # what a first call leaves behind, workspaces for instance, is no part of the peak
+        contestant.run()  # memory that a first call allocates for good, such as workspaces, is not part of the peak
         free()
         saved = saved_bytes(lambda: workload.forward(module), leaves(name, workload))
         free()

@@ -1,7 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Passes through the Triton back end itself, at a preset's shape: random weights, inputs and low-rank factors.
+"""This module runs passes of the Triton back end at a preset's shape, with random weights, inputs and low-rank
+factors.
 
-# T tokens, K experts per token, S = T*K slots, E experts, H hidden, I expert width, C columns of the first matrix
+# T tokens, K experts per token, A = T*K assignments, E experts, H hidden, I expert width, C columns of the first
+matrix
 """
 
 from collections.abc import Iterator
@@ -44,13 +46,13 @@ class Problem(NamedTuple):
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype in memory of a [`Shape`]'s."""
+    """Returns the dtype of a [`Shape`]'s tensors."""
     return torch.float32 if name == "tf32" else getattr(torch, name)
 
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Lets products in float32 be rounded to TF32 if `name` is `"tf32"`, and only then."""
+    """Allows products in float32 to be rounded to TF32 if `name` is `"tf32"`, and forbids it otherwise."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     try:
@@ -60,7 +62,7 @@ def precision(name: str) -> Iterator[None]:
 
 
 def make(shape: Shape, device: str = "cuda") -> Problem:
-    """Draws the tensors of a shape; on `"meta"` only their sizes are there, which suffice to record launches."""
+    """Draws the tensors of a shape; on `"meta"` they have only sizes, which suffice to record launches."""
     preset, dtype = PRESETS[shape.preset], torch_dtype(shape.dtype)
     hidden, width, experts = preset.hidden, preset.intermediate, preset.experts
     torch.manual_seed(0)
@@ -86,7 +88,7 @@ def make(shape: Shape, device: str = "cuda") -> Problem:
 
 
 def _update(experts: int, columns: int, rows: int, device: str) -> LowRank:
-    """Factors as PEFT holds them: in float32, and those of B with the experts innermost."""
+    """Returns low-rank factors with PEFT's memory layout: float32, with the experts innermost in B."""
     a = torch.empty(experts, RANK, columns, device=device).normal_(std=columns**-0.5)
     b = torch.empty(rows, RANK, experts, device=device).normal_(std=0.02).permute(2, 0, 1)
     return LowRank(a, b, 2.0)

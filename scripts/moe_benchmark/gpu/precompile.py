@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Part `precompile`: fills Triton's cache for the other parts on all cores, while nothing touches the GPU."""
+"""This module is part `precompile`: it fills Triton's cache for the other parts on all cores, without using the GPU."""
 
 import multiprocessing
 import os
@@ -18,16 +18,17 @@ from .sizes import Comparison, Shape, Size
 from .sweep import alternatives, own_config, table
 
 
-# launches for each process between two looks at the clock
+# launches that each process compiles before the remaining time is checked
 CHUNK = 4
 SCENARIOS = {"forward": ("infer",), "forward_backward": ("train", "recompute"), "decode": ("decode",)}
 MODEL_SCENARIOS = ("train", "infer", "lora", "lora_infer")
 
 
 def describe_gpu() -> str:
-    """The GPU's key in [`~moe_benchmark.compilation.TARGETS`].
+    """Returns the GPU's key in [`~moe_benchmark.compilation.TARGETS`].
 
-    A process of its own asks, since processes that compile are forked, which a process that uses the GPU must not be.
+    A separate process looks for the GPU, because processes that compile are forked, and a process that uses a GPU
+    must not fork.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_ask)
@@ -41,11 +42,11 @@ def _ask() -> str:
 
 
 def run(results: Results, size: Size) -> None:
-    """Writes a line for each kernel that does not compile, and one for all."""
+    """Writes a line for each kernel that does not compile, and one for all kernels."""
     start = time.time()
     target = describe_gpu()
     if target not in TARGETS:
-        raise RuntimeError(f"compilation.TARGETS has no {target}: add what Triton calls it")
+        raise RuntimeError(f"compilation.TARGETS has no {target}: add it under Triton's name")
     jobs = os.cpu_count() or 1
     launches = list(distinct(_launches(size, TARGETS[target].family), target).values())
     results.put(target=target, jobs=jobs, kernels=len(launches), recorded_s=time.time() - start)
@@ -61,7 +62,7 @@ def run(results: Results, size: Size) -> None:
 
 
 def _launches(size: Size, family: str) -> Iterator[Launch]:
-    """What the other parts launch, in their order."""
+    """Yields the launches of the other parts, in their order."""
     for call in calls(size):
         yield from record(call, family)
     for shape in size.swept:
@@ -78,7 +79,7 @@ def _launches(size: Size, family: str) -> Iterator[Launch]:
 
 
 def calls(size: Size) -> Iterator[Call]:
-    """What the parts compute with the table's own tiles."""
+    """Returns the calls that the parts run with the table's own tiles."""
     model = size.model
     experts = Experts(
         model["hidden_size"], model["moe_intermediate_size"], model["num_experts"], model["num_experts_per_tok"]

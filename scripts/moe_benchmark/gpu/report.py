@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The page on a GPU check: what was reached, how fast each pass and kernel is, what memory it takes, which tiles to take."""
+"""This module writes the page of a GPU check: targets, time of each pass and kernel, memory, and proposed tiles."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -18,13 +18,13 @@ SORTING = ("count_slots", "place_slots", "map_rows")
 PRODUCTS = ("project_up", "multiply", "multiply_persistent", "gate_backward", "weight_gradient")
 INTRODUCTION = """# Speed on a GPU
 
-`python3 scripts/gpu_report.py` wrote this page from one run of `bash scripts/gpu_check.sh`. Times are medians in ms. In a
-comparison all contestants take turns, after outputs and gradients of each have been compared with a float64 oracle.
+`python3 scripts/gpu_report.py` wrote this page from one run of `bash scripts/gpu_check.sh`. Times are medians in ms. All
+contestants of a comparison take turns; before, outputs and gradients of each are compared with a float64 oracle.
 """
 
 
 def latest(files: Iterable[Sequence[Row]]) -> list[Row]:
-    """The lines of several runs; of a part that is in more than one, those of the last."""
+    """Joins the lines of several runs; of a part that is in more than one, the lines of the last run are taken."""
     parts: dict[str, list[Row]] = {}
     for rows in files:
         names = dict.fromkeys(row["part"] for row in rows)
@@ -33,37 +33,37 @@ def latest(files: Iterable[Sequence[Row]]) -> list[Row]:
 
 
 def number(value: float | None, form: str = "{:.3g}") -> str:
-    """A cell; `-` for None, and whole numbers from 1000 on."""
+    """Returns the text of a cell: `-` for None, and no decimals from 1000 on."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else form.format(value)
 
 
 def machine(rows: Sequence[Row]) -> Iterator[str]:
-    """What the numbers depend on."""
+    """Yields the section on the machine."""
     facts: Row = {}
     for row in select(rows, part="environment"):
         facts |= {f"{row['product']} TFLOP/s": row["tflops"]} if "product" in row else row
     stated = [name for name in facts if name not in ("part", "at_s", "missing", "left_out", "ended", "error")]
     if stated:
         yield "## Machine"
-        yield from (f"- {name}: {_told(facts[name])}" for name in stated)
+        yield from (f"- {name}: {_value_text(facts[name])}" for name in stated)
 
 
-def _told(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return number(value, "{:.4g}") if isinstance(value, float) else str(value)
 
 
 def targets(rows: Sequence[Row]) -> Iterator[str]:
-    """Each target, met or not."""
+    """Yields the section on targets, met or not."""
     yield "## Targets"
-    yield "For the experts of a layer of Qwen3-30B-A3B (128 experts, H 2048, I 768, 8 per token) in bf16 on one H200."
+    yield "The targets are for the experts of one layer of Qwen3-30B-A3B (128 experts, H 2048, I 768, 8 per token) in bf16 on one H200."
     yield ""
     yield from table(["target", "bound", "measured", ""], [target.cells(rows) for target in TARGETS])
 
 
 def correctness(rows: Sequence[Row]) -> Iterator[str]:
-    """What was checked, and all that failed in any part."""
+    """Yields the section on checks, and all failures of all parts."""
     checks = [row for row in rows if "check" in row and row["part"] != "science"]
     if checks:
         yield "## Correctness"
@@ -72,7 +72,7 @@ def correctness(rows: Sequence[Row]) -> Iterator[str]:
         for row in checks:
             passed = "yes" if row.get("passed") else "not run" if "skipped" in row else "**no**"
             hidden = ("part", "at_s", "check", "passed")
-            found = ", ".join(f"{key} {_told(value)}" for key, value in row.items() if key not in hidden)
+            found = ", ".join(f"{key} {_value_text(value)}" for key, value in row.items() if key not in hidden)
             cells.append([row["check"], passed, found.replace("|", "/")])
         yield from table(header, cells)
     failed = failures(rows)
@@ -83,24 +83,26 @@ def correctness(rows: Sequence[Row]) -> Iterator[str]:
     skipped = [row for row in rows if "not_run" in row]
     if skipped:
         yield ""
-        yield f"The time was over before {len(skipped)} measurements."
+        yield f"{len(skipped)} measurements were not made, because the time was over."
 
 
 def _rate(row: Row, ms: float | None) -> float | None:
-    """TFLOP/s of a case, given its time."""
+    """Returns the TFLOP/s of a case from its time."""
     preset, passes = PRESETS[row["preset"]], 3 if row["mode"] == "forward_backward" else 1
     work = 2 * preset.per_token * preset.expert_elements * row["tokens"] * passes
     return None if not ms else work / ms / 1e9
 
 
 def comparison(rows: Sequence[Row]) -> Iterator[str]:
-    """Each case against the others and the limits: ratios above 1 are others' times over ours."""
+    """Yields the section that compares each case with other implementations and limits; a ratio above 1 favours
+    this package.
+    """
     cases = [row for row in select(rows, part="comparison") if "ms" in row]
     if not cases:
         return
     yield "## Against others"
-    yield "`grouped_mm`, `Liger` and `dense`: their time over ours. Roofline: least time by the GPU's stated peak over ours."
-    yield "Dense: the products of the same FLOPs as if there were one expert."
+    yield "Columns `grouped_mm`, `Liger` and `dense` show the time of that implementation divided by the time of `moe`; above 1 `moe` is faster."
+    yield "`dense` is the matrix products of equal FLOPs for a single expert. `roofline` is the smallest time at the GPU's stated peak, divided by the time of `moe`."
     yield ""
     header = ["preset", "tokens", "pass", "routing", "ms", "TFLOP/s", "roofline", "grouped_mm", "Liger", "dense"]
     cells = []
@@ -124,7 +126,7 @@ def _decoding(cases: Sequence[Row]) -> Iterator[str]:
     if not cases:
         return
     yield ""
-    yield "Decoding with cold caches; the limit is the active experts' bytes over the bandwidth of a copy."
+    yield "Caches are cold in decoding. The limit is the bytes of the active experts divided by the bandwidth of a copy."
     yield ""
     header = ["preset", "tokens", "µs", "µs as a graph", "limit, µs", "graph over limit", "grouped_mm as a graph"]
     cells = []
@@ -138,14 +140,14 @@ def _decoding(cases: Sequence[Row]) -> Iterator[str]:
 
 
 def kernels(rows: Sequence[Row]) -> Iterator[str]:
-    """ms, and TFLOP/s, of the launches of each pass, those of one kernel together."""
+    """Yields the section on the launches of each pass: ms and TFLOP/s, with launches of one kernel added up."""
     lines = list(select(rows, part="kernels"))
     whole = [row for row in lines if "whole_ms" in row]
     if not whole:
         return
     yield "## Kernels"
-    yield "ms, and TFLOP/s of products; `sorting` is what finds each expert's rows. Launches are timed one by one, and"
-    yield "`whole` is the pass at a stretch."
+    yield "Cells show ms, and TFLOP/s of products. `sorting` is the kernels that find the rows of each expert. Launches are timed one by one;"
+    yield "`whole` is the time of the uninterrupted pass."
     yield ""
     cells = []
     for row in whole:
@@ -168,12 +170,12 @@ def _launches(launches: Sequence[Row]) -> str:
 
 
 def lora(rows: Sequence[Row]) -> Iterator[str]:
-    """Low-rank updates against full fine-tuning, and in a model of two layers against PEFT."""
+    """Yields the section on low-rank updates against full fine-tuning, and against PEFT in a model of two layers."""
     lines = list(select(rows, part="lora"))
     ratios = [row for row in lines if "lora_over_full" in row]
     if ratios:
         yield "## LoRA on experts"
-        yield "Forward and backward of one layer's experts, rank 16, over the same with gradients of all matrices."
+        yield "The table shows the time of forward and backward of one layer's experts with LoRA of rank 16, divided by the time with gradients of all matrices."
         yield ""
         cells = [[row["preset"], f"{row['tokens']:,}", f"{row['lora_over_full']:.2f}"] for row in ratios]
         yield from table(["preset", "tokens", "LoRA over full"], cells)
@@ -181,7 +183,7 @@ def lora(rows: Sequence[Row]) -> Iterator[str]:
     if models:
         names = list(dict.fromkeys(name for row in models for name in row["ms"]))
         yield ""
-        yield "Forward and backward of a model of two layers, ms:"
+        yield "Time of forward and backward of a model of two layers, in ms:"
         yield ""
         cells = [
             [row["preset"], f"{row['tokens']:,}", *(number(row["ms"].get(name)) for name in names)] for row in models
@@ -190,13 +192,13 @@ def lora(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def memory(rows: Sequence[Row]) -> Iterator[str]:
-    """What forward plus backward hold, whoever computes."""
+    """Yields the section on the memory of forward plus backward, by implementation."""
     lines = [row for row in select(rows, part="memory") if "peak_bytes" in row]
     if not lines:
         return
     yield "## Memory"
-    yield "Peak of forward and backward beyond weights and inputs; that without the weights' gradients, which everyone must"
-    yield "write; and what is kept between forward and backward."
+    yield "The table shows the peak of forward and backward beyond weights and inputs, the peak without the weights' gradients"
+    yield "(which every implementation must write), and the memory kept between forward and backward."
     yield ""
     cells = []
     for row in lines:
@@ -215,18 +217,18 @@ def memory(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _sizes(row: Row) -> tuple[int, int, int]:
-    """Bytes of the peak, of the peak without the weights' gradients, and of what is kept for backward."""
+    """Returns the bytes of the peak, of the peak without the weights' gradients, and of tensors saved for backward."""
     return row["peak_bytes"], row["peak_bytes"] - row["gradient_bytes"], row["saved_bytes"]
 
 
 def tiles(rows: Sequence[Row]) -> Iterator[str]:
-    """What other tiles take, and the table that follows."""
+    """Yields the section on the times of other tiles, and the proposed table."""
     proposed = tile_table.propose(rows)
     if proposed is None:
         return
     family, numbers, entries = proposed
     yield "## Tiles"
-    yield f"A tile is {', '.join(TILE)}. Times are those of the kernels that it rules."
+    yield f"A tile is {', '.join(TILE)}. Times are those of the kernels that use the field."
     yield ""
     cells = []
     for (preset, tokens, dtype, scenario, field), lines in tile_table.fields_swept(rows).items():
@@ -239,7 +241,7 @@ def tiles(rows: Sequence[Row]) -> Iterator[str]:
     yield from table(["pass", "field", "the table's", "ms", "fastest", "ms", "gain"], cells)
     yield from _heights(rows)
     yield ""
-    yield f'What the sweep proposes for `tiles.CONFIGS["{family}"]`:'
+    yield f'Proposal of the sweep for `tiles.CONFIGS["{family}"]`:'
     yield ""
     yield from ("```python", tile_table.as_text(numbers, entries), "```")
     decoding = tile_table.propose_decoding(rows)
@@ -254,7 +256,7 @@ def _heights(rows: Sequence[Row]) -> Iterator[str]:
         return
     heights = sorted({row["block_m"] for row in lines})
     yield ""
-    yield "Forward, and forward and backward, ms, by the rows of a tile:"
+    yield "Time of forward, and of forward and backward, in ms, by the number of rows of a tile:"
     yield ""
     cells = []
     for count in dict.fromkeys(row["rows_per_expert"] for row in lines):
@@ -270,16 +272,16 @@ def _heights(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _text(lines: Iterable[str]) -> str:
-    """Lines as text, with an empty one after each heading."""
+    """Joins lines to a text, with an empty line after each heading."""
     return "\n".join(f"{line}\n" if line.startswith("## ") else line for line in lines)
 
 
 def markdown(rows: Sequence[Row], figure: str | None = None) -> str:
-    """The page.
+    """Returns the page in Markdown.
 
     Args:
         rows: lines of results, see [`latest`].
-        figure: address of a figure, relative to the page, if there is one.
+        figure: address of a figure, relative to the page; None without one.
     """
     sections = [_text(section(rows)) for section in (targets, comparison, kernels, lora, memory, tiles)]
     picture = "" if figure is None else f"![Forward and backward at 32,768 tokens]({figure})"

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a part of the GPU check found: one JSON object a line, each on the disk before the next number is measured."""
+"""This module records the results of a part: one JSON object a line, written to disk before the next measurement."""
 
 import gc
 import json
@@ -18,7 +18,7 @@ from modeling_moe.utils.errors import UserError
 
 
 FILE = "results.jsonl"
-# after these the process can do nothing more on the GPU
+# errors after which the process cannot use the GPU any more
 BROKEN = (
     "illegal memory access",
     "illegal instruction",
@@ -30,16 +30,16 @@ BROKEN = (
 
 
 class DeviceLost(Exception):
-    """The GPU refuses this process any further work: the part ends, the next part starts anew."""
+    """The GPU refuses all further work of this process: the part ends, and the next part starts in a new process."""
 
 
 class Results:
-    """Appends the findings of one part.
+    """Appends the results of one part to a file.
 
     Args:
-        path: the file, which all parts share.
-        part: name of the part, in each line.
-        until: seconds since the epoch after which [`Results.late`] is true; never if not given.
+        path: path of the file, which all parts share.
+        part: name of the part, which each line contains.
+        until: seconds since the epoch after which [`Results.late`] is true; None for no limit.
     """
 
     def __init__(self, path: str | Path, part: str, until: float = math.inf):
@@ -47,9 +47,9 @@ class Results:
         self.start = time.time()
 
     def put(self, **fields: Any) -> None:
-        """Writes a line of `fields`, with the part and the seconds since its start, and prints it.
+        """Writes and prints a line of `fields`, with the part and the seconds since its start.
 
-        Numbers that JSON does not have, NaN and infinity, are written as text.
+        NaN and infinity, which JSON does not have, are written as text.
         """
         row = {"part": self.part, "at_s": round(time.time() - self.start, 2)} | _plain(fields)
         with self.path.open("a") as file:
@@ -60,26 +60,26 @@ class Results:
         print(" ".join(words), flush=True)
 
     def check(self, name: str, passed: bool, **fields: Any) -> None:
-        """Writes whether something that must hold does; if not, the line has an `error`.
+        """Writes whether a check passed; if it did not, the line has an `error`.
 
         Args:
-            name: what must hold.
-            passed: whether it does.
-            fields: what was seen.
+            name: name of the check.
+            passed: whether it passed.
+            fields: measured values.
         """
         self.put(check=name, passed=passed, **fields, **({} if passed else {"error": f"{name}: no"}))
 
     def late(self) -> bool:
-        """Whether the time is over in which something new may begin."""
+        """Whether the time for starting something new is over."""
         return time.time() > self.until
 
     def seconds_left(self) -> float:
-        """Seconds until [`Results.late`], infinity without a limit."""
+        """Seconds until [`Results.late`]; infinity without a limit."""
         return self.until - time.time()
 
     @contextmanager
     def attempt(self, **label: Any) -> Iterator[None]:
-        """Records a failure of what is within as a line of `label` and `error`, after which the part goes on.
+        """Records a failure of the body as a line of `label` and `error`, after which the part continues.
 
         Raises:
             DeviceLost: if the failure has left the GPU unusable for this process.
@@ -95,19 +95,19 @@ class Results:
                 raise DeviceLost(str(error)) from error
         else:
             return
-        # what the frames of the exception held
+        # frees the tensors of the exception's frames
         gc.collect()
         free()
 
 
 def free() -> None:
-    """Gives unused memory of the GPU back."""
+    """Frees unused memory of the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _plain(value: Any) -> Any:
-    """The value in what JSON has."""
+    """Converts a value to JSON's types."""
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -118,21 +118,21 @@ def _plain(value: Any) -> Any:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a file of results.
+    """Returns the lines of a file of results.
 
     Raises:
-        UserError: if there is no such file, or if a line of it is no JSON object.
+        UserError: if the file does not exist, or a line is not a JSON object.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"results {path}: no such file, run `bash scripts/gpu_check.sh` first")
+        raise UserError(f"results {path}: the file does not exist; run `bash scripts/gpu_check.sh` first")
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"results {path}: line {number} is not JSON ({error}), remove it") from error
+            raise UserError(f"results {path}: line {number} is not JSON ({error}); remove it") from error
         if not isinstance(row, dict) or "part" not in row:
-            raise UserError(f"results {path}: line {number} is not a result with a part, remove it")
+            raise UserError(f"results {path}: line {number} is not a result with a part; remove it")
         rows.append(row)
     return rows

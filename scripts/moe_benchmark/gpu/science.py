@@ -1,15 +1,16 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This part of the GPU check asks whether a dense model learns more once it is upcycled, at equal tokens or FLOPs.
+"""Measure whether a dense model learns more after upcycling, at equal tokens or FLOPs; a part of the GPU check.
 
-SmolLM2-135M trains on, dense and as two mixtures of experts made of it, on the sources of the machine's Python packages:
-equal batches in an equal order, AdamW at one rate, constant after a warm-up, so that each point of a run is a run of its own
-that ended there. The dense model trains on until it has spent what the dearest mixture spends, and is scored on the way
-where it has spent what each one does: that is the comparison at equal FLOPs. Seeds change routers and order; they follow
-each other, so that what is there when the time is over are whole comparisons.
+SmolLM2-135M continues training, dense and as two mixtures of experts, on the source code of the machine's Python
+packages. All arms have equal batches in equal order, and AdamW at one rate, which is constant after the warm-up, so
+that every point of a run equals the end of a shorter run. The dense model trains until it has used the FLOPs of the
+most expensive mixture, and is also scored where it has used those of each mixture: that is the comparison at equal
+FLOPs. Seeds change routers and order; they run one after another, so that complete comparisons exist when the time is
+over.
 
-The model computes in bf16, and AdamW updates fp32 copies, as in pre-training: updates far below bf16's 8 bits count, and,
-other than with autocast, no arm pays for casting all its experts in every pass. Weights come to the machine as
-`python -m moe_benchmark.gpu.weights --help` says.
+The model computes in bf16, and AdamW updates fp32 copies, as in pre-training: updates smaller than bf16's precision
+are not lost, and, unlike with autocast, no arm casts all its experts in every pass. `python -m
+moe_benchmark.gpu.weights --help` says how the weights reach the machine.
 
     python -m moe_benchmark.gpu.science --weights outputs/weights --results outputs/gpu/results.jsonl
 """
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.upcycling_facts import shuffled
+from experiments.facts_data import shuffled
 from experiments.upcycling_initial_loss import TOLERANCE, compare_logits
 from torch import nn
 
@@ -35,7 +36,7 @@ from modeling_moe.conversion import load_state, open_checkpoint
 from modeling_moe.dispatch import backend_of
 from modeling_moe.evaluation.scoring import score
 from modeling_moe.modeling_moe import MoEForCausalLM
-from modeling_moe.upcycling import UpcyclingOptions, inexactness, sparse_config, upcycle
+from modeling_moe.upcycling import UpcyclingOptions, assemble, reason_not_exact, sparse_config
 from modeling_moe.utils.command_line import parse
 from modeling_moe.utils.command_line import run as run_main
 from modeling_moe.utils.errors import UserError
@@ -49,7 +50,7 @@ from .weights import FOLDER, KEPT, model_path
 
 
 DENSE = "dense"
-# arm -> options of its upcycling; None trains the dense model itself
+# arm -> options of upcycling; None trains the dense model
 ARMS: dict[str, dict[str, Any] | None] = {
     DENSE: None,
     "64 experts, K=8": {"num_experts": 64, "granularity": 8, "num_experts_per_tok": 8},
@@ -57,66 +58,70 @@ ARMS: dict[str, dict[str, Any] | None] = {
 }
 LEAST_STEPS = 20
 MOST_SEEDS = 10
-PROBE_STEPS = (3, 5)  # to warm up, and to time
+PROBE_STEPS = (3, 5)  # number of steps to warm up, and to time
 MARGIN = 0.92
-TINY_ARGUMENTS = {
-    "steps": 2,
-    "seeds": 1,
-    "evaluations": 1,
-    "rows": 2,
-    "length": 16,
-    "held_out": 2,
-    "characters": 20_000,
-}
 
 
 @dataclass
 class Arguments:
-    """The arguments say what is trained, on what, and for how long."""
+    """These arguments name the model and the text, and limit the time."""
 
-    weights: str = field(default=FOLDER, metadata={"help": "folder of the model, of its GGUF, or of its parts"})
-    kept: str = field(default=KEPT, metadata={"help": "folder in which parts are joined"})
-    results: str = field(default="outputs/gpu/results.jsonl", metadata={"help": "file that lines are appended to"})
-    text_dir: str | None = field(
-        default=None, metadata={"help": "folder of .py and .txt; Python's packages if not given"}
+    weights: str = field(default=FOLDER, metadata={"help": "folder of the model, of a GGUF file, or of parts of it"})
+    kept: str = field(default=KEPT, metadata={"help": "folder in which the parts are joined"})
+    results: str = field(
+        default="outputs/gpu/results.jsonl", metadata={"help": "file to which result lines are appended"}
     )
-    seconds: float = field(default=280.0, metadata={"help": "for everything, from loading to the last evaluation"})
-    seeds: int = field(default=3, metadata={"help": "runs of each arm; fewer if the seconds do not suffice"})
-    steps: int | None = field(default=None, metadata={"help": "optimizer steps; what the seconds allow if not given"})
-    rows: int = field(default=32, metadata={"help": "sequences of a step"})
-    length: int = field(default=512, metadata={"help": "tokens of a sequence"})
-    held_out: int = field(default=128, metadata={"help": "sequences of held-out text"})
-    characters: int = field(default=24_000_000, metadata={"help": "of the text to train on"})
+    text_dir: str | None = field(
+        default=None, metadata={"help": "folder of .py and .txt files; without it, the installed Python packages"}
+    )
+    seconds: float = field(
+        default=280.0, metadata={"help": "seconds for everything, from loading to the last evaluation"}
+    )
+    seeds: int = field(default=3, metadata={"help": "number of runs of each arm; fewer if the seconds do not suffice"})
+    steps: int | None = field(
+        default=None, metadata={"help": "number of optimizer steps; without it, as many as the seconds allow"}
+    )
+    rows: int = field(default=32, metadata={"help": "number of sequences in a step"})
+    length: int = field(default=512, metadata={"help": "number of tokens in a sequence"})
+    held_out: int = field(default=128, metadata={"help": "number of sequences of held-out text"})
+    characters: int = field(default=24_000_000, metadata={"help": "characters of the text to train on"})
     rate: float = field(default=3e-4, metadata={"help": "learning rate of AdamW, for all arms"})
-    warmup: float = field(default=0.1, metadata={"help": "share of the steps in which the rate rises"})
-    evaluations: int = field(default=4, metadata={"help": "of each run, at equal distances, beside that at step 0"})
-    device: str | None = field(default=None, metadata={"help": "cuda if there is one, else cpu, if not given"})
-    dtype: str = field(default="bfloat16", metadata={"help": "of the weights that compute: bfloat16 or float32"})
+    warmup: float = field(default=0.1, metadata={"help": "share of the steps in which the learning rate rises"})
+    evaluations: int = field(
+        default=4, metadata={"help": "number of evaluations of a run, at equal distances, beside the one at step 0"}
+    )
+    device: str = field(default="auto", metadata={"help": "cuda, cpu, or auto: cuda if there is a GPU, else cpu"})
+    dtype: str = field(default="bfloat16", metadata={"help": "dtype of the model: bfloat16 or float32"})
 
     def __post_init__(self):
         for name in ("seeds", "rows", "held_out", "evaluations", "characters", "seconds", "rate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be positive")
         if self.seeds > MOST_SEEDS:
-            raise UserError(f"seeds is {self.seeds}: the report has intervals for {MOST_SEEDS} at most")
+            raise UserError(f"seeds is {self.seeds}: the report has intervals for at most {MOST_SEEDS} seeds")
         if self.length < 2 or (self.steps is not None and self.steps < 1):
-            raise UserError(f"length is {self.length} and steps {self.steps}: give 2 and 1 at least")
+            raise UserError(f"length is {self.length} and steps is {self.steps}: give at least 2 and 1")
         if self.dtype not in ("bfloat16", "float32"):
             raise UserError(f"dtype is {self.dtype!r}: choose bfloat16 or float32")
-        if self.device is None:
+        if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tiny_arguments() -> Arguments:
+    """Returns the arguments of a run on the smallest text that has all steps."""
+    return Arguments(steps=2, seeds=1, evaluations=1, rows=2, length=16, held_out=2, characters=20_000)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting holds what all runs share.
+    """Holds what all runs share.
 
     Attributes:
         args: the arguments.
-        config: of the dense model.
-        state: its fp32 checkpoint, on the device.
+        config: configuration of the dense model.
+        state: fp32 checkpoint of the dense model, on the device.
         training: blocks (N, S) int64 on the device.
-        blocks: of the text.
+        blocks: blocks of the text.
     """
 
     args: Arguments
@@ -133,7 +138,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Probe:
-    """A probe holds the seconds that an arm takes to build, for a step, and for an evaluation."""
+    """Holds the seconds that an arm takes to be built, for a step, and for an evaluation."""
 
     build_s: float
     step_s: float
@@ -142,13 +147,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan says how long all arms train.
+    """Says how long all arms train.
 
     Attributes:
-        steps: of every arm.
-        seeds: how many.
-        dense_steps: arm -> steps of the dense model that cost what `steps` of the arm do.
-        flops: arm -> FLOPs of a token, forward and backward.
+        steps: number of steps of every arm.
+        seeds: number of seeds.
+        dense_steps: number of steps of the dense model that cost as much as `steps` steps of an arm, by arm.
+        flops: FLOPs of a token, forward and backward, by arm.
     """
 
     steps: int
@@ -157,25 +162,27 @@ class Plan:
     flops: dict[str, float]
 
     def stops(self, arm: str, evaluations: int) -> list[int]:
-        """Returns the steps after which an arm is scored, ascending; the last one ends its run."""
+        """Returns the steps after which an arm is scored, in ascending order; the last one ends the run."""
         stops = {round(self.steps * number / evaluations) for number in range(evaluations + 1)}
         return sorted(stops | set(self.dense_steps.values()) if arm == DENSE else stops)
 
 
 def flops_per_token(config: MoEConfig, length: int) -> float:
-    """Counts the FLOPs of a token, forward and backward: 6 for each parameter it meets, and attention within `length`."""
+    """Returns the FLOPs of a token, forward and backward: 6 for each parameter it uses, and attention within
+    `length`.
+    """
     params = config.num_active_params()
     if not config.tie_word_embeddings:
-        # looked up, not multiplied
+        # embeddings are looked up, not multiplied
         params -= config.vocab_size * config.hidden_size
-    # scores and values, over half of the sequence on average: 2 products of 2 FLOPs, three times with the backward pass
+    # scores and values over half of the sequence on average: 2 products of 2 FLOPs, times 3 with the backward pass
     width = config.num_attention_heads * config.head_dim
     return 6 * params + 12 * config.num_hidden_layers * width * length / 2
 
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """Lets tokenizers use all cores, which is safe as no process is forked here, whatever the shell says."""
+    """Lets tokenizers use all cores whatever the environment says, which is safe because no process is forked here."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "true"
@@ -191,7 +198,7 @@ def read_setting(args: Arguments, results: Results) -> Setting:
     """Reads the model and the text.
 
     Raises:
-        UserError: if one of them is not there.
+        UserError: if one of them does not exist.
     """
     folder, gguf = model_path(Path(args.weights), Path(args.kept))
     checkpoint = open_checkpoint(str(folder), gguf, "float32")
@@ -218,24 +225,25 @@ def text_facts(text: Text, blocks: Blocks) -> dict[str, int]:
 
 
 def build(setting: Setting, arm: str, seed: int) -> MoEForCausalLM:
-    """Builds the model that an arm starts with, in fp32, on the device."""
+    """Builds an arm's initial model in fp32 on the device."""
     fields, state, config = ARMS[arm], setting.state, setting.arm_config(arm)
     if fields is not None:
-        state = upcycle([state], config, UpcyclingOptions(**fields, seed=seed), {})
+        state = assemble([state], config, UpcyclingOptions(**fields, seed=seed), {})
+    # pyrefly: ignore[bad-argument-type]: transformers' decorator of `to` hides that it is a method
     model = load_state(config, state).to(setting.args.device)
     for parameter in model.parameters():
-        # training must not change the checkpoint, which the next arm starts from
+        # training must not change the checkpoint, because the next arm starts from it
         parameter.data = parameter.data.clone()
     return model
 
 
 class Training:
-    """This class trains a model that computes in `args.dtype`, by AdamW on fp32 copies of the weights.
+    """Trains a model that computes in `args.dtype`, by AdamW on fp32 copies of the weights.
 
     Args:
-        model: in fp32; it is cast here.
-        args: rate and dtype.
-        steps: that the warm-up is a share of.
+        model: model in fp32, which is cast here.
+        args: learning rate and dtype.
+        steps: number of steps, of which the warm-up is a share.
     """
 
     def __init__(self, model: MoEForCausalLM, args: Arguments, steps: int):
@@ -244,13 +252,13 @@ class Training:
         self.masters = [nn.Parameter(parameter.detach()) for parameter in self.parameters]
         dtype, kept = parse_dtype(args.dtype), model.model._keep_in_fp32_modules_strict or set()
         for name, parameter in model.named_parameters():
-            # routers stay in fp32, as in a checkpoint that is loaded in bf16
+            # routers remain in fp32, as in a checkpoint that is loaded in bf16
             if not any(name.endswith(suffix) for suffix in kept):
                 parameter.data = parameter.data.to(dtype)
         self.optimizer = torch.optim.AdamW(self.masters, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Trains on sequences (B, S), and returns the loss, router losses included, without waiting for the device."""
+        """Trains on sequences (B, S), and returns the loss with router losses, without waiting for the device."""
         self.model.train()
         loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -270,12 +278,12 @@ class Training:
 
 
 def order(setting: Setting, seed: int) -> Iterator[torch.Tensor]:
-    """Yields rows (B,) of `training` without end: all of them in the seed's order, then all in another."""
+    """Yields rows (B,) of `training` without end: all rows in random order, then all in another order."""
     return shuffled(len(setting.training), setting.args.rows, generator_for(seed, "order"))
 
 
 def wait(device: str) -> float:
-    """Waits until the device has done its work, and returns the time in seconds."""
+    """Waits until the device has finished, and returns the time in seconds."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -300,7 +308,9 @@ def probe(setting: Setting, arm: str, results: Results) -> Probe:
 
 
 def served_by(model: MoEForCausalLM) -> str:
-    """Names what computes the experts, as [`~modeling_moe.dispatch.backend_of`] does; `"dense"` without any."""
+    """Returns the back end that computes the experts, see [`~modeling_moe.dispatch.backend_of`]; `"dense"` without
+    experts.
+    """
     blocks = model.model.sparse_blocks()
     if not blocks:
         return DENSE
@@ -311,16 +321,17 @@ def served_by(model: MoEForCausalLM) -> str:
 
 
 def make_plan(args: Arguments, flops: dict[str, float], probes: dict[str, Probe], seconds: float) -> Plan:
-    """Finds the steps for which `seconds` suffice, with all seeds if these leave 20 steps to each, else with fewer.
+    """Returns the number of steps that `seconds` allow; with all seeds if each gets at least 20 steps, else with
+    fewer.
 
     Args:
-        args: seeds and evaluations; `steps` wins over the time.
-        flops: of a token of each arm, `"dense"` among them.
-        probes: of each arm; empty if `args.steps` is given.
-        seconds: that are left.
+        args: seeds and evaluations; `steps` replaces the time.
+        flops: FLOPs of a token of each arm, `"dense"` among them.
+        probes: probe of each arm; empty if `args.steps` is given.
+        seconds: seconds left.
 
     Raises:
-        UserError: if there is no time for 20 steps of one seed.
+        UserError: if the time does not allow 20 steps of one seed.
     """
 
     def planned(steps: int, seeds: int) -> Plan:
@@ -340,13 +351,13 @@ def make_plan(args: Arguments, flops: dict[str, float], probes: dict[str, Probe]
         if steps >= LEAST_STEPS:
             return planned(steps, seeds)
     least = (LEAST_STEPS * each + fixed) / MARGIN
-    raise UserError(
-        f"seconds is {args.seconds:g}, of which {seconds:.0f} are left: one seed needs {least:.0f} of them"
-    )
+    raise UserError(f"seconds is {args.seconds:g}, of which {seconds:.0f} are left: one seed needs {least:.0f}")
 
 
 def check_exact(setting: Setting, arm: str, results: Results) -> None:
-    """Writes how far an arm's fp32 logits are from the dense model's at step 0, as an error where they should be equal."""
+    """Writes the distance of an arm's initial fp32 logits from the dense model's; it is an error if they should be
+    equal.
+    """
     options = UpcyclingOptions(**ARMS[arm] or {})
     rows = setting.blocks.held_out[:2]["input_ids"]
     ids = torch.tensor([list(row) for row in rows], device=setting.args.device)
@@ -354,15 +365,15 @@ def check_exact(setting: Setting, arm: str, results: Results) -> None:
         expected = build(setting, DENSE, seed=1)(input_ids=ids, use_cache=False).logits
     model = build(setting, arm, seed=1)
     delta, difference = compare_logits(model, ids, expected)
-    told = {"what": "exact", "arm": arm, "delta_loss": delta, "largest_difference": difference}
-    if inexactness(options, model.config):
-        results.put(**told)
+    line = {"what": "exact", "arm": arm, "delta_loss": delta, "largest_difference": difference}
+    if reason_not_exact(options, model.config):
+        results.put(**line)
     else:
-        results.check(f"{arm} computes the dense function at step 0", difference <= TOLERANCE, **told)
+        results.check(f"{arm} computes the dense function at step 0", difference <= TOLERANCE, **line)
 
 
 def train_arm(setting: Setting, plan: Plan, arm: str, seed: int, results: Results) -> None:
-    """Trains an arm to its end; a line after every evaluation."""
+    """Trains an arm to the end, and writes a line after every evaluation."""
     args, device, tokens = setting.args, setting.args.device, setting.args.rows * setting.args.length
     model = build(setting, arm, seed)
     training, rows, seen, seconds, losses = Training(model, args, plan.steps), order(setting, seed), 0, 0.0, []
@@ -393,18 +404,20 @@ def train_arm(setting: Setting, plan: Plan, arm: str, seed: int, results: Result
 
 
 def train_seeds(setting: Setting, plan: Plan, left: Callable[[], float], results: Results) -> None:
-    """Trains all arms seed by seed; a seed that the last one's time does not suffice for is not begun.
+    """Trains all arms seed by seed; a seed is not started if the time of the last one exceeds the time left.
 
     Args:
-        setting: what they share.
-        plan: how long.
-        left: gives the seconds that are left.
-        results: what is written to.
+        setting: what all runs share.
+        plan: number of steps and seeds.
+        left: function that returns the seconds left.
+        results: file of results.
     """
     took = 0.0
     for seed in range(1, plan.seeds + 1):
         if took > left():
-            results.put(what="seed", seed=seed, not_run=f"{left():.0f} s are left, the last seed took {took:.0f}")
+            results.put(
+                what="seed", seed=seed, not_run=f"{left():.0f} s are left, and the last seed took {took:.0f} s"
+            )
             return
         began, failed = time.perf_counter(), []
         for arm in plan.flops:
@@ -419,17 +432,17 @@ def train_seeds(setting: Setting, plan: Plan, left: Callable[[], float], results
 def run(results: Results, size: Size = FULL, args: Arguments | None = None) -> None:
     """Writes the text's sizes, a probe of each arm, the plan, and an evaluation after each part of each run.
 
-    An arm that fails is written down, and the others go on; without the dense one nothing is trained.
+    If an arm fails, the failure is recorded and other arms run; without the dense arm nothing is trained.
 
     Args:
-        results: what is written to; nothing new begins after `results.until`.
-        size: of the check that this is a part of.
-        args: in place of those of that size.
+        results: file of results; nothing new starts after `results.until`.
+        size: size of the check.
+        args: arguments that replace those of that size.
 
     Raises:
-        UserError: if the model or the text is not there, or the time does not suffice.
+        UserError: if the model or the text does not exist, or the time does not suffice.
     """
-    args, began = args or Arguments(**(TINY_ARGUMENTS if size is TINY else {})), time.perf_counter()
+    args, began = args or (tiny_arguments() if size is TINY else Arguments()), time.perf_counter()
 
     def left() -> float:
         return min(args.seconds - (time.perf_counter() - began), results.seconds_left())
@@ -448,7 +461,7 @@ def run(results: Results, size: Size = FULL, args: Arguments | None = None) -> N
             probes[arm] = probe(setting, arm, results)
     flops = {arm: flops_per_token(setting.arm_config(arm), args.length) for arm in (probes if timed else ARMS)}
     if DENSE not in flops:
-        raise UserError("the dense model could not be trained, and nothing could be compared: see its error above")
+        raise UserError("the dense model could not be trained, so that nothing was compared: see the error above")
     plan = make_plan(args, flops, probes, left())
     results.put(
         what="plan",
@@ -462,7 +475,7 @@ def run(results: Results, size: Size = FULL, args: Arguments | None = None) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the part by itself."""
+    """Runs the part alone."""
     (args,) = parse([Arguments], __doc__, argv)
     Path(args.results).parent.mkdir(parents=True, exist_ok=True)
     run(Results(args.results, "science"), args=args)

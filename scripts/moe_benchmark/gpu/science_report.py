@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module writes the lines of the part `science` as Markdown: each mixture against the dense model, seed by seed."""
+"""This module writes the results of part `science` as Markdown: each mixture against the dense model, seed by seed."""
 
 import statistics
 from collections import defaultdict
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.upcycling_facts import Comparison, interval
+from experiments.intervals import Comparison, interval
 
 
 PART, DENSE = "science", "dense"
@@ -16,14 +16,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Found:
-    """This class holds the last run of the part in a file of results.
+    """Holds the last run of the part in a file of results.
 
     Attributes:
-        lines: what -> its lines, in order.
-        errors: what failed.
-        scores: (arm, seed, step) -> the line of that evaluation, of the seeds that are counted.
-        seeds: those that are counted: finished, and all arms on the same batches.
-        left_out: the others, each with the reason.
+        lines: lines in order, by kind.
+        errors: lines with failures.
+        scores: lines of evaluations of the counted seeds, by (arm, seed, step).
+        seeds: counted seeds: those that are finished, with all arms on equal batches.
+        left_out: reason for each seed that is not counted.
     """
 
     lines: dict[str, list[Row]]
@@ -34,12 +34,12 @@ class Found:
 
     @property
     def plan(self) -> Row | None:
-        """Returns the line of the plan, None if nothing was planned."""
+        """Returns the line of the plan, or None if nothing was planned."""
         return self.lines["plan"][-1] if self.lines["plan"] else None
 
 
 def read_lines(rows: Iterable[Row]) -> Found:
-    """Sorts the lines of the last run; those of other parts and of earlier runs do not count."""
+    """Sorts the lines of the last run of the part; other lines are ignored."""
     lines: dict[str, list[Row]] = defaultdict(list)
     errors = []
     for row in rows:
@@ -61,10 +61,10 @@ def read_lines(rows: Iterable[Row]) -> Found:
 
 
 def why_left_out(lines: dict[str, list[Row]], seed: int) -> str:
-    """Says why a seed is not counted; empty if it is."""
+    """Returns why a seed is not counted; empty if it is counted."""
     ends = [row for row in lines["seed"] if row["seed"] == seed]
     if not ends or not ends[-1].get("finished"):
-        return ends[-1]["not_run"] if ends else "it did not come to its end"
+        return ends[-1]["not_run"] if ends else "it was not finished"
     batches = defaultdict(set)
     for row in lines["evaluation"]:
         if row["seed"] == seed:
@@ -73,21 +73,21 @@ def why_left_out(lines: dict[str, list[Row]], seed: int) -> str:
 
 
 def loss_of(found: Found, arm: str, seed: int, step: int) -> float | None:
-    """Returns the held-out loss in nats per token, None without that evaluation."""
+    """Returns the held-out loss in nats per token, or None without that evaluation."""
     row = found.scores.get((arm, seed, step))
     return None if row is None else float(row["loss"])
 
 
 def differences(found: Found, plan: Row, arm: str, dense_step: int) -> list[float]:
-    """Subtracts the dense model's loss after `dense_step` steps from an arm's at its end, for each seed that has both."""
+    """Returns an arm's last loss minus the dense model's loss after `dense_step` steps, for each seed that has both."""
     pairs = [
         (loss_of(found, arm, seed, plan["steps"]), loss_of(found, DENSE, seed, dense_step)) for seed in found.seeds
     ]
     return [own - dense for own, dense in pairs if own is not None and dense is not None]
 
 
-def told(values: Sequence[float]) -> str:
-    """Writes the mean and the 95% interval of differences."""
+def difference_text(values: Sequence[float]) -> str:
+    """Returns the mean and the 95% interval of differences as text."""
     if not values:
         return "-"
     if len(values) == 1:
@@ -97,7 +97,9 @@ def told(values: Sequence[float]) -> str:
 
 
 def claims(found: Found, plan: Row) -> list[str]:
-    """Writes what may be claimed of each mixture at equal tokens and at equal FLOPs, which is nothing for one seed."""
+    """Returns what may be claimed of each mixture at equal tokens and at equal FLOPs; nothing may be claimed from
+    one seed.
+    """
     said = []
     for arm in plan["flops"]:
         for equal, step in (("tokens", plan["steps"]), ("FLOPs", plan["dense_steps"][arm])):
@@ -108,19 +110,19 @@ def claims(found: Found, plan: Row) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Writes the lines of a Markdown table, the first column to the left."""
+    """Returns the lines of a Markdown table whose first column is aligned to the left."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def mean_of(rows: Sequence[Row], name: str, form: str) -> str:
-    """Writes the mean of a field over the lines that have it."""
+    """Returns the mean of a field over the lines that have it, as text."""
     values = [float(row[name]) for row in rows if row.get(name) is not None]
     return form.format(statistics.fmean(values)) if values else "-"
 
 
 def arm_rows(found: Found, plan: Row) -> list[list[str]]:
-    """Makes a row for each arm, at the last step of equal tokens."""
+    """Returns a row for each arm, at the last step of equal tokens."""
     rows, dense_speed = [], None
     for arm, flops in plan["flops"].items():
         ends = [row for seed in found.seeds if (row := found.scores.get((arm, seed, plan["steps"])))]
@@ -130,7 +132,7 @@ def arm_rows(found: Found, plan: Row) -> list[list[str]]:
         against = ["-", "-"]
         if arm != DENSE:
             steps = (plan["steps"], plan["dense_steps"][arm])
-            against = [told(differences(found, plan, arm, step)) for step in steps]
+            against = [difference_text(differences(found, plan, arm, step)) for step in steps]
         rows.append([arm, f"{plan['parameters'][arm] / 1e6:,.0f}", f"{flops / 1e9:.3f}"])
         rows[-1].append("-" if speed is None else f"{speed:,.0f}{ratio}")
         rows[-1] += [mean_of(ends, "loss", "{:.4f}"), *against, mean_of(ends, "max_vio", "{:.2f}")]
@@ -138,7 +140,7 @@ def arm_rows(found: Found, plan: Row) -> list[list[str]]:
 
 
 def curve_rows(found: Found, plan: Row) -> list[list[str]]:
-    """Makes a row for each arm and evaluation, with means over the seeds."""
+    """Returns a row for each arm and evaluation, with means over the seeds."""
     rows = []
     for arm, stops in plan["stops"].items():
         for step in stops:
@@ -151,31 +153,31 @@ def curve_rows(found: Found, plan: Row) -> list[list[str]]:
 
 
 def exact_lines(found: Found) -> list[str]:
-    """Writes a sentence on step 0 for each mixture."""
+    """Returns a sentence on the logits before training for each mixture."""
     return [
         f"Before training, the fp32 logits of {row['arm']} differ from the dense model's by "
-        f"{float(row['largest_difference']):.1e} at most, the loss by {float(row['delta_loss']):+.1e}."
+        f"at most {float(row['largest_difference']):.1e}, the loss by {float(row['delta_loss']):+.1e}."
         for row in found.lines["exact"]
         if "largest_difference" in row
     ]
 
 
 def introduction(found: Found, plan: Row) -> str:
-    """Writes what was trained, and on what."""
+    """Returns the description of models and text."""
     setting, text = found.lines["setting"][-1], found.lines["text"][-1]
     count = len(found.seeds)
     return (
-        f"{text['model']} trained on, {setting['dtype']} with fp32 copies in AdamW at a rate of {setting['rate']:g}: "
-        f"{plan['steps']} steps of {plan['tokens_per_step']:,} tokens ({plan['steps'] * plan['tokens_per_step']:,}) of "
-        f"{text['training_tokens']:,} in {text['training_files']:,} files of Python; {text['held_out_tokens']:,} tokens "
-        f"of other files are held out. Means over {count} seed{'s' * (count != 1)}; a difference is "
-        "the arm's held-out loss less the dense model's, in nats per token, with its 95% interval by Student's t over paired "
-        "seeds. All arms have one rate, which was tuned for none."
+        f"{text['model']} continued training in {setting['dtype']}, with fp32 copies of the weights in AdamW and a learning "
+        f"rate of {setting['rate']:g}, which was not tuned for any arm. A run has {plan['steps']} steps of "
+        f"{plan['tokens_per_step']:,} tokens ({plan['steps'] * plan['tokens_per_step']:,}), from "
+        f"{text['training_tokens']:,} tokens in {text['training_files']:,} Python files; {text['held_out_tokens']:,} tokens "
+        f"of other files are held out. The table shows means over {count} seed{'s' * (count != 1)}. A difference is the arm's "
+        "held-out loss minus the dense model's, in nats per token, with a 95% interval by Student's t over paired seeds."
     )
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """Writes the section on the last run of the part.
+    """Returns the section on the last run of the part.
 
     Args:
         rows: all lines of a file of results, see [`~moe_benchmark.gpu.results.read`].
@@ -191,7 +193,7 @@ def markdown(rows: Iterable[Row]) -> str:
         lines += ["Nothing was trained.", ""]
     else:
         header = ["arm", "parameters, M", "GFLOP a token", "tokens/s", "held-out loss"]
-        header += ["less dense, equal tokens", "less dense, equal FLOPs", "MaxVio"]
+        header += ["minus dense, equal tokens", "minus dense, equal FLOPs", "MaxVio"]
         lines += [introduction(found, plan), "", *table(header, arm_rows(found, plan)), ""]
         lines += [f"- {claim}" for claim in (*claims(found, plan), *exact_lines(found))]
         header = ["along training", "tokens", "PFLOP", "held-out loss", "by seed"]

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module makes blocks of tokens of text that every machine with Python has: its library and installed packages.
+"""This module makes blocks of tokens from the text of Python's library and the installed packages.
 
-Files are split by a hash of folder and name, such as `urllib3/response.py`, so that a copy of a file within another package
-falls on the same side. What is held out has no paragraph that is trained on.
+Files are split by a hash of folder and name, such as `urllib3/response.py`, so that a copy of a file in another
+package is on the same side of the split. Held-out text contains no paragraph of the training text.
 """
 
 import csv
@@ -24,20 +24,20 @@ from modeling_moe.utils.errors import UserError
 
 HELD_OUT = 20
 FILE_BYTES = range(1_000, 100_000)
-# more than a token has on average, so that what is asked for by characters gives the tokens that are wanted
+# characters per token, above the average, so that the requested characters contain enough tokens
 TOKEN_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text has documents to train on and held-out ones.
+    """Holds documents to train on and held-out documents.
 
     Attributes:
-        training: a text for each file.
-        held_out: likewise.
-        unread: files that are not there, or not UTF-8.
-        copies: files whose text another file has.
-        removed: paragraphs that were held out, and were in `training`.
+        training: text of each training file.
+        held_out: text of each held-out file.
+        unread: number of files that do not exist or are not UTF-8.
+        copies: number of files whose text equals that of another file.
+        removed: number of held-out paragraphs that were removed because `training` contains them.
     """
 
     training: list[str]
@@ -49,11 +49,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks hold the tokens of a [`Text`].
+    """Holds the tokens of a [`Text`].
 
     Attributes:
         training: (N, S) int64 on the CPU.
-        held_out: rows of `input_ids` (S,) and `num_bytes` (S,), see [`~modeling_moe.data.documents.pack`].
+        held_out: rows of `input_ids` (S,) and `num_bytes` (S,), see [`~modeling_moe.data.packing.packer`].
     """
 
     training: torch.Tensor
@@ -61,20 +61,21 @@ class Blocks:
 
 
 def key_of(path: Path) -> int:
-    """Hashes the names of a file and its folder to a number, by which files are ordered and split."""
+    """Returns a hash of the names of a file and its folder, by which files are ordered and split."""
     return int.from_bytes(hashlib.blake2b(f"{path.parent.name}/{path.name}".encode(), digest_size=8).digest(), "big")
 
 
 def is_held_out(path: Path) -> bool:
-    """Says whether a file is held out, which one in 20 is."""
+    """Whether a file is held out; one file in 20 is."""
     return key_of(path) % HELD_OUT == 0
 
 
 def installed_sources() -> list[Path]:
-    """Lists the Python files of 1 to 100 kB of the library (without tests) and of all installed packages, in no order.
+    """Returns the Python files of 1 to 100 kB of Python's library (without tests) and of all installed packages,
+    in no order.
 
-    The packages' own lists are read, and not their folders, which take long to walk. Of files that these lists give the
-    same hash, one is returned.
+    The packages' own lists of files are read, because walking their folders takes long. Of files with equal hashes in
+    these lists, one is returned.
     """
     files = {}
     for distribution in distributions():
@@ -89,19 +90,19 @@ def installed_sources() -> list[Path]:
 
 
 def sources_in(folder: Path) -> list[Path]:
-    """Lists the .py and .txt files of a folder and of those in it, in no order.
+    """Returns the .py and .txt files of a folder and its sub-folders, in no order.
 
     Raises:
         UserError: if there are none.
     """
     files = [path for path in folder.rglob("*") if path.suffix in (".py", ".txt") and path.is_file()]
     if not files:
-        raise UserError(f"text_dir {folder} holds no file .py or .txt: correct the path")
+        raise UserError(f"text_dir {folder} contains no .py or .txt file: correct the path")
     return files
 
 
 def without_seen(held_out: list[str], training: list[str]) -> tuple[list[str], int]:
-    """Removes the paragraphs of held-out texts that are in `training`; returns what is left, and how many these were."""
+    """Removes the paragraphs of held-out texts that `training` contains; returns the rest and the number removed."""
     seen = {paragraph.strip() for text in training for paragraph in text.split("\n\n")}
     texts, removed = [], 0
     for text in held_out:
@@ -116,9 +117,9 @@ def read_text(paths: list[Path], characters: int, held_out: int) -> Text:
     """Reads files in the order of [`key_of`] until there is enough text.
 
     Args:
-        paths: in any order, which changes nothing.
-        characters: to train on; the file that reaches the number is the last one.
-        held_out: characters to hold out, likewise, before repeated paragraphs are removed.
+        paths: files; their order has no effect.
+        characters: characters to train on; the file that reaches this number is the last one.
+        held_out: characters to hold out, before repeated paragraphs are removed.
     """
     texts: tuple[list[str], list[str]] = ([], [])
     wanted, counts = (characters, held_out), [0, 0]
@@ -143,18 +144,25 @@ def read_text(paths: list[Path], characters: int, held_out: int) -> Text:
     return Text(texts[0], kept, unread, copies, removed)
 
 
+def _dataset(result: datasets.Dataset | datasets.DatasetDict) -> datasets.Dataset:
+    """Returns the dataset; datasets' own annotations say that its methods may return a DatasetDict."""
+    if not isinstance(result, datasets.Dataset):
+        raise TypeError("a Dataset was expected, not a DatasetDict.")
+    return result
+
+
 def make_blocks(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, held_out: int) -> Blocks:
-    """Makes blocks of tokens to train on, and `held_out` blocks from places all over the held-out text.
+    """Makes blocks of tokens to train on, and `held_out` blocks from places spread over the held-out text.
 
     Raises:
         UserError: if there is too little text.
     """
     if not text.training or not text.held_out:
-        raise UserError("text_dir holds too few files to train on some and hold others out: name another folder")
+        raise UserError("text_dir contains too few files to train on some and hold out others: name another folder")
     training = pack(datasets.Dataset.from_dict({"text": text.training}), tokenizer, length)
-    pieces: datasets.Dataset = cut_documents(datasets.Dataset.from_dict({"text": text.held_out})).shuffle(seed=0)
-    # enough of them for the blocks, and not all to tokenise
-    pieces = pieces.select(range(min(len(pieces), 1 + TOKEN_CHARACTERS * held_out * length // PIECE_CHARS)))
+    pieces = _dataset(cut_documents(datasets.Dataset.from_dict({"text": text.held_out})).shuffle(seed=0))
+    # only as many pieces as the blocks need are tokenised
+    pieces = _dataset(pieces.select(range(min(len(pieces), 1 + TOKEN_CHARACTERS * held_out * length // PIECE_CHARS))))
     scored = pack(pieces, tokenizer, length, for_scoring=True)
     full = [row for row, ids in enumerate(scored["input_ids"]) if len(ids) == length]
     if len(full) < held_out or not len(training):
@@ -163,4 +171,4 @@ def make_blocks(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, hel
             "to train on: lower it, or give more text"
         )
     rows = torch.tensor([list(ids) for ids in training["input_ids"]])
-    return Blocks(rows, scored.select(full[:held_out]))
+    return Blocks(rows, _dataset(scored.select(full[:held_out])))

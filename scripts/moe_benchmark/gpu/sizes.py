@@ -1,20 +1,20 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The shapes of the GPU check, what matters first: at full size, and tiny for a run without a GPU."""
+"""This module defines the shapes of the GPU check, the most important first: at full size, and tiny without a GPU."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..compilation import Experts
 
 
 class Shape(NamedTuple):
-    """One pass through the experts of one layer.
+    """Describes one pass through the experts of one layer.
 
     Attributes:
         preset: key of [`~moe_benchmark.presets.PRESETS`].
-        tokens: T.
+        tokens: number of tokens T.
         dtype: `"bfloat16"`, `"float16"`, `"float32"`, or `"tf32"`: float32 whose products may be rounded to TF32.
-        scenario: `"train"`, forward and backward with all gradients; `"infer"`, forward; `"lora"`, `"train"` of
-            low-rank updates of frozen matrices; or `"decode"`.
+        scenario: `"train"`, forward and backward with all gradients; `"infer"`, forward; `"lora"`, forward and
+            backward of low-rank updates of frozen matrices; or `"decode"`.
     """
 
     preset: str
@@ -24,7 +24,7 @@ class Shape(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A case against other implementations, as in [`~moe_benchmark.cases.Case`]."""
+    """Describes a case that is compared with other implementations, see [`~moe_benchmark.cases.Case`]."""
 
     preset: str
     tokens: int
@@ -34,27 +34,27 @@ class Comparison(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What each part measures.
+    """Describes what each part measures.
 
     Attributes:
-        comparison: cases against other implementations.
+        comparison: cases that are compared with other implementations.
         kernels: passes whose launches are timed one by one.
-        swept: passes for which tiles are tried, with as many `changes` of each field.
+        swept: passes for which tiles are tried, with `changes` values of each field.
         crossover: passes for which tiles of different heights are compared.
         lora: passes in which full fine-tuning is compared with LoRA.
         memory: passes whose memory is compared.
-        science: layers of part `science` and their tokens, which are compiled beforehand.
-        matrix: rows of the square matrices that give the rate of products.
-        copied: bytes of the copy that gives the bandwidth.
-        model: fields of the configuration whose model is checked.
-        half: dtype of 16 bits in which the model is trained; Triton's interpreter miscounts in bfloat16.
-        batch: sequences and their length in that model.
-        new_tokens: tokens that the model generates.
-        steps: steps of a random number of tokens in which nothing may be compiled.
+        science: layers of part `science` with their tokens, which are compiled beforehand.
+        matrix: number of rows of the square matrices that measure the rate of products.
+        copied: bytes of the copy that measures the bandwidth.
+        model: fields of the configuration of the checked model.
+        half: 16-bit dtype in which the model is trained; Triton's interpreter is wrong in bfloat16.
+        batch: number of sequences and their length in that model.
+        new_tokens: number of tokens that the model generates.
+        steps: number of steps of random numbers of tokens in which nothing may be compiled.
         tests: arguments of pytest.
         case_s: seconds of measuring for each case of `comparison`, and of `lora` in a model.
-        case_rounds: turns there instead, if given.
-        rounds: turns of each measurement elsewhere.
+        case_rounds: number of rounds of these cases, which replaces `case_s`; None for no number.
+        rounds: number of rounds of all other measurements.
     """
 
     comparison: tuple[Comparison, ...]
@@ -67,7 +67,7 @@ class Size(NamedTuple):
     science: tuple[tuple[Experts, int], ...]
     matrix: int
     copied: int
-    model: dict[str, int]
+    model: dict[str, Any]
     half: str
     batch: tuple[int, int]
     new_tokens: int
@@ -107,7 +107,7 @@ FULL = Size(
     crossover=tuple(Shape(QWEN3, tokens) for tokens in (1024, 1536, 2048, 3072, 4096, 6144, 8192)),
     lora=(Shape(QWEN3, 32768), Shape(QWEN3, 4096)),
     memory=(*(Shape(QWEN3, tokens) for tokens in (32768, 4096)), Shape("mixtral_8x7b", 32768), Shape("olmoe", 32768)),
-    # SmolLM2's layers as part `science` upcycles them
+    # SmolLM2's layers after the upcycling of part `science`
     science=((Experts(576, 192, 64, 8), 16384), (Experts(576, 1536, 8, 2), 16384)),
     matrix=8192,
     copied=1 << 32,

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The table that ends a GPU check: what each part did, and every failure."""
+"""This module prints the table that ends a GPU check: the state of each part, and every failure."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +14,7 @@ FAILURES = 20
 
 
 def subject(row: dict[str, Any]) -> str:
-    """What a line is about, in few words."""
+    """Returns a short description of what a line measures."""
     left_out = ("part", "at_s", "error", "passed", "what")
     named = next((str(row[key]) for key in ("check", "test", "kernel", "what") if key in row), None)
     if named is not None:
@@ -24,7 +24,7 @@ def subject(row: dict[str, Any]) -> str:
 
 
 def failures(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines that tell of something that failed."""
+    """Returns the lines that report a failure."""
     return [row for row in rows if "error" in row]
 
 
@@ -56,6 +56,6 @@ def print_summary(rows: list[dict[str, Any]]) -> int:
         if "skipped" in row and isinstance(row["skipped"], str) and "check" in row:
             console.print(escape(f"skipped {row['check']}: {row['skipped']}"), highlight=False)
         if "missing" in row:
-            console.print(escape(f"not installed: {row['missing']}; left out: {row['left_out']}"), highlight=False)
+            console.print(escape(f"not installed: {row['missing']}; omitted: {row['left_out']}"), highlight=False)
     console.print(table)
     return int(bool(failed))

@@ -1,7 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Part `sweep`: other tiles than the table's, so that `scripts/gpu_report.py` can propose a table from measurements.
+"""This module is part `sweep`: it times other tiles than the table's, from which `scripts/gpu_report.py` proposes
+a table.
 
-Each field of a [`~modeling_moe.dispatch.backends.triton.tiles.Config`] is varied alone, since each belongs to kernels of its own.
+Each field of a [`~modeling_moe.dispatch.backends.triton.tiles.Config`] is varied alone, because each belongs to
+different kernels.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,10 +21,11 @@ from .kernels import named_arguments, total
 from .passes import Problem
 from .results import Results, free
 from .sizes import Shape, Size
+from .tile_table import with_field
 from .timing import launch_times, median_ms
 
 
-# field -> the kernels that it rules
+# field -> kernels that use it
 KERNELS = {
     "gradient": ("weight_gradient",),
     "persistent": ("multiply", "multiply_persistent"),
@@ -37,7 +40,7 @@ DECODING_KERNELS = {
     "down_many": ("decode_down",),
     "num_warps": ("decode_up", "decode_down"),
 }
-# field -> changes of the table's tile, what is likeliest to help first; the table's own is always measured too
+# field -> changes of the table's tile, the most promising first; the unchanged tile is measured too
 CHANGES: dict[str, tuple[dict[str, int], ...]] = {
     "gradient": (
         {"BLOCK_N": 256},
@@ -56,7 +59,7 @@ CHANGES: dict[str, tuple[dict[str, int], ...]] = {
     ),
     "gate": (
         {"BLOCK_N": 256},
-        # two programs at a time, so that one's products hide the other's end
+        # two programs run at a time, so that the products of one overlap with the end of the other
         {"maxnreg": 128},
         {"BLOCK_N": 128},
         {"BLOCK_N": 128, "num_stages": 4},
@@ -69,12 +72,12 @@ DECODING_CHANGES = {"up": (32, 8), "down": (16, 4), "down_many": (32, 8), "num_w
 
 
 def alternatives(shape: Shape, own: Config | Decoding, most: int) -> Iterator[tuple[str, Config | Decoding]]:
-    """Each field's name with what differs in that field only.
+    """Yields the name of each field, with the configurations that differ in that field only.
 
     Args:
-        shape: the pass; only one with low-rank updates has anything to do with the field `"narrow"`.
-        own: the table's own, which comes first for each field.
-        most: changes of a field.
+        shape: the pass; only a pass with low-rank updates uses the field `"narrow"`.
+        own: configuration of the table, which comes first for each field.
+        most: largest number of changes of a field.
     """
     if isinstance(own, Decoding):
         unused = "down_many" if shape.tokens <= own.few else "down"
@@ -91,44 +94,44 @@ def alternatives(shape: Shape, own: Config | Decoding, most: int) -> Iterator[tu
         yield "persistent", own._replace(persistent=not own.persistent)
     for field in fields:
         tile: Tile = getattr(own, field)
-        # AMD's compiler knows no such bound
+        # AMD's compiler has no register limit
         known = (change for change in CHANGES[field] if torch.version.hip is None or "maxnreg" not in change)
         changed = (tile._replace(**change) for change in known)
         for value in list(dict.fromkeys([tile, *changed]))[: 1 + most]:
-            yield field, own._replace(**{field: value})
+            yield field, with_field(own, field, value)
 
 
 def value_of(config: Config | Decoding, field: str) -> list[int | None] | int:
-    """A field in what JSON has."""
+    """Returns the value of a field in JSON's types."""
     value = getattr(config, field)
     return list(value) if isinstance(value, Tile) else value
 
 
 def family() -> str:
-    """That of this GPU, a key of [`~modeling_moe.dispatch.backends.triton.tiles.CONFIGS`]."""
+    """Returns the family of this GPU, a key of [`~modeling_moe.dispatch.backends.triton.tiles.CONFIGS`]."""
     return tiles.family_of(torch.device("cuda"))
 
 
 def table(dtype: str, family: str) -> list[tuple[float, Config]]:
-    """The tiles for a [`Shape`]'s dtype, with the most average rows per expert of each."""
+    """Returns the tiles for a [`Shape`]'s dtype, with the largest average rows per expert of each tile."""
     return tiles.CONFIGS[family][dtype if dtype in ("float32", "tf32") else "16bit"]
 
 
 def rows_of(shape: Shape) -> float:
-    """Average rows of an expert."""
+    """Returns the average number of rows per expert."""
     preset = PRESETS[shape.preset]
     return shape.tokens * preset.per_token / preset.experts
 
 
 def own_config(shape: Shape, family: str) -> Config | Decoding:
-    """What the table has for a shape."""
+    """Returns the table's configuration for a shape."""
     if shape.scenario == "decode":
         return tiles.DECODING[family]
     return next(config for most, config in table(shape.dtype, family) if rows_of(shape) <= most)
 
 
 def run(results: Results, size: Size) -> None:
-    """Writes what tiles of other heights take at several numbers of tokens, then what each change of a field takes."""
+    """Writes the times of tiles of other heights at several numbers of tokens, then those of each change of a field."""
     _compare_heights(results, size)
     for shape in size.swept:
         with results.attempt(**shape._asdict()):
@@ -148,7 +151,7 @@ def run(results: Results, size: Size) -> None:
 def _put_change(
     results: Results, size: Size, problem: Problem, label: dict[str, Any], config: Config | Decoding, current: bool
 ) -> None:
-    """Writes the ms of the kernels that the changed field rules, or that the GPU has no room for such a tile."""
+    """Writes the ms of the kernels that use the changed field, or that the GPU has no room for the tile."""
     try:
         times = launch_times(lambda: passes.run(problem, config), size.rounds)
     except Exception as error:
@@ -171,7 +174,7 @@ def _is_ruled(ruled: Mapping[str, tuple[str, ...]], field: str, launch: Launch) 
 
 
 def _compare_heights(results: Results, size: Size) -> None:
-    """Writes forward, and forward plus backward, with the two highest tiles of the table."""
+    """Writes the times of forward, and of forward plus backward, with the two highest tiles of the table."""
     for shape in size.crossover:
         if results.late():
             results.put(not_run=shape._asdict())

@@ -1,5 +1,6 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What the experts are to reach on one H200 at the shape of Qwen3-30B-A3B in bf16, and what a run found.
+"""This module states targets for the experts on one H200 at the shape of Qwen3-30B-A3B in bf16, and reads what was
+measured.
 
 # E 128 experts, H 2048 hidden, I 768 expert width, K 8 experts per token
 """
@@ -13,14 +14,14 @@ PRESET = "qwen3_30b_a3b"
 
 
 class Target(NamedTuple):
-    """One number to reach.
+    """Describes one number to reach.
 
     Attributes:
-        what: is measured.
-        form: how the number is written, with its unit.
-        bound: what it must keep to.
-        at_least: whether the bound is the least, rather than the most.
-        find: gives the number from the lines of a run, None if it was not measured.
+        what: measured quantity.
+        form: format of the number, with its unit.
+        bound: bound of the number.
+        at_least: whether the bound is a minimum; otherwise it is a maximum.
+        find: function from the lines of a run to the number; None if it was not measured.
     """
 
     what: str
@@ -30,7 +31,7 @@ class Target(NamedTuple):
     find: Callable[[Sequence[Row]], float | None]
 
     def cells(self, rows: Sequence[Row]) -> list[str]:
-        """What, bound, what was found, and whether the target is met."""
+        """Returns the quantity, the bound, the measured number, and whether the target is met."""
         value, sign = self.find(rows), "at least" if self.at_least else "at most"
         bound = f"{sign} {self.form.format(self.bound)}"
         if value is None:
@@ -40,12 +41,12 @@ class Target(NamedTuple):
 
 
 def select(rows: Iterable[Row], **fields: Any) -> Iterable[Row]:
-    """The lines that have these values."""
+    """Returns the lines that have the given values."""
     return (row for row in rows if all(row.get(name) == value for name, value in fields.items()))
 
 
 def case(rows: Iterable[Row], tokens: int, mode: str) -> Row | None:
-    """The line of a case of part `comparison`, with balanced routing."""
+    """Returns the line of a case of part `comparison` with balanced routing."""
     fields = {"preset": PRESET, "tokens": tokens, "mode": mode, "routing": "balanced"}
     return next((row for row in select(rows, part="comparison", **fields) if "ms" in row), None)
 

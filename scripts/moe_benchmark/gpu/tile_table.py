@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The tile table that the measurements of part `sweep` ask for, as the text of [`~modeling_moe.dispatch.backends.triton.tiles.CONFIGS`]."""
+"""This module proposes a tile table from part `sweep`, as the text of `CONFIGS` in modeling_moe's Triton tiles."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,12 +11,17 @@ from .targets import select
 
 
 Row = dict[str, Any]
-# a tile is replaced by one that is faster by more than measurements differ
+# a tile is replaced only by one that is faster by more than the noise of measurements
 GAIN = 0.02
 
 
+def with_field(config: Config, field: str, value: Tile | bool) -> Config:
+    """Returns a configuration with another value of one field."""
+    return Config(**(config._asdict() | {field: value}))
+
+
 def fields_swept(rows: Iterable[Row]) -> dict[tuple[str, int, str, str, str], list[Row]]:
-    """The measured lines of each preset, tokens, dtype, scenario and field."""
+    """Groups the measured lines by preset, tokens, dtype, scenario and field."""
     groups: dict[tuple[str, int, str, str, str], list[Row]] = {}
     for row in select(rows, part="sweep"):
         if "field" in row and "ms" in row:
@@ -26,13 +31,13 @@ def fields_swept(rows: Iterable[Row]) -> dict[tuple[str, int, str, str, str], li
 
 
 def best_of(lines: Sequence[Row]) -> tuple[Row | None, Row | None]:
-    """The line of the table's own value and that of the fastest one, None where there is none."""
+    """Returns the line of the table's own value, and the fastest line; each is None if it does not exist."""
     current = next((row for row in lines if row["current"]), None)
     return current, min(lines, key=lambda row: row["ms"], default=None)
 
 
 def better(lines: Sequence[Row]) -> Row | None:
-    """The fastest line, if it is faster than the table's own value by more than `GAIN`."""
+    """Returns the fastest line if it is faster than the table's own value by more than `GAIN`, else None."""
     current, best = best_of(lines)
     if current is None or best is None or best["ms"] > (1 - GAIN) * current["ms"]:
         return None
@@ -40,7 +45,7 @@ def better(lines: Sequence[Row]) -> Row | None:
 
 
 def propose_decoding(rows: Sequence[Row]) -> Decoding | None:
-    """The blocks with which decoding is fastest, over all numbers of tokens together; None if none were tried."""
+    """Returns the blocks with which decoding is fastest over all numbers of tokens; None if none were tried."""
     fields: dict[str, dict[int, Row]] = {}
     family = None
     for lines in fields_swept(select(rows, scenario="decode")).values():
@@ -55,16 +60,17 @@ def propose_decoding(rows: Sequence[Row]) -> Decoding | None:
 
 
 def numbers_of(dtype: str) -> str:
-    """Key of the numbers in a family's tables."""
+    """Returns the key of a dtype in a family's tables."""
     return dtype if dtype in ("float32", "tf32") else "16bit"
 
 
 def crossover(rows: Iterable[Row]) -> float | None:
-    """Average rows per expert from which on the higher of two tiles is faster in forward plus backward.
+    """Returns the average rows per expert above which the higher of two tiles is faster in forward plus backward.
 
     Returns:
-        The middle between the last measurement that the lower one wins and the next, infinity if it wins the last one;
-        None if the higher one wins them all, or nothing was measured: then the bound is not known.
+        The middle between the last measurement that the lower tile wins and the next one; infinity if it wins the
+            last one;
+        None if the higher tile wins all of them or nothing was measured, so that the bound is unknown.
     """
     by_rows: dict[float, dict[int, float]] = {}
     for row in select(rows, part="sweep"):
@@ -79,7 +85,9 @@ def crossover(rows: Iterable[Row]) -> float | None:
 
 
 def propose(rows: Sequence[Row]) -> tuple[str, str, Table] | None:
-    """The family, the numbers and the table with all that was measured to be faster; None without a sweep."""
+    """Returns the family, the dtype key, and the table with all values that were measured to be faster; None
+    without a sweep.
+    """
     groups = fields_swept(rows)
     first = next((lines[0] for lines in groups.values() if lines[0]["scenario"] != "decode"), None)
     if first is None:
@@ -92,7 +100,7 @@ def propose(rows: Sequence[Row]) -> tuple[str, str, Table] | None:
             continue
         place = next(number for number, (most, _) in enumerate(table) if lines[0]["rows_per_expert"] <= most)
         value = Tile(*best["value"]) if isinstance(best["value"], list) else best["value"]
-        table[place] = (table[place][0], table[place][1]._replace(**{key[-1]: value}))
+        table[place] = (table[place][0], with_field(table[place][1], key[-1], value))
     bound = crossover(rows)
     if bound is not None and len(table) > 1:
         most = round(bound) if math.isfinite(bound) else table[-2][0]
@@ -101,13 +109,13 @@ def propose(rows: Sequence[Row]) -> tuple[str, str, Table] | None:
 
 
 def _tile(tile: Tile) -> str:
-    """A tile in Python, without what is the default."""
+    """Returns the Python text of a tile, without default values."""
     given = [value for name, value in tile._asdict().items() if value != Tile._field_defaults.get(name, ())]
     return f"Tile({', '.join(map(str, given))})"
 
 
 def as_text(numbers: str, table: Table) -> str:
-    """The entry of a family's tables, in Python."""
+    """Returns the Python text of the entry of a family's tables."""
     lines = [f'"{numbers}": [']
     for most, config in table:
         lines += ["    (", f"        {'math.inf' if math.isinf(most) else most},", "        Config("]

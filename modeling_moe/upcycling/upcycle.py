@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Upcycling from folder to folder."""
+"""This module upcycles the dense checkpoints in some folders and writes the sparse checkpoint into another folder."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,17 @@ import torch
 from ..conversion import Checkpoint, Verification, load_state, open_checkpoint, save_checkpoint, verify
 from ..conversion.convert import result_folder
 from ..conversion.verification import verification_ids
+from ..data.calibration_text import load_domains
 from ..utils.errors import UserError
 from ..utils.loading import load_tokenizer
-from .assembly import average, refuse_different_tensors, upcycle
-from .calibration import load_domains, measure
+from .assembly import assemble, average, refuse_different_tensors
+from .calibration import measure
 from .options import UpcyclingOptions
 from .plan import UpcyclingPlan, make_plan
+from .request import weights_dtype
 
 
-# difference of logits in fp32 above which a result that should equal its source does not
+# largest difference between the fp32 logits of a source and of a result that computes the dense function
 TOLERANCE = 1e-3
 
 
@@ -31,19 +33,21 @@ def open_sources(
     *,
     trust_remote_code: bool = False,
 ) -> list[Checkpoint]:
-    """The dense checkpoint and `options.sources`, none of them read; arguments as [`upcycle_checkpoint`]'s."""
+    """Opens the dense checkpoint and `options.sources` without reading weights; see [`upcycle_checkpoint`] for the
+    arguments.
+    """
     paths = [(name_or_path, gguf_file), *((source, None) for source in options.sources or [])]
     return [open_checkpoint(path, gguf, dtype, trust_remote_code=trust_remote_code) for path, gguf in paths]
 
 
 def plan_upcycling(checkpoints: Sequence[Checkpoint], options: UpcyclingOptions) -> UpcyclingPlan:
-    """What upcycling these checkpoints will make.
+    """Plans the upcycling of opened checkpoints.
 
     Raises:
-        UserError: if they do not fit together, or an option makes no model.
+        UserError: if the checkpoints differ in architecture, or no model can be made with these options.
     """
     first, *further = (checkpoint.source_config for checkpoint in checkpoints)
-    return make_plan(first, options, checkpoints[0].config.dtype, further)
+    return make_plan(first, options, weights_dtype(checkpoints[0].config), further)
 
 
 def measure_sources(
@@ -53,9 +57,10 @@ def measure_sources(
     *,
     trust_remote_code: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """What routers and neuron groups take from `options.calibration_data`; empty if they take nothing.
+    """Measures routers and neuron groups on `options.calibration_data`; the result is empty if the options need no
+    text.
 
-    It runs the dense model, of several sources their average, and so holds it in memory.
+    The dense model (the average of several sources) is loaded into memory and run.
 
     Raises:
         UserError: if the texts or the tokenizer cannot be read.
@@ -72,7 +77,7 @@ def measure_sources(
 
 
 def recipe(checkpoints: Sequence[Checkpoint], options: UpcyclingOptions, measured: Mapping[str, torch.Tensor]) -> dict:
-    """All that a byte of the result depends on."""
+    """Returns everything that the bytes of the result depend on."""
     digests = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in measured.items()}
     return {
         "method": "upcycle",
@@ -81,6 +86,20 @@ def recipe(checkpoints: Sequence[Checkpoint], options: UpcyclingOptions, measure
         "measured": digests,
         "dtype": str(checkpoints[0].config.dtype),
     }
+
+
+def refuse_difference(verification: Verification, plan: UpcyclingPlan, source: str) -> None:
+    """Refuses an fp32 result that should compute the dense function and does not.
+
+    Raises:
+        UserError: if the logits of source and result differ by more than `TOLERANCE`.
+    """
+    if plan.reason_not_exact or plan.dtype != torch.float32 or verification.largest_difference <= TOLERANCE:
+        return
+    raise UserError(
+        f"the logits of the result differ from those of {source} by {verification.largest_difference:.1e}, but should be "
+        "equal: please report the source's config.json"
+    )
 
 
 def upcycle_checkpoint(
@@ -95,24 +114,24 @@ def upcycle_checkpoint(
     *,
     trust_remote_code: bool = False,
 ) -> tuple[UpcyclingPlan, Verification | None]:
-    """Writes dense checkpoints as a Mixture of Experts, tokenizer, chat template and code included.
+    """Upcycles dense checkpoints and writes the result with tokenizer, chat template and code.
 
-    Tensor by tensor, so that memory does not grow with the model unless something is measured or checked on text. An
-    interrupted run goes on where it was when called again.
+    Tensors are read and written one by one, so that memory does not grow with the model unless something is measured
+    or verified on text. An interrupted run continues when it is called again with the same arguments.
 
     Args:
         name_or_path: folder or Hub name of a model of one of `conversion.DENSE_FAMILIES`.
-        output_dir: written whole or not at all.
+        output_dir: folder of the result; written as a whole or not at all.
         options: how to upcycle.
-        gguf_file: name of the GGUF file in that folder.
-        dtype: of the result; `auto` keeps the source's.
-        overwrite: replace what an earlier run wrote at `output_dir`.
-        check: run source and result on a short text before the result takes its place.
-        max_shard_size: largest file; what an interruption costs at most.
-        trust_remote_code: run code that the sources bring.
+        gguf_file: name of the GGUF file in the source's folder.
+        dtype: dtype of the result; `auto` keeps the source's.
+        overwrite: replace the result of an earlier run at `output_dir`.
+        check: run source and result on a short text before the result is moved to `output_dir`.
+        max_shard_size: largest size of a file; an interruption loses at most one file.
+        trust_remote_code: run Python code from the sources.
 
     Returns:
-        What was made, and how it compares with the source if `check` is set.
+        The plan of the result, and the comparison with the source if `check` is set.
 
     Raises:
         UserError: if a source cannot be read or upcycled, `output_dir` cannot be written, or the check fails.
@@ -121,21 +140,16 @@ def upcycle_checkpoint(
     plan = plan_upcycling(checkpoints, options)
     folder = result_folder(output_dir, overwrite, checkpoints, plan.bytes_on_disk)
     if check:
-        # a source without a tokenizer is known now, not after hours of writing
+        # a source without a tokenizer is refused here, not after hours of writing
         verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
     measured = measure_sources(checkpoints, plan, options, trust_remote_code=trust_remote_code)
-    state = upcycle([checkpoint.state for checkpoint in checkpoints], plan.config, options, measured)
-    verification = None
+    state = assemble([checkpoint.state for checkpoint in checkpoints], plan.config, options, measured)
+    verifications: list[Verification] = []
 
     def compare(result: Path) -> None:
-        nonlocal verification
         verification = verify(name_or_path, result, gguf_file, dtype, trust_remote_code=trust_remote_code)
-        inexact = plan.inexactness or plan.dtype != torch.float32
-        if not inexact and not verification.largest_difference <= TOLERANCE:
-            raise UserError(
-                f"the result differs from {name_or_path} by {verification.largest_difference:.1e} in its logits where it "
-                "should equal it: please report the source's config.json"
-            )
+        refuse_difference(verification, plan, name_or_path)
+        verifications.append(verification)
 
     save_checkpoint(
         folder,
@@ -147,4 +161,4 @@ def upcycle_checkpoint(
         check=compare if check else None,
         trust_remote_code=trust_remote_code,
     )
-    return plan, verification
+    return plan, verifications[0] if verifications else None

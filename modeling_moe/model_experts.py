@@ -1,0 +1,47 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module derives parameters from those of the routed experts: without gradient, or merged by a router."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class ExpertParameters(NamedTuple):
+    """The parameters of experts, under the names that [`~modeling_moe.modeling_moe.ExpertsBase`] gives them.
+
+    Attributes:
+        weights: name -> weight or bias, with E experts in the first dimension.
+        low_rank: name of a weight -> low-rank update that `modeling_moe.lora` adds to the weight.
+    """
+
+    weights: dict[str, torch.Tensor]
+    low_rank: dict[str, Any]
+
+
+def _parameters(experts: Any) -> ExpertParameters:
+    names = [experts.up_name, "down_proj"]
+    if experts.has_bias:
+        names += [f"{experts.up_name}_bias", "down_proj_bias"]
+    # read as attributes: PEFT and quantizers compute what they put in the place of a parameter
+    return ExpertParameters({name: getattr(experts, name) for name in names}, experts.__dict__.get("low_rank", {}))
+
+
+def detached_parameters(experts: Any) -> ExpertParameters:
+    """Returns the experts' parameters without gradient."""
+    weights, updates = _parameters(experts)
+    updates = {name: update._replace(a=update.a.detach(), b=update.b.detach()) for name, update in updates.items()}
+    return ExpertParameters({name: weight.detach() for name, weight in weights.items()}, updates)
+
+
+def merged_parameters(experts: Any, gates: torch.Tensor) -> ExpertParameters:
+    """Returns the parameters of G experts, each the sum of E experts weighted by a row of `gates` (G, E).
+
+    Raises:
+        ValueError: for low-rank updates with dropout, which a merged weight cannot have.
+    """
+    weights, updates = _parameters(experts)
+    for name, update in updates.items():
+        if update.dropout:
+            raise ValueError("router_type='lory' merges the experts' weights: set lora_dropout to 0.")
+        weights[name] = weights[name] + update.scaling * (update.b @ update.a).to(weights[name].dtype)
+    return ExpertParameters({name: torch.tensordot(gates.to(w.dtype), w, dims=1) for name, w in weights.items()}, {})

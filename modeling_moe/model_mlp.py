@@ -1,0 +1,31 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module defines the feed-forward network of dense layers and of shared experts."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+class MoEMLP(nn.Module):
+    """A feed-forward network `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate.
+
+    Args:
+        config: the model's configuration; `hidden_size`, `mlp_bias` and `hidden_act` are read.
+        intermediate_size: width of the network.
+        gated: whether the network has a gate.
+    """
+
+    def __init__(self, config: Any, intermediate_size: int, gated: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias) if gated else None
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Maps (..., H) to (..., H)."""
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

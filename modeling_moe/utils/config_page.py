@@ -1,0 +1,94 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module writes docs/config.md from the metadata of the configuration fields.
+
+python -m modeling_moe.utils.config_page docs/config.md
+"""
+
+import sys
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+from ..configuration_fields import Setting, settings_of, type_name
+from ..configuration_moe import GROUPS, MoEConfig
+from ..router_catalogue import ROUTERS
+
+
+INTRODUCTION = """# Configuration
+
+`MoEConfig` has the fields below. This page is generated from the metadata of the fields
+(`python -m modeling_moe.utils.config_page docs/config.md`); a test fails if it is out of date.
+
+- **Default.** The value of a field that is not given. `= ...` means that the field is computed from other fields and follows
+  them when they change, unless you give a value.
+- **Effect.** `logits`: the field changes what the model computes in evaluation. `training`: it changes training or the form of
+  outputs only. `detail`: it refines a feature that another field switches on.
+- **To use it.** The other fields that must be set so that something reads the field. A field that differs from its default
+  although nothing reads it is refused, and the message names the field and the remedy.
+"""
+EFFECTS = {"function": "logits", "training": "training", "detail": "detail"}
+# catalogues with more names than a cell can hold
+LONG = {"hidden_act": "a key of transformers' `ACT2FN`"}
+
+
+def page() -> str:
+    """Returns the text of docs/config.md."""
+    return INTRODUCTION + "".join(_section(group) for group in GROUPS)
+
+
+def _section(group: type) -> str:
+    declared = settings_of(MoEConfig)
+    header = "| Field | Type | Default | Range | Effect | Meaning |\n|---|---|---|---|---|---|\n"
+    rows = [_row(item, declared[item.name]) for item in fields(group)]
+    module = group.__module__.rpartition(".")[2]
+    return (
+        f"\n## {str(group.__doc__).removesuffix('.')}\n\nDeclared in `modeling_moe/{module}.py`.\n\n{header}"
+        + "".join(rows)
+    )
+
+
+def _row(item: Field[Any], declared: Setting) -> str:
+    default = repr(item.default) if declared.follows is None else f"= {declared.follows}"
+    meaning = declared.help
+    if remedies := _remedies(item.name, declared):
+        meaning += f" **To use it:** {remedies}."
+    kind = type_name(item.type)
+    if declared.follows is not None:
+        kind = kind.removesuffix(" | None")
+    cells = [
+        f"`{item.name}`",
+        f"`{kind}`",
+        f"`{default}`",
+        _values(item.name, declared),
+        EFFECTS[declared.effect],
+        meaning,
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def _values(name: str, declared: Setting) -> str:
+    if declared.choices is not None:
+        return LONG.get(name, ", ".join(f"`{choice}`" for choice in declared.choices))
+    return "" if declared.limits is None else str(declared.limits)
+
+
+def _remedies(name: str, declared: Setting) -> str:
+    """Returns what other fields must be so that something reads a field; empty if it is always read."""
+    parts = [condition.remedy for condition in declared.conditions]
+    if declared.by_router:
+        reading = [kind for kind, router in ROUTERS.items() if name in router.reads]
+        others = [kind for kind in ROUTERS if kind not in reading]
+        if len(reading) <= len(others):
+            parts.insert(0, f"choose `router_type` {_listed(reading)}")
+        elif others:
+            parts.insert(0, f"choose another `router_type` than {_listed(others)}")
+    return " and ".join(parts)
+
+
+def _listed(names: list[str]) -> str:
+    quoted = [f"`{name}`" for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
