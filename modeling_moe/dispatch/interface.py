@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -40,7 +40,6 @@ POINTWISE_NAMES: dict[type[nn.Module], str] = {
 }
 
 
-@runtime_checkable
 class ExpertsModule(Protocol):
     """ExpertsModule lists what every module has that follows transformers' experts interface."""
 
@@ -50,6 +49,11 @@ class ExpertsModule(Protocol):
     num_experts: int
     down_proj: torch.Tensor
     config: PreTrainedConfig
+
+
+def follows_interface(module: nn.Module) -> TypeGuard[ExpertsModule]:
+    """Returns True if a module has what [`ExpertsModule`] lists."""
+    return all(hasattr(module, name) for name in ExpertsModule.__annotations__)
 
 
 class ActivationChoice(NamedTuple):
@@ -75,7 +79,8 @@ def activation_of(module: ExpertsModule) -> ActivationChoice | None:
             return ActivationChoice("clamped_swiglu_gated", list(module.gate_clamp))
     elif module.has_gate and apply_gate is not _default_apply_gate:
         return None
-    name = POINTWISE_NAMES.get(type(getattr(module, "act_fn", None)))
+    function = getattr(module, "act_fn", None)
+    name = POINTWISE_NAMES.get(type(function)) if isinstance(function, nn.Module) else None
     if name is None:
         return None
     return ActivationChoice(f"{name}_gated" if module.has_gate else name, [])
@@ -177,7 +182,7 @@ def backend_of(
         >>> backend_of(experts, torch.zeros(100, 64), torch.zeros(100, 2, dtype=torch.long))
         'native'
     """
-    if not isinstance(module, ExpertsModule):
+    if not follows_interface(module):
         raise TypeError(f"{type(module).__name__} does not follow transformers' experts interface: pass its experts.")
     activation = activation_of(module)
     if reason := reason_unsupported(module, activation):
