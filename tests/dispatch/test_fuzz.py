@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""These tests compare random experts, shapes, dtypes and layouts with the oracle; each fault that they found is kept."""
+"""These tests compare random experts, shapes, dtypes and layouts with the oracle and keep faults that were found."""
 
 import random
 from dataclasses import dataclass
