@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from modeling_moe.dispatch import backend_of
-from modeling_moe.dispatch.interface import DECODE_TOKENS
+from modeling_moe.dispatch.backend import DECODE_TOKENS
 
 from ..workloads import experts_in
 from . import adapters, capturing
