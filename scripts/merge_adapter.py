@@ -11,7 +11,7 @@ included, or on this package's. The result has the base model's dtype.
 from rich.console import Console
 from rich.table import Table
 
-from modeling_moe.lora.merging import MergeArguments, merge_adapter
+from modeling_moe.lora import MergeArguments, merge_adapter
 from modeling_moe.utils.command_line import parse, run
 
 

@@ -11,7 +11,7 @@ from ..checkpoints.writer import refuse_full_disk
 from ..configuration_moe import MoEConfig
 from ..conversion import Checkpoint, load_state, open_checkpoint, save_checkpoint
 from ..conversion.convert import result_folder
-from ..data.calibration_text import load_domains, token_ids
+from ..data import load_domains, token_ids
 from ..utils.errors import UserError
 from ..utils.loading import load_tokenizer
 from .extraction import extract_task

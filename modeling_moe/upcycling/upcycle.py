@@ -11,7 +11,7 @@ import torch
 from ..conversion import Checkpoint, Verification, load_state, open_checkpoint, save_checkpoint, verify
 from ..conversion.convert import result_folder
 from ..conversion.verification import verification_ids
-from ..data.calibration_text import load_domains
+from ..data import load_domains
 from ..utils.errors import UserError
 from ..utils.loading import load_tokenizer
 from .assembly import assemble, average, refuse_different_tensors

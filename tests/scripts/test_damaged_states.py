@@ -71,7 +71,7 @@ def test_an_optimizer_of_another_shape_killed_the_process(run):
     state["state"][1]["exp_avg"] = torch.ones(3, 5)
     torch.save(state, folder / "optimizer.pt")
     assert "optimizer.pt is not of this run's optimizer (exp_avg of parameter 1 has shape (3, 5), not (" in resume()
-    assert "it is another kind" in resume("--optim", "sgd")
+    assert "it is of another kind" in resume("--optim", "sgd")
     state["param_groups"][0]["params"].pop()
     torch.save(state, folder / "optimizer.pt")
     assert "another number of parameters" in resume()
