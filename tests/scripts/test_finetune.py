@@ -319,7 +319,7 @@ def test_reloads_without_the_package(checkpoint, text_file, tmp_path, monkeypatc
         (["--label_names", "x"], "label_names is ['x']"),
         (["--max_length", "65"], "max_length is 65, more than the model's 64 positions"),
         (["--method", "lora", "--lora_target_modules", "wqkv"], "lora_target_modules wqkv match no layer"),
-        (["--resume_from_checkpoint", "true"], "does not exist, leave resume_from_checkpoint out"),
+        (["--resume_from_checkpoint", "true"], "does not exist, omit resume_from_checkpoint"),
         (["--dtype", "float12"], "finetune.py: dtype 'float12' is unknown"),
         (["--learnin_rate", "1"], "learnin_rate"),
         (["--model_name_or_path", "/missing/model"], "/missing/model"),
