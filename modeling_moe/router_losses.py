@@ -68,7 +68,7 @@ COEFFICIENTS: dict[str, str] = {
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class LossFields:
-    """Router losses."""
+    """These fields configure the losses of routers."""
 
     router_aux_loss_coef: float | int = setting(
         0.01,

@@ -72,7 +72,8 @@ def implementation(model):
 
 def run(*programs: str) -> None:
     """Runs programs one after the other in one fresh process; a failed assertion there is one here."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", "\n".join(programs)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 

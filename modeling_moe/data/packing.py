@@ -210,7 +210,7 @@ def pack_completions(
 ) -> datasets.Dataset:
     """Tokenises prompts and their completions as plain text, joins them and cuts into blocks of `max_length` tokens.
 
-    A prompt is tokenised on its own, as it is when the model is asked to continue it; an eos follows each completion.
+    Prompt and completion are tokenised separately, as in generation. An eos follows each completion.
 
     Args:
         rows: rows of `prompt` and `completion`, both texts.
