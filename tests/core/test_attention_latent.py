@@ -20,7 +20,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from modeling_moe.attention_latent import MoELatentAttention
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 BATCH, LENGTH, HIDDEN, HEADS, NOPE, ROPE, VALUE, LATENT = 2, 7, 32, 4, 6, 8, 10, 12

@@ -5,7 +5,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from modeling_moe import MoEForCausalLM
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.core.test_catalogue import ALL, CAUSAL, NONCAUSAL, TASKS, model_of
 from tests.processes import run_without_package
 

@@ -13,7 +13,7 @@ from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router import RoutingContext
 from modeling_moe.router_balancing import CONTROLLERS, exact_global_balance
 from modeling_moe.router_catalogue import ROUTERS
-from tests.conftest import eager_block, tiny_config
+from tests.builders import eager_block, tiny_config
 
 
 SIGMOID_BIAS = {"scoring_func": "sigmoid", "router_selection_bias": True, "router_bias_update_rate": 0.01}

@@ -13,7 +13,7 @@ import modeling_moe
 from modeling_moe import MoEForCausalLM
 from modeling_moe.model_checkpoints import AUTO_MAP
 from modeling_moe.modeling_moe import MODELS
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.processes import run_without_package
 
 

@@ -5,7 +5,8 @@ import torch
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.dispatch import interface
-from tests.conftest import NEEDS_GPU, NEEDS_TRITON, tiny_config
+from tests.builders import tiny_config
+from tests.conftest import NEEDS_GPU, NEEDS_TRITON
 from tests.core.test_catalogue import ALL_NAMES, IDS, batch_of, model_of
 
 

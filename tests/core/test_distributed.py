@@ -6,7 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.router_balancing import exact_global_balance
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.ranks import run_ranks
 
 

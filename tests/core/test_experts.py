@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_moe.modeling_moe import MoEExperts
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 KINDS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_moe import MoEForCausalLM
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 LENGTH = {"min_new_tokens": 8, "max_new_tokens": 8}

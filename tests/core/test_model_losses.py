@@ -16,7 +16,7 @@ from modeling_moe.conversion import to_moe
 from modeling_moe.conversion.families.export import export_plan
 from modeling_moe.router import expert_load
 from modeling_moe.router_losses import balance
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 IDS = torch.arange(3, 39).view(4, 9)

@@ -7,7 +7,7 @@ from modeling_moe import MoEForCausalLM
 from modeling_moe.model_packing import find_beginnings, running_min, running_sum
 from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router import RoutingContext
-from tests.conftest import eager_block, tiny_config
+from tests.builders import eager_block, tiny_config
 from tests.core.test_catalogue import ALL, CAUSAL, model_of
 
 

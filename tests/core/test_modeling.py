@@ -14,7 +14,7 @@ from modeling_moe import (
     MoEForTokenClassification,
     MoEModel,
 )
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 VARIANTS = {

@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 from modeling_moe import MoEForCausalLM
 from modeling_moe import router as routing
 from modeling_moe.lora import moe_lora_config
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.ranks import needs_transformers, run_ranks
 
 

@@ -10,7 +10,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router import Routing, expert_load
 from modeling_moe.router_topk import TopKRouter
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 def router_with(logits: torch.Tensor, **fields) -> tuple[TopKRouter, torch.Tensor]:

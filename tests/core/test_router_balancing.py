@@ -5,7 +5,7 @@ import torch
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.router_balancing import FORGOTTEN, update_routers
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 FIELDS = {

@@ -10,7 +10,7 @@ from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router import RoutingContext, expert_load
 from modeling_moe.router_balancing import CONTROLLERS, column_quantile
 from modeling_moe.router_batch import balanced_assignment, sinkhorn
-from tests.conftest import eager_block, router_of_logits, tiny_config
+from tests.builders import eager_block, router_of_logits, tiny_config
 
 
 def expert_output(block: MoEBlock, expert: int, token: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from modeling_moe.router import Routing, RoutingContext
 from modeling_moe.router_capacity import Capacity, count_dropped
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 ROWS, LENGTH, SLOTS, IDLE = 3, 12, 3, 2

@@ -20,7 +20,7 @@ from modeling_moe.router_losses import (
     router_z_loss,
     sequence_balance_loss,
 )
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 # each with the arguments that it reads; K is 2 in these tests

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from modeling_moe import MoEForCausalLM
 from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router import RoutingContext
-from tests.conftest import eager_block, tiny_config
+from tests.builders import eager_block, tiny_config
 
 
 MASK = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 11])

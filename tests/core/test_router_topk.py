@@ -20,7 +20,7 @@ from modeling_moe.router import Router, RoutingContext
 from modeling_moe.router_assigned import hash_table
 from modeling_moe.router_catalogue import router_class
 from modeling_moe.router_losses import load_loss
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 def router_of(layer_idx: int = 0, **fields) -> Router:

@@ -8,7 +8,7 @@ import torch
 from modeling_moe.router import RoutingContext
 from modeling_moe.router_balancing import CONTROLLERS
 from modeling_moe.router_variable_k import remoe_loss
-from tests.conftest import router_of_logits, tiny_config
+from tests.builders import router_of_logits, tiny_config
 
 
 def dense(routing) -> torch.Tensor:

@@ -15,9 +15,8 @@ from transformers.utils import logging
 import modeling_moe.lora
 import modeling_moe.training
 from modeling_moe import MoEForCausalLM
-from tests.conftest import tiny_config
+from tests.builders import sample_text, tiny_config, train_tokenizer
 from tests.docs.blocks import ROOT
-from tests.training.conftest import sample_text, train_tokenizer
 
 
 SIZES = {

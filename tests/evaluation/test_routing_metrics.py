@@ -20,7 +20,7 @@ from modeling_moe.evaluation.routing_metrics import (
 )
 from modeling_moe.router import Routing, RoutingContext
 from modeling_moe.router_capacity import Capacity, count_dropped
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 TOKENS, EXPERTS, OUTPUTS, SLOTS = 14, 5, 7, 3

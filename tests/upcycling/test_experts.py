@@ -17,7 +17,7 @@ from modeling_moe.upcycling import (
 )
 from modeling_moe.upcycling.experts import output_scale
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 IDS = torch.randint(3, 99, (2, 11), generator=torch.Generator().manual_seed(3))
