@@ -1,4 +1,4 @@
-"""The decoder: attention back ends, masks, caches, packing, compilation, recorded outputs."""
+"""These tests check the decoder: attention back ends, masks, caches, packing, compilation and recorded outputs."""
 
 import pytest
 import torch
