@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from .configuration_fields import COEFFICIENT, PROBABILITY, Condition, Range, setting
@@ -297,12 +298,12 @@ FORGOTTEN = (
 def warn_if_forgotten(decoder: Any) -> None:
     """Warns once per model if an optimizer stepped and [`update_routers`] was not called; the model calls this in each pass.
 
-    An optimizer step is noticed by the version counters of the trained parameters, which gradient accumulation does not
-    change. The check ends with the first [`update_routers`], and does not take place inside a compiled graph.
+    An optimizer step is noticed by the trained parameters, which gradient accumulation does not change. The check ends
+    with the first [`update_routers`], and does not take place inside a compiled graph or while a CUDA graph is captured.
     """
     totals = decoder.router_totals
     # in this order: a compiled graph would be compiled again when the flag changes
-    if torch.compiler.is_compiling() or not totals.awaits_update:
+    if torch.compiler.is_compiling() or not totals.awaits_update or _captures():
         return
     if totals.stepped(decoder):
         totals.warn_once("forgotten", FORGOTTEN)
@@ -310,9 +311,42 @@ def warn_if_forgotten(decoder: Any) -> None:
     totals.versions = parameter_versions(decoder)
 
 
-def parameter_versions(decoder: nn.Module) -> dict[int, int]:
-    """Returns, for the `id` of each trained parameter, how often the parameter has been written to."""
-    return {id(parameter): parameter._version for parameter in decoder.parameters() if parameter.requires_grad}
+def _captures() -> bool:
+    """Says whether a CUDA graph is captured, in which no value can be read."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class ParameterVersion(NamedTuple):
+    """What an optimizer step changes of a parameter.
+
+    Attributes:
+        writes: how often operators have written to the parameter, which torch's fused optimizers do not count.
+        value: the first number (1,) of the part that this process holds, or (0,) without one.
+    """
+
+    writes: int
+    value: torch.Tensor
+
+    def differs(self, other: "ParameterVersion") -> bool:
+        """Says whether one of the two was written to after the other."""
+        if self.writes != other.writes:
+            return True
+        mine, others = self.value, other.value
+        # a cast is no step, nor is the gathering of a parameter whose part here was empty
+        if (mine.shape, mine.dtype, mine.device) != (others.shape, others.dtype, others.device):
+            return False
+        return not torch.equal(mine, others)
+
+
+def parameter_versions(decoder: nn.Module) -> dict[int, ParameterVersion]:
+    """Returns the version of each trained parameter by the `id` of the parameter."""
+    found = {}
+    for parameter in decoder.parameters():
+        if parameter.requires_grad:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            value = torch.empty(0) if local.is_meta else local.detach().reshape(-1)[:1].clone()
+            found[id(parameter)] = ParameterVersion(parameter._version, value)
+    return found
 
 
 def warn_of_unused(model: nn.Module) -> None:
@@ -380,7 +414,7 @@ class RouterTotals(nn.Module):
         self.load_of_step: StepLoad | None = None
         self.counts_without_grad = False
         self.awaits_update = controller is not None or is_global
-        self.versions: dict[int, int] | None = None
+        self.versions: dict[int, ParameterVersion] | None = None
         self.warned: set[str] = set()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -415,7 +449,8 @@ class RouterTotals(nn.Module):
     def stepped(self, decoder: nn.Module) -> bool:
         """Says whether a parameter that was trained in the last pass, and still is, has been written to since."""
         before = self.versions or {}
-        return any(before.get(key, count) != count for key, count in parameter_versions(decoder).items())
+        now = parameter_versions(decoder)
+        return any(now[key].differs(before[key]) for key in now.keys() & before.keys())
 
     def warn_once(self, kind: str, message: str) -> None:
         """Logs a warning, unless the model has logged one of the same kind, whatever its words."""

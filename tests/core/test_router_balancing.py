@@ -1,5 +1,7 @@
 """These tests check that controllers step once per optimizer step, over all micro-batches, whatever is recomputed."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -126,6 +128,17 @@ def test_a_selection_bias_that_never_moves_is_said_once(fields, prepare, caplog)
 def test_any_optimizer_of_torch_is_noticed(optimizer, caplog):
     train(MoEForCausalLM(tiny_config(**FIELDS)), optimizer=optimizer)
     assert FORGOTTEN in caplog.text
+
+
+@pytest.mark.parametrize("prepare", [lambda model: model, only_attention, with_lora], ids=["all", "frozen", "lora"])
+def test_a_fused_optimizer_is_noticed(prepare, caplog):
+    """`Trainer` takes fused AdamW by default, which writes to the parameters without a trace in their version counters."""
+    model = prepare(MoEForCausalLM(tiny_config(**FIELDS)))
+    fused = partial(torch.optim.AdamW, fused=True)
+    train(model, steps=1, accumulate=3, optimizer=fused)
+    assert FORGOTTEN not in caplog.text
+    train(model, steps=2, optimizer=fused)
+    assert caplog.text.count(FORGOTTEN) == 1
 
 
 def test_no_false_alarm(caplog):

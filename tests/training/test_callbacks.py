@@ -76,10 +76,11 @@ def test_bias_moves_once_per_step_by_all_micro_batches(checkpointing, tmp_path):
     assert not statistics(model).any()
 
 
-def test_without_the_callback_the_bias_stays_and_the_model_says_so(tmp_path, caplog):
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch_fused"])
+def test_without_the_callback_the_bias_stays_and_the_model_says_so(optim, tmp_path, caplog):
     modeling_moe.training.disable()
     model = biased_model()
-    train(model, torch.randint(3, 300, (8, 11)), tmp_path, max_steps=3, learning_rate=0.1)
+    train(model, torch.randint(3, 300, (8, 11)), tmp_path, max_steps=3, learning_rate=0.1, optim=optim)
     assert not biases(model).any()
     assert FORGOTTEN in caplog.text
 
