@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.commands.main import COMMANDS as MOE
+from modeling_moe.commands.main import run_command
 from modeling_moe.hub import check_without_package
 from modeling_moe.utils.earlier_code import EARLIER
 from modeling_moe.utils.errors import UserError
@@ -50,6 +51,8 @@ COMMANDS = {
     "convert": ["--verify", "true", *OUTPUT],
     "upcycle": ["--verify", "true", "--num_experts", "2", *OUTPUT],
     "resize": ["--method", "grow", *OUTPUT],
+    "plan": ["--num_experts", "2"],
+    "report": ["--data", "text=TEXT", "--max_length", "16"],
     "merge_adapter": [*OUTPUT],
     "push_to_hub": ["--repo_id", "you/evil", "--dry_run", "true", "--license", "mit"],
     "upcycling_table": ["--data", "text=TEXT"],
@@ -115,32 +118,45 @@ def run_script(monkeypatch, name: str, folder: Path) -> int:
         folder = folder.parent / "adapter"
     places = {"text=TEXT": f"text={text}", "OUT": str(folder.parent / "out")}
     flags = ["--model_name_or_path", str(folder), *(places.get(flag, flag) for flag in COMMANDS[name])]
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
     try:
-        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+        start(monkeypatch, name, flags)
     except SystemExit as stop:
         return stop.code
     return 0
 
 
-def test_every_script_that_takes_a_model_is_tried():
-    """This fails if a script that takes a model is added without being tested here."""
+def start(monkeypatch, name: str, flags: list[str]) -> None:
+    """Runs a script, or the command of `moe` that has no script."""
+    script = SCRIPTS / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [script.name, *flags])
+    if script.exists():
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        run_command(name, sys.argv)
+
+
+def test_every_program_that_takes_a_model_is_tried():
+    """This fails if a script or a command that takes a model is added without being tested here."""
     modules = {
         name: SCRIPTS.parent / "modeling_moe" / "commands" / f"{command.module}.py" for name, command in MOE.items()
     }
-    texts = {script.stem: script.read_text() for script in SCRIPTS.glob("*.py")}
-    for script, text in texts.items():
+    scripts = {script.stem: script.read_text() for script in SCRIPTS.glob("*.py")}
+    texts = dict(scripts)
+    for script, text in scripts.items():
         if command := re.search(r'run_command\("(\w+)"', text):
             texts[script] = modules[command[1]].read_text()
-    taking = {script for script, text in texts.items() if "model_name_or_path" in text}
-    assert {"upcycle", "eval_lm", "push_to_hub"} <= taking <= set(COMMANDS)
+    started = {command[1] for text in scripts.values() if (command := re.search(r'run_command\("(\w+)"', text))}
+    texts |= {name: modules[name].read_text() for name in modules.keys() - started - {"presets"}}
+    # the help of presets names the flag in an example
+    taking = {name for name, text in texts.items() if "model_name_or_path" in text}
+    assert {"upcycle", "eval_lm", "push_to_hub", "plan", "report"} <= taking
+    assert taking <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_the_flag_that_its_refusal_names(name, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit):
-        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+        start(monkeypatch, name, ["--help"])
     assert "--trust_remote_code [TRUST_REMOTE_CODE]" in capsys.readouterr().out
 
 
@@ -154,8 +170,8 @@ def test_no_command_runs_code_without_the_flag(name, checkpoint, monkeypatch, ca
     assert not marker.exists()
     if code == 2:
         assert len(errors) == 1
-    # merge_adapter copies the tokenizer without loading it, and resize refuses a dense model first
-    if kind not in NEEDLESS and not (kind.startswith("tokenizer") and name in ("merge_adapter", "resize")):
+    # merge_adapter copies the tokenizer without loading it, plan needs none, and resize refuses a dense model first
+    if kind not in NEEDLESS and not (kind.startswith("tokenizer") and name in ("merge_adapter", "plan", "resize")):
         assert code == 2
         assert "--trust_remote_code true" in errors[0]
 
@@ -228,7 +244,7 @@ def test_own_code_under_a_foreign_name_is_foreign(tmp_path):
     assert foreign_code(tmp_path) == ["attention.py"]
 
 
-@pytest.mark.parametrize("name", ["generate", "eval_lm", "finetune", "push_to_hub", "convert"])
+@pytest.mark.parametrize("name", ["generate", "eval_lm", "finetune", "push_to_hub", "convert", "report"])
 def test_a_foreign_router_of_our_own_model_type_does_not_run(name, tmp_path, monkeypatch, capsys):
     """The model type is this package's, but config.json names foreign code for the router."""
     folder, marker, tokenizer = tmp_path / "evil" / "model", tmp_path / "marker", train_tokenizer()
