@@ -6,8 +6,12 @@ It imports the standard library alone, and a command only to run it, because tor
 
 import difflib
 import importlib
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 
@@ -86,6 +90,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_command(name, [f"moe {name}", *arguments])
 
 
+@contextmanager
+def _ctrl_c_ends_the_process(message: str) -> Iterator[None]:
+    """Prints a line and exits with code 130 at Ctrl-C inside the block.
+
+    An exception would not do, because modules such as numpy turn a KeyboardInterrupt during their import into an ImportError.
+    """
+
+    def end(*_: object) -> None:
+        os.write(2, f"{message}\n".encode())
+        os._exit(130)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_command(name: str, argv: Sequence[str]) -> None:
     """Runs one command; it exits with code 2 after a mistake and with 130 after Ctrl-C.
 
@@ -96,11 +122,9 @@ def run_command(name: str, argv: Sequence[str]) -> None:
     command = COMMANDS[name]
     sys.argv = list(argv)
 
-    def imported_main() -> None:
-        importlib.import_module(f"modeling_moe.commands.{command.module}").main()
-
-    try:
+    program = os.path.basename(sys.argv[0])
+    with _ctrl_c_ends_the_process(f"{program}: stopped: {command.on_interrupt}"):
         from modeling_moe.utils.command_line import run
-    except KeyboardInterrupt:
-        sys.exit(130)
-    run(imported_main, command.on_interrupt)
+
+        module = importlib.import_module(f"modeling_moe.commands.{command.module}")
+    run(module.main, command.on_interrupt)

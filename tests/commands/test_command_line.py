@@ -2,6 +2,7 @@
 """These tests cover recipes by name, boolean flags, choices, and the examples of --help."""
 
 import re
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +136,33 @@ def test_ctrl_c_says_how_a_command_goes_on(capsys, monkeypatch):
     assert error.value.code == 130
     assert capsys.readouterr().err.startswith(
         "moe finetune: stopped: the same flags with --resume_from_checkpoint true"
+    )
+
+
+def test_ctrl_c_during_the_imports_is_one_line_too():
+    """numpy turns a KeyboardInterrupt during its import into an ImportError; the finder below does so at any speed."""
+    program = """
+import os, signal, sys, time
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+            except KeyboardInterrupt:
+                raise ImportError("numpy is broken")
+sys.meta_path.insert(0, Finder())
+sys.path.insert(0, sys.argv.pop(1))
+import moe_command
+moe_command.main()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program, SCRIPTS, "resize", "--help"], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (
+        130,
+        "",
+        "moe resize: stopped: start the command again, nothing was kept\n",
     )
 
 
