@@ -9,8 +9,9 @@ it.
 """
 
 import copy
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeGuard
 
 import peft
@@ -36,6 +37,8 @@ MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 REPLACED_IMPLEMENTATION, IMPLEMENTATION = "grouped_mm", "moe"
 _stock_activate = getattr(Stock, "_activate_lora", None)
 _stock_merge, _stock_inject = Stock.merge, LoraModel._inject_parameters
+# an adapted layer changes its experts while it computes, and another thread may compute the same layer
+_LOCK = threading.RLock()
 
 
 class ServedConfig:
@@ -107,8 +110,9 @@ def _served_experts(wrapper: Stock) -> Experts | None:
 @contextmanager
 def activate_lora(wrapper: Stock, active_adapters: list[str]) -> Iterator[None]:
     """Applies the active adapters inside the block, in the place of PEFT's `ParamWrapper._activate_lora`."""
+    lock = nullcontext() if torch.compiler.is_compiling() else _LOCK
     # a matrix in 4 bits is dequantized once, however often it is read
-    with parametrize.cached(), _activated(wrapper, active_adapters):
+    with lock, parametrize.cached(), _activated(wrapper, active_adapters):
         yield
 
 

@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -203,6 +204,34 @@ def test_nothing_stays_on_the_experts():
     model = adapted()
     results(model)
     assert not any(getattr(module, "low_rank", None) for module in model.modules())
+
+
+def test_threads_take_turns_in_an_adapted_layer():
+    """The second thread comes while the first computes the experts, and would leave after it."""
+    model = adapted("mixtral").eval()
+    expected, got, waits = model(IDS).logits, [], [threading.Event(), threading.Event()]
+
+    def wait(*_):
+        if threading.current_thread() is threads[0]:
+            waits[0].set()
+            waits[1].wait(0.5)  # for the second thread, which the first one keeps out
+        else:
+            waits[1].set()
+            threads[0].join(5)
+
+    hook = next(module for module in model.modules() if layers.is_experts(module)).register_forward_pre_hook(wait)
+    threads = [threading.Thread(target=lambda: got.append(model(IDS).logits)) for _ in range(2)]
+    threads[0].start()
+    assert waits[0].wait(30)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    hook.remove()
+    assert len(got) == 2
+    for logits in got:
+        assert torch.equal(logits, expected)
+    experts = [module for module in model.modules() if layers.is_experts(module)]
+    assert all("low_rank" not in vars(module) and module.config is model.config for module in experts)
 
 
 def test_left_to_peft_with_a_warning(monkeypatch):
