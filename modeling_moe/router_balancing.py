@@ -321,17 +321,17 @@ class ParameterVersion(NamedTuple):
 
     Attributes:
         writes: how often operators have written to the parameter, which torch's fused optimizers do not count.
-        value: the first number (1,) of the part that this process holds, or (0,) without one.
+        value: the first number (1,) of the part that this process holds, (0,) without a part, or None if it cannot be read.
     """
 
     writes: int
-    value: torch.Tensor
+    value: torch.Tensor | None
 
     def differs(self, other: "ParameterVersion") -> bool:
         """Says whether one of the two was written to after the other."""
-        if self.writes != other.writes:
-            return True
         mine, others = self.value, other.value
+        if self.writes != other.writes or mine is None or others is None:
+            return self.writes != other.writes
         # a cast is no step, nor is the gathering of a parameter whose part here was empty
         if (mine.shape, mine.dtype, mine.device) != (others.shape, others.dtype, others.device):
             return False
@@ -344,8 +344,10 @@ def parameter_versions(decoder: nn.Module) -> dict[int, ParameterVersion]:
     for parameter in decoder.parameters():
         if parameter.requires_grad:
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            value = torch.empty(0) if local.is_meta else local.detach().reshape(-1)[:1].clone()
-            found[id(parameter)] = ParameterVersion(parameter._version, value)
+            value = local.detach().reshape(-1)[:1].clone()
+            # a fake tensor, which tools use to trace a model, is of another type
+            readable = type(value) is torch.Tensor and not value.is_meta
+            found[id(parameter)] = ParameterVersion(parameter._version, value if readable else None)
     return found
 
 

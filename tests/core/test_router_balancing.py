@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.router_balancing import FORGOTTEN, update_routers
@@ -175,6 +176,15 @@ def test_passes_without_a_step_give_no_alarm_whatever_comes_between(between, cap
     model.train()(IDS, labels=IDS)
     model.save_pretrained(tmp_path)
     assert model.model.router_totals.statistics.any()
+    assert FORGOTTEN not in caplog.text
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, partial(torch.device, "meta")], ids=["fake", "meta"])
+def test_a_model_without_numbers_gives_no_alarm(mode, caplog):
+    with mode():
+        model, ids = MoEForCausalLM(tiny_config(**FIELDS)).train(), torch.zeros(1, 4, dtype=torch.long)
+        for _ in range(2):
+            model(ids, labels=ids).loss.backward()
     assert FORGOTTEN not in caplog.text
 
 
