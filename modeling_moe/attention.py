@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Multi-head attention of the Llama family, with the switches that its members differ in."""
+"""This module defines multi-head attention of the Llama family, with the differences between its members as fields."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,13 +21,13 @@ from .configuration_fields import POSITIVE, PROBABILITY, Condition, Range, setti
 from .model_norms import make_norm
 
 
-# in latent attention nothing reads the switches of plain attention
+# latent attention does not read the fields of plain attention
 _PLAIN = Condition(lambda config: config.kv_lora_rank is None, "unset kv_lora_rank (latent attention)")
 
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class AttentionFields:
-    """Attention."""
+    """These fields configure attention."""
 
     num_attention_heads: int = setting(16, "The number of query heads in each layer.", Range(1, 2**16))
     num_key_value_heads: int = setting(
@@ -105,9 +105,9 @@ class AttentionFields:
 
 
 class MoEAttention(nn.Module):
-    """Attention by queries, keys and values of equal width."""
+    """Multi-head attention with queries, keys and values of one width D (`head_dim`)."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: Any, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -132,7 +132,7 @@ class MoEAttention(nn.Module):
         if config.qk_norm is not None:
             self.q_norm = make_norm(config, self.head_dim if self.norm_per_head else queries)
             self.k_norm = make_norm(config, self.head_dim if self.norm_per_head else keys)
-        # what only some attention functions take, and only where the model has it
+        # arguments that only some attention functions accept, given only if the model needs them
         self.extras = {}
         if config.attn_logit_softcapping is not None:
             self.extras["softcap"] = config.attn_logit_softcapping
@@ -148,7 +148,17 @@ class MoEAttention(nn.Module):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends within (B, S, H); returns the same shape and, from eager attention, the probabilities."""
+        """Computes attention over (B, S, H).
+
+        Args:
+            hidden_states: (B, S, H).
+            position_embeddings: cosines and sines (B, S, rotated width); None in a model without rotary embedding.
+            attention_mask: mask of transformers for the attention implementation.
+            cache: key-value cache, which gets the new tokens' keys and values.
+
+        Returns:
+            Output (B, S, H), and from eager attention the probabilities (B, heads, S, S'), S' the number of keys.
+        """
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
@@ -160,6 +170,7 @@ class MoEAttention(nn.Module):
         query, key, value = (x.view(hidden_shape).transpose(1, 2) for x in (query, key, value))  # (B, heads, S, D)
 
         if self.rotates:
+            assert position_embeddings is not None  # the model computes them if any layer rotates
             partial = position_embeddings[0].shape[-1] < self.head_dim
             rotate = apply_partial_rotary_pos_emb if partial else apply_rotary_pos_emb
             query, key = (x.to(value.dtype) for x in rotate(query, key, *position_embeddings))

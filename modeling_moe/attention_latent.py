@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Multi-head latent attention, in which the keys and values of all heads come from one narrow latent of a token."""
+"""This module defines multi-head latent attention: keys and values of all heads come from one narrow latent per token."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ _LATENT = Condition(lambda config: config.kv_lora_rank is not None, "set kv_lora
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class LatentAttentionFields:
-    """Latent attention."""
+    """These fields configure multi-head latent attention."""
 
     kv_lora_rank: int | None = setting(
         None,
@@ -63,16 +64,16 @@ class LatentAttentionFields:
 class MoELatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1; DeepSeek-V3, arXiv:2412.19437).
 
-    The parameters are DeepSeek's. `kv_a_proj_with_mqa` gives a token's latent, then the one rotated part of the key
-    that all heads share; `kv_b_proj` gives, head by head, the rest of the key, then the value. A head of a query is
-    its plain part, then its rotated one. Rotated parts are in halves, as Llama's, where DeepSeek's checkpoints have
-    them in pairs: row `i` of a half is DeepSeek's row `2i`, or `2i + 1` in the second half.
+    The parameters are DeepSeek's. `kv_a_proj_with_mqa` computes the latent of a token, then the rotated part of the key,
+    which all heads share. `kv_b_proj` computes, head by head, the other part of the key, then the value. A query head is the
+    unrotated part, then the rotated part. The two halves of a rotated part are rotated together, as in Llama; DeepSeek's
+    checkpoints rotate pairs, so that row `i` of the first half is DeepSeek's row `2i`, and of the second half `2i + 1`.
 
     The cache holds the latents (B, 1, S, kv_lora_rank) and the rotated parts of the keys (B, 1, S, qk_rope_head_dim), 71
-    times less than keys and values of DeepSeek-V3; decoding projects those of all earlier tokens again.
+    times less than the keys and values of DeepSeek-V3. Decoding computes the keys and values of all earlier tokens again.
     """
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: Any, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -89,7 +90,7 @@ class MoELatentAttention(nn.Module):
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
         self.q_proj = None
-        # the norms of latents have an epsilon of their own, 1e-6, whatever `rms_norm_eps` is
+        # the norms of latents have the epsilon 1e-6, whatever `rms_norm_eps` is
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=False)
         else:
@@ -102,7 +103,7 @@ class MoELatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=bias)
 
     def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, heads, S, qk_head_dim) of (B, S, H), not yet rotated."""
+        """Returns the queries (B, heads, S, qk_head_dim) of hidden states (B, S, H), before rotation."""
         if self.q_proj is not None:
             query = self.q_proj(hidden_states)
         else:
@@ -110,7 +111,12 @@ class MoELatentAttention(nn.Module):
         return query.view(*hidden_states.shape[:-1], -1, self.qk_head_dim).transpose(1, 2)
 
     def _keys_and_values(self, latent: torch.Tensor, key_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of latents (B, 1, S, kv_lora_rank) and rotated parts (B, 1, S, rope), (B, heads, S, its width) each."""
+        """Returns keys (B, heads, S, qk_head_dim) and values (B, heads, S, v_head_dim).
+
+        Args:
+            latent: (B, 1, S, kv_lora_rank).
+            key_rot: (B, 1, S, qk_rope_head_dim) rotated part of the keys.
+        """
         widths = [self.qk_nope_head_dim, self.v_head_dim]
         key_value = self.kv_b_proj(latent[:, 0]).view(*latent.shape[:1], latent.shape[2], -1, sum(widths))
         key, value = key_value.transpose(1, 2).split(widths, dim=-1)
@@ -125,13 +131,16 @@ class MoELatentAttention(nn.Module):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends within (B, S, H); returns the same shape and, from eager attention, the probabilities.
+        """Computes attention over (B, S, H).
 
         Args:
             hidden_states: (B, S, H).
             position_embeddings: cosines and sines, (B, S, qk_rope_head_dim) each.
-            attention_mask: what transformers makes for the attention implementation in use.
-            cache: what the tokens are added to, and whose older ones they attend to.
+            attention_mask: mask of transformers for the attention implementation.
+            cache: key-value cache, which gets the new tokens' latents and rotated parts of the keys.
+
+        Returns:
+            Output (B, S, H), and from eager attention the probabilities (B, heads, S, S'), S' the number of keys.
         """
         rope = self.qk_rope_head_dim
         query, query_rot = self._queries(hidden_states).split([self.qk_nope_head_dim, rope], dim=-1)

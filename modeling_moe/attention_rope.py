@@ -20,7 +20,7 @@ _ROTATES = (
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class RopeFields:
-    """Rotary embedding."""
+    """These fields configure the rotary embedding."""
 
     rope_parameters: RopeParameters | dict | None = setting(
         None,

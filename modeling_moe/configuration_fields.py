@@ -119,10 +119,6 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# decorates a class that declares some fields of a configuration
-field_group = functools.partial(dataclasses.dataclass, init=False, repr=False, eq=False, kw_only=True)
-
-
 @functools.cache
 def settings_of(cls: type) -> dict[str, Setting]:
     """Returns the metadata of all fields that a configuration class declares by [`setting`], by their names."""
@@ -137,6 +133,11 @@ def field_defaults(*groups: type) -> dict[str, Any]:
 def with_effect(cls: type, effect: Effect) -> set[str]:
     """Returns the names of the fields of a configuration class that have an effect of this kind."""
     return {name for name, declared in settings_of(cls).items() if declared.effect == effect}
+
+
+def sparse_only(cls: type) -> set[str]:
+    """Returns the names of the fields of a configuration class that nothing reads unless a layer is sparse."""
+    return {name for name, declared in settings_of(cls).items() if declared.by_router or SPARSE in declared.conditions}
 
 
 def accept_none(cls: Any) -> Any:

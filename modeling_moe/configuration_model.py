@@ -17,7 +17,7 @@ _SHARED = Condition(lambda config: config.has_shared_experts, "set num_shared_ex
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class ModelFields:
-    """Model."""
+    """These fields configure the sizes of a model and its feed-forward networks."""
 
     vocab_size: int = setting(32000, "The number of tokens in the vocabulary.", Range(1, 2**28))
     hidden_size: int = setting(1024, "The number of features of the residual stream.", Range(1, 2**20))
@@ -83,7 +83,7 @@ class ModelFields:
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class ExpertFields:
-    """Experts."""
+    """These fields configure the experts of sparse layers."""
 
     num_experts: int = setting(
         8,

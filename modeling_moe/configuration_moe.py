@@ -50,26 +50,6 @@ from .router_variable_k import VariableKFields
 
 logger = logging.get_logger(__name__)
 
-# the groups in the order of docs/config.md
-GROUPS = (
-    ModelFields,
-    EmbeddingFields,
-    RopeFields,
-    NormFields,
-    AttentionFields,
-    LatentAttentionFields,
-    ExpertFields,
-    CatalogueFields,
-    RouterFields,
-    TopKFields,
-    AssignedFields,
-    VariableKFields,
-    SoftFields,
-    CapacityFields,
-    BalancingFields,
-    LossFields,
-)
-
 
 @plain_errors
 @strict

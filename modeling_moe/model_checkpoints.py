@@ -44,9 +44,11 @@ class CheckpointModel(PreTrainedModel):
             CheckpointError: names the first tensor that is missing, of another shape, or too many.
         """
         with refuse_damaged(cls, pretrained_model_name_or_path, kwargs) as check:
-            model, info = super().from_pretrained(
+            # transformers annotates the model alone, and with this option returns a pair
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
+            model, info = loaded
             check(model, info)
         warn_of_old_code(model.config)
         warn_of_other_class(model)

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a token's id and position become before the first layer.
+"""This module defines token embeddings and rotary position embeddings.
 
-# B batch, S sequence, H hidden, D width of a head that rotates
+# B rows, S tokens per row, H hidden, D width of the rotated part of a head
 """
 
 import copy
@@ -17,7 +17,7 @@ from .configuration_fields import POSITIVE, PROBABILITY, Condition, Range, setti
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class EmbeddingFields:
-    """Embeddings."""
+    """These fields configure token and position embeddings."""
 
     max_position_embeddings: int = setting(
         4096, "The length in tokens of the longest sequence that the position embedding is meant for.", Range(1, 2**31)
@@ -42,26 +42,26 @@ class EmbeddingFields:
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Embedding times sqrt(H), the factor rounded to the weight's dtype (Gemma).
+    """Multiplies token embeddings by sqrt(H), rounded to the dtype of the weight (Gemma).
 
-    PEFT multiplies what an adapter adds to an embedding by the number `embed_scale`, where the embedding has it.
+    PEFT multiplies the output of an adapter on an embedding by `embed_scale`, if the embedding has that attribute.
     """
 
     @property
     def embed_scale(self) -> float:
-        """The factor, which no weight holds."""
+        """The factor sqrt(H), which is not part of the weight."""
         return self.embedding_dim**0.5
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Maps (B, S) to (B, S, H)."""
-        states = super().forward(input_ids)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Maps token ids (B, S) to (B, S, H)."""
+        states = super().forward(input)
         return states * states.new_full((), self.embed_scale)
 
 
 class RotaryEmbeddings(nn.Module):
-    """Angles of the rotary embedding, one for each kind of attention if `rope_parameters` are given by kind (Gemma 3).
+    """Computes the angles of the rotary embedding, for each attention type if `rope_parameters` has one entry per type (Gemma 3).
 
-    Without a rotary embedding (`position_embedding_type="learned"`) there are none.
+    A model with `position_embedding_type="learned"` has no angles.
     """
 
     def __init__(self, config):
@@ -77,13 +77,13 @@ class RotaryEmbeddings(nn.Module):
 
     @property
     def inv_freq(self) -> torch.Tensor:
-        """Frequencies (D / 2,) where all kinds of attention share them, as transformers' own has them."""
+        """The frequencies (D / 2,), if all attention types share them."""
         return self.kinds["all"].get_buffer("inv_freq")
 
     def forward(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosines and sines (B, S, D) for a kind of attention; None for a model that does not rotate."""
+        """Returns cosines and sines (B, S, D) for an attention type; None for a model without rotary embedding."""
         if not self.kinds:
             return None
         hidden_states = hidden_states.float() if self.fp32 else hidden_states
@@ -91,7 +91,7 @@ class RotaryEmbeddings(nn.Module):
         return self.kinds[kind](hidden_states, position_ids)
 
     def for_each_type(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> dict[str, tuple | None]:
-        """What `forward` gives, for each kind of attention in use."""
+        """Returns cosines and sines (B, S, D), or None, for each attention type in use."""
         if not self.by_type:
             return dict.fromkeys(self.layer_types, self(hidden_states, position_ids))
         return {kind: self(hidden_states, position_ids, kind) for kind in self.layer_types}

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The norms that model families differ in, and where in a decoder layer they stand."""
+"""This module defines the norms of the model families, and their places in a decoder layer."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import initialization as init
@@ -15,7 +15,7 @@ from .configuration_fields import Range, setting
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class NormFields:
-    """Norms."""
+    """These fields configure the norms."""
 
     rms_norm_eps: float = setting(
         1e-6,
@@ -35,7 +35,7 @@ class NormFields:
     )
 
 
-# norm_type -> class; they round at different places, which tells in bf16: w * cast(x), cast(w * x), cast((1 + w) * x)
+# norm_type -> class; the RMS norms round in different places: w * cast(x), cast(w * x), cast((1 + w) * x)
 NORMS: dict[str, type[nn.Module]] = {
     "rms": LlamaRMSNorm,
     "rms_fp32": Olmo2RMSNorm,
@@ -43,7 +43,7 @@ NORMS: dict[str, type[nn.Module]] = {
     "layer": nn.LayerNorm,
 }
 
-# norm_placement -> names of the norms before and after the attention, before and after the feed-forward network
+# norm_placement -> names of the norms before attention, after attention, before the network and after the network
 PLACEMENTS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
     "pre": ("input_layernorm", None, "post_attention_layernorm", None),
     "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
@@ -57,16 +57,16 @@ PLACEMENTS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
 }
 
 
-def make_norm(config, width: int | None = None) -> nn.Module:
-    """The configuration's norm over `width` (the hidden size if not given) features."""
+def make_norm(config: Any, width: int | None = None) -> nn.Module:
+    """Makes the norm that the configuration names, over `width` features; None for the hidden size."""
     return NORMS[config.norm_type](config.hidden_size if width is None else width, eps=config.rms_norm_eps)
 
 
 def init_norm(norm: nn.Module) -> bool:
-    """Fills a new norm's parameters so that it scales by 1; says whether `norm` is one."""
+    """Initialises a norm to the identity scale. Returns False if the module is not a norm."""
     if not isinstance(norm, tuple(NORMS.values())):
         return False
-    (init.zeros_ if isinstance(norm, Gemma2RMSNorm) else init.ones_)(norm.weight)
-    if getattr(norm, "bias", None) is not None:
+    (init.zeros_ if isinstance(norm, Gemma2RMSNorm) else init.ones_)(norm.get_parameter("weight"))
+    if isinstance(norm, nn.LayerNorm):
         init.zeros_(norm.bias)
     return True

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What a forward returns beside transformers' own outputs: what the routers tell."""
+"""This module defines the models' outputs: transformers' outputs and the measurements of the routers."""
 
 from dataclasses import dataclass
 from functools import wraps
@@ -13,13 +13,15 @@ from .compatibility import gives_cache
 @gives_cache
 @dataclass
 class MoEModelOutput(MoeModelOutputWithPast):
-    """Output of [`MoEModel`]: transformers' own, and what the routers tell while training or on request.
+    """The output of [`MoEModel`]: transformers' fields, and measurements of the routers in training or on request.
 
     Attributes:
-        router_loss: scalar, weighted sum of the router losses; only if the caller adds it to the loss itself.
-        aux_loss: scalar without gradient, the load-balancing loss averaged over the sparse layers.
-        expert_load: (sparse layers, E + Z), tokens sent to each expert, before any is dropped.
-        dropped_share: (sparse layers,), share of these assignments that found no room; only with a capacity.
+        router_loss: scalar, weighted sum of the router losses; only if the caller adds it to the loss
+            (`attach_router_loss=False`).
+        aux_loss: scalar without gradient, the load-balancing loss averaged over the sparse layers, as transformers defines it:
+            the number of experts per token in balance.
+        expert_load: (L, E + Z) tokens sent to each expert in each sparse layer, before capacity.
+        dropped_share: (L,) share of the assignments that capacity has dropped; None without capacity.
     """
 
     router_loss: torch.FloatTensor | None = None
@@ -31,16 +33,16 @@ class MoEModelOutput(MoeModelOutputWithPast):
 @gives_cache
 @dataclass
 class MoECausalLMOutput(MoeCausalLMOutputWithPast):
-    """Output of [`MoEForCausalLM`]: transformers' own, `expert_load` and `dropped_share`, see [`MoEModelOutput`]."""
+    """The output of [`MoEForCausalLM`]: transformers' fields, and the measurements that [`MoEModelOutput`] explains."""
 
     expert_load: torch.FloatTensor | None = None
     dropped_share: torch.FloatTensor | None = None
 
 
 def detach_router_logits(forward):
-    """Returns router logits without gradient while the model trains its router losses itself.
+    """Decorates a forward so that router logits have no gradient while the model trains its router losses itself.
 
-    A trainer that derives a balance loss from them (TRL's `SFTTrainer`) would otherwise count it twice.
+    A trainer that computes a balance loss from router logits (TRL's `SFTTrainer`) would count the loss twice.
     """
 
     @wraps(forward)

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Where sequences begin that lie one after another in a row, and sums that start anew with each sequence.
+"""This module finds the sequences in packed rows, and computes sums and minima that restart with each sequence.
 
-# B rows, S tokens of each, T = B*S tokens
+# B rows, S tokens per row, T = B*S tokens
 """
 
 import torch
@@ -13,20 +13,20 @@ def find_beginnings(
     token_mask: torch.Tensor | None = None,
     cu_seq_lens: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Finds the tokens that begin a sequence: those whose position does not follow that of the token before.
+    """Finds the tokens that begin a sequence: the tokens whose position does not follow the position of the token before.
 
-    Positions may count the padding in between or not; padding begins nothing. A row's first token begins a sequence
-    where its position is 0; at any other one it may continue a sequence whose earlier tokens a cache holds.
+    Positions may count padding between tokens or not. Padding begins no sequence. The first token of a row begins a sequence
+    if its position is 0; at another position it may continue a sequence in the cache.
 
     Args:
         shape: B and S.
-        position_ids: int64 (B, S) or (1, S); None if nobody gave any.
+        position_ids: (B, S) or (1, S) int64; None if the caller gave none.
         token_mask: (B, S), 0 at padding; None without padding.
-        cu_seq_lens: int (N + 1,), as FlashAttention takes it: where each of N sequences begins among the T tokens, and
-            where the last one ends. It adds to what the positions say; None if nobody gave any.
+        cu_seq_lens: (N + 1,) integers, as FlashAttention reads them: the first token of each of N sequences among the T
+            tokens, and the end of the last sequence. Sequences begin there too; None if the caller gave none.
 
     Returns:
-        (B, S) bool; None if neither says where sequences begin: each row is one.
+        (B, S) bool; None if neither argument is given, so that each row is one sequence.
     """
     begins = None
     if position_ids is not None:
@@ -41,10 +41,10 @@ def find_beginnings(
 
 
 def _breaks(positions: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """Whether a token's position (B, S) follows none: (B, S) bool."""
+    """Marks the tokens (B, S) whose position does not follow that of the token before."""
     columns = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
     real = torch.ones_like(columns, dtype=torch.bool) if token_mask is None else token_mask.to(columns.device) > 0
-    # column of the last token before that is no padding, -1 without
+    # column of the last real token before, or -1
     last = torch.nn.functional.pad(columns.where(real, -1).cummax(dim=1).values[:, :-1], (1, 0), value=-1)
     step = positions - positions.gather(1, last.clamp(min=0))
     follows = (step == 1) | (step == columns - last)
@@ -52,13 +52,13 @@ def _breaks(positions: torch.Tensor, token_mask: torch.Tensor | None) -> torch.T
 
 
 def first_columns(begins: torch.Tensor) -> torch.Tensor:
-    """Column of the first token in this row of each token's sequence: (B, S) int64, of beginnings (B, S)."""
+    """Returns the column (B, S) int64 in which each token's sequence begins in the row, from beginnings (B, S)."""
     columns = torch.arange(begins.shape[1], device=begins.device).expand_as(begins)
     return columns.where(begins, 0).cummax(dim=1).values
 
 
 def running_sum(values: torch.Tensor, begins: torch.Tensor | None) -> torch.Tensor:
-    """Sums of `values` (B, S, ...) over a sequence's tokens up to each one; beginnings (B, S), None for one in a row."""
+    """Sums `values` (B, S, ...) over each sequence up to each token, with beginnings (B, S); None if each row is one sequence."""
     total = values.cumsum(dim=1)
     if begins is None:
         return total
@@ -67,9 +67,9 @@ def running_sum(values: torch.Tensor, begins: torch.Tensor | None) -> torch.Tens
 
 
 def running_min(values: torch.Tensor, begins: torch.Tensor | None) -> torch.Tensor:
-    """Least of int64 `values` (B, S, E), below 2^39 in size, among a sequence's tokens up to each one."""
+    """Returns the minimum of int64 `values` (B, S, E), below 2^39 in size, over each sequence up to each token."""
     if begins is None:
         return values.cummin(dim=1).values
-    # each sequence lies so far below the one before that no minimum reaches over
+    # a sequence is shifted so far below the sequence before that minima do not cross
     step = begins.long().cumsum(dim=1)[..., None] << 40
     return (values - step).cummin(dim=1).values + step

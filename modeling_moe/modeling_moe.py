@@ -9,7 +9,7 @@ MoEBlock:       routing = capacity(gate(tokens));  y = experts(tokens, routing.i
 training:       loss = cross entropy + sum of (coefficient * router loss), the mean over sparse layers
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -59,6 +59,12 @@ class ExpertsBase(nn.Module):
     `up_proj` (E, I, H) and `down_proj`. With biases there are `gate_up_proj_bias` (E, 2I) or `up_proj_bias` (E, I), and
     `down_proj_bias` (E, H).
     """
+
+    if TYPE_CHECKING:
+
+        def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+            """The decorator of transformers adds this method."""
+            raise NotImplementedError
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -214,10 +220,11 @@ class MoEBlock(nn.Module):
         chosen = Routing(*self.gate(tokens, context))
         routing = self.capacity(chosen, context, self.training)
         output = self.mix(self.experts, tokens, routing, context, self.config)
-        if self.shared_expert_gate is not None:
-            output = output + self.shared_expert_gate(tokens).sigmoid() * self.shared_experts(tokens)
-        elif self.shared_experts is not None:
-            output = output + self.shared_experts(tokens)
+        if self.shared_experts is not None:
+            shared = self.shared_experts(tokens)
+            if self.shared_expert_gate is not None:
+                shared = self.shared_expert_gate(tokens).sigmoid() * shared
+            output = output + shared
         output = output.view_as(hidden_states)
         if token_weights is None:
             return output, None
@@ -300,7 +307,8 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
 class MoEPreTrainedModel(CheckpointModel):
     """Base class of all models: how transformers initialises, splits, records and compiles them."""
 
-    config: MoEConfig
+    # transformers annotates the base class of configurations, and its own models narrow it in this way
+    config: MoEConfig  # pyrefly: ignore[bad-override-mutable-attribute]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoEDecoderLayer"]
@@ -420,7 +428,9 @@ class MoEModel(MoEPreTrainedModel):
 
     def sparse_blocks(self) -> list[MoEBlock]:
         """Returns the sparse feed-forward networks, from the first layer to the last."""
-        return [layer.mlp for layer in self.layers if layer.is_sparse]
+        # by attributes: a layer may be wrapped
+        layers: Any = self.layers
+        return [layer.mlp for layer in layers if layer.is_sparse]
 
     @takes_cache
     @detach_router_logits
@@ -518,7 +528,8 @@ class MoEForCausalLM(MoEPreTrainedModel, MoEGenerationMixin):
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    # transformers annotates pairs of strings, and reads pairs of lists
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # pyrefly: ignore[bad-assignment]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MoEConfig):
@@ -568,7 +579,9 @@ class MoEForCausalLM(MoEPreTrainedModel, MoEGenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._head(outputs.last_hidden_state[:, kept])
+        states = outputs.last_hidden_state
+        assert states is not None  # optional in transformers' class only
+        logits = self._head(states[:, kept])
 
         loss = None
         if labels is not None:
@@ -611,6 +624,7 @@ class MoEForSequenceClassification(GenericForSequenceClassification, MoEPreTrain
         MoEPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = MoEModel(config)
+        assert config.num_labels is not None  # optional in transformers' annotation only
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
@@ -625,6 +639,7 @@ class MoEForTokenClassification(GenericForTokenClassification, MoEPreTrainedMode
         self.num_labels = config.num_labels
         self.model = MoEModel(config)
         self.dropout = nn.Dropout(0.1)
+        assert config.num_labels is not None  # optional in transformers' annotation only
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

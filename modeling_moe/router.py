@@ -1,10 +1,10 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""How a token chooses its experts: the contract, and the frame that every router fills.
+"""This module defines the base class of routers, which choose experts for each token, and the [`Routing`] that they return.
 
-A router is `score -> select -> weigh` and returns a [`Routing`]; a new one overrides one of the three and adds its name to
-`modeling_moe.router_catalogue.ROUTERS`. Router arithmetic is fp32 whatever the model's dtype (fp64 for an fp64 model).
+A router computes `score -> select -> weigh`. A new router overrides one of these three methods, and adds its name to
+`modeling_moe.router_catalogue.ROUTERS`. Routers compute in fp32 whatever the model's dtype is, in fp64 in an fp64 model.
 
-# B sequences, T tokens, H hidden, E experts, Z experts without weights (null and copy), K slots per token
+# B rows, S tokens per row, T = B*S tokens, H hidden, E experts, Z experts without weights (null and copy), K choices per token
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .configuration_fields import POSITIVE, Range, setting
 from .model_packing import first_columns
 
 
-# fields that the frame of a router reads, unless a subclass overrides the method that does
+# fields that the base class of routers reads, unless a subclass overrides the method that reads the field
 FRAME_READS = frozenset(
     {
         "scoring_func",
@@ -48,7 +48,7 @@ CAPACITY_READS = frozenset(
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class RouterFields:
-    """Router."""
+    """These fields configure all routers, unless a router's class says that it does not read them."""
 
     allow_noncausal: bool = setting(
         False,
@@ -104,16 +104,17 @@ class RouterFields:
 
 
 class Routing(NamedTuple):
-    """What a router decides for T tokens.
+    """The experts and the weights that a router has chosen for T tokens.
 
     Attributes:
-        logits: (T, E + Z) fp32, the router's raw scores; transformers records them as `router_logits`.
-        weight: (T, K) fp32, factor on each chosen expert's output; carries the gradient, 0 in an empty slot.
-        index: (T, K) int64, the chosen experts: below E routed ones, then null experts, then copy experts; `E + Z` marks
-            an empty slot (dropped or unused). The experts skip all that is E or more.
-        probs: (T, E + Z) fp32, scores normalised to sum 1.
-        selection_probability: (T, E + Z) fp32, probability that the noise selects an expert, differentiable; None without noise.
-        mixture: fp32, what [`Router.mix`] needs beside the others, if anything: by default (T, E + Z), the weights that
+        logits: (T, E + Z) fp32 router logits; transformers records them as `router_logits`.
+        weight: (T, K) fp32 factor on the output of each chosen expert, which carries the gradient; 0 in an empty assignment.
+        index: (T, K) int64 ids of the chosen experts: E experts with weights, then null experts, then copy experts. `E + Z`
+            marks an empty assignment, dropped or unused. The experts skip ids of E and more.
+        probs: (T, E + Z) fp32 scores normalised to sum 1.
+        selection_probability: (T, E + Z) fp32 probability that the noise selects an expert, differentiable; None without
+            noise.
+        mixture: fp32 tensor that [`Router.mix`] reads beside the others, or None; by default the (T, E + Z) weights that
             `router_gradient="dense"` differentiates in training.
     """
 
@@ -126,16 +127,16 @@ class Routing(NamedTuple):
 
 
 class RoutingContext(NamedTuple):
-    """What a router may know beside the tokens; all that has T entries is in the tokens' order, row after row.
+    """The properties of a batch that a router may read beside the hidden states; tensors are ordered row by row.
 
     Attributes:
-        batch_size: number B of equally long rows the T tokens lie in.
-        token_mask: (T,), 0 for tokens that do not count (padding); None if all count.
-        input_ids: (T,) int64, None if the model was given embeddings.
-        task_ids: (T,) int64, None if the batch names no task.
-        cache: the model's key-value cache, in which a router keeps what later tokens of a sequence need; None without.
-        begins: (T,) bool, whether a token begins a sequence, of which a row can hold several; None if each row is one.
-            A row whose first token begins none continues the last sequence that the cache holds.
+        batch_size: number B of equally long rows that the T tokens form.
+        token_mask: (T,), 0 at padding; None without padding.
+        input_ids: (T,) int64 token ids; None if the model was given embeddings.
+        task_ids: (T,) int64 task of each token; None if the batch names no task.
+        cache: the model's key-value cache, in which a router stores what later tokens need; None without a cache.
+        begins: (T,) bool, true where a sequence begins; a row can hold several sequences. None if each row is one sequence.
+            A row whose first token begins no sequence continues the last sequence in the cache.
     """
 
     batch_size: int = 1
@@ -146,11 +147,11 @@ class RoutingContext(NamedTuple):
     begins: torch.Tensor | None = None
 
     def by_row(self, values: Any) -> Any:
-        """`values` (T, ...) as (B, S, ...); None stays None."""
+        """Reshapes `values` (T, ...) to (B, S, ...); None stays None."""
         return None if values is None else values.unflatten(0, (self.batch_size, -1))
 
     def sequences(self, tokens: int, device: torch.device | str) -> torch.Tensor:
-        """Number (T,) int64 of each token's sequence: how many tokens lie before the first one of it in the batch."""
+        """Returns a number (T,) int64 for each token's sequence: the position in the batch of the sequence's first token."""
         length = tokens // self.batch_size
         number = torch.arange(self.batch_size, device=device)[:, None] * length
         if self.begins is None:
@@ -159,15 +160,15 @@ class RoutingContext(NamedTuple):
 
 
 def expert_load(routing: Routing, token_mask: torch.Tensor | None = None, batch_size: int = 1) -> torch.Tensor:
-    """Number of tokens sent to each expert, without gradient.
+    """Returns the number of tokens sent to each expert, without gradient.
 
     Args:
-        routing: of T tokens.
-        token_mask: (T,), 0 for tokens that do not count (padding).
-        batch_size: number B of equally long sequences to count apart.
+        routing: routing of T tokens.
+        token_mask: (T,), 0 at padding, which is excluded; None without padding.
+        batch_size: number B of equally long rows, each counted by itself.
 
     Returns:
-        (E + Z,), or (B, E + Z) for more than one sequence, in the dtype of the logits. Empty slots count for no expert.
+        (E + Z,), or (B, E + Z) for more than one row, in the dtype of the probabilities. Empty assignments are excluded.
     """
     outputs = routing.probs.shape[-1]
     ones = torch.ones_like(routing.weight) if token_mask is None else token_mask[:, None].expand_as(routing.weight)
@@ -185,80 +186,87 @@ def num_real_tokens(routing: Routing, token_mask: torch.Tensor | None = None) ->
 
 
 def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the tokens (dimension 0 of `values`) that count; 0 if none does."""
+    """Returns the mean of `values` (T, ...) over tokens, weighted by `token_mask` (T,); 0 if all weights are 0."""
     if token_mask is None:
         return values.sum(dim=0) / max(len(values), 1)
     mask = token_mask.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
-    # no matrix product: autocast would run it in bf16; padding may hold a NaN, which times 0 is one
+    # not a matrix product, which autocast would run in bf16; `where`, since a NaN at padding times 0 is a NaN
     return (mask * values).where(mask > 0, 0.0).sum(dim=0) / mask.sum().clamp(min=1)
 
 
-def history_layer(config, layer_idx: int) -> int:
-    """Index of the layer in the cache that holds what a sparse layer keeps of earlier tokens; the layers leave no gap."""
+def history_layer(config: Any, layer_idx: int) -> int:
+    """Returns the index of the extra cache layer in which sparse layer `layer_idx` stores its routing history.
+
+    The extra layers follow the attention layers, one per sparse layer.
+    """
     return config.num_hidden_layers + config.mlp_layer_types[:layer_idx].count("sparse")
 
 
-def extend_history(cache, slot: int, states: torch.Tensor) -> torch.Tensor:
-    """Keeps `states` (B, S, N) of the newest tokens in the cache, after those of earlier ones, and returns all.
+def extend_history(cache: Any, layer: int, states: torch.Tensor) -> torch.Tensor:
+    """Appends the states of new tokens to a router's history in the cache, and returns the whole history.
 
-    They lie in a layer of their own of transformers' cache, which so reorders, repeats and crops them with the keys.
+    The history is stored as an extra layer of the key-value cache, so that beam search and speculative decoding reorder and
+    crop it together with the keys.
 
     Args:
-        cache: as `generate` makes it; None for a sequence that begins here.
-        slot: index of that layer, see [`history_layer`].
-        states: (B, S, N).
+        cache: key-value cache of transformers; None if the sequence begins with these tokens and no cache is kept.
+        layer: index of the extra layer ([`history_layer`]).
+        states: (B, S, N) states of the new tokens.
 
     Returns:
-        (B, S', N) with S' the tokens that the cache then holds.
+        (B, S', N) states of all S' tokens in the cache.
 
     Raises:
-        ValueError: for a cache of fixed size, which has no such layers.
+        ValueError: for a static cache, which cannot get an extra layer.
     """
     if cache is None:
         return states
     if cache.is_compileable:
         raise ValueError(
-            "this routing keeps what earlier tokens chose, which a static cache has no room for: use a dynamic cache "
+            "this routing stores what earlier tokens chose, for which a static cache has no room: use a dynamic cache "
             "(leave cache_implementation unset)."
         )
-    while len(cache.layers) <= slot:
+    while len(cache.layers) <= layer:
         cache.layers.append(DynamicLayer())
-    return cache.layers[slot].update(states[:, None], states[:, None, :, :0])[0][:, 0]
+    return cache.layers[layer].update(states[:, None], states[:, None, :, :0])[0][:, 0]
 
 
 def softmax_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities (T, E), which both choose and weigh."""
+    """Returns the softmax of logits (T, E), as scores and as probabilities."""
     probs = logits.softmax(dim=-1)
     return probs, probs
 
 
 def sigmoid_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A sigmoid of each logit (T, E), and the same normalised to sum 1 (DeepSeek-V3, arXiv:2412.19437, eq. 15)."""
+    """Returns the sigmoid of logits (T, E) as scores, and scores normalised to sum 1 as probabilities.
+
+    DeepSeek-V3 (arXiv:2412.19437, eq. 15).
+    """
     scores = logits.sigmoid()
     return scores, renormalise(scores)
 
 
 def sqrt_softplus_scores(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sqrt(softplus(logit))` (T, E), and the same normalised to sum 1 (DeepSeek-V4)."""
+    """Returns `sqrt(softplus(logits))` (T, E) as scores, and scores normalised to sum 1 as probabilities (DeepSeek-V4)."""
     scores = nn.functional.softplus(logits).sqrt()
     return scores, renormalise(scores)
 
 
-# scoring_func -> logits (T, E) to scores (T, E) and probs (T, E)
+# scoring_func -> function from logits (T, E) to scores (T, E) and probabilities (T, E)
 SCORING_FUNCS = {"softmax": softmax_scores, "sigmoid": sigmoid_scores, "sqrtsoftplus": sqrt_softplus_scores}
 
 
 def fp32_linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`tokens @ weight.T + bias` in fp32 at least, under autocast too."""
+    """Computes `tokens @ weight.T + bias` in fp32, or in fp64 for fp64 tokens, also under autocast."""
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with maybe_autocast(tokens.device.type, enabled=False):
         return nn.functional.linear(tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def router_dtype(dtype: torch.dtype) -> torch.dtype:
-    """A router in a model of `dtype` has this one: fp32 at least.
+    """Returns the dtype of a router's tensors in a model of `dtype`: fp32, or fp64 in an fp64 model.
 
-    DeepSpeed wants one dtype for all weights, and steps copies of them in fp32: under it a router has the model's.
+    Under DeepSpeed it is `dtype`: DeepSpeed demands one dtype for all weights, and steps fp32 copies of them.
     """
     if not dtype.is_floating_point or deepspeed_config() is not None:
         return dtype
@@ -266,15 +274,15 @@ def router_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def renormalise(weight: torch.Tensor) -> torch.Tensor:
-    """Weights (T, K) divided by their sum; all 0 stays 0, to which sigmoid scores can underflow."""
+    """Divides weights (T, K) by their sum; weights that are all 0 stay 0, since sigmoid scores can underflow to 0."""
     return weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
 
 
 def dense_gradient(experts: nn.Module, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Zeros (T, H) whose gradient reaches the weights (T, E) as if every expert had been computed, and nothing else.
+    """Returns zeros (T, H) whose gradient reaches the weights (T, E) as if every expert were computed, and nothing else.
 
-    DenseMixer's straight-through estimator (Yao et al. 2025, "DenseMixer: improving MoE post-training with precise
-    router gradient"), at the cost of E / K times the experts' forward.
+    It is DenseMixer's straight-through estimator (Yao et al. 2025, "DenseMixer: improving MoE post-training with precise
+    router gradient"), and costs E / K times the experts' forward.
     """
     index = torch.arange(weight.shape[-1], device=weight.device).expand_as(weight)
     output = experts(hidden_states.detach(), index, weight, frozen=True)
@@ -282,29 +290,30 @@ def dense_gradient(experts: nn.Module, hidden_states: torch.Tensor, weight: torc
 
 
 class Router(nn.Module):
-    """A linear gate (E + Z, H), scored by `scoring_func`; what it leaves open is `select`.
+    """Base class of all routers: a linear gate (E + Z, H) and a scoring function. Subclasses implement `select`.
 
-    A subclass overrides what differs, but never `forward`, and declares in the class variables what the configuration has to know.
+    A subclass overrides the methods in which it differs, but never `forward`, and sets the class variables by which the
+    configuration knows its properties.
     """
 
-    # the routing of a token depends on no later token and no other sequence, in training and in evaluation
+    # whether a token's routing never depends on later tokens or other sequences, in training and in evaluation
     causal: ClassVar[bool] = True
-    # in evaluation the routing of a token depends on no other token
+    # whether a token's routing depends on no other token in evaluation
     per_token: ClassVar[bool] = True
-    # number of experts differs from token to token
+    # whether the number of experts differs between tokens
     variable_k: ClassVar[bool] = False
-    # each token uses all experts, whatever `num_experts_per_tok` is
+    # whether each token uses all experts, whatever `num_experts_per_tok` is
     uses_all_experts: ClassVar[bool] = False
-    # value of `norm_topk_prob` where the configuration gives none
+    # value of `norm_topk_prob` if the configuration gives none
     norm_topk_prob_default: ClassVar[bool] = True
     # fields declared with `by_router` that the router reads; the configuration refuses others that differ from their defaults
     reads: ClassVar[frozenset[str]] = FRAME_READS | CAPACITY_READS
-    # argument of the model's forward that the router cannot do without, beside the tokens
+    # argument of the model's forward that the router requires, beside the tokens
     required_input: ClassVar[str | None] = None
-    # controller that the router cannot do without, a key of `modeling_moe.router_balancing.CONTROLLERS`
+    # controller that the router requires, a key of `modeling_moe.router_balancing.CONTROLLERS`
     default_controller: ClassVar[str | None] = None
 
-    def __init__(self, config, layer_idx: int = 0):
+    def __init__(self, config: Any, layer_idx: int = 0):
         super().__init__()
         self.layer_idx = layer_idx
         self.num_experts = config.num_experts
@@ -321,8 +330,12 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(self.num_outputs)) if config.router_bias else None
 
     @classmethod
-    def validate(cls, config) -> None:
-        """Raises ValueError, naming field and remedy, for a configuration that this router cannot serve."""
+    def validate(cls, config: Any) -> None:
+        """Checks a configuration that chooses this router.
+
+        Raises:
+            ValueError: if the router cannot serve the configuration; the message names the field and the remedy.
+        """
 
     def init_weights(self, std: float) -> None:
         """Fills the parameters and buffers of a new model."""
@@ -331,12 +344,12 @@ class Router(nn.Module):
             init.zeros_(self.bias)
 
     def resize_vocabulary(self, vocab_size: int) -> None:
-        """Makes room for the token ids below `vocab_size`; a router that does not look at ids has nothing to do."""
+        """Adapts the router to token ids below `vocab_size`; a router that reads no ids does nothing."""
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext | None = None) -> Routing:
         """Routes tokens (T, H).
 
-        The block calls nothing else, neither before nor after: what wraps a router (PEFT, offloading) wraps this alone.
+        The block calls no other method of the gate in a pass, because PEFT and offloading wrap `forward` alone.
         """
         routing = self.decide(hidden_states, context or RoutingContext())
         if self.training and self.gradient == "dense":
@@ -344,36 +357,36 @@ class Router(nn.Module):
         return routing
 
     def decide(self, hidden_states: torch.Tensor, context: RoutingContext) -> Routing:
-        """The routing of tokens (T, H)."""
+        """Returns the routing of tokens (T, H)."""
         return self.route(self.logits(hidden_states, context), context)
 
     def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
-        """Raw scores (T, E + Z) of tokens (T, H)."""
+        """Returns the router logits (T, E + Z) of tokens (T, H)."""
         return fp32_linear(self.jittered(hidden_states), self.weight, self.bias)
 
     def jittered(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Tokens (T, H) times the noise of `router_jitter_noise`, in training."""
+        """Multiplies tokens (T, H) by the noise of `router_jitter_noise` in training."""
         if not self.training or self.jitter_noise <= 0:
             return hidden_states
         return hidden_states * torch.empty_like(hidden_states).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
 
     def route(self, logits: torch.Tensor, context: RoutingContext) -> Routing:
-        """From raw scores (T, E + Z) to the routing."""
+        """Returns the routing for router logits (T, E + Z)."""
         scores, probs = self.score(logits)
         with torch.no_grad():
             index = self.select(scores, context)  # (T, K)
         return Routing(logits, self.weigh(scores, index), index, probs)
 
     def score(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (T, E + Z) that choose and weigh the experts, and the same normalised to sum 1."""
+        """Returns the scores (T, E + Z) that choose and weigh the experts, and probabilities (T, E + Z) of sum 1."""
         return SCORING_FUNCS[self.scoring_func](logits)
 
     def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
-        """Experts (T, K) chosen by scores (T, E + Z); `num_outputs` leaves a slot empty."""
+        """Chooses experts (T, K) by scores (T, E + Z), without gradient; the id `num_outputs` is an empty assignment."""
         raise NotImplementedError
 
     def weigh(self, scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Weights (T, K) of the chosen experts, 0 in an empty slot and for a null expert."""
+        """Returns the weights (T, K) of the chosen experts, 0 in an empty assignment and for a null expert."""
         weight = scores.gather(-1, index.clamp(max=self.num_outputs - 1))
         if self.variable_k or self.num_null:
             copies = (index >= self.num_experts + self.num_null) & (index < self.num_outputs)
@@ -383,7 +396,7 @@ class Router(nn.Module):
         return weight * self.scaling
 
     def dense_weight(self, routing: Routing) -> torch.Tensor:
-        """Weights (T, E + Z) that `router_gradient="dense"` differentiates: those of a token that chose every expert."""
+        """Returns the weights (T, E + Z) that a token would have with every expert, for `router_gradient="dense"`."""
         scores = routing.probs if self.norm_topk_prob else self.score(routing.logits)[0]
         return scores * self.scaling
 
@@ -391,24 +404,24 @@ class Router(nn.Module):
     def mix(
         experts: nn.Module, hidden_states: torch.Tensor, routing: Routing, context: RoutingContext, config: Any
     ) -> torch.Tensor:
-        """Output (T, H) for tokens (T, H): the weighted sum of the chosen experts', a copy expert's being the token.
+        """Runs the experts and returns the weighted sum (T, H) of the chosen experts' outputs; a copy expert returns the token.
 
-        It sees no router: whatever it needs of one is in the routing.
+        The method is static: it reads nothing of the router but the routing.
 
         Args:
-            experts: called as [`~modeling_moe.modeling_moe.MoEExperts`] says, and not otherwise used.
+            experts: module that is called as [`~modeling_moe.modeling_moe.MoEExperts`] is, and not used otherwise.
             hidden_states: (T, H).
-            routing: of these tokens, after capacity.
-            context: of these tokens.
+            routing: routing of the tokens, after capacity.
+            context: context of the tokens.
             config: the model's configuration.
         """
         index, weight = routing.index, routing.weight
         real = index < config.num_experts
         if config.num_copy_experts:
-            # some of transformers' functions tell an empty slot by its weight
+            # some of transformers' experts functions recognise an empty assignment by the weight 0
             weight = weight.where(real, 0.0)
         if getattr(experts, "num_experts", config.num_experts) < config.num_experts:
-            # transformers' exchange between processes knows no empty slot: an expert gets the token, with weight 0
+            # transformers' expert parallelism has no empty assignment: expert 0 gets the token, with weight 0
             index, weight = index.where(real, 0), weight.where(real, 0.0)
         if routing.mixture is not None:
             dense = dense_gradient(experts, hidden_states, routing.mixture)
@@ -422,7 +435,7 @@ class Router(nn.Module):
         return output
 
     def auxiliary_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """A scalar that this router adds to the training loss, its weight included; None if it has none."""
+        """Returns a scalar that this router adds to the training loss, weight included; None if it adds no loss."""
 
     @property
     def kept_in_fp32(self) -> set[str]:
@@ -431,10 +444,10 @@ class Router(nn.Module):
             return set()
         return {name for name, tensor in self.state_dict().items() if tensor.is_floating_point()}
 
-    def _apply(self, fn, recurse=True):
-        """Keeps weights and buffers in fp32 at least when the model is cast.
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        """Keeps weights and buffers in fp32 or fp64 when the model is cast.
 
-        In bf16 a small update is lost, 0.5 + 0.001 = 0.5, of a weight as of the selection bias.
+        In bf16 a small update of a weight or of the selection bias is lost: 0.5 + 0.001 = 0.5.
         """
 
         def kept(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Routers that choose by the token's id or its task, or by nothing at all: no gate reads the token to choose experts.
+"""This module defines routers that do not choose experts by the token's hidden state, but by its id, its task or nothing.
 
-# T tokens, H hidden, E experts, Z experts without weights (null and copy), K slots per token, N tasks
+# T tokens, H hidden, V vocabulary, E experts, Z experts without weights (null and copy), K choices per token, N tasks
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from .router_topk import SELECTION_READS, TopKRouter
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class AssignedFields:
-    """Routers by token id or task."""
+    """These fields configure routers that choose by token id or task."""
 
     hash_seed: int = setting(
         0, "The seed of the tables from token ids to experts.", Range(0, 2**32), effect="detail", by_router=True
@@ -27,20 +27,24 @@ class AssignedFields:
     )
 
 
-def hash_table(vocab_size: int, num_experts: int, top_k: int, seed: int, counts: torch.Tensor | None = None):
-    """Experts (V, K) of each token id for [`HashRouter`], distinct in a row.
+def hash_table(
+    vocab_size: int, num_experts: int, top_k: int, seed: int, counts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Chooses K distinct experts for each token id, for [`HashRouter`].
 
     Args:
-        vocab_size, num_experts, top_k: V, E and K.
-        seed: of the random choice.
-        counts: (V,), how often each id occurs: then ids go, most frequent first, to the experts that have received the
-            fewest tokens so far ("balanced" hashing, arXiv:2106.04426); None draws at random.
+        vocab_size: V.
+        num_experts: E.
+        top_k: K.
+        seed: seed of the random choice.
+        counts: (V,) frequency of each id, for "balanced" hashing (arXiv:2106.04426): ids choose, the most frequent first,
+            the experts that have received the fewest tokens. None for a random choice.
 
     Returns:
         (V, K) int64 on the CPU.
 
     Raises:
-        ValueError: if `counts` has not one entry for each token id.
+        ValueError: if `counts` does not have V entries.
     """
     if counts is not None and counts.shape != (vocab_size,):
         raise ValueError(f"counts has shape {tuple(counts.shape)}: give one for each of the {vocab_size} token ids.")
@@ -51,17 +55,17 @@ def hash_table(vocab_size: int, num_experts: int, top_k: int, seed: int, counts:
     table = torch.empty(vocab_size, top_k, dtype=torch.long)
     received = torch.zeros(num_experts, dtype=torch.float64)
     for token in counts.argsort(descending=True, stable=True).tolist():
-        # the draw breaks ties
+        # the random numbers break ties
         table[token] = (received + 1e-9 * draw[token]).topk(top_k, largest=False).indices
         received[table[token]] += counts[token]
     return table
 
 
 class HashRouter(Router):
-    """A fixed table from token ids to experts, each with weight 1 / K (Roller et al., arXiv:2106.04426); no gate.
+    """Looks up K experts for each token id in a fixed table, each with weight 1 / K (Roller et al., arXiv:2106.04426).
 
-    The table is random, its seed `hash_seed` and the layer; [`set_counts`](HashRouter.set_counts) makes it a balanced one.
-    It is saved with the model. `hash_scored` is DeepSeek-V4's: a learned gate weighs the experts of the table.
+    The table is random, with a seed from `hash_seed` and the layer; [`set_counts`](HashRouter.set_counts) makes a balanced
+    table. The table is saved with the model. There is no gate.
     """
 
     reads = CAPACITY_READS | {"routed_scaling_factor", "hash_seed", "router_aux_loss_scope"}
@@ -70,7 +74,7 @@ class HashRouter(Router):
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
         if not self.scored:
-            self.weight = None
+            self.register_parameter("weight", None)
         # one table for each layer
         self.seed = config.hash_seed * 10007 + layer_idx
         self.table = nn.Buffer(torch.zeros(config.vocab_size, self.top_k, dtype=torch.long))
@@ -82,7 +86,7 @@ class HashRouter(Router):
 
     @torch.no_grad()
     def resize_vocabulary(self, vocab_size: int) -> None:
-        """Gives new token ids experts by the layer's seed; ids that were there keep theirs."""
+        """Chooses experts for new token ids by the layer's seed; old ids keep their experts."""
         old = min(vocab_size, len(self.table))
         if self.table.is_meta:
             self.table = nn.Buffer(self.table.new_empty(vocab_size, self.top_k))
@@ -97,10 +101,10 @@ class HashRouter(Router):
         self.table.copy_(hash_table(len(self.table), self.num_experts, self.top_k, self.seed, counts.cpu()))
 
     def decide(self, hidden_states: torch.Tensor, context: RoutingContext) -> Routing:
-        """The routing of tokens (T, H).
+        """Returns the routing of tokens (T, H).
 
         Raises:
-            ValueError: without token ids.
+            ValueError: if the model was given embeddings instead of token ids.
         """
         if context.input_ids is None:
             raise ValueError("a hash router chooses by token id: give input_ids, not inputs_embeds alone.")
@@ -116,17 +120,17 @@ class HashRouter(Router):
 
 
 class ScoredHashRouter(HashRouter):
-    """DeepSeek-V4's first layers: the table chooses, a learned gate weighs. See [`HashRouter`]."""
+    """Looks up experts in the table of [`HashRouter`], and weighs them by a learned gate, as in DeepSeek-V4's first layers."""
 
     reads = Router.reads | {"hash_seed"}
     scored = True
 
 
 def task_of(context: RoutingContext) -> torch.Tensor:
-    """Task (T,) of each token.
+    """Returns the task (T,) of each token.
 
     Raises:
-        ValueError: if the batch names none.
+        ValueError: if the batch names no task.
     """
     if context.task_ids is None:
         raise ValueError("this router chooses by task: pass task_ids, one for each sequence of the batch.")
@@ -134,10 +138,10 @@ def task_of(context: RoutingContext) -> torch.Tensor:
 
 
 class TaskRouter(TopKRouter):
-    """Routes whole sequences by their task: the gate sees a learned embedding of it in the place of the token.
+    """Routes whole sequences by task: the gate reads a learned embedding of the task instead of the token.
 
-    Task-level routing (Kudugunta et al., arXiv:2110.03742): all tokens of a task share K experts, which
-    [`~modeling_moe.resizing.extract_task`] takes out as a model of its own.
+    With task-level routing (Kudugunta et al., arXiv:2110.03742) all tokens of a task share K experts, which
+    [`~modeling_moe.resizing.extract_task`] can extract as a model.
     """
 
     reads = (Router.reads | SELECTION_READS | {"num_tasks"}) - {"router_bias"}
@@ -153,15 +157,15 @@ class TaskRouter(TopKRouter):
 
     def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         task = task_of(context)
-        # product first, so that a token's logits are the same in every batch; of copies, since the last bit of a small
-        # product depends on where its operands lie, and those of a loaded checkpoint lie in the file
+        # the product comes before the lookup, so that a token's logits are the same in every batch; it multiplies copies,
+        # because the last bit of a small product depends on the operands' alignment, which differs in a loaded checkpoint
         return fp32_linear(self.jittered(self.task_embedding.clone()), self.weight.clone(), self.bias)[task]
 
 
 class MMoERouter(TopKRouter):
-    """A gate for each task over shared experts (MMoE, Ma et al., KDD 2018).
+    """Routes by one gate per task over shared experts (MMoE, Ma et al., KDD 2018).
 
-    The paper mixes all experts: `num_experts_per_tok=num_experts`; fewer make it sparse.
+    The paper mixes all experts: `num_experts_per_tok=num_experts`. Fewer experts make the mixture sparse.
     """
 
     reads = (Router.reads | SELECTION_READS | {"num_tasks"}) - {"router_bias"}
@@ -179,16 +183,16 @@ class MMoERouter(TopKRouter):
 
 
 class UniformRouter(Router):
-    """Every token to every expert, with one weight for each expert that no token changes: what remains of a task.
+    """Sends every token to every expert, with one weight per expert for all tokens, the parameter `expert_weight` (E,).
 
-    The weights are `expert_weight` (E,), a parameter.
+    A model that was extracted for one task has this router.
     """
 
     reads = (CAPACITY_READS - {"capacity_priority"}) | {"routed_scaling_factor"}
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
-        self.weight = None
+        self.register_parameter("weight", None)
         self.expert_weight = nn.Parameter(torch.empty(self.num_experts))
 
     @classmethod
@@ -204,7 +208,3 @@ class UniformRouter(Router):
         weight = self.expert_weight.to(dtype).expand(len(hidden_states), -1)
         index = torch.arange(self.num_experts, device=weight.device).expand_as(weight)
         return Routing(weight, weight * self.scaling, index, renormalise(weight))
-
-    def dense_weight(self, routing: Routing) -> torch.Tensor:
-        """The weights (T, E): every expert is chosen."""
-        return routing.weight

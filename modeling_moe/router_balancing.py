@@ -25,7 +25,7 @@ _BIAS = Condition(lambda config: config.router_selection_bias, "set router_selec
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class BalancingFields:
-    """Balancing without gradient."""
+    """These fields configure the controllers that balance experts without gradient."""
 
     router_controller: Literal["bias", "proportional", "quantile"] | None = setting(
         None,
@@ -397,6 +397,8 @@ class RouterTotals(nn.Module):
             tokens: tokens on this rank.
             keep: whether the pass counts for later passes of the step.
         """
+        assert self.load is not None
+        assert self.tokens is not None
         both = all_ranks(torch.cat([load, tokens[:, None]], dim=-1).to(self.load))
         step = StepLoad(self.load + both[:, :-1], self.tokens + both[:, -1])
         if keep:

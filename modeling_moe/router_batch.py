@@ -1,11 +1,11 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Routers that look at many tokens at once, and what makes one of them fit for a causal language model.
+"""This module defines routers that choose for many tokens at once, and a causal variant of expert choice.
 
-In a causal model a token's experts must not depend on later tokens: choosing among all tokens of a sequence tells each
-one which experts the later ones did not take (arXiv:2408.15664). Such routers say so by `causal = False` and
+In a causal language model a token's experts must not depend on later tokens. A router that chooses among all tokens of a
+sequence tells a token which experts later tokens did not take (arXiv:2408.15664). Such routers have `causal = False`, and
 the configuration refuses them unless `allow_noncausal` is set.
 
-# T tokens, E experts, K slots per token
+# T tokens, E experts, K choices per token
 """
 
 import math
@@ -20,10 +20,9 @@ from .router_variable_k import VariableRouter
 
 
 class ExpertChoiceRouter(VariableRouter):
-    """Each expert takes its `ceil(n K / E)` best of a sequence's n tokens (Zhou et al., arXiv:2202.09368).
+    """Lets each expert take the `ceil(n K / E)` best of a sequence's n tokens (Zhou et al., arXiv:2202.09368). Not causal.
 
-    Within each sequence, packed with others or not, so that sequences do not depend on each other; padding is never taken.
-    Not causal.
+    Each sequence is treated by itself, also in a packed row. Padding is never taken.
     """
 
     # the load of each sequence is balanced by construction
@@ -39,21 +38,21 @@ class ExpertChoiceRouter(VariableRouter):
             scores = scores.masked_fill(real[:, None] == 0, -1.0)
         count = torch.zeros_like(real).scatter_add(0, sequence, real)[sequence]
         capacity = (count * self.top_k + self.num_experts - 1) // self.num_experts
-        # best first, of equal scores the earlier token; then sequence by sequence, of which each keeps its place
+        # best first, the earlier token first among equals; then sorted by sequence, stably
         order = scores.argsort(dim=0, descending=True, stable=True)  # (T, E)
         order = order.gather(0, sequence[order].argsort(dim=0, stable=True))
         rank = order.argsort(dim=0) - sequence[:, None]
         chosen = (rank < capacity[:, None]) & (scores >= 0)
-        slots = torch.arange(self.num_experts, device=scores.device).expand_as(chosen)
-        return slots.where(chosen, self.num_experts)
+        experts = torch.arange(self.num_experts, device=scores.device).expand_as(chosen)
+        return experts.where(chosen, self.num_experts)
 
 
 class ExpertThresholdRouter(VariableRouter):
-    """An expert takes the tokens that score above its threshold (Expert Threshold, arXiv:2603.11535).
+    """Lets each expert take the tokens that score above the expert's threshold (Expert Threshold, arXiv:2603.11535).
 
-    The buffer `threshold` (E,) follows, as a moving average with `router_ema_decay`, the score that `T K / E` tokens of an
-    optimizer step exceed: expert choice over a stream instead of a batch, and so causal. A token can be left with no
-    expert: keep a shared one (`num_shared_experts`).
+    The buffer `threshold` (E,) is a moving average, with `router_ema_decay`, of the score that `T K / E` tokens of an
+    optimizer step exceed. It is expert choice over a stream instead of a batch, and therefore causal. A token can have no
+    expert: use a shared expert (`num_shared_experts`).
     """
 
     default_controller = "threshold"
@@ -62,12 +61,12 @@ class ExpertThresholdRouter(VariableRouter):
         super().__init__(config, layer_idx)
         self.ema_decay = config.router_ema_decay
         self.threshold = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
-        # of the moving average; 0 says that nothing has been measured
+        # number of steps of the moving average; 0 before the first observation
         self.threshold_steps = nn.Buffer(torch.zeros(1, dtype=torch.float32))
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)
-        # what a new router's scores lie around
+        # about the scores of a new router
         init.constant_(self.threshold, 1 / self.num_experts if self.scoring_func == "softmax" else 0.5)
         init.zeros_(self.threshold_steps)
 
@@ -76,11 +75,10 @@ class ExpertThresholdRouter(VariableRouter):
 
 
 class SinkhornRouter(TopKRouter):
-    """In training, the K experts with the most of a token in a transport plan that fills all experts evenly; in
-    evaluation the K highest scores.
+    """Chooses, in training, the K experts with the largest share of a token in a transport plan that fills all experts evenly.
 
-    The plan is the Sinkhorn scaling of the scores (Clark et al., arXiv:2202.01169): rows sum to 1 / T, columns
-    to 1 / E. It couples all tokens of the batch, so training is not causal.
+    The plan is the Sinkhorn scaling of the scores (Clark et al., arXiv:2202.01169): rows sum to 1 / T, columns to 1 / E. It
+    couples all tokens of the batch, so that training is not causal. In evaluation the K highest scores choose.
     """
 
     reads = Router.reads | SELECTION_READS
@@ -94,16 +92,16 @@ class SinkhornRouter(TopKRouter):
 
 
 def sinkhorn(scores: torch.Tensor, iterations: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Transport plan (T, E): positive scores (T, E) scaled by rows to sums of 1 / T and by columns to 1 / E.
+    """Returns the transport plan (T, E): scores scaled until rows sum to 1 / T and columns to 1 / E.
 
     Args:
         scores: (T, E), positive.
-        iterations: times that both are scaled; rows come last.
-        token_mask: (T,), 0 for tokens that take no part (padding): their rows are scaled, and count in no column.
+        iterations: number of times that columns and rows are scaled; rows come last.
+        token_mask: (T,), 0 at padding, whose rows are scaled but count in no column; None without padding.
     """
     mask = torch.ones_like(scores[:, :1]) if token_mask is None else token_mask[:, None].to(scores.dtype)
     tokens, experts = mask.sum().clamp(min=1), scores.shape[-1]
-    # scale of the rows aside: it drops out, and small scores would underflow
+    # the scale of a row has no effect on the plan, and small scores would underflow
     plan = scores / scores.amax(dim=-1, keepdim=True).clamp(min=1e-30)
     for _ in range(iterations):
         plan = plan / ((plan * mask).sum(dim=0, keepdim=True) * experts + 1e-30)
@@ -112,11 +110,11 @@ def sinkhorn(scores: torch.Tensor, iterations: int, token_mask: torch.Tensor | N
 
 
 class BaseLayerRouter(TopKRouter):
-    """In training, the assignment of tokens to experts with the highest total score in which every expert gets
-    `ceil(T / E)` tokens at most; in evaluation each token's best expert (BASE layers, arXiv:2103.16716).
+    """Assigns tokens to experts, in training, with the highest total score at which no expert gets more than `ceil(T / E)`.
 
-    `num_experts_per_tok=1`, `norm_topk_prob=False`; the paper's weight is the sigmoid: `scoring_func="sigmoid"`. The
-    assignment couples all tokens of the batch, so training is not causal.
+    In evaluation each token goes to its best expert (BASE layers, arXiv:2103.16716). It needs `num_experts_per_tok=1` and
+    `norm_topk_prob=False`; the paper's weight is a sigmoid (`scoring_func="sigmoid"`). The assignment couples all tokens of
+    the batch, so that training is not causal.
     """
 
     reads = Router.reads
@@ -134,7 +132,7 @@ class BaseLayerRouter(TopKRouter):
                 "router_type='base_layer' balances by itself: set router_selection_bias=False and n_group=1."
             )
 
-    def route(self, logits: torch.Tensor, context: RoutingContext):
+    def route(self, logits: torch.Tensor, context: RoutingContext) -> Routing:
         if not self.training:
             return super().route(logits, context)
         scores, probs = self.score(logits)
@@ -148,16 +146,17 @@ class BaseLayerRouter(TopKRouter):
 
 
 def balanced_assignment(scores: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor:
-    """Expert (T,) of each token so that none has more than `ceil(T / E)` and the scores' sum is highest.
+    """Returns an expert (T,) for each token, at most `ceil(T / E)` tokens per expert, with the highest sum of scores.
 
-    Bertsekas's auction: tokens without a place bid for the expert that they gain most from, by what they gain over the
-    next best, and a step; an expert keeps its highest bidders and its price is the lowest bid it keeps. It is repeated
-    from the prices found, with ever smaller steps, lest equal tokens outbid each other by small ones for long. The sum is
-    within `T * tolerance` of the best possible, in units of the widest range of a token's scores.
+    It is Bertsekas's auction. A token without a place bids for the expert from which it gains most; the bid is the gain
+    over the second best expert, and a step. An expert keeps its highest bidders, and its price is the lowest bid that it
+    keeps. The auction is repeated from the prices found with smaller and smaller steps, because with a small step alone
+    equal tokens would outbid each other for long.
 
     Args:
-        scores: (T, E); what is not finite counts as 0.
-        tolerance: in units of that range.
+        scores: (T, E); entries that are not finite count as 0.
+        tolerance: the sum is within `T * tolerance` of the highest possible sum, in units of the widest range of a token's
+            scores.
     """
     tokens, experts = scores.shape
     if tokens == 0 or experts == 1:
@@ -166,7 +165,7 @@ def balanced_assignment(scores: torch.Tensor, tolerance: float = 1e-3) -> torch.
     scores = scores.double().nan_to_num(0.0, 0.0, 0.0)
     scores = scores - scores.amin(dim=-1, keepdim=True)
     scores = scores / scores.max().clamp(min=1e-30)
-    # tokens that gain nothing anywhere fill the last places: prices that begin above 0 are right only if none stays free
+    # added tokens that gain nothing fill the last places, because prices above 0 are right only if no place stays free
     scores = nn.functional.pad(scores, (0, 0, 0, places * experts - tokens))
     price = scores.new_zeros(experts)
     last = tolerance * tokens / len(scores)
@@ -179,7 +178,7 @@ def balanced_assignment(scores: torch.Tensor, tolerance: float = 1e-3) -> torch.
 
 
 def auction(scores: torch.Tensor, price: torch.Tensor, places: int, step: float) -> torch.Tensor:
-    """Expert (T,) of each token, from scores (T, E) with `T = E * places`; raises the prices (E,) in place."""
+    """Returns an expert (T,) for each token by scores (T, E), with `T = E * places`; raises the prices (E,) in place."""
     experts = len(price)
     index = torch.full((len(scores),), experts, device=scores.device)
     bids = scores.new_full((len(scores),), float("-inf"))

@@ -1,15 +1,15 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""How many tokens of a sequence an expert takes, and which ones it drops: the output of a dropped slot is 0, so the token
-passes on its residual.
+"""This module limits the number of a sequence's tokens that an expert takes, and drops assignments beyond the limit.
 
-Each sequence is counted by itself, alone in a row or packed with others; padding counts for nothing, and experts without
-weights are never full.
+A dropped assignment adds nothing to the token's output, and a token without assignments passes on by the residual
+connection. Each sequence is counted by itself, also in a packed row. Padding is not counted, and experts without weights
+have no limit.
 
-# B rows, S tokens of each, T = B*S, E experts, Z experts without weights, K slots per token
+# B rows, S tokens per row, T = B*S tokens, E experts, Z experts without weights, K choices per token
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,7 +27,7 @@ _HAS_FACTOR = Condition(
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class CapacityFields:
-    """Capacity."""
+    """These fields determine how many tokens an expert takes."""
 
     capacity_factor: float | int | None = setting(
         None,
@@ -87,41 +87,40 @@ class CapacityFields:
     )
 
 
-# places that no sequence fills, in integers that [`running_min`] can shift
+# a limit that no sequence reaches, small enough for the shifts of [`running_min`]
 _MANY = 2**38
 
 
 class Capacity:
-    """Limits a routing by the fields `capacity_factor`, `eval_capacity_factor`, `expert_capacity`, `capacity_running`,
-    `capacity_includes_k` and `capacity_priority` of the configuration.
+    """Drops the assignments of a routing that exceed the experts' capacity.
 
-    The limit is `ceil(factor * A / E)` with A the assignments `n K` of a sequence's n tokens (Megatron, DeepSpeed), or n
-    without `capacity_includes_k` (Switch, arXiv:2101.03961, eq. 3); or the same with the tokens so far in the place of n
-    (`capacity_running`); or `expert_capacity`. The last two, with tokens in their order, give a token the same experts
-    whatever follows it, in decoding as in one pass.
+    The capacity of an expert is `ceil(factor * n * K / E)` for a sequence of n tokens (Megatron, DeepSpeed), or
+    `ceil(factor * n / E)` without `capacity_includes_k` (Switch, arXiv:2101.03961, eq. 3). With `capacity_running` n is the
+    number of tokens so far. `expert_capacity` sets a constant instead. The running and the constant capacity, filled in the
+    order of the tokens, give a token the same experts whatever follows, in decoding as in one forward pass.
     """
 
-    def __init__(self, config, layer_idx: int = 0):
+    def __init__(self, config: Any, layer_idx: int = 0):
         self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
         self.factors = {True: config.capacity_factor, False: config.eval_capacity_factor}
         self.absolute, self.running = config.expert_capacity, config.capacity_running
         self.per_token = self.top_k if config.capacity_includes_k else 1
         self.priority = config.capacity_priority
-        # whether earlier tokens of a sequence count that only a cache knows
+        # whether earlier tokens of a sequence, known to the cache alone, count
         self.remembers = self.priority == "token" and (self.absolute is not None or self.running)
         self.history = history_layer(config, layer_idx)
 
     def __call__(self, routing: Routing, context: RoutingContext, training: bool) -> Routing:
-        """The routing of T tokens with the slots that found no room emptied.
+        """Returns the routing of T tokens, in which assignments beyond the capacity are empty.
 
         Raises:
-            ValueError: for a static cache, if the limit counts earlier tokens.
+            ValueError: for a static cache, if earlier tokens count.
         """
         factor = self.factors[training]
         if factor is None and self.absolute is None:
             return routing
         if len(routing.index) == context.batch_size and not self.remembers:
-            return routing  # the only token of each sequence finds room everywhere
+            return routing  # the only token of a sequence exceeds no capacity
         real = torch.ones_like(routing.index[:, 0]) if context.token_mask is None else (context.token_mask > 0).long()
         counted = (routing.index < self.num_experts) & (real[:, None] > 0)
         index = routing.index.where(counted, self.num_experts)
@@ -136,20 +135,21 @@ class Capacity:
         return routing._replace(index=routing.index.where(kept, empty), weight=routing.weight.where(kept, 0.0))
 
     def _limit(self, tokens: torch.Tensor, factor: float | None) -> torch.Tensor:
-        """Places of each expert for so many tokens of a sequence."""
+        """Returns the capacity of an expert for sequences of `tokens` tokens."""
         if self.absolute is not None:
             return torch.full_like(tokens, min(self.absolute, _MANY))
-        # 0.55 * 100 is 55.00000000000001, which is no 56 places
+        # 0.55 * 100 is 55.00000000000001, and the capacity is 55
         places = factor * (tokens.double() * self.per_token / self.num_experts)
         return (places - 1e-9).ceil().clamp(min=1, max=_MANY).to(tokens.dtype)
 
     def _in_order(
         self, index: torch.Tensor, real: torch.Tensor, factor: float | None, context: RoutingContext
     ) -> torch.Tensor:
-        """Slots (T, K) that find room if tokens come one after another, with all their experts.
+        """Marks the assignments (T, K) that are kept if tokens come one after another, each with all of its experts.
 
-        An expert that has taken `a` tokens takes the next one if a is below its limit: `a' = min(a + 1, limit)`. As the
-        limit never falls, `a_t = n_t + min(a_0, min_(s <= t) (limit_s - n_s))` with n_t the tokens that wanted it so far.
+        An expert that has taken `a` tokens takes the next token if a is below the limit: `a' = min(a + 1, limit)`. As the
+        limit never falls, `a_t = n_t + min(a_0, min_(s <= t) (limit_s - n_s))`, n_t the number of tokens that have chosen
+        the expert so far.
         """
         begins = context.by_row(context.begins)  # (B, S)
         wanted = torch.zeros(len(real), self.num_experts + 1, device=index.device, dtype=torch.long)
@@ -159,7 +159,7 @@ class Capacity:
         if cache is not None and len(cache.layers) > self.history and cache.layers[self.history].get_seq_length():
             before = cache.layers[self.history].keys[:, 0, -1:].long()
             if begins is not None:
-                # what the cache holds is of the sequence that a row goes on with
+                # the cache holds the sequence that the beginning of a row continues
                 before = before * (begins.cumsum(dim=1) == 0)[..., None]
             taken, tokens = before[..., :-1].expand_as(wanted), tokens + before[..., -1]
         whole = tokens
@@ -178,31 +178,33 @@ class Capacity:
     def _by_priority(
         self, index: torch.Tensor, sequence: torch.Tensor, limit: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        """Slots (T, K) that find room if a sequence's first choices come before all its second ones (GShard,
-        arXiv:2006.16668), and with `capacity_priority="probability"` tokens in the order of their largest weight (V-MoE,
-        arXiv:2106.05974)."""
-        tokens, slots = index.shape
+        """Marks the assignments (T, K) that are kept if all first choices of a sequence come before all second choices.
+
+        GShard (arXiv:2006.16668). With `capacity_priority="probability"` tokens come in the order of their largest weight
+        (V-MoE, arXiv:2106.05974).
+        """
+        tokens, choices = index.shape
         order = torch.arange(tokens, device=index.device)
         if self.priority == "probability":
             order = weight.amax(dim=-1).argsort(descending=True, stable=True)
-        token, expert = order.repeat(slots), index[order].T.flatten()  # (K * T), a queue of all assignments
+        token, expert = order.repeat(choices), index[order].T.flatten()  # (K * T), a queue of all assignments
         queue = sequence[token] * (self.num_experts + 1) + expert
         by_queue = queue.argsort(stable=True)
-        # an assignment's rank is its distance from where its queue begins
+        # the rank of an assignment is the distance from the beginning of its queue
         queue, place = queue[by_queue], torch.arange(len(queue), device=index.device)
         heads = torch.nn.functional.pad(queue.diff() != 0, (1, 0), value=True)
         rank = place - place.where(heads, 0).cummax(dim=0).values
         kept = torch.zeros_like(rank, dtype=torch.bool).scatter(0, by_queue, rank < limit[token[by_queue]])
-        return torch.zeros_like(index, dtype=torch.bool).index_copy(0, order, kept.view(slots, tokens).T)
+        return torch.zeros_like(index, dtype=torch.bool).index_copy(0, order, kept.view(choices, tokens).T)
 
 
 def _totals(values: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
-    """Sum of `values` (T,) over each token's sequence, whose number is below T: (T,)."""
+    """Returns the sum of `values` (T,) over each token's sequence: (T,)."""
     return torch.zeros_like(values).scatter_add(0, sequence, values)[sequence]
 
 
 def count_dropped(before: Routing, after: Routing, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """(2,): slots of tokens that count that had an expert before and have none after, and those that had one before."""
+    """Returns the number of assignments that capacity has dropped and the number before capacity, padding excluded: (2,)."""
     empty = before.logits.shape[-1]
     had = before.index < empty
     if token_mask is not None:

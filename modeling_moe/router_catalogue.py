@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The catalogue: what `router_type` may be. A router of one's own is added to it by its name."""
+"""This module lists the routers by the names that `router_type` can have; a custom router is added to `ROUTERS`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,13 +48,13 @@ ROUTERS: dict[str, type[Router]] = {
     "soft_moe": SoftMoERouter,
     "lory": LoryRouter,
 }
-# router_type -> what imports the class, in a checkpoint that brings the code of a router of its author's own
+# router_type -> function that imports the class; a checkpoint with the code of a custom router adds to it
 OWN_ROUTERS: dict[str, Callable[[], type[Router]]] = {}
 
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class CatalogueFields:
-    """Router type."""
+    """These fields determine which router the layers use."""
 
     router_type: str = setting(
         "topk",
@@ -121,11 +121,15 @@ def divide_old_coefficient(config: Any) -> None:
     )
 
 
-def router_class(config, layer_idx: int | None = None) -> type[Router]:
-    """The router of a sparse layer (None: of those that are not among the first `num_hash_layers`).
+def router_class(config: Any, layer_idx: int | None = None) -> type[Router]:
+    """Returns the router class of a sparse layer.
+
+    Args:
+        config: the model's configuration.
+        layer_idx: index of the layer; None for a layer that is not among the first `num_hash_layers`.
 
     Raises:
-        ValueError: for a `router_type` that is not in the catalogue.
+        ValueError: if no router has the name `router_type`.
     """
     name = "sparsemixer" if config.router_gradient == "sparsemixer" else config.router_type
     if layer_idx is not None and layer_idx < config.num_hash_layers:
@@ -135,6 +139,6 @@ def router_class(config, layer_idx: int | None = None) -> type[Router]:
     if name not in ROUTERS:
         raise ValueError(
             f"router_type {name!r} is unknown: choose one of {', '.join(ROUTERS)}; if it is yours, import what registers it "
-            "in ROUTERS, or run the code that a checkpoint brings by modeling_moe.checkpoint_code.import_own_router(folder)."
+            "in ROUTERS, or run the code of a checkpoint by modeling_moe.checkpoint_code.import_own_router(folder)."
         )
     return ROUTERS[name]

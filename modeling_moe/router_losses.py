@@ -33,7 +33,8 @@ class RouterLosses(NamedTuple):
         importance: importance loss ([`importance_loss`]).
         load: load loss ([`load_loss`]).
         entropy: entropy loss ([`router_entropy_loss`]).
-        auxiliary: loss that the router's paper adds, with its weight ([`Router.auxiliary_loss`]); None if it adds none.
+        auxiliary: loss that the router's paper adds, with its weight ([`~modeling_moe.router.Router.auxiliary_loss`]);
+            None if it adds none.
     """
 
     balance: torch.Tensor | None = None
@@ -67,7 +68,7 @@ COEFFICIENTS: dict[str, str] = {
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class LossFields:
-    """Router losses."""
+    """These fields configure the losses of routers."""
 
     router_aux_loss_coef: float | int = setting(
         0.01,

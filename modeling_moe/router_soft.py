@@ -1,13 +1,14 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Mixtures without a choice: experts that see averages of tokens, and tokens that see averages of experts.
+"""This module defines soft routers: experts process weighted averages of tokens (Soft MoE), or tokens use a weighted average
+of experts (Lory).
 
-The third of the kind, every expert for every token, is `router_type="topk"` with `num_experts_per_tok=num_experts`.
+Every token uses every expert with `router_type="topk"` and `num_experts_per_tok=num_experts` too.
 
-# B rows, S tokens of each, T = B*S, H hidden, E experts
+# B rows, S tokens per row, T = B*S tokens, H hidden, E experts; here a slot is one input of an expert in Soft MoE
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from .router import Router, Routing, RoutingContext, extend_history, fp32_linear
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class SoftFields:
-    """Soft routers."""
+    """These fields configure routers that mix tokens or experts."""
 
     slots_per_expert: int = setting(
         1,
@@ -39,10 +40,11 @@ class SoftFields:
 
 
 class SoftMoERouter(Router):
-    """Each expert processes `slots_per_expert` weighted means of a sequence's tokens (Soft MoE, arXiv:2308.00951, eq. 1-3).
+    """Lets each expert process `slots_per_expert` weighted averages of a sequence's tokens (Soft MoE, arXiv:2308.00951, eq. 1-3).
 
-    `L = scale * normed(x) normed(phi)^T` (section 2.3), softmax over the tokens to build a slot, over the slots to give
-    each token its output. Every slot holds all tokens: not causal. `Routing` tells each expert's share of a token's output.
+    The logits are `scale * normed(x) normed(phi)^T` (section 2.3). A softmax over tokens makes a slot, a softmax over slots
+    makes a token's output. Every slot averages all tokens, so that the router is not causal. The routing holds each
+    expert's share of a token's output.
     """
 
     reads = frozenset({"routed_scaling_factor", "slots_per_expert"})
@@ -61,7 +63,7 @@ class SoftMoERouter(Router):
         init.ones_(self.scale)
 
     def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
-        """(T, E * slots)."""
+        """Returns the logits (T, E * slots) of tokens (T, H)."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         normalize = nn.functional.normalize
         return self.scale.to(dtype) * fp32_linear(
@@ -69,7 +71,7 @@ class SoftMoERouter(Router):
         )
 
     def route(self, logits: torch.Tensor, context: RoutingContext) -> Routing:
-        """Each expert's share of a token's output; `mixture` holds the logits (T, E * slots) themselves."""
+        """Returns each expert's share of a token's output; `mixture` holds the logits (T, E * slots)."""
         probs = logits.softmax(dim=-1).unflatten(-1, (self.num_experts, -1)).sum(dim=-1)
         index = torch.arange(self.num_experts, device=logits.device).expand_as(probs)
         by_expert = logits.unflatten(-1, (self.num_experts, -1)).logsumexp(dim=-1)
@@ -79,12 +81,12 @@ class SoftMoERouter(Router):
     def mix(
         experts: nn.Module, hidden_states: torch.Tensor, routing: Routing, context: RoutingContext, config: Any
     ) -> torch.Tensor:
-        """Output (T, H): each token's mean of what the experts make of its sequence's slots."""
+        """Returns the output (T, H): for each token the average of the experts' outputs for the slots of the token's sequence."""
         logits: Any = routing.mixture
-        place, (rows, length) = _alone(context, len(logits), logits.device)
+        place, rows, length = _sequence_rows(context, len(logits), logits.device)
 
         def spread(values: torch.Tensor) -> torch.Tensor:
-            """(T, N) with each sequence in a row of its own, zeros behind it."""
+            """Puts values (T, N) into (rows, length, N), each sequence in a row that ends with zeros."""
             return (
                 values.new_zeros(rows * length, values.shape[-1]).index_copy(0, place, values).view(rows, length, -1)
             )
@@ -102,25 +104,36 @@ class SoftMoERouter(Router):
         return (output.flatten(0, 1)[place] * config.routed_scaling_factor).to(hidden_states.dtype)
 
 
-def _alone(context: RoutingContext, tokens: int, device: torch.device) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Places (T,) of the tokens where each sequence has a row of its own, and the number of these rows and their length.
+class SequenceRows(NamedTuple):
+    """The places of tokens in a batch in which each sequence has a row.
 
-    It waits for the device where a row can hold several sequences.
+    Attributes:
+        place: (T,) int64, `row * length + column` of each token.
+        rows: number of rows.
+        length: number of columns.
     """
+
+    place: torch.Tensor
+    rows: int
+    length: int
+
+
+def _sequence_rows(context: RoutingContext, tokens: int, device: torch.device) -> SequenceRows:
+    """Finds the places of T tokens in rows of one sequence each; it waits for the device if rows are packed."""
     flat = torch.arange(tokens, device=device)
     if context.begins is None:
-        return flat, (context.batch_size, tokens // context.batch_size)
+        return SequenceRows(flat, context.batch_size, tokens // context.batch_size)
     sequence = context.sequences(tokens, device)
     _, row, counts = torch.unique_consecutive(sequence, return_inverse=True, return_counts=True)
     length = int(counts.max())
-    return row * length + flat - sequence, (len(counts), length)
+    return SequenceRows(row * length + flat - sequence, len(counts), length)
 
 
 class LoryRouter(Router):
-    """One merged expert for each segment of a sequence, its weights mixed by the segment before (Lory, arXiv:2405.03133).
+    """Merges one expert for each segment of a sequence, with weights from the segment before (Lory, arXiv:2405.03133).
 
-    The gate is a softmax of the mean of the `segment_length` tokens before the segment. The paper lets the first segment
-    see itself; here it mixes all experts evenly, so that no token sees a later one, nor does a prompt's length matter.
+    The gate reads the mean of the `segment_length` tokens before the segment. The paper lets the first segment read itself;
+    here the first segment mixes all experts evenly, so that no token sees a later one and the prompt's length has no effect.
     """
 
     reads = frozenset({"scoring_func", "norm_topk_prob", "routed_scaling_factor", "segment_length"})
@@ -133,7 +146,7 @@ class LoryRouter(Router):
         self.history = history_layer(config, layer_idx)
 
     def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
-        """(T, E), equal for all tokens of a segment."""
+        """Returns the logits (T, E), equal for all tokens of a segment."""
         tokens = context.by_row(hidden_states)
         real = torch.ones_like(tokens[..., :1])
         if context.token_mask is not None:
@@ -146,12 +159,12 @@ class LoryRouter(Router):
         alone = context.begins is None and context.cache is None
         bound = (past.shape[1] - 1) // self.segment_length + 1 if alone else past.shape[1]
         dtype = torch.promote_types(past.dtype, torch.float32)
-        # one further: what segment m - 1 sums to is what segment m sees
+        # shifted by one: segment m reads the mean of segment m - 1
         means = past.new_zeros(len(past), bound + 1, past.shape[-1] - 1, dtype=dtype)
         means = means.scatter_add(
             1, (segment + 1)[..., None].expand_as(past[..., :-1]), past[..., :-1].to(means.dtype)
         )
-        # a sequence's first segment sees nothing
+        # the first segment of a sequence reads nothing
         seen = torch.zeros_like(means[..., 0]).scatter(1, segment, has_past.to(means.dtype))
         means = means[..., :-1] / means[..., -1:].clamp(min=1) * seen[..., None]
         logits = fp32_linear(means, self.weight)  # (B, segments + 1, E)
@@ -159,11 +172,14 @@ class LoryRouter(Router):
         return logits.gather(1, current).flatten(0, 1)
 
     def segments(self, real: torch.Tensor, begins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Segment (B, S) of each token, counted through the row, and whether one of its sequence lies before (B, S).
+        """Numbers the segments of each row, and marks the tokens that have a segment of the same sequence before them.
 
         Args:
-            real: (B, S), 0 at padding, with which no segment is filled.
-            begins: (B, S) bool, whether a token begins a sequence.
+            real: (B, S), 0 at padding, which does not fill a segment.
+            begins: (B, S) bool, true where a sequence begins.
+
+        Returns:
+            (B, S) int64 segment of each token, counted through the row, and (B, S) bool.
         """
         within = (running_sum((real > 0).long(), begins) - 1).clamp(min=0) // self.segment_length
         opens = (within[:, 1:] != within[:, :-1]) | begins[:, 1:]
@@ -173,26 +189,26 @@ class LoryRouter(Router):
         return torch.arange(self.num_experts, device=scores.device).expand_as(scores)
 
     def route(self, logits: torch.Tensor, context: RoutingContext) -> Routing:
-        """All experts; `mixture` holds the gates (T, E) by which their weights are mixed."""
+        """Routes to all experts; `mixture` holds the gates (T, E) by which the experts' weights are merged."""
         routing = super().route(logits, context)
         return routing._replace(weight=routing.weight * self.scaling, mixture=routing.weight)
 
     def weigh(self, scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Gates (T, E)."""
+        """Returns the gates (T, E)."""
         return renormalise(scores) if self.norm_topk_prob else scores
 
     @staticmethod
     def mix(
         experts: nn.Module, hidden_states: torch.Tensor, routing: Routing, context: RoutingContext, config: Any
     ) -> torch.Tensor:
-        """Output (T, H): that of the experts whose weights are the gates' means of all."""
+        """Returns the output (T, H) of merged experts, whose weights are averages of all experts' weights."""
         gates: Any = routing.mixture
-        # tokens of a sequence with equal gates share a merged expert, and its gradient
+        # tokens of a sequence with equal gates share a merged expert and the gradient of the merged expert
         sequence = context.sequences(len(gates), gates.device)
         keys = torch.cat([sequence[:, None].to(gates.dtype), gates.detach()], dim=-1)
         rows, group, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
         mean = gates.new_zeros(len(rows), config.num_experts).index_add(0, group, gates) / counts[:, None]
-        # the value is the rows', which a mean of thousands would round
+        # the value comes from the rows, since a mean of thousands of equal rows would be rounded
         gates = rows[:, 1:] + (mean - mean.detach())
         factor = torch.full_like(routing.weight[:, :1], config.routed_scaling_factor)
         return experts(hidden_states, group[:, None], factor, gates=gates)

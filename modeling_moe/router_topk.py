@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Routers that give every token the K experts with the highest scores, plain, with noise, at random or in groups.
+"""This module defines routers that send each token to the K experts with the highest scores: plain, with noise, or in groups.
 
-# T tokens, H hidden, E experts, Z experts without weights (null and copy), K slots per token, G groups
+# T tokens, H hidden, E experts, Z experts without weights (null and copy), K choices per token, G groups
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ SELECTION_READS = frozenset({"n_group", "topk_group", "group_score", "router_sel
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class TopKFields:
-    """Top-k routers."""
+    """These fields configure routers that choose the experts with the highest scores."""
 
     n_group: int = setting(
         1,
@@ -61,14 +61,16 @@ class TopKFields:
 
 
 class TopKRouter(Router):
-    """The K experts with the highest scores.
+    """Chooses the K experts with the highest scores.
 
-    With `scoring_func="softmax"` this is the router of Mixtral (`norm_topk_prob`), OLMoE and Qwen-MoE, and with K = 1 and
-    `norm_topk_prob=False` that of Switch (arXiv:2101.03961, eq. 1-2). With `"sigmoid"`, `router_selection_bias` and groups
-    it is DeepSeek-V3's (arXiv:2412.19437, eq. 12-16), with `group_score="max"` DeepSeek-V2's, with `"sqrtsoftplus"`
-    DeepSeek-V4's. With `num_null_experts` it is AdaMoE's (arXiv:2406.13233): the K slots are shared with experts that do
-    nothing, so that tokens differ in how many real ones they use. With `num_copy_experts`, which return the token, it
-    is LongCat-Flash's (arXiv:2509.01322), with both kinds MoE++'s (arXiv:2410.07348) without its constant experts.
+    The fields make it the router of many models:
+    - Mixtral: `scoring_func="softmax"`, `norm_topk_prob=True`; OLMoE and Qwen-MoE with `norm_topk_prob=False`;
+    - Switch (arXiv:2101.03961, eq. 1-2): K = 1 and `norm_topk_prob=False`;
+    - DeepSeek-V3 (arXiv:2412.19437, eq. 12-16): `scoring_func="sigmoid"`, `router_selection_bias=True` and groups;
+      DeepSeek-V2 has `group_score="max"`, DeepSeek-V4 `scoring_func="sqrtsoftplus"`;
+    - AdaMoE (arXiv:2406.13233): `num_null_experts` experts do nothing, so that tokens use different numbers of experts;
+    - LongCat-Flash (arXiv:2509.01322): `num_copy_experts` experts return the token; MoE++ (arXiv:2410.07348), without
+      constant experts, has null and copy experts.
     """
 
     reads = Router.reads | SELECTION_READS | {"num_null_experts", "num_copy_experts"}
@@ -96,9 +98,9 @@ class TopKRouter(Router):
         return scores.topk(self.top_k, dim=-1).indices
 
     def mask_groups(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (T, E) with -inf outside the `topk_group` strongest groups.
+        """Replaces scores (T, E) by -inf outside the `topk_group` groups of experts with the highest group score.
 
-        A group is as strong as its two best experts together (`group_score="top2sum"`) or as its best (`"max"`).
+        The score of a group is the sum of its two highest scores (`group_score="top2sum"`) or its highest score (`"max"`).
         """
         grouped = scores.unflatten(-1, (self.n_group, -1))  # (T, G, E / G)
         best = 1 if self.group_score == "max" else min(2, grouped.shape[-1])
@@ -109,10 +111,10 @@ class TopKRouter(Router):
 
 
 class NoisyTopKRouter(TopKRouter):
-    """Learned Gaussian noise on the logits in training (Shazeer et al., arXiv:1701.06538, eq. 3-5 and appendix A).
+    """Adds learned Gaussian noise to the logits in training (Shazeer et al., arXiv:1701.06538, eq. 3-5 and appendix A).
 
-    `h = x W_g + N(0, 1) * (softplus(x W_noise) + 0.01)`; both matrices start at 0. `Routing.selection_probability` is the paper's P(x, i),
-    of which `router_load_loss_coef` weighs the load loss.
+    `h = x W_g + N(0, 1) * (softplus(x W_noise) + 0.01)`; both matrices start at 0. `Routing.selection_probability` is the
+    paper's P(x, i), whose load loss has the coefficient `router_load_loss_coef`.
     """
 
     reads = Router.reads | {"router_load_loss_coef"}
@@ -126,11 +128,11 @@ class NoisyTopKRouter(TopKRouter):
         if config.num_experts_per_tok >= config.num_router_outputs:
             raise ValueError(
                 f"num_experts_per_tok ({config.num_experts_per_tok}) leaves the noise of noisy_topk no expert to choose "
-                f"from: take fewer than all {config.num_router_outputs}."
+                f"from: choose fewer than all {config.num_router_outputs}."
             )
         if config.router_selection_bias or config.n_group > 1:
             raise ValueError(
-                "router_type='noisy_topk' takes the chance of an expert from its logits alone: set "
+                "router_type='noisy_topk' computes the probability of an expert from its logits alone: set "
                 "router_selection_bias=False and n_group=1."
             )
 
@@ -148,18 +150,19 @@ class NoisyTopKRouter(TopKRouter):
         return self.route(noisy, context)._replace(selection_probability=self.selection_probability(clean, noisy, std))
 
     def selection_probability(self, clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-        """Probability (T, E) that an expert is among the K best if only its own noise is drawn again."""
+        """Returns the probability (T, E) that an expert is among the K best if only the expert's noise is drawn again."""
         best = noisy.topk(self.top_k + 1, dim=-1).values
         kth, next_best = best[:, -2:-1], best[:, -1:]
-        # the K-th best of the others: for a chosen expert that is the first one not chosen
+        # the K-th best logit of the other experts, which for a chosen expert is the best logit that was not chosen
         threshold = torch.where(noisy >= kth, next_best, kth)
         return torch.special.ndtr((clean - threshold) / std)
 
 
 class GumbelTopKRouter(TopKRouter):
-    """K experts drawn without replacement in training, with the scores' probabilities (Plackett-Luce).
+    """Draws K experts without replacement in training, with the probabilities of the scores (Plackett-Luce).
 
-    The K largest of `log score / temperature + Gumbel noise` (Kool et al., arXiv:1903.06059); weights from clean scores.
+    It chooses the K largest of `log score / temperature + Gumbel noise` (Kool et al., arXiv:1903.06059). The weights are
+    those of scores without noise.
     """
 
     reads = Router.reads | SELECTION_READS | {"router_temperature"}
@@ -176,8 +179,10 @@ class GumbelTopKRouter(TopKRouter):
 
 
 class GShardRouter(TopKRouter):
-    """Two experts, the second one dropped in training with probability `max(0, 1 - 2 g_2)` (GShard, arXiv:2006.16668,
-    algorithm 1; GLaM, arXiv:2112.06905), g_2 being its weight."""
+    """Chooses two experts, and drops the second one in training with probability `max(0, 1 - 2 g_2)`, g_2 its weight.
+
+    GShard (arXiv:2006.16668, algorithm 1) and GLaM (arXiv:2112.06905).
+    """
 
     reads = Router.reads | SELECTION_READS
     variable_k = True
@@ -201,11 +206,12 @@ class GShardRouter(TopKRouter):
 
 
 class SparseMixerRouter(TopKRouter):
-    """K experts drawn one after another, with a gradient for the draw: `router_gradient="sparsemixer"`.
+    """Draws K experts one after another, with a gradient of the draw: `router_gradient="sparsemixer"`.
 
-    SparseMixer-v2 (GRIN, arXiv:2409.12136): each draw is from the softmax over the logits within
-    `2 * router_jitter_noise` (relative) of the largest; its probability is the weight, times 1/3 in three of four draws
-    that miss the largest (Heun's third-order method), which the gradient does not see. Weights are not renormalised.
+    SparseMixer-v2 (GRIN, arXiv:2409.12136) draws from the softmax over the logits within `2 * router_jitter_noise`
+    (relative) of the largest logit. The weight is the probability of the expert; in three of four draws that miss the
+    largest logit it is a third of that (Heun's third-order method), which the gradient ignores. Weights are not
+    renormalised.
     """
 
     reads = CAPACITY_READS | {
@@ -242,7 +248,7 @@ class SparseMixerRouter(TopKRouter):
         return Routing(logits, self.scaling * torch.cat(weight, -1), torch.cat(index, -1), logits.softmax(dim=-1))
 
     def draw(self, logits: torch.Tensor, remaining: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """An expert (T, 1) of those whose logit in `remaining` (T, E) is not -inf, and its weight (T, 1)."""
+        """Draws an expert (T, 1) among those whose logit in `remaining` (T, E) is not -inf; returns expert and weight (T, 1)."""
         with torch.no_grad():
             best, chosen = remaining.max(dim=-1, keepdim=True)
             far = (best - logits) / logits.abs().clamp(min=best) > 2 * self.jitter_noise
@@ -258,11 +264,12 @@ class SparseMixerRouter(TopKRouter):
 
 
 class HierarchicalRouter(Router):
-    """Two levels: a gate chooses `topk_group` of `n_group` groups, then each chosen group's own gate its experts.
+    """Chooses `topk_group` of `n_group` groups by one gate, then experts of each chosen group by the group's gate.
 
-    Hierarchical mixture of Shazeer et al. (arXiv:1701.06538, appendix B): the weight is the product of both gates', each a
-    softmax over what it chose (over all it scored, without `norm_topk_prob`). The gates of groups that are not chosen are
-    not computed: H (G + topk_group * E / G) products rather than H E. `logits` of their experts are -inf, `probs` 0.
+    It is the hierarchical mixture of Shazeer et al. (arXiv:1701.06538, appendix B). The weight of an expert is the product
+    of two softmaxes, of its group over the chosen groups and of the expert over the chosen experts of the group; without
+    `norm_topk_prob` each softmax is over all groups, and over all experts of the group. The gates of other groups are not
+    computed: H (G + topk_group * E / G) products instead of H E. Their experts have the logit -inf and the probability 0.
     """
 
     reads = CAPACITY_READS | {
@@ -306,7 +313,7 @@ class HierarchicalRouter(Router):
         index = (group[..., None] * size + best).flatten(1)
 
         def spread(values: torch.Tensor, fill: float) -> torch.Tensor:
-            """(T, k1, E / G) in its experts' places in (T, E)."""
+            """Puts values (T, k1, E / G) into the columns of their experts in (T, E)."""
             places = (group[..., None] * size + torch.arange(size, device=group.device)).flatten(1)
             return values.new_full((len(values), self.num_experts), fill).scatter(-1, places, values.flatten(1))
 
@@ -315,16 +322,16 @@ class HierarchicalRouter(Router):
         return Routing(logits, weight.flatten(1) * self.scaling, index, probs)
 
     def dense_weight(self, routing: Routing) -> torch.Tensor:
-        """Weights (T, E) if every expert of the chosen groups were chosen."""
+        """Returns the weights (T, E) that a token would have with every expert of the chosen groups."""
         return routing.probs * self.scaling
 
     def inner_logits(self, hidden_states: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-        """Logits (T, k1, E / G) of the experts in groups (T, k1)."""
+        """Returns the logits (T, k1, E / G) of the experts in groups (T, k1)."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         order = group.flatten().argsort(stable=True)
         counts = group.new_zeros(self.n_group).scatter_add(0, group.flatten(), torch.ones_like(group).flatten())
         gates = self.weight.to(dtype).unflatten(0, (self.n_group, -1)).transpose(1, 2)  # (G, H, E / G)
         tokens = hidden_states[order // self.topk_group].to(dtype)
-        # transformers' per-group product: any dtype and size, and traced as one operator
+        # transformers' grouped product serves any dtype and size, and is traced as one operator
         sorted_logits = torch.ops.transformers.grouped_mm_fallback(tokens, gates, counts.cumsum(0).to(torch.int32))
         return torch.empty_like(sorted_logits).index_copy(0, order, sorted_logits).unflatten(0, group.shape)

@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Routers whose tokens differ in how many experts they use, each deciding by the token alone.
+"""This module defines routers whose tokens use different numbers of experts, each decided by the token alone.
 
-All have one slot for each expert, empty where the token does not use it, or the `max_experts_per_tok` best.
+A routing has one column per expert, empty where the token does not use the expert, or `max_experts_per_tok` columns.
 
-# T tokens, E experts, K slots per token
+# T tokens, E experts, K choices per token
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .router import Router, Routing, RoutingContext, expert_load, masked_mean, s
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
 class VariableKFields:
-    """Routers with a variable number of experts per token."""
+    """These fields configure routers whose number of experts varies from token to token."""
 
     router_top_p: float | int = setting(
         0.4,
@@ -77,7 +77,7 @@ class VariableKFields:
 
 
 class VariableRouter(Router):
-    """Uses the experts that `active` says; weights are the scores, not renormalised by default."""
+    """Base class of routers that use the experts which `active` marks; weights are scores, by default not renormalised."""
 
     reads = Router.reads | {"max_experts_per_tok"}
     variable_k = True
@@ -89,14 +89,14 @@ class VariableRouter(Router):
 
     def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         active = self.active(scores)
-        slots = torch.arange(self.num_outputs, device=scores.device).expand_as(scores)
+        experts = torch.arange(self.num_outputs, device=scores.device).expand_as(scores)
         if self.max_experts is not None:
-            slots = scores.topk(self.max_experts, dim=-1).indices
-            active = active.gather(-1, slots)
-        return slots.where(active, self.num_outputs)
+            experts = scores.topk(self.max_experts, dim=-1).indices
+            active = active.gather(-1, experts)
+        return experts.where(active, self.num_outputs)
 
     def active(self, scores: torch.Tensor) -> torch.Tensor:
-        """(T, E), whether a token uses an expert."""
+        """Marks the experts (T, E) that a token uses, by scores (T, E)."""
         raise NotImplementedError
 
 
@@ -117,19 +117,19 @@ class TopPRouter(VariableRouter):
 
     def active(self, scores: torch.Tensor) -> torch.Tensor:
         values, order = scores.sort(dim=-1, descending=True, stable=True)
-        # an expert is needed as long as those before it sum to less; rounded, a few can sum to 1
+        # an expert is needed as long as the experts before it sum to less; rounded, a few experts can sum to 1
         before = nn.functional.pad(values.cumsum(dim=-1)[:, :-1], (1, 0))
         needed = (before < self.top_p) | (self.top_p >= 1)
         return torch.zeros_like(needed).scatter(-1, order, needed)
 
 
 class ContinuousRouter(VariableRouter):
-    """A smooth gate for each expert: `weight = sigmoid((logit - tau) / router_temperature)`.
+    """Weighs each expert by a smooth gate, `weight = sigmoid((logit - tau) / router_temperature)`.
 
-    Experts whose weight does not exceed `router_cutoff` are left out. `router_threshold_mode` says what tau is: `"fixed"`
-    at `router_threshold`, `"learned"` from there, or `"budget"`: for each token the tau at which its weights sum to
-    `num_experts_per_tok`, which becomes top-k as the temperature falls to 0. The gradient passes through the budget:
-    `d tau / d logit_i = w'_i / sum(w')`, w' being the sigmoid's slope.
+    Experts with a weight of `router_cutoff` or less are skipped. The threshold tau is, by `router_threshold_mode`, the
+    constant `router_threshold` (`"fixed"`), a parameter that starts there (`"learned"`), or for each token the value at
+    which the weights sum to `num_experts_per_tok` (`"budget"`), which becomes top-k as the temperature falls to 0. The
+    gradient flows through the budget: `d tau / d logit_i = w'_i / sum(w')`, with w' the slope of the sigmoid.
     """
 
     reads = (
@@ -167,9 +167,9 @@ class ContinuousRouter(VariableRouter):
         return scores > self.cutoff
 
     def budget(self, logits: torch.Tensor) -> torch.Tensor:
-        """Threshold (T, 1) at which a token's weights sum to `num_experts_per_tok`, with its gradient."""
+        """Returns the threshold (T, 1) at which a token's weights sum to `num_experts_per_tok`, with gradient."""
         with torch.no_grad():
-            # at these ends all weights are so close to 1 or 0 that the sum lies on the two sides of the budget
+            # at `low` all weights are almost 1 and at `high` almost 0, so that the budget is between the two sums
             reach = self.temperature * 50
             low = logits.amin(dim=-1, keepdim=True) - reach
             high = logits.amax(dim=-1, keepdim=True) + reach
@@ -180,16 +180,16 @@ class ContinuousRouter(VariableRouter):
             weight = ((logits - tau) / self.temperature).sigmoid()
             slope = weight * (1 - weight)
             slope = slope / (slope.sum(dim=-1, keepdim=True) + 1e-20)
-        # the value is tau's, the gradient the implicit function's
+        # the value is tau, the gradient that of the implicit function
         return tau + (slope * (logits - logits.detach())).sum(dim=-1, keepdim=True)
 
 
 class ReMoERouter(VariableRouter):
-    """`weight = relu(logit)`: a token uses the experts with a positive one (ReMoE, arXiv:2412.14711).
+    """Weighs each expert by `relu(logit)`; a token uses the experts with a positive logit (ReMoE, arXiv:2412.14711).
 
-    Its own loss `lambda * mean_t sum_i f_i weight_ti`, with `f_i = E * c_i / (K T)`, makes the weights sparse and balanced;
-    the buffer `sparsity_coef` is lambda, which a controller multiplies by `router_sparsity_step` (1.2) or divides by it once
-    per optimizer step, so that a token uses `num_experts_per_tok` experts on average over the layers.
+    An auxiliary loss `lambda * mean_t sum_i f_i weight_ti`, with `f_i = E * c_i / (K T)`, makes the weights sparse and
+    balanced. The buffer `sparsity_coef` is lambda. Once per optimizer step a controller multiplies or divides it by
+    `router_sparsity_step`, so that a token uses `num_experts_per_tok` experts on average over the layers.
     """
 
     reads = (VariableRouter.reads | {"router_sparsity_coef", "router_sparsity_step"}) - {"scoring_func"}
@@ -207,7 +207,7 @@ class ReMoERouter(VariableRouter):
 
     def score(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scores = logits.relu()
-        # a token that uses no expert has even probabilities
+        # a token that uses no expert has equal probabilities
         smoothed = scores + 1e-12
         return scores, smoothed / smoothed.sum(dim=-1, keepdim=True)
 
@@ -219,16 +219,16 @@ class ReMoERouter(VariableRouter):
 
 
 def remoe_loss(routing: Routing, top_k: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """`mean_t sum_i f_i w_ti` with `f_i = E * c_i / (K T)`: the weights' L1 norm, more of it for busy experts.
+    """Computes ReMoE's loss `mean_t sum_i f_i w_ti` with `f_i = E * c_i / (K T)` (arXiv:2412.14711).
 
-    ReMoE (arXiv:2412.14711).
+    It is the L1 norm of the weights w, in which an expert with load c_i counts in proportion to the load.
 
     Args:
-        routing: of T tokens.
-        top_k: number K of experts that a token is to use on average.
-        token_mask: (T,), 0 for tokens that do not count (padding).
+        routing: routing of T tokens.
+        top_k: number K of experts that a token should use on average.
+        token_mask: (T,), 0 at padding, which is excluded; None without padding.
     """
     load = expert_load(routing, token_mask)
     tokens = token_mask.sum().clamp(min=1) if token_mask is not None else max(len(routing.index), 1)
-    factor = nn.functional.pad(load * (len(load) / (top_k * tokens)), (0, 1))  # 0 for an empty slot
+    factor = nn.functional.pad(load * (len(load) / (top_k * tokens)), (0, 1))  # 0 for an empty assignment
     return masked_mean((factor[routing.index] * routing.weight).sum(dim=-1), token_mask)

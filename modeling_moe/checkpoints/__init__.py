@@ -5,7 +5,7 @@ from .damage import UnusableError
 from .fingerprint import check_hashes, fingerprint
 from .lazy_tensor import LazyTensor, State
 from .sources import Source, open_source, refuse_quantised
-from .writer import write_checkpoint
+from .writer import refuse_full_disk, write_checkpoint
 
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "check_hashes",
     "fingerprint",
     "open_source",
+    "refuse_full_disk",
     "refuse_quantised",
     "write_checkpoint",
 ]

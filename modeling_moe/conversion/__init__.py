@@ -1,13 +1,13 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This package converts transformers' dense and sparse checkpoints to MoE checkpoints with equal logits, and back."""
 
-from .convert import Checkpoint, convert_checkpoint, open_checkpoint, save_checkpoint
+from .convert import Checkpoint, convert_checkpoint, open_checkpoint, result_folder, save_checkpoint
 from .families.catalogue import FAMILIES, moe_config
 from .families.dense import DENSE_FAMILIES
 from .families.export import TARGETS
 from .families.sparse import SPARSE_FAMILIES
 from .importing import import_state, load_state, tensors_on_disk, to_moe
-from .verification import Verification, verify
+from .verification import Verification, verification_ids, verify
 
 
 __all__ = [
@@ -22,8 +22,10 @@ __all__ = [
     "load_state",
     "moe_config",
     "open_checkpoint",
+    "result_folder",
     "save_checkpoint",
     "tensors_on_disk",
     "to_moe",
+    "verification_ids",
     "verify",
 ]

@@ -104,7 +104,8 @@ def to_moe(source: PreTrainedModel) -> MoEForCausalLM:
     """Converts a transformers model in memory to a MoE model that computes the same function.
 
     Args:
-        source: causal LM of one of [`FAMILIES`]; weights whose layout stays the same are shared with the result.
+        source: causal LM of one of [`~modeling_moe.conversion.FAMILIES`]; weights whose layout stays the same are
+            shared with the result.
 
     Returns:
         The MoE model in evaluation mode, in the source's dtypes, with the source's generation config.

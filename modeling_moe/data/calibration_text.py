@@ -24,10 +24,25 @@ def load_domains(calibration_data: list[str]) -> dict[str, datasets.Dataset]:
         raise UserError(f"calibration_data: {error}") from error
 
 
-def token_ids(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, tokens: int, name: str) -> torch.Tensor:
+def token_ids(
+    documents: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    name: str,
+    tokens_field: str = "calibration_tokens",
+    data_field: str = "calibration_data",
+) -> torch.Tensor:
     """Returns the first `tokens` token ids (tokens,) int64 of a domain.
 
     The tokenizer's end-of-sequence token, if it has one, follows each document.
+
+    Args:
+        documents: rows of `text`.
+        tokenizer: tokenizer of the model.
+        tokens: number of tokens.
+        name: name of the domain, for the message.
+        tokens_field: name of the option that gave `tokens`, for the message.
+        data_field: name of the option that gave the documents, for the message.
 
     Raises:
         UserError: if the domain has fewer tokens.
@@ -39,6 +54,6 @@ def token_ids(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, t
         if len(ids) >= tokens:
             return torch.tensor(ids[:tokens])
     raise UserError(
-        f"calibration_tokens is {tokens}, but domain {name!r} of calibration_data has {len(ids)} tokens: lower it or "
+        f"{tokens_field} is {tokens}, but domain {name!r} of {data_field} has {len(ids)} tokens: lower it or "
         "give more text"
     )

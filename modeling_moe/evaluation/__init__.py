@@ -16,7 +16,7 @@ from .routing_metrics import (
     mean_experts,
     summary,
 )
-from .scoring import DomainScore, EvaluationArguments, evaluate_lm, score
+from .scoring import DomainScore, EvaluationArguments, evaluate_lm, load_for_scoring, score
 
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "expert_domain_share",
     "experts_modules",
     "gate_margin",
+    "load_for_scoring",
     "load_variation",
     "max_violation",
     "mean_experts",

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..data import DataArguments, one_table, packer
 from ..utils.errors import UserError
-from ..utils.loading import load_model, load_tokenizer, parse_dtype, refuse_longer, refuse_misfit
+from ..utils.loading import DtypeName, load_model, load_tokenizer, parse_dtype, refuse_longer, refuse_misfit
 from .expert_load import ExpertLoadRecorder
 from .hf_metrics import BitsPerByte, RouterBalance
 
@@ -26,9 +26,9 @@ class EvaluationArguments:
 
     model_name_or_path: str = field(metadata={"help": "folder or Hub name of a causal LM, sparse or dense"})
     gguf_file: str | None = field(default=None, metadata={"help": "name of the GGUF file in the model's folder"})
-    dtype: str = field(
+    dtype: DtypeName = field(
         default="auto",
-        metadata={"help": "dtype of the weights: auto (as in the checkpoint), float32, bfloat16 or float16"},
+        metadata={"help": "dtype of the weights; auto: as in the checkpoint"},
     )
     batch_size: int = field(default=8, metadata={"help": "number of blocks in one forward pass"})
     max_tokens: int | None = field(
@@ -155,11 +155,12 @@ def score(model: PreTrainedModel, blocks: datasets.Dataset, batch_size: int = 8,
     return DomainScore(**scores, max_vio=routers.pop("max_violation"), **routers)
 
 
-def evaluate_lm(args: EvaluationArguments, data_args: DataArguments) -> dict[str, DomainScore]:
-    """Scores the text of each domain, or its first `max_tokens` tokens, in blocks that do not overlap.
+def load_for_scoring(
+    args: EvaluationArguments, data_args: DataArguments
+) -> tuple[PreTrainedModel, dict[str, datasets.Dataset]]:
+    """Loads a model to its device, and the blocks of tokens of each domain.
 
-    Of conversations and completions, only the assistant's tokens are scored; `data_args.assistant_only=False` scores
-    all. A model with a LoRA adapter makes this function call [`~modeling_moe.lora.enable`].
+    A model with a LoRA adapter makes this function call [`~modeling_moe.lora.enable`].
 
     Raises:
         UserError: if an argument cannot work.
@@ -192,7 +193,19 @@ def evaluate_lm(args: EvaluationArguments, data_args: DataArguments) -> dict[str
     for blocks in domains.values():
         refuse_longer(model, len(blocks[0]["input_ids"]), f"max_length is {data_args.max_length}")
     # transformers wraps `to` in a way that hides `self` from the type checker
-    model = model.to(PartialState().device)  # pyrefly: ignore[bad-argument-type]
+    return model.to(PartialState().device), domains  # pyrefly: ignore[bad-argument-type]
+
+
+def evaluate_lm(args: EvaluationArguments, data_args: DataArguments) -> dict[str, DomainScore]:
+    """Scores the text of each domain, or its first `max_tokens` tokens, in blocks that do not overlap.
+
+    Of conversations and completions, only the assistant's tokens are scored; `data_args.assistant_only=False` scores
+    all. A model with a LoRA adapter makes this function call [`~modeling_moe.lora.enable`].
+
+    Raises:
+        UserError: if an argument cannot work.
+    """
+    model, domains = load_for_scoring(args, data_args)
     scores = {name: score(model, blocks, args.batch_size, desc=name) for name, blocks in domains.items()}
     if all(score.max_vio is None for score in scores.values()):
         _warn_of_unseen_experts(model)

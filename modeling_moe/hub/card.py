@@ -104,7 +104,7 @@ def card_to_publish(
         The text; None if somebody else wrote or edited the folder's card, which is then published unchanged.
 
     Raises:
-        UserError: as [`write_model_card`]; or if the license is not known.
+        UserError: as [`write_model_card`].
     """
     earlier: dict[str, Any] = {}
     file = folder / "README.md"
@@ -121,12 +121,14 @@ def card_to_publish(
         "metrics": metrics,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    text = _card_text(folder, _non_empty(earlier | given | {"repo_id": repo_id}), trust_remote_code)
-    if not ModelCard(text).data.to_dict().get("license"):
-        raise UserError(
-            "the license of the base model is recorded nowhere: pass --license, such as apache-2.0 or llama3.2"
-        )
-    return text
+    return _card_text(folder, _non_empty(earlier | given | {"repo_id": repo_id}), trust_remote_code)
+
+
+def reason_without_license(card: str | None) -> str | None:
+    """Returns a sentence if a card of this module names no license; None if it does, or if the card is the user's own."""
+    if card is None or ModelCard(card).data.to_dict().get("license"):
+        return None
+    return "the license of the base model is recorded nowhere: pass --license, such as apache-2.0 or llama3.2"
 
 
 def _fields_of_mark(mark: str) -> dict[str, Any]:

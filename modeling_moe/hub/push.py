@@ -23,7 +23,7 @@ from ..utils.lineage import CONVERSION, FINETUNING
 from ..utils.loading import load_model
 from ..utils.locations import refuse_outside
 from ..utils.trust import foreign_code
-from .card import card_to_publish, is_hub_name
+from .card import card_to_publish, is_hub_name, reason_without_license
 from .files import CARD, published_files
 from .wording import without_paths
 
@@ -127,13 +127,16 @@ def _refuse_not_finite(tensors: Mapping[str, torch.Tensor], folder: str | Path) 
             raise UserError(f"{folder} is damaged: {name} holds numbers that are not finite")
 
 
-def _check_adapter(folder: Path, base_model: str | None) -> None:
-    """Refuses an adapter whose base model is not on the Hub, or whose weights are missing, damaged or not finite."""
+def _reason_without_base(folder: Path, base_model: str | None) -> str | None:
+    """Returns a sentence if the base model of the adapter in a folder is not on the Hub; None if it is."""
     base = base_model or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(base, str) or not is_hub_name(base):
-        raise UserError(
-            f"the adapter's base model is {base!r}, which others do not have: pass --base_model owner/name"
-        )
+    if isinstance(base, str) and is_hub_name(base):
+        return None
+    return f"the adapter's base model is {base!r}, which others do not have: pass --base_model owner/name"
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuses an adapter whose weights are missing, damaged or not finite."""
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"{folder} has no adapter_model.safetensors: save the adapter with save_pretrained")
@@ -237,11 +240,14 @@ def push_folder(
         metrics=metrics,
         trust_remote_code=trust_remote_code,
     )
+    missing = [reason_without_license(card), None if is_model else _reason_without_base(folder, base_model)]
+    if any(missing):
+        raise UserError("; ".join(filter(None, missing)))
     files, left_out = published_files(folder, card)
     if is_model:
         _check_model(folder, trust_remote_code)
     else:
-        _check_adapter(folder, base_model)
+        _check_adapter(folder)
     contents = _contents(folder, files, card, base_model)
     if not dry_run:
         _upload(repo_id, private, contents)

@@ -8,11 +8,12 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
 
-from ..checkpoints.lazy_tensor import LazyTensor, State
+from ..checkpoints import LazyTensor, State
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
 from ..utils.limits import refuse_vast_result
@@ -45,7 +46,7 @@ MakeRouter = Callable[[int, str, LazyTensor], LazyTensor]
 class GrowthOptions:
     """These options say how a sparse model gets more experts; see [`grow`]."""
 
-    mode: str = field(
+    mode: Literal["clone", "masked"] = field(
         default="clone",
         metadata={
             "help": "clone: copy all experts and multiply num_experts_per_tok by the same factor; masked: add experts that "

@@ -6,10 +6,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from ..checkpoints.lazy_tensor import LazyTensor, State
+from ..checkpoints import LazyTensor, State
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
 from .growth import ROUTER_ROWS, MakeExpert, refuse_other_routers, replace_experts
@@ -21,7 +22,7 @@ class PruningOptions:
     """These options say which experts are kept; see [`prune`] and [`merge`]."""
 
     keep: int = field(default=4, metadata={"help": "number of experts that each layer keeps"})
-    score: str = field(
+    score: Literal["reap", "load", "mass"] = field(
         default="reap",
         metadata={
             "help": "score by which experts are ranked: reap (routing weight times norm of the output, averaged over the "

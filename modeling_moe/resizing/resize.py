@@ -4,14 +4,12 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from ..checkpoints import LazyTensor, State
-from ..checkpoints.writer import refuse_full_disk
+from ..checkpoints import LazyTensor, State, refuse_full_disk
 from ..configuration_moe import MoEConfig
-from ..conversion import Checkpoint, load_state, open_checkpoint, save_checkpoint
-from ..conversion.convert import result_folder
-from ..data import load_domains, token_ids
+from ..conversion import Checkpoint, load_state, open_checkpoint, result_folder, save_checkpoint
+from ..data import DataArguments, token_ids
 from ..utils.errors import UserError
 from ..utils.loading import load_tokenizer
 from .extraction import extract_task
@@ -28,7 +26,7 @@ BLOCK = 512
 class ResizeOptions:
     """These options name the method, and the text that the use of the experts is measured on."""
 
-    method: str = field(
+    method: Literal["grow", "prune", "merge", "extract"] = field(
         default="grow",
         metadata={
             "help": "grow: add experts without changing the function; prune: keep the experts that the text uses most; "
@@ -153,8 +151,8 @@ def usage_on(checkpoint: Checkpoint, data: list[str], tokens: int, *, trust_remo
     tokenizer = load_tokenizer(str(source.folder), source.gguf_file, trust_remote_code=trust_remote_code)
     blocks = [
         {"input_ids": block[None]}
-        for name, documents in load_domains(data).items()
-        for block in token_ids(documents, tokenizer, tokens, name).split(BLOCK)
+        for name, documents in DataArguments(data=data).load().items()
+        for block in token_ids(documents, tokenizer, tokens, name, "tokens", "data").split(BLOCK)
     ]
     return measure_usage(load_state(checkpoint.config, checkpoint.state), blocks)
 

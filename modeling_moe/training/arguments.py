@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal, get_args
 
 from peft import LoraConfig
 from transformers import PreTrainedModel, TrainingArguments
@@ -13,10 +14,12 @@ from transformers.distributed import DistributedConfig
 
 from ..lora import moe_lora_config
 from ..utils.errors import UserError
+from ..utils.loading import DtypeName
 from .presets import is_preset
 
 
-METHODS = ("full", "lora", "router", "attention")
+Method = Literal["full", "lora", "router", "attention"]
+METHODS = get_args(Method)
 # argument of TrainingArguments -> the smallest value allowed, and the smallest value that is too large
 RANGES = {
     "per_device_train_batch_size": (1, math.inf),
@@ -57,15 +60,14 @@ class ModelArguments:
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "folder or Hub name of the tokenizer; the default is the model's"}
     )
-    method: str = field(default="full", metadata={"help": f"weights to train: {', '.join(METHODS)}"})
+    method: Method = field(default="full", metadata={"help": "weights to train"})
     freeze_experts: str | None = field(
         default=None, metadata={"help": "experts not to train, such as 0-7 or 0,2,5-6; needs method full"}
     )
-    dtype: str | None = field(
+    dtype: DtypeName | None = field(
         default=None,
         metadata={
-            "help": "dtype of the weights: float32, bfloat16, float16 or auto (as in the checkpoint); the default is auto for "
-            "method lora and float32 otherwise"
+            "help": "dtype of the weights; auto: as in the checkpoint; the default is auto for method lora and float32 otherwise"
         },
     )
     eval_fraction: float = field(default=0.05, metadata={"help": "share of each domain held out for the eval loss"})
@@ -156,7 +158,7 @@ class LoraArguments:
     """The low-rank updates of `--method lora`."""
 
     lora_r: int = field(default=16, metadata={"help": "rank of the updates"})
-    lora_rank_per: str = field(
+    lora_rank_per: Literal["expert", "token"] = field(
         default="expert",
         metadata={"help": "expert: each expert's update has rank lora_r; token: the experts of a token share it"},
     )

@@ -296,7 +296,7 @@ def _check_merge(trainer: Trainer, model: nn.Module, merge: bool) -> None:
     if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_split(model)):
         raise UserError(
             "merge_lora true cannot merge a model that is split over processes: set merge_lora false, and merge the adapter "
-            "by scripts/merge_adapter.py afterwards"
+            "by `moe merge_adapter` afterwards"
         )
 
 

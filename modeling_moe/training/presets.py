@@ -15,14 +15,33 @@ from transformers import (
 
 from ..utils.errors import UserError
 from ..utils.loading import parse_dtype, refuse_misfit
+from ..utils.presets import presets
 
 
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
+def preset_file(name_or_path: str) -> Path | None:
+    """Finds the configuration file that a name stands for, such as `moe_tiny`.
+
+    Args:
+        name_or_path: path of a file that ends in `.json`, name of a shipped preset, or `configuration/models/NAME.json`,
+            which is found from any folder.
+
+    Returns:
+        The file, which may not exist; None if the name is not that of a configuration but of a model.
+    """
+    path, shipped = Path(name_or_path), presets()
+    if path.suffix != ".json":
+        return None if path.is_dir() else shipped.get(name_or_path)
+    if not path.is_file() and path.parent == Path("configuration/models"):
+        return shipped.get(path.stem, path)
+    return path
+
+
 def is_preset(name_or_path: str) -> bool:
-    """Returns whether `name_or_path` names a configuration file rather than a model."""
-    return name_or_path.endswith(".json")
+    """Returns whether `name_or_path` names a configuration rather than a model."""
+    return preset_file(name_or_path) is not None
 
 
 def preset_config(
@@ -31,21 +50,22 @@ def preset_config(
     """Reads a configuration file.
 
     Args:
-        file: path of a config.json, such as one of configuration/models.
+        file: path of a config.json, or name of a shipped preset.
         tokenizer: sets the vocabulary size and the special tokens, if given.
         trust_remote_code: allows Python code that the file names to run.
 
     Raises:
         UserError: if the file does not exist, or is not a configuration.
     """
-    if not Path(file).is_file():
+    path = preset_file(file) or Path(file)
+    if not path.is_file():
         raise UserError(f"model_name_or_path {file} does not exist: correct the path of the configuration")
     fields = {}
     if tokenizer is not None:
         tokens = max([len(tokenizer), *(index + 1 for index in tokenizer.get_vocab().values())])
         fields = {"vocab_size": tokens} | {name: getattr(tokenizer, name) for name in SPECIAL}
     try:
-        return AutoConfig.from_pretrained(file, trust_remote_code=trust_remote_code, **fields)
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, **fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"model_name_or_path {file} is not the configuration of a causal LM: {error}") from error
 
@@ -56,7 +76,7 @@ def new_model(
     """Makes a model with random weights; equal seeds of torch give equal weights.
 
     Args:
-        file: path of a config.json.
+        file: path of a config.json, or name of a shipped preset.
         tokenizer: sets the vocabulary size and the special tokens of the model.
         dtype: `float32`, `bfloat16` or `float16`, or `auto` for the dtype of the configuration.
         trust_remote_code: allows Python code that the file names to run.

@@ -8,9 +8,16 @@ from pathlib import Path
 
 import torch
 
-from ..conversion import Checkpoint, Verification, load_state, open_checkpoint, save_checkpoint, verify
-from ..conversion.convert import result_folder
-from ..conversion.verification import verification_ids
+from ..conversion import (
+    Checkpoint,
+    Verification,
+    load_state,
+    open_checkpoint,
+    result_folder,
+    save_checkpoint,
+    verification_ids,
+    verify,
+)
 from ..data import load_domains
 from ..utils.errors import UserError
 from ..utils.loading import load_tokenizer

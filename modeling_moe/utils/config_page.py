@@ -9,9 +9,23 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from ..attention import AttentionFields
+from ..attention_latent import LatentAttentionFields
+from ..attention_rope import RopeFields
 from ..configuration_fields import Setting, settings_of, type_name
-from ..configuration_moe import GROUPS, MoEConfig
-from ..router_catalogue import ROUTERS
+from ..configuration_model import ExpertFields, ModelFields
+from ..configuration_moe import MoEConfig
+from ..model_embeddings import EmbeddingFields
+from ..model_norms import NormFields
+from ..router import RouterFields
+from ..router_assigned import AssignedFields
+from ..router_balancing import BalancingFields
+from ..router_capacity import CapacityFields
+from ..router_catalogue import ROUTERS, CatalogueFields
+from ..router_losses import LossFields
+from ..router_soft import SoftFields
+from ..router_topk import TopKFields
+from ..router_variable_k import VariableKFields
 
 
 INTRODUCTION = """# Configuration
@@ -26,6 +40,25 @@ INTRODUCTION = """# Configuration
 - **To use it.** The other fields that must be set so that something reads the field. A field that differs from its default
   although nothing reads it is refused, and the message names the field and the remedy.
 """
+# group -> heading, in the order of the page
+TITLES: dict[type, str] = {
+    ModelFields: "Model",
+    EmbeddingFields: "Embeddings",
+    RopeFields: "Rotary embedding",
+    NormFields: "Norms",
+    AttentionFields: "Attention",
+    LatentAttentionFields: "Latent attention",
+    ExpertFields: "Experts",
+    CatalogueFields: "Router type",
+    RouterFields: "Router",
+    TopKFields: "Top-k routers",
+    AssignedFields: "Routers by token id or task",
+    VariableKFields: "Routers with a variable number of experts per token",
+    SoftFields: "Soft routers",
+    CapacityFields: "Capacity",
+    BalancingFields: "Balancing without gradient",
+    LossFields: "Router losses",
+}
 EFFECTS = {"function": "logits", "training": "training", "detail": "detail"}
 # catalogues with more names than a cell can hold
 LONG = {"hidden_act": "a key of transformers' `ACT2FN`"}
@@ -33,7 +66,7 @@ LONG = {"hidden_act": "a key of transformers' `ACT2FN`"}
 
 def page() -> str:
     """Returns the text of docs/config.md."""
-    return INTRODUCTION + "".join(_section(group) for group in GROUPS)
+    return INTRODUCTION + "".join(_section(group) for group in TITLES)
 
 
 def _section(group: type) -> str:
@@ -41,10 +74,7 @@ def _section(group: type) -> str:
     header = "| Field | Type | Default | Range | Effect | Meaning |\n|---|---|---|---|---|---|\n"
     rows = [_row(item, declared[item.name]) for item in fields(group)]
     module = group.__module__.rpartition(".")[2]
-    return (
-        f"\n## {str(group.__doc__).removesuffix('.')}\n\nDeclared in `modeling_moe/{module}.py`.\n\n{header}"
-        + "".join(rows)
-    )
+    return f"\n## {TITLES[group]}\n\nDeclared in `modeling_moe/{module}.py`.\n\n{header}" + "".join(rows)
 
 
 def _row(item: Field[Any], declared: Setting) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -35,6 +35,10 @@ logger = transformers_logging.get_logger(__name__)
 TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model", "tekken.json")
 DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer_config.json")
 MESSAGE_LENGTH = 600
+
+
+# type of the --dtype flags, whose --help then lists the names
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

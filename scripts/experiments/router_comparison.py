@@ -207,8 +207,9 @@ def router_config(model: dict[str, Any], entry: RouterEntry) -> MoEConfig:
     for name in [*model, *entry.fields]:
         if name not in known:
             raise UserError(f"router {entry.name!r}: MoEConfig has no field {name!r}: correct the name")
+    fields: dict[str, Any] = {"vocab_size": PAD + 1, "pad_token_id": PAD} | model | entry.fields
     try:
-        return MoEConfig(**({"vocab_size": PAD + 1, "pad_token_id": PAD} | model | entry.fields))
+        return MoEConfig(**fields)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"router {entry.name!r}: {error}") from error
 

@@ -483,6 +483,11 @@ def test_unsupported_values_are_refused(name, field, value):
         moe_config(config)
 
 
+def test_latent_attention_without_widths_is_refused():
+    with pytest.raises(UserError, match="kv_lora_rank, qk_nope_head_dim and qk_rope_head_dim must be set"):
+        SPARSE_FAMILIES["deepseek_v2"].tensors({}, MoEConfig())
+
+
 def test_head_that_differs_from_the_embedding_is_refused():
     source, config = random_source("mixtral-tied")
     tensors = source.state_dict() | {"lm_head.weight": torch.zeros(99, 32)}

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""A router or a model class of one's own is saved with its code, or a warning says that it is not."""
+"""Tests that a user's router or model class is saved with its code, or that a warning says that it is not."""
 
 import importlib.util
 import json
@@ -58,7 +58,7 @@ print(type(model).__name__)
 
 
 def own_module(folder: Path, source: str = SOURCE, name: str = "my_worst"):
-    """The module of a user's file, imported as if its folder were on the path."""
+    """Imports a user's file as if its folder were on the path."""
     file = folder / f"{name}.py"
     file.write_text(source)
     spec = importlib.util.spec_from_file_location(name, file)
@@ -70,7 +70,7 @@ def own_module(folder: Path, source: str = SOURCE, name: str = "my_worst"):
 
 @pytest.fixture
 def mine(tmp_path):
-    """A user's module with a router and a model class."""
+    """Imports a user's module with a router and a model class."""
     module = own_module(tmp_path)
     yield module
     for name in ("my_worst", "modeling_moe.my_worst"):
@@ -79,7 +79,7 @@ def mine(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_router_of_ones_own_is_saved_with_its_code(mine, tmp_path):
+def test_a_users_router_is_saved_with_its_code(mine, tmp_path):
     model = MoEForCausalLM(tiny_config(router_type="worst")).eval()
     model.save_pretrained(tmp_path / "model")
     assert (
@@ -90,14 +90,14 @@ def test_a_router_of_ones_own_is_saved_with_its_code(mine, tmp_path):
         torch.testing.assert_close(torch.load(tmp_path / folder / "logits.pt"), model(IDS).logits)
 
 
-def test_a_model_class_of_ones_own_is_saved_with_its_code_and_ours(mine, tmp_path, caplog):
+def test_a_users_model_class_is_saved_with_its_code_and_the_packages(mine, tmp_path, caplog):
     model = mine.ShiftedLM(tiny_config(router_type="worst")).eval()
     model.save_pretrained(tmp_path / "model")
     printed = run_without_package(LOAD, tmp_path, tmp_path / "model", tmp_path / "again")
     assert printed.endswith("ShiftedLM\n")
     for folder in ("model", "again"):
         torch.testing.assert_close(torch.load(tmp_path / folder / "logits.pt"), model(IDS).logits)
-    # where the package is imported, its own class loads the checkpoint
+    # a process that has imported the package loads the checkpoint with the package's class
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert "was saved from the class ShiftedLM of my_worst.py, and is loaded as MoEForCausalLM" in caplog.text
 
@@ -149,14 +149,14 @@ def test_a_file_that_would_not_run_in_a_checkpoint_is_named(tmp_path, caplog, li
     (tmp_path / "my_worst_helper.py").write_text("")
     sys.path.insert(0, str(tmp_path))
     try:
-        # under a condition, so that importing it does nothing here
+        # the condition is false, so that the import does nothing in this test
         own_module(tmp_path, f"{SOURCE}\nif False:\n    {line}\n")
         MoEForCausalLM(tiny_config(router_type="worst")).save_pretrained(tmp_path / "model")
     finally:
         sys.path.remove(str(tmp_path))
         ROUTERS.pop("worst")
     assert (tmp_path / "model" / "my_worst.py").is_file() == (reason is None)
-    # what does not travel is not promised either
+    # auto_map does not name a file that is not saved
     assert ("MoERouter" in (tmp_path / "model" / "config.json").read_text()) == (reason is None)
     assert ("WorstRouter is saved without its code" in caplog.text) == (reason is not None)
     assert reason is None or reason in caplog.text
@@ -186,8 +186,8 @@ def test_a_router_that_no_import_finds_is_named(tmp_path, caplog, name, source, 
     assert "def _own_router" not in (tmp_path / "model" / "router_catalogue.py").read_text()
 
 
-def test_what_stands_beside_an_import_is_kept(tmp_path):
-    """An import shares its line with other statements, has names of its own, is indented, or spreads over lines."""
+def test_statements_beside_an_import_are_kept(tmp_path):
+    """Imports share a line with other statements, rename, are indented, or span several lines."""
     name = 'a "quoted" type'
     module = own_module(
         tmp_path,
@@ -220,16 +220,16 @@ def test_classes_of_a_notebook_are_saved_without_their_code_and_a_warning_says_s
     for name in ("Mine", "MyRouter"):
         assert f"{name} is saved without its code" in caplog.text
     assert "it is defined in __main__, so put it in a file of its own and import that" in caplog.text
-    # ours are there, though transformers leaves them out with the subclass
+    # transformers does not save the package's files for a subclass
     assert (tmp_path / "modeling_moe.py").is_file()
 
 
-def test_own_code_is_not_pushed_before_it_is_there(mine, tmp_path):
+def test_a_users_code_is_not_pushed_before_it_is_saved(mine, tmp_path):
     with pytest.raises(ValueError, match="save first, and call push_to_hub after that"):
         MoEForCausalLM(tiny_config(router_type="worst")).save_pretrained(tmp_path / "model", push_to_hub=True)
 
 
-def test_our_own_routers_are_nobodys_own_code(tmp_path):
+def test_routers_of_the_package_are_not_a_users_code(tmp_path):
     assert ROUTERS["topk"] is TopKRouter
     MoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
     assert "def _own_router" not in (tmp_path / "router_catalogue.py").read_text()

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""A checkpoint that lacks any tensor is refused by the tensor's name, whichever way it is stored and loaded."""
+"""Tests that a checkpoint without one of its tensors is refused by the tensor's name, for all ways to store and load it."""
 
 import json
 import shutil
@@ -27,19 +27,19 @@ ROUTERS = {
 
 
 def edit(folder: Path, change, file: str = "model.safetensors") -> None:
-    """Writes the tensors of a file again after `change` has been at them."""
+    """Applies `change` to the tensors of a file and writes them again."""
     tensors = load_file(folder / file)
     change(tensors)
     save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
 def lose(name: str):
-    """What removes all tensors whose names contain `name`."""
+    """Returns a function that removes all tensors whose names contain `name`."""
     return lambda tensors: [tensors.pop(key) for key in list(tensors) if name in key]
 
 
 def rename(old: str, new: str):
-    """What puts `new` for `old` in all names."""
+    """Returns a function that replaces `old` by `new` in all names."""
     return lambda tensors: [
         tensors.update({key.replace(old, new): tensors.pop(key)}) for key in list(tensors) if old in key
     ]
@@ -47,7 +47,7 @@ def rename(old: str, new: str):
 
 @pytest.fixture
 def saved(tmp_path):
-    """The folder of a tiny model."""
+    """Returns the folder of a tiny model."""
     MoEForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -122,7 +122,7 @@ def test_layers_beyond_the_last_one_are_named_in_a_warning(saved, caplog):
 
 
 def stored(kind: str, saved: Path, folder: Path, name: str) -> dict:
-    """A checkpoint without the tensor `name`, stored in a way of transformers' own; the arguments to load it."""
+    """Stores a checkpoint without the tensor `name` in one of transformers' formats; returns the arguments to load it."""
     model = MoEForCausalLM.from_pretrained(saved)
     options: dict = {}
     if kind == "subfolder":
@@ -214,7 +214,7 @@ def test_a_head_for_another_task_may_be_new(saved, tmp_path):
     model = MoEForSequenceClassification.from_pretrained(saved, num_labels=3)
     assert torch.equal(model.model(IDS).last_hidden_state, decoder(IDS).last_hidden_state)
     model.save_pretrained(tmp_path / "classifier")
-    # a language model's head, by config.architectures
+    # config.architectures names a language model
     MoEForCausalLM.from_pretrained(tmp_path / "classifier")
     decoder.save_pretrained(tmp_path / "headless")
     MoEForCausalLM.from_pretrained(tmp_path / "headless")
@@ -243,7 +243,7 @@ def test_parameters_that_an_argument_asks_for_are_not_made_up(saved):
         MoEForCausalLM.from_pretrained(saved, router_bias=True)
     with pytest.raises(CheckpointError, match=r"model.layers.0.mlp"):
         MoEForCausalLM.from_pretrained(saved, first_k_dense_replace=1)
-    # a new selection bias is 0, whoever makes it
+    # a new selection bias is always 0
     model = MoEForCausalLM.from_pretrained(saved, router_selection_bias=True)
     assert not model.model.layers[0].mlp.gate.e_score_correction_bias.any()
 
@@ -288,7 +288,7 @@ def test_without_architectures_a_head_for_a_task_may_be_new_and_a_language_model
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "state dict"])
 @pytest.mark.parametrize("name", [ROUTER, EXPERT + "up_proj.weight", "model.norm.weight", "lm_head.weight"])
 def test_weights_that_were_written_as_integers_are_refused_by_name(saved, name, kind):
-    """transformers takes them for the values: 0.3 has become 0 and no word is said."""
+    """transformers would use the integers as weights without a warning: 0.3 would become 0."""
     edit(saved, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
     where, options = saved, {}
     if kind != "safetensors":

@@ -1,4 +1,4 @@
-"""Checkpoints: names on disk, byte-identical resaves, every way of loading, damage named; code that travels along."""
+"""Tests of checkpoints: names on disk, byte-identical saving, all ways of loading, damage, and saved code."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ IDS = torch.arange(3, 21).view(2, 9)
 
 @pytest.fixture
 def saved(tmp_path):
-    """A tiny model and the folder it is saved in."""
+    """Returns a tiny model and the folder in which it is saved."""
     model = MoEForCausalLM(tiny_config()).eval()
     model.save_pretrained(tmp_path / "model")
     return model, tmp_path / "model"
@@ -51,7 +51,7 @@ def test_save_load_save_gives_the_same_bytes(kind, tmp_path):
     assert all(first[name] == second[name] for name in first)
 
 
-def test_experts_lie_one_by_one_on_disk(saved):
+def test_each_expert_has_its_own_tensors_on_disk(saved):
     model, folder = saved
     tensors = load_file(folder / "model.safetensors")
     fused = model.model.layers[2].mlp.experts.gate_up_proj
@@ -78,7 +78,7 @@ def test_sharded(saved, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shard_after_shard_fills_experts_that_lie_in_two_shards(kind, tmp_path):
+def test_loading_shard_by_shard_fills_experts_that_are_in_two_shards(kind, tmp_path):
     model = MoEForCausalLM(tiny_config(**KINDS[kind])).eval()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     other = MoEForCausalLM(tiny_config(**KINDS[kind])).eval()

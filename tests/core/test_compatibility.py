@@ -1,4 +1,4 @@
-"""What transformers' releases name differently: both names of the cache, keywords that nothing reads, an old checkpoint."""
+"""Tests of transformers' releases: both names of the cache, keywords that nothing reads, and an old checkpoint."""
 
 import json
 import logging
@@ -60,7 +60,7 @@ def test_layers_and_attention_take_each_name(name):
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
-def test_the_old_name_is_told_where_transformers_tells(name):
+def test_the_old_name_gives_a_warning_where_transformers_warns(name):
     model = make()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -154,7 +154,7 @@ def test_generate_takes_each_name(name):
 
 
 class Proxy:
-    """A cache that hands everything on, and is of no class of transformers'."""
+    """A cache that delegates every call to another cache, and is not an instance of a class of transformers."""
 
     def __init__(self, cache):
         self.cache = cache
@@ -192,7 +192,7 @@ def test_generate_refuses_a_keyword_too():
 
 @pytest.fixture
 def old_checkpoint(tmp_path):
-    """A checkpoint of version 0.1.0, whose own code must not run: this package takes its place."""
+    """Copies a checkpoint of version 0.1.0 whose code fails if it runs; this package must be used instead."""
     folder = tmp_path / "old"
     shutil.copytree(OLD, folder)
     for name in ("configuration_moe.py", "modeling_moe.py"):
@@ -226,8 +226,8 @@ def test_a_checkpoint_saved_again_is_silent(old_checkpoint, tmp_path, caplog, mo
     assert not any("was saved by modeling_moe" in record.message for record in caplog.records)
 
 
-def test_old_code_under_a_new_version_is_told(old_checkpoint, tmp_path, caplog, monkeypatch):
-    """Version 0.1.0 keeps the field when it loads and saves a checkpoint of a later one."""
+def test_old_code_under_a_new_version_gives_a_warning(old_checkpoint, tmp_path, caplog, monkeypatch):
+    """Version 0.1.0 keeps `code_version` when it loads and saves a checkpoint of a later version."""
     config = json.loads((old_checkpoint / "config.json").read_text()) | {"code_version": "0.2.0"}
     (old_checkpoint / "config.json").write_text(json.dumps(config))
     transformers_logging.warning_once.cache_clear()
@@ -237,7 +237,7 @@ def test_old_code_under_a_new_version_is_told(old_checkpoint, tmp_path, caplog, 
     assert any("was saved by modeling_moe 0.1.0" in record.message for record in caplog.records)
 
 
-def test_stop_strings_could_not_be_given_to_generate():
+def test_generate_takes_stop_strings():
     model, tokenizer = make(MoEForCausalLM), train_tokenizer()
     prompt = torch.tensor([[5, 6, 7]])
     plain = model.generate(prompt, max_new_tokens=6, do_sample=False)

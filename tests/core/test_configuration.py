@@ -1,4 +1,4 @@
-"""MoEConfig: what it refuses and how it says so, aliases, parallel plans, parameter arithmetic."""
+"""Tests of MoEConfig: refused values and their messages, aliases, parallel plans, parameter counts."""
 
 import dataclasses
 import json
@@ -127,7 +127,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("name", sorted(set(NUMBERS) - {"no_rope_layers"}))
-def test_a_number_without_a_range_or_beyond_it_was_accepted(name):
+def test_each_number_has_a_range_and_is_refused_beyond_it(name):
     limits = settings_of(MoEConfig)[name].limits
     assert limits is not None
     assert -math.inf < limits.lowest < limits.highest < math.inf
@@ -195,13 +195,13 @@ def test_a_range_says_which_of_its_ends_belong_to_it():
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
-def test_what_ended_in_another_error_or_was_ignored_is_refused_by_name(fields, message):
+def test_values_that_types_and_ranges_let_pass_are_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**fields)
 
 
 @pytest.mark.parametrize("layers", [10**5, 10**9, 10**30])
-def test_a_bomb_in_the_number_of_layers_is_refused_before_its_lists_are_made(layers):
+def test_a_huge_number_of_layers_is_refused_before_lists_are_made(layers):
     with pytest.raises(ValueError, match=r"num_hidden_layers is 10*: it must be from 1 to 10000\."):
         MoEConfig(num_hidden_layers=layers)
 
@@ -304,7 +304,7 @@ def test_json_round_trip(tmp_path):
     assert type(loaded) is MoEConfig
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
     written = json.loads((tmp_path / "config.json").read_text())
-    # what servers read, and default otherwise to something else
+    # servers read these fields and have other defaults
     assert {"norm_topk_prob", "routed_scaling_factor", "scoring_func", "n_group", "topk_group"} <= set(written)
 
 

@@ -1,4 +1,4 @@
-"""Fields that follow from others: they follow when these change, in memory, at load and in config.json; chosen ones stay."""
+"""Tests that derived fields follow changes in memory, at loading and in config.json, and that chosen fields do not change."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def by_hand(folder, **changes) -> None:
 
 
 def with_weights(model, layers=None, **fields):
-    """A new model with the fields of `model` but for `fields`, made from scratch, and with its weights."""
+    """Makes a new model with the fields of `model`, changed by `fields`, and with the weights of `model`."""
     chosen = {name: getattr(model.config, name) for name in settings_of(MoEConfig)}
     chosen |= {"layer_types": None, "mlp_layer_types": None} | fields
     other = MoEForCausalLM(MoEConfig(**chosen)).eval()
@@ -48,7 +48,7 @@ def logits(model):
     return model(IDS).logits
 
 
-def test_fewer_layers_at_load_failed_for_the_saved_lists(model, folder):
+def test_fewer_layers_at_load_cut_the_saved_lists(model, folder):
     expected = logits(with_weights(model, layers=2, num_hidden_layers=2))
     assert torch.equal(logits(MoEForCausalLM.from_pretrained(folder, num_hidden_layers=2)), expected)
     by_hand(folder, num_hidden_layers=2)
@@ -56,7 +56,7 @@ def test_fewer_layers_at_load_failed_for_the_saved_lists(model, folder):
     assert len(json.loads((folder / "config.json").read_text())["layer_types"]) == 3
 
 
-def test_a_model_with_its_layers_cut_was_not_loaded_again(model, tmp_path):
+def test_a_model_with_its_layers_cut_loads_again(model, tmp_path):
     model.model.layers = model.model.layers[:2]
     expected = logits(model)
     model.config.num_hidden_layers = 2
@@ -78,7 +78,7 @@ def test_a_chosen_list_of_layers_is_cut_and_never_lengthened():
         config.validate()
 
 
-def test_a_window_given_after_the_fact_had_no_effect(model, folder):
+def test_a_window_given_at_load_has_an_effect(model, folder):
     expected = logits(with_weights(model, sliding_window=4))
     assert not torch.equal(expected, logits(model))
     assert torch.equal(logits(MoEForCausalLM.from_pretrained(folder, sliding_window=4)), expected)
@@ -110,7 +110,7 @@ def test_dense_layers_at_load_are_refused_rather_than_made_at_random(folder):
     ],
     ids=str,
 )
-def test_an_override_was_not_checked_as_a_new_configuration_is(folder, fields, message, tmp_path):
+def test_an_override_is_checked_as_a_new_configuration_is(folder, fields, message, tmp_path):
     for load in (MoEForCausalLM, AutoModelForCausalLM, AutoConfig):
         with pytest.raises(ValueError, match=message):
             load.from_pretrained(folder, **fields)
@@ -127,14 +127,14 @@ def _assign_and(config, fields, use):
     use(config)
 
 
-def test_a_step_of_the_bias_at_load_got_no_controller(folder):
+def test_a_step_of_the_bias_at_load_gets_a_controller(folder):
     config = AutoConfig.from_pretrained(folder, router_bias_update_rate=0.1, router_selection_bias=True)
     assert config.router_controller == config.controller == "bias"
     config.router_bias_update_rate = 0.0
     assert config.router_controller is None
 
 
-# field -> a value other than what follows
+# field -> a value that differs from the derived value
 STAYS = {"moe_intermediate_size": 40, "num_key_value_heads": 2, "head_dim": 6, "gated_experts": True}
 STAYS |= {"shared_expert_intermediate_size": 7, "expected_experts_per_tok": 1, "norm_topk_prob": True}
 
@@ -152,7 +152,7 @@ STAYS |= {"shared_expert_intermediate_size": 7, "expected_experts_per_tok": 1, "
         ("n_shared_experts", 1, "shared_expert_intermediate_size", 40),
     ],
 )
-def test_a_derived_value_stayed_when_what_it_comes_from_changed(changed, value, follows, expected):
+def test_a_derived_value_follows_and_a_chosen_one_does_not(changed, value, follows, expected):
     derived = dict.fromkeys(("moe_intermediate_size", "num_key_value_heads", "head_dim"))
     config = tiny_config(**derived)
     loaded = MoEConfig.from_dict(config.to_dict())

@@ -1,4 +1,4 @@
-"""Random configurations: each is refused by a ValueError that names a field, or makes a model that is right.
+"""Tests random configurations: each is refused by a ValueError that names a field, or makes a correct model.
 
 A case is one seed, and `check(seed, folder)` runs it alone.
 """
@@ -30,7 +30,7 @@ SMALL = {
     "max_position_embeddings": 32,
     "initializer_range": 0.2,
 }
-# values of a field that some model has; the rest of a field's values are drawn from its type and range
+# usual values by field; values of other fields are drawn from type and range
 USUAL = {
     "vocab_size": [3, 61, 128],
     "hidden_size": [8, 24, 40],
@@ -104,7 +104,7 @@ USUAL = {
         {"full_attention": 3, "sliding_attention": []},
     ],
 }
-# what no number of a model is; 10**5000 is more than Python writes
+# values that no number of a model has; Python refuses to write 10**5000
 HOSTILE = [math.nan, math.inf, -math.inf, -1, 0, 1, -3, 10**9, 10**30, 10**5000, 1e30, 1.5, -0.5, 1e-300]
 HOSTILE += [None, True, False, "x", "", "1", [], [1], ["x"], {}, {"a": 1}, 2**31, 2**63]
 
@@ -115,7 +115,7 @@ INHERITED += ["id2label", "is_encoder_decoder", "per_layer_config", "rope_theta"
 
 
 def drawn(name: str, rng: random.Random):
-    """A value of a field, most of which are valid."""
+    """Draws a value of a field; most values are valid."""
     if name in USUAL:
         return rng.choice(USUAL[name])
     kind, limits = FIELDS[name].type, SETTINGS[name].limits
@@ -133,7 +133,7 @@ def drawn(name: str, rng: random.Random):
 
 
 def inside(limits: Range, rng: random.Random) -> float:
-    """A number in the range, near its lower end or 1."""
+    """Draws a number in the range, near its lower end or 1."""
     low = max(limits.lowest, 1e-3) if limits.open_below else limits.lowest
     return min(
         limits.highest if not limits.open_above else limits.highest * 0.9, low + rng.choice([0, 0.1, 0.5, 1, 4])
@@ -141,7 +141,7 @@ def inside(limits: Range, rng: random.Random) -> float:
 
 
 def fields_of(seed: int) -> dict:
-    """A configuration's arguments: a few fields drawn, in every third case one or two of them hostile."""
+    """Draws arguments of a configuration: a few fields, in every third case with one or two hostile values."""
     rng = random.Random(seed)
     fields = dict(SMALL)
     for name in rng.sample(list(FIELDS), rng.choice([1, 2, 3, 6, 12])):
@@ -160,14 +160,14 @@ def fields_of(seed: int) -> dict:
 
 
 def named(error: ValueError) -> None:
-    """Fails unless what the error says is one line that names a field."""
+    """Fails unless the message is one line that names a field."""
     text = str(error)
     assert any(name in text for name in [*FIELDS, *INHERITED]), text
     assert "\n" not in text, text
 
 
 def built(fields: dict) -> MoEConfig | None:
-    """The configuration; None if it is refused by a sentence that names a field."""
+    """Returns the configuration, or None if it is refused by a sentence that names a field."""
     try:
         return MoEConfig(**fields)
     except ValueError as error:
@@ -175,7 +175,7 @@ def built(fields: dict) -> MoEConfig | None:
 
 
 def check(seed: int, folder) -> str:
-    """Runs a case; says how it ended. AssertionError, or any other, is a fault."""
+    """Runs a case and returns how it ended; any exception is a fault."""
     fields = fields_of(seed)
     config = built(fields)
     if config is None:
@@ -194,7 +194,7 @@ def check(seed: int, folder) -> str:
 
 
 def run(config: MoEConfig, seed: int, folder) -> None:
-    """Logits are finite, as they were after saving and loading, and when decoded token by token; gradients are finite."""
+    """Checks that logits and gradients are finite, and that logits are equal after loading and when decoded token by token."""
     torch.manual_seed(seed)
     model = MoEForCausalLM(config).eval()
     ids = torch.randint(0, config.vocab_size, (2, 9))
@@ -233,12 +233,12 @@ def test_a_random_configuration_is_refused_by_name_or_right(seed, tmp_path):
 @pytest.mark.parametrize("block", range(16))
 def test_thousands_of_random_configurations_are_refused_by_name_or_right(block, tmp_path):
     ends = [check(seed, tmp_path / str(seed)) for seed in range(1000 + 200 * block, 1200 + 200 * block)]
-    # neither everything nor nothing is refused
+    # some cases are refused and some are not
     assert ends.count("run") > 50 < ends.count("refused")
 
 
 def assigned(config: MoEConfig, changes: dict) -> MoEConfig | None:
-    """The configuration after assignments, as a model checks it; None if a sentence that names a field refuses them."""
+    """Returns the configuration after assignments and a check, or None if a sentence that names a field refuses them."""
     try:
         for name, value in changes.items():
             setattr(config, name, value)
@@ -249,12 +249,12 @@ def assigned(config: MoEConfig, changes: dict) -> MoEConfig | None:
 
 
 def outcomes(seed: int) -> list[dict | None]:
-    """What becomes of a change when made anew, by assignment, and on loading: three equal configurations, or three None."""
+    """Makes a change in a new configuration, by assignment, and at loading; returns the three results, None if refused."""
     rng = random.Random(seed)
     fields = fields_of(3 * seed + 1)
     if (config := built(fields)) is None:
         config = built(fields := dict(SMALL))
-    # what equals what it would be if it were not given counts as not given
+    # a field with its derived value counts as derived
     fields = {name: value for name, value in fields.items() if name not in derived_fields(config)}
     changes = {name: drawn(name, rng) for name in rng.sample(sorted(set(FIELDS) - ORDERED), rng.choice([1, 1, 2, 3]))}
     if rng.random() < 0.2:
@@ -268,8 +268,8 @@ def outcomes(seed: int) -> list[dict | None]:
     return [None if config is None else config.to_dict() for config in (anew, by_assignment, loaded)]
 
 
-# what a new configuration takes otherwise than an assignment: the window goes with its switch, theta has a default,
-# latent attention sets the width of a head, and lists are cut
+# fields that a new configuration treats in another way than an assignment does: use_sliding_window=False unsets the
+# window, theta has a default, latent attention sets head_dim, and lists are cut
 ORDERED = {"head_dim", "use_sliding_window", "sliding_window", "rope_parameters", "num_hidden_layers", *PER_LAYER}
 
 
@@ -288,6 +288,6 @@ def test_thousands_of_changes_are_as_in_a_new_configuration():
         assert loaded == anew, seed
 
 
-def test_the_bias_of_a_noisy_router_began_as_whatever_lay_in_memory():
+def test_the_bias_of_a_noisy_router_is_initialised():
     model = MoEForCausalLM(MoEConfig(**SMALL, router_type="noisy_topk", router_bias=True))
     assert all(not block.gate.bias.any() for block in model.model.sparse_blocks())

@@ -1,4 +1,4 @@
-"""No field of a router is ignored: each changes what a model computes, or is refused by name."""
+"""Tests that no field is ignored: a changed field changes what a model computes, or is refused by name."""
 
 import functools
 import json
@@ -14,14 +14,14 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.configuration_fields import settings_of
-from modeling_moe.configuration_moe import GROUPS
 from modeling_moe.router_catalogue import ROUTERS
+from modeling_moe.utils.config_page import TITLES
 from tests.conftest import tiny_config
 
 
 ROUTER_FIELDS = {
     item.name: item
-    for group in GROUPS
+    for group in TITLES
     if group.__module__.rpartition(".")[2].startswith("router")
     for item in fields(group)
 }
@@ -40,7 +40,7 @@ SIZE = {
     "attn_implementation": "eager",
     "experts_implementation": "eager",
 }
-# what a router cannot do without
+# router_type -> fields that the router needs
 NEEDS = {
     "hierarchical": {"n_group": 4, "topk_group": 2},
     "uniform": {"num_experts_per_tok": 4},
@@ -51,7 +51,7 @@ NEEDS = {
     "continuous": {"router_cutoff": 0.4},
     "lory": {"segment_length": 2},
 }
-# field -> others with which something reads it, beside the router
+# field -> other fields that must be set so that something reads it
 COMPANIONS = {
     "topk_group": {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
     "group_score": {"n_group": 2, "topk_group": 1},
@@ -69,7 +69,7 @@ COMPANIONS = {
     "capacity_includes_k": {"capacity_factor": 0.5},
     "capacity_priority": {"capacity_factor": 0.5},
 }
-# field -> a value that makes a difference where a generic one does not
+# field -> a value with which a tiny model computes something else
 CHANGED = {
     "allow_noncausal": False,
     "router_controller": "proportional",
@@ -92,7 +92,7 @@ CHANGED = {
     "scoring_func": "sigmoid",
 }
 IDS = torch.arange(24).view(3, 8) * 7 % 32
-# what a pass cannot show, and why
+# fields whose change no pass can show, and why
 NO_EFFECT = {
     "allow_noncausal": "it permits routers and changes none",
     "num_tasks": "more tasks than the batch names add rows that no token uses",
@@ -100,7 +100,7 @@ NO_EFFECT = {
 
 
 def changed(name: str, router: str):
-    """A value of a field that differs from its default."""
+    """Returns a value of a field that differs from the default."""
     default, kind, limits = ROUTER_FIELDS[name].default, ROUTER_FIELDS[name].type, settings_of(MoEConfig)[name].limits
     if name == "norm_topk_prob":
         return not ROUTERS[router].norm_topk_prob_default
@@ -118,11 +118,15 @@ def changed(name: str, router: str):
 
 @functools.cache
 def fingerprint(text: str) -> dict[str, torch.Tensor]:
-    """What a model of these fields computes in two optimizer steps of two micro-batches each and then in evaluation."""
+    """Returns what a model computes in two optimizer steps of two micro-batches each, and then in evaluation.
+
+    Args:
+        text: the fields of the configuration as JSON.
+    """
     torch.manual_seed(0)
     model = MoEForCausalLM(MoEConfig(**json.loads(text)))
     for name, parameter in model.named_parameters():
-        # so that a new parameter does not change the others
+        # by name, so that an additional parameter does not change the values of the others
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         parameter.data.normal_(std=0.5, generator=generator)
     for name, buffer in model.named_buffers():
@@ -146,12 +150,12 @@ def fingerprint(text: str) -> dict[str, torch.Tensor]:
 
 
 def differs(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether something that both have is not equal."""
+    """Returns whether the results differ in a tensor that both have."""
     return any(not torch.equal(first[name], second[name]) for name in first.keys() & second.keys())
 
 
 def outcome(base: dict, name: str, value) -> str:
-    """How a changed field ends: "refused", "differs" or "ignored"; "none" if the other fields are refused already."""
+    """Returns what a change of a field does: "refused", "differs" or "ignored"; "none" if the base is refused."""
     try:
         before = MoEConfig(**base)
     except ValueError:
@@ -187,7 +191,7 @@ def test_each_router_field_changes_something_with_some_router(name):
     pytest.fail(f"{name} has no effect with any router")
 
 
-# fields that nothing reads, and the remedy
+# changes that leave a field unread -> message
 UNREAD = [
     (
         {"router_top_p": 0.9},

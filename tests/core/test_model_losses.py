@@ -165,7 +165,7 @@ def test_a_trainers_own_balance_loss_is_not_added_to_ours():
 
 
 def test_dense_model_has_no_router_loss():
-    model = model_of(mlp_layer_types=["dense"] * 3)
+    model = MoEForCausalLM(tiny_config(mlp_layer_types=["dense"] * 3)).train()
     out = model(IDS, labels=IDS, output_router_logits=True)
     assert out.aux_loss is None
     assert out.router_logits == ()

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The presets in configuration/models: loadable, free of misspelt keys, and as large as the models they are named for."""
+"""Tests that the presets in configuration/models load, have declared keys only, and are as large as the named models."""
 
 import json
 import re
@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parents[2] / "configuration"
 FILES = sorted((FOLDER / "models").glob("*.json"))
 PRESET = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
-# total and active parameters as published; of the last two, ours
+# total and active parameters as published; the last two models are the package's
 OURS = {"moe_tiny", "dynamic_k"}
 PUBLISHED = {
     "switch_base_128": ("7.4B", "0.2B"),
@@ -42,7 +42,7 @@ PUBLISHED = {
     "moe_tiny": ("317K", "169K"),
     "dynamic_k": ("318K", "220K"),
 }
-# of 3.353B Qwen prints 3.3B, and DeepSeek 37B of 37.55B
+# Qwen rounds 3.353B down to 3.3B, and DeepSeek 37.55B to 37B
 ROUNDED_DOWN = {("qwen3_30b_a3b", "3.3B"), ("deepseek_v3", "37B")}
 TRAINING = ("router_bias_update_rate", "router_controller", "router_aux_loss_coef", "router_seq_aux_loss_coef")
 REFERENCES = {
@@ -59,7 +59,7 @@ def on_meta(model_class, config):
 
 
 def last_digit(figure: str) -> tuple[float, float]:
-    """Value of a printed figure, and of one unit in its last digit."""
+    """Returns the value of a printed figure and the value of one unit in its last digit."""
     number, scale = figure[:-1], {"K": 1e3, "B": 1e9, "T": 1e12}[figure[-1]]
     return float(number) * scale, 10.0 ** -len(number.partition(".")[2]) * scale
 
@@ -117,7 +117,7 @@ def test_as_large_as_transformers_own(name):
 
 
 def test_deepseek_v3_is_what_its_published_configuration_imports_as():
-    """`config.json` of deepseek-ai/DeepSeek-V3, but for the fields that no model computes with."""
+    """The preset equals `config.json` of deepseek-ai/DeepSeek-V3, except for fields that no model computes with."""
     published = DeepseekV3Config(
         vocab_size=129280,
         hidden_size=7168,
@@ -155,7 +155,7 @@ def test_deepseek_v3_is_what_its_published_configuration_imports_as():
         eos_token_id=1,
     )
     preset = AutoConfig.from_pretrained(FOLDER / "models" / "deepseek_v3.json")
-    # how it is trained stands in the paper, not in that file
+    # the paper and not that file says how the model is trained
     training = {name: getattr(preset, name) for name in TRAINING}
     imported = MoEConfig(**{name: getattr(moe_config(published), name) for name in settings_of(MoEConfig)} | training)
     imported.rope_parameters.pop("type", None)

@@ -19,7 +19,6 @@ MODES = {
     "factor above 1": {"capacity_factor": 1.25},
     "factor on tokens": {"capacity_factor": 1.1, "capacity_includes_k": False},
     "absolute": {"expert_capacity": 3},
-    "absolute in place of the factor": {"expert_capacity": 2, "capacity_factor": 9.0},
     "running": {"capacity_factor": 0.7, "capacity_running": True},
     "running on tokens": {"capacity_factor": 1.3, "capacity_running": True, "capacity_includes_k": False},
     "k_major": {"capacity_factor": 0.6, "capacity_priority": "k_major"},

@@ -163,5 +163,5 @@ def test_speculation_equals_greedy(batch):
 
 
 def test_a_static_cache_is_refused(batch):
-    with pytest.raises(ValueError, match="a static cache has no room for: use a dynamic cache"):
+    with pytest.raises(ValueError, match="for which a static cache has no room: use a dynamic cache"):
         segment_model().generate(**batch, **LENGTH, cache_implementation="static", disable_compile=True)

@@ -755,7 +755,6 @@ def test_dense_gradient_is_for_training():
         {"router_type": "hierarchical", "num_experts": 6, "num_experts_per_tok": 6, "n_group": 3, "topk_group": 3},
         {"router_type": "mmoe", "num_tasks": 2},
         {"router_type": "hash_scored", "norm_topk_prob": False, "scoring_func": "sigmoid"},
-        {"router_type": "uniform"},
         {"router_type": "remoe"},
     ],
     ids=str,

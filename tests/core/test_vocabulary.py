@@ -1,4 +1,4 @@
-"""A vocabulary that grows under routers that look at token ids, and tasks that are named token by token in `generate`."""
+"""Tests of routers that read token ids when the vocabulary grows, and of tasks that are given for each token in `generate`."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.conftest import tiny_config
 @pytest.mark.parametrize(
     "fields", [{"router_type": "hash"}, {"router_type": "hash_scored"}, {"num_hash_layers": 2}], ids=str
 )
-def test_a_token_added_to_the_vocabulary_had_no_experts(fields, tmp_path):
+def test_a_token_added_to_the_vocabulary_has_experts(fields, tmp_path):
     model = MoEForCausalLM(tiny_config(**fields)).eval()
     ids = torch.arange(1, 11)[None]
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_a_balanced_table_keeps_its_old_rows_when_it_grows():
 
 
 @pytest.mark.parametrize("router_type", ["task", "mmoe"])
-def test_generate_failed_with_a_task_for_each_token_of_the_prompt(router_type):
+def test_generate_takes_a_task_for_each_token_of_the_prompt(router_type):
     model = MoEForCausalLM(tiny_config(router_type=router_type, num_tasks=3, eos_token_id=None)).eval()
     ids, tasks = torch.arange(1, 11).view(2, 5), torch.tensor([[0, 0, 1, 2, 1], [2, 2, 2, 2, 0]])
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -62,7 +62,7 @@ def test_generate_failed_with_a_task_for_each_token_of_the_prompt(router_type):
 
 @pytest.mark.parametrize("num_tasks", [1, 3, 8])
 @pytest.mark.parametrize("hidden_size", [24, 33])
-def test_a_task_router_gave_other_logits_after_loading(num_tasks, hidden_size, tmp_path):
+def test_a_task_router_gives_equal_logits_after_loading(num_tasks, hidden_size, tmp_path):
     model = MoEForCausalLM(tiny_config(router_type="task", num_tasks=num_tasks, hidden_size=hidden_size)).eval()
     ids, tasks = torch.arange(1, 19).view(2, 9), {"task_ids": torch.tensor([0, num_tasks - 1])}
     model.save_pretrained(tmp_path)

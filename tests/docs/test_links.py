@@ -129,6 +129,8 @@ def test_api_pages_name_modules():
     assert len(names) == len(set(names)) > 40
     for name in names:
         assert isinstance(import_module(name), ModuleType), name
+    saved_with_checkpoints = {f"modeling_moe.{file.stem}" for file in (ROOT / "modeling_moe").glob("[!_]*.py")}
+    assert saved_with_checkpoints <= set(names), saved_with_checkpoints - set(names)
 
 
 MODULES = sorted(

@@ -9,8 +9,8 @@ from typing import NoReturn
 
 import pytest
 import yaml
-from modeling_moe.commands.main import COMMANDS, run_command
 
+from modeling_moe.commands.main import COMMANDS, run_command
 from modeling_moe.router_catalogue import RENAMED_VALUES, ROUTERS
 from tests.docs.blocks import ROOT, find_blocks, pages
 from tests.docs.commands import ParsedError

@@ -349,6 +349,10 @@ def test_an_adapter_can_be_published_if_its_base_is_on_the_hub(hub, tmp_path):
     adapted = get_peft_model(MixtralForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=["q_proj"]))
     adapted.save_pretrained(folder)
     assert "Model Card for Model ID" in (folder / "README.md").read_text()
+    with pytest.raises(
+        UserError, match=r"pass --license.*; the adapter's base model .*: pass --base_model owner/name"
+    ):
+        push_folder(folder, "you/adapter")
     with pytest.raises(UserError, match="pass --base_model owner/name"):
         push_folder(folder, "you/adapter", license="mit")
     push_folder(folder, "you/adapter", license="mit", base_model="owner/base")

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py, run in this process."""
+"""The fixtures run scripts/benchmark.py in this process and register experts functions for one test."""
 
 import functools
 import runpy
@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
 @pytest.fixture
 def benchmark(monkeypatch, capsys):
-    """Runs the script as if its output were piped; returns its exit code, what it printed and what it complained about."""
+    """Runs the script without a terminal; returns exit code, standard output and standard error."""
 
     def run_script(*flags):
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, flags)])

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py on a tiny shape: what it measures, what it refuses, and the parts that it is made of."""
+"""These tests run scripts/benchmark.py on a tiny shape, and test the parts of the benchmark."""
 
 import json
 
@@ -53,9 +53,9 @@ def test_saved_bytes_of_the_experts(benchmark, tmp_path):
     flags = ["--presets", "tiny", "--dtypes", "float32", "--tokens", 24, "--modes", "forward_backward", "--rounds", 1]
     code, *_ = benchmark(*flags, "--implementations", "moe", "moe_recompute", "--output", path)
     (result,) = json.loads(path.read_text())["results"]
-    slots, width = 24 * PRESETS["tiny"].per_token, 2 * PRESETS["tiny"].intermediate
+    assignments, width = 24 * PRESETS["tiny"].per_token, 2 * PRESETS["tiny"].intermediate
     assert code == 0
-    assert result["saved_bytes"]["moe"] - result["saved_bytes"]["moe_recompute"] == 4 * slots * width
+    assert result["saved_bytes"]["moe"] - result["saved_bytes"]["moe_recompute"] == 4 * assignments * width
 
 
 def test_comparisons_and_budget(benchmark, tmp_path):
@@ -73,8 +73,8 @@ def test_comparisons_and_budget(benchmark, tmp_path):
     assert "not run, the budget of 1e-09 s was spent: experts tiny" in printed
 
 
-def test_back_end_is_the_one_that_serves(benchmark, tmp_path):
-    """moe_native cannot serve what another back end then does: the report says which."""
+def test_the_report_names_the_back_end_that_ran(benchmark, tmp_path):
+    """moe_loop asks for the loop, and moe_recompute leaves the choice to the package."""
     path = tmp_path / "result.json"
     flags = ["--presets", "tiny", "--dtypes", "float32", "--tokens", 24, "--modes", "forward_backward", "--rounds", 1]
     flags += ["--implementations", "moe_recompute", "moe_loop", "--output", path]
@@ -89,26 +89,26 @@ def test_back_end_is_the_one_that_serves(benchmark, tmp_path):
     ("flags", "message"),
     [
         (["--device", "tpu"], "device 'tpu' is unknown"),
-        (["--device", "cuda"], "torch sees no GPU"),
+        (["--device", "cuda"], "torch finds no GPU"),
         (["--level", "layer"], "level 'layer' is unknown"),
         (["--presets", "huge"], "presets 'huge' is unknown"),
         (["--dtypes", "int8"], "dtypes 'int8' is unknown"),
         (["--routing", "random"], "routing 'random' is unknown"),
         (["--modes", "backward"], "modes 'backward' is unknown"),
-        (["--tokens", "0"], "0 is less than 1"),
+        (["--tokens", "0"], "tokens is 0: it must be at least 1"),
         (["--rounds", "0"], "rounds is 0"),
         (["--threads", "-1"], "threads is -1"),
         (["--level", "block", "--routing", "zipf"], "a router chooses"),
-        (["--what", "lora", "--modes", "forward"], "a model with its router: leave routing, modes, level out"),
-        (["--what", "lora", "--presets", "gpt_oss_20b"], "gpt_oss_20b has experts only"),
-        (["--level", "model", "--presets", "gpt_oss_20b"], "gpt_oss_20b has experts only"),
-        (["--implementations", "eager"], "at least one must be this package's"),
+        (["--what", "lora", "--modes", "forward"], "a model with its router; omit routing, modes and level"),
+        (["--what", "lora", "--presets", "gpt_oss_20b"], "gpt_oss_20b has only experts"),
+        (["--level", "model", "--presets", "gpt_oss_20b"], "gpt_oss_20b has only experts"),
+        (["--implementations", "eager"], "at least one must belong to this package"),
         (["--implementations", "moe", "fastest"], "'fastest' is not registered"),
         (["--output", "/missing/folder/result.json"], "make the folder"),
     ],
 )
 def test_mistakes(flags, message, benchmark):
-    if message == "torch sees no GPU" and torch.cuda.is_available():
+    if message == "torch finds no GPU" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     code, printed, complaint = benchmark(*flags)
     assert code == 2
@@ -153,7 +153,7 @@ def test_zipf_loads_fall_with_the_expert():
     torch.testing.assert_close(share, odds / odds.sum(), atol=0.015, rtol=0)
 
 
-def test_all_to_one_sends_all_first_slots_to_one_expert():
+def test_all_to_one_sends_all_first_choices_to_one_expert():
     index, _ = route("all_to_one", 50, Preset(8, 8, 16, 4))
     assert (index == torch.arange(4)).all()
     assert (route("all_to_one", 50, Preset(8, 8, 16, 1))[0] == 0).all()
@@ -254,7 +254,7 @@ def test_quadratic_and_copying_implementations_are_skipped():
     assert skip_reason("moe_triton", few, CPU, 4) == "needs CUDA"
 
 
-def test_default_cases_hold_what_is_claimed():
+def test_default_cases_cover_both_cpu_shapes():
     cpu = default_cases("cpu", "experts")
     assert len(cpu) == len(set(cpu))
     for preset in ("cpu_fine", "cpu_coarse"):

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py where something fails: the case says so, the run goes on, and the file keeps what was measured."""
+"""A case of scripts/benchmark.py that fails is recorded, the run continues, and the file keeps all earlier results."""
 
 import json
 from pathlib import Path
@@ -15,22 +15,22 @@ GROUPED_MM = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
 
 
 def scaled(factor):
-    """grouped_mm with a wrong scale."""
+    """Returns grouped_mm with a wrong scale."""
     return lambda *args: factor * GROUPED_MM(*args)
 
 
 def detached(module, hidden_states, top_k_index, top_k_weights):
-    """Right outputs, no gradient for the router."""
+    """Returns right outputs without a gradient for the router."""
     return GROUPED_MM(module, hidden_states, top_k_index, top_k_weights.detach() + 0 * top_k_weights)
 
 
 def broken(*args):
-    """No outputs."""
+    """Raises an error."""
     raise ValueError("two words")
 
 
 def only(tokens, function):
-    """A function for calls of so many tokens, grouped_mm for others."""
+    """Returns `function` for calls with this number of tokens, and grouped_mm for other calls."""
     return lambda module, x, *rest: (function if len(x) == tokens else GROUPED_MM)(module, x, *rest)
 
 
@@ -73,7 +73,7 @@ def test_failing_case_is_recorded_and_the_run_goes_on(
 
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_failure_after_the_check_takes_the_times_out(calls, implementation, benchmark, tmp_path):
-    """A case calls an implementation to check it, to warm up, to time it, and to count saved bytes."""
+    """A case calls an implementation four times: to check, to warm up, to time, and to count saved bytes."""
     calls_made = []
 
     def function(*args):
@@ -131,7 +131,7 @@ def test_file_outlives_a_failed_write(tmp_path, monkeypatch):
 
 
 def test_lost_gpu_ends_the_run(implementation, monkeypatch):
-    """A sticky error: what comes after it in the case fails too, and no further case is begun."""
+    """After a CUDA error that persists, the rest of the case fails too, and no further case starts."""
 
     def lost(*args):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py --device cuda on a made-up GPU: what it measures first, what it says of it, and how it prints it."""
+"""These tests run scripts/benchmark.py --device cuda on a simulated GPU: order of the cases, results and tables."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.benchmark.fake_cuda import faked
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which gpu_check.sh measures")
 @pytest.mark.parametrize("captures", [True, False])
 def test_decoding_on_a_gpu(captures, benchmark, tmp_path, monkeypatch):
-    """A made-up GPU, its kernels interpreted: what a case on it says, and that ours must fit into a CUDA graph."""
+    """On a simulated GPU with interpreted kernels, our implementation fails if a CUDA graph cannot capture it."""
     path = tmp_path / "result.json"
     flags = ["--device", "cuda", "--presets", "tiny", "--tokens", 2, "--dtypes", "float16", "--case_s", 0.01]
     with faked():
@@ -72,7 +72,7 @@ def test_facts_of_a_gpu(monkeypatch):
 
 
 def test_no_warm_up_is_measured_on_a_gpu():
-    """Of four calls the first, however long it takes, is left out, and three are measured in any case."""
+    """The first of four calls is a warm-up that is left out, however long it takes, and three calls are measured."""
 
     class SlowClock:
         device = torch.device("cuda")
@@ -87,7 +87,7 @@ def test_no_warm_up_is_measured_on_a_gpu():
 
 
 def test_floors_are_those_of_the_table():
-    """../shared/reference/kernels.md, section 5: Qwen3-30B-A3B at 32k tokens, forward and backward."""
+    """The floors were computed by hand from the stated peak and bandwidth of an H100: Qwen3-30B-A3B at 32k tokens."""
     preset, peak = PRESETS["qwen3_30b_a3b"], PEAKS["H100"]
     forward = floor_ms(preset, 32768, 128, "forward", 2, peak)
     assert forward["compute"] == pytest.approx(2.50, abs=0.01)
@@ -101,7 +101,7 @@ def test_floors_are_those_of_the_table():
 
 
 def gpu_result(mode, tokens):
-    """What a case on a GPU gives, all widths as large as they come."""
+    """Returns the result of a case on a GPU in which all texts have their largest width."""
     case = Case("experts", "deepseek_v2_lite", "bfloat16", tokens, "all_to_one", mode)
     names = ["moe", "moe_recompute", "eager", "grouped_mm", "batched_mm", "liger"]
     graphs = [f"{name} (graph)" for name in ("moe", "grouped_mm", "batched_mm")] if mode == "decode" else []
@@ -171,7 +171,7 @@ def test_report_fits_a_terminal(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "…" not in printed
     assert max(map(len, printed.splitlines())) <= 100
-    # a line for each case and contestant, none of them broken
+    # each case and contestant has one line, which is not broken
     for result in results:
         for name in {*result.times, *result.failures} - {"copy"}:
             assert any(line.startswith(f"{name} ") and len(line.split()) > 2 for line in printed.splitlines())
@@ -196,7 +196,7 @@ def test_gpu_measures_first_what_matters():
         "qwen3_next",
         "deepseek_v2_lite",
     ]
-    # each preset before any uneven routing and any small number of tokens
+    # all presets come before uneven routing and before small numbers of tokens
     expected = [Case("experts", preset, "bfloat16", *size) for preset in presets for size in _balanced(first)]
     assert cuda[: len(expected)] == expected
     assert [case.routing for case in cuda[len(expected) :]] == ["zipf"] * 4 + ["all_to_one"] * 4 + ["balanced"] * 28

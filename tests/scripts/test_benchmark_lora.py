@@ -1,4 +1,4 @@
-"""scripts/benchmark.py --what lora at tiny sizes: what it measures, and what it says where PEFT disagrees."""
+"""These tests run scripts/benchmark.py --what lora at tiny sizes: results, and reports of a disagreement with PEFT."""
 
 import json
 import math
@@ -16,7 +16,7 @@ OTHERS = ["PEFT", "full", "full, grouped_mm", "attention", "attention, grouped_m
 
 @pytest.fixture
 def script(benchmark, tmp_path):
-    """Runs the script on the tiny model; returns its exit code, output, complaint and file."""
+    """Runs the script on the tiny model; returns exit code, standard output, standard error and results."""
 
     def run(*flags):
         path = tmp_path / "lora.json"
@@ -57,7 +57,7 @@ def test_table_and_json(script):
         assert all(math.isfinite(ratio) and ratio > 0 for ratio in result["ratios"].values())
         assert result["errors"]["moe"]["largest"] < 1e-5
         assert result["backends"] == {"moe": "native"}
-    # PEFT keeps a copy of all experts, with the update added, in each of the two layers
+    # in each of the two layers, PEFT keeps a copy of all experts with the update added
     saved = [result["saved_bytes"] for result in results if result["saved_bytes"]]
     copies = 2 * 4 * TINY.experts * TINY.expert_elements
     assert saved[0]["moe"] < copies < saved[0]["PEFT"]
@@ -77,7 +77,7 @@ def test_sixteen_bits_are_compared_with_float32(dtype, script):
 
 
 def scaled(name, contestant, tokens, factor):
-    """A method of the passes that is a little off for one contestant: in the logits, or in one of the smaller gradients."""
+    """Returns a method of the passes that is slightly wrong for one contestant: in the logits or in a small gradient."""
     method = getattr(lora._Pass, name)
 
     def wrong(self):
@@ -109,14 +109,14 @@ def test_disagreement_is_recorded_and_the_run_goes_on(method, factor, error, scr
         assert set(OTHERS) < {*result["times"], "moe"}
         assert wrong == ("moe" in result["failures"])
         if wrong:
-            assert "disagrees with PEFT's own path in float32 in " in result["error"]
+            assert "disagrees with PEFT's own code in float32 in " in result["error"]
             assert f"by {error}" in result["error"]
             assert result["ratios"] == {}
     assert f"FAILED, {case}: moe: LoRA by moe" in " ".join(printed.split())
 
 
 def test_wrong_peft_is_left_out(script, monkeypatch):
-    """The reference is PEFT's path in float32, so that in bfloat16 may be wrong by itself."""
+    """The reference is PEFT in float32, so PEFT in bfloat16 may be wrong without failing our implementation."""
     forward = lora._Pass.forward
 
     def wrong(self):
@@ -127,15 +127,15 @@ def test_wrong_peft_is_left_out(script, monkeypatch):
     code, _, _, report = script("--tokens", 24, "--dtypes", "bfloat16")
     assert code == 0
     first, second = report["results"]
-    assert "disagrees with PEFT's own path" in first["skipped"]["PEFT"]
+    assert "disagrees with PEFT's own code" in first["skipped"]["PEFT"]
     assert "PEFT" not in first["times"]
     assert "ours/full" in first["ratios"]
     assert "ours/PEFT" not in first["ratios"]
     assert "ours/PEFT" in second["ratios"]
 
 
-def test_check_takes_the_reference_s_experts():
-    """Where rounding changes a token's experts, bfloat16 is compared for those that float32 chooses."""
+def test_the_check_uses_the_experts_of_the_reference():
+    """If rounding changes the experts of a token, bfloat16 is compared with the experts that float32 chooses."""
     runner = LoraRunner(BenchmarkArguments(what="lora", rounds=1))
     case = Case("lora", "tiny", "bfloat16", 512, "router", "forward")
     runner._load(case)

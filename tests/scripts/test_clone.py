@@ -1,4 +1,4 @@
-"""Scripts in a clone whose package nobody installed."""
+"""Every script starts in a clone in which the package is not installed."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ for script in sorted(Path(folder).glob("*.py")):
 
 
 def test_every_script_starts_without_installation(tmp_path):
-    """No `.pth` file is read with -S, so that an editable installation is none."""
+    """With -S Python reads no `.pth` file, so an editable installation is not found."""
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
     packages = [path for path in sys.path if path.endswith("-packages")]

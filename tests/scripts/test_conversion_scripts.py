@@ -1,4 +1,4 @@
-"""scripts/upcycle.py, scripts/convert.py and the demo's helpers: what they print, refuse and leave behind."""
+"""These tests run scripts/upcycle.py, scripts/convert.py, scripts/resize.py and the scripts of the demo."""
 
 import json
 import runpy
@@ -28,7 +28,7 @@ SIZE = {
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a script in this process; returns its exit code, what it printed and what it complained about."""
+    """Runs a script in this process; returns exit code, standard output and standard error."""
 
     def run_script(name, *flags):
         monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
@@ -63,7 +63,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run, dense, tmp_path):
     assert "computes the dense function │ yes" in out
 
 
-def test_dry_run_tells_why_it_is_not_exact(run, dense, tmp_path):
+def test_dry_run_gives_the_reason_for_another_function(run, dense, tmp_path):
     flags = ["--model_name_or_path", dense, "--output_dir", tmp_path / "moe", "--noise", "0.1", "--dry_run", "true"]
     assert "no: noise moves every expert" in run("upcycle.py", *flags)[1]
 
@@ -104,7 +104,7 @@ def test_convert(run, tmp_path):
         ("upcycle.py", ["--num_expert", "4"], "did you mean 'num_experts'?"),
         ("upcycle.py", ["--dtype", "int3"], "dtype 'int3' is unknown"),
         ("upcycle.py", ["--model_name_or_path", "/nowhere"], "model_name_or_path '/nowhere': there is no such folder"),
-        ("convert.py", ["--target", "gguf"], "target 'gguf' is unknown: it must be moe or one of mixtral"),
+        ("convert.py", ["--target", "gguf"], "target 'gguf' is unknown: it must be one of moe, mixtral"),
         ("resize.py", [], "has no sparse layer: upcycle it first"),
     ],
 )
@@ -204,7 +204,7 @@ def test_demo_data_holds_out_what_it_does_not_train_on(run, tmp_path):
         assert not any(text in train for text in paragraphs)
 
 
-def test_demo_data_of_ones_own(run, tmp_path):
+def test_demo_data_from_a_file(run, tmp_path):
     lines = [f"line {i} of my own text\n" for i in range(5000)]
     (tmp_path / "mine.txt").write_text("".join(lines))
     assert run("demo_data.py", "--output_dir", tmp_path / "data", "--data", f"mine={tmp_path / 'mine.txt'}")[0] == 0

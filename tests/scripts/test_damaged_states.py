@@ -1,4 +1,4 @@
-"""scripts/finetune.py given damaged states to resume from, and numbers that cannot be: one line, and nothing is lost."""
+"""scripts/finetune.py answers damaged checkpoints and impossible numbers in one line, and no file is lost."""
 # ruff: noqa: F401, F811 (fixtures)
 
 import json
@@ -18,7 +18,7 @@ STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 class Hostile:
-    """A pickle that would make a file."""
+    """Unpickling an instance creates a folder."""
 
     def __init__(self, file):
         self.file = str(file)
@@ -28,14 +28,14 @@ class Hostile:
 
 
 def damages(folder) -> dict[str, bytes | None]:
-    """What may lie where a state should."""
+    """Returns contents of a damaged state file by name; None means that the file is missing."""
     whole = b"".join(bytes([number % 251]) for number in range(4000))
     return {"empty": b"", "garbled": whole, "hostile": pickle.dumps(Hostile(folder / "ran")), "missing": None}
 
 
 @pytest.fixture
 def run(checkpoint, text_file, tmp_path, monkeypatch, capsys):
-    """A run of two steps, and a way to resume from it."""
+    """Trains two steps; returns the folder of the checkpoint and a function that resumes and returns the complaint."""
     flags = [*small(checkpoint, text_file, tmp_path / "out", steps=2), "--save_steps", "2", "--eval_fraction", "0"]
     finetune(monkeypatch, *flags)
 
@@ -45,7 +45,7 @@ def run(checkpoint, text_file, tmp_path, monkeypatch, capsys):
     return tmp_path / "out" / "checkpoint-2", resume
 
 
-def test_damaged_states_ended_in_tracebacks(run, tmp_path):
+def test_damaged_states_are_named_in_one_line(run, tmp_path):
     folder, resume = run
     for name in STATES:
         kept = (folder / name).read_bytes()
@@ -65,7 +65,7 @@ def test_damaged_states_ended_in_tracebacks(run, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_optimizer_of_another_shape_killed_the_process(run):
+def test_an_optimizer_state_of_another_shape_is_refused(run):
     folder, resume = run
     state = torch.load(folder / "optimizer.pt", weights_only=True)
     state["state"][1]["exp_avg"] = torch.ones(3, 5)
@@ -80,14 +80,14 @@ def test_an_optimizer_of_another_shape_killed_the_process(run):
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"global_step": "x"}', '{"global_step": -1}', '{"step": 1}', "[" * 100_000, "\0"]
 )
-def test_a_damaged_trainer_state_ended_in_a_traceback(content, run):
+def test_a_damaged_trainer_state_is_refused(content, run):
     folder, resume = run
     (folder / "trainer_state.json").write_text(content)
     assert "trainer_state.json is damaged" in resume("--resume_from_checkpoint", folder)
     assert "holds no complete checkpoint" in resume()
 
 
-def test_damaged_weights_of_a_checkpoint_ended_in_a_traceback(run):
+def test_damaged_weights_of_a_checkpoint_are_refused(run):
     folder, resume = run
     kept = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(kept[:-1000])
@@ -101,7 +101,7 @@ def test_damaged_weights_of_a_checkpoint_ended_in_a_traceback(run):
     assert "size mismatch" in resume()
 
 
-def test_another_schedule_was_taken_without_a_word(run, checkpoint, text_file, monkeypatch, capsys, caplog):
+def test_another_schedule_is_warned_about(run, checkpoint, text_file, monkeypatch, capsys, caplog):
     folder, resume = run
     assert "is at step 2, past max_steps 1: raise max_steps" in resume("--max_steps", "1")
     flags = [*small(checkpoint, text_file, folder.parent, steps=3), "--eval_fraction", "0", "--save_steps", "2"]
@@ -112,7 +112,7 @@ def test_another_schedule_was_taken_without_a_word(run, checkpoint, text_file, m
     assert "was planned to end" not in caplog.text
 
 
-def test_load_best_model_at_end_knew_no_eval_loss(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+def test_load_best_model_at_end_uses_the_mean_eval_loss(checkpoint, text_file, tmp_path, monkeypatch, capsys):
     flags = small(checkpoint, text_file, tmp_path / "out", steps=4)
     flags += ["--data", f"a={text_file}", f"b={text_file}", "--eval_fraction", "0.2", "--save_steps", "2"]
     flags += ["--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end", "true"]
@@ -133,7 +133,7 @@ def test_load_best_model_at_end_knew_no_eval_loss(checkpoint, text_file, tmp_pat
     assert all(torch.equal(saved[name], kept[name]) for name in kept)
 
 
-def test_overwrite_deleted_what_no_run_wrote(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+def test_overwrite_keeps_files_that_no_run_wrote(checkpoint, text_file, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     flags = [*small(checkpoint, text_file, output, steps=1), "--overwrite"]
     (output / "checkpoint-9").mkdir(parents=True)
@@ -153,7 +153,7 @@ def test_overwrite_deleted_what_no_run_wrote(checkpoint, text_file, tmp_path, mo
     assert "is the folder of the model to train" in line
 
 
-def test_finetune_wrote_into_a_folder_that_nobody_named(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+def test_a_missing_output_dir_is_refused(checkpoint, text_file, tmp_path, monkeypatch, capsys):
     flags = small(checkpoint, text_file, tmp_path / "out")
     at = flags.index("--output_dir")
     assert "output_dir is missing" in mistake(monkeypatch, capsys, *flags[:at], *flags[at + 2 :])
@@ -203,7 +203,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_numbers_that_cannot_be_ended_in_tracebacks(name, checkpoint, text_file, tmp_path, monkeypatch, capsys):
+def test_impossible_numbers_are_refused_in_one_line(name, checkpoint, text_file, tmp_path, monkeypatch, capsys):
     for value in BAD[name]:
         method = ["--method", "lora"] if name.startswith("lora") else []
         flags = [*small(checkpoint, text_file, tmp_path / "out", steps=1), *method, f"--{name}={value}"]

@@ -1,4 +1,4 @@
-"""scripts/eval_lm.py on a tiny model."""
+"""These tests run scripts/eval_lm.py on a tiny model."""
 # ruff: noqa: F401, F811 (fixtures)
 
 import json

@@ -1,4 +1,4 @@
-"""scripts/finetune.py on a tiny model: it learns, and what it saves is what it trained."""
+"""These tests run scripts/finetune.py on a tiny model, which learns and is saved with the trained weights."""
 # ruff: noqa: F401, F811 (fixtures)
 
 import json
@@ -39,7 +39,7 @@ def small(checkpoint, text_file, output_dir, steps=12):
 
 
 def mistake(monkeypatch, capsys, *flags) -> str:
-    """The one line that a run with these flags ends with."""
+    """Runs the script with flags that it refuses; returns the last line of standard error."""
     with pytest.raises(SystemExit) as exit_info:
         finetune(monkeypatch, *flags)
     assert exit_info.value.code == 2
@@ -97,7 +97,7 @@ def test_adapter(checkpoint, text_file, tmp_path, monkeypatch):
     )
 
 
-# stops a process as `kill -9` does, where it would call a method of `Trainer` at a step
+# kills a process as `kill -9` does, when it calls a method of `Trainer` at a given step
 KILL = """
 import os, runpy, signal, sys
 from transformers import Trainer
@@ -120,7 +120,7 @@ RANDOM = {
 
 
 def history(output: Path, checkpoint: str) -> list[dict]:
-    """What was logged of the loss, with all digits."""
+    """Returns the logged losses of a checkpoint with all digits."""
     log = json.loads((output / checkpoint / "trainer_state.json").read_text())["log_history"]
     return [
         {name: row[name] for name in ("step", "loss", "grad_norm", "learning_rate")} for row in log if "loss" in row
@@ -129,7 +129,7 @@ def history(output: Path, checkpoint: str) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("method", "killed_in", "step"),
-    # between two checkpoints, and in the middle of writing one; in the second epoch
+    # the first run is killed between two checkpoints, the second one while it writes a checkpoint in the second epoch
     [("full", "training_step", 15), ("lora", "_save_rng_state", 16)],
 )
 def test_killed_run_resumes_exactly(method, killed_in, step, text_file, tokenizer, tmp_path, monkeypatch, capsys):
@@ -186,7 +186,7 @@ def test_overwrite_deletes_another_runs_checkpoints(checkpoint, text_file, tmp_p
 
 
 def changed(checkpoint: Path, output: Path) -> set[str]:
-    """Names of the parameters that differ."""
+    """Returns the names of the parameters that differ."""
     before = dict(AutoModelForCausalLM.from_pretrained(checkpoint).named_parameters())
     after = AutoModelForCausalLM.from_pretrained(output).named_parameters()
     return {name for name, parameter in after if not torch.equal(parameter, before[name])}
@@ -343,7 +343,7 @@ def test_mistakes(flags, message, checkpoint, text_file, tmp_path, monkeypatch, 
         (["--max_steps", "-1", "--num_train_epochs", "0"], "no step was trained, so nothing is saved"),
     ],
 )
-def test_what_a_trainer_finds_late_ended_in_a_traceback_or_an_untrained_model(
+def test_what_a_trainer_finds_late_is_refused_before_training(
     flags, message, checkpoint, text_file, tmp_path, monkeypatch, capsys
 ):
     with pytest.raises(SystemExit) as exit_info:
@@ -399,10 +399,10 @@ def test_help_shows_examples(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_info:
         finetune(monkeypatch, "--help")
     assert exit_info.value.code == 0
-    assert "python scripts/finetune.py configuration/recipes/sft_lora.yaml" in capsys.readouterr().out
+    assert "python scripts/finetune.py sft_lora --model" in capsys.readouterr().out
 
 
-def test_a_result_forgot_what_it_was_made_from(checkpoint, text_file, tmp_path, monkeypatch):
+def test_a_result_records_its_base_model_data_and_license(checkpoint, text_file, tmp_path, monkeypatch):
     output, home = tmp_path / "out", tmp_path / "home"
     home.mkdir()
     (checkpoint / "conversion.json").write_text('{"recipe": {"lineage": {"license": "mit"}}}')
@@ -428,7 +428,7 @@ def test_a_result_forgot_what_it_was_made_from(checkpoint, text_file, tmp_path, 
     assert not (output / "conversion.json").exists()
 
 
-def test_an_adapter_named_its_base_by_a_relative_path(checkpoint, text_file, tmp_path, monkeypatch):
+def test_an_adapter_names_its_base_by_an_absolute_path(checkpoint, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     finetune(monkeypatch, *small("checkpoint", text_file, "out", steps=1), "--method", "lora", "--merge_lora", "false")
     config = json.loads(Path("out/adapter_config.json").read_text())
@@ -439,12 +439,12 @@ def test_an_adapter_named_its_base_by_a_relative_path(checkpoint, text_file, tmp
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_recipes_warned_of_a_name_that_transformers_gives_up(checkpoint, text_file, tmp_path, monkeypatch, recwarn):
+def test_recipes_raise_no_warning_of_deprecated_names(checkpoint, text_file, tmp_path, monkeypatch, recwarn):
     finetune(monkeypatch, RECIPES / "sft_full.yaml", *small(checkpoint, text_file, tmp_path / "out", steps=1))
     assert [str(w.message) for w in recwarn if "is deprecated and will be removed" in str(w.message)] == []
 
 
-def test_bf16_on_a_cpu_asked_for_another_setup(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+def test_bf16_on_a_cpu_needs_use_cpu(checkpoint, text_file, tmp_path, monkeypatch, capsys):
     flags = [flag for flag in small(checkpoint, text_file, tmp_path / "out") if flag != "--use_cpu"]
     if not torch.cuda.is_available():
         assert "add --use_cpu true" in mistake(monkeypatch, capsys, *flags, "--bf16", "true")

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""scripts/generate.py, run in this process: the package runs a checkpoint, and mistakes are one line."""
+"""scripts/generate.py runs a checkpoint by the code of the package, and answers a mistake in one line."""
 
 import runpy
 import shutil
@@ -27,7 +27,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def generate(monkeypatch, capsys):
-    """Runs the script; returns its exit code, what it printed and what it complained about."""
+    """Runs the script in this process; returns exit code, standard output and the lines of its complaints."""
 
     def run_script(*flags):
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
@@ -50,8 +50,8 @@ def expected_text(folder: Path, prompt: str, tokens: int) -> str:
 
 
 @pytest.mark.parametrize("code", ["as saved", "of somebody else", "none"])
-def test_the_package_runs_a_checkpoint_whatever_code_lies_beside_it(generate, saved, tmp_path, code):
-    """The code of the checkpoint ran, and nobody was asked."""
+def test_the_package_runs_a_checkpoint_whatever_code_is_saved_with_it(generate, saved, tmp_path, code):
+    """An earlier version ran the code of the checkpoint without asking."""
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     if code == "of somebody else":
@@ -71,12 +71,12 @@ def test_an_adapter_runs_on_its_base(generate, saved, tmp_path):
         "--model_name_or_path", tmp_path / "adapter", "--prompt", "a b", "--max_new_tokens", 4
     )
     assert status == 0
-    # a new adapter adds nothing yet
+    # a new adapter adds 0 to every layer
     assert f"> {expected_text(saved, 'a b', 4)}\n" in output
 
 
 def test_mistakes_are_one_line(generate, saved, tmp_path):
-    """A typo, damaged weights and a tokenizer that is too large were tracebacks."""
+    """In an earlier version a typo, damaged weights and a tokenizer that is too large ended in tracebacks."""
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     prompt = ("--prompt", "a")

@@ -1,4 +1,4 @@
-"""scripts/finetune.py stopped by signals: what is there then, and that it goes on as if it had not been stopped."""
+"""A signal stops scripts/finetune.py, which saves a checkpoint, and a resumed run ends with the weights of an unstopped one."""
 # ruff: noqa: F401, F811 (fixtures)
 
 import os
@@ -18,7 +18,7 @@ from tests.training.conftest import checkpoint, text_file, tiny_model, tokenizer
 
 
 def signals_at(monkeypatch, step: int, *numbers: int) -> None:
-    """Sends this process signals in the middle of a step."""
+    """Makes the process send signals to itself in the middle of a step."""
     training_step, sent = Trainer.training_step, []
 
     def stop(self, *args, **kwargs):
@@ -32,7 +32,7 @@ def signals_at(monkeypatch, step: int, *numbers: int) -> None:
 
 
 def stopped(monkeypatch, capsys, *flags) -> str:
-    """The last line of a run that is stopped."""
+    """Runs the script until it is stopped; returns the last line of standard error."""
     with pytest.raises(SystemExit) as exit_info:
         finetune(monkeypatch, *flags)
     assert exit_info.value.code == 130
@@ -40,7 +40,7 @@ def stopped(monkeypatch, capsys, *flags) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_was_trained_before_ctrl_c_was_lost(number, text_file, tokenizer, tmp_path, monkeypatch, capsys):
+def test_a_signal_saves_a_checkpoint(number, text_file, tokenizer, tmp_path, monkeypatch, capsys):
     tiny_model(**RANDOM).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     flags = ["--save_strategy", "no", "--eval_fraction", "0"]
@@ -84,7 +84,7 @@ runpy.run_path(script, run_name="__main__")
 
 
 def launched(folder: Path, *flags, config: bool = False) -> subprocess.CompletedProcess:
-    """Two processes, by torchrun or by accelerate's configuration for CPUs."""
+    """Starts two processes by torchrun, or by accelerate with the configuration for CPUs."""
     (folder / "rank.py").write_text(RANK)
     script = [folder / "rank.py", ROOT / "scripts" / "finetune.py"]
     command = [
@@ -118,7 +118,7 @@ def test_ranks_stopped_after_different_steps(checkpoint, text_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_on_the_cpu_trained_alone_and_collided(checkpoint, text_file, tmp_path):
+def test_two_processes_on_the_cpu_need_use_cpu(checkpoint, text_file, tmp_path):
     flags = [flag for flag in small(checkpoint, text_file, tmp_path / "out", steps=1) if flag != "--use_cpu"]
     run = launched(tmp_path, *flags)
     assert run.returncode != 0
@@ -129,7 +129,7 @@ def test_two_processes_on_the_cpu_trained_alone_and_collided(checkpoint, text_fi
     assert [line.split("│")[2].strip() for line in run.stdout.splitlines() if "processes" in line] == ["2"]
 
 
-def test_workers_that_load_data_said_that_they_stop(monkeypatch):
+def test_a_worker_that_loads_data_says_nothing_when_it_is_stopped(monkeypatch):
     said = []
     monkeypatch.setattr(os, "write", lambda *message: said.append(message))
     stopping = SaveOnInterrupt()

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""scripts/finetune.py from a configuration file: a new model of the tokenizer's vocabulary, trained from scratch."""
+"""scripts/finetune.py makes a new model from a configuration file and a tokenizer, and trains it."""
 # ruff: noqa: F401, F811 (fixtures)
 
 import json
@@ -27,7 +27,7 @@ def finetune(monkeypatch, *flags) -> None:
 
 @pytest.fixture
 def flags(text_file, tokenizer, tmp_path):
-    """The recipe, with what it leaves open."""
+    """Returns the recipe pretrain, with the flags that it needs and small sizes."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     recipe = ROOT / "configuration" / "recipes" / "pretrain.yaml"
     paths = ["--tokenizer_name", tmp_path / "tokenizer", "--data", f"wiki={text_file}"]
@@ -42,11 +42,11 @@ def log(output: Path, step: int) -> list[dict]:
     return [row for row in state["log_history"] if "loss" in row]
 
 
-def test_a_preset_had_no_tokenizer_and_could_not_be_trained(flags, tmp_path, monkeypatch):
+def test_a_preset_is_trained_with_a_given_tokenizer(flags, tmp_path, monkeypatch):
     steps = ["--max_steps", 12, "--save_steps", 6, "--logging_steps", 1]
     finetune(monkeypatch, *flags, *steps, "--output_dir", tmp_path / "out")
     losses = [row["loss"] for row in log(tmp_path / "out", 12)]
-    # a new model knows nothing; the router losses add a little
+    # a new model predicts all tokens alike, and the router losses are small
     assert losses[0] == pytest.approx(math.log(300), abs=0.2)
     assert losses[-1] < losses[0] - 0.5
     config = AutoConfig.from_pretrained(tmp_path / "out")
@@ -56,7 +56,7 @@ def test_a_preset_had_no_tokenizer_and_could_not_be_trained(flags, tmp_path, mon
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 300
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == 2
 
-    # again, and cut short: the seed alone makes the weights
+    # a second run and a resumed one end with equal weights, because the seed alone makes the first weights
     finetune(monkeypatch, *flags, *steps, "--output_dir", tmp_path / "again")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,4 +1,4 @@
-"""scripts/finetune.py --report_to: what a run logs is read back from what it wrote."""
+"""The test reads the files that scripts/finetune.py --report_to tensorboard writes."""
 # ruff: noqa: F401, F811 (fixtures)
 
 import json
@@ -12,7 +12,7 @@ from tests.training.conftest import checkpoint, text_file, tokenizer
 
 
 def scalars(output: Path) -> dict[str, dict[int, float]]:
-    """Tag -> step -> value, of all event files of all runs."""
+    """Returns the scalars of all event files: tag to step to value."""
     found: dict[str, dict[int, float]] = {}
     for file in output.glob("runs/*/events.out.tfevents.*"):
         events = event_accumulator.EventAccumulator(str(file)).Reload()
@@ -22,12 +22,12 @@ def scalars(output: Path) -> dict[str, dict[int, float]]:
 
 
 def printed_loss(output: str) -> float:
-    """The held-out loss of the last table."""
+    """Returns the held-out loss of the last printed table."""
     return float([line for line in output.splitlines() if "held-out loss, wiki" in line][-1].split("│")[2])
 
 
 def test_tensorboard(checkpoint, text_file, tmp_path, monkeypatch, capsys):
-    """A resumed run's events join those of the run that it goes on from."""
+    """A resumed run adds events to the events of the first run."""
     output = tmp_path / "out"
     flags = ["--report_to", "tensorboard", "--logging_steps", "2", "--save_steps", "2"]
     finetune(monkeypatch, *small(checkpoint, text_file, output, steps=2), *flags)

@@ -1,4 +1,4 @@
-"""scripts/upcycling_table.py and scripts/upcycling_experiment.py: what they print, write and refuse."""
+"""These tests run scripts/upcycling_table.py and scripts/upcycling_experiment.py."""
 
 import json
 import runpy
@@ -31,7 +31,7 @@ SMALL = {
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a script in this process; returns its exit code, what it printed and what it complained about."""
+    """Runs a script in this process; returns exit code, standard output and standard error."""
 
     def run_script(name, **flags):
         argv = [name]

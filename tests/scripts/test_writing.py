@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What scripts/generate.py writes is what `generate` of transformers gives: continued texts, chats and samples."""
+"""scripts/generate.py writes the texts, chats and samples that `generate` of transformers returns."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, set_seed
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.utils.generation import GenerationArguments
+from modeling_moe.commands.generate import GenerationArguments
 from tests.conftest import tiny_config
 from tests.data.test_documents import PLAIN
 from tests.training.conftest import train_tokenizer
@@ -33,7 +33,7 @@ TINY = {
 
 
 def save(folder: Path, kind: str = "moe", template: str | None = None) -> Path:
-    """A tiny model with its tokenizer, the same one each time."""
+    """Saves a tiny model, equal in each call, with a tokenizer."""
     tokenizer = train_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
@@ -56,7 +56,7 @@ def generate(monkeypatch, *flags) -> None:
 
 
 def greedy(folder: Path, text: str, tokens: int, **options) -> str:
-    """What transformers alone writes after a text."""
+    """Returns the continuation of a text by `generate` of transformers."""
     tokenizer, model = train_tokenizer(), AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     written = model.generate(
@@ -79,7 +79,7 @@ def test_each_prompt_goes_on_greedily(kind, tmp_path, monkeypatch, capsys):
     assert text == "".join(f"> {prompt}{greedy(folder, prompt, 5)}\n\n" for prompt in ("the old", "der"))
 
 
-def test_a_chat_with_several_turns_was_not_to_be_had(tmp_path, monkeypatch, capsys):
+def test_a_chat_has_several_turns(tmp_path, monkeypatch, capsys):
     folder = save(tmp_path, template=PLAIN)
     flags = ["--model_name_or_path", folder, "--chat", "true", "--system", "to", "--max_new_tokens", 4]
     generate(monkeypatch, *flags, "--prompt", "the old", "mill")
@@ -106,7 +106,7 @@ def test_a_turn_ends_at_the_tokenizers_eos_too(own, ends, tmp_path):
     assert model.generation_config.eos_token_id == own
 
 
-def test_sampling_was_not_to_be_had(tmp_path, monkeypatch, capsys):
+def test_sampling_depends_on_the_seed_alone(tmp_path, monkeypatch, capsys):
     folder = save(tmp_path)
     flags = ["--model_name_or_path", folder, "--prompt", "the old", "--max_new_tokens", 12, "--do_sample", "true"]
     flags += ["--temperature", 1.5, "--top_k", 50, "--top_p", 0.9]
@@ -119,7 +119,7 @@ def test_sampling_was_not_to_be_had(tmp_path, monkeypatch, capsys):
     assert texts[0] == "the old" + greedy(folder, "the old", 12, do_sample=True, temperature=1.5, top_k=50, top_p=0.9)
 
 
-def test_the_checkpoints_own_sampling_holds_for_what_no_flag_says(tmp_path, monkeypatch, capsys):
+def test_flags_that_are_not_given_come_from_the_generation_config(tmp_path, monkeypatch, capsys):
     folder = save(tmp_path)
     model = MoEForCausalLM.from_pretrained(folder)
     model.generation_config.update(do_sample=True, temperature=1.7, top_k=7)
@@ -133,7 +133,7 @@ def test_the_checkpoints_own_sampling_holds_for_what_no_flag_says(tmp_path, monk
     assert capsys.readouterr().out.partition("> ")[2] == f"the old{drawn}\n\n"
 
 
-def test_the_text_came_only_when_it_was_whole(tmp_path, monkeypatch):
+def test_the_text_is_written_token_by_token(tmp_path, monkeypatch):
     folder, pieces = save(tmp_path), []
 
     class Out(io.StringIO):
@@ -151,7 +151,7 @@ def test_the_text_came_only_when_it_was_whole(tmp_path, monkeypatch):
 def test_a_chat_template_is_mentioned_once(tmp_path, monkeypatch, capsys):
     flags = ["--model_name_or_path", save(tmp_path, template=PLAIN), "--prompt", "a", "b", "--max_new_tokens", 1]
     generate(monkeypatch, *flags)
-    assert capsys.readouterr().err.count("--chat true applies it") == 1
+    assert capsys.readouterr().err.count("--chat applies it") == 1
     generate(monkeypatch, *flags, "--chat", "false")
     assert "--chat" not in capsys.readouterr().err
 
@@ -159,7 +159,7 @@ def test_a_chat_template_is_mentioned_once(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--temperature", "0.5"], "temperature goes with sampling: set do_sample true"),
+        (["--temperature", "0.5"], "temperature needs sampling: set do_sample true"),
         (["--do_sample", "true", "--temperature", "0"], "temperature is 0.0: it must be a positive number"),
         (["--do_sample", "true", "--temperature", "nan"], "temperature is nan"),
         (["--do_sample", "true", "--top_p", "1.5"], "top_p is 1.5"),
@@ -168,8 +168,8 @@ def test_a_chat_template_is_mentioned_once(tmp_path, monkeypatch, capsys):
         (["--max_new_tokens", "70"], "the prompt has .* and max_new_tokens is 70, more than the model's 64 positions"),
         (["--prompt", "the old mill " * 40], "more than the model's 64 positions"),
         (["--prompt", ""], "the prompt has no token"),
-        (["--chat", "true"], "the tokenizer has none: leave chat away"),
-        (["--system", "x"], "system goes with a chat"),
+        (["--chat", "true"], "the tokenizer has none: leave chat out"),
+        (["--system", "x"], "system needs a chat"),
         (["--device", "nowhere"], "device nowhere cannot be used"),
         (["--device", "meta"], "device meta cannot be used"),
         (["--prompt", "\udcff"], "is not UTF-8"),
@@ -186,7 +186,7 @@ def test_mistakes(flags, message, tmp_path, monkeypatch, capsys):
     assert re.search(message, line)
 
 
-def test_a_generation_config_with_beams_or_stop_strings_did_not_run(tmp_path, monkeypatch, capsys):
+def test_a_generation_config_with_beams_or_stop_strings_runs(tmp_path, monkeypatch, capsys):
     folder = save(tmp_path)
     flags = ["--model_name_or_path", folder, "--prompt", "the old", "--max_new_tokens", 4]
     generate(monkeypatch, *flags)
@@ -200,10 +200,10 @@ def test_a_generation_config_with_beams_or_stop_strings_did_not_run(tmp_path, mo
     with pytest.raises(SystemExit) as stop:
         generate(monkeypatch, *flags)
     assert stop.value.code == 2
-    assert "asks for what is not installed" in capsys.readouterr().err
+    assert "needs a package that is not installed" in capsys.readouterr().err
 
 
-def test_a_chat_of_few_positions_died_of_its_own_default(tmp_path, monkeypatch, capsys):
+def test_a_chat_of_a_model_with_few_positions_is_shortened(tmp_path, monkeypatch, capsys):
     folder = save(tmp_path, template=PLAIN)
     generate(monkeypatch, "--model_name_or_path", folder, "--prompt", "the old mill", "--chat", "true")
     assert "assistant: " in capsys.readouterr().out

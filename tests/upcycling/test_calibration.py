@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from transformers.models import gemma2, gpt2, gpt_neox, llama, mixtral, olmo2, opt
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.data.calibration_text import load_domains
 from modeling_moe.upcycling.calibration import (
     MEASURED_ROUTERS,
     LayerInputs,
@@ -317,13 +316,3 @@ def test_models_without_the_networks_are_refused(tokenizer):
         measured(source(opt.OPTConfig(**sizes, word_embed_proj_dim=32)), tokenizer, router_init="text")
     with pytest.raises(UserError, match="split 'clustered' needs a dense network in layer 0"):
         measured(source(MODELS["mixtral"][0]), tokenizer, method="split", split="clustered")
-
-
-def test_domains_are_read_from_files(tmp_path):
-    (tmp_path / "a.txt").write_text("some text")
-    loaded = load_domains([f"a={tmp_path / 'a.txt'}"])
-    assert loaded["a"]["text"] == ["some text"]
-    with pytest.raises(UserError, match=r"calibration_data: .*missing.txt does not exist"):
-        load_domains([f"a={tmp_path / 'missing.txt'}"])
-    with pytest.raises(UserError, match=r"calibration_data: .* is malformed: write domain=source"):
-        load_domains(["a.txt"])

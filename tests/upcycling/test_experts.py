@@ -84,8 +84,8 @@ MEGATRON = {"scaling": "megatron"}
         *(({"num_experts_per_tok": top_k}, {}, True) for top_k in (1, 2, 3, 4)),
         *((groups, fields | BIASES, True) for groups in (GROUPS, EIGHTHS, FIFTHS) for fields in ({}, PLAIN)),
         (FIFTHS | {"num_experts_per_tok": 10}, {}, True),
-        (GROUPS | {"num_experts_per_tok": 4}, {"routed_scaling_factor": 1.7, **BIASES}, True),
-        (FIFTHS, {"routed_scaling_factor": 2.5, **PLAIN, **BIASES}, True),
+        (GROUPS | {"num_experts_per_tok": 4}, BIASES, True),
+        (FIFTHS, PLAIN | BIASES, True),
         (GROUPS | {"num_experts_per_tok": 7}, {}, False),
         (GROUPS | {"num_experts_per_tok": 3}, {}, False),
         # routers of zeros
@@ -103,7 +103,6 @@ MEGATRON = {"scaling": "megatron"}
         # scaling
         (MEGATRON, BIASES, True),
         ({"scaling": "none"}, BIASES, True),
-        ({"scaling": "none"}, {"routed_scaling_factor": 2.0}, False),
         (MEGATRON | GROUPS, {}, False),
         (MEGATRON | GROUPS, PLAIN, False),
         (MEGATRON | GROUPS, {"gated_mlp": False, "hidden_act": "relu2", **BIASES}, True),

@@ -98,7 +98,9 @@ def test_a_gguf_bomb_is_refused_when_a_model_is_loaded(tmp_path, kind):
     ("fields", "message"),
     [
         ({"r": 10**9}, "r is 1000000000"),
+        ({"r": 65_537}, "r is 65537"),
         ({"layer_replication": [[0, 2]] * 50_000}, "makes 100000 layers"),
+        ({"layer_replication": [[0, 10_001]]}, "makes 10001 layers"),
         ({"layer_replication": 3}, "must be a list of pairs of layers"),
         ({"layer_replication": [["a", "b"]]}, "must be a list of pairs of layers"),
     ],
@@ -107,6 +109,12 @@ def test_an_adapter_of_a_billion_ranks_or_layers_is_refused_by_name(tmp_path, fi
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match=message):
         refuse_vast_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"r": 65_536}, {"layer_replication": [[0, 5000], [4000, 9000]]}, {}])
+def test_an_adapter_at_the_limits_is_accepted(tmp_path, fields):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    refuse_vast_adapter(tmp_path)
 
 
 @pytest.mark.usefixtures("quick")

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from ...configuration_fields import sparse_only
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from ...utils.json_files import read_json
@@ -16,6 +17,8 @@ from .sparse import SPARSE_FAMILIES
 
 
 FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
+# fields that nothing reads in a model without sparse layers
+SPARSE_ONLY = sparse_only(MoEConfig)
 
 
 def family_of(source: PreTrainedConfig) -> Family:
@@ -51,6 +54,8 @@ def moe_config(source: PreTrainedConfig) -> MoEConfig:
     fields.refuse_unread()
     if "sliding_attention" not in (values.get("layer_types") or ["sliding_attention"]):
         values["sliding_window"] = None  # no layer uses the window
+    if "sparse" not in (values.get("mlp_layer_types") or ["sparse"]):
+        values = {name: value for name, value in values.items() if name not in SPARSE_ONLY}
     try:
         return MoEConfig(**values, dtype=source.dtype)
     except (ValueError, StrictDataclassError) as error:

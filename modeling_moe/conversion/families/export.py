@@ -20,7 +20,7 @@ from ...configuration_fields import settings_of, with_effect
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from .base import COMMON
-from .catalogue import moe_config
+from .catalogue import SPARSE_ONLY, moe_config
 
 
 # fields that do not change the logits in evaluation
@@ -91,8 +91,9 @@ class Target:
                 f"{self.model_type} has no such configuration ({' '.join(str(error.__cause__ or error).split())})",
             ]
         absorbed = self.absorbed(config)
+        unread = SPARSE_ONLY if "sparse" not in config.mlp_layer_types else set()
         for name in settings_of(MoEConfig):
-            if name in TRAINING or name in DETAILS or (name in COMPARED_IF and not COMPARED_IF[name](config)):
+            if name in TRAINING | DETAILS | unread or (name in COMPARED_IF and not COMPARED_IF[name](config)):
                 continue
             value, theirs = absorbed.get(name, getattr(config, name)), getattr(held, name)
             if value != theirs:

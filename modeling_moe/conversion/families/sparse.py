@@ -161,10 +161,12 @@ def _deepseek_v2(fields: SourceFields) -> dict[str, Any]:
     fields.require("mlp_bias", False)
     # if it is true, DeepSeek's code renormalises and transformers does not
     fields.require("norm_topk_prob", False, None)
-    groups = fields.same("n_group", "topk_group")
+    groups: dict[str, Any] = fields.same("n_group", "topk_group")
     if fields.take("topk_method") == "greedy":
         groups = {"n_group": 1, "topk_group": 1}
-    router = groups | {"group_score": "max", "norm_topk_prob": False} | fields.same("routed_scaling_factor")
+    if isinstance(groups["n_group"], int) and groups["n_group"] > 1:
+        groups["group_score"] = "max"
+    router = groups | {"norm_topk_prob": False} | fields.same("routed_scaling_factor")
     return _deepseek_sparse(fields) | _deepseek_balance(fields) | _latent_attention(fields) | router
 
 
@@ -235,9 +237,14 @@ def _moe_tensors(state: State, config: MoEConfig) -> State:
 
 def _latent_tensors(state: State, config: MoEConfig) -> State:
     """Applies [`_moe_tensors`], and reorders the rotated rows of queries and keys from interleaved pairs to halves."""
-    plain, rotated = config.qk_nope_head_dim, config.qk_rope_head_dim
+    plain, rotated, rank = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+    if plain is None or rotated is None or rank is None:
+        raise UserError(
+            "kv_lora_rank, qk_nope_head_dim and qk_rope_head_dim must be set in the config.json of a DeepSeek model: "
+            "download it again"
+        )
     query = _pairs_to_halves(plain + rotated, plain)
-    key = _pairs_to_halves(config.kv_lora_rank + rotated, config.kv_lora_rank)
+    key = _pairs_to_halves(rank + rotated, rank)
     reorder = {"q_proj": query, "q_b_proj": query, "kv_a_proj_with_mqa": key}
     tensors = {}
     for name, tensor in _moe_tensors(state, config).items():

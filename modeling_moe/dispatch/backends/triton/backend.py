@@ -141,7 +141,7 @@ def sort(index: torch.Tensor, num_experts: int) -> ExpertOrder:
         for size in ((number,), (num_experts + 1,), (blocks, bins))
     )
     sizes = {"BLOCK": block, "BINS": bins}
-    shared = {"index": index, "counts": counts, "num_slots": number, "num_experts": num_experts}
+    shared = {"index": index, "counts": counts, "num_assignments": number, "num_experts": num_experts}
     with torch.cuda.device_of(index):
         launch(sorting.count_slots, (blocks,), sizes, **shared)
         launch(

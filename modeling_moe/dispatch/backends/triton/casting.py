@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Autocast for the Triton back end: experts stay in fp32, and the matrices that are multiplied are copies in 16 bits.
+"""Under autocast the Triton back end multiplies copies of the experts' matrices in 16 bits; the experts stay in fp32.
 
-A copy lives for one forward or one backward, or within `cast_once` for all of them.
+A copy exists during one forward or one backward, or within `cast_once` during all of them.
 """
 
 import weakref
@@ -14,13 +14,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class _Copy(NamedTuple):
-    """One parameter's memory in another dtype.
+    """_Copy is a copy of one parameter's memory in another dtype.
 
     Attributes:
-        owner: drops this copy when the parameter is gone.
-        memory: keeps the memory's address, by which it is known, from being given to another.
-        state: the parameter's version when it was copied, and the copy's dtype.
-        numbers: all that the memory holds, in its order.
+        owner: a reference to the parameter, which drops the copy when the parameter is deleted.
+        memory: a reference that keeps the address, the key of the copy, from being reused.
+        state: the version of the parameter when it was copied, and the dtype of the copy.
+        numbers: the elements in the order of memory.
     """
 
     owner: weakref.ref
@@ -30,16 +30,16 @@ class _Copy(NamedTuple):
 
 
 class _Copies:
-    """The copies of an open `cast_once`, by memory: checkpointing and a transpose make other tensors of a parameter."""
+    """_Copies holds the copies of `cast_once` by address, because checkpointing and transposes make new tensors."""
 
     def __init__(self):
         self.copies: dict[int, _Copy] = {}
 
     def of(self, matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`matrices` in `dtype`."""
+        """Returns `matrices` in `dtype`."""
         memory = matrices.untyped_storage()
         if memory.nbytes() != matrices.nbytes or matrices.storage_offset():
-            return matrices.to(dtype)  # they are a part of something larger
+            return matrices.to(dtype)  # a part of a larger tensor
         key, state = memory._cdata, (matrices._version, dtype)
         copy = self.copies.get(key)
         if copy is None or copy.state != state:
@@ -50,19 +50,20 @@ class _Copies:
         return copy.numbers.as_strided(matrices.shape, matrices.stride())
 
 
-# a list and no context variable: autograd calls backward from a thread of its own
+# a list rather than a context variable: autograd calls backward in a thread of its own
 _open: list[_Copies] = []
 
 
 @contextmanager
 def cast_once() -> Iterator[None]:
-    """Casts each of the experts' matrices once for all that is computed within, under autocast on a GPU.
+    """Casts each of the experts' matrices once for all passes within the context, under autocast on a GPU.
 
-    Open it for one optimizer step: its micro-batches, their backward and the recomputation in it then share one copy in
-    16 bits of each matrix, half as large as the matrix, which is dropped on leaving. Leave it before the optimizer
-    steps. A matrix that is changed in place is cast again, but a change through `.data` is not seen: FSDP and DeepSpeed
-    ZeRO-3, which give matrices new memory in each layer, have no use for it. It holds for all threads, and within
-    another one it does nothing. All within must run on one stream. A CUDA graph that is captured within casts for itself.
+    Open it for one optimizer step and leave it before the optimizer steps. All micro-batches, their backward and its
+    recomputation then share one copy in 16 bits of each matrix, which is dropped on leaving.
+
+    A matrix that is changed in place is cast again. A change through `.data` is not seen: do not use it with FSDP or
+    DeepSpeed ZeRO-3, which give matrices new memory in each layer. The context holds for all threads, and an inner one
+    does nothing. All passes must run on one stream. A CUDA graph that is captured within makes its own copies.
 
     Example:
         >>> from modeling_moe.dispatch.backends.triton.casting import cast_once
@@ -82,10 +83,10 @@ def cast_once() -> Iterator[None]:
 
 
 def cast(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`matrices` (E, N, M) in `dtype`: themselves, the copy that an open `cast_once` has of them, or a new one."""
+    """Returns `matrices` (E, N, M) in `dtype`: unchanged, as the copy that `cast_once` holds, or as a new copy."""
     if matrices.dtype == dtype:
         return matrices
-    # what a graph reads has to be there at each replay, and an inference tensor does not tell that it was changed
+    # a graph reads its copy at each replay, and an inference tensor has no version
     shared = _open and not matrices.is_inference()
     if not shared or (matrices.is_cuda and torch.cuda.is_current_stream_capturing()):
         return matrices.to(dtype)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Every launch of a Triton kernel passes through this module, so that a tool can count, time or compile the launches."""
+"""Every launch of a Triton kernel passes through this module, so that tools can count, time or compile launches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

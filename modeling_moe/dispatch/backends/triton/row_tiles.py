@@ -130,7 +130,7 @@ class RowTiles:
             {"BLOCK_M": block, **sizes},
             **self.tile_arguments,
             inverse=self.inverse,
-            num_slots=self.rows,
+            num_assignments=self.rows,
             num_experts=self.num_experts,
         )
 
@@ -331,7 +331,7 @@ class RowTiles:
             grad_h=grad_h,
             scaled=scaled,
             grad_weight=grad_weight,
-            num_slots=self.rows,
+            num_assignments=self.rows,
             hidden=hidden,
             inner=inner,
             **activation_constants(problem.constants),
@@ -357,7 +357,7 @@ class RowTiles:
             bias=contiguous(bias),
             out=out,
             part=part,
-            num_slots=self.rows,
+            num_assignments=self.rows,
             hidden=hidden,
         )
 
@@ -392,7 +392,7 @@ class RowTiles:
         return out
 
     def bias_gradient(self, values: torch.Tensor, weight: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """Sums each expert's values (A, N), or `weight` (T, K) times `values` (T, N), into a tensor like `like` (E, N)."""
+        """Sums each expert's values (A, N), or `weight` (T, K) times `values` (T, N): like `like` (E, N)."""
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         launch(
             gradients.bias_gradient,

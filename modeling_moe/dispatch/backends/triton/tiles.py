@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The blocks in which the Triton kernels work, by the GPU, the numbers and how many rows an expert has."""
+"""This module chooses the blocks of the Triton kernels by the GPU, the dtype and the number of rows per expert."""
 
 import functools
 import math
@@ -14,10 +14,15 @@ from packaging.version import Version
 
 
 class Tile(NamedTuple):
-    """A block of a kernel's output, the step of its inner loop, and how it is scheduled.
+    """Tile is a block of a kernel's output, the step of the kernel's inner loop, and the schedule.
 
     Attributes:
-        maxnreg: the most registers of a thread (NVIDIA), where more programs at a time are worth some spills.
+        BLOCK_M: rows of the block.
+        BLOCK_N: columns of the block.
+        BLOCK_K: step of the inner loop.
+        num_warps: warps of a program.
+        num_stages: stages of the software pipeline.
+        maxnreg: the most registers of a thread (NVIDIA), or None. A limit allows more programs at a time, with spills.
     """
 
     BLOCK_M: int
@@ -28,27 +33,29 @@ class Tile(NamedTuple):
     maxnreg: int | None = None
 
     def options(self) -> dict[str, int]:
-        """What a launch is given."""
+        """Returns the constants of a launch."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
     def shrunk(self, columns: int, rows: int | None = None) -> "Tile":
-        """The tile no wider than a matrix of so many columns (and rows), in powers of 2 from 16 on, which a matrix
-        instruction takes."""
+        """Returns a tile that is no wider than a matrix of so many columns, and no higher than its rows if given.
+
+        Its sides are powers of 2 of at least 16, which matrix instructions need.
+        """
         wide = min(self.BLOCK_N, max(16, triton.next_power_of_2(columns)))
         high = self.BLOCK_M if rows is None else min(self.BLOCK_M, max(16, triton.next_power_of_2(rows)))
         return self._replace(BLOCK_M=high, BLOCK_N=wide)
 
 
 class Config(NamedTuple):
-    """The tiles of the matrix products. All but `gradient` run over the same blocks of rows: one BLOCK_M.
+    """Config holds the tiles of the matrix products. All but `gradient` run over the same blocks of rows: one BLOCK_M.
 
     Attributes:
-        up: of a, and the same columns of h.
-        down: of y, and in backward of the gradient of x.
-        gate: of a's gradient.
-        gradient: of the gradients of the matrices.
-        narrow: of a product with a low-rank update's first matrix, whose rank bounds BLOCK_N.
-        persistent: whether the products of `down` run on `multiply_persistent`, where strides allow it.
+        up: tile of the activations, with their columns of h.
+        down: tile of the products with the second matrices, and in backward of the gradient of x.
+        gate: tile of the gradient of the activations.
+        gradient: tile of the gradients of the matrices.
+        narrow: tile of a product with a low-rank update's first factor, whose rank bounds BLOCK_N.
+        persistent: True to compute the products of `down` by `multiply_persistent`, where strides allow it.
     """
 
     up: Tile
@@ -59,10 +66,10 @@ class Config(NamedTuple):
     persistent: bool = False
 
     def block_of_rows(self) -> int:
-        """The BLOCK_M of all tiles that run over blocks of rows.
+        """Returns the BLOCK_M of all tiles that run over blocks of rows.
 
         Raises:
-            ValueError: if they have several, with which rows would be left out.
+            ValueError: if the tiles have several BLOCK_M, with which rows would be left out.
         """
         blocks = {tile.BLOCK_M for tile in (self.up, self.down, self.gate, self.narrow)}
         if len(blocks) > 1:
@@ -73,14 +80,14 @@ class Config(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """The blocks of the matrix-vector products, large enough to have enough loads in flight.
+    """Decoding holds the blocks of the matrix-vector products. They are large enough to have enough loads in flight.
 
     Attributes:
         up: rows of the first matrices that a program reads.
         down: rows of the second matrices that a program reads, for up to `few` tokens.
         down_many: the rows for more tokens.
-        few: where `down` ends.
-        num_warps: of a program.
+        few: the most tokens for which `down` is taken.
+        num_warps: warps of a program.
     """
 
     up: int = 16
@@ -92,13 +99,13 @@ class Decoding(NamedTuple):
 
 Table = list[tuple[float, Config]]
 
-# family of GPUs -> the shared memory in KiB that its tiles may take
+# family of GPUs -> the shared memory in KiB that tiles may take
 FAMILIES = {"hopper": 227, "ampere": 99, "cdna": 64}
 
-# family -> numbers -> (the most rows an expert has on average, the tiles). hopper: Hopper and Blackwell data-centre
-# GPUs, whose matrix units read shared memory. ampere: every other NVIDIA GPU from Ampere on. cdna: AMD's MI300.
-# A stage is a buffer, save that `gradient`, which fetches its rows' numbers ahead, has two fewer; on ampere and cdna
-# all have one fewer. tests/dispatch/test_compilation.py compiles each for its GPUs.
+# family -> kind of numbers -> (the most rows per expert on average, the tiles). hopper: Hopper and Blackwell
+# data-centre GPUs, whose matrix units read shared memory. ampere: every other NVIDIA GPU from Ampere on. cdna: AMD's MI300.
+# A stage is a buffer, but `gradient`, which fetches assignments ahead, has two buffers fewer than stages; on ampere and
+# cdna all have one fewer. tests/dispatch/test_compilation.py compiles each for its GPUs.
 # fmt: off
 CONFIGS: dict[str, dict[str, Table]] = {
     "hopper": {
@@ -151,14 +158,14 @@ CONFIGS: dict[str, dict[str, Table]] = {
         ],
     },
 }
-# without matrix instructions, what fits the registers is what counts
+# without matrix instructions, a tile has to fit the registers
 _FLOAT32: Table = [
     (16, Config(up=Tile(16, 32, 32, 4, 2), down=Tile(16, 32, 32, 4, 2), gate=Tile(16, 32, 32, 4, 2),
                 gradient=Tile(64, 64, 16, 4, 3), narrow=Tile(16, 32, 32, 4, 2))),
     (math.inf, Config(up=Tile(64, 32, 32, 4, 2), down=Tile(64, 64, 32, 4, 2), gate=Tile(64, 64, 32, 4, 2),
                       gradient=Tile(64, 64, 32, 4, 3), narrow=Tile(64, 32, 32, 4, 2))),
 ]
-# widths that are no multiple of 16 are loaded number by number, which takes the registers of larger tiles
+# widths that are not multiples of 16 are loaded number by number, which leaves no registers for larger tiles
 UNALIGNED = Config(up=Tile(16, 16, 32, 4, 2), down=Tile(16, 32, 32, 4, 2), gate=Tile(16, 32, 32, 4, 2),
                    gradient=Tile(32, 32, 16, 4, 4), narrow=Tile(16, 32, 32, 4, 2))
 # fmt: on
@@ -166,13 +173,13 @@ for _tables in CONFIGS.values():
     _tables["float32"] = _FLOAT32
 DECODING = {family: Decoding() for family in FAMILIES}
 
-# a list and no context variable: autograd calls backward from a thread of its own
+# a list rather than a context variable: autograd calls backward in a thread of its own
 _assumed: list[str] = []
 
 
 @contextmanager
 def assumed(family: str) -> Iterator[None]:
-    """Makes the back end take the tiles of `family`, a key of `CONFIGS`, whatever the device is."""
+    """Makes the back end take the tiles of `family`, a key of `CONFIGS`, on any device."""
     _assumed.append(family)
     try:
         yield
@@ -181,12 +188,12 @@ def assumed(family: str) -> Iterator[None]:
 
 
 def serves(device: torch.device) -> bool:
-    """Whether `CONFIGS` has tiles for `device`, which may be no GPU."""
+    """Returns True if `CONFIGS` has tiles for a device, and for any device that is not a GPU."""
     return bool(_assumed) or device.type != "cuda" or _family_of_gpu(_number(device)) is not None
 
 
 def family_of(device: torch.device) -> str:
-    """The key of `CONFIGS` for `device`, hopper if it is no GPU.
+    """Returns the key of `CONFIGS` for a device: `"hopper"` if it is not a GPU.
 
     Raises:
         ValueError: for a GPU that the kernels do not serve.
@@ -205,11 +212,11 @@ def _number(device: torch.device) -> int:
 
 @functools.cache
 def _family_of_gpu(index: int) -> str | None:
-    """The family of a GPU, None if the kernels do not serve it; says once what is missing if Triton cannot work."""
+    """Returns the family of a GPU, or None if the kernels do not serve it. It warns once if Triton cannot work."""
     try:
         driver: Any = triton.runtime.driver.active
         shared = driver.utils.get_device_properties(index)["max_shared_mem"] // 1024
-    except Exception as error:  # Triton builds this by a C compiler, and fails in as many ways as that can
+    except Exception as error:  # Triton builds this by a C compiler, which fails in many ways
         warnings.warn(
             f"Triton cannot reach GPU {index} ({type(error).__name__}: {error}), so torch's grouped_mm computes the "
             "experts, slower and with more memory. Triton needs a C compiler: install gcc or set CC.",
@@ -235,24 +242,27 @@ def _family_of_gpu(index: int) -> str | None:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How products of `dtype` are computed: "tf32" for float32 where the user allowed it by
-    `torch.set_float32_matmul_precision("high")`, `torch.backends.cuda.matmul` or `TrainingArguments(tf32=True)`."""
+    """Returns how products of a dtype are computed: `"tf32"` for float32 if the user allowed it, else `"ieee"`.
+
+    `torch.set_float32_matmul_precision("high")`, `torch.backends.cuda.matmul` and `TrainingArguments(tf32=True)` allow
+    it.
+    """
     allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
-def choose_config(num_slots: int, down: Sequence[int], dtype: torch.dtype, family: str) -> Config:
-    """The tiles for an average expert's rows, whatever the router's balance: the host does not know it.
+def choose_config(num_rows: int, down: Sequence[int], dtype: torch.dtype, family: str) -> Config:
+    """Returns the tiles for the average number of rows per expert. The host does not know how balanced the router is.
 
     Args:
-        num_slots: S.
+        num_rows: the number A of rows.
         down: (E, H, I), the shape of the second matrices.
-        dtype: of the products.
-        family: key of `CONFIGS`.
+        dtype: the dtype of the products.
+        family: a key of `CONFIGS`.
     """
     num_experts, *widths = down
     if any(width % 16 for width in widths):
         return UNALIGNED
     numbers = "16bit" if dtype.itemsize == 2 else "tf32" if precision_of(dtype) == "tf32" else "float32"
     table = CONFIGS[family].get(numbers, CONFIGS[family]["float32"])
-    return next(config for rows, config in table if num_slots <= rows * num_experts)
+    return next(config for rows, config in table if num_rows <= rows * num_experts)

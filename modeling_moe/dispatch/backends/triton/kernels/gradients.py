@@ -1,13 +1,13 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The gradients of the gate, of the matrices and of the biases.
+"""These kernels compute the gradients of the activation, of the matrices and of the biases.
 
-The names of shapes and arguments stand in this package's docstring.
+The package's docstring defines shapes and arguments.
 """
 
 import triton
 import triton.language as tl
 
-from .pieces import add_update, find_rows, gate, halve, load_columns, load_tile, store_columns, swizzle
+from .pieces import activate, add_update, find_rows, halve, load_columns, load_tile, store_columns, swizzle
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def finish_gate_backward(
     total, column, rows, exist, share, h, grad_h, scaled, inner, alpha, limit,
     ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What `gate_backward` does with a tile of grad down_e, columns from `column` on; its part of grad_weight."""
+    """Writes `gate_backward`'s outputs for a tile of grad down_e from `column` on; returns its part of grad_weight."""
     num_columns = inner if LAYOUT == "plain" else inner * 2
     columns = column + tl.arange(0, BLOCK_N)
     wide = column * 2 + tl.arange(0, BLOCK_N * 2)
@@ -28,7 +28,7 @@ def finish_gate_backward(
         u = g
         if LAYOUT == "halves":
             u = load_columns(h + inner + places, columns, inner, EVEN)
-    acted, slope_g, slope_u = gate(g.to(tl.float32), u.to(tl.float32), alpha, limit, ACTIVATION, LAYOUT)
+    acted, slope_g, slope_u = activate(g.to(tl.float32), u.to(tl.float32), alpha, limit, ACTIVATION, LAYOUT)
     # columns beyond I have a total of 0
     partial = tl.sum(total * acted, axis=1)
     if scaled is not None:
@@ -52,7 +52,7 @@ def finish_in_halves(
     total, column, rows, exist, share, h, grad_h, scaled, inner, alpha, limit,
     ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`finish_gate_backward` of the left, then of the right half."""
+    """Calls `finish_gate_backward` for the left and the right half of a tile; returns their part of grad_weight."""
     left, right = halve(total, BLOCK_M, BLOCK_N // 2)
     partial = finish_gate_backward(
         left, column, rows, exist, share, h, grad_h, scaled, inner, alpha, limit,
@@ -65,27 +65,30 @@ def finish_in_halves(
     return partial
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_slots"])
+@triton.jit(do_not_specialize=["num_tiles", "num_assignments"])
 def gate_backward(
     grad, order, offsets, tiles, num_tiles, down, stride_e, stride_h, stride_i,
     narrow, factor, factor_e, factor_n, factor_r, rank, kept, h, weight, grad_h, scaled, grad_weight,
-    num_slots, hidden, inner, alpha, limit,
+    num_assignments, hidden, inner, alpha, limit,
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN: tl.constexpr, EVEN_N: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """From grad[token] down_e + narrow factor_e (I, R)^T, (S, I), and h (S, C), those of these which are not None:
+    """Computes the gradients behind the second matrices from grad_a = grad[token] down_e + narrow factor_e (I, R)^T.
 
-    grad_h (S, C), the gradient of h; scaled (S, I), weight * a; grad_weight (I tiles, S), sums to a . (grad down_e).
-    kept (S, I), by slot: numbers of the update that dropout leaves, or None.
+    An output that is None is not computed.
+    grad_h (A, C): the gradient of h, from grad_a times the combine weight.
+    scaled (A, I): the activations times the combine weight.
+    grad_weight (I tiles, A): parts of each row's <a, grad_a>, the gradient of its combine weight.
+    kept (A, I), by assignment: bytes, 0 where dropout hides an element of the update, or None.
     """
     tile, n = swizzle(tl.program_id(0), num_tiles, (inner + BLOCK_N - 1) // BLOCK_N)
     expert, rows, exist = find_rows(tiles, num_tiles, tile, offsets, BLOCK_M)
     if expert < 0:
         return
-    slots = tl.load(order + rows)
-    tokens = (slots // TOP_K).to(tl.int64)
+    assignments = tl.load(order + rows)
+    tokens = (assignments // TOP_K).to(tl.int64)
     column = n * BLOCK_N
     columns = column + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
@@ -99,11 +102,11 @@ def gate_backward(
     if narrow is not None:
         total = add_update(
             total, narrow, rows, factor + expert * factor_e, factor_n, factor_r, columns, inner, rank,
-            kept, slots.to(tl.int64), STEPS, BLOCK_R, EVEN_R, PRECISION,
+            kept, assignments.to(tl.int64), STEPS, BLOCK_R, EVEN_R, PRECISION,
         )  # fmt: skip
 
-    share = tl.load(weight + slots)
-    # the rest in halves or quarters, or the registers do not suffice
+    share = tl.load(weight + assignments)
+    # in halves or quarters, or the registers do not suffice
     if BLOCK_N >= 128:
         left, right = halve(total, BLOCK_M, BLOCK_N // 2)
         partial = finish_in_halves(
@@ -120,15 +123,15 @@ def gate_backward(
             ACTIVATION, LAYOUT, EVEN_N, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if grad_weight is not None:
-        tl.store(grad_weight + n.to(tl.int64) * num_slots + rows, partial, mask=exist)
+        tl.store(grad_weight + n.to(tl.int64) * num_assignments + rows, partial, mask=exist)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_slots"])
+@triton.jit(do_not_specialize=["num_tiles", "num_assignments"])
 def dot_bias(
-    grad, order, offsets, tiles, num_tiles, bias, out, part, num_slots, hidden,
+    grad, order, offsets, tiles, num_tiles, bias, out, part, num_assignments, hidden,
     TOP_K: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[part] (S,) = grad[token] . bias_e (H,), what the bias adds to the gradient of the weights."""
+    """Computes out[part] (A,) = <grad[token], bias_e>, the bias's part of the gradient of the combine weights."""
     expert, rows, exist = find_rows(tiles, num_tiles, tl.program_id(0), offsets, BLOCK_M)
     if expert < 0:
         return
@@ -139,7 +142,7 @@ def dot_bias(
         values = load_columns(grad + tokens[:, None] * hidden + columns[None, :], columns, hidden, EVEN_K)
         biases = tl.load(bias + expert * hidden + columns, mask=columns < hidden, other=0.0)
         result += tl.sum(values.to(tl.float32) * biases.to(tl.float32)[None, :], axis=1)
-    tl.store(out + tl.cast(part, tl.int64) * num_slots + rows, result, mask=exist)
+    tl.store(out + tl.cast(part, tl.int64) * num_assignments + rows, result, mask=exist)
 
 
 @triton.jit
@@ -148,9 +151,9 @@ def weight_gradient(
     TOP_K: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out_e (M, N) = sum over expert e's rows of left (., M)^T right (., N), 0 if it has none.
+    """Computes out_e (M, N) = left (., M)^T right (., N), summed over expert e's rows; 0 for an idle expert.
 
-    GATHER says which of the two is (T, .) and gathered by token, "left", "right" or "neither"; the others are (S, .).
+    GATHER names the side that is (T, .) and gathered by token: "left", "right" or "neither". Other sides are (A, .).
     """
     tiles_m = (num_m + BLOCK_M - 1) // BLOCK_M
     tiles_n = (num_n + BLOCK_N - 1) // BLOCK_N
@@ -171,7 +174,7 @@ def weight_gradient(
                 left_rows = tokens
             else:
                 right_rows = tokens
-        # both are masked: what lies behind the expert's rows may be NaN
+        # both are masked: rows of other experts may hold NaN
         left_mask = exist[None, :] & (m < num_m)[:, None]
         right_mask = exist[:, None] & (n < num_n)[None, :]
         left_tile = tl.load(left + left_rows[None, :] * num_m + m[:, None], mask=left_mask, other=0.0)
@@ -185,7 +188,7 @@ def weight_gradient(
 def bias_gradient(
     values, order, offsets, weight, out, n, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """out (E, N) = each expert's sum of values (S, N), or of weight (T, K) * values[token] (T, N)."""
+    """Computes out (E, N): each expert's sum of values (A, N), or of weight (T, K) * values[token] (T, N)."""
     expert = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.load(offsets + expert + 1)
@@ -195,10 +198,10 @@ def bias_gradient(
         exist = rows < end
         mask = exist[:, None] & (columns < n)[None, :]
         if weight is not None:
-            slots = tl.load(order + rows, mask=exist, other=0)
-            tokens = (slots // TOP_K).to(tl.int64)
+            assignments = tl.load(order + rows, mask=exist, other=0)
+            tokens = (assignments // TOP_K).to(tl.int64)
             taken = tl.load(values + tokens[:, None] * n + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            total += taken * tl.load(weight + slots, mask=exist, other=0.0)[:, None]
+            total += taken * tl.load(weight + assignments, mask=exist, other=0.0)[:, None]
         else:
             places = rows.to(tl.int64)[:, None] * n + columns[None, :]
             total += tl.load(values + places, mask=mask, other=0.0).to(tl.float32)

@@ -1,17 +1,13 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""What several kernels are made of: the gate, tiles of rows, loads and stores with masks."""
+"""These functions are shared by the kernels: the activation, tiles of rows, loads and stores with masks."""
 
 import triton
 import triton.language as tl
 
 
-# tiles of a group in `swizzle`
-GROUP = tl.constexpr(8)
-
-
 @triton.jit
-def activation(x, ACTIVATION: tl.constexpr):
-    """f(x) and f'(x), the shape of x."""
+def pointwise(x, ACTIVATION: tl.constexpr):
+    """Returns f(x) and f'(x) of the pointwise function ACTIVATION, in the shape of x."""
     if ACTIVATION == "silu":
         sigmoid = tl.sigmoid(x)
         value = x * sigmoid
@@ -37,8 +33,8 @@ def activation(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gate(g, u, alpha, limit, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr):
-    """g, u -> a and the slopes da/dg, da/du, all of one shape; the compiler drops the slopes a caller ignores."""
+def activate(g, u, alpha, limit, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr):
+    """Returns a, da/dg and da/du of the activation at g and u. The compiler drops slopes that a caller ignores."""
     if ACTIVATION == "clamped_swiglu":
         kept_g = tl.where(g > limit, limit, g)
         kept_u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
@@ -47,7 +43,7 @@ def gate(g, u, alpha, limit, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr):
         slope_g = tl.where(g > limit, 0.0, (kept_u + 1) * sigmoid * (1 + alpha * kept_g * (1 - sigmoid)))
         slope_u = tl.where(tl.abs(u) > limit, 0.0, kept_g * sigmoid)
     else:
-        value, slope_g = activation(g, ACTIVATION)
+        value, slope_g = pointwise(g, ACTIVATION)
         slope_u = value
         if LAYOUT == "halves":
             value = slope_u * u
@@ -57,7 +53,7 @@ def gate(g, u, alpha, limit, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr):
 
 @triton.jit
 def load_tile(pointers, rows, columns, num_rows, num_columns, EVEN: tl.constexpr):
-    """What pointers (M, N) point to, 0 where rows (M,) >= num_rows or columns (N,) >= num_columns; EVEN: nowhere."""
+    """Loads pointers (M, N). Without EVEN it returns 0 where rows (M,) >= num_rows or columns (N,) >= num_columns."""
     if EVEN:
         tile = tl.load(pointers)
     else:
@@ -67,39 +63,40 @@ def load_tile(pointers, rows, columns, num_rows, num_columns, EVEN: tl.constexpr
 
 @triton.jit
 def load_columns(pointers, columns, num_columns, EVEN: tl.constexpr):
-    """What pointers (M, N) point to, 0 where columns (N,) >= num_columns; EVEN: nowhere."""
+    """Loads from pointers (M, N). Without EVEN it returns 0 where columns (N,) >= num_columns."""
     return tl.load(pointers) if EVEN else tl.load(pointers, mask=(columns < num_columns)[None, :], other=0.0)
 
 
 @triton.jit
 def store_columns(pointers, values, rows_exist, columns, num_columns):
-    """Writes values (M, N) where the row exists and columns (N,) < num_columns."""
+    """Stores values (M, N) where the row exists and columns (N,) < num_columns."""
     mask = rows_exist[:, None] & (columns < num_columns)[None, :]
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def swizzle(program, num_m, num_n):
-    """The tile (m, n) of a program: m runs first, in groups, so that few tiles of either operand are in use at once."""
-    first = program // (GROUP * num_n) * GROUP
-    size = tl.minimum(num_m - first, GROUP)
-    place = program % (GROUP * num_n)
+    """Returns the tile (m, n) of a program. m runs first, in groups, so that concurrent programs share operands."""
+    # a group has 8 tiles along m
+    first = program // (8 * num_n) * 8
+    size = tl.minimum(num_m - first, 8)
+    place = program % (8 * num_n)
     return first + place % size, place // size
 
 
 @triton.jit
 def find_rows(tiles, num_tiles, tile, offsets, BLOCK_M: tl.constexpr):
-    """A tile's expert, its rows (BLOCK_M,) int64 and which of them exist; the others repeat the expert's last row."""
+    """Returns a tile's expert, its rows (BLOCK_M,) int64, and which of them exist. The others repeat the last row."""
     expert = tl.load(tiles + tile)
     rows = tl.load(tiles + num_tiles + tile) + tl.arange(0, BLOCK_M)
-    # a surplus tile has expert -1, and reads what it never uses
+    # an unused tile has the expert -1, and does not use this
     end = tl.load(offsets + expert + 1)
     return expert.to(tl.int64), tl.maximum(tl.minimum(rows, end - 1), 0).to(tl.int64), rows < end
 
 
 @triton.jit
 def halve(tile, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
-    """The left and the right half of tile (BLOCK_M, 2 HALF)."""
+    """Splits a tile (BLOCK_M, 2 HALF) into its left and its right half."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, HALF)), (0, 2, 1)))
 
 
@@ -108,10 +105,10 @@ def add_update(
     total, narrow, rows, factor, stride_n, stride_r, columns, num_columns, rank, kept, kept_rows,
     STEPS: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """total (M, N) + narrow[rows] (M, R) factor[columns] (N, R)^T, where `kept` [kept_rows, columns] if it is given.
+    """Returns total (M, N) + narrow[rows] (M, R) factor[columns] (N, R)^T, added only where `kept` holds if given.
 
-    `factor` points to the expert's matrix. After the loop over the depth, not in it: Triton miscompiles two products
-    into one accumulator in a loop on sm_100 (triton-lang/triton issue 10821).
+    `factor` points to the expert's matrix, `kept` is read at [kept_rows, columns]. It is called after the loop over the
+    depth: Triton miscompiles two products into one accumulator in a loop on sm_100 (triton-lang/triton issue 10821).
     """
     ranks = tl.arange(0, BLOCK_R)
     update = total

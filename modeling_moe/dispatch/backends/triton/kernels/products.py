@@ -1,13 +1,13 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The matrix products of forward, with what is fused into them, and the sum over a token's experts.
+"""These kernels compute the matrix products of forward, with what is fused into them, and the sum over experts.
 
-The names of shapes and arguments stand in this package's docstring.
+The package's docstring defines shapes and arguments.
 """
 
 import triton
 import triton.language as tl
 
-from .pieces import add_update, find_rows, gate, load_columns, load_tile, store_columns, swizzle
+from .pieces import activate, add_update, find_rows, load_columns, load_tile, store_columns, swizzle
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def finish_project_up(
     first, second, expert, rows, exist, n, bias, h, a, inner, alpha, limit,
     ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What `project_up` does with the tile n of the product: adds the bias, writes h and a, each unless it is None."""
+    """Adds the bias to the tile n of `project_up` and writes h and a, each unless it is None."""
     WIDTH: tl.constexpr = BLOCK_N * 2 if LAYOUT == "pairs" else BLOCK_N
     limit_n = inner * 2 if LAYOUT == "pairs" else inner
     num_columns = inner if LAYOUT == "plain" else inner * 2
@@ -33,7 +33,7 @@ def finish_project_up(
     if a is not None:
         if LAYOUT == "pairs":
             first, second = tl.split(tl.reshape(first, (BLOCK_M, BLOCK_N, 2)))
-        acted, _, _ = gate(first, second, alpha, limit, ACTIVATION, LAYOUT)
+        acted, _, _ = activate(first, second, alpha, limit, ACTIVATION, LAYOUT)
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         store_columns(a + rows[:, None] * inner + columns[None, :], acted, exist, columns, inner)
 
@@ -46,8 +46,11 @@ def project_up(
     EVEN_K: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h (S, C) = x[token] up_e^T + narrow factor_e (C, R)^T + bias_e and a (S, I) = gate(h), each unless it is None."""
-    # pairs come as one tile of twice the width, halves as two: both read whole stretches of memory
+    """Computes h (A, C) = x[token] up_e^T + narrow factor_e (C, R)^T + bias_e and a (A, I) = activation(h).
+
+    h and a are each written unless None.
+    """
+    # pairs are one tile of twice the width, halves are two tiles: both read contiguous memory
     WIDTH: tl.constexpr = BLOCK_N * 2 if LAYOUT == "pairs" else BLOCK_N
     limit_n = inner * 2 if LAYOUT == "pairs" else inner
     tile, n = swizzle(tl.program_id(0), num_tiles, (inner + BLOCK_N - 1) // BLOCK_N)
@@ -93,9 +96,9 @@ def multiply(
     EVEN_K: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (S, N) = left (S, K) weight_e (N, K)^T + narrow factor_e (N, R)^T + bias_e (N,).
+    """Computes out (A, N) = left (A, K) weight_e (N, K)^T + narrow factor_e (N, R)^T + bias_e (N,).
 
-    kept (T, N): numbers of the update that dropout leaves, or None.
+    kept (T, N): bytes, 0 where dropout hides an element of the update, or None.
     """
     tile, tile_n = swizzle(tl.program_id(0), num_tiles, (n + BLOCK_N - 1) // BLOCK_N)
     expert, rows, exist = find_rows(tiles, num_tiles, tile, offsets, BLOCK_M)
@@ -129,7 +132,7 @@ def multiply_persistent(
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (S, N) = left (S, K) weight_e (N, K)^T + bias_e (N,), a program working on one tile after another.
+    """Computes out (A, N) = left (A, K) weight_e (N, K)^T + bias_e (N,). Each program works on one tile after another.
 
     left and weight are tensor descriptors, which the bulk copy engine (TMA) reads by; weight is (E, K, N) if
     TRANSPOSED, else (E, N, K). A tile's rows lie one after another, so no row has to be looked up; those after the
@@ -160,9 +163,9 @@ def multiply_persistent(
 
 @triton.jit
 def combine(y, inverse, offsets, num_experts, weight, out, hidden, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out (T, H) = each token's rows of y (S, H), added in the order of its slots, times `weight` (T, K) or once.
+    """Computes out (T, H): each token's rows of y (A, H), times `weight` (T, K) if given, added in the order of k.
 
-    inverse (S,): a slot's row, which nobody wrote if it is offsets[E] or more.
+    inverse (A,): the row of each assignment. Rows from offsets[E] on are unwritten and left out.
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

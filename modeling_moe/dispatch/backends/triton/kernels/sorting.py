@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The order of the slots by expert, by counting: two kernels sort, a third one says where slots and tiles are.
+"""Two kernels sort the assignments by expert, by counting. A third one maps assignments to rows, and rows to tiles.
 
-The names of shapes and arguments stand in this package's docstring. B blocks of BLOCK slots; BINS > E.
+The package's docstring defines shapes and arguments. There are B blocks of BLOCK assignments, and BINS > E bins.
 """
 
 import triton
@@ -9,27 +9,27 @@ import triton.language as tl
 
 
 @triton.jit
-def load_experts(index, slots, num_slots, num_experts):
-    """The experts of slots (N,), E for an empty slot and for one that there is not."""
-    experts = tl.load(index + slots, mask=slots < num_slots, other=0)
-    empty = (slots >= num_slots) | (experts < 0) | (experts >= num_experts)
+def load_experts(index, assignments, num_assignments, num_experts):
+    """Returns the experts of assignments (N,): E for an empty assignment and for one beyond the end."""
+    experts = tl.load(index + assignments, mask=assignments < num_assignments, other=0)
+    empty = (assignments >= num_assignments) | (experts < 0) | (experts >= num_experts)
     return tl.where(empty, num_experts, experts.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["num_slots"])
-def count_slots(index, counts, num_slots, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr):
-    """counts (B, BINS) = how many slots of each block each expert has, with the empty slots in bin E."""
+@triton.jit(do_not_specialize=["num_assignments"])
+def count_slots(index, counts, num_assignments, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    """Computes counts (B, BINS): the number of each expert's assignments in each block, with empty ones in bin E."""
     block = tl.program_id(0)
-    experts = load_experts(index, block * BLOCK + tl.arange(0, BLOCK), num_slots, num_experts)
+    experts = load_experts(index, block * BLOCK + tl.arange(0, BLOCK), num_assignments, num_experts)
     tl.store(counts + block * BINS + tl.arange(0, BINS), tl.histogram(experts, BINS))
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
+@triton.jit(do_not_specialize=["num_assignments", "num_blocks"])
 def place_slots(
-    index, counts, order, offsets, num_slots, num_experts, num_blocks,
+    index, counts, order, offsets, num_assignments, num_experts, num_blocks,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """order (S,) and offsets (E + 1,) from index (S,) and counts (B, BINS); equal experts stay in the order of slots."""
+    """Computes order (A,) and offsets (E + 1,) from index (A,) and counts (B, BINS). The sort is stable."""
     block = tl.program_id(0)
     bins = tl.arange(0, BINS)
     total = tl.full((BINS,), 0, tl.int32)
@@ -41,30 +41,30 @@ def place_slots(
         total += tl.sum(count, axis=0)
         before += tl.sum(tl.where((blocks < block)[:, None], count, 0), axis=0)
     begins = tl.cumsum(total, axis=0) - total
-    # the first block's program alone, told by a mask: a branch on the program's number was miscompiled (triton 11153)
+    # only the first block's program stores; a branch on the program's number was miscompiled (triton issue 11153)
     tl.store(offsets + bins, begins, mask=block * BINS + bins <= num_experts)
     places = begins + before
     steps = tl.arange(0, STEP)
     for first in range(0, BLOCK, STEP):
-        slots = block * BLOCK + first + steps
-        experts = load_experts(index, slots, num_slots, num_experts)
+        assignments = block * BLOCK + first + steps
+        experts = load_experts(index, assignments, num_assignments, num_experts)
         same = experts[:, None] == experts[None, :]
         rank = tl.sum((same & (steps[None, :] < steps[:, None])).to(tl.int32), axis=1)
         rows = tl.gather(places, experts, 0) + rank
-        # slots that there are not come after all empty ones, so beyond the end
-        tl.store(order + rows, slots, mask=rows < num_slots)
+        # assignments beyond the end come after all empty ones, and so are not stored
+        tl.store(order + rows, assignments, mask=rows < num_assignments)
         places += tl.histogram(experts, BINS)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_tiles"])
+@triton.jit(do_not_specialize=["num_assignments", "num_tiles"])
 def map_rows(
-    order, offsets, inverse, tiles, num_slots, num_tiles, num_experts,
+    order, offsets, inverse, tiles, num_assignments, num_tiles, num_experts,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """inverse (S,) and tiles (2 num_tiles + 1,) from order (S,) and offsets (E + 1,)."""
+    """Computes inverse (A,), the row of each assignment, and tiles from order (A,) and offsets (E + 1,)."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    slots = tl.load(order + rows, mask=rows < num_slots, other=0)
-    tl.store(inverse + slots, rows, mask=rows < num_slots)
+    assignments = tl.load(order + rows, mask=rows < num_assignments, other=0)
+    tl.store(inverse + assignments, rows, mask=rows < num_assignments)
 
     experts = tl.arange(0, EXPERTS)
     begins = tl.load(offsets + experts, mask=experts < num_experts, other=0)
@@ -73,7 +73,7 @@ def map_rows(
     used = tl.sum(counts, axis=0)
     last = tl.cumsum(counts, axis=0)
     number = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    # as many experts have all their tiles before this one
+    # a tile's expert is the number of experts whose tiles all come before
     expert = tl.sum((last[None, :] <= number[:, None]).to(tl.int32), axis=1)
     known = tl.minimum(expert, EXPERTS - 1)
     begin = tl.gather(begins, known, 0) + (number - tl.gather(last - counts, known, 0)) * BLOCK_M

@@ -1,0 +1,69 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This command measures how well a causal LM predicts texts, and how evenly its experts share the work, by domain.
+
+    moe eval --model_name_or_path ./moe --data wiki=wiki.txt code=code.jsonl
+    moe eval --model_name_or_path ./moe --data wiki=Salesforce/wikitext:wikitext-2-raw-v1 --split test \\
+        --max_tokens 65536 --output_json scores.json
+    moe eval --model_name_or_path ./dense --gguf_file model.gguf --data wiki=wiki.txt
+    moe eval --model_name_or_path ./moe --data chat=chats.jsonl
+
+Documents are joined by the tokenizer's eos and cut into blocks of --max_length tokens that do not overlap. A block is
+scored alone, all tokens but the first. Of conversations and completions only what the assistant says is scored, as `moe
+finetune` trains on it, or all tokens with --assistant_only false. Bits per byte divide by the UTF-8 bytes of the scored
+tokens, so that models with different tokenizers compare; a special token has no bytes. MaxVio is the busiest expert's load
+over the mean load, less 1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+
+from ..data import DataArguments
+from ..evaluation import DomainScore, EvaluationArguments, evaluate_lm
+from ..utils.command_line import parse, refuse_missing_folder
+from ..utils.json_files import write_json
+
+
+# a table shows the share of each expert up to this number of experts, and the smallest and largest share beyond
+MAX_SHARES = 16
+
+
+def _shares(score: DomainScore) -> str:
+    shares = score.expert_share or []
+    if len(shares) > MAX_SHARES:
+        return f"{100 * min(shares):.2f} to {100 * max(shares):.2f}"
+    return " ".join(f"{100 * share:.1f}" for share in shares)
+
+
+def print_scores(scores: dict[str, DomainScore], title: str) -> None:
+    """Prints one row for each domain, with the experts' columns only where the model has experts."""
+    sparse = any(score.max_vio is not None for score in scores.values())
+    table = Table("domain", "tokens", "loss", "perplexity", "bits per byte", title=title)
+    for column in ("MaxVio", "% of tokens per expert") if sparse else ():
+        table.add_column(column)
+    for domain, score in scores.items():
+        table.add_row(
+            domain,
+            f"{score.tokens:,}",
+            f"{score.loss:.4f}",
+            f"{score.perplexity:.3f}",
+            f"{score.bits_per_byte:.4f}",
+            *([] if score.max_vio is None else [f"{score.max_vio:.3f}", _shares(score)]),
+        )
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluates, writes the results if asked to, and prints them."""
+    args, data_args = parse([EvaluationArguments, DataArguments], __doc__, argv)
+    refuse_missing_folder(output_json=args.output_json)
+    scores = evaluate_lm(args, data_args)
+    if not PartialState().is_main_process:
+        return
+    if args.output_json is not None:
+        write_json(Path(args.output_json), {domain: asdict(score) for domain, score in scores.items()})
+    print_scores(scores, args.model_name_or_path)
