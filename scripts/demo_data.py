@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from modeling_moe.data.documents import DataArguments, cut_documents, hold_out
+from modeling_moe.data import DataArguments, cut_documents, hold_out
 from modeling_moe.utils.command_line import parse, run
 from modeling_moe.utils.folders import whole_folder
 

@@ -13,7 +13,7 @@ def load_domains(calibration_data: list[str]) -> dict[str, datasets.Dataset]:
     """Loads the documents of each domain.
 
     Args:
-        calibration_data: entries `domain=source`, see [`~modeling_moe.data.documents.DataArguments`].
+        calibration_data: entries `domain=source`, as in [`~modeling_moe.data.DataArguments`].
 
     Raises:
         UserError: if an entry is malformed, or its source does not exist or holds no text.

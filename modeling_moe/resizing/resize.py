@@ -9,8 +9,7 @@ from typing import Literal, NamedTuple
 from ..checkpoints import LazyTensor, State, refuse_full_disk
 from ..configuration_moe import MoEConfig
 from ..conversion import Checkpoint, load_state, open_checkpoint, result_folder, save_checkpoint
-from ..data.calibration_text import token_ids
-from ..data.documents import DataArguments
+from ..data import DataArguments, token_ids
 from ..utils.errors import UserError
 from ..utils.loading import load_tokenizer
 from .extraction import extract_task

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_moe import MoEConfig
-from ..data.calibration_text import token_ids
+from ..data import token_ids
 from ..utils.errors import UserError
 from ..utils.seeds import generator_for
 from .clustering import balanced_clusters, kmeans

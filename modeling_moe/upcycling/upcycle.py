@@ -18,7 +18,7 @@ from ..conversion import (
     verification_ids,
     verify,
 )
-from ..data.calibration_text import load_domains
+from ..data import load_domains
 from ..utils.errors import UserError
 from ..utils.loading import load_tokenizer
 from .assembly import assemble, average, refuse_different_tensors

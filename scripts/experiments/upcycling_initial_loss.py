@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from modeling_moe.checkpoints import LazyTensor, State
 from modeling_moe.configuration_moe import MoEConfig
 from modeling_moe.conversion import load_state, open_checkpoint
-from modeling_moe.data.documents import DataArguments, cut_documents, hold_out
+from modeling_moe.data import DataArguments, cut_documents, hold_out
 from modeling_moe.resizing.growth import GrowthOptions, grow
 from modeling_moe.upcycling.assembly import assemble
 from modeling_moe.upcycling.calibration import measure

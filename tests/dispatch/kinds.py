@@ -15,7 +15,8 @@ from modeling_moe.dispatch import backend_of, backends
 from modeling_moe.dispatch.backends.native.structures import NATIVE_ACTIVATIONS
 from modeling_moe.dispatch.interface import activation_of
 from modeling_moe.modeling_moe import MoEExperts
-from tests.conftest import NEEDS_TRITON, tiny_config
+from tests.builders import tiny_config
+from tests.conftest import NEEDS_TRITON
 
 
 OURS = {

@@ -15,7 +15,8 @@ from modeling_moe.dispatch.expert_order import order_by_expert
 from modeling_moe.dispatch.low_rank import LowRank
 from modeling_moe.dispatch.problem import ExpertsProblem, Needs
 from modeling_moe.modeling_moe import MoEExperts
-from tests.conftest import NEEDS_GPU, NEEDS_TRITON, tiny_config
+from tests.builders import tiny_config
+from tests.conftest import NEEDS_GPU, NEEDS_TRITON
 from tests.dispatch.kinds import (
     BACKENDS,
     CPU_BACKENDS,

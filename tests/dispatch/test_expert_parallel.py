@@ -7,7 +7,7 @@ from transformers.distributed import DistributedConfig
 
 import modeling_moe.dispatch.interface as interface
 from modeling_moe import MoEForCausalLM
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.ranks import needs_transformers, run_ranks
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from modeling_moe import MoEConfig, MoEForCausalLM, MoEForSequenceClassification
 from modeling_moe.hub import write_model_card
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 METRICS = {

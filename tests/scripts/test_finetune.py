@@ -1,5 +1,4 @@
 """These tests run scripts/finetune.py on a tiny model, which learns and is saved with the trained weights."""
-# ruff: noqa: F401, F811 (fixtures)
 
 import json
 import os
@@ -18,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 import modeling_moe
 from modeling_moe.hub import check_without_package
+from tests.builders import tiny_model, train_tokenizer
 from tests.data.test_documents import MARKED
-from tests.training.conftest import checkpoint, text_file, tiny_model, tokenizer, train_tokenizer
 
 
 ROOT = Path(__file__).parents[2]
@@ -319,7 +318,7 @@ def test_reloads_without_the_package(checkpoint, text_file, tmp_path, monkeypatc
         (["--label_names", "x"], "label_names is ['x']"),
         (["--max_length", "65"], "max_length is 65, more than the model's 64 positions"),
         (["--method", "lora", "--lora_target_modules", "wqkv"], "lora_target_modules wqkv match no layer"),
-        (["--resume_from_checkpoint", "true"], "does not exist, leave resume_from_checkpoint out"),
+        (["--resume_from_checkpoint", "true"], "does not exist, omit resume_from_checkpoint"),
         (["--dtype", "float12"], "finetune.py: dtype 'float12' is unknown"),
         (["--learnin_rate", "1"], "learnin_rate"),
         (["--model_name_or_path", "/missing/model"], "/missing/model"),

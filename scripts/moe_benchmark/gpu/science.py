@@ -34,7 +34,7 @@ from modeling_moe.checkpoints import LazyTensor, State
 from modeling_moe.configuration_moe import MoEConfig
 from modeling_moe.conversion import load_state, open_checkpoint
 from modeling_moe.dispatch import backend_of
-from modeling_moe.evaluation.scoring import score
+from modeling_moe.evaluation import score
 from modeling_moe.modeling_moe import MoEForCausalLM
 from modeling_moe.upcycling import UpcyclingOptions, assemble, reason_not_exact, sparse_config
 from modeling_moe.utils.command_line import parse

@@ -17,8 +17,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from modeling_moe.data.documents import PIECE_CHARS, cut_documents
-from modeling_moe.data.packing import pack
+from modeling_moe.data import PIECE_CHARS, cut_documents, pack
 from modeling_moe.utils.errors import UserError
 
 
