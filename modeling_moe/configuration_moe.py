@@ -218,10 +218,13 @@ class MoEConfig(
         check_layers(self)
 
     def validate_moe(self):
-        """Checks fields against each other, and refuses fields that nothing reads; `@strict` calls it in every check."""
+        """Checks fields against each other; `@strict` calls it in every check."""
         check_choices(self)
         check_model(self)
         check_routing(self)
+
+    def validate_unread(self):
+        """Refuses fields that differ from their defaults although nothing reads them; `@strict` calls it in every check."""
         refuse_unread(self)
 
     def validate_rope(self):

@@ -49,7 +49,7 @@ class ScaledEmbedding(nn.Embedding):
 
     @property
     def embed_scale(self) -> float:
-        """The factor sqrt(H), which is not part of the weight."""
+        """Returns the factor sqrt(H), which is not part of the weight."""
         return self.embedding_dim**0.5
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class RotaryEmbeddings(nn.Module):
 
     @property
     def inv_freq(self) -> torch.Tensor:
-        """The frequencies (D / 2,), if all attention types share them."""
+        """Returns the frequencies (D / 2,), if all attention types share them."""
         return self.kinds["all"].get_buffer("inv_freq")
 
     def forward(

@@ -201,7 +201,7 @@ class MoEBlock(nn.Module):
 
     @property
     def router(self) -> Router:
-        """The router, also where PEFT has replaced `gate` by a layer around it."""
+        """Returns the router, also where PEFT has replaced `gate` by a layer around the router."""
         router: Any = self.gate
         while not hasattr(router, "auxiliary_loss"):
             router = router.base_layer
@@ -404,13 +404,7 @@ class MoEModel(MoEPreTrainedModel):
         self.norm = make_norm(config)
         self.rotary_emb = RotaryEmbeddings(config)
         self.gradient_checkpointing = False
-        outputs = config.num_router_outputs
-        self.router_totals = RouterTotals(
-            len(self.sparse_blocks()),
-            statistics=CONTROLLERS[config.controller].size(outputs) if config.controller is not None else 0,
-            load=outputs if config.router_aux_loss_scope == "global" else 0,
-            drops=config.has_capacity,
-        )
+        self.router_totals = RouterTotals(config, len(self.sparse_blocks()))
         self._keep_in_fp32_modules_strict = {
             f"mlp.gate.{name}" for block in self.sparse_blocks() for name in block.gate.kept_in_fp32
         }

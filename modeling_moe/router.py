@@ -439,7 +439,7 @@ class Router(nn.Module):
 
     @property
     def kept_in_fp32(self) -> set[str]:
-        """The names of the parameters and buffers that stay fp32 when the model has another floating dtype."""
+        """Returns the names of the parameters and buffers that stay fp32 when the model has another floating dtype."""
         if router_dtype(torch.bfloat16) != torch.float32:
             return set()
         return {name for name, tensor in self.state_dict().items() if tensor.is_floating_point()}

@@ -342,6 +342,10 @@ class StepLoad(NamedTuple):
 class RouterTotals(nn.Module):
     """The statistics of the sparse layers since the last optimizer step, as buffers that no checkpoint holds.
 
+    Args:
+        config: the model's configuration.
+        layers: number L of sparse layers.
+
     Attributes:
         statistics: (L, n) observations of the controllers; None without controllers.
         load: (L, E + Z) tokens sent to each expert on all ranks; None unless the balance loss is global.
@@ -358,13 +362,15 @@ class RouterTotals(nn.Module):
     tokens: torch.Tensor | None
     dropped: torch.Tensor | None
 
-    def __init__(self, layers: int, statistics: int, load: int, drops: bool):
+    def __init__(self, config: Any, layers: int):
         super().__init__()
+        controller = None if config.controller is None else CONTROLLERS[config.controller]
+        outputs, is_global = config.num_router_outputs, config.router_aux_loss_scope == "global"
         shapes: dict[str, tuple[int, ...] | None] = {
-            "statistics": (layers, statistics) if statistics else None,
-            "load": (layers, load) if load else None,
-            "tokens": (layers,) if load else None,
-            "dropped": (2,) if drops else None,
+            "statistics": None if controller is None else (layers, controller.size(outputs)),
+            "load": (layers, outputs) if is_global else None,
+            "tokens": (layers,) if is_global else None,
+            "dropped": (2,) if config.has_capacity else None,
         }
         for name, shape in shapes.items():
             if shape is None:
@@ -373,7 +379,7 @@ class RouterTotals(nn.Module):
                 self.register_buffer(name, torch.zeros(shape, dtype=torch.float32), persistent=False)
         self.load_of_step: StepLoad | None = None
         self.counts_without_grad = False
-        self.awaits_update = statistics > 0 or load > 0
+        self.awaits_update = controller is not None or is_global
         self.versions: dict[int, int] | None = None
         self.warned: set[str] = set()
 

@@ -1,9 +1,9 @@
 """Finds one-line faults that no test notices: it changes one expression at a time and runs the tests of that file.
 
 Examples:
-    python scripts/mutate.py modeling_moe/router_losses.py
-    python scripts/mutate.py modeling_moe/router_capacity.py --tests tests/core/test_router_capacity.py --most 40
-    python scripts/mutate.py modeling_moe/data/packing.py --tests tests/data tests/training/test_trl.py --lines 40 90
+    python scripts/mutate.py --file modeling_moe/router_losses.py
+    python scripts/mutate.py --file modeling_moe/router_capacity.py --tests tests/core/test_router_capacity.py --most 40
+    python scripts/mutate.py --file modeling_moe/data/packing.py --tests tests/data tests/training/test_trl.py --lines 40 90
 
 The work is done in a copy of the repository, so the files here are never changed. Each fault is printed with its line, and
 the survivors are listed last: a survivor is a missing test, or a change that makes no difference (a tuning constant).

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from tests.interpreter import interpreter_fault
 
@@ -21,10 +22,8 @@ elif interpreter_fault() is None:
     # Triton reads it when it defines a function, so before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from modeling_moe import MoEConfig
 from modeling_moe.dispatch.backends import BACKENDS
-from modeling_moe.modeling_moe import MoEBlock
-from modeling_moe.router_catalogue import router_class
+from tests.builders import sample_text, tiny_model, train_tokenizer
 
 
 def triton_serves(device: str) -> bool:
@@ -75,52 +74,6 @@ def device(request) -> str:
     return "cpu" if _tests_native(request.node) else DEVICE
 
 
-def tiny_config(**fields) -> MoEConfig:
-    """A model small enough for float64 and finite differences, with odd sizes: 5 experts, 3 per token, wide heads."""
-    defaults = {
-        "vocab_size": 99,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "moe_intermediate_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 12,
-        "num_experts": 5,
-        "num_experts_per_tok": 3,
-        "mlp_layer_types": ["sparse", "dense", "sparse"],
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "initializer_range": 0.2,
-    }
-    return MoEConfig(**(defaults | fields))
-
-
-def router_of_logits(num_experts: int, **fields):
-    """A float64 router whose logits are the tokens (T, E) themselves."""
-    config = tiny_config(
-        **({"num_experts": num_experts, "hidden_size": num_experts, "num_experts_per_tok": 2} | fields)
-    )
-    router = router_class(config)(config)
-    router.init_weights(0.0)
-    with torch.no_grad():
-        router.weight.copy_(torch.eye(num_experts))
-    return router.double()
-
-
-def eager_block(**fields) -> MoEBlock:
-    """A float64 sparse block with the eager loop over its experts, all its weights random."""
-    config = tiny_config(**fields)
-    config._experts_implementation = "eager"
-    block = MoEBlock(config)
-    block.gate.init_weights(0.5)
-    for parameter in block.experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return block.double()
-
-
 @pytest.fixture(autouse=True)
 def seed():
     """The same random numbers in every test, whatever ran before."""
@@ -134,3 +87,26 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of 300 tokens."""
+    return train_tokenizer()
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    """Returns a text file of 800 lines and 28 kB."""
+    path = tmp_path / "sample.txt"
+    path.write_text(sample_text(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tokenizer) -> Path:
+    """Returns the folder of a tiny MoE with a tokenizer."""
+    path = tmp_path / "checkpoint"
+    tiny_model().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

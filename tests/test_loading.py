@@ -19,8 +19,7 @@ from modeling_moe import MoEForCausalLM
 from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
 from modeling_moe.utils.locations import folder_and_gguf, local_folder
-from tests.conftest import tiny_config
-from tests.training.conftest import train_tokenizer
+from tests.builders import tiny_config, train_tokenizer
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -22,8 +22,7 @@ from modeling_moe.utils.earlier_code import EARLIER
 from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.loading import load_config, load_model, load_tokenizer
 from modeling_moe.utils.trust import foreign_code, known_code
-from tests.conftest import tiny_config
-from tests.training.conftest import train_tokenizer
+from tests.builders import tiny_config, train_tokenizer
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

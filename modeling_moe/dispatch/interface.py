@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -41,16 +41,19 @@ POINTWISE_NAMES: dict[type[nn.Module], str] = {
 
 
 class ExpertsModule(Protocol):
-    """ExpertsModule lists the attributes that transformers' `use_experts_implementation` gives a module of experts."""
+    """ExpertsModule lists what every module has that follows transformers' experts interface."""
 
     has_gate: bool
     has_bias: bool
     is_transposed: bool
     num_experts: int
     down_proj: torch.Tensor
-    act_fn: nn.Module
     config: PreTrainedConfig
-    _is_expert_parallel: bool
+
+
+def follows_interface(module: nn.Module) -> TypeGuard[ExpertsModule]:
+    """Returns True if a module has what [`ExpertsModule`] lists."""
+    return all(hasattr(module, name) for name in ExpertsModule.__annotations__)
 
 
 class ActivationChoice(NamedTuple):
@@ -76,7 +79,8 @@ def activation_of(module: ExpertsModule) -> ActivationChoice | None:
             return ActivationChoice("clamped_swiglu_gated", list(module.gate_clamp))
     elif module.has_gate and apply_gate is not _default_apply_gate:
         return None
-    name = POINTWISE_NAMES.get(type(module.act_fn))
+    function = getattr(module, "act_fn", None)
+    name = POINTWISE_NAMES.get(type(function)) if isinstance(function, nn.Module) else None
     if name is None:
         return None
     return ActivationChoice(f"{name}_gated" if module.has_gate else name, [])
@@ -92,7 +96,7 @@ def reason_unsupported(module: ExpertsModule, activation: ActivationChoice | Non
     if getattr(module, "has_post_expert_norm", False):
         return "it has a norm after each expert"
     if activation is None and activation_of(module) is None:
-        return f"its gate or activation ({type(module.act_fn).__name__}) has no derivative here"
+        return f"its gate or activation ({type(getattr(module, 'act_fn', None)).__name__}) has no derivative here"
     return None
 
 
@@ -151,7 +155,7 @@ def _is_plain(x: torch.Tensor) -> bool:
 
 
 def backend_of(
-    module: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, backend: str | None = None
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, backend: str | None = None
 ) -> str:
     """Says which back end computes a module for these inputs.
 
@@ -166,6 +170,9 @@ def backend_of(
         A key of [`~modeling_moe.dispatch.backends.BACKENDS`], with `" (decode)"` after it where the path for a few
         tokens is taken; or `"transformers: "` and the reason why transformers' own functions compute the module.
 
+    Raises:
+        TypeError: for a module that does not follow transformers' experts interface.
+
     Example:
         >>> import torch
         >>> from modeling_moe import MoEConfig, MoEForCausalLM
@@ -175,6 +182,8 @@ def backend_of(
         >>> backend_of(experts, torch.zeros(100, 64), torch.zeros(100, 2, dtype=torch.long))
         'native'
     """
+    if not follows_interface(module):
+        raise TypeError(f"{type(module).__name__} does not follow transformers' experts interface: pass its experts.")
     activation = activation_of(module)
     if reason := reason_unsupported(module, activation):
         return f"transformers: {reason}"
@@ -286,7 +295,7 @@ def _by_transformers(
     if hidden_states.device.type == "cpu" or not takes_rows(hidden_states, matrices.up, matrices.down):
         return _eager_forward(type(module))(module, hidden_states, top_k_index, top_k_weights)
     empty = (top_k_index < 0) | (top_k_index >= module.num_experts)
-    if module._is_expert_parallel:
+    if getattr(module, "_is_expert_parallel", False):
         # transformers' functions skip out-of-range ids only if this flag is set
         index = top_k_index.masked_fill(empty, module.num_experts)
     else:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..router import Routing, expert_load, fp32_linear, masked_mean
+from ..router import Routing, expert_load, fp32_linear, masked_mean, num_real_tokens
 from ..router_capacity import count_dropped
+from ..router_losses import load_balancing_loss
 
 
 def max_violation(load: torch.Tensor) -> torch.Tensor:
@@ -37,6 +38,19 @@ def load_variation(load: torch.Tensor) -> torch.Tensor:
 def dead_experts(load: torch.Tensor) -> torch.Tensor:
     """Returns the share (...) of the experts whose load (..., E) is 0."""
     return (load == 0).to(load.dtype).mean(dim=-1)
+
+
+@torch.no_grad()
+def normalised_balance(
+    routing: Routing, token_mask: torch.Tensor | None = None, num_experts: int | None = None
+) -> torch.Tensor:
+    """Returns the load-balancing loss over the mean number of assignments per token, a scalar.
+
+    It is 1 in balance whatever K is, and E / K if the same K experts get all tokens. The loss, which transformers defines,
+    is K in balance.
+    """
+    assignments = expert_load(routing, token_mask).sum() / num_real_tokens(routing, token_mask).clamp(min=1)
+    return load_balancing_loss(routing, token_mask, num_experts=num_experts) / assignments.clamp(min=1e-10)
 
 
 @torch.no_grad()
@@ -166,6 +180,7 @@ def summary(
     load = expert_load(routing, token_mask)[:num_experts]
     entropy = entropies(routing, token_mask)
     metrics = {
+        "normalised_balance": normalised_balance(routing, token_mask, num_experts),
         "max_violation": max_violation(load),
         "load_variation": load_variation(load),
         "dead_experts": dead_experts(load),

@@ -166,7 +166,8 @@ def _clone_changes(config: MoEConfig, options: GrowthOptions, target: int) -> Ch
         changes = {"n_group": config.n_group * factor, "topk_group": config.topk_group * factor}
     if not options.keep_top_k:
         changes["num_experts_per_tok"] = config.num_experts_per_tok * factor
-        changes["expected_experts_per_tok"] = config.expected_experts_per_tok * factor
+        if config.expected_experts_per_tok != config.num_experts_per_tok:
+            changes["expected_experts_per_tok"] = config.expected_experts_per_tok * factor
         if config.scoring_func != "softmax" and not config.norm_topk_prob:
             changes["routed_scaling_factor"] = config.routed_scaling_factor / factor
     return changes

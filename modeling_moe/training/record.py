@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module writes `finetuning.json`, which records how a model was fine-tuned, for the model card."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from transformers import TrainingArguments
 
 from ..compatibility import __version__
 from ..data import DataArguments
-from ..utils.atomic import write_text
+from ..utils.json_files import write_json
 from ..utils.lineage import CONVERSION, FINETUNING, hub_name
 from .arguments import ModelArguments
 
@@ -48,7 +47,7 @@ def write_record(
         "eval_loss": eval_loss,
         "modeling_moe_version": __version__,
     }
-    write_text(output_dir / FINETUNING, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_json(output_dir / FINETUNING, record)
     if (Path(source) / CONVERSION).is_file():
         shutil.copyfile(Path(source) / CONVERSION, output_dir / CONVERSION)
     else:

@@ -1,13 +1,13 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module writes the results of the experiments, and refuses result files in missing folders."""
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from modeling_moe.utils import json_files
 from modeling_moe.utils.errors import UserError
 
 
@@ -27,6 +27,4 @@ def refuse_missing_folders(args: object, *names: str) -> None:
 def write_json(path: str, arguments: dict[str, Any], content: dict[str, Any]) -> None:
     """Writes arguments, versions and content into a JSON file, as a whole or not at all."""
     record = {"arguments": arguments, "python": platform.python_version(), "torch": torch.__version__} | content
-    partial_file = Path(path).with_name(f".{Path(path).name}.partial")
-    partial_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial_file.rename(path)
+    json_files.write_json(Path(path), record)

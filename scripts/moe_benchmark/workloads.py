@@ -118,7 +118,8 @@ class BlockWorkload(ExpertsWorkload):
     def forward(self, module: nn.Module) -> torch.Tensor:
         """Returns the output (1, T, H)."""
         output = module(self.x)
-        return output[0] if isinstance(output, tuple) else output  # our block also returns its router's statistics
+        # this package's block also returns the statistics of its router
+        return output[0] if isinstance(output, tuple) else output
 
 
 class ModelWorkload:

@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_moe.dispatch.backends import BACKENDS
 from modeling_moe.utils.errors import UserError
-from tests.training.conftest import WORDS, train_tokenizer
+from tests.builders import WORDS, train_tokenizer
 
 
 FINE, COARSE = (arm for arm in ARMS if arm != DENSE)

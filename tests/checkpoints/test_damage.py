@@ -102,7 +102,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(source, tmp_pa
 
     change_tensors(source, damage)
     if check:
-        from tests.training.conftest import train_tokenizer
+        from tests.builders import train_tokenizer
 
         train_tokenizer().save_pretrained(source)
     with pytest.raises(

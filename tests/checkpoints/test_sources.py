@@ -19,7 +19,7 @@ from modeling_moe.checkpoints import (
     sources,
 )
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 TENSORS = {

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoints import LazyTensor, check_hashes, open_source, write_checkpoint, writer
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 RECIPE = {"source": "somewhere", "seed": 1}

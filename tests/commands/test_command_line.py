@@ -136,3 +136,15 @@ def test_ctrl_c_says_how_a_command_goes_on(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith(
         "moe finetune: stopped: the same flags with --resume_from_checkpoint true"
     )
+
+
+def test_the_library_does_not_import_its_commands():
+    """scripts use commands, commands use sub-packages, and sub-packages use the core; nothing points back."""
+    package = SCRIPTS.parent / "modeling_moe"
+    pointing = re.compile(
+        r"(?m)^\s*(?:from|import) (?:\.+|modeling_moe\.)commands\b|^\s*(?:from|import) (?:moe_benchmark|moe_command)\b"
+    )
+    found = {
+        file.relative_to(package).as_posix() for file in package.rglob("*.py") if pointing.search(file.read_text())
+    }
+    assert found == {"__main__.py", "commands/benchmark.py"}

@@ -19,9 +19,8 @@ from modeling_moe.dispatch import backend_of
 from modeling_moe.dispatch.backends import BACKENDS
 from modeling_moe.utils.presets import presets
 from modeling_moe.utils.recipes import CONFIGURATION, recipes
-from tests.conftest import tiny_config
+from tests.builders import sample_text, tiny_config, train_tokenizer
 from tests.test_trust import bring_code
-from tests.training.conftest import sample_text, train_tokenizer
 
 
 SIZE = {

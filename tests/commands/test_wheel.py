@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.commands.main import COMMANDS
-from tests.conftest import tiny_config
-from tests.training.conftest import sample_text, train_tokenizer
+from tests.builders import sample_text, tiny_config, train_tokenizer
 
 
 ROOT = Path(__file__).parents[2]

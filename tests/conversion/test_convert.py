@@ -12,22 +12,9 @@ from transformers.models import gpt2, llama, mixtral, qwen3_moe
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.conversion import convert_checkpoint, moe_config, open_checkpoint, to_moe, verify
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
+from tests.builders import SIZE, tiny_config
 
 
-SIZE = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 CONFIGS = {
     "llama": llama.LlamaConfig(**SIZE),
     "llama-tied": llama.LlamaConfig(**SIZE, tie_word_embeddings=True),
@@ -113,7 +100,7 @@ def test_a_configuration_class_of_a_checkpoints_own_code_becomes_this_packages_c
 
 
 def test_verify_reports_the_difference_of_source_and_result(tmp_path):
-    from tests.training.conftest import train_tokenizer
+    from tests.builders import train_tokenizer
 
     tokenizer = train_tokenizer()
     config = mixtral.MixtralConfig(**SIZE | {"vocab_size": len(tokenizer)}, num_local_experts=4)

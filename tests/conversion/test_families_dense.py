@@ -10,20 +10,12 @@ from modeling_moe.checkpoints import LazyTensor
 from modeling_moe.conversion.families.base import SourceFields
 from modeling_moe.conversion.families.dense import DENSE_FAMILIES
 from modeling_moe.utils.errors import UserError
+from tests import builders
 
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # ids below 3 are special tokens; batches have length 12 and every window has length 4
-SIZE = TOKENS | {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
+SIZE = builders.SIZE | {"num_hidden_layers": 3}
 NEOX_SIZE = {name: value for name, value in SIZE.items() if name != "num_key_value_heads"}
 GPT2_SIZE = TOKENS | {
     "vocab_size": 99,

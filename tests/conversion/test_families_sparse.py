@@ -17,21 +17,10 @@ from modeling_moe.checkpoints import LazyTensor, State
 from modeling_moe.conversion.families.base import SourceFields
 from modeling_moe.conversion.families.sparse import SPARSE_FAMILIES
 from modeling_moe.utils.errors import UserError
+from tests import builders
 
 
-SIZE = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZE = builders.SIZE | {"num_hidden_layers": 3}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3}
 QWEN = SIZE | EXPERTS | {"moe_intermediate_size": 24}
 LATENT = SIZE | {

@@ -155,7 +155,7 @@ def test_transformers_4_computes_what_the_exported_model_computes(older_transfor
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_transformers_4_loads_a_tokenizer_that_transformers_5_saved(target, older_transformers, tmp_path):
-    from tests.training.conftest import train_tokenizer
+    from tests.builders import train_tokenizer
 
     tokenizer = train_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})

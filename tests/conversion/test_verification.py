@@ -9,7 +9,7 @@ from transformers.models import llama, mixtral, olmoe, qwen2_moe, qwen3_moe
 from modeling_moe.conversion import convert_checkpoint, verify
 from modeling_moe.conversion.verification import verification_ids
 from modeling_moe.utils.errors import UserError
-from tests.training.conftest import train_tokenizer
+from tests.builders import train_tokenizer
 
 
 SIZE = {

@@ -1,4 +1,4 @@
-"""Latent attention against transformers' DeepSeek-V2 and V3: outputs, gradients, caches, and what the kernels get."""
+"""These tests compare latent attention with transformers' DeepSeek-V2 and V3: outputs, gradients and caches."""
 
 import math
 
@@ -20,7 +20,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from modeling_moe.attention_latent import MoELatentAttention
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 BATCH, LENGTH, HIDDEN, HEADS, NOPE, ROPE, VALUE, LATENT = 2, 7, 32, 4, 6, 8, 10, 12
@@ -33,7 +33,7 @@ FIELDS = {
     "qk_nope_head_dim": NOPE,
     "qk_rope_head_dim": ROPE,
     "v_head_dim": VALUE,
-    # so large that the norms of the latents would show if they took it
+    # so large that the outputs would differ if the norms of the latents used it
     "rms_norm_eps": 0.5,
 }
 YARN = {
@@ -60,7 +60,7 @@ MASK = causal_mask(POSITIONS, LENGTH)
 
 
 def in_halves(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """DeepSeek's tensors, or their gradients, with the rotary rows in halves rather than pairs."""
+    """Reorders the rotary rows of DeepSeek's tensors, or of their gradients, from pairs to halves."""
     halves = torch.cat((torch.arange(0, ROPE, 2), torch.arange(1, ROPE, 2)))
     head = torch.cat((torch.arange(NOPE), NOPE + halves))
     query = torch.cat([i * (NOPE + ROPE) + head for i in range(HEADS)])
@@ -76,7 +76,7 @@ def make_ours(implementation: str, layer_idx: int = 0, **fields) -> MoELatentAtt
 
 
 def make_pair(family: str, implementation: str = "eager", **fields):
-    """DeepSeek's layer, its rotary embedding and ours, of the same random weights."""
+    """Returns DeepSeek's layer and rotary embedding, and our layer with the same random weights."""
     config_class, attention_class, rotary_class = DEEPSEEK[family]
     rope = fields.pop("rope_parameters", {"rope_type": "default", "rope_theta": 100.0})
     multiplier = fields.pop("attention_multiplier", None)
@@ -99,12 +99,12 @@ def run(attention, rotary, states, **arguments):
 
 
 def assert_close(actual, expected):
-    """Within 1e-6 of the largest entry."""
+    """Compares tensors to 1e-6 of the largest entry."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
 
 
 def assert_equal_to_deepseek(theirs, rotary, ours, mask):
-    """Outputs, probabilities, and the gradients of the input and of every weight."""
+    """Latent attention equals DeepSeek's in outputs, probabilities, and gradients of input and weights."""
     states = torch.randn(BATCH, LENGTH, HIDDEN, requires_grad=True)
     copy = states.detach().clone().requires_grad_()
     expected, expected_weights = run(theirs, rotary(states, POSITIONS), states, attention_mask=mask)
@@ -212,7 +212,7 @@ def test_window_reaches_the_kernel(monkeypatch):
 
 @pytest.mark.parametrize("q_lora_rank", [None, 20])
 def test_runs_on_a_share_of_the_heads(q_lora_rank):
-    """As under tensor parallelism: the shares' outputs sum to the whole layer's."""
+    """The outputs of a layer's tensor-parallel shares sum to the output of the layer."""
     ours = make_ours("eager", q_lora_rank=q_lora_rank)
     for parameter in ours.parameters():
         nn.init.normal_(parameter, std=0.3)

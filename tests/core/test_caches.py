@@ -1,12 +1,11 @@
-"""Cached and uncached text are equal: for every router, cache and generation mode, padded, batched continuously, and by the
-code that travels with a checkpoint."""
+"""These tests compare cached text with uncached text for each router, cache and generation mode, also by a checkpoint's code."""
 
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from modeling_moe import MoEForCausalLM
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.core.test_catalogue import ALL, CAUSAL, NONCAUSAL, TASKS, model_of
 from tests.processes import run_without_package
 
@@ -19,12 +18,12 @@ MODES = {
     "beam sampling": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
     "contrast": {"do_sample": False, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
 }
-# the limit of a plain capacity factor depends on the length
+# a plain capacity factor depends on the length of the sequence
 CACHED = [name for name in CAUSAL if name != "token_capacity"]
-# what asks for task_ids
+# routers that need task_ids
 BY_TASK = ("task", "mmoe")
 REMEMBERING = ("lory", "absolute_capacity", "running_capacity")
-# router_type or field, by which continuous batching is refused
+# name -> router_type or field that the refusal of continuous batching names
 MIXING = {
     "lory": "router_type='lory'",
     "absolute_capacity": "expert_capacity",
@@ -47,7 +46,7 @@ ATTENTION = {
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Three prompts, two of them padded on the left."""
+    """Returns three prompts, two of them padded on the left."""
     ids = torch.randint(3, 99, (3, 7), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     for row, padding in ((0, 3), (2, 1)):
@@ -62,7 +61,7 @@ def text(model, inputs, **arguments) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CACHED)
 def test_each_mode_and_cache_gives_the_uncached_text(name):
-    # in float64 no two logits are so near that the order of a sum decides
+    # in float64, where the order of a sum does not decide between two logits
     model = model_of(name).double().eval()
     inputs = batch() | ({"task_ids": TASKS} if name in BY_TASK else {})
     modes = {"greedy": MODES["greedy"]} if name in BY_TASK else MODES
@@ -89,9 +88,9 @@ def test_each_attention_gives_the_uncached_text(name):
 
 
 def continuously(model, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy text of six tokens for each prompt, by transformers' continuous batching."""
+    """Generates six tokens for each prompt by transformers' continuous batching, greedily."""
     options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    # by default it takes nine tenths of the machine's memory
+    # by default the cache takes nine tenths of the machine's memory
     small = ContinuousBatchingConfig(max_memory_percent=0.001, max_batch_tokens=64)
     results = model.generate_batch(prompts, options, continuous_batching_config=small, warmup=False)
     ordered = [results[key] for key in sorted(results, key=lambda key: int(key.rsplit("_", 1)[1]))]

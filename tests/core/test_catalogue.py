@@ -1,4 +1,4 @@
-"""What every router promises, whatever it chooses by: causality, decoding, empty slots, precision, saving, compilation."""
+"""These tests check each router: causality, decoding, empty assignments, precision, saving and compilation."""
 
 import logging
 
@@ -13,11 +13,11 @@ from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router import RoutingContext
 from modeling_moe.router_balancing import CONTROLLERS, exact_global_balance
 from modeling_moe.router_catalogue import ROUTERS
-from tests.conftest import eager_block, tiny_config
+from tests.builders import eager_block, tiny_config
 
 
 SIGMOID_BIAS = {"scoring_func": "sigmoid", "router_selection_bias": True, "router_bias_update_rate": 0.01}
-# name -> fields; every router of the catalogue, and the variants that are fields of one
+# name -> fields; every router of the catalogue, and variants of routers
 CAUSAL = {
     "softmax": {},
     "softmax_norm_off": {"norm_topk_prob": False},
@@ -52,7 +52,7 @@ CAUSAL = {
     "running_capacity": {"capacity_factor": 0.7, "eval_capacity_factor": 0.7, "capacity_running": True},
     "token_capacity": {"capacity_factor": 0.7, "eval_capacity_factor": 0.7},
 }  # fmt: skip
-# name -> fields, and whether evaluation is causal
+# name -> fields, and whether the router is causal in evaluation
 NONCAUSAL = {
     "expert_choice": ({"router_type": "expert_choice"}, False),
     "soft_moe": ({"router_type": "soft_moe"}, False),
@@ -88,7 +88,7 @@ def logits_of(model, name, ids=IDS):
 
 
 def routings_of(model, name, ids=IDS) -> list:
-    """What each sparse layer's router returned in one pass."""
+    """Returns the routing of each sparse layer in one pass."""
     routings = []
     hooks = [
         block.gate.register_forward_hook(lambda module, args, routing: routings.append(routing))
@@ -101,7 +101,7 @@ def routings_of(model, name, ids=IDS) -> list:
 
 
 def leaks(name: str, training: bool) -> bool:
-    """Whether earlier tokens or other rows notice a change, which has no effect on what they see otherwise."""
+    """Says whether a change of the last tokens or of one row changes the output for earlier tokens or other rows."""
     model = model_of(name).double().train(training)
     noticed = False
     for _ in range(3):
@@ -141,7 +141,7 @@ def test_what_is_refused_does_leak(name):
     assert leaks(name, training=False) != causal_evaluation
 
 
-# the limit of a plain capacity factor depends on the length
+# a plain capacity factor depends on the length of the sequence
 @pytest.mark.parametrize("name", [name for name in CAUSAL if name != "token_capacity"])
 def test_decoding_equals_one_pass(name):
     model = model_of(name).double().eval()
@@ -176,10 +176,10 @@ def test_beams_and_speculation_carry_the_history(name):
         model.generate(ids, **length, cache_implementation="static", disable_compile=True)
 
 
-# but where all experts take part
+# all experts take part in these
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("soft_moe", "lory", "dense_gradient")])
 def test_empty_slots_cost_nothing_and_get_no_gradient(name):
-    """Experts that no token chose have a gradient of exactly 0, and an empty slot weighs 0."""
+    """Experts that no token chose have a gradient of exactly 0, and empty assignments have the weight 0."""
     model = model_of(name).train()
     routings = []
     for block in model.model.sparse_blocks():
@@ -223,14 +223,14 @@ def test_saved_and_loaded_with_its_state(name, tmp_path):
         fresh = model_of(name).state_dict()
         moved = [key for key in before if not torch.equal(before[key], fresh[key])]
         assert moved, controller
-    # matrices lie at other addresses, where BLAS may round otherwise
+    # BLAS may round differently, because the matrices are aligned differently
     torch.testing.assert_close(logits_of(loaded.eval(), name), logits_of(model.eval(), name), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @ALL_NAMES
 def test_the_scaling_factor_multiplies_what_the_experts_give(name, training):
-    """`uniform` once ignored it, and `lory` scaled the merged weights; outputs and the gates' gradients."""
+    """`routed_scaling_factor` multiplies outputs and gradients; `uniform` ignored it, and `lory` scaled merged weights."""
     results = []
     for factor in (1.0, 2.5):
         torch.manual_seed(3)
@@ -294,7 +294,7 @@ def test_global_balance_of_micro_batches_is_exact():
     whole, split = gradients([{"input_ids": ids}]), gradients([{"input_ids": ids[:1]}, {"input_ids": ids[1:]}])
     for a, b in zip(whole, split, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
-    # without counting first, a micro-batch knows the earlier ones alone
+    # without counting first, a micro-batch knows earlier micro-batches alone
     for batch in (ids[:1], ids[1:]):
         model(batch, labels=batch, num_items_in_batch=count).loss.backward()
     assert not torch.allclose(gates[0].grad, whole[0], atol=1e-12)
@@ -326,7 +326,7 @@ def test_dropped_tokens_pass_on_their_residual():
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "moe", "moe_grouped_mm"])
 @pytest.mark.parametrize("name", ["null_and_copy", "top_p", "running_capacity", "expert_choice"])
 def test_transformers_experts_skip_empty_slots_too(name, implementation):
-    """As where this package is not installed; outputs and gradients of the eager loop."""
+    """transformers' experts functions give the outputs and gradients of the eager loop for each router."""
     model, results = model_of(name).train(), []
     for experts in ("eager", implementation):
         model.set_experts_implementation(experts)

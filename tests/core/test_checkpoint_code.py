@@ -16,7 +16,7 @@ from modeling_moe.router_catalogue import ROUTERS
 from modeling_moe.router_topk import TopKRouter
 from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.loading import load_model
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.processes import run_without_package
 
 

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
 
 from modeling_moe import MoEForCausalLM, MoEForSequenceClassification, MoEModel
 from modeling_moe.checkpoint_damage import CheckpointError, refuse_missing
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 IDS = torch.arange(3, 21).view(2, 9)

@@ -9,10 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
+import modeling_moe
 from modeling_moe import MoEForCausalLM
 from modeling_moe.model_checkpoints import AUTO_MAP
 from modeling_moe.modeling_moe import MODELS
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.processes import run_without_package
 
 
@@ -268,6 +269,12 @@ SHIPPED = {
     "router_topk.py",
     "router_assigned.py",
 }
+
+
+def test_every_file_beside_the_model_is_shipped():
+    """`__init__.py` and `__main__.py` are the only other files directly in the package."""
+    package = Path(modeling_moe.__file__).parent
+    assert {file.name for file in package.glob("*.py")} - {"__init__.py", "__main__.py"} == SHIPPED
 
 
 def test_code_and_every_auto_class_are_saved(saved):

@@ -16,8 +16,7 @@ from transformers.utils import logging as transformers_logging
 from modeling_moe import MoEForCausalLM, MoEModel, compatibility
 from modeling_moe.compatibility import CACHE_NAME, CACHE_NAMES, KEYWORDS, GenerationInputs, cache_name
 from modeling_moe.modeling_moe import MODELS
-from tests.conftest import tiny_config
-from tests.training.conftest import train_tokenizer
+from tests.builders import tiny_config, train_tokenizer
 
 
 IDS = torch.arange(3, 21).view(2, 9)

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.configuration_fields import settings_of
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.configuration_fields import settings_of
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 IDS = torch.arange(1, 13)[None]

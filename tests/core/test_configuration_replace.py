@@ -9,7 +9,7 @@ import pytest
 
 from modeling_moe import MoEConfig, configuration_presets
 from modeling_moe.utils.presets import presets
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 def test_replace_leaves_the_old_configuration_alone_and_derives_anew():

@@ -16,7 +16,7 @@ from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.configuration_fields import settings_of
 from modeling_moe.router_catalogue import ROUTERS
 from modeling_moe.utils.config_page import TITLES
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 ROUTER_FIELDS = {

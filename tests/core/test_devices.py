@@ -1,11 +1,12 @@
-"""A whole model whose experts are Triton's, on the GPU where there is one: against transformers' eager loop over experts."""
+"""These tests compare a model with Triton experts, on a GPU if there is one, with transformers' eager loop."""
 
 import pytest
 import torch
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.dispatch import interface
-from tests.conftest import NEEDS_GPU, NEEDS_TRITON, tiny_config
+from tests.builders import tiny_config
+from tests.conftest import NEEDS_GPU, NEEDS_TRITON
 from tests.core.test_catalogue import ALL_NAMES, IDS, batch_of, model_of
 
 
@@ -14,13 +15,13 @@ pytestmark = NEEDS_TRITON
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """The back end of each call of the operators, with or without gradient; fails if one is not Triton's."""
+    """Records the back end of each call of the operators, and fails if a call is not Triton's."""
     seen = []
 
     def watch(name: str, operator) -> None:
         def spy(*arguments):
             seen.append(name)
-            # the operator takes the name of the back end, decode the back end
+            # the operator gets the name of the back end, decode the back end
             assert "triton" in arguments or arguments[-1].name == "triton"
             return operator(*arguments)
 
@@ -32,7 +33,7 @@ def calls(monkeypatch) -> list[str]:
 
 
 def gradients_of(model, batch) -> dict[str, torch.Tensor]:
-    """Loss, logits and gradients of one training step, whose noise is the same in each call."""
+    """Returns loss, logits and gradients of one training step, with the same noise in each call."""
     torch.manual_seed(7)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     output = model(**batch, labels=batch["input_ids"])
@@ -43,7 +44,7 @@ def gradients_of(model, batch) -> dict[str, torch.Tensor]:
 
 
 def assert_same(got, expected, tolerance: float) -> None:
-    """Each tensor to `tolerance` of its own largest value."""
+    """Compares each tensor to `tolerance` times the largest entry of the tensor."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         scale = max(tensor.abs().max().item(), 1e-6)
@@ -64,7 +65,7 @@ def test_every_router_trains(name, device, calls):
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)], ids=["fp16", "bf16"])
 def test_half_precision(dtype, device, calls):
-    """One layer: beyond it a router's decision may depend on the rounding."""
+    """A model of one layer is used, because a later router's choice may depend on rounding."""
     model = MoEForCausalLM(tiny_config(num_hidden_layers=1, mlp_layer_types=["sparse"])).to(device, dtype)
     model.set_experts_implementation("eager")
     expected = gradients_of(model, {"input_ids": IDS})
@@ -82,12 +83,12 @@ def test_generates(cache, device, calls):
     expected = model.generate(IDS.to(device), **arguments)
     model.set_experts_implementation("moe_triton")
     assert model.generate(IDS.to(device), **arguments).equal(expected)
-    # one pass over the prompt, more tokens than decoding takes, and three steps, of two sparse layers
+    # two sparse layers: one pass over the prompt, which has too many tokens for decode, and three steps
     assert calls == ["experts"] * 2 + ["decode"] * 6
 
 
 def test_compiles_whole(device):
-    """A training step, and a forward without gradient; by torch's own compiler where there is a GPU."""
+    """A compiled model equals the eager one in a training step and in a forward without gradient."""
     model = MoEForCausalLM(tiny_config(num_hidden_layers=1, mlp_layer_types=["sparse"])).to(device)
     model.set_experts_implementation("moe_triton")
     batch = {"input_ids": IDS}
@@ -105,7 +106,7 @@ def test_compiles_whole(device):
 
 @NEEDS_GPU
 def test_nothing_waits_for_the_gpu(device):
-    """Neither a training step nor a step of decoding synchronizes, so both go into a CUDA graph."""
+    """A training step and a decoding step never synchronise, so that a CUDA graph can hold both."""
     torch.use_deterministic_algorithms(False)  # torch's deterministic scatter is not the one that users run
     model = MoEForCausalLM(tiny_config(num_hidden_layers=1, mlp_layer_types=["sparse"])).to(device)
     experts, router = model.model.layers[0].mlp.experts, torch.Generator(device).manual_seed(0)

@@ -1,4 +1,4 @@
-"""Two gloo processes against one that sees the same micro-batches: gradients, and what the controllers move."""
+"""These tests compare two gloo processes with one process on the same micro-batches: gradients and moved buffers."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.router_balancing import exact_global_balance
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.ranks import run_ranks
 
 
 RANKS = 2
 IDS = torch.arange(3, 39).view(4, 9)
-# uneven: one row here, three there
+# the ranks have one row and three rows
 ROWS = (slice(0, 1), slice(1, 4))
 BIAS = {"router_selection_bias": True, "router_bias_update_rate": 0.01}
 KINDS = {
@@ -31,7 +31,7 @@ KINDS = {
 
 
 def build(kind: str) -> MoEForCausalLM:
-    """The same weights on every rank; balance losses that are no sum over tokens are off."""
+    """Returns a model with the same weights on every rank, without losses that are not sums over tokens."""
     torch.manual_seed(0)
     fields = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.5}
     return MoEForCausalLM(tiny_config(**(fields | KINDS[kind]))).train()
@@ -43,7 +43,7 @@ def backward(model, rows: slice, ranks: int) -> None:
 
 
 def state_after_step(model) -> dict[str, torch.Tensor]:
-    """Gradients and buffers."""
+    """Returns gradients and buffers."""
     model.update_routers()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return gradients | dict(model.named_buffers())
@@ -59,7 +59,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What each rank has after one step of each kind."""
+    """Returns the gradients and buffers of each rank after one step of each kind."""
     folder = tmp_path_factory.mktemp("ranks")
     run_ranks(rank_main, RANKS, str(folder))
     return folder

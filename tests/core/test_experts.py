@@ -1,4 +1,4 @@
-"""The experts' forward: every implementation against a float64 loop, outputs and gradients, at odd sizes."""
+"""These tests compare every implementation of the experts with a float64 loop, in outputs and gradients."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_moe.modeling_moe import MoEExperts
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 KINDS = {
@@ -15,7 +15,7 @@ KINDS = {
     "plain": {"gated_experts": False},
     "two-layer-relu-bias": {"gated_experts": False, "mlp_bias": True, "hidden_act": "relu"},
 }
-# transformers' grouped_mm needs rows of a multiple of 16 bytes; ours of any
+# transformers' grouped_mm needs rows of a multiple of 16 bytes; ours serves any row
 SHAPES = {"several": (9, 5, 3), "one token": (1, 5, 3), "one expert": (7, 1, 1), "all experts": (6, 4, 4)}
 
 
@@ -32,7 +32,7 @@ def experts_of(kind: str, implementation: str, num_experts=5, top_k=3, dtype=tor
 
 
 def by_hand(module: MoEExperts, tokens, index, weight):
-    """sum_k w_k f_{index_k}(x), token by token."""
+    """Computes sum_k w_k f_{index_k}(x), token by token."""
     rows = []
     for x, chosen, weights in zip(tokens, index, weight, strict=True):
         total = torch.zeros_like(x)

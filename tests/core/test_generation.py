@@ -1,10 +1,10 @@
-"""`generate` in its modes: each agrees with plain greedy search, or with itself run again."""
+"""These tests compare the modes of `generate` with plain greedy search, or with a second run."""
 
 import pytest
 import torch
 
 from modeling_moe import MoEForCausalLM
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 LENGTH = {"min_new_tokens": 8, "max_new_tokens": 8}
@@ -101,6 +101,6 @@ def test_returns_what_it_is_asked_for(model, batch):
 
 @pytest.mark.slow
 def test_compiled_static_cache(model, batch, greedy):
-    """The path `generate` takes on an accelerator, with the real compiler."""
+    """`generate` with a static cache and the real compiler, as on an accelerator, gives the same text."""
     model.forward = torch.compile(model.forward, fullgraph=True)
     assert torch.equal(model.generate(**batch, **LENGTH, do_sample=False, cache_implementation="static"), greedy)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from modeling_moe import MoEConfig, MoEForCausalLM
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 GOLDEN = Path(__file__).parent / "golden"

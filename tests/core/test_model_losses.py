@@ -1,4 +1,4 @@
-"""The router losses inside the model: when they count, how they are weighted, and that they always arrive."""
+"""These tests check when the model adds router losses, and with which weights."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from modeling_moe.conversion import to_moe
 from modeling_moe.conversion.families.export import export_plan
 from modeling_moe.router import expert_load
 from modeling_moe.router_losses import balance
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 IDS = torch.arange(3, 39).view(4, 9)
@@ -33,7 +33,7 @@ def model_of(**fields) -> MoEForCausalLM:
 
 
 def losses_by_hand(model, weight_of_row=LABELS_OF_ROW):
-    """Mean over the sparse layers of the weighted losses, from what the routers return."""
+    """Computes the mean over sparse layers of the weighted losses, from the routings."""
     routings = []
     hooks = [
         layer.mlp.gate.register_forward_hook(lambda module, args, out: routings.append(out))
@@ -76,7 +76,7 @@ def test_evaluation_loss_has_no_router_loss():
 
 
 def test_collapse_of_layers_onto_different_experts_is_seen():
-    """Pooled over layers, two layers that each use other experts look balanced; averaged, they do not."""
+    """Two layers that each use other experts look balanced when pooled; the average over layers shows the collapse."""
     model = model_of(num_experts=6, num_experts_per_tok=3).eval()
     with torch.no_grad():
         for layer, experts in ((0, [0, 1, 2]), (2, [3, 4, 5])):
@@ -113,7 +113,7 @@ def test_checkpointing_changes_no_gradient(reentrant):
 
 
 def test_micro_batches_sum_to_the_whole_batch():
-    """The z-loss is a sum over tokens, each weighted by its sequence's labels, so its split is exact."""
+    """The z-loss is a sum over tokens weighted by labels, so that micro-batches add up exactly."""
     model = model_of(router_aux_loss_coef=0.0)
     labels = LABELS
     count = (labels[:, 1:] != -100).sum()
@@ -142,7 +142,7 @@ def test_balance_loss_is_not_multiplied_by_micro_batches():
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_losses_arrive_when_the_head_is_bypassed(reentrant):
-    """A trainer that takes the decoder's states and computes its own loss still trains the routers, once."""
+    """A trainer that computes a loss from the decoder's states trains the routers, once."""
     model = model_of()
     expected = gradient(model, losses_by_hand(model, torch.ones(4, 1)))
     if reentrant is not None:
@@ -211,7 +211,7 @@ PADDED[2, 7:] = 0
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_loss_is_that_of_transformers_at_the_same_coefficient(family, padded):
-    """Loss, `aux_loss` and the router's gradient, of one layer with equal weights, whatever tokens have labels."""
+    """Loss, `aux_loss` and router gradient of a one-layer model are those of transformers, whatever tokens have labels."""
     cls, config = FAMILIES[family]
     theirs = cls(config)
     ours = to_moe(theirs)
@@ -230,7 +230,7 @@ def test_training_loss_is_that_of_transformers_at_the_same_coefficient(family, p
         results.append((out.loss.detach(), out.aux_loss.detach(), router.grad))
     for got, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got.double(), expected.double(), atol=1e-6, rtol=1e-6)
-    # in evaluation too, where the loss of transformers' model holds the balance loss and ours does not
+    # in evaluation too, although only transformers adds the balance loss to the loss there
     expected, got = (model.eval()(**batch).aux_loss for model in (theirs, ours))
     torch.testing.assert_close(got.double(), expected.double(), atol=1e-6, rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Sequences packed into rows against each one alone in its row: outputs, gradients, drops, caches; no leak to neighbours."""
+"""These tests compare packed sequences with single ones: outputs, gradients, drops and caches."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from modeling_moe import MoEForCausalLM
 from modeling_moe.model_packing import find_beginnings, running_min, running_sum
 from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router import RoutingContext
-from tests.conftest import eager_block, tiny_config
+from tests.builders import eager_block, tiny_config
 from tests.core.test_catalogue import ALL, CAUSAL, model_of
 
 
@@ -28,13 +28,13 @@ KINDS = ALL | {
     "soft_with_slots": {"router_type": "soft_moe", "slots_per_expert": 3, "allow_noncausal": True},
     "segments_of_one": {"router_type": "lory", "segment_length": 1},
 }  # fmt: skip
-# in training these share out the tokens of the whole batch, alone as packed
+# in training these routers assign the tokens of the whole batch together, packed or not
 BATCH_WIDE = ("sinkhorn", "base_layer")
 REMEMBER = ["lory", "absolute_capacity", "running_capacity"]
 
 
 def even_noise(monkeypatch) -> None:
-    """Makes noise the same number for every token, so that a row's length does not shift the draws."""
+    """Replaces noise by one number for all tokens, so that the length of a row does not shift the draws."""
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.4))
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.3))
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda x: x.fill_(0.7))
@@ -42,7 +42,7 @@ def even_noise(monkeypatch) -> None:
 
 
 def packed_model(name: str, training: bool) -> MoEForCausalLM:
-    """In float64, its router losses without weight: those of a batch are no sums over sequences."""
+    """Returns a float64 model without router losses, since losses of a batch are not sums over sequences."""
     ALL.setdefault(name, KINDS[name])
     model = model_of(name).double().train(training)
     model.model.router_loss_scale = 0.0
@@ -93,7 +93,7 @@ def test_a_packed_sequence_has_the_logits_drops_and_gradients_that_it_has_alone(
 
 @pytest.mark.parametrize("name", BATCH_WIDE)
 def test_what_shares_out_a_batch_does_not_care_how_it_lies(name):
-    """Packed, and one sequence a row with padding behind."""
+    """Returns the sequences packed into rows, and one sequence per row with padding."""
     model = packed_model(name, training=True)
     got, _ = run(model, IDS, position_ids=POSITIONS)
     rows, mask = torch.zeros(len(PARTS), 9, dtype=torch.long), torch.zeros(len(PARTS), 9, dtype=torch.long)
@@ -114,7 +114,7 @@ def test_one_sequence_a_row_with_positions_is_what_it_is_without():
 
 @pytest.mark.parametrize("name", ["softmax", *REMEMBER, "token_capacity"])
 def test_a_cache_that_a_packed_pass_makes_joins_no_sequences(name):
-    """`use_cache` is on by default, and beside any cache transformers' masks let packed sequences see each other."""
+    """Packed sequences do not see each other with `use_cache`, which is on by default."""
     model = packed_model(name, training=False)
     expected, _ = run(model, IDS, position_ids=POSITIONS)
     out = model(IDS, position_ids=POSITIONS)
@@ -124,7 +124,7 @@ def test_a_cache_that_a_packed_pass_makes_joins_no_sequences(name):
 
 @pytest.mark.parametrize("name", ["softmax", "deepseek_v3", "lory", "token_capacity", "expert_choice", "soft_moe"])
 def test_a_mask_that_numbers_the_sequences_weighs_all_tokens_alike(name):
-    """Some packers put 1, 2, 3 where others put 1: what a token counts does not grow with it."""
+    """A mask that numbers the sequences 1, 2, 3 gives the results of a mask of ones."""
     results = []
     for mask in (torch.ones_like(IDS), BEGINS.cumsum(1)):
         model = packed_model(name, training=True)
@@ -138,7 +138,7 @@ def test_a_mask_that_numbers_the_sequences_weighs_all_tokens_alike(name):
 
 
 def block_diagonal(past: int = 0) -> torch.Tensor:
-    """Mask (2, 1, S - past, S) of tokens that see their own sequence up to themselves."""
+    """Returns a mask (2, 1, S - past, S) in which a token sees its sequence up to itself."""
     sequence = BEGINS.cumsum(1)
     seen = (sequence[:, :, None] == sequence[:, None]) & torch.ones(12, 12).tril().bool()
     return seen[:, None, past:]
@@ -148,7 +148,7 @@ def block_diagonal(past: int = 0) -> torch.Tensor:
 def test_decoding_after_a_packed_prefill_goes_on_with_the_last_sequence(name):
     model, cache, got = packed_model(name, training=False), None, []
     expected, _ = run(model, IDS, position_ids=POSITIONS)
-    # a chunk ends within a sequence, and where one ends; then token by token
+    # one chunk ends within a sequence, one at the end of a sequence; single tokens follow
     for start, end in ((0, 6), (6, 8), (8, 10), (10, 11), (11, 12)):
         out = model(
             IDS[:1, start:end], position_ids=POSITIONS[:1, start:end], past_key_values=cache, use_cache=True,
@@ -171,7 +171,7 @@ def test_padding_before_packed_sequences_changes_nothing(name):
 
 @pytest.mark.parametrize("name", [*REMEMBER, "token_capacity", "k_major", "expert_choice", "soft_moe"])
 def test_cu_seq_lens_mark_sequences_as_positions_do(name):
-    """Padding-free, as FlashAttention's collator gives them; the rotary embedding knows distances alone."""
+    """Sequences marked by `cu_seq_lens` alone are routed as single ones; rotary embeddings depend on distances alone."""
     model = packed_model(name, training=False)
     ids, lengths = IDS.flatten()[None], torch.tensor([n for row in LENGTHS for n in row])
     cu_seq_lens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
@@ -184,7 +184,7 @@ def test_cu_seq_lens_mark_sequences_as_positions_do(name):
 
 @pytest.mark.parametrize("name", [*REMEMBER, "token_capacity", "k_major", "probability", "expert_choice", "soft_moe"])
 def test_a_block_with_padding_between_packed_sequences(name):
-    """Where only a mask tells the padding; the blocks' own attention-free part."""
+    """A block without attention routes packed sequences as single ones, also with padding in the mask."""
     block = eager_block(**KINDS[name]).eval()
     states, mask = torch.randn(2, 12, 32).double(), torch.ones(2, 12, dtype=torch.long)
     mask[0, 3:5] = mask[0, 9] = mask[1, 0] = 0

@@ -1,4 +1,4 @@
-"""The decoder: attention back ends, masks, caches, packing, compilation, recorded outputs."""
+"""These tests check the decoder: attention back ends, masks, caches, packing, compilation and recorded outputs."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from modeling_moe import (
     MoEForTokenClassification,
     MoEModel,
 )
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 VARIANTS = {

@@ -1,4 +1,4 @@
-"""Routers keep their weights in fp32 whatever the model's dtype: loaded, made, cast, trained, saved and split."""
+"""These tests check that routers stay fp32 in a model of any dtype: made, loaded, cast, trained, saved and sharded."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 from modeling_moe import MoEForCausalLM
 from modeling_moe import router as routing
 from modeling_moe.lora import moe_lora_config
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.ranks import needs_transformers, run_ranks
 
 
@@ -27,7 +27,7 @@ def is_router(name: str) -> bool:
 
 
 def check(model, dtype: torch.dtype) -> None:
-    """Routers in fp32, all else in `dtype`, the gate of the shared expert too."""
+    """Checks that routers are fp32 and all other parameters have `dtype`, the shared expert's gate included."""
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     assert {dtypes[name] for name in dtypes if is_router(name)} == {torch.float32}
     assert {dtypes[name] for name in dtypes if not is_router(name)} == {dtype}
@@ -53,7 +53,7 @@ def test_casts_upwards_and_back():
 
 
 def test_under_deepspeed_routers_have_the_models_dtype(tmp_path, monkeypatch):
-    """DeepSpeed refuses weights of two dtypes, and its optimizer steps fp32 copies."""
+    """Under DeepSpeed routers have the model's dtype, because DeepSpeed refuses weights of two dtypes."""
     MoEForCausalLM(tiny_config(**SHARED)).save_pretrained(tmp_path)
     monkeypatch.setattr(routing, "deepspeed_config", lambda: {"bf16": {"enabled": True}})
     for model in (
@@ -91,7 +91,7 @@ def test_saved_and_loaded_bit_for_bit(dtype, tmp_path):
 
 
 def test_a_small_update_is_kept():
-    """1e-3 of a weight is less than the last bit of bf16, and Adam takes many such steps."""
+    """Small steps add up in fp32: 1e-3 of a weight is less than the last bit of bf16."""
     model = MoEForCausalLM(tiny_config()).to(torch.bfloat16).train()
     weight, expert = model.model.layers[0].mlp.gate.weight, model.model.layers[0].mlp.experts.down_proj
     with torch.no_grad():
@@ -108,13 +108,13 @@ def test_a_small_update_is_kept():
 
 
 def build() -> MoEForCausalLM:
-    """A bf16 model whose router losses are no matter of how a batch is split."""
+    """Returns a bf16 model without the balance loss, so that the split of a batch has no effect."""
     torch.manual_seed(0)
     return MoEForCausalLM(tiny_config(num_experts=4, router_aux_loss_coef=0.0)).to(torch.bfloat16).train()
 
 
 def routers_as_groups(folder: str, mesh: DeviceMesh):
-    """FSDP2, in which a group of parameters has one dtype."""
+    """Shards a model by FSDP2, in which a group of parameters has one dtype."""
     model = build()
     for layer in model.model.layers:
         if layer.is_sparse:
@@ -131,7 +131,7 @@ def by_transformers(**sizes: int):
     return load
 
 
-# engine -> model, and whether each process has a part of the batch
+# engine -> function that wraps a model, and whether each process has a part of the batch
 ENGINES = {
     "routers as groups": (routers_as_groups, True),
     "fsdp": (by_transformers(fsdp_size=2), True),
@@ -141,7 +141,7 @@ ENGINES = {
 
 
 def split(rank: int, folder: str) -> None:
-    """One backward pass under each engine."""
+    """Runs one backward pass under each engine."""
     mesh = init_device_mesh("cpu", (2,))
     for engine, (load, divides) in ENGINES.items():
         model = load(folder, mesh)
@@ -154,7 +154,7 @@ def split(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory):
-    """The folder in which two processes left their gradients, and those of one process."""
+    """Returns the folder with the gradients of two processes and of one process."""
     folder = tmp_path_factory.mktemp("split")
     build().save_pretrained(folder)
     run_ranks(split, 2, str(folder))
@@ -172,7 +172,7 @@ def test_split_over_processes(engine, gradients):
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         assert got[name].dtype == gradient.dtype == (torch.float32 if is_router(name) else torch.bfloat16), name
-        # bf16 sums in another order
+        # bf16 rounds sums in another order differently
         error = (got[name].float() - gradient.float()).norm() / gradient.float().norm()
         assert error < 0.05, (name, error)
 

@@ -1,4 +1,4 @@
-"""Routers against literals, against transformers' own, and in what they promise whatever the choice."""
+"""These tests compare routers with literals and with transformers' routers."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router import Routing, expert_load
 from modeling_moe.router_topk import TopKRouter
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 def router_with(logits: torch.Tensor, **fields) -> tuple[TopKRouter, torch.Tensor]:
-    """A router and tokens for which it computes exactly these logits (T, E)."""
+    """Returns a router, and tokens for which the router computes exactly these logits (T, E)."""
     num_experts = logits.shape[-1]
     config = tiny_config(num_experts=num_experts, hidden_size=num_experts, num_experts_per_tok=2, **fields)
     router = TopKRouter(config).to(logits.dtype)
@@ -39,7 +39,7 @@ def test_renormalised_weights_are_the_softmax_of_the_chosen_logits():
 
 
 def test_sigmoid_by_hand():
-    """Experts 0-1 and 2-3 are groups; the bias chooses the second group, the weights do not see it."""
+    """The bias decides which group of experts (0-1 or 2-3) is chosen, and has no effect on the weights."""
     router, tokens = router_with(
         torch.tensor([[3.0, 1.0, -1.0, 0.0]], dtype=torch.float64),
         scoring_func="sigmoid",
@@ -73,7 +73,7 @@ def test_equals_transformers_softmax_routers(norm):
 
 @pytest.mark.parametrize(("groups", "eligible"), [(1, 1), (4, 2)])
 def test_equals_deepseek_v3_block(groups, eligible):
-    """Outputs, and the gradients of tokens and router, of transformers' whole sparse block."""
+    """A block equals transformers' sparse block in outputs, and in the gradients of tokens and router."""
     theirs = DeepseekV3MoE(
         DeepseekV3Config(
             hidden_size=32,

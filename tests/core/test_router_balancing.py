@@ -1,11 +1,11 @@
-"""DeepSeek-V3's bias: one step per optimizer step, over all micro-batches, whatever is recomputed."""
+"""These tests check that controllers step once per optimizer step, over all micro-batches, whatever is recomputed."""
 
 import pytest
 import torch
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.router_balancing import FORGOTTEN, update_routers
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 FIELDS = {
@@ -52,7 +52,7 @@ def test_evaluation_counts_nothing():
 
 
 def test_it_balances():
-    """Fed the same tokens, the bias alone evens out the load."""
+    """The bias alone balances the load of a batch that is repeated."""
     model = MoEForCausalLM(tiny_config(**(FIELDS | {"router_bias_update_rate": 0.02}))).train()
     ids = torch.randint(3, 99, (8, 16))
 
@@ -88,7 +88,7 @@ def test_bias_is_saved_in_fp32_and_its_counter_is_not(tmp_path):
 
 
 def train(model, steps: int = 2, accumulate: int = 1, update: bool = False, optimizer=torch.optim.AdamW):
-    """A loop of one's own."""
+    """Trains in a plain loop, with or without `update_routers`."""
     optimizer = optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
     for _ in range(steps):
         for _ in range(accumulate):

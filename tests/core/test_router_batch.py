@@ -1,4 +1,4 @@
-"""Routers that look at many tokens at once, against their papers' loops in float64 and exact optima."""
+"""These tests compare routers that choose for many tokens at once with float64 loops and exact optima."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router import RoutingContext, expert_load
 from modeling_moe.router_balancing import CONTROLLERS, column_quantile
 from modeling_moe.router_batch import balanced_assignment, sinkhorn
-from tests.conftest import eager_block, router_of_logits, tiny_config
+from tests.builders import eager_block, router_of_logits, tiny_config
 
 
 def expert_output(block: MoEBlock, expert: int, token: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_expert_choice_against_the_paper(mask, top_k):
-    """S = softmax(X W); G, I = TopK(S^T, C); y_t = sum of G_ej f_e(x_t) over the experts that chose t."""
+    """The block computes the paper's S = softmax(X W); G, I = TopK(S^T, C); y_t = sum of G_ej f_e(x_t)."""
     block = eager_block(router_type="expert_choice", allow_noncausal=True, num_experts_per_tok=top_k)
     states = torch.randn(2, 7, 32).double()
     expected, load = torch.zeros_like(states), torch.zeros(5)
@@ -79,7 +79,7 @@ def test_expert_threshold_takes_what_exceeds_it(scoring_func):
 def test_threshold_average_by_hand():
     router = router_of_logits(2, router_type="expert_threshold", num_experts_per_tok=1, router_ema_decay=0.9)
     controller = CONTROLLERS["threshold"]
-    # sums of quantile times tokens, then tokens
+    # the sums are quantiles times tokens, then the number of tokens
     expected = {(2.0, 4.0, 10.0): [0.2, 0.4], (5.0, 1.0, 10.0): [0.23, 0.37], (0.0, 0.0, 0.0): [0.23, 0.37]}
     for total, threshold in expected.items():
         controller.step([router], torch.tensor([total]).double())
@@ -155,7 +155,7 @@ def test_sinkhorn_chooses_by_the_plan_in_training_and_by_the_scores_in_evaluatio
 
 
 def best_total(scores: list[list[float]]) -> float:
-    """Of all assignments with at most ceil(T / E) tokens for an expert."""
+    """Returns the highest sum of scores of all assignments with at most ceil(T / E) tokens per expert."""
     tokens, experts = len(scores), len(scores[0])
     return max(
         sum(row[e] for row, e in zip(scores, choice, strict=True))

@@ -1,4 +1,4 @@
-"""Capacity against a queue: who finds room, that the order of arrival decides, and that decoding equals one pass."""
+"""These tests compare capacity with a queue of assignments, and decoding with one pass."""
 
 import math
 from fractions import Fraction
@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from modeling_moe.router import Routing, RoutingContext
 from modeling_moe.router_capacity import Capacity, count_dropped
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 ROWS, LENGTH, SLOTS, IDLE = 3, 12, 3, 2
@@ -32,14 +32,14 @@ PADDED_LEFT = PADDED_RIGHT.flip(1)
 
 
 def limited(fields: dict) -> tuple[Capacity, object]:
-    """The capacity, of layer 2, with the same factor in training and in evaluation."""
+    """Returns the capacity of layer 2, with one factor for training and evaluation."""
     both = {"eval_capacity_factor": fields.get("capacity_factor"), "allow_noncausal": True, "num_null_experts": IDLE}
     config = tiny_config(**(both | fields))
     return Capacity(config, layer_idx=2), config
 
 
 def random_routing(tokens=ROWS * LENGTH) -> Routing:
-    """Distinct experts for each token, favouring the first; some are null, some slots are empty already."""
+    """Returns a routing to distinct experts, more often the first ones; some are null experts, some assignments are empty."""
     index = (torch.rand(tokens, OUTPUTS) - 0.1 * torch.arange(OUTPUTS)).topk(SLOTS).indices
     index[torch.rand(tokens, SLOTS) < 0.1] = OUTPUTS
     weight = torch.rand(tokens, SLOTS, dtype=torch.float64).masked_fill(index == OUTPUTS, 0.0)
@@ -48,7 +48,7 @@ def random_routing(tokens=ROWS * LENGTH) -> Routing:
 
 
 def piece(routing: Routing, mask: torch.Tensor, part: slice) -> tuple[Routing, torch.Tensor]:
-    """The tokens of all rows whose positions lie in `part`."""
+    """Returns the tokens of all rows at the positions `part`."""
     rows, length = mask.shape
 
     def cut(tensor):
@@ -58,7 +58,7 @@ def piece(routing: Routing, mask: torch.Tensor, part: slice) -> tuple[Routing, t
 
 
 def queue(index: list, weight: list, mask: list, config) -> list:
-    """Indices of one sequence after all its slots have queued for their experts."""
+    """Returns the indices of one sequence after all assignments have queued for their experts."""
     slots = len(index[0])
     factor, assignments = config.capacity_factor, slots if config.capacity_includes_k else 1
 
@@ -104,7 +104,7 @@ def test_capacity_is_a_queue_for_each_sequence(mode, mask):
 @pytest.mark.parametrize(
     ("fields", "kept"),
     [
-        # two tokens want (0, 1), the third (1, 0); one place each
+        # two tokens choose (0, 1), the third (1, 0); each expert has one place
         ({}, [[0, 1], [5, 5], [5, 5]]),
         ({"capacity_priority": "k_major"}, [[0, 5], [5, 5], [1, 5]]),
         ({"capacity_priority": "probability"}, [[5, 5], [0, 5], [1, 5]]),
@@ -179,7 +179,7 @@ def test_later_tokens_matter_where_the_configuration_says_so(mode):
 
 
 def by_chunks(capacity, routing, mask, ends, cache):
-    """Indices (B, S, K) of consecutive pieces of all rows, one call each."""
+    """Returns the indices (B, S, K) of consecutive pieces of all rows, one call per piece."""
     starts = [0, *ends[:-1]]
     parts = []
     for start, end in zip(starts, ends, strict=True):
@@ -274,7 +274,7 @@ def test_count_dropped(mask):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_only_token_of_a_sequence_loses_no_expert_however_small_the_factor(mode):
-    """As the first token of a longer one, in a step of decoding as in a pass."""
+    """A sequence of one token keeps all experts, in decoding and in one pass."""
     fields = {name: 1e-6 if name == "capacity_factor" else value for name, value in MODES[mode].items()}
     capacity, _ = limited(fields | ({"capacity_includes_k": False} if "factor" in mode else {}))
     routing = random_routing()

@@ -11,7 +11,7 @@ from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router import RoutingContext
 from modeling_moe.router_balancing import QuantileController, update_routers
 from modeling_moe.router_batch import SinkhornRouter, sinkhorn
-from tests.conftest import eager_block, tiny_config
+from tests.builders import eager_block, tiny_config
 
 
 def test_the_quantile_bias_is_recentred():

@@ -1,4 +1,4 @@
-"""Router losses against literals, transformers' own and loops in float64."""
+"""These tests compare router losses with literals, with transformers' loss, and with float64 loops."""
 
 import math
 
@@ -20,7 +20,7 @@ from modeling_moe.router_losses import (
     router_z_loss,
     sequence_balance_loss,
 )
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 # each with the arguments that it reads; K is 2 in these tests
@@ -44,14 +44,14 @@ MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]]).flatten()
 
 
 def routing_of(logits: torch.Tensor, index: torch.Tensor) -> Routing:
-    """A routing whose tensors are functions of the logits; the index is a constant."""
+    """Returns a routing whose tensors are functions of the logits; the index is a constant."""
     probs = logits.softmax(-1)
     weight = torch.nn.functional.pad(probs, (0, 1)).gather(-1, index)
     return Routing(logits, weight, index, probs, logits.sigmoid())
 
 
 def random_routing(tokens=12, outputs=5, top_k=2, requires_grad=False) -> Routing:
-    """Experts drawn without regard to the probabilities, as a strong bias would; one slot is empty."""
+    """Returns a routing to experts that do not depend on the probabilities, with one empty assignment."""
     index = torch.rand(tokens, outputs).argsort(-1)[:, :top_k]
     index[1, -1] = outputs
     return routing_of(torch.randn(tokens, outputs, dtype=torch.float64, requires_grad=requires_grad), index)
@@ -71,7 +71,7 @@ def real_tokens(routing: Routing, mask) -> list[int]:
 
 
 def balance_in_loops(routing: Routing, mask=None, rows=1, num_experts=None, unbiased=False) -> float:
-    """`N sum_i c_i / T P_i` of each row, the mean over rows; for `unbiased` of the best K experts, divided by K."""
+    """Computes `N sum_i c_i / T P_i` per row, averaged; `unbiased` counts the best K experts and divides by K."""
     outputs, length = routing.probs.shape[1], len(routing.probs) // rows
     losses = []
     for row in range(rows):
@@ -119,11 +119,11 @@ def test_balance_with_null_experts_by_hand():
 @pytest.mark.parametrize(("loss", "normalised"), [(load_balancing_loss, False), (sequence_balance_loss, True)])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_balance_extremes(loss, normalised, top_k):
-    """K in balance and E in collapse; DeepSeek's loss is divided by K."""
+    """The loss is K in balance and E in collapse; DeepSeek's loss is divided by K."""
     divisor = top_k if normalised else 1
     uniform = torch.full((4, 4), 0.25)
     turns = (torch.arange(4)[:, None] + torch.arange(top_k)) % 4
-    # the unbiased choice of the sequence loss needs a best expert
+    # the sequence loss chooses by probability, so that equal probabilities would be ambiguous
     balanced = uniform + 1e-6 * torch.eye(4)[turns].sum(1)
     torch.testing.assert_close(
         loss(Routing(balanced, balanced[:, :top_k], turns, balanced)), torch.tensor(top_k / divisor)
@@ -317,7 +317,7 @@ def test_only_the_balance_is_computed_without_a_coefficient():
 
 def test_shares_of_micro_batches_sum_to_one():
     labels = torch.tensor([[5, 6, 7, -100], [-100, 5, 6, 7]])
-    # the first label of a row is nobody's target
+    # no token predicts the first label of a row
     assert [float(loss_share(row[None], num_items_in_batch=5)) for row in labels] == pytest.approx([0.4, 0.6])
     shifted = torch.tensor([[6, 7, -100, -100]])
     assert float(loss_share(labels, shift_labels=shifted, num_items_in_batch=torch.tensor(8))) == 0.25

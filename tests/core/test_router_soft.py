@@ -1,4 +1,4 @@
-"""Soft MoE and Lory's segments against the papers' equations, written out in float64."""
+"""These tests compare Soft MoE and Lory with the papers' equations, written out in float64."""
 
 import pytest
 import torch
@@ -7,11 +7,11 @@ from transformers import DynamicCache
 from modeling_moe import MoEForCausalLM
 from modeling_moe.modeling_moe import MoEBlock
 from modeling_moe.router import RoutingContext
-from tests.conftest import eager_block, tiny_config
+from tests.builders import eager_block, tiny_config
 
 
 MASK = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 11])
-# norms and rotary embedding are fp32 in a float64 model too
+# norms and rotary embedding compute in fp32 also in a float64 model
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
 SEGMENTS = {"router_type": "lory", "segment_length": 3}
 
@@ -22,7 +22,7 @@ def network(up: torch.Tensor, down: torch.Tensor, states: torch.Tensor) -> torch
 
 
 def soft_moe(block: MoEBlock, x: torch.Tensor, slots: int) -> torch.Tensor:
-    """arXiv:2308.00951, equations 1-3 and section 2.3, for one sequence (S, H)."""
+    """Computes equations 1-3 and section 2.3 of arXiv:2308.00951 for one sequence (S, H)."""
     phi = block.gate.weight.view(5, slots, -1)
     normed = x / x.pow(2).sum(-1, keepdim=True).sqrt()
     logits = torch.einsum("sh,eph->sep", normed, phi / phi.pow(2).sum(-1, keepdim=True).sqrt()) * block.gate.scale
@@ -71,7 +71,7 @@ def test_soft_is_refused_unless_noncausal_is_meant():
 
 
 def lory(block: MoEBlock, x: torch.Tensor, length: int = 3) -> torch.Tensor:
-    """arXiv:2405.03133, section 3.2, for one sequence (S, H), the first segment mixing all experts evenly."""
+    """Computes section 3.2 of arXiv:2405.03133 for one sequence (S, H); the first segment mixes all experts evenly."""
     output = []
     for start in range(0, len(x), length):
         gate = torch.full((5,), 1 / 5).double()

@@ -1,4 +1,4 @@
-"""Routers with a fixed number of experts per token, against their papers' equations and transformers' own routers."""
+"""These tests compare routers of K experts per token with their papers' equations and with transformers' routers."""
 
 import itertools
 import math
@@ -20,11 +20,11 @@ from modeling_moe.router import Router, RoutingContext
 from modeling_moe.router_assigned import hash_table
 from modeling_moe.router_catalogue import router_class
 from modeling_moe.router_losses import load_loss
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 def router_of(layer_idx: int = 0, **fields) -> Router:
-    """A float64 router in training, its parameters drawn with standard deviation 1."""
+    """Returns a float64 router in training mode, with random parameters of standard deviation 1."""
     config = tiny_config(**({"hidden_size": 8} | fields))
     router = router_class(config, layer_idx)(config, layer_idx).double()
     router.init_weights(1.0)
@@ -32,7 +32,7 @@ def router_of(layer_idx: int = 0, **fields) -> Router:
 
 
 def block_of(**fields) -> MoEBlock:
-    """A float64 sparse block in training with eager experts and all parameters random."""
+    """Returns a float64 sparse block in training mode, with eager experts and random parameters."""
     block = MoEBlock(tiny_config(hidden_size=8, experts_implementation="eager", **fields)).double()
     block.gate.init_weights(1.0)
     with torch.no_grad():
@@ -46,13 +46,13 @@ def double(*shape: int) -> torch.Tensor:
 
 
 def expert_output(block: MoEBlock, expert: int, token: torch.Tensor) -> torch.Tensor:
-    """SwiGLU of one expert on one token (H,)."""
+    """Computes one expert's SwiGLU of one token (H,)."""
     gate, up = (block.experts.gate_up_proj[expert] @ token).chunk(2)
     return block.experts.down_proj[expert] @ (gate * gate.sigmoid() * up)
 
 
 def spread(routing, outputs: int) -> torch.Tensor:
-    """Weights (T, K) in their experts' places (T, outputs)."""
+    """Puts weights (T, K) into the columns of their experts (T, outputs)."""
     return routing.weight.new_zeros(len(routing.weight), outputs).scatter(-1, routing.index, routing.weight)
 
 
@@ -150,7 +150,7 @@ def test_the_best_expert_makes_a_groups_strength_as_in_deepseek_v2():
 
 
 def shazeer_chance(clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Eq. 8-9 of arXiv:1701.06538, one element at a time."""
+    """Computes eq. 8-9 of arXiv:1701.06538, one element at a time."""
     rows = []
     for t in range(clean.shape[0]):
         row = []
@@ -275,7 +275,7 @@ def test_gumbel_takes_the_best_in_evaluation():
 @pytest.mark.parametrize("scaling", [1.0, 2.5])
 @pytest.mark.parametrize("second", [-2.0, -0.5, 1.0])
 def test_gshard_keeps_the_second_expert_with_twice_its_share(norm, scaling, second):
-    """With the other expert's logit 1 and a third one far below, g2 is the second's share of the best two."""
+    """The second expert is kept with probability 2 g_2, g_2 its share of the two best scores."""
     router = router_of(
         router_type="gshard",
         num_experts=3,
@@ -302,7 +302,7 @@ def test_gshard_keeps_the_second_expert_with_twice_its_share(norm, scaling, seco
 
 
 def test_gshard_never_drops_the_first_expert():
-    """A selection bias puts the expert with the smaller weight first."""
+    """A selection bias can put the expert with the smaller weight first, which is then kept."""
     router = router_of(router_type="gshard", num_experts_per_tok=2, router_selection_bias=True)
     router.e_score_correction_bias[4] = 10.0
     routing = router.route(torch.tensor([[3.0, 0.0, 0.0, 0.0, 1.0]]).expand(500, -1), RoutingContext())
@@ -330,9 +330,9 @@ def test_sparsemixer_equals_phimoe_in_evaluation():
 
 
 def test_sparsemixer_equals_phimoe_in_training(monkeypatch):
-    """Theirs multiplies by 0.3333 and 1.0 where the paper has 1/3 and 1."""
+    """The router equals transformers' SparseMixer, which multiplies by 0.3333 where the paper has 1/3."""
     router = sparsemixer_router(num_experts=16)
-    # logits near their maximum, so that draws have a choice
+    # logits are close to their maximum, so that several experts can be drawn
     logits = (3 + 0.3 * double(200, 16)).requires_grad_()
     exponentials = [torch.empty(200, 16, dtype=torch.float64).exponential_() for _ in range(2)]
     uniforms = [torch.rand(200, 1, dtype=torch.float64) for _ in range(2)]
@@ -385,7 +385,7 @@ TWO_LEVELS = {
 
 
 def two_level_weights(router: Router, tokens: torch.Tensor, norm: bool) -> torch.Tensor:
-    """Weights (T, E) with every gate of every group computed."""
+    """Computes the weights (T, E) from the gates of all groups."""
     dtype = torch.float64
     rows = []
     for token in tokens.to(dtype):
@@ -579,7 +579,7 @@ def test_task_ids_are_one_for_each_sequence_or_each_token(router_type):
 
 
 def test_mmoe_over_all_experts_mixes_them():
-    """`y = sum_i softmax(W_task x)_i f_i(x)`."""
+    """The block computes `y = sum_i softmax(W_task x)_i f_i(x)`."""
     block = block_of(router_type="mmoe", num_tasks=2, num_experts=4, num_experts_per_tok=4)
     tokens, task = double(6, 8), torch.tensor([0, 1, 1, 0, 1, 0])
     got = block(tokens[None], RoutingContext(task_ids=task))[0][0]
@@ -693,7 +693,7 @@ def test_copy_experts_equal_longcat_flash():
     ],
 )
 def test_dense_gradient_changes_the_routers_alone(fields):
-    """`dL/dw_e = <dL/dO, f_e(x)>` for every expert, with w its probability."""
+    """The gradient of every expert's weight is `dL/dw_e = <dL/dO, f_e(x)>`."""
     block, tokens = block_of(router_gradient="dense", **fields), double(7, 8)
     plain = block_of(**fields)
     plain.load_state_dict(block.state_dict())

@@ -1,4 +1,4 @@
-"""Routers with as many experts as a token needs, against their papers' definitions in float64."""
+"""These tests compare routers with different numbers of experts per token with their papers' definitions in float64."""
 
 import math
 
@@ -8,11 +8,11 @@ import torch
 from modeling_moe.router import RoutingContext
 from modeling_moe.router_balancing import CONTROLLERS
 from modeling_moe.router_variable_k import remoe_loss
-from tests.conftest import router_of_logits, tiny_config
+from tests.builders import router_of_logits, tiny_config
 
 
 def dense(routing) -> torch.Tensor:
-    """Weights (T, E) of all experts, 0 for those unused."""
+    """Returns the weights (T, E) of all experts, 0 for unused experts."""
     experts = routing.probs.shape[-1]
     return torch.zeros(len(routing.index), experts + 1).double().scatter(1, routing.index, routing.weight)[:, :experts]
 
@@ -46,7 +46,7 @@ def test_top_p_takes_the_smallest_set(top_p):
 )
 def test_top_p_by_hand(top_p, experts, weights):
     logits = torch.tensor([[2.0, 1.0, 4.0, 1.0]]).double().log()
-    # rounding apart: half of the mass is reached by the best expert alone
+    # the best expert alone has half of the mass; 1e-9 covers rounding
     routing = router_of_logits(4, router_type="top_p", router_top_p=top_p - 1e-9).eval()(logits)
     assert used(routing) == [experts]
     torch.testing.assert_close(dense(routing), torch.tensor([weights]).double())
@@ -162,7 +162,7 @@ def test_relu_by_hand():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_relu_loss_against_the_paper(masked):
-    """Equation 10: mean over the tokens of `sum_e f_e w_te`, `f_e = E / (K T) sum_t [w_te > 0]`."""
+    """The loss is equation 10: the mean over tokens of `sum_e f_e w_te`, `f_e = E / (K T) sum_t [w_te > 0]`."""
     router = router_of_logits(5, router_type="remoe", router_sparsity_coef=0.5).eval()
     logits = torch.randn(12, 5).double().requires_grad_()
     mask = torch.tensor([1, 1, 0, 1] * 3) if masked else None
@@ -186,7 +186,7 @@ def test_relu_loss_of_no_token_is_zero():
 
 @pytest.mark.parametrize(("used_per_layer", "factor"), [((3, 2), 1.2), ((3, 1), 1.0), ((2, 1), 1 / 1.2)])
 def test_sparsity_by_hand(used_per_layer, factor):
-    """Per layer so many experts of 4 tokens, at a target of 2."""
+    """The coefficient moves by the mean over layers of the experts that 4 tokens use, at a target of 2 per token."""
     routers = [router_of_logits(5, router_type="remoe", router_sparsity_coef=0.01).eval() for _ in used_per_layer]
     controller = CONTROLLERS["sparsity"]
     totals = []

@@ -1,4 +1,4 @@
-"""What is said at import of releases that were not tested, and that every file names the same ones."""
+"""These tests check the warning at import of untested releases, and that all files name the same releases."""
 
 import re
 from importlib import metadata
@@ -35,7 +35,7 @@ def environments() -> dict[str, list[str]]:
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Pretends that releases are installed, and what our metadata asks for."""
+    """Pretends that given releases are installed and that our metadata demands given ranges."""
 
     def pretend(**releases: str):
         monkeypatch.setattr(versions, "requires", lambda name: [*PROJECT["dependencies"], "trl<1; extra == 'dev'"])

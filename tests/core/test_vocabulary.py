@@ -5,7 +5,7 @@ import torch
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.router_assigned import HashRouter
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 @pytest.mark.parametrize(

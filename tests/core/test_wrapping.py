@@ -1,4 +1,4 @@
-"""Gates and experts that something wraps: PEFT's layers, forward hooks, weights that live elsewhere (accelerate)."""
+"""These tests check wrapped gates and experts: PEFT layers, forward hooks, and weights that accelerate offloads."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tests.core.test_catalogue import ALL, ALL_NAMES, IDS, batch_of, model_of
 
 
-# whose gates are matrices; hash and fixed have none
+# routers with a gate matrix
 GATED = [name for name, fields in ALL.items() if fields.get("router_type") not in ("hash", "uniform")]
 OFFLOADED = {
     "cpu": lambda model, folder: cpu_offload(model, execution_device="cpu", offload_buffers=True),
@@ -28,7 +28,7 @@ def run(model, name: str, training: bool = False, **fields):
 
 
 def lora(model, target: str):
-    """With both factors random, so that it changes the model."""
+    """Wraps a model in LoRA with random factors, which change the model."""
     config = LoraConfig(target_parameters=[target], target_modules=[], lora_alpha=16, r=2)
     wrapped = get_peft_model(model, config)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_stock_lora_on_the_router_computes_what_merging_makes(name):
         factors = {key: p.grad for key, p in wrapped.named_parameters() if "lora_" in key}
         assert len(factors) >= 2
         assert all(grad.isfinite().all() for grad in factors.values())
-        # in evaluation an expert that is alone in its group has the weight 1 whatever its gate says
+        # in evaluation an expert that is chosen alone in its group has the weight 1 and no gradient
         assert sum(grad.abs().sum() for grad in factors.values()) > 0 or (name == "hierarchical" and not training)
         wrapped.zero_grad()
     if model.config.controller is not None:
@@ -66,7 +66,7 @@ def test_stock_lora_on_the_router_computes_what_merging_makes(name):
 @pytest.mark.parametrize("implementation", ["eager", "moe"])
 @pytest.mark.parametrize("name", ["lory", "soft_moe", "dense_gradient", "null_and_copy"])
 def test_stock_lora_on_the_experts_computes_what_merging_makes(name, implementation):
-    """`lory` merges the updated experts; the dense gradient reaches the router alone."""
+    """LoRA on the experts equals merged weights; `lory` merges updated experts, the dense gradient reaches the router alone."""
     model = model_of(name, experts_implementation=implementation).double()
     wrapped = lora(model, "experts.gate_up_proj")
     got = run(wrapped, name, training=True).logits
@@ -119,7 +119,7 @@ def test_offloaded_weights_give_the_same_bits(name, where, tmp_path):
 
 @pytest.mark.parametrize("name", ["softmax", "lory", "soft_moe", "dense_gradient", "null_and_copy", "hierarchical"])
 def test_gradients_of_weights_in_use_reach_them_where_gates_and_experts_are_offloaded(name):
-    """The weights that need a gradient stay; the frozen ones live elsewhere."""
+    """Gates get their gradients while frozen experts are offloaded."""
     model = model_of(name)
     for block in model.model.sparse_blocks():
         block.experts.requires_grad_(False)

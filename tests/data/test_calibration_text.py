@@ -5,7 +5,7 @@ import pytest
 
 from modeling_moe.data.calibration_text import load_domains, token_ids
 from modeling_moe.utils.errors import UserError
-from tests.training.conftest import train_tokenizer
+from tests.builders import train_tokenizer
 
 
 def test_domains_are_read_from_files(tmp_path):

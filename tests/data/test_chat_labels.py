@@ -8,7 +8,7 @@ import pytest
 from modeling_moe.utils import chat
 from modeling_moe.utils.chat import UnclearTurnsError, encode_chat, render_chat
 from modeling_moe.utils.errors import UserError
-from tests.training.conftest import train_tokenizer
+from tests.builders import train_tokenizer
 
 
 # in each template, G and E stand for the marks

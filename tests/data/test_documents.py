@@ -10,7 +10,7 @@ from modeling_moe.data import DataArguments, load_and_pack, load_documents, pack
 from modeling_moe.data.documents import cut_documents, hold_out
 from modeling_moe.data.packing import pack_conversations
 from modeling_moe.utils.errors import UserError
-from tests.training.conftest import sample_text, train_tokenizer
+from tests.builders import sample_text, train_tokenizer
 
 
 EOS = 2

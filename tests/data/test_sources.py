@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from modeling_moe.data import DataArguments, load_and_pack, load_documents
 from modeling_moe.utils.errors import UserError
-from tests.training.conftest import train_tokenizer
+from tests.builders import train_tokenizer
 
 
 CHAT = [{"role": "user", "content": "the old"}, {"role": "assistant", "content": "mill"}]

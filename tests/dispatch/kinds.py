@@ -1,4 +1,4 @@
-"""Experts of many kinds with random weights, and the float64 oracle that every back end is compared with."""
+"""This module builds experts of many kinds with random weights, and the float64 oracle of every back end."""
 
 import copy
 
@@ -15,7 +15,8 @@ from modeling_moe.dispatch import backend_of, backends
 from modeling_moe.dispatch.backends.native.structures import NATIVE_ACTIVATIONS
 from modeling_moe.dispatch.interface import activation_of
 from modeling_moe.modeling_moe import MoEExperts
-from tests.conftest import NEEDS_TRITON, tiny_config
+from tests.builders import tiny_config
+from tests.conftest import NEEDS_TRITON
 
 
 OURS = {
@@ -51,21 +52,21 @@ BACKENDS = [*CPU_BACKENDS, pytest.param("moe_triton", marks=NEEDS_TRITON)]
 
 
 def fastest(device: str, dtype: torch.dtype = torch.float32) -> str:
-    """The back end that `experts_implementation="moe"` means on `device`."""
+    """Returns the back end that `experts_implementation="moe"` takes on a device."""
     if device == "cuda":
         return "loop" if dtype == torch.float64 else "triton"
     return "native" if native_computes(dtype) else "loop"
 
 
 def assert_backend(module, arguments) -> None:
-    """Fails if experts are about to be computed by another back end than their implementation names.
+    """Fails if another back end than the one that `experts_implementation` names is about to compute the experts.
 
-    A back end that cannot serve gives way to the next without a word, so a test of it would pass by another.
+    A back end that cannot serve gives way without a message, and a test of it would pass by another one.
     """
     states, index = arguments[:2]
     name, dtype = module.config._experts_implementation, next(module.parameters()).dtype
     asked = name.removeprefix("moe_") if name != "moe" else None
-    # the CPU's choice, and what `native` is not compiled for, are for test_native.py
+    # test_native.py tests the CPU's choice, and what `native` does not serve
     left_open = asked is None and states.device.type == "cpu"
     left_open |= asked == "native" and not native_computes(dtype, activation_of(module).name)
     if name == "eager" or left_open:
@@ -85,7 +86,7 @@ def make(
     device: str = "cpu",
     **fields,
 ):
-    """Experts of `kind` with random weights, the same for every implementation, which each call asserts."""
+    """Builds experts of a kind. Their random weights do not depend on the implementation, and each call asserts it."""
     sizes = {"hidden_size": hidden, "moe_intermediate_size": width, "intermediate_size": width}
     if kind in OURS:
         config, build = (
@@ -107,7 +108,7 @@ def make(
 
 
 def draw(tokens, experts, top_k, dtype=torch.float64, hidden=HIDDEN, device: str = "cpu"):
-    """States, ids of distinct experts, weights, and the gradient of the output: the same on every device."""
+    """Draws tokens, ids of distinct experts, weights and the gradient of the output, equal on every device."""
     states = torch.randn(tokens, hidden, dtype=dtype)
     index = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
     weight, direction = torch.rand(tokens, top_k, dtype=dtype), torch.randn(tokens, hidden, dtype=dtype)
@@ -115,21 +116,21 @@ def draw(tokens, experts, top_k, dtype=torch.float64, hidden=HIDDEN, device: str
 
 
 def run(module, states, index, weight, direction):
-    """The output, and the gradients of states, weights and parameters."""
+    """Returns the output, and the gradients of tokens, weights and parameters."""
     states, weight = states.detach().requires_grad_(), weight.detach().requires_grad_()
     output = module(states, index, weight)
     return [output, *torch.autograd.grad((output * direction).sum(), [states, weight, *module.parameters()])]
 
 
 def oracle(module, states, index, weight, direction):
-    """As `run`, by the class's own loop over the experts, in float64."""
+    """Returns what `run` does, computed in float64 by the class's own loop over the experts."""
     module = copy.deepcopy(module).double()
     module.config._experts_implementation = "eager"
     return run(module, states.double(), index, weight.double(), direction.double())
 
 
 def assert_close(got, expected, tolerance):
-    """Each tensor to `tolerance` of its own largest value."""
+    """Asserts that each tensor is right to `tolerance` of its largest value."""
     for mine, theirs in zip(got, expected, strict=True):
         assert not mine.isnan().any()
         scale = max(theirs.abs().max().item(), 1e-30)

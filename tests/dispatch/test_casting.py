@@ -39,7 +39,7 @@ def autocast(device: str, dtype: torch.dtype = torch.float16):
 
 
 def train(module, inputs, checkpointing: bool = False) -> list[torch.Tensor]:
-    """As `run`, with gradients added to those of the parameters."""
+    """Returns what `run` does, but adds the gradients to those of the parameters."""
     states, index, weight, direction = inputs
     states = states.detach().requires_grad_()
     with autocast(states.device.type):
@@ -52,7 +52,7 @@ def train(module, inputs, checkpointing: bool = False) -> list[torch.Tensor]:
 
 
 def count_casts(module, call) -> dict[str, int]:
-    """How often `call` copies each matrix of `module` into another dtype."""
+    """Counts how often `call` copies each matrix of `module` into another dtype."""
     sizes = {name: getattr(module, name).numel() for name in MATRICES}
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as watched:
         call()
@@ -160,13 +160,13 @@ def test_what_is_written_behind_autograd_is_seen_after(device):
 
 
 def gone(copies: list[StorageWeakRef]) -> bool:
-    """Whether none is left; Triton's interpreter leaves its arguments to the garbage collector."""
+    """Returns True if no copy is left; Triton's interpreter leaves its arguments to the garbage collector."""
     gc.collect()
     return all(copy.expired() for copy in copies)
 
 
 def copies_of_a_pass(module, inputs) -> list[StorageWeakRef]:
-    """The memory of the 16-bit matrices that a pass multiplies."""
+    """Returns references to the memory of the 16-bit matrices that a pass multiplies."""
     seen = []
 
     def record(launch):
@@ -201,7 +201,7 @@ def test_leaving_drops_the_copies(device):
 
 
 def test_nothing_in_16_bits_is_saved(device):
-    """h, the input in 16 bits and the grouping, and no copy of a matrix, within `cast_once` too."""
+    """Autograd saves h, the input in 16 bits and the expert order, and no copy of a matrix, also within `cast_once`."""
     module, (states, index, weight, _) = experts(device), inputs_on(device)
     known = [states, weight, *module.parameters()]
     weight.requires_grad_()
@@ -225,7 +225,7 @@ def test_decoding_casts_no_matrix(device):
 
 
 def test_frozen_and_16_bit_experts(device):
-    """LoRA's base has no gradient; experts in the dtype of autocast have nothing to cast."""
+    """Frozen experts get no gradient, and experts in the dtype of autocast are not cast."""
     module, inputs = experts(device).requires_grad_(False), inputs_on(device)
     states = inputs[0].requires_grad_()
     with cast_once(), autocast(device):

@@ -1,4 +1,6 @@
-"""Every back end against the eager loop in float64, outputs and gradients: this package's experts and transformers'."""
+"""These tests compare every back end with the eager loop in float64: outputs and gradients, for this package's experts
+and for transformers' own.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from modeling_moe.dispatch.expert_order import order_by_expert
 from modeling_moe.dispatch.low_rank import LowRank
 from modeling_moe.dispatch.problem import ExpertsProblem, Needs
 from modeling_moe.modeling_moe import MoEExperts
-from tests.conftest import NEEDS_GPU, NEEDS_TRITON, tiny_config
+from tests.builders import tiny_config
+from tests.conftest import NEEDS_GPU, NEEDS_TRITON
 from tests.dispatch.kinds import (
     BACKENDS,
     CPU_BACKENDS,
@@ -55,14 +58,14 @@ def test_gpu_backends(backend, kind, recompute, device):
     module = make(kind, backend, dtype=torch.float32, device=device)
     module.config.experts_recompute = recompute
     inputs = draw(9, 5, 3, torch.float32, device=device)
-    if kind in OURS:  # gpt-oss's own loop, and others' before transformers 5.19, know no empty slots
+    if kind in OURS:  # gpt-oss's own loop, and others' before transformers 5.19, have no empty assignments
         inputs[1][1, 2] = 5
     assert_close(run(module, *inputs), oracle(module, *inputs), 2e-5)
 
 
 @pytest.mark.parametrize("backend", ["grouped_mm", "triton"])
 def test_another_back_end_than_the_named_one_fails_a_test(backend):
-    """float64 is the loop's, whatever was asked for."""
+    """Only the loop serves float64, so `make` must notice that the named back end gives way."""
     module, inputs = make("gated", f"moe_{backend}"), draw(9, 5, 3)
     with pytest.raises(AssertionError, match=f"loop would serve, not {backend}"):
         module(*inputs[:3])
@@ -148,7 +151,7 @@ def test_half_precision_by_triton(dtype, device):
 
 
 def test_combine_is_fp32(device):
-    """1 + 255 * 2**-9: in bf16 each of the small terms would be lost."""
+    """The sum is 1 + 255 * 2**-9 terms: a sum in bf16 would lose each of the small ones."""
     fields = {"experts": 256, "hidden": 8, "width": 8, "head_dim": 2, "device": device}
     module = make("gated", "moe", dtype=torch.bfloat16, **fields)
     with torch.no_grad():
@@ -166,7 +169,7 @@ def test_combine_is_fp32(device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["gated-bias", "gated"])
-def test_empty_slots(backend, kind, device):
+def test_empty_assignments(backend, kind, device):
     module = make(kind, backend, dtype=torch.float32, device=device)
     states, index, weight, direction = draw(9, 5, 3, torch.float32, device=device)
     index[1, 2], index[4], index[5, 0], index[6, 1] = 5, 5, -1, 1000
@@ -182,7 +185,7 @@ def test_empty_slots(backend, kind, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_but_empty_slots(backend, device):
+def test_nothing_but_empty_assignments(backend, device):
     module = make("gated", backend, dtype=torch.float32, device=device)
     states, _, weight, direction = draw(4, 5, 3, torch.float32, device=device)
     index = torch.full((4, 3), 5, device=device)
@@ -220,7 +223,7 @@ def test_an_expert_chosen_twice_by_a_token():
 
 
 def test_layouts():
-    """Top-1 ids of expert parallelism, int32 ids, strided inputs, a half-precision stream beside other weights."""
+    """Top-1 ids of expert parallelism, int32 ids, strided tokens and tokens of another dtype are served."""
     module = make("gated", "moe_loop")
     states, index, _, direction = draw(9, 5, 1)
     ones = torch.ones(9, 1, dtype=torch.float64)
@@ -294,6 +297,13 @@ def test_flat_problem_is_the_problem():
         assert got == changed
 
 
+def test_a_misspelt_back_end_is_refused():
+    """A name that nobody knows must not fall back silently, as an uninstalled Triton does."""
+    module, inputs = make("gated", "moe"), draw(9, 5, 3)
+    with pytest.raises(ValueError, match="backend 'nativ' is unknown: choose one of native, triton, grouped_mm, loop"):
+        backend_of(module, *inputs[:2], backend="nativ")
+
+
 def test_one_trained_parameter():
     module = make("gated-bias", "moe_loop")
     states, index, weight, direction = draw(9, 5, 3)
@@ -307,7 +317,7 @@ def test_one_trained_parameter():
 
 
 def saved_bytes(call, *known: torch.Tensor) -> int:
-    """Bytes that autograd keeps in the forward pass, beyond those of the `known` tensors."""
+    """Returns the bytes that autograd keeps in the forward pass, beyond those of the `known` tensors."""
     storages = {}
 
     def pack(tensor):
@@ -402,7 +412,7 @@ def test_bad_input(change, message):
 
 
 def test_left_to_transformers(device):
-    """A gate without a derivative here: transformers' functions, with empty slots all the same."""
+    """transformers' functions compute an activation without a derivative here, and empty assignments stay empty."""
     states, index, weight, direction = draw(9, 5, 3, device=device)
     index[1, 2], index[3, 0] = 5, -1
     reference = index.clone().masked_fill_(index < 0, 5)
@@ -419,6 +429,11 @@ def test_left_to_transformers(device):
         assert_close(got, oracle(module, states, reference, weight, direction), tolerance)
 
 
+def test_a_module_without_experts_has_no_back_end():
+    with pytest.raises(TypeError, match="Linear does not follow transformers' experts interface"):
+        backend_of(torch.nn.Linear(2, 2), *draw(9, 5, 3)[:2])
+
+
 def test_norm_after_experts_is_left_to_transformers():
     module = make("gated", "moe")
     module.has_post_expert_norm = True
@@ -426,7 +441,7 @@ def test_norm_after_experts_is_left_to_transformers():
 
 
 def test_choice_by_name(tmp_path, device):
-    """`experts_implementation` of from_pretrained, for a model of transformers' own."""
+    """`from_pretrained(experts_implementation=...)` selects the back end of one of transformers' own models."""
     config = AutoConfig.for_model(
         "mixtral", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, vocab_size=99,

@@ -1,4 +1,4 @@
-"""Experts on two gloo processes, under both of transformers' exchanges, against one process that holds them all."""
+"""These tests compare experts on two gloo processes, under both exchanges of transformers, with one process."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers.distributed import DistributedConfig
 
 import modeling_moe.dispatch.interface as interface
 from modeling_moe import MoEForCausalLM
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.ranks import needs_transformers, run_ranks
 
 
@@ -21,8 +21,8 @@ IDS = torch.arange(3, 39).view(4, 9)
 def build(kind: str, num_experts: int = 6):
     torch.manual_seed(0)
     if kind.startswith("moe"):
-        # null experts leave slots empty, copy experts need no exchange
-        empty = {"num_null_experts": 2, "num_copy_experts": 1} if kind == "moe_with_empty_slots" else {}
+        # null experts give empty assignments, copy experts need no exchange
+        empty = {"num_null_experts": 2, "num_copy_experts": 1} if kind == "moe_with_empty_assignments" else {}
         return MoEForCausalLM(
             tiny_config(
                 vocab_size=100, num_experts=num_experts, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, **empty
@@ -65,7 +65,7 @@ def rank_main(rank: int, folder: str, implementation: str | None) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["all_reduce", "all_to_all"] if CHOOSES else [None])
-@pytest.mark.parametrize("kind", ["moe", "moe_with_empty_slots", "mixtral"])
+@pytest.mark.parametrize("kind", ["moe", "moe_with_empty_assignments", "mixtral"])
 def test_two_ranks_equal_one(kind, implementation, tmp_path):
     build(kind).save_pretrained(tmp_path)
     run_ranks(rank_main, RANKS, str(tmp_path), implementation)

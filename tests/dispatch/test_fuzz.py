@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Random experts, shapes, dtypes and layouts against the float64 oracle, and one test for each kind of fault that they found."""
+"""These tests compare random experts, shapes, dtypes and layouts with the oracle and keep faults that were found."""
 
 import random
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ JUMPS = ("relu-bias", "clamped", "gpt_oss")
 
 @dataclass(frozen=True)
 class Case:
-    """One random problem, which its number alone decides."""
+    """Case is one random problem, determined by a number."""
 
     number: int
     kind: str
@@ -58,7 +58,7 @@ class Case:
             width=chance.choice([1, 5, 8, 16, 24, 33]),
             dtype=chance.choice(list(TOLERANCES)),
             index_dtype=chance.choice(INDEX_DTYPES),
-            load=chance.choice(["even", "even", "one expert", "empty slots", "all empty"]),
+            load=chance.choice(["even", "even", "one expert", "empty assignments", "all empty"]),
             layout=chance.choice(["contiguous", "transposed", "one row repeated", "columns of a wider tensor"]),
             train=chance.random() < 0.6,
             tanh=chance.random() < 0.1 and kind in OURS and kind != "clamped",
@@ -67,7 +67,7 @@ class Case:
         )
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        """States (T, H) with NaN in the rows that no expert takes, ids (T, K), weights (T, K) and a direction (T, H)."""
+        """Draws tokens (T, H), with NaN where no expert takes them, ids and weights (T, K), and a direction (T, H)."""
         torch.manual_seed(self.number)
         shape = (self.tokens, self.hidden)
         states = {
@@ -79,7 +79,7 @@ class Case:
         index = torch.rand(self.tokens, self.experts).argsort(dim=-1)[:, : self.top_k]
         if self.load == "one expert":
             index[:, 0], index[:, 1:] = self.experts - 1, self.experts
-        elif self.load == "empty slots":
+        elif self.load == "empty assignments":
             index = index.where(torch.rand(index.shape) < 0.6, self.experts)
         elif self.load == "all empty":
             index = torch.full_like(index, self.experts)
@@ -103,7 +103,7 @@ class Case:
 
 
 def expected_results(case: Case, module, states, index, weight, direction) -> list[torch.Tensor]:
-    """The oracle's output and gradients; for it an empty slot is the first expert's with weight 0."""
+    """The oracle's output and gradients; it takes an empty assignment for one to the first expert with weight 0."""
     empty = index.long() == case.experts
     index, weight = index.long().where(~empty, 0), weight.where(~empty, 0.0)
     if not case.tokens:
@@ -166,8 +166,8 @@ def test_thousands_of_random_experts_equal_the_oracle(start):
 
 @pytest.mark.parametrize("dtype", INDEX_DTYPES, ids=str)
 @pytest.mark.parametrize("implementation", ["eager", *IMPLEMENTATIONS])
-def test_ids_of_any_integer_dtype_are_experts_and_empty_slots(dtype, implementation):
-    """int8 had no room for the number of experts, and torch took uint8 for a mask."""
+def test_ids_of_any_integer_dtype_are_experts_and_empty_assignments(dtype, implementation):
+    """ids are converted first: int8 has no room for the number of experts, and torch takes uint8 for a mask."""
     module = make("gated", implementation, experts=120, dtype=torch.float32)
     module._forward_pre_hooks.clear()
     states, weight = torch.randn(20, module.down_proj.shape[1]), torch.rand(20, 2)
@@ -179,7 +179,7 @@ def test_ids_of_any_integer_dtype_are_experts_and_empty_slots(dtype, implementat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_one_token_with_an_expert_chosen_twice_decodes_by_loop(dtype):
-    """oneDNN does not take the stride 0 of a repeated row."""
+    """The loop copies a repeated row, whose stride 0 oneDNN does not take."""
     module = make("gated", "moe_loop", dtype=dtype)
     states, index, weight = torch.randn(1, 32, dtype=dtype), torch.tensor([[2, 2, 4]]), torch.rand(1, 3)
     expected = oracle(module, states, index, weight, torch.ones(1, 32))[0]
@@ -189,8 +189,8 @@ def test_one_token_with_an_expert_chosen_twice_decodes_by_loop(dtype):
 
 @pytest.mark.parametrize("width", [1, 5])
 @pytest.mark.parametrize("implementation", ["moe", "moe_grouped_mm"])
-def test_an_activation_of_ones_own_needs_no_rows_of_sixteen_bytes(width, implementation):
-    """torch's grouped_mm refuses the strides of narrow experts."""
+def test_a_custom_activation_needs_no_rows_of_sixteen_bytes(width, implementation):
+    """The class's own loop computes narrow experts, whose strides torch's grouped_mm refuses."""
     module = make("plain", implementation, width=width, dtype=torch.bfloat16)
     module._forward_pre_hooks.clear()
     module.act_fn = nn.Tanh()
@@ -201,8 +201,8 @@ def test_an_activation_of_ones_own_needs_no_rows_of_sixteen_bytes(width, impleme
 
 
 @pytest.mark.parametrize("scale", [1.0, 50.0])
-def test_an_activation_of_ones_own_is_as_right_in_fp16_as_the_plain_loop(scale):
-    """transformers' grouped_mm was wrong by up to 1.0 at large inputs on CPUs."""
+def test_a_custom_activation_is_as_right_in_fp16_as_the_plain_loop(scale):
+    """The class's own loop serves CPUs, where transformers' grouped_mm was wrong by up to 1.0 at large inputs."""
     module = make("gated", "moe", dtype=torch.float16)
     module.act_fn, eager = nn.Tanh(), make("gated", "eager", dtype=torch.float16)
     module._forward_pre_hooks.clear()
@@ -218,8 +218,7 @@ def test_an_activation_of_ones_own_is_as_right_in_fp16_as_the_plain_loop(scale):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["clamped", "gpt_oss"])
 def test_a_gate_exactly_at_its_limit_passes_its_gradient_in_every_back_end(kind, implementation):
-    """As torch's clamp did before 2.15, which gives 0 there; a number that rounding puts beyond the limit is nobody's
-    fault."""
+    """A gate exactly at the limit has a gradient, as torch's clamp gave it before 2.15; later releases give 0."""
     module = make(kind, implementation, experts=1, hidden=8, width=8, dtype=torch.float32)
     limit = module.gate_clamp[1] if kind == "clamped" else module.limit
     alpha = module.gate_clamp[0] if kind == "clamped" else module.alpha

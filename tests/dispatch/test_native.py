@@ -1,5 +1,6 @@
-"""The compiled back end of the CPU: its own products at sizes beyond their blocks, other processors' instructions, any
-number of threads, and machines where it cannot be compiled."""
+"""These tests check the C back end: products at sizes beyond their blocks, other processors' instructions, any number
+of threads, the agreement of its structures with Python, and machines where it cannot be compiled.
+"""
 
 import ctypes
 import hashlib
@@ -54,14 +55,14 @@ def test_kinds(kind, shape, recompute):
     assert_close(run(module, *inputs), oracle(module, *inputs), TOLERANCES[torch.float32])
     with torch.no_grad():
         few = [tensor[:4] for tensor in inputs[:3]]
-        expected = "native" if kind == "gpt_oss" else "native (decode)"  # whose matrices lie the other way round
+        expected = "native" if kind == "gpt_oss" else "native (decode)"  # gpt-oss's matrices are transposed
         assert backend_of(module, *few[:2]) == expected
         output = module(*few[:1], few[1].int(), few[2])
     assert_close([output], [oracle(module, *inputs)[0][:4]], TOLERANCES[torch.float32])
 
 
 def expected_and_got(dtype, tokens, experts, top_k, hidden, width, transposed=False, native=BACKENDS["native"]):
-    """Returns output, gradients and a few tokens' output: by the loop in float64 on the same numbers, and by `native`."""
+    """Returns output, gradients and decoded output, by the loop in float64 and by `native` on equal numbers."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size):
@@ -102,7 +103,7 @@ def test_blocks(dtype, shape, transposed):
 
 
 def processors() -> dict[str, list[str]]:
-    """Compiler flags for processors whose programs run here too, the one of torch's capability and lesser ones."""
+    """Returns the compiler's options for torch's CPU capability and for lesser ones."""
     names, capability = list(compiling.PROCESSORS), torch.backends.cpu.get_cpu_capability()
     served = names[: names.index(capability) + 1] if capability in names else []
     return {"any": []} | {name: compiling.PROCESSORS[name] for name in served}
@@ -138,7 +139,7 @@ def test_result_does_not_depend_on_threads(dtype):
 @NEEDS_NATIVE
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu", "relu2"])
 def test_activations_far_from_zero(activation):
-    """One number through an expert of width one: the activation and its derivative."""
+    """An expert of width one computes the activation of one number, and backward its derivative."""
     x = torch.cat([torch.linspace(-120, 120, 4001), torch.linspace(-1, 1, 2001)])[:, None]
     ones, order = torch.ones(1, 1, 1), order_by_expert(torch.zeros(len(x), 1, dtype=torch.long), 1)
     results = []
@@ -229,7 +230,7 @@ def test_compiled_by_several_at_once(monkeypatch, tmp_path):
 
 @NEEDS_NATIVE
 def test_left_to_the_loop():
-    """What it does not know: float64, the exact GELU, low-rank updates (tests/lora)."""
+    """The loop takes over float64 and the exact GELU."""
     for kind, dtype in (("gated", torch.float64), ("gelu", torch.float32)):
         module, inputs = make(kind, "moe_native", dtype=dtype), draw(40, 5, 3, dtype)
         assert backend_of(module, *inputs[:2], backend="native") == "loop"
@@ -251,7 +252,7 @@ def test_a_damaged_library_is_compiled_anew_and_does_not_kill_the_process(monkey
 
 @NEEDS_NATIVE
 def test_compiles_in_an_ascii_locale(tmp_path):
-    """The sources were opened in the locale's encoding, which has no dash and no accent."""
+    """The sources are read as UTF-8 in every locale."""
     command = """
 import torch
 from modeling_moe.dispatch.backends.native import compiling

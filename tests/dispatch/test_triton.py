@@ -1,4 +1,6 @@
-"""The Triton back end against a loop over the slots in float64; without a GPU, in Triton's interpreter."""
+"""These tests compare the Triton back end with a loop over the assignments in float64; without a GPU, in Triton's
+interpreter.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-2, 2e-2), torch.bf
 
 
 class Problem:
-    """Random inputs; `transposed` gives the matrices gpt-oss's strides."""
+    """Problem draws random inputs; `transposed` gives the matrices gpt-oss's strides."""
 
     def __init__(
         self,
@@ -60,11 +62,11 @@ class Problem:
 
     @property
     def problem(self) -> ExpertsProblem:
-        """What the back end is given."""
+        """The problem that the back end takes."""
         return ExpertsProblem(*self.inputs, self.gate, self.constants)
 
     def run(self, needs=None, recompute=False, config=None):
-        """The output, and the gradients by name."""
+        """Returns the output, and the gradients by name."""
         out, h = TRITON.forward(self.problem, self.order, not recompute, config)
         assert len(h) == (0 if recompute else self.index.numel())
         needs = needs or [value is not None for value in self.inputs]
@@ -72,7 +74,7 @@ class Problem:
         return out, dict(zip(NAMES, grads[:6], strict=True))
 
     def oracle(self):
-        """`run` in float64, one slot at a time."""
+        """Returns what `run` does, computed in float64 for one assignment at a time."""
         leaves = [None if t is None else t.detach().double().requires_grad_() for t in self.inputs]
         x, weight, up, down, up_bias, down_bias = leaves
         out = 0 * x
@@ -106,7 +108,7 @@ class Problem:
 
 
 def act(h, gate, constants):
-    """a (I,) from h (C,), written for autograd."""
+    """Computes a (I,) from h (C,) by differentiable operators."""
     if gate.startswith("clamped"):
         alpha, limit = constants
         g, u = (h[::2], h[1::2]) if gate.endswith("_pairs") else h.chunk(2)
@@ -155,8 +157,8 @@ def test_biases_and_strides_of_gpt_oss(gate):
         pytest.param(
             [[i % 2, 2] for i in range(40)], {"hidden": 12, "inner": 8, "bias": True}, id="more rows than a block"
         ),
-        pytest.param([[3, 0], [-1, 3], [1, -1], [7, 2], [2, 1]], {"bias": True}, id="empty slots"),
-        pytest.param([[-1, 3], [3, 3]], {"bias": True, "gate": "clamped_swiglu_pairs"}, id="only empty slots"),
+        pytest.param([[3, 0], [-1, 3], [1, -1], [7, 2], [2, 1]], {"bias": True}, id="empty assignments"),
+        pytest.param([[-1, 3], [3, 3]], {"bias": True, "gate": "clamped_swiglu_pairs"}, id="only empty assignments"),
     ],
 )
 def test_shapes_and_routing(index, shape):
@@ -236,7 +238,7 @@ def test_strided_and_expanded_inputs():
     ("index", "shape"),
     [
         pytest.param(INDEX, {}, id="plain"),
-        pytest.param([[3, 0], [-1, 3], [1, -1], [7, 2]], {"bias": True}, id="empty slots"),
+        pytest.param([[3, 0], [-1, 3], [1, -1], [7, 2]], {"bias": True}, id="empty assignments"),
         pytest.param(INDEX, {"gate": "clamped_swiglu_pairs", "bias": True, "transposed": True}, id="gpt-oss"),
         pytest.param(INDEX, {"gate": "gelu", "hidden": 10, "inner": 70}, id="odd widths"),
         pytest.param([[0, 2, -1, 1] * 5, [3, 0, 1, 2] * 5], {"bias": True}, id="more experts than are unrolled"),

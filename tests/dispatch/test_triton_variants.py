@@ -1,4 +1,4 @@
-"""What the Triton back end can do beside the plain experts: updates of low rank, tensor descriptors, the sort, TF32."""
+"""These tests check the Triton back end's low-rank updates, tensor descriptors, sort, TF32 and choice of a GPU."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ FACTORS = ["up_a", "up_b", "down_a", "down_b"]
 
 
 def updates_for(problem: Problem, rank: int, which=("up", "down"), dropout=False, strided=False, scaling=1.7):
-    """Random updates, with draws of what dropout keeps."""
+    """Draws updates of the two matrices, with dropout masks if asked for."""
     _, _, up, down, *_ = problem.inputs
     tokens, assignments = len(problem.index), problem.index.numel()
 
@@ -121,7 +121,7 @@ def test_updates_in_every_tile(family):
 
 
 def test_an_update_costs_no_pass_over_wide_rows():
-    """LoRA forward is five kernels, two of them as narrow as the rank, and makes nothing of the size of h but h."""
+    """LoRA's forward is five products, two of them as narrow as the rank, and makes nothing of the size of h but h."""
     problem = Problem(INDEX)
     launches = []
 
@@ -183,7 +183,7 @@ def test_sort_of_more_assignments_than_small_blocks_take():
 
 
 def test_sort_of_bytes():
-    """The last expert of 256 is the greatest byte, which no assignment beyond the end may be taken for."""
+    """The last of 256 experts has the greatest byte as id, which must not be taken for the end."""
     index = torch.randint(0, 256, (20, 3), device=DEVICE).to(torch.uint8)
     order, expected = triton_backend.sort(index, 256), order_by_expert(index.long(), 256)
     assert torch.equal(order.assignment, expected.assignment)
@@ -218,7 +218,7 @@ def test_map_of_rows(experts):
 
 @pytest.fixture
 def tf32():
-    """The user's permission to round fp32 to TF32."""
+    """Allows fp32 to be rounded to TF32, as a user does."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     yield

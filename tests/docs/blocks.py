@@ -3,7 +3,6 @@
 A comment on the line before a fence chooses another treatment than running:
 
     <!-- not run: REASON -->    Python is compiled, and the flags of each command are parsed by the command's own parser.
-    <!-- slow: REASON -->       The block, and all later blocks of the page, run only in the tests marked slow.
     <!-- output -->             The block shows what the block before it prints; the first words of its rows are compared.
 """
 
@@ -16,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 LANGUAGES = ("python", "bash", "text")
 # programs write these pages, and other tests compare them
 GENERATED = ("docs/config.md", "docs/gpu-kernels.md")
-COMMENT = re.compile(r"<!-- (not run|slow|output)(?:: (.+))? -->")
+COMMENT = re.compile(r"<!-- (not run|output)(?:: (.+))? -->")
 
 
 class Block(NamedTuple):
@@ -27,7 +26,7 @@ class Block(NamedTuple):
         line: number of the block's first line of code, from 1.
         language: one of `LANGUAGES`.
         code: the text between the fences.
-        treatment: "run", "not run", "slow" or "output".
+        treatment: "run", "not run" or "output".
     """
 
     page: Path

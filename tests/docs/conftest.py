@@ -10,11 +10,13 @@ import pytest
 import torch
 import transformers.utils.hub
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
+import modeling_moe.lora
+import modeling_moe.training
 from modeling_moe import MoEForCausalLM
-from tests.conftest import tiny_config
+from tests.builders import sample_text, tiny_config, train_tokenizer
 from tests.docs.blocks import ROOT
-from tests.training.conftest import sample_text, train_tokenizer
 
 
 SIZES = {
@@ -108,6 +110,18 @@ def stand_ins(tmp_path_factory) -> Path:
     (folder / "gguf").mkdir()
     write_gguf(folder / "gguf" / "SmolLM2-135M-Instruct.Q4_1.gguf", tokenizer)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def unchanged_process():
+    """Undoes what pages change for the whole process: PEFT, `Trainer` and the logging of transformers."""
+    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    modeling_moe.lora.disable()
+    modeling_moe.training.disable()
+    logging.set_verbosity(verbosity)
+    if progress_bar:
+        logging.enable_progress_bar()
 
 
 @pytest.fixture

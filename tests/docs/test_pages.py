@@ -14,8 +14,7 @@ from tests.docs.commands import Shell
 WRITTEN = [page for page in pages() if str(page.relative_to(ROOT)) not in GENERATED]
 BLOCKS = {page: blocks for page in WRITTEN if (blocks := find_blocks(page))}
 NAMES = {page: str(page.relative_to(ROOT)) for page in BLOCKS}
-FAST = [page for page, blocks in BLOCKS.items() if any(block.treatment == "run" for block in blocks)]
-SLOW = [page for page, blocks in BLOCKS.items() if any(block.treatment == "slow" for block in blocks)]
+RUN = [page for page, blocks in BLOCKS.items() if any(block.treatment == "run" for block in blocks)]
 
 
 def row_titles(text: str) -> set[str]:
@@ -59,16 +58,8 @@ def unchanged_catalogue(monkeypatch):
     ROUTERS.update(before)
 
 
-@pytest.mark.parametrize("page", FAST, ids=NAMES.get)
+@pytest.mark.parametrize("page", RUN, ids=NAMES.get)
 def test_blocks(page, workspace, uploads, monkeypatch, capsys):
-    blocks = BLOCKS[page]
-    slow = next((i for i, block in enumerate(blocks) if block.treatment == "slow"), len(blocks))
-    run_page(blocks[:slow], monkeypatch, capsys)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", SLOW, ids=NAMES.get)
-def test_slow_blocks(page, workspace, uploads, monkeypatch, capsys):
     run_page(BLOCKS[page], monkeypatch, capsys)
 
 

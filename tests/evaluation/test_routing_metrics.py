@@ -15,11 +15,12 @@ from modeling_moe.evaluation.routing_metrics import (
     load_variation,
     max_violation,
     mean_experts,
+    normalised_balance,
     summary,
 )
 from modeling_moe.router import Routing, RoutingContext
 from modeling_moe.router_capacity import Capacity, count_dropped
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 TOKENS, EXPERTS, OUTPUTS, SLOTS = 14, 5, 7, 3
@@ -86,6 +87,18 @@ def test_dropped_share_in_loops_and_as_counted(mask):
     assert dropped_share(before, after, mask).item() == pytest.approx(len(lost) / len(had))
     counts = count_dropped(before, after, mask)
     assert summary(before, mask, EXPERTS, counts)["dropped_share"].item() == pytest.approx(len(lost) / len(had))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_normalised_balance_is_one_in_balance_and_experts_over_choices_in_collapse(top_k):
+    uniform = torch.full((4, 4), 0.25, dtype=torch.float64)
+    turns = (torch.arange(4)[:, None] + torch.arange(top_k)) % 4
+    assert normalised_balance(Routing(uniform, uniform[:, :top_k], turns, uniform)).item() == pytest.approx(1)
+    one = torch.eye(4, dtype=torch.float64)[:top_k].sum(0).expand(4, -1) / top_k
+    collapsed = Routing(one, one[:, :top_k], torch.arange(top_k).expand(4, -1), one)
+    assert normalised_balance(collapsed).item() == pytest.approx(4 / top_k)
+    nothing = normalised_balance(collapsed, torch.zeros(4))
+    assert nothing.item() == 0
 
 
 @masks

@@ -26,10 +26,9 @@ from modeling_moe.evaluation.expert_load import active_share
 from modeling_moe.evaluation.hf_metrics import RouterBalance
 from modeling_moe.training.finetuning import FinetuneTrainer
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
+from tests.builders import sample_text, tiny_config, tiny_model, train_tokenizer
 from tests.data.test_documents import MARKED, PLAIN, joined, write_chats
 from tests.ranks import run_ranks
-from tests.training.conftest import sample_text, tiny_model, train_tokenizer
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from experiments.router_comparison import (
 
 from modeling_moe.router_catalogue import ROUTERS, router_class
 from modeling_moe.utils.errors import UserError
-from tests.training.conftest import sample_text
+from tests.builders import sample_text
 
 
 ROOT = Path(__file__).parents[2]

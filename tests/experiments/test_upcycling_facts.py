@@ -44,8 +44,7 @@ from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.checkpoints import LazyTensor
 from modeling_moe.conversion import load_state
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
-from tests.training.conftest import train_tokenizer
+from tests.builders import tiny_config, train_tokenizer
 
 
 DENSE = {"mlp_layer_types": ["dense"] * 3}

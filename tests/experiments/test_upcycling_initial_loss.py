@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from modeling_moe.conversion import load_state, open_checkpoint
 from modeling_moe.upcycling import UpcyclingOptions, assemble, sparse_config
 from modeling_moe.utils.errors import UserError
-from tests.training.conftest import sample_text, train_tokenizer
+from tests.builders import sample_text, train_tokenizer
 
 
 SIZE = {

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from modeling_moe import MoEConfig, MoEForCausalLM, MoEForSequenceClassification
 from modeling_moe.hub import write_model_card
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 METRICS = {
@@ -135,13 +135,13 @@ def test_deepseek_router(tmp_path):
 
 
 def test_dense_model_claims_no_experts(tmp_path):
-    config = shared_config(mlp_layer_types=["dense"] * 3)
+    config = tiny_config(mlp_layer_types=["dense"] * 3)
     config.save_pretrained(tmp_path)
     card = write_model_card(tmp_path)
-    told = facts(card)
-    assert told["Layers"] == "3, of which 0 sparse"
-    assert told["Total parameters"] == told["Active parameters per token"] == f"{config.num_params():,}"
-    assert "Routed experts" not in told
+    shown = facts(card)
+    assert shown["Layers"] == "3, of which 0 sparse"
+    assert shown["Total parameters"] == shown["Active parameters per token"] == f"{config.num_params():,}"
+    assert "Routed experts" not in shown
     assert "although a token uses only" not in card.text
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modeling_moe.conversion import convert_checkpoint
 from modeling_moe.hub import write_model_card
 from modeling_moe.utils.lineage import card_metadata, hub_name, lineage_of
-from tests.training.conftest import train_tokenizer
+from tests.builders import train_tokenizer
 
 
 CARD = "---\nlicense: other\nlicense_name: our-license\nlicense_link: LICENSE\nlanguage:\n- de\ntags: [x]\n---\n# A card\n"

@@ -17,7 +17,7 @@ from modeling_moe import MoEForCausalLM
 from modeling_moe.hub import check_without_package, push, push_folder
 from modeling_moe.hub.files import published_files
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 PRIVATE = (

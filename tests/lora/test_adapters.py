@@ -22,7 +22,7 @@ from transformers.integrations import peft as mixin
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.lora import moe_lora_config
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.lora.checkpoints import fill
 
 

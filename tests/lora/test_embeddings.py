@@ -8,7 +8,7 @@ import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, OFTConfig, PeftModel, TrainableTokensConfig, get_peft_model
 
 from modeling_moe import MoEForCausalLM
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 IDS = torch.arange(3, 21).view(2, 9)

@@ -17,9 +17,8 @@ from modeling_moe.conversion import convert_checkpoint
 from modeling_moe.lora import moe_lora_config
 from modeling_moe.lora.merging import MergeArguments, merge_adapter
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
+from tests.builders import tiny_config, train_tokenizer
 from tests.lora.checkpoints import TARGETS, build, fill, train
-from tests.training.conftest import train_tokenizer
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "merge_adapter.py"

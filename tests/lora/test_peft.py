@@ -19,7 +19,7 @@ from modeling_moe import MoEForCausalLM
 from modeling_moe.dispatch import interface
 from modeling_moe.lora import MoELoraConfig, layers, moe_lora_config, peft_alone, trainable_parameters
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 from tests.lora.checkpoints import IDS, TARGETS, build, fill, train
 
 

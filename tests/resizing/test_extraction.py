@@ -5,7 +5,7 @@ import torch
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.resizing import extract_task
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 IDS = torch.randint(3, 99, (2, 11), generator=torch.Generator().manual_seed(3))

@@ -9,7 +9,7 @@ from modeling_moe.checkpoints.lazy_tensor import LazyTensor
 from modeling_moe.resizing.growth import GrowthOptions, grow, release_experts
 from modeling_moe.resizing.usage import measure_usage
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 IDS = torch.arange(3, 43).view(2, 20)

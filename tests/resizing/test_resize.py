@@ -8,8 +8,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from modeling_moe import MoEForCausalLM
 from modeling_moe.resizing import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
-from tests.training.conftest import train_tokenizer
+from tests.builders import tiny_config, train_tokenizer
 
 
 IDS = torch.randint(3, 99, (2, 11), generator=torch.Generator().manual_seed(3))

@@ -6,7 +6,7 @@ import torch
 from modeling_moe import MoEForCausalLM
 from modeling_moe.resizing.usage import measure_usage
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 IDS = torch.randint(3, 99, (4, 13), generator=torch.Generator().manual_seed(3))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoints import safetensors_format
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 ROOT = Path(__file__).parents[2]

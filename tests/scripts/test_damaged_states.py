@@ -1,5 +1,5 @@
 """scripts/finetune.py answers damaged checkpoints and impossible numbers in one line, and no file is lost."""
-# ruff: noqa: F401, F811 (fixtures)
+# ruff: noqa: F401 (fixtures)
 
 import json
 import os
@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.builders import tiny_model
 from tests.scripts.test_finetune import finetune, mistake, small
-from tests.training.conftest import checkpoint, text_file, tiny_model, tokenizer
 
 
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")

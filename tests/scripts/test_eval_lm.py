@@ -1,5 +1,4 @@
 """These tests run scripts/eval_lm.py on a tiny model."""
-# ruff: noqa: F401, F811 (fixtures)
 
 import json
 import runpy
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import checkpoint, text_file, tiny_model, tokenizer
+from tests.builders import tiny_model
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "eval_lm.py"

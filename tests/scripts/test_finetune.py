@@ -1,5 +1,4 @@
 """These tests run scripts/finetune.py on a tiny model, which learns and is saved with the trained weights."""
-# ruff: noqa: F401, F811 (fixtures)
 
 import json
 import os
@@ -18,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 import modeling_moe
 from modeling_moe.hub import check_without_package
+from tests.builders import tiny_model, train_tokenizer
 from tests.data.test_documents import MARKED
-from tests.training.conftest import checkpoint, text_file, tiny_model, tokenizer, train_tokenizer
 
 
 ROOT = Path(__file__).parents[2]

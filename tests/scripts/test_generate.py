@@ -10,8 +10,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from modeling_moe import MoEForCausalLM
-from tests.conftest import tiny_config
-from tests.training.conftest import train_tokenizer
+from tests.builders import tiny_config, train_tokenizer
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"

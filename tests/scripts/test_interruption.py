@@ -1,5 +1,4 @@
 """A signal stops scripts/finetune.py, which saves a checkpoint, and a resumed run ends with the weights of an unstopped one."""
-# ruff: noqa: F401, F811 (fixtures)
 
 import os
 import signal
@@ -13,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from modeling_moe.training.interruption import SaveOnInterrupt
+from tests.builders import tiny_model
 from tests.scripts.test_finetune import RANDOM, ROOT, finetune, small
-from tests.training.conftest import checkpoint, text_file, tiny_model, tokenizer
 
 
 def signals_at(monkeypatch, step: int, *numbers: int) -> None:

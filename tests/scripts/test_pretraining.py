@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """scripts/finetune.py makes a new model from a configuration file and a tokenizer, and trains it."""
-# ruff: noqa: F401, F811 (fixtures)
+# ruff: noqa: F401 (fixtures)
 
 import json
 import math
@@ -12,8 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
-
-from tests.training.conftest import text_file, tokenizer
 
 
 ROOT = Path(__file__).parents[2]

@@ -1,5 +1,4 @@
 """The test reads the files that scripts/finetune.py --report_to tensorboard writes."""
-# ruff: noqa: F401, F811 (fixtures)
 
 import json
 from pathlib import Path
@@ -8,7 +7,6 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from tests.scripts.test_finetune import finetune, small
-from tests.training.conftest import checkpoint, text_file, tokenizer
 
 
 def scalars(output: Path) -> dict[str, dict[int, float]]:

@@ -10,7 +10,7 @@ import torch
 from experiments import upcycling_initial_loss as initial_loss
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.training.conftest import train_tokenizer
+from tests.builders import train_tokenizer
 
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, set_s
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.commands.generate import GenerationArguments
-from tests.conftest import tiny_config
+from tests.builders import tiny_config, train_tokenizer
 from tests.data.test_documents import PLAIN
-from tests.training.conftest import train_tokenizer
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"

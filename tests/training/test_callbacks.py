@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, default_data_collator
 import modeling_moe.training
 from modeling_moe.router_balancing import FORGOTTEN, RouterTotals, forget_counts, update_routers
 from modeling_moe.training import MoECallback
-from tests.training.conftest import tiny_model, training_arguments
+from tests.builders import tiny_model, training_arguments
 
 
 RATE = 0.125

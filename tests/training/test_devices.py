@@ -11,10 +11,10 @@ from modeling_moe.dispatch import interface
 from modeling_moe.dispatch.backends.triton import casting
 from modeling_moe.training import finetuning
 from modeling_moe.training.callbacks import CastOnceCallback
+from tests.builders import tiny_model, training_arguments
 from tests.conftest import NEEDS_TRITON
 from tests.dispatch.kinds import fastest
 from tests.dispatch.test_casting import MATRICES, count_casts
-from tests.training.conftest import tiny_model, training_arguments
 
 
 class Gradients(TrainerCallback):

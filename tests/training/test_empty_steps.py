@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 from modeling_moe import MoEForCausalLM
 from modeling_moe.router import SCORING_FUNCS
 from modeling_moe.router_losses import loss_share, masked_mean
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 KINDS = {

@@ -11,8 +11,7 @@ from modeling_moe import MoEForCausalLM
 from modeling_moe.training import MoECallback
 from modeling_moe.training.freezing import FreezeExpertsCallback, freeze_experts
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
-from tests.training.conftest import tiny_model, training_arguments
+from tests.builders import tiny_config, tiny_model, training_arguments
 
 
 IDS = torch.randint(3, 300, (8, 11), generator=torch.Generator().manual_seed(3))

@@ -21,8 +21,8 @@ import modeling_moe.training
 from modeling_moe import MoEForCausalLM
 from modeling_moe.router_balancing import exact_global_balance
 from modeling_moe.router_topk import NoisyTopKRouter
+from tests.builders import tiny_model, training_arguments
 from tests.ranks import run_ranks
-from tests.training.conftest import tiny_model, training_arguments
 
 
 SEQUENCES, RANKS = 16, (1, 2)

@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback, default_data_collator
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.training.nan_stop import NanStopMixin, NonFiniteError, watch_outputs
+from tests.builders import tiny_model, training_arguments
 from tests.ranks import run_ranks
-from tests.training.conftest import tiny_model, training_arguments
 
 
 IDS = torch.arange(3, 35).view(8, 4)

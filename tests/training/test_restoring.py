@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, default_data
 
 import modeling_moe.training
 from modeling_moe.training.restoring import RestoreHook, RestoringError, restore_hook
-from tests.training.conftest import tiny_model, training_arguments
+from tests.builders import tiny_model, training_arguments
 from tests.training.families import families, tiny
 
 

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import Trainer, default_data_collator
 
 import modeling_moe.training
-from tests.training.conftest import GradientRecorder, tiny_model, training_arguments
+from tests.builders import GradientRecorder, tiny_model, training_arguments
 
 
 BALANCE = {"router_aux_loss_coef": 100.0, "router_z_loss_coef": 0.0}

@@ -23,9 +23,9 @@ from modeling_moe.training import (
 )
 from modeling_moe.training.sharded import is_split
 from modeling_moe.utils.errors import UserError
+from tests.builders import sample_text, tiny_model, train_tokenizer
 from tests.lora.checkpoints import fill
 from tests.ranks import needs_transformers, run_ranks
-from tests.training.conftest import sample_text, tiny_model, train_tokenizer
 
 
 pytestmark = needs_transformers("5.23", "a model split over processes")

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from modeling_moe.router_balancing import RouterTotals
-from tests.training.conftest import tiny_model, training_arguments
+from tests.builders import tiny_model, training_arguments
 from tests.training.families import tiny
 from tests.training.test_restoring import differing, shards
 

@@ -20,20 +20,10 @@ from modeling_moe.upcycling.calibration import (
 )
 from modeling_moe.upcycling.options import UpcyclingOptions
 from modeling_moe.utils.errors import UserError
-from tests.conftest import tiny_config
-from tests.training.conftest import train_tokenizer
+from tests.builders import SHAPE, tiny_config, train_tokenizer
 
 
-SIZE = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
+SIZE = SHAPE | {"vocab_size": 300}
 GPT2 = {
     "vocab_size": 300,
     "n_embd": 32,

@@ -7,7 +7,7 @@ from modeling_moe.upcycling.options import UpcyclingOptions
 from modeling_moe.upcycling.request import LayerRequest
 from modeling_moe.upcycling.router_init import ROUTER_INITS, router_weight
 from modeling_moe.utils.seeds import generator_for
-from tests.conftest import tiny_config
+from tests.builders import tiny_config
 
 
 def weight(layer: int = 1, dtype=torch.float32, measured=None, **options) -> torch.Tensor:

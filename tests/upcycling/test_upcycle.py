@@ -16,20 +16,10 @@ from transformers.models import gemma2, gpt2, gpt_neox, llama, mistral, olmo2, p
 
 from modeling_moe.upcycling import UpcyclingOptions, upcycle_checkpoint
 from modeling_moe.utils.errors import UserError
-from tests.training.conftest import train_tokenizer
+from tests.builders import SHAPE, train_tokenizer
 
 
-SIZE = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+SIZE = SHAPE | {"pad_token_id": 0}
 FAMILIES = {
     "llama": llama.LlamaConfig(**SIZE, attention_bias=True, mlp_bias=True),
     "llama-tied": llama.LlamaConfig(**SIZE, tie_word_embeddings=True),

@@ -15,7 +15,7 @@ from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.limits import refuse_vast_adapter
 from modeling_moe.utils.lineage import card_metadata
 from modeling_moe.utils.loading import load_config, load_model, load_tokenizer
-from tests.training.conftest import train_tokenizer
+from tests.builders import train_tokenizer
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -46,7 +46,6 @@ def _sparse(fields: SourceFields) -> dict[str, Any]:
 
 def _standard(fields: SourceFields) -> dict[str, Any]:
     """Reads the fields of [`_sparse`], head_dim and the coefficient of transformers' balance loss."""
-    # the coefficient is kept as it stands, though transformers' loss is K times ours
     return _sparse(fields) | fields.same("head_dim", "router_aux_loss_coef")
 
 
@@ -123,7 +122,7 @@ def _deepseek_balance(fields: SourceFields) -> dict[str, Any]:
     DeepSeek's loss is 1 in balance, where `router_aux_loss_coef` weighs one that is K in balance.
     """
     alpha, top_k = fields.take("aux_loss_alpha", 0.0), fields.take("num_experts_per_tok")
-    if isinstance(alpha, (int, float)) and isinstance(top_k, int) and top_k > 0:  # MoEConfig refuses others
+    if isinstance(alpha, (int, float)) and isinstance(top_k, int) and top_k > 0:  # MoEConfig refuses other values
         alpha = alpha / top_k
     return {
         "router_aux_loss_coef": alpha,

@@ -126,9 +126,9 @@ def compiled(results: Results, size: Size) -> None:
     x = torch.randn(*size.batch, size.model["hidden_size"], device="cuda", requires_grad=True)
     direction = torch.randn_like(x)
 
-    def passed(call: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    def passed(call: Callable[[torch.Tensor], tuple[torch.Tensor, object]]) -> dict[str, torch.Tensor]:
         names, parameters = zip(*block.named_parameters(), strict=True)
-        output = call(x)
+        output, _ = call(x)
         found = torch.autograd.grad((output * direction).sum(), [x, *parameters])
         return {"output": output.detach(), **dict(zip(("x", *names), found, strict=True))}
 

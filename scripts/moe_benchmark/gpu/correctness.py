@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from modeling_moe.dispatch import backend_of
-from modeling_moe.dispatch.interface import DECODE_TOKENS
+from modeling_moe.dispatch.backend import DECODE_TOKENS
 
 from ..workloads import experts_in
 from . import adapters, capturing
@@ -43,7 +43,7 @@ def run(results: Results, size: Size) -> None:
 def back_end(results: Results, size: Size) -> None:
     """Checks that Triton computes the experts in each dtype, in training and in decoding."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        experts = experts_in(make_model(size, dtype))[0]
+        experts = make_model(size, dtype).model.sparse_blocks()[0].experts
         for tokens, expected in ((4 * DECODE_TOKENS, "triton"), (1, "triton (decode)")):
             x = torch.zeros(tokens, size.model["hidden_size"], device="cuda", dtype=dtype)
             index = torch.zeros(tokens, size.model["num_experts_per_tok"], device="cuda", dtype=torch.long)
