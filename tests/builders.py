@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.modeling_moe import MoEBlock
@@ -25,6 +25,23 @@ SHAPE = {
 }
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZE = SHAPE | TOKENS
+SMALLEST = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 WORDS = ["der", "Weg", "führt", "über", "die", "Brücke", "to", "the", "old", "mill", "日本", "🙂"]
 
 
@@ -127,3 +144,24 @@ class GradientRecorder(TrainerCallback):
             for name, parameter in model.named_parameters()
             if name.endswith("mlp.gate.weight") and parameter.grad is not None
         }
+
+
+def save_llama(folder: Path, **fields) -> Path:
+    """Saves a random Llama and the tokenizer of [`train_tokenizer`] in a folder, and returns the folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**(SHAPE | {"vocab_size": 300, "max_position_embeddings": 2048} | fields))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    train_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def folder_contents(folder: Path) -> dict[str, bytes]:
+    """Returns the bytes of every file below a folder, by the path in the folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def add_small_files(folder: Path) -> None:
+    """Writes the small files that stand beside the weights of a checkpoint."""
+    (folder / "config.json").write_text("{}")
+    (folder / "templates").mkdir()
+    (folder / "templates" / "chat.jinja").write_text("hello")

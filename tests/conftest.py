@@ -1,6 +1,8 @@
 """Shared by all tests: the device, tiny models, one seed, and buffers that show when they are read too early."""
 
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,21 @@ def checkpoint(tmp_path, tokenizer) -> Path:
     tiny_model().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Runs a script of scripts/ in this process; returns the exit code, standard output and standard error."""
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        monkeypatch.setenv("COLUMNS", "240")
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(Path(__file__).parents[1] / "scripts" / name), run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
