@@ -46,7 +46,7 @@ WORDS = ["der", "Weg", "führt", "über", "die", "Brücke", "to", "the", "old", 
 
 
 def tiny_config(**fields) -> MoEConfig:
-    """A model small enough for float64 and finite differences, with odd sizes: 5 experts, 3 per token, wide heads."""
+    """Returns the configuration of a model small enough for float64 and finite differences, with odd sizes: 5 experts, 3 per token, wide heads."""
     defaults = {
         "vocab_size": 99,
         "hidden_size": 32,
@@ -69,7 +69,7 @@ def tiny_config(**fields) -> MoEConfig:
 
 
 def router_of_logits(num_experts: int, **fields):
-    """A float64 router whose logits are the tokens (T, E) themselves."""
+    """Returns a float64 router whose logits are the tokens (T, E) themselves."""
     config = tiny_config(
         **({"num_experts": num_experts, "hidden_size": num_experts, "num_experts_per_tok": 2} | fields)
     )
@@ -81,7 +81,7 @@ def router_of_logits(num_experts: int, **fields):
 
 
 def eager_block(**fields) -> MoEBlock:
-    """A float64 sparse block with the eager loop over its experts, all its weights random."""
+    """Returns a float64 sparse block with the eager loop over its experts, all its weights random."""
     config = tiny_config(**fields)
     config._experts_implementation = "eager"
     block = MoEBlock(config)

@@ -29,7 +29,7 @@ from tests.builders import sample_text, tiny_model, train_tokenizer
 
 
 def triton_serves(device: str) -> bool:
-    """Whether the Triton back end runs on `device`, compiled or interpreted."""
+    """Returns whether the Triton back end runs on `device`, compiled or interpreted."""
     device, dtype = torch.device(device), torch.float32
     return "triton" in BACKENDS and BACKENDS["triton"].reason_unavailable(device, dtype) is None
 
@@ -72,13 +72,13 @@ def _tests_native(item) -> bool:
 
 @pytest.fixture
 def device(request) -> str:
-    """`DEVICE`, or "cpu" where the test's parameter `backend` is "moe_native", which serves no GPU."""
+    """Returns `DEVICE`, or "cpu" where the test's parameter `backend` is "moe_native", which serves no GPU."""
     return "cpu" if _tests_native(request.node) else DEVICE
 
 
 @pytest.fixture(autouse=True)
 def seed():
-    """The same random numbers in every test, whatever ran before."""
+    """Every test starts from seed 0, whatever ran before."""
     torch.manual_seed(0)
 
 

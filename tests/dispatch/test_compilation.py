@@ -32,7 +32,7 @@ PRODUCTS = {"project_up", "multiply", "gate_backward", "weight_gradient"}
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """A cache of Triton's in which nothing is compiled yet."""
+    """Makes a cache of Triton's in which nothing is compiled yet."""
     return tmp_path_factory.mktemp("triton")
 
 
@@ -44,7 +44,7 @@ def python(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def command(cache: Path, folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[Code]]:
-    """The command's process, and the codes that it wrote."""
+    """Returns the command's process, and the codes that it wrote."""
     output = folder / "codes.json"
     result = python(cache, "-m", "moe_benchmark.compilation", *arguments, "--json", str(output))
     assert output.exists(), result.stderr
@@ -145,7 +145,7 @@ def test_products_without_matrix_instructions(dtype, precision, layout, expected
 
 
 def sass(*lines: str) -> str:
-    """A disassembly as nvdisasm prints it."""
+    """Returns a disassembly as nvdisasm prints it."""
     return "\n".join(line if line.endswith(":") else f"        /*0010*/    {line} ;" for line in lines)
 
 
@@ -191,7 +191,7 @@ def test_spills_in_loops_without_products():
 
 
 def test_spills_in_the_loops_of_amds_code():
-    """The same in AMD's assembler."""
+    """Returns a disassembly in AMD's assembler."""
     lines = [
         "scratch_store_dword off, v0",
         ".LBB0_1:",
