@@ -141,7 +141,7 @@ class GenerationInputs(dict):
 
 
 def is_paged(cache: Any) -> bool:
-    """This tells the cache of continuous batching, in which the tokens of many sequences lie in one row, from others."""
+    """Returns whether a cache is the one of continuous batching, where one row holds the tokens of many sequences."""
     return isinstance(cache, PagedAttentionCache)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.modeling_moe import MoEBlock
@@ -25,11 +25,28 @@ SHAPE = {
 }
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZE = SHAPE | TOKENS
+SMALLEST = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 WORDS = ["der", "Weg", "führt", "über", "die", "Brücke", "to", "the", "old", "mill", "日本", "🙂"]
 
 
 def tiny_config(**fields) -> MoEConfig:
-    """A model small enough for float64 and finite differences, with odd sizes: 5 experts, 3 per token, wide heads."""
+    """Returns the configuration of a model small enough for float64 and finite differences, with odd sizes: 5 experts, 3 per token, wide heads."""
     defaults = {
         "vocab_size": 99,
         "hidden_size": 32,
@@ -52,7 +69,7 @@ def tiny_config(**fields) -> MoEConfig:
 
 
 def router_of_logits(num_experts: int, **fields):
-    """A float64 router whose logits are the tokens (T, E) themselves."""
+    """Returns a float64 router whose logits are the tokens (T, E) themselves."""
     config = tiny_config(
         **({"num_experts": num_experts, "hidden_size": num_experts, "num_experts_per_tok": 2} | fields)
     )
@@ -64,7 +81,7 @@ def router_of_logits(num_experts: int, **fields):
 
 
 def eager_block(**fields) -> MoEBlock:
-    """A float64 sparse block with the eager loop over its experts, all its weights random."""
+    """Returns a float64 sparse block with the eager loop over its experts, all its weights random."""
     config = tiny_config(**fields)
     config._experts_implementation = "eager"
     block = MoEBlock(config)
@@ -127,3 +144,24 @@ class GradientRecorder(TrainerCallback):
             for name, parameter in model.named_parameters()
             if name.endswith("mlp.gate.weight") and parameter.grad is not None
         }
+
+
+def save_llama(folder: Path, **fields) -> Path:
+    """Saves a random Llama and the tokenizer of [`train_tokenizer`] in a folder, and returns the folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**(SHAPE | {"vocab_size": 300, "max_position_embeddings": 2048} | fields))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    train_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def folder_contents(folder: Path) -> dict[str, bytes]:
+    """Returns the bytes of every file below a folder, by the path in the folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def add_small_files(folder: Path) -> None:
+    """Writes the small files that stand beside the weights of a checkpoint."""
+    (folder / "config.json").write_text("{}")
+    (folder / "templates").mkdir()
+    (folder / "templates" / "chat.jinja").write_text("hello")

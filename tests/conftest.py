@@ -1,6 +1,8 @@
 """Shared by all tests: the device, tiny models, one seed, and buffers that show when they are read too early."""
 
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ from tests.builders import sample_text, tiny_model, train_tokenizer
 
 
 def triton_serves(device: str) -> bool:
-    """Whether the Triton back end runs on `device`, compiled or interpreted."""
+    """Returns whether the Triton back end runs on `device`, compiled or interpreted."""
     device, dtype = torch.device(device), torch.float32
     return "triton" in BACKENDS and BACKENDS["triton"].reason_unavailable(device, dtype) is None
 
@@ -70,13 +72,13 @@ def _tests_native(item) -> bool:
 
 @pytest.fixture
 def device(request) -> str:
-    """`DEVICE`, or "cpu" where the test's parameter `backend` is "moe_native", which serves no GPU."""
+    """Returns `DEVICE`, or "cpu" where the test's parameter `backend` is "moe_native", which serves no GPU."""
     return "cpu" if _tests_native(request.node) else DEVICE
 
 
 @pytest.fixture(autouse=True)
 def seed():
-    """The same random numbers in every test, whatever ran before."""
+    """Every test starts from seed 0, whatever ran before."""
     torch.manual_seed(0)
 
 
@@ -110,3 +112,21 @@ def checkpoint(tmp_path, tokenizer) -> Path:
     tiny_model().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Runs a script of scripts/ in this process; returns the exit code, standard output and standard error."""
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        monkeypatch.setenv("COLUMNS", "240")
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(Path(__file__).parents[1] / "scripts" / name), run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run

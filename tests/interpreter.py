@@ -7,7 +7,7 @@ from packaging.version import Version
 
 
 def interpreter_fault() -> str | None:
-    """Why Triton cannot interpret a kernel here; None if it can, or without Triton. Triton is not imported for it."""
+    """Returns why Triton cannot interpret a kernel here; None if it can, or without Triton. Triton is not imported for it."""
     try:
         triton = Version(importlib.metadata.version("triton"))
     except importlib.metadata.PackageNotFoundError:

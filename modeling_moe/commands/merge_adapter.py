@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from ..lora.merging import MergeArguments, merge_adapter
+from ..lora import MergeArguments, merge_adapter
 from ..utils.command_line import parse
 
 

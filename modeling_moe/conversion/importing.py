@@ -46,7 +46,7 @@ def _field_of_size(config: MoEConfig, found: tuple[int, ...], asked: tuple[int, 
 
 
 def import_state(state: State, source: PreTrainedConfig, config: MoEConfig) -> State:
-    """The tensors of a checkpoint under our names, in the order of the model; nothing is read.
+    """Returns the tensors of a checkpoint under our names, in the order of the model; nothing is read.
 
     Args:
         state: as on disk, or as transformers holds it in memory.

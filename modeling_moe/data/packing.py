@@ -238,7 +238,7 @@ def pack_completions(
 def packer(
     documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, assistant_only: bool
 ) -> Callable[..., datasets.Dataset]:
-    """Returns the function that packs such rows: [`pack`], [`pack_conversations`] or [`pack_completions`].
+    """Returns the function that packs a domain's rows: [`pack`], [`pack_conversations`] or [`pack_completions`].
 
     Call it with rows, `tokenizer`, `max_length` and optionally `for_scoring`.
     """

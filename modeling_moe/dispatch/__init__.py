@@ -10,11 +10,12 @@ import functools
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .backends import NAMES
 from .interface import backend_of, experts_forward
 
 
 ALL_EXPERTS_FUNCTIONS.register("moe", experts_forward)
-for _backend in ("native", "loop", "grouped_mm", "triton"):
+for _backend in NAMES:
     ALL_EXPERTS_FUNCTIONS.register(f"moe_{_backend}", functools.partial(experts_forward, backend=_backend))
 
 __all__ = ["backend_of", "experts_forward"]

@@ -181,7 +181,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients holds the gradients of the tensors with the same names. A gradient that is not needed is None.
+    """Gradients holds the gradient of each tensor of a problem, under the tensor's name. A gradient that is not needed is None.
 
     Each has the shape and the dtype of its tensor. Gradients of idle experts and of the weights of empty assignments
     are zero.

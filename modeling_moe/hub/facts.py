@@ -66,9 +66,8 @@ def model_facts(folder: Path, trust_remote_code: bool = False) -> ModelFacts:
         return _adapter_facts(read_json(folder / "adapter_config.json"))
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: save the model there before its card")
-    if read_json(folder / "config.json").get("model_type") == MoEConfig.model_type:
-        return _moe_facts(MoEConfig.from_pretrained(folder))
-    return _transformers_facts(load_config(str(folder), trust_remote_code=trust_remote_code), trust_remote_code)
+    config = load_config(str(folder), trust_remote_code=trust_remote_code)
+    return _moe_facts(config) if isinstance(config, MoEConfig) else _transformers_facts(config, trust_remote_code)
 
 
 def _moe_facts(config: MoEConfig) -> ModelFacts:

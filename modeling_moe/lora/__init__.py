@@ -19,8 +19,8 @@ Importing this package changes nothing. Without `enable`:
 - PEFT loads every adapter that was trained here, since the files are PEFT's own.
 - Dropout on experts, experts in 4 bits, and adapters on a model that `DistributedConfig` has split need `enable`.
 
-With `enable`, a model of transformers keeps its `experts_implementation`: another one takes the place of
-`"grouped_mm"` while an adapted layer computes its forward pass, and at no other time. `unload`, `merge_and_unload`,
+`enable` leaves the `experts_implementation` of a model of transformers unchanged. Where it is `"grouped_mm"`, experts with
+an adapter run by `"moe"` during their forward pass, and at no other time. `unload`, `merge_and_unload`,
 `delete_adapter` and `disable_adapter` therefore leave the model with the implementation that it had.
 
 PEFT knows no default target modules for this package's model, so its other methods need names, such as

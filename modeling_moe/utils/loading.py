@@ -83,7 +83,9 @@ def one_line_for(what: str, name: str, trust_remote_code: bool = False) -> Itera
     except UserError:
         raise
     except Exception as error:
-        if not trust_remote_code and "trust_remote_code=True" in str(error):
+        # transformers names its own flag; a router that only the checkpoint's code defines is named by this package
+        needs_code = any(text in str(error) for text in ("trust_remote_code=True", "import_own_router"))
+        if needs_code and not trust_remote_code:
             raise UserError(
                 f"{what} of {name} needs Python code that the checkpoint brings, or names in another repository: read it, "
                 "then pass --trust_remote_code true to run it"

@@ -35,19 +35,19 @@ MAX_QUADRATIC_BYTES = 4_000_000_000
 
 
 def is_ours(name: str) -> bool:
-    """Whether an implementation belongs to this package."""
+    """Returns whether an implementation belongs to this package."""
     return name.startswith(OURS) and not name.endswith(GRAPH)
 
 
 def is_foreign(name: str) -> bool:
-    """Whether an implementation belongs to another package; if it fails or is wrong, it is skipped and the run
+    """Returns whether an implementation belongs to another package; if it fails or is wrong, it is skipped and the run
     succeeds.
     """
     return name.removesuffix(GRAPH) in OTHERS or name == PEFT or name.endswith(", grouped_mm")
 
 
 def is_known(name: str) -> bool:
-    """Whether `name` is an implementation that can be requested."""
+    """Returns whether `name` is an implementation that can be requested."""
     return name in IMPLEMENTATIONS or name == RECOMPUTE or name in ALL_EXPERTS_FUNCTIONS
 
 

@@ -17,7 +17,7 @@ MIN_CUDA_ROUNDS = 3
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` reports that the device or the host has no memory left."""
+    """Returns whether `error` reports that the device or the host has no memory left."""
     messages = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in messages)
 

@@ -35,11 +35,10 @@ from moe_benchmark.gpu.science_text import (
 )
 from moe_benchmark.gpu.weights import join, keep, model_path, split
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_moe.dispatch.backends import BACKENDS
 from modeling_moe.utils.errors import UserError
-from tests.builders import WORDS, train_tokenizer
+from tests.builders import WORDS, save_llama, train_tokenizer
 
 
 FINE, COARSE = (arm for arm in ARMS if arm != DENSE)
@@ -55,12 +54,8 @@ def lines_of(seed: int, count: int = 30) -> str:
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
     """Makes a random Llama and 60 small files."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("science")
-    size = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    train_tokenizer().save_pretrained(folder / "model")
+    save_llama(folder / "model", intermediate_size=64)
     (folder / "text").mkdir()
     for number in range(60):
         (folder / "text" / f"module_{number}.py").write_text(lines_of(number), encoding="utf-8")

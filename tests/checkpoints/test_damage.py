@@ -22,24 +22,17 @@ from modeling_moe.checkpoints.safetensors_format import read_tensors
 from modeling_moe.conversion import convert_checkpoint, open_checkpoint
 from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.sizes import size_text
+from tests.builders import SMALLEST
 from tests.checkpoints.test_gguf import write_llama
 
 
-SIZE = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
 @pytest.fixture
 def source(tmp_path):
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**SIZE)).save_pretrained(tmp_path / "source")
+    AutoModelForCausalLM.from_config(LlamaConfig(**SMALLEST)).save_pretrained(tmp_path / "source")
     return tmp_path / "source"
 
 

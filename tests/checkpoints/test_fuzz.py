@@ -15,19 +15,11 @@ from transformers.utils import logging
 
 from modeling_moe.conversion import convert_checkpoint, load_state, open_checkpoint
 from modeling_moe.utils.errors import UserError
+from tests.builders import SMALLEST
 from tests.checkpoints.test_gguf import write_llama
 
 
 SECONDS = 30
-SIZE = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "initializer_range": 0.2,
-}
 IDS = torch.arange(3, 12)[None]
 SHARD = "model-00001-of-*.safetensors"
 WEIGHTS, INDEX, CONFIG, GGUF = "model.safetensors", "model.safetensors.index.json", "config.json", "tiny.gguf"
@@ -60,7 +52,7 @@ def sources(tmp_path_factory):
     """Returns a checkpoint in one file, in two shards, and in GGUF."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("sources")
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZE))
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALLEST))
     model.save_pretrained(root / "single")
     model.save_pretrained(root / "sharded", max_shard_size="10KB")
     assert (root / "sharded" / INDEX).exists()

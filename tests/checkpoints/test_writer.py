@@ -14,27 +14,17 @@ from safetensors import safe_open
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoints import LazyTensor, check_hashes, open_source, write_checkpoint, writer
 from modeling_moe.utils.errors import UserError
-from tests.builders import tiny_config
+from tests.builders import add_small_files, folder_contents, tiny_config
 
 
 RECIPE = {"source": "somewhere", "seed": 1}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def finish(folder: Path) -> None:
-    (folder / "config.json").write_text("{}")
-    (folder / "templates").mkdir()
-    (folder / "templates" / "chat.jinja").write_text("hello")
 
 
 def six_tensors() -> dict[str, torch.Tensor]:
     return {f"t{number}": torch.full((100,), float(number)) for number in range(6)}
 
 
-def write(folder: Path, tensors=None, recipe=RECIPE, finish=finish, **options) -> None:
+def write(folder: Path, tensors=None, recipe=RECIPE, finish=add_small_files, **options) -> None:
     """Writes three shards of two tensors each, unless other arguments are given."""
     tensors = six_tensors() if tensors is None else tensors
     state = {name: t if isinstance(t, LazyTensor) else LazyTensor.of(t) for name, t in tensors.items()}
@@ -57,7 +47,7 @@ def failing_at(number: int, error: BaseException) -> dict:
 def expected(tmp_path):
     """Returns the folder of a run that nothing interrupted."""
     write(tmp_path / "reference")
-    return contents(tmp_path / "reference")
+    return folder_contents(tmp_path / "reference")
 
 
 @pytest.fixture
@@ -148,7 +138,7 @@ def test_folder_that_is_not_empty(out, tmp_path):
         write(out)
     with pytest.raises(UserError, match="holds precious, which no run of this package wrote"):
         write(out, overwrite=True)
-    assert contents(tmp_path) == {"out/precious": b"x"}
+    assert folder_contents(tmp_path) == {"out/precious": b"x"}
 
 
 def test_too_little_space_is_reported_before_anything_is_written(out, tmp_path):
@@ -167,10 +157,10 @@ def test_text_that_is_no_shard_size(out):
 def test_interrupted_run_goes_on(out, partial, expected, error):
     with pytest.raises(type(error)):
         write(out, failing_at(3, error))
-    assert sorted(contents(partial)) == ["SHA256SUMS", "conversion.json", "model-00001-of-00003.safetensors"]
+    assert sorted(folder_contents(partial)) == ["SHA256SUMS", "conversion.json", "model-00001-of-00003.safetensors"]
     unread = {"t0": raises(AssertionError("t0 was read again")), "t1": raises(AssertionError("t1 was read again"))}
     write(out, six_tensors() | unread)
-    assert contents(out) == expected
+    assert folder_contents(out) == expected
     assert not partial.exists()
 
 
@@ -189,7 +179,7 @@ def test_error_in_finish_keeps_the_shards(out, partial, expected):
         write(out, finish=broken)
     assert (partial / "model-00003-of-00003.safetensors").exists()
     write(out, {name: raises(AssertionError("read again")) for name in six_tensors()})
-    assert contents(out) == expected
+    assert folder_contents(out) == expected
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -206,9 +196,9 @@ def test_disk_that_becomes_full(out, partial, expected, monkeypatch):
         patch.setattr(writer, "part_of", on_full_device)
         with pytest.raises(UserError, match=r"No space left .* same command again, it goes on after shard 2 of 3$"):
             write(out)
-    assert len([name for name in contents(partial) if "safetensors" in name]) == 2
+    assert len([name for name in folder_contents(partial) if "safetensors" in name]) == 2
     write(out)
-    assert contents(out) == expected
+    assert folder_contents(out) == expected
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -240,42 +230,42 @@ def test_damaged_shard_is_written_again(out, partial, expected, damage):
     (partial / "model-00003-of-00003.safetensors.77.part").write_text("half")
     kept = {name: raises(AssertionError("read again")) for name in ("t2", "t3")}
     write(out, six_tensors() | kept)
-    assert contents(out) == expected
+    assert folder_contents(out) == expected
 
 
 @pytest.mark.parametrize("change", ["recipe", "layout", "shard size"])
 def test_interrupted_run_of_another_kind(out, partial, expected, change):
     with pytest.raises(RuntimeError):
         write(out, failing_at(5, RuntimeError()))
-    before = contents(partial)
+    before = folder_contents(partial)
     options = {"recipe": {"recipe": {**RECIPE, "seed": 2}}, "layout": {}, "shard size": {"max_shard_size": 400}}[
         change
     ]
     tensors = six_tensors() | ({"t5": torch.zeros(99)} if change == "layout" else {})
     with pytest.raises(UserError, match=r"\.out\.partial holds an interrupted run"):
         write(out, tensors, **options)
-    assert contents(partial) == before
+    assert folder_contents(partial) == before
     write(out, overwrite=True, **options)
-    assert contents(out).keys() >= {"conversion.json", "config.json"}
+    assert folder_contents(out).keys() >= {"conversion.json", "config.json"}
     assert not partial.exists()
     if change == "layout":
-        assert contents(out) == expected
+        assert folder_contents(out) == expected
 
 
 def test_overwrite_goes_on_too(out, expected):
     write(out, {"old": torch.ones(3)})
-    before = contents(out)
+    before = folder_contents(out)
     with pytest.raises(RuntimeError):
         write(out, failing_at(5, RuntimeError()), overwrite=True)
-    assert contents(out) == before
+    assert folder_contents(out) == before
     unread = {f"t{number}": raises(AssertionError("read again")) for number in range(4)}
     write(out, six_tensors() | unread, overwrite=True)
-    assert contents(out) == expected
+    assert folder_contents(out) == expected
 
 
 def test_old_folder_comes_back_if_the_new_one_cannot_take_its_place(out, monkeypatch):
     write(out)
-    before = contents(out)
+    before = folder_contents(out)
     rename = Path.rename
 
     def refuse(path, target):
@@ -286,7 +276,7 @@ def test_old_folder_comes_back_if_the_new_one_cannot_take_its_place(out, monkeyp
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OSError, match="no"):
         write(out, {"other": torch.zeros(3)}, overwrite=True)
-    assert contents(out) == before
+    assert folder_contents(out) == before
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(99), torch.zeros(100, dtype=torch.float16)])

@@ -19,18 +19,11 @@ from modeling_moe.dispatch import backend_of
 from modeling_moe.dispatch.backends import BACKENDS
 from modeling_moe.utils.presets import presets
 from modeling_moe.utils.recipes import CONFIGURATION, recipes
-from tests.builders import sample_text, tiny_config, train_tokenizer
+from tests.builders import SHAPE, sample_text, tiny_config, train_tokenizer
 from tests.test_trust import bring_code
 
 
-SIZE = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+SIZE = SHAPE | {"vocab_size": 300, "intermediate_size": 48, "max_position_embeddings": 2048}
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}  # by 
 
 
 def upstream_tests() -> Path:
-    """The folder with transformers' test files, which is filled when it is not there yet."""
+    """Returns the folder with transformers' test files, which is filled when it is not there yet."""
     version = transformers.__version__
     folder = CACHE / version
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def upstream_tests() -> Path:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
-    """A folder with the package `transformers_tests`: upstream's files, ours, and the stand-ins. xdist shares it."""
+    """Returns a folder with the package `transformers_tests`: upstream's files, ours, and the stand-ins. xdist shares it."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "conformance"
     package = root / "transformers_tests"
@@ -126,7 +126,7 @@ def run_suite(workspace: Path, variant: str) -> Outcomes:
 
 @pytest.fixture(scope="module")
 def control(workspace) -> Outcomes:
-    """What Qwen3-MoE does in the same harness."""
+    """Runs Qwen3-MoE in the harness, as a measure for our own result."""
     return run_suite(workspace, "control")
 
 

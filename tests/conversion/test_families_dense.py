@@ -11,6 +11,7 @@ from modeling_moe.conversion.families.base import SourceFields
 from modeling_moe.conversion.families.dense import DENSE_FAMILIES
 from modeling_moe.utils.errors import UserError
 from tests import builders
+from tests.builders import LLAMA3_ROPE
 
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -26,14 +27,6 @@ GPT2_SIZE = TOKENS | {
     "initializer_range": 0.2,
 }
 GEMMA = SIZE | {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 LONGROPE = {
     "type": "longrope",
     "short_factor": [1.0, 1.3, 1.7],
@@ -41,7 +34,7 @@ LONGROPE = {
 }
 SOURCES = {
     "llama": SIZE | {"head_dim": 12, "attention_bias": True, "mlp_bias": True},
-    "llama-tied": SIZE | {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    "llama-tied": SIZE | {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE},
     "mistral": SIZE | {"sliding_window": 4},
     "mistral-whole": SIZE | {"sliding_window": None, "head_dim": 12},
     "qwen2": SIZE | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},

@@ -13,6 +13,7 @@ from modeling_moe.conversion import convert_checkpoint, moe_config
 from modeling_moe.conversion.families.export import COMPARED_IF, DETAILS, TARGETS, TRAINING, export_plan
 from modeling_moe.conversion.older_names import save_for_older_readers
 from modeling_moe.utils.errors import UserError
+from tests.builders import LLAMA3_ROPE
 
 
 SIZE = {
@@ -33,14 +34,6 @@ MOE = SIZE | {
     "num_experts": 5,
     "num_experts_per_tok": 3,
     "router_aux_loss_coef": 0,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
 }
 MIXED = ["dense", "sparse", "sparse"]
 WINDOWS = ["full_attention", "sliding_attention", "full_attention"]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoint_code import import_own_router
+from modeling_moe.hub.facts import model_facts
 from modeling_moe.router_catalogue import ROUTERS
 from modeling_moe.router_topk import TopKRouter
 from modeling_moe.utils.errors import UserError
@@ -119,9 +120,14 @@ def test_the_commands_add_a_checkpoints_router_where_code_may_run_and_only_there
     model = MoEForCausalLM(tiny_config(router_type="worst")).eval()
     model.save_pretrained(tmp_path / "model")
     del ROUTERS["worst"]
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="--trust_remote_code true"):
         load_model(str(tmp_path / "model"))
+    # a card, too, is written of a model whose router the checkpoint brings
+    with pytest.raises(UserError, match="--trust_remote_code true"):
+        model_facts(tmp_path / "model")
     assert "worst" not in ROUTERS
+    assert model_facts(tmp_path / "model", trust_remote_code=True).is_sparse
+    ROUTERS.pop("worst")
     loaded = load_model(str(tmp_path / "model"), trust_remote_code=True)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 

@@ -29,8 +29,8 @@ def test_soft_moe_is_scaled_by_the_routed_scaling_factor(factor):
     blocks: list[MoEBlock] = []
     for scaling in (1.0, factor):
         torch.manual_seed(1)
-        blocks.append(eager_block(router_type="soft", allow_noncausal=True, routed_scaling_factor=scaling))
-    plain, scaled = (block(states, RoutingContext(2)) for block in blocks)
+        blocks.append(eager_block(router_type="soft_moe", allow_noncausal=True, routed_scaling_factor=scaling))
+    plain, scaled = (block(states, RoutingContext(2))[0] for block in blocks)
     assert plain.abs().max() > 1e-3
     torch.testing.assert_close(scaled, factor * plain)
 

@@ -32,7 +32,7 @@ PRODUCTS = {"project_up", "multiply", "gate_backward", "weight_gradient"}
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """A cache of Triton's in which nothing is compiled yet."""
+    """Makes a cache of Triton's in which nothing is compiled yet."""
     return tmp_path_factory.mktemp("triton")
 
 
@@ -44,7 +44,7 @@ def python(cache: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def command(cache: Path, folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[Code]]:
-    """The command's process, and the codes that it wrote."""
+    """Returns the command's process, and the codes that it wrote."""
     output = folder / "codes.json"
     result = python(cache, "-m", "moe_benchmark.compilation", *arguments, "--json", str(output))
     assert output.exists(), result.stderr
@@ -105,7 +105,7 @@ def test_faults_of_real_tiles_are_found(cache, tmp_path):
     assert all(fault in result.stdout for fault in found)
     assert any(fault.startswith("sm_80: project_up 128x128x64 w4 s3 spills in its loop: ") for fault in found)
     # five buffers of 128x64 and 64x256 numbers of 2 bytes
-    assert "sm_80: multiply 128x256x64 w8 s6 takes 240 KiB of shared memory, of 163" in found
+    assert "sm_80: multiply 128x256x64 w8 s6 takes 240 KiB of shared memory of 163" in found
     assert any(fault.startswith("sm_80: gate_backward 128x128x48 w8 s3 does not compile: ") for fault in found)
     kernels = {code.kernel for code in codes if not faults(code)}
     assert kernels == {"map_rows", "combine"}
@@ -117,8 +117,8 @@ def test_faults_of_a_code():
     assert faults(code) == []
     code = Code("sm_100", "k", "t", shared=227 * 1024 + 1, tensor_memory=513, loop_spills=1, scalar=[(64, 16)])
     shared, tensor_memory, spills, scalar = faults(code)
-    assert shared.endswith("KiB of shared memory, of 227")
-    assert tensor_memory == "sm_100: k t takes 513 columns of tensor memory, of 512"
+    assert shared.endswith("KiB of shared memory of 227")
+    assert tensor_memory == "sm_100: k t takes 513 columns of tensor memory of 512"
     assert spills == "sm_100: k t spills in its loop: 1 loads and stores"
     assert scalar == "sm_100: k t multiplies into 64x16 without matrix instructions"
 
@@ -145,7 +145,7 @@ def test_products_without_matrix_instructions(dtype, precision, layout, expected
 
 
 def sass(*lines: str) -> str:
-    """A disassembly as nvdisasm prints it."""
+    """Returns a disassembly as nvdisasm prints it."""
     return "\n".join(line if line.endswith(":") else f"        /*0010*/    {line} ;" for line in lines)
 
 
@@ -191,7 +191,7 @@ def test_spills_in_loops_without_products():
 
 
 def test_spills_in_the_loops_of_amds_code():
-    """The same in AMD's assembler."""
+    """Returns a disassembly in AMD's assembler."""
     lines = [
         "scratch_store_dword off, v0",
         ".LBB0_1:",
@@ -263,9 +263,9 @@ def test_the_page_shows_the_kernels_and_tiles_of_today():
     [
         ({"targets": ["sm_70"]}, "targets 'sm_70' is unknown: it must be one of sm_80, "),
         ({"part": "most"}, "part 'most' is unknown: it must be one of small, presets, all"),
-        ({"tokens": [4]}, "tokens, dtypes and scenarios go with presets: say which by --presets"),
+        ({"tokens": [4]}, "tokens, dtypes and scenarios need presets: give --presets"),
         ({"presets": ["olmoe"], "tokens": [0]}, "jobs and tokens must be positive"),
-        ({"tiles": ["up=1,2,3"]}, "tiles 'up=1,2,3' is no change: write FIELD=BLOCK_M,BLOCK_N,BLOCK_K,warps,"),
+        ({"tiles": ["up=1,2,3"]}, "tiles 'up=1,2,3' is malformed: write FIELD=BLOCK_M,BLOCK_N,BLOCK_K,warps,"),
     ],
 )
 def test_mistakes_are_answered(fields, message):

@@ -297,6 +297,13 @@ def test_flat_problem_is_the_problem():
         assert got == changed
 
 
+def test_a_misspelt_back_end_is_refused():
+    """A name that nobody knows must not fall back silently, as an uninstalled Triton does."""
+    module, inputs = make("gated", "moe"), draw(9, 5, 3)
+    with pytest.raises(ValueError, match="backend 'nativ' is unknown: choose one of native, triton, grouped_mm, loop"):
+        backend_of(module, *inputs[:2], backend="nativ")
+
+
 def test_one_trained_parameter():
     module = make("gated-bias", "moe_loop")
     states, index, weight, direction = draw(9, 5, 3)

@@ -93,7 +93,7 @@ class Case:
         return states, index.to(self.index_dtype), weight, direction
 
     def experts_module(self) -> nn.Module:
-        """The experts, whatever back end serves them in the end."""
+        """Returns the experts, whatever back end serves them in the end."""
         sizes = {"experts": self.experts, "hidden": self.hidden, "width": self.width}
         module = make(self.kind, self.implementation, dtype=self.dtype, **sizes)
         module._forward_pre_hooks.clear()
@@ -103,7 +103,7 @@ class Case:
 
 
 def expected_results(case: Case, module, states, index, weight, direction) -> list[torch.Tensor]:
-    """The oracle's output and gradients; it takes an empty assignment for one to the first expert with weight 0."""
+    """Returns the oracle's output and gradients; it takes an empty assignment for one to the first expert with weight 0."""
     empty = index.long() == case.experts
     index, weight = index.long().where(~empty, 0), weight.where(~empty, 0.0)
     if not case.tokens:
@@ -113,7 +113,7 @@ def expected_results(case: Case, module, states, index, weight, direction) -> li
 
 
 def error_of_eager(case: Case, place: int, theirs: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-    """How far the class's own loop is from the oracle in the dtype of the case, as `check` measures it."""
+    """Returns how far the class's own loop is from the oracle in the dtype of the case, as `check` measures it."""
     module = case.experts_module()
     module.config._experts_implementation = "eager"
     states, index, weight, direction = inputs

@@ -37,14 +37,13 @@ from experiments.upcycling_facts import (
     train,
     trainable,
 )
-from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.checkpoints import LazyTensor
 from modeling_moe.conversion import load_state
 from modeling_moe.utils.errors import UserError
-from tests.builders import tiny_config, train_tokenizer
+from tests.builders import save_llama, tiny_config, train_tokenizer
 
 
 DENSE = {"mlp_layer_types": ["dense"] * 3}
@@ -53,12 +52,7 @@ RUN = Run("dense", 1, 1e-3, 4, 8, 3.0, 2.0, 0.5, 0.1, 1.0)
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("dense")
-    size = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 160, "num_hidden_layers": 3}
-    config = LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    train_tokenizer().save_pretrained(folder)
+    folder = save_llama(tmp_path_factory.mktemp("dense"), intermediate_size=160, num_hidden_layers=3)
     return FactsArguments(
         model_name_or_path=str(folder),
         layers=2,

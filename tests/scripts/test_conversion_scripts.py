@@ -1,8 +1,6 @@
 """These tests run scripts/upcycle.py, scripts/convert.py, scripts/resize.py and the scripts of the demo."""
 
 import json
-import runpy
-import sys
 import time
 from pathlib import Path
 
@@ -12,34 +10,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoints import safetensors_format
-from tests.builders import tiny_config
+from tests.builders import SHAPE, tiny_config
 
 
 ROOT = Path(__file__).parents[2]
-SIZE = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+SIZE = SHAPE | {"intermediate_size": 48, "max_position_embeddings": 2048}
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a script in this process; returns exit code, standard output and standard error."""
-
-    def run_script(name, *flags):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
+def run(run_script):
     return run_script
 
 

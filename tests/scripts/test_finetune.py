@@ -305,7 +305,7 @@ def test_reloads_without_the_package(checkpoint, text_file, tmp_path, monkeypatc
     [
         (["--data", "wiki"], "write domain=source"),
         (["--data", "wiki=missing.txt"], "missing.txt does not exist"),
-        (["--method", "qlora"], "choose one of full, lora, router, attention"),
+        (["--method", "qlora"], "it must be one of full, lora, router, attention"),
         (["--method", "router", "--freeze_experts", "0"], "freeze_experts needs method full"),
         (["--freeze_experts", "3-1"], "freeze_experts '3-1' is not a list of experts"),
         (["--freeze_experts", "0,x"], "freeze_experts '0,x' is not a list of experts"),

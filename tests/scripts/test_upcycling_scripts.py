@@ -1,16 +1,12 @@
 """These tests run scripts/upcycling_table.py and scripts/upcycling_experiment.py."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from experiments import upcycling_initial_loss as initial_loss
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.builders import train_tokenizer
+from tests.builders import save_llama
 
 
 ROOT = Path(__file__).parents[2]
@@ -30,35 +26,21 @@ SMALL = {
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a script in this process; returns exit code, standard output and standard error."""
+def run(run_script):
+    """Runs a script with flags by name."""
 
-    def run_script(name, **flags):
-        argv = [name]
+    def run(name, **flags):
+        argv = []
         for flag, value in flags.items():
-            argv += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-        monkeypatch.setattr(sys, "argv", argv)
-        monkeypatch.setenv("COLUMNS", "240")
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+            argv += [f"--{flag}", *(value if isinstance(value, list) else [value])]
+        return run_script(name, *argv)
 
-    return run_script
+    return run
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("dense")
-    size = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 160, "num_hidden_layers": 2}
-    config = LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    train_tokenizer().save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("dense"), intermediate_size=160)
 
 
 def test_table(run, dense, tmp_path):

@@ -15,22 +15,15 @@ from modeling_moe.utils import file_moves, folders
 from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.folder_checks import refuse_foreign
 from modeling_moe.utils.folders import ResultFolder, whole_folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def finish(folder: Path) -> None:
-    (folder / "config.json").write_text("{}")
-    (folder / "templates").mkdir()
-    (folder / "templates" / "chat.jinja").write_text("hello")
+from tests.builders import add_small_files, folder_contents
 
 
 def write(folder, value: float = 1.0, **options) -> None:
     """Writes two shards and three small files."""
     state = {name: LazyTensor.of(torch.full((100,), float(value))) for name in "ab"}
-    write_checkpoint(folder, state, {"value": float(value)}, finish, max_shard_size=400, progress=False, **options)
+    write_checkpoint(
+        folder, state, {"value": float(value)}, add_small_files, max_shard_size=400, progress=False, **options
+    )
 
 
 @pytest.fixture
@@ -39,7 +32,7 @@ def expected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("expected")
     for value in (1, 2):
         write(folder / str(value), value)
-    return {value: contents(folder / str(value)) for value in (1, 2)}
+    return {value: folder_contents(folder / str(value)) for value in (1, 2)}
 
 
 @pytest.fixture
@@ -50,14 +43,14 @@ def out(tmp_path):
 def test_every_file_of_a_result_is_listed_with_its_hash(out):
     write(out)
     listed = {line.split("  ")[1] for line in (out / "SHA256SUMS").read_text().splitlines()}
-    assert listed == contents(out).keys() - {"SHA256SUMS"}
+    assert listed == folder_contents(out).keys() - {"SHA256SUMS"}
     assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=out, check=False).returncode == 0
 
 
 def test_overwrite_replaces_what_a_run_wrote(out, expected):
     write(out, 1)
     write(out, 2, overwrite=True)
-    assert contents(out) == expected[2]
+    assert folder_contents(out) == expected[2]
     assert [file.name for file in out.parent.iterdir()] == ["out"]
 
 
@@ -95,12 +88,12 @@ def _flip(file: Path) -> None:
 def test_overwrite_deletes_nothing_that_no_run_wrote(out, name):
     write(out)
     FOREIGN[name](out)
-    before = contents(out.parent)
+    before = folder_contents(out.parent)
     with pytest.raises(
         UserError, match=r"no run of this package wrote|was changed after a run|that sha256sum did not"
     ):
         write(out, 2, overwrite=True)
-    assert contents(out.parent) == before
+    assert folder_contents(out.parent) == before
 
 
 def test_overwrite_does_not_delete_a_folder_of_other_things(out):
@@ -109,7 +102,7 @@ def test_overwrite_does_not_delete_a_folder_of_other_things(out):
     (out / "photos" / "1.jpg").write_text("x")
     with pytest.raises(UserError, match=r"holds photos, which no run of this package wrote"):
         write(out, overwrite=True)
-    assert contents(out.parent) == {"out/photos/1.jpg": b"x"}
+    assert folder_contents(out.parent) == {"out/photos/1.jpg": b"x"}
 
 
 def test_hashes_that_name_files_elsewhere_delete_nothing(out):
@@ -140,11 +133,11 @@ def test_a_hidden_folder_of_somebody_else_is_not_deleted(out, what, kind):
             write(hidden)
         hidden.mkdir(exist_ok=True)
         (hidden / "notes").write_text("mine")
-    before = contents(out.parent)
+    before = folder_contents(out.parent)
     for overwrite in (False, True):
         with pytest.raises(UserError, match=rf"\.out\.{what}"):
             write(out, overwrite=overwrite)
-        assert contents(out.parent) == before
+        assert folder_contents(out.parent) == before
 
 
 @pytest.mark.parametrize(
@@ -155,10 +148,10 @@ def test_source_and_result_that_contain_each_other_are_refused(tmp_path, place, 
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "source")
     Path("link").symlink_to("source")
-    before = contents(tmp_path)
+    before = folder_contents(tmp_path)
     with pytest.raises(UserError, match=r"contain each other: choose another output_dir"):
         write(place, 2, overwrite=overwrite, sources=[Path("source")])
-    assert contents(tmp_path) == before
+    assert folder_contents(tmp_path) == before
 
 
 def test_a_source_in_the_hidden_folder_is_refused(out):
@@ -178,7 +171,7 @@ def test_result_lands_in_the_folder_that_the_user_named(tmp_path, out, name, old
     monkeypatch.chdir(out if name == "." else tmp_path)
     inode = out.stat().st_ino if name == "." else None
     write(name, 2, overwrite=old == "result")
-    assert contents(out) == expected[2]
+    assert folder_contents(out) == expected[2]
     assert (tmp_path / "link").is_symlink()
     assert sorted(file.name for file in out.parent.iterdir()) == ["out"]
     assert inode in (None, out.stat().st_ino)
@@ -190,7 +183,7 @@ def test_a_tilde_in_a_recipe_is_the_home_folder(tmp_path, expected, monkeypatch)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
     write("~/out", 1)
-    assert contents(home / "out") == expected[1]
+    assert folder_contents(home / "out") == expected[1]
     with pytest.raises(UserError, match="contain each other"):
         ResultFolder(home / "out" / "x", sources=["~/out"])
     assert not (tmp_path / "~").exists()
@@ -217,9 +210,9 @@ def mount(tmp_path):
 
 def test_result_lands_in_a_mount_point(mount, expected):
     write(mount, 1)
-    assert contents(mount) == expected[1]
+    assert folder_contents(mount) == expected[1]
     write(mount, 2, overwrite=True)
-    assert contents(mount) == expected[2]
+    assert folder_contents(mount) == expected[2]
     assert [file.name for file in mount.parent.iterdir()] == ["volume"]
 
 
@@ -249,7 +242,7 @@ def test_result_lands_in_a_folder_that_cannot_be_renamed(out, expected, old):
     if old == "result":
         write(out, 1)
     write(out, 2, overwrite=True)
-    assert contents(out) == expected[2]
+    assert folder_contents(out) == expected[2]
     assert [file.name for file in out.parent.iterdir()] == ["out"]
 
 
@@ -300,13 +293,15 @@ def test_a_kill_during_the_replacement_loses_no_result(tmp_path, expected, monke
         if old:
             write(out, 1)
         died = dies_at(len(found), out)
-        held = [data for data in contents(out.parent).values() if data]
+        held = [data for data in folder_contents(out.parent).values() if data]
         assert all(data in held for data in expected[2].values())
         if old and not (out / "config.json").exists():
             assert all(data in held for data in expected[1].values())
-        found.append({name: data for name, data in contents(out).items() if data and not name.startswith(".out.")})
+        found.append(
+            {name: data for name, data in folder_contents(out).items() if data and not name.startswith(".out.")}
+        )
         write(out, 2, overwrite=True)
-        assert contents(out) == expected[2]
+        assert folder_contents(out) == expected[2]
         assert [file.name for file in out.parent.iterdir()] == ["out"]
     assert len(found) > (4 if rename else 10)
     assert found[-1] == expected[2]
@@ -318,16 +313,16 @@ def test_a_file_that_comes_while_the_result_is_written_is_kept(out, expected):
     write(out, 1)
 
     def busy(folder):
-        finish(folder)
+        add_small_files(folder)
         (out / "thesis.tex").write_text("x")
 
     state = {name: LazyTensor.of(torch.full((100,), 2.0)) for name in "ab"}
     with pytest.raises(UserError, match=r"thesis\.tex was changed while the new result was written"):
         write_checkpoint(out, state, {"value": 2.0}, busy, True, 400, False)
-    assert contents(out) == expected[1] | {"thesis.tex": b"x"}
+    assert folder_contents(out) == expected[1] | {"thesis.tex": b"x"}
     (out / "thesis.tex").unlink()
     write(out, 2, overwrite=True)
-    assert contents(out).keys() == expected[2].keys()
+    assert folder_contents(out).keys() == expected[2].keys()
 
 
 def test_two_processes_cannot_write_one_result(out, expected):
@@ -336,7 +331,7 @@ def test_two_processes_cannot_write_one_result(out, expected):
     def slow(folder):
         waiting.set()
         assert go.wait(30)
-        finish(folder)
+        add_small_files(folder)
 
     state = {name: LazyTensor.of(torch.full((100,), 1.0)) for name in "ab"}
     first = threading.Thread(target=write_checkpoint, args=(out, state, {"value": 1.0}, slow, False, 400, False))
@@ -346,7 +341,7 @@ def test_two_processes_cannot_write_one_result(out, expected):
         write(out, 2, overwrite=True)
     go.set()
     first.join()
-    assert contents(out) == expected[1]
+    assert folder_contents(out) == expected[1]
 
 
 def test_whole_folder_is_there_or_not(out):

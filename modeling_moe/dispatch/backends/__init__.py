@@ -15,7 +15,9 @@ except ImportError:  # Triton is not installed
 else:
     _triton = {"triton": TritonBackend()}
 
-# in order of preference
+# every name that can be asked for, whether it is installed here or not
+NAMES = ("native", "triton", "grouped_mm", "loop")
+# the installed ones, in order of preference
 BACKENDS: dict[str, Backend] = {
     "native": NativeBackend(),
     **_triton,
@@ -25,7 +27,13 @@ BACKENDS: dict[str, Backend] = {
 
 
 def choose(asked: str | None, problem: ExpertsProblem) -> Backend:
-    """Returns the back end that was asked for by name, if it serves the problem; else the first default that does."""
+    """Returns the back end that was asked for by name, if it serves the problem; else the first default that does.
+
+    Raises:
+        ValueError: for a name that is not in `NAMES`.
+    """
+    if asked is not None and asked not in NAMES:
+        raise ValueError(f"backend {asked!r} is unknown: choose one of {', '.join(NAMES)}")
     if asked in BACKENDS and BACKENDS[asked].serves(problem):
         return BACKENDS[asked]
     device = problem.x.device.type

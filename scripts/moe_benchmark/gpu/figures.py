@@ -13,7 +13,7 @@ NAMES = {"moe": "this package", "grouped_mm": "grouped_mm", "liger": "Liger", "d
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
+    """Returns whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

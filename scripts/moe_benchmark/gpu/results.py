@@ -70,7 +70,7 @@ class Results:
         self.put(check=name, passed=passed, **fields, **({} if passed else {"error": f"{name}: no"}))
 
     def late(self) -> bool:
-        """Whether the time for starting something new is over."""
+        """Returns whether the time for starting something new is over."""
         return time.time() > self.until
 
     def seconds_left(self) -> float:

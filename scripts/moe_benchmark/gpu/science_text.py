@@ -65,7 +65,7 @@ def key_of(path: Path) -> int:
 
 
 def is_held_out(path: Path) -> bool:
-    """Whether a file is held out; one file in 20 is."""
+    """Returns whether a file is held out; one file in 20 is."""
     return key_of(path) % HELD_OUT == 0
 
 

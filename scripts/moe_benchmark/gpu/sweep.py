@@ -167,7 +167,7 @@ def _put_change(
 
 
 def _is_ruled(ruled: Mapping[str, tuple[str, ...]], field: str, launch: Launch) -> bool:
-    """Whether a launch takes its blocks from a field."""
+    """Returns whether a launch takes its blocks from a field."""
     values = named_arguments(launch)
     is_narrow = passes.RANK in (values.get("n"), values.get("inner"))
     return launch.name in ruled[field] and (field == "narrow") == is_narrow
