@@ -182,7 +182,22 @@ def balance_factors(load: torch.Tensor, tokens: torch.Tensor, num_experts: int |
     if num_experts is not None and num_experts < load.shape[-1]:
         real, idle = load[..., :num_experts], load[..., num_experts:]
         load = torch.cat([real, idle.mean(dim=-1, keepdim=True).expand_as(idle)], dim=-1)
-    return load * (load.shape[-1] / tokens.clamp(min=1))[..., None]
+    # below one: where K varies, `tokens` is a number of assignments over K
+    return load * (load.shape[-1] / tokens.clamp(min=1e-6))[..., None]
+
+
+def balanced_tokens(load: torch.Tensor, tokens: torch.Tensor, top_k: int | None = None) -> torch.Tensor:
+    """Returns the number of tokens (...) by which the load-balancing loss divides the load of each expert.
+
+    If the number of experts differs between tokens, it is the number of assignments over K. Balance gives the loss K then,
+    however many experts the tokens use, as it does where each token has K.
+
+    Args:
+        load: (..., N) number of tokens sent to each expert, without gradient.
+        tokens: (...) number T of tokens.
+        top_k: number K (`num_experts_per_tok`) if the number of experts differs between tokens, otherwise None.
+    """
+    return tokens if top_k is None else load.sum(dim=-1) / top_k
 
 
 def balance(
@@ -211,22 +226,26 @@ def load_balancing_loss(
     batch_size: int = 1,
     num_experts: int | None = None,
     weights: TokenWeights | None = None,
+    top_k: int | None = None,
 ) -> torch.Tensor:
     """Computes transformers' load-balancing loss `N sum_i f_i P_i` of each sequence, and averages it over sequences.
 
     f_i is the number of tokens sent to expert i over the number of tokens, P_i the mean probability of expert i (Switch
     Transformer, arXiv:2101.03961, eq. 4-6). With K choices per token the loss is K when all experts get the same share and
-    E when the same K experts get everything. The gradient flows through P alone.
+    E when the same K experts get everything. The gradient flows through P alone. If the number of experts differs between
+    tokens, which no model of transformers has, `top_k` is `num_experts_per_tok` ([`balanced_tokens`]).
 
     With `batch_size=1` and without `weights` the batch is one sequence, which is what transformers computes.
     """
     if weights is None and batch_size == 1:
         load, tokens = expert_load(routing, token_mask), num_real_tokens(routing, token_mask)
+        tokens = balanced_tokens(load, tokens, top_k)
         return balance(load, tokens, masked_mean(routing.probs, token_mask), num_experts)
     if weights is None:
         mask = torch.ones_like(routing.probs[:, 0]) if token_mask is None else token_mask.to(routing.probs.dtype)
         weights = weigh_tokens(mask.view(batch_size, -1))
-    factors = balance_factors(*_sequence_loads(routing, token_mask, weights), num_experts)  # (sequences, N)
+    load, tokens = _sequence_loads(routing, token_mask, weights)
+    factors = balance_factors(load, balanced_tokens(load, tokens, top_k), num_experts)  # (sequences, N)
     return masked_mean((factors[weights.sequence] * routing.probs).sum(dim=-1), weights.weight)
 
 
@@ -292,18 +311,22 @@ def load_loss(
 
 
 def router_losses(
-    routing: Routing, context: RoutingContext, config: Any, weights: TokenWeights | None = None
+    routing: Routing,
+    context: RoutingContext,
+    config: Any,
+    weights: TokenWeights | None = None,
+    top_k: int | None = None,
 ) -> RouterLosses:
     """Computes the losses of one layer that have a coefficient, and the load-balancing loss in any case.
 
     With `router_aux_loss_scope="sequence"` the balance is that of each sequence, otherwise that of the batch, in which every
-    token has the same weight, as in transformers.
+    token has the same weight, as in transformers. `top_k` is that of [`load_balancing_loss`].
     """
     mask, rows, experts = context.token_mask, context.batch_size, config.num_experts
     if config.router_aux_loss_scope == "sequence":
-        balance_loss = load_balancing_loss(routing, mask, rows, experts, weights)
+        balance_loss = load_balancing_loss(routing, mask, rows, experts, weights, top_k)
     else:
-        balance_loss = load_balancing_loss(routing, mask, num_experts=experts)
+        balance_loss = load_balancing_loss(routing, mask, num_experts=experts, top_k=top_k)
     return RouterLosses(
         balance=balance_loss,
         z=router_z_loss(routing, mask, weights) if config.router_z_loss_coef else None,

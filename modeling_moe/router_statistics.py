@@ -11,7 +11,7 @@ import torch
 from .router import Routing, RoutingContext, expert_load, masked_mean, num_real_tokens
 from .router_balancing import CONTROLLERS, warn_if_forgotten
 from .router_capacity import count_dropped
-from .router_losses import RouterLosses, TokenWeights, balance, router_losses
+from .router_losses import RouterLosses, TokenWeights, balance, balanced_tokens, router_losses
 
 
 class RouterStatistics(NamedTuple):
@@ -23,7 +23,8 @@ class RouterStatistics(NamedTuple):
     Attributes:
         losses: the router's losses.
         load: (E + Z,) tokens sent to each expert, before capacity.
-        tokens: scalar, number of tokens.
+        tokens: scalar, number of tokens, or of assignments over K where K varies
+            ([`~modeling_moe.router_losses.balanced_tokens`]).
         probs: (E + Z,) mean probabilities of the weighted tokens; None unless the balance loss is global.
         controller: (n,) sums that the layer's controller observes; None if no layer has a controller.
         dropped: (2,) assignments that capacity dropped, and assignments before capacity; None without capacity.
@@ -59,7 +60,8 @@ def layer_statistics(
 ) -> RouterStatistics:
     """Measures a sparse block, from its routing before capacity (`chosen`) and after capacity (`routing`)."""
     config, mask = block.config, context.token_mask
-    losses = router_losses(chosen, context, config, weights)
+    load, top_k = expert_load(chosen, mask), config.num_experts_per_tok if block.router.variable_k else None
+    losses = router_losses(chosen, context, config, weights, top_k)
     if block.training:
         # in training only: where weights are offloaded, the router's buffers lie on another device in evaluation
         losses = losses._replace(auxiliary=block.router.auxiliary_loss(chosen, mask))
@@ -72,8 +74,8 @@ def layer_statistics(
                 controller = chosen.logits.new_zeros(CONTROLLERS[config.controller].size(config.num_router_outputs))
     return RouterStatistics(
         losses=losses,
-        load=expert_load(chosen, mask),
-        tokens=num_real_tokens(chosen, mask),
+        load=load,
+        tokens=balanced_tokens(load, num_real_tokens(chosen, mask), top_k),
         probs=masked_mean(chosen.probs, weights.weight) if config.router_aux_loss_scope == "global" else None,
         controller=controller,
         dropped=count_dropped(chosen, routing, mask) if config.has_capacity else None,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..router import Routing, expert_load, fp32_linear, masked_mean, num_real_tokens
+from ..router import Routing, expert_load, fp32_linear, masked_mean
 from ..router_capacity import count_dropped
 from ..router_losses import load_balancing_loss
 
@@ -49,8 +49,7 @@ def normalised_balance(
     It is 1 in balance whatever K is, and E / K if the same K experts get all tokens. The loss, which transformers defines,
     is K in balance.
     """
-    assignments = expert_load(routing, token_mask).sum() / num_real_tokens(routing, token_mask).clamp(min=1)
-    return load_balancing_loss(routing, token_mask, num_experts=num_experts) / assignments.clamp(min=1e-10)
+    return load_balancing_loss(routing, token_mask, num_experts=num_experts, top_k=1)
 
 
 @torch.no_grad()

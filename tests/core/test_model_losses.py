@@ -58,6 +58,32 @@ def gradient(model, loss):
     return torch.autograd.grad(loss, model.get_parameter(ROUTER), retain_graph=True)[0]
 
 
+@pytest.mark.parametrize("scope", ["batch", "sequence", "global"])
+@pytest.mark.parametrize(
+    ("router", "fields"),
+    [
+        ("topk", {}),
+        ("gshard", {"num_experts_per_tok": 2}),
+        ("top_p", {"router_top_p": 0.9}),
+        ("continuous", {"router_threshold_mode": "fixed", "router_threshold": -1.0}),
+        ("remoe", {}),
+        ("expert_threshold", {}),
+    ],
+)
+def test_the_balance_of_every_router_is_k_times_the_normalised_one(router, fields, scope):
+    """Versions before 0.4.0 saved the coefficient of the normalised loss; loading divides it by K, which is exact so."""
+    model = MoEForCausalLM(
+        tiny_config(router_type=router, router_aux_loss_scope=scope, **({"num_experts_per_tok": 3} | fields))
+    ).train()
+    routings = []
+    for block in model.model.sparse_blocks():
+        block.gate.register_forward_hook(lambda module, args, out: routings.append(out))
+    out = model(IDS[:1])
+    shares = [load / load.sum() for load in out.expert_load]
+    expected = [len(f) * (f * r.probs.mean(dim=0)).sum() for f, r in zip(shares, routings, strict=True)]
+    torch.testing.assert_close(out.aux_loss, model.config.num_experts_per_tok * sum(expected) / len(expected))
+
+
 @pytest.mark.parametrize("flag", [False, True])
 def test_training_loss_is_cross_entropy_plus_router_losses(flag):
     model = model_of()

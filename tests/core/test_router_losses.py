@@ -151,6 +151,22 @@ def test_the_sequence_loss_counts_the_best_and_not_the_chosen():
     torch.testing.assert_close(load_balancing_loss(routing), torch.tensor(3 * 0.15))
 
 
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_balance_does_not_grow_with_the_experts_of_a_token(mask, rows):
+    """With `top_k` the loss is K times that of the shares of the assignments, however many experts the tokens use."""
+    probs = random_routing().probs
+    every = torch.arange(5).expand(12, -1)
+    one, all_of_five = Routing(probs, probs[:, :1], every[:, :1], probs), Routing(probs, probs, every, probs)
+    fields = {"token_mask": mask, "batch_size": rows, "top_k": 3}
+    assert load_balancing_loss(all_of_five, **fields).item() == pytest.approx(3)
+    assert load_balancing_loss(one, **fields) == pytest.approx(3 * load_balancing_loss(one, mask, rows))
+    assert load_balancing_loss(Routing(probs, probs, every * 0 + 5, probs), **fields) == 0
+    # one assignment is less than K of them
+    single = Routing(*(tensor[:1] for tensor in one[:4]))
+    assert load_balancing_loss(single, top_k=3).item() == pytest.approx(3 * 5 * probs[0, 0].item())
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_balance_is_transformers_for_one_layer(masked):
     routing = best_routing()
