@@ -56,6 +56,8 @@ def _choose_router(config: Any, name: str, routers: list[type[Router]]) -> str:
     if not routers:
         return "give mlp_layer_types a sparse layer"
     readers = [kind for kind, router in ROUTERS.items() if name in router.reads]
+    if config.router_type in readers and config.num_hash_layers > 0:
+        return "lower num_hash_layers"  # every sparse layer hashes
     return f"choose a router_type that reads it ({', '.join(readers)}) instead of {config.router_type!r}"
 
 

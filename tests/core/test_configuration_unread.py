@@ -316,3 +316,9 @@ def test_an_earlier_version_saved_fields_that_nothing_reads(tmp_path, caplog, mo
     (tmp_path / "config.json").write_text(json.dumps(saved | {"code_version": "0.4.0"}))
     with pytest.raises(ValueError, match="which nothing reads"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+def test_where_every_sparse_layer_hashes_the_remedy_is_fewer_of_them():
+    """The advice was to choose the router_type that the configuration has already."""
+    with pytest.raises(ValueError, match="lower num_hash_layers, or set router_selection_bias to False"):
+        tiny_config(router_selection_bias=True, num_hash_layers=3)
