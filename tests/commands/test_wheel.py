@@ -36,9 +36,14 @@ sys.addaudithook(forbid)
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def inherited() -> dict[str, str]:
+    """Returns this process's environment without PYTHONPATH, by which pip would take the clone for the installed wheel."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
 def pip(*arguments: str | Path) -> None:
     command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check", "--quiet"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=inherited(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
@@ -90,11 +95,10 @@ def run(environment, place) -> Run:
     """Runs a program of the environment in the folder with the models; fails where the program fails."""
 
     def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         return subprocess.run(
             [environment / "bin" / program, *arguments],
             cwd=place,
-            env=inherited | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"},
+            env=inherited() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
