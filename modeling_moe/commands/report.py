@@ -26,14 +26,8 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from ..data import DataArguments
-from ..evaluation import (
-    EvaluationArguments,
-    ExpertLoadRecorder,
-    experts_modules,
-    load_for_scoring,
-    max_violation,
-    score,
-)
+from ..evaluation import EvaluationArguments, load_for_scoring, score
+from ..monitoring import ExpertLoadRecorder, experts_modules, max_violation
 from ..utils.atomic import write_text
 from ..utils.command_line import parse, refuse_missing_folder
 from ..utils.errors import UserError

@@ -14,7 +14,7 @@ import evaluate
 import torch
 from torch import distributed
 
-from .routing_metrics import dead_experts, max_violation
+from ..monitoring import dead_experts, max_violation
 
 
 def _all_ranks(rows: list) -> list:

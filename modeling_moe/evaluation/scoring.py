@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..data import DataArguments, one_table, packer
+from ..monitoring import ExpertLoadRecorder
 from ..utils.errors import UserError
 from ..utils.loading import DtypeName, load_model, load_tokenizer, parse_dtype, refuse_longer, refuse_misfit
-from .expert_load import ExpertLoadRecorder
 from .hf_metrics import BitsPerByte, RouterBalance
 
 

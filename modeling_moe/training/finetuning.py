@@ -26,8 +26,8 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data import DataArguments, load_and_pack
-from ..evaluation import active_share
 from ..lora import full_shape
+from ..monitoring import active_share
 from ..utils.errors import UserError
 from ..utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
 from .arguments import LoraArguments, ModelArguments

@@ -23,8 +23,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from modeling_moe.configuration_moe import MoEConfig
 from modeling_moe.data import DataArguments, cut_documents, hold_out
-from modeling_moe.evaluation import entropies, max_violation, mean_experts
 from modeling_moe.modeling_moe import MoEForCausalLM
+from modeling_moe.monitoring import entropies, max_violation, mean_experts
 from modeling_moe.router import Routing, expert_load
 from modeling_moe.router_catalogue import router_class
 from modeling_moe.utils.errors import UserError

@@ -145,8 +145,8 @@ def test_a_checkpoint_without_code_of_a_router_says_so(tmp_path):
         ("from modeling_moe.training import MoECallback", "imports MoECallback from modeling_moe.training"),
         ("import my_worst_helper", "imports my_worst_helper, which no installed package has"),
         (
-            "from modeling_moe.evaluation.routing_metrics import load_entropy",
-            "from modeling_moe.evaluation.routing_metrics, which does not travel",
+            "from modeling_moe.monitoring.routing_metrics import load_entropy",
+            "from modeling_moe.monitoring.routing_metrics, which does not travel",
         ),
         ("from .router import Router", None),
     ],

@@ -22,8 +22,8 @@ from transformers import (
 from modeling_moe import MoEForCausalLM
 from modeling_moe.data import DataArguments, pack
 from modeling_moe.evaluation import EvaluationArguments, evaluate_lm, score
-from modeling_moe.evaluation.expert_load import active_share
 from modeling_moe.evaluation.hf_metrics import RouterBalance
+from modeling_moe.monitoring.expert_load import active_share
 from modeling_moe.training.finetuning import FinetuneTrainer
 from modeling_moe.utils.errors import UserError
 from tests.builders import sample_text, tiny_config, tiny_model, train_tokenizer

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_moe.evaluation.routing_metrics import (
+from modeling_moe.monitoring.routing_metrics import (
     co_activation,
     dead_experts,
     dropped_share,
