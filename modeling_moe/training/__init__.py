@@ -18,12 +18,15 @@ Importing this package changes nothing. A `Trainer` without the callback:
   computes its loss without the model's head (TRL, label smoothing): with N accumulated micro-batches they weigh N
   times as much;
 - resumes a model of this package exactly, and loads its best checkpoint exactly;
+- trains a model of transformers as transformers does, without a balance loss unless `output_router_logits` is set, and with
+  selection biases that never move. [`balance`] changes both, and needs the callback to count micro-batches and labels;
 - resumes a model of transformers as transformers does: `Trainer` loads neither the experts nor the renamed routers of
   most such models from a checkpoint, and only logs that keys are missing.
 """
 
 from ..data import DataArguments
 from .arguments import FinetuneArguments, LoraArguments, ModelArguments
+from .balance import Balance, BalanceSettings, balance, balances_of
 from .callbacks import CastOnceCallback, MoECallback, disable, enable, is_enabled
 from .finetuning import FinetuneResult, finetune, trained_parameters
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
@@ -32,6 +35,8 @@ from .sharded import ShardedResumeMixin
 
 
 __all__ = [
+    "Balance",
+    "BalanceSettings",
     "CastOnceCallback",
     "DataArguments",
     "FinetuneArguments",
@@ -44,6 +49,8 @@ __all__ = [
     "NanStopMixin",
     "NonFiniteError",
     "ShardedResumeMixin",
+    "balance",
+    "balances_of",
     "disable",
     "enable",
     "finetune",

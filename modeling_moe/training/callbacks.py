@@ -4,12 +4,14 @@
 from contextlib import ExitStack
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_utils import has_length
 
 from ..dispatch.backends.triton.casting import cast_once
 from ..router_balancing import forget_counts, update_routers
+from ..utils.errors import UserError
+from .balance import balances_of
 from .restoring import RestoringError, load_from_disk_names, restore_hook
 
 
@@ -17,6 +19,14 @@ def _set_router_loss_scale(model: nn.Module, scale: float) -> None:
     for module in model.modules():
         if "router_loss_scale" in vars(module):
             vars(module)["router_loss_scale"] = scale
+
+
+def _ranks_of_tokens(args: TrainingArguments, model: nn.Module) -> int:
+    """Returns by what a `Trainer` multiplies a loss that was divided by the labels of all ranks: DDP averages gradients."""
+    if not args.average_tokens_across_devices:
+        return 1
+    split = getattr(model, "_tp_size", None) or getattr(args.parallelism_config, "tp_size", None) or 1
+    return args.world_size // split
 
 
 def micro_batches(accumulation_steps: int, step: int, batches: int | None) -> int:
@@ -47,6 +57,10 @@ class MoECallback(TrainerCallback):
     training (but not DeepSpeed's). The gradient of a step is then the mean over its sequences, for every split into
     micro-batches of equally many sequences.
 
+    Models of transformers under [`~modeling_moe.training.balance.balance`]: the callback scales their router losses too,
+    by a micro-batch's share of the step's labels where `Trainer` counts labels, and steps their selection biases once per
+    optimizer step. A step that fp16's loss scaler skips moves no bias.
+
     Resuming: the model's `load_state_dict` takes the names that the model's checkpoints have on disk
     ([`~modeling_moe.training.restoring`]). Resuming and `load_best_model_at_end` then load the experts and routers of
     transformers' own models too, from one file or from shards. A checkpoint that lacks a tensor is an error.
@@ -72,6 +86,10 @@ class MoECallback(TrainerCallback):
             raise RestoringError(
                 "resuming with model_init does not load the experts: give the Trainer a model instead"
             )
+        for handle in balances_of(kwargs["model"]):
+            if args.torch_compile:
+                raise UserError("balance() cannot be compiled: set torch_compile=False, or detach the balance.")
+            handle.follow(kwargs["model"])
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Scales the router losses of one micro-batch, and drops the counts of an abandoned step."""
@@ -83,14 +101,24 @@ class MoECallback(TrainerCallback):
         if scaler is not None:
             scale *= scaler.get_scale()
         _set_router_loss_scale(kwargs["model"], scale)
+        for handle in balances_of(kwargs["model"]):
+            handle.forget()
+            handle.scale = scale
+            handle.token_scale = _ranks_of_tokens(args, kwargs["model"]) * (1 if scaler is None else scaler.get_scale())
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        """Steps the controllers."""
+        """Steps the controllers and the selection biases of transformers' models."""
         update_routers(kwargs["model"])
+        for handle in balances_of(kwargs["model"]):
+            if getattr(kwargs["optimizer"], "step_was_skipped", False):
+                handle.forget()
+            handle.step()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Sets the scale to 1 again, and refuses a best checkpoint of which a tensor is missing."""
         _set_router_loss_scale(kwargs["model"], 1.0)
+        for handle in balances_of(kwargs["model"]):
+            handle.scale = handle.token_scale = 1.0
         hook = restore_hook(kwargs["model"])
         if hook is not None:
             hook.finish(whole=args.load_best_model_at_end and state.best_model_checkpoint is not None)
