@@ -13,7 +13,8 @@
 The first argument may be a recipe: a YAML file whose keys are the flags below, or the name of a recipe of the package
 (`moe presets` lists them); flags after it win. Conversations (messages, ShareGPT, Alpaca) go through the tokenizer's chat
 template, with the loss on what the assistant says; prompts with completions are plain text, with the loss on the completion.
---assistant_only false sets the loss on all tokens. LoRA is merged when it is saved, unless --merge_lora false is given.
+--assistant_only false sets the loss on all tokens. transformers' own MoE models train with this package's balance loss if the
+model's configuration has a positive router_aux_loss_coef; --router_bias_update_rate 0.001 moves their selection biases. LoRA is merged when it is saved, unless --merge_lora false is given.
 Ctrl-C finishes the step and saves it, and a second Ctrl-C stops at once; the same command with --resume_from_checkpoint true
 goes on to the same weights as a run that was not stopped. A loss or gradient that is not finite stops the run, and the
 message names the layer.
@@ -29,6 +30,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..data import DataArguments
 from ..training import (
+    BalanceArguments,
     FinetuneArguments,
     FinetuneResult,
     LoraArguments,
@@ -74,11 +76,11 @@ def print_result(result: FinetuneResult, title: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves and prints."""
-    model_args, data_args, lora_args, args = parse(
-        [ModelArguments, DataArguments, LoraArguments, FinetuneArguments], __doc__, argv
+    model_args, data_args, lora_args, balance_args, args = parse(
+        [ModelArguments, DataArguments, LoraArguments, BalanceArguments, FinetuneArguments], __doc__, argv
     )
     try:
-        result = finetune(model_args, data_args, lora_args, args, [PrintTrained()])
+        result = finetune(model_args, data_args, lora_args, args, [PrintTrained()], balance_args)
     except NonFiniteError as error:
         if args.process_index == 0:
             print(f"{program()}: {error}", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ Importing this package changes nothing. A `Trainer` without the callback:
 """
 
 from ..data import DataArguments
-from .arguments import FinetuneArguments, LoraArguments, ModelArguments
+from .arguments import BalanceArguments, FinetuneArguments, LoraArguments, ModelArguments
 from .balance import Balance, BalanceSettings, balance, balances_of
 from .callbacks import CastOnceCallback, MoECallback, disable, enable, is_enabled
 from .finetuning import FinetuneResult, finetune, trained_parameters
@@ -36,6 +36,7 @@ from .sharded import ShardedResumeMixin
 
 __all__ = [
     "Balance",
+    "BalanceArguments",
     "BalanceSettings",
     "CastOnceCallback",
     "DataArguments",

@@ -154,6 +154,35 @@ class ModelArguments:
 
 
 @dataclass
+class BalanceArguments:
+    """How a model of transformers balances its experts; a model of this package reads its configuration instead."""
+
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "coefficient of the load-balancing loss of transformers' own MoE models; the default is that of the "
+            "model's configuration, and 0 switches the loss off"
+        },
+    )
+    router_aux_loss_scope: Literal["batch", "sequence"] = field(
+        default="batch", metadata={"help": "tokens over which that loss measures balance"}
+    )
+    router_z_loss_coef: float = field(
+        default=0.0, metadata={"help": "coefficient of the z-loss of transformers' own MoE models"}
+    )
+    router_bias_update_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "step size of the selection biases of transformers' own MoE models, such as 0.001; 0: they stay"
+        },
+    )
+
+    def given(self) -> list[str]:
+        """Returns the names of the arguments that differ from their defaults."""
+        return [entry.name for entry in fields(self) if getattr(self, entry.name) != entry.default]
+
+
+@dataclass
 class LoraArguments:
     """The low-rank updates of `--method lora`."""
 

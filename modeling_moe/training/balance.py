@@ -10,15 +10,18 @@ from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..monitoring import LayerPass, Observation, observe, sparse_layers
-from ..monitoring.probabilities import ScoringEvidence, explanation, probabilities
+from ..monitoring.probabilities import probabilities
 from ..router import Routing, RoutingContext, expert_load
 from ..router_balancing import all_ranks
 from ..router_losses import COEFFICIENTS, AttachLoss, router_losses
+from ..utils.errors import UserError
 from .batch_frames import BatchFrame, BatchFrames
+from .scorings import Scorings
 from .selection_bias import SelectionBias, find_bias, move_biases
 from .transformers_losses import TransformersLossesOff
 
@@ -43,7 +46,7 @@ class BalanceSettings:
         num_experts: number E of the experts of one layer.
 
     Raises:
-        ValueError: for a negative number, and for another scope.
+        UserError: for a negative number, and for another scope.
     """
 
     router_aux_loss_coef: float = 0.0
@@ -60,9 +63,9 @@ class BalanceSettings:
     def __post_init__(self):
         for name in (*COEFFICIENTS.values(), "router_bias_update_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}: choose a number of 0 or more.")
+                raise UserError(f"{name} is {getattr(self, name)}: choose a number of 0 or more.")
         if self.router_aux_loss_scope not in SCOPES:
-            raise ValueError(f"router_aux_loss_scope is {self.router_aux_loss_scope!r}: choose one of {SCOPES}.")
+            raise UserError(f"router_aux_loss_scope is {self.router_aux_loss_scope!r}: choose one of {SCOPES}.")
 
     @property
     def has_losses(self) -> bool:
@@ -94,7 +97,7 @@ class Balance:
         self._passes = 0
         self._noted = False
         self._theirs: TransformersLossesOff | None = None
-        self._scorings = _Scorings(model)
+        self._scorings = Scorings(model) if settings.has_losses else None
         self._attach(model)
         _LIVE.add(self)
 
@@ -110,12 +113,20 @@ class Balance:
             self.biases = _find_biases(model)
             for bias in self.biases:
                 bias.widen()
+            self._warn_of_adapter(model)
         self._model = model
         self._experts = {id(layer.experts) for layer in layers}
         self._frames = BatchFrames(model, [layer.name for layer in layers])
         if self.settings.has_losses and self._theirs is None:
             self._theirs = TransformersLossesOff(self._frames.models, self._trains)
         self._observation: Observation | None = observe(model, self._on_pass)
+
+    def _warn_of_adapter(self, model: nn.Module) -> None:
+        if isinstance(model, PeftModel) and not all(bias.is_in_adapter(model) for bias in self.biases):
+            logger.warning(
+                "the adapter does not hold the selection biases that move: merge it into the model, or name the routers in "
+                "modules_to_save."
+            )
 
     def _release(self) -> None:
         """Removes the hooks that belong to one outermost model."""
@@ -165,7 +176,7 @@ class Balance:
         if not (frame.records_gradient and event.layer.experts.training):
             return None
         context = frame.context(event)
-        routing = _routing(event, self._scorings.of(event) if self.settings.has_losses else None)
+        routing = _routing(event, None if self._scorings is None else self._scorings.of(event))
         if not event.recomputed:
             self._count(event, routing, context)
         return self._attach_losses(event, routing, context, frame) if self.settings.has_losses else None
@@ -216,7 +227,9 @@ class Balance:
         if not self._sums:
             return {}
         names, device = list(self._sums), next(iter(self._sums.values())).device
-        sums = torch.stack([*(total.to(device) for total in self._sums.values()), torch.tensor(self._passes).to(device)])
+        sums = torch.stack(
+            [*(total.to(device) for total in self._sums.values()), torch.tensor(self._passes).to(device)]
+        )
         *totals, passes = all_ranks(sums).tolist()
         self._sums, self._passes = {}, 0
         return {name: total / passes for name, total in zip(names, totals, strict=True)}
@@ -281,7 +294,7 @@ def balance(
 
     Raises:
         UnreachableRouting: a ValueError, if the model is dense, or its experts cannot be reached.
-        ValueError: for a model of this package, a model that is balanced already, a number below 0, a bias that does not
+        UserError: for a model of this package, a model that is balanced already, a number below 0, a bias that does not
             exist, and if there is nothing to do. The first training pass raises it if the router logits cannot be read.
 
     Example:
@@ -295,12 +308,12 @@ def balance(
     layers = sparse_layers(model)
     name = type(_inner(model)).__name__
     if any(layer.returns_routing for layer in layers):
-        raise ValueError(
+        raise UserError(
             f"{name} trains its router losses and selection biases itself: set router_aux_loss_coef and "
             "router_bias_update_rate in its configuration."
         )
     if balances_of(model):
-        raise ValueError("the model is balanced already: detach the first balance.")
+        raise UserError("the model is balanced already: detach the first balance.")
     if router_aux_loss_coef is None:
         router_aux_loss_coef = getattr(_inner(model).config.get_text_config(), "router_aux_loss_coef", None) or 0.0
     settings = BalanceSettings(
@@ -311,13 +324,8 @@ def balance(
         router_entropy_loss_coef=router_entropy_loss_coef,
         router_bias_update_rate=router_bias_update_rate,
     )
-    if settings.has_losses and any(layer.router is None for layer in layers):
-        unread = next(layer.name for layer in layers if layer.router is None)
-        raise ValueError(
-            f"the router logits of {unread} cannot be read: set the coefficients of the router losses to 0."
-        )
     if not settings.has_losses and router_bias_update_rate == 0:
-        raise ValueError("there is nothing to balance: set router_aux_loss_coef or router_bias_update_rate.")
+        raise UserError("there is nothing to balance: set router_aux_loss_coef or router_bias_update_rate.")
     return Balance(model, settings)
 
 
@@ -335,48 +343,15 @@ def _find_biases(model: nn.Module) -> list[SelectionBias]:
     """Returns the selection biases of a model's layers.
 
     Raises:
-        ValueError: if no router has one.
+        UserError: if no router has one.
     """
-    hidden_size = _inner(model).config.get_text_config().hidden_size
-    found = [find_bias(model, layer, hidden_size) for layer in sparse_layers(model)]
-    if not any(found):
-        raise ValueError(
+    found = [bias for layer in sparse_layers(model) if (bias := find_bias(model, layer)) is not None]
+    if not found:
+        raise UserError(
             f"no router of {type(_inner(model)).__name__} has a selection bias: omit router_bias_update_rate, and set "
-            "router_aux_loss_coef."
+            "router_aux_loss_coef"
         )
-    return [bias for bias in found if bias is not None]
-
-
-class _Scorings:
-    """The functions from the router logits of each layer to probabilities, which the first pass of a layer tells."""
-
-    def __init__(self, model: nn.Module):
-        self._configured = getattr(_inner(model).config.get_text_config(), "scoring_func", None)
-        self._known: dict[int, str] = {}
-
-    def of(self, event: LayerPass) -> str:
-        """Returns the scoring function of a layer; the first pass of a layer waits for the device.
-
-        Raises:
-            ValueError: if the router returns no logits, or if no function explains the weights of the layer's router.
-        """
-        key = id(event.layer.experts)
-        if key not in self._known:
-            reason = "its router returns no router logits" if event.logits is None else None
-            if event.logits is not None:
-                evidence = ScoringEvidence(event.index.shape[-1], event.logits.float())
-                evidence.add(event.logits, event.index, event.weight, event.token_mask)
-                scoring, reason = explanation(
-                    evidence.sums.cpu(), evidence.top_k, evidence.coarse, self._configured
-                )
-                if scoring is not None:
-                    self._known[key] = scoring
-                    return scoring
-            raise ValueError(
-                f"{event.layer.name} cannot get a balance loss, because {reason}: set the coefficients of the router losses "
-                "to 0."
-            )
-        return self._known[key]
+    return found
 
 
 def _routing(event: LayerPass, scoring: str | None) -> Routing:

@@ -104,7 +104,9 @@ class MoECallback(TrainerCallback):
         for handle in balances_of(kwargs["model"]):
             handle.forget()
             handle.scale = scale
-            handle.token_scale = _ranks_of_tokens(args, kwargs["model"]) * (1 if scaler is None else scaler.get_scale())
+            handle.token_scale = _ranks_of_tokens(args, kwargs["model"]) * (
+                1 if scaler is None else scaler.get_scale()
+            )
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Steps the controllers and the selection biases of transformers' models."""

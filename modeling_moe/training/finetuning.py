@@ -27,10 +27,11 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data import DataArguments, load_and_pack
 from ..lora import full_shape
-from ..monitoring import active_share
+from ..monitoring import UnreachableRouting, active_share, sparse_layers
 from ..utils.errors import UserError
 from ..utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
-from .arguments import LoraArguments, ModelArguments
+from .arguments import BalanceArguments, LoraArguments, ModelArguments
+from .balance import Balance, balance
 from .callbacks import CastOnceCallback, MoECallback, is_enabled
 from .freezing import FreezeExpertsCallback
 from .interruption import SaveOnInterrupt
@@ -178,6 +179,40 @@ def _add_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
             # the adapter may be loaded from another working directory
             config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
     return adapted
+
+
+def _balance(model: PreTrainedModel | PeftModel, args: BalanceArguments, merge: bool) -> Balance | None:
+    """Balances a model of transformers, by the loss of its configuration if the arguments name nothing.
+
+    Raises:
+        UserError: if an argument is given that the model cannot use.
+    """
+    given = args.given()
+    try:
+        own = any(layer.returns_routing for layer in sparse_layers(model))
+    except UnreachableRouting as error:
+        if given:
+            raise UserError(f"{given[0]} has no effect: {error}") from error
+        return None
+    if own:
+        if given:
+            raise UserError(f"{given[0]} has no effect on a model of this package: set it in the model's config.json")
+        return None
+    config: Any = model.config
+    if not given and not getattr(config.get_text_config(), "router_aux_loss_coef", None):
+        return None
+    try:
+        handle = balance(model, **vars(args))
+    except UserError as error:
+        if given:
+            raise
+        logger.warning(f"The run has no balance loss: {error}.")
+        return None
+    if isinstance(model, PeftModel) and not merge and not all(bias.is_in_adapter(model) for bias in handle.biases):
+        raise UserError(
+            "router_bias_update_rate moves selection biases that the adapter does not hold: set merge_lora true"
+        )
+    return handle
 
 
 def _load_for_training(
@@ -350,6 +385,7 @@ def finetune(
     lora_args: LoraArguments,
     args: TrainingArguments,
     callbacks: Iterable[TrainerCallback] = (),
+    balance_args: BalanceArguments | None = None,
 ) -> FinetuneResult:
     """Trains a model, and saves it with its tokenizer in `args.output_dir`. Equal seeds give equal results.
 
@@ -362,6 +398,7 @@ def finetune(
         lora_args: the adapter, for `method="lora"`.
         args: the training; `resume_from_checkpoint="true"` resumes from the last checkpoint.
         callbacks: further callbacks for the trainer.
+        balance_args: how a model of transformers balances its experts; None for the defaults.
 
     Raises:
         UserError: if an argument cannot work, before anything is written.
@@ -383,13 +420,16 @@ def finetune(
     refuse_longer(model, data_args.max_length, f"max_length is {data_args.max_length}")
     freezing = [FreezeExpertsCallback(model_args.frozen_experts())] if model_args.freeze_experts else []
     schedule = [ScheduleCallback(resume)] if resume else []
-    trainer = _make_trainer(model, args, train, held_out, tokenizer, [*callbacks, *freezing, *schedule])
     merge = model_args.method == "lora" and lora_args.merge_lora
+    balancing = _balance(model, balance_args or BalanceArguments(), merge)
+    trainer = _make_trainer(model, args, train, held_out, tokenizer, [*callbacks, *freezing, *schedule])
     _check_merge(trainer, model, merge)
     if resume is None and args.should_save:
         discard_checkpoints(output_folder(args))
     trained = sum(trained for trained, _ in trained_parameters(model).values())
     metrics = _train(trainer, model, resume)
+    if balancing is not None:
+        balancing.detach()
     trainer.check_weights()
     eval_loss = _evaluate(trainer, held_out)
     _save(trainer, tokenizer, merge, model_args)
