@@ -5,6 +5,7 @@ from .expert_load import ExpertLoadRecorder
 from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, active_share, experts_modules, sparse_layers
 from .observing import LayerPass, Observation, observe
+from .probabilities import ScoringEvidence, certain, explanation, probabilities
 from .routing_metrics import (
     Entropies,
     co_activation,
@@ -29,20 +30,24 @@ __all__ = [
     "Observation",
     "RoutingFigures",
     "RoutingWatch",
+    "ScoringEvidence",
     "SparseLayer",
     "UnreachableRouting",
     "active_share",
+    "certain",
     "co_activation",
     "dead_experts",
     "dropped_share",
     "entropies",
     "expert_domain_share",
     "experts_modules",
+    "explanation",
     "gate_margin",
     "load_variation",
     "max_violation",
     "mean_experts",
     "observe",
+    "probabilities",
     "sparse_layers",
     "summary",
     "watch",

@@ -34,7 +34,7 @@ _ELEMENTWISE = {
 
 def probabilities(logits: torch.Tensor, scoring: str) -> torch.Tensor:
     """Returns probabilities (T, E + Z), in fp32 or fp64, of router logits (T, E + Z) by one of `SCORINGS`."""
-    logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return renormalise(logits.clamp(min=0)) if scoring == GIVEN else SCORING_FUNCS[scoring](logits)[1]
 
 

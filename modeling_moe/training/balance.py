@@ -14,8 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..monitoring import LayerPass, Observation, observe, sparse_layers
-from ..monitoring.probabilities import probabilities
+from ..monitoring import LayerPass, Observation, observe, probabilities, sparse_layers
 from ..router import Routing, RoutingContext, expert_load
 from ..router_balancing import all_ranks
 from ..router_losses import COEFFICIENTS, AttachLoss, router_losses
@@ -119,7 +118,7 @@ class Balance:
         self._frames = BatchFrames(model, [layer.name for layer in layers])
         if self.settings.has_losses and self._theirs is None:
             self._theirs = TransformersLossesOff(self._frames.models, self._trains)
-        self._observation: Observation | None = observe(model, self._on_pass)
+        self._observation: Observation | None = observe(model, torch.compiler.disable(self._on_pass))
 
     def _warn_of_adapter(self, model: nn.Module) -> None:
         if isinstance(model, PeftModel) and not all(bias.is_in_adapter(model) for bias in self.biases):

@@ -147,11 +147,12 @@ class BatchFrames:
         self.models = [module for module in self._above if isinstance(module, PreTrainedModel)]
         self._hooked = [model, *(module for module in self.models if module is not model)]
         self._handles: list = []
+        # functions, not methods: a deep copy of the model would copy this object with a method
+        enter, leave = (torch.compiler.disable(lambda *call, f=f: f(*call)) for f in (self._enter, self._leave))
         for module in self._hooked:
-            # functions, not methods: a deep copy of the model would copy this object with a method
             self._handles += [
-                module.register_forward_pre_hook(lambda *call: self._enter(*call), with_kwargs=True, prepend=True),
-                module.register_forward_hook(lambda *call: self._leave(*call), always_call=True),
+                module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+                module.register_forward_hook(leave, always_call=True),
             ]
 
     def remove(self) -> None:
@@ -179,10 +180,6 @@ class BatchFrames:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._is_mine(module):
             return
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "modeling_moe.training.balance cannot be compiled: train without torch.compile, or detach the balance."
-            )
         if self._depth == 0:
             self.current = BatchFrame(torch.is_grad_enabled())
             self._wrap_checkpointing()

@@ -10,7 +10,6 @@ from transformers.trainer_utils import has_length
 
 from ..dispatch.backends.triton.casting import cast_once
 from ..router_balancing import forget_counts, update_routers
-from ..utils.errors import UserError
 from .balance import balances_of
 from .restoring import RestoringError, load_from_disk_names, restore_hook
 
@@ -87,8 +86,6 @@ class MoECallback(TrainerCallback):
                 "resuming with model_init does not load the experts: give the Trainer a model instead"
             )
         for handle in balances_of(kwargs["model"]):
-            if args.torch_compile:
-                raise UserError("balance() cannot be compiled: set torch_compile=False, or detach the balance.")
             handle.follow(kwargs["model"])
 
     def on_step_begin(self, args, state, control, **kwargs):

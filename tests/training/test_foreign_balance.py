@@ -1,0 +1,396 @@
+"""These tests train transformers' own MoE models with this package's router losses; the oracle is this package's model."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback
+
+from modeling_moe.conversion import to_moe
+from modeling_moe.training import balance, balances_of
+from modeling_moe.utils.errors import UserError
+from tests.builders import SHAPE, tiny_model, training_arguments
+from tests.training.families import tiny
+
+
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
+LOSSES = {
+    "batch": {"router_aux_loss_coef": 2.0, "router_z_loss_coef": 0.3},
+    "sequence": {
+        "router_aux_loss_coef": 2.0,
+        "router_aux_loss_scope": "sequence",
+        "router_seq_aux_loss_coef": 1.0,
+        "router_entropy_loss_coef": 0.5,
+    },
+}
+SUMS = LOSSES["sequence"] | {"router_z_loss_coef": 0.3}
+CHECKPOINTING = {"none": None, "non_reentrant": False, "reentrant": True}
+ITEMS = 40  # labels of an optimizer step, of which a batch here has some
+
+
+def foreign(family: str, seed: int = 0, **fields):
+    """Returns a tiny model of transformers in float64 and training mode, whose router logits are not small."""
+    model = tiny(family, **fields)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.set_experts_implementation("eager")  # serves float64
+    return model.double().train()
+
+
+def padded_batch(seed: int = 0) -> dict:
+    """Returns three rows, padded on either side, with a prompt, and a step that counts its labels."""
+    torch.manual_seed(seed)
+    ids = torch.randint(3, 64, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 6:], mask[2, : 2 + seed] = 0, 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[1, :4] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "num_items_in_batch": ITEMS}
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    """Takes the gradients of a model."""
+    taken = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return taken
+
+
+def assert_close(got: dict, expected: dict, limit: float = 1e-10) -> None:
+    """Compares tensors by name, relative to the largest entry of each."""
+    assert got.keys() == expected.keys()
+    assert got
+    for name, tensor in expected.items():
+        atol = limit * max(tensor.abs().max().item(), 1e-3)
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=atol, msg=lambda text, name=name: f"{name} {text}")
+
+
+def step(model, batch: dict) -> dict[str, torch.Tensor]:
+    """Returns the gradients of one batch."""
+    model(**batch).loss.backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_our_model(family, losses):
+    theirs = foreign(family)
+    ours = to_moe(deepcopy(theirs)).double().train()
+    ours.set_experts_implementation("eager")
+    for name, value in ({"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0} | LOSSES[losses]).items():
+        setattr(ours.config, name, value)
+    expected = step(ours, padded_batch())
+    with balance(theirs, **LOSSES[losses]):
+        got = step(theirs, padded_batch())
+    without = step(theirs, padded_batch())
+    # a conversion permutes and stacks weights, gradients alike
+    as_weights = deepcopy(theirs)
+    for name, parameter in as_weights.named_parameters():
+        parameter.data = got.get(name, torch.zeros_like(parameter))
+    converted = to_moe(as_weights).state_dict()
+    assert_close({name: converted[name].double() for name in expected}, expected, 1e-6)
+    # the losses are not lost beside the cross entropy
+    router = next(name for name in got if name.endswith("gate.weight"))
+    assert (got[router] - without[router]).norm() > 0.1 * without[router].norm()
+
+
+def test_losses_are_those_that_transformers_computes_for_one_layer():
+    model = foreign("mixtral", num_hidden_layers=1)
+    batch = padded_batch()
+    expected = model(**batch, output_router_logits=True).aux_loss.item()
+    with balance(model, router_aux_loss_coef=1.0) as handle:
+        model(**batch)
+        model(**batch)
+        assert handle.losses() == {"balance": pytest.approx(expected, rel=1e-6)}
+        assert handle.losses() == {}
+
+
+def test_balanced_router_has_the_loss_k_by_hand():
+    model = foreign("mixtral", num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2)
+    gate = model.model.layers[0].mlp.gate
+    with torch.no_grad():
+        gate.weight.zero_()
+    with balance(model, router_aux_loss_coef=1.0) as handle:
+        model(**padded_batch())
+        assert handle.losses()["balance"] == pytest.approx(2.0)  # N sum f_i / N = sum f_i = K
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("order", ["together", "first_in_first_out"])
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_checkpointing_and_two_batches_before_backward(kind, order, family):
+    """Each repeated layer needs the padding and the share of its batch, not those of the batch that ran last."""
+    model = foreign(family)
+    batches = [padded_batch(0), padded_batch(3)]
+    with balance(model, **LOSSES["sequence"]) as handle:
+        separate = [step(model, batch) for batch in batches]
+        expected = {name: separate[0][name] + separate[1][name] for name in separate[0]}
+        if kind != "none":
+            model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[kind]})
+            model.enable_input_require_grads()
+        handle.losses()
+        losses = [model(**batch).loss for batch in batches]
+        if order == "together":
+            sum(losses).backward()
+        else:
+            for loss in losses:
+                loss.backward()
+        assert_close(gradients(model), expected)
+        assert handle._passes == 2 * len(handle._observation.layers)  # a repeated layer counts once
+
+
+def test_another_checkpointing_is_refused():
+    model = foreign("mixtral")
+    layer = model.model.layers[0]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    with balance(model, router_aux_loss_coef=1.0), pytest.raises(RuntimeError, match="gradient_checkpointing_enable"):
+        model(**padded_batch(), use_cache=False).loss.backward()
+
+
+def test_passes_without_gradient_and_evaluation_count_nothing():
+    model = foreign("deepseek_v3")
+    with balance(model, router_aux_loss_coef=1.0, router_bias_update_rate=0.1) as handle:
+        with torch.no_grad():
+            model(**padded_batch())
+        model.eval()(**padded_batch()).loss.backward()
+        evaluated = gradients(model)
+        handle.step()
+        assert handle.losses() == {}
+        assert not any(bias.tensor.any() for bias in handle.biases)
+    assert_close(step(model, padded_batch()), evaluated)
+
+
+def test_a_copy_of_the_model_is_not_balanced():
+    model = foreign("mixtral")
+    with balance(model, router_aux_loss_coef=1.0) as handle:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        step(model, padded_batch())
+        handle.losses()
+        copy = deepcopy(model)
+        got = step(copy, padded_batch())
+        assert handle.losses() == {}
+    assert_close(got, step(model, padded_batch()))
+
+
+@pytest.mark.parametrize("output_router_logits", [True, False])
+def test_the_loss_of_transformers_is_off_and_comes_back(output_router_logits):
+    model = foreign("mixtral", router_aux_loss_coef=5.0, output_router_logits=output_router_logits)
+    before = step(model, padded_batch())
+    model.config.output_router_logits = False
+    plain = step(model, padded_batch())
+    model.config.output_router_logits = output_router_logits
+    handle = balance(model, router_aux_loss_coef=0.0, router_z_loss_coef=1e-12)
+    assert_close(step(model, padded_batch()), plain)
+    explicit = model(**padded_batch(), output_router_logits=True)
+    assert explicit.aux_loss is not None
+    torch.testing.assert_close(explicit.loss, model(**padded_batch(), output_router_logits=False).loss)
+    handle.detach()
+    assert_close(step(model, padded_batch()), before)
+
+
+def test_detaching_leaves_no_trace():
+    model = foreign("deepseek_v3")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def state() -> dict:
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs")
+        found = {(name, hook): dict(getattr(module, hook)) for name, module in model.named_modules() for hook in hooks}
+        kept = {name: {k: v for k, v in vars(m).items() if "hooks" not in k} for name, m in model.named_modules()}
+        return found | kept | {"config": model.config.to_dict()}
+
+    before = state()
+    handle = balance(model, router_aux_loss_coef=1.0, router_bias_update_rate=0.1)
+    step(model, padded_batch())
+    handle.detach()
+    handle.detach()
+    assert state() == before
+    assert balances_of(model) == []
+
+
+def test_mistakes_have_one_clear_line():
+    dense = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    with pytest.raises(ValueError, match="LlamaForCausalLM is a dense model"):
+        balance(dense, router_aux_loss_coef=1.0)
+    with pytest.raises(UserError, match="trains its router losses and selection biases itself"):
+        balance(tiny_model(), router_aux_loss_coef=1.0)
+    with pytest.raises(ValueError, match="does not follow transformers' experts interface"):
+        balance(tiny("jetmoe"), router_aux_loss_coef=1.0)
+    with pytest.raises(UserError, match="neither softmax nor sigmoid"):
+        balance(tiny("phimoe"), router_aux_loss_coef=1.0)
+    model = foreign("mixtral", router_aux_loss_coef=0.0)
+    with pytest.raises(UserError, match="nothing to balance"):
+        balance(model)
+    with pytest.raises(UserError, match="router_z_loss_coef is -1"):
+        balance(model, router_z_loss_coef=-1)
+    with pytest.raises(UserError, match="router_aux_loss_scope is 'global'"):
+        balance(model, router_aux_loss_coef=1.0, router_aux_loss_scope="global")
+    with pytest.raises(UserError, match="no router of MixtralForCausalLM has a selection bias"):
+        balance(model, router_bias_update_rate=0.1)
+    assert balances_of(model) == []
+    with balance(model, router_aux_loss_coef=1.0), pytest.raises(UserError, match="balanced already"):
+        balance(model, router_aux_loss_coef=1.0)
+
+
+def test_the_coefficient_of_the_configuration_is_the_default():
+    with balance(foreign("mixtral", router_aux_loss_coef=0.25)) as handle:
+        assert handle.settings.router_aux_loss_coef == 0.25
+
+
+@pytest.mark.slow
+def test_compiled_model_has_the_gradients_of_the_plain_one():
+    model = foreign("mixtral", num_hidden_layers=1)
+    model.set_experts_implementation("grouped_mm")
+    model.float()
+    with balance(model, **SUMS):
+        expected = step(model, padded_batch())
+        torch.compile(model, backend="aot_eager")(**padded_batch()).loss.backward()
+        assert_close(gradients(model), expected, 1e-4)
+
+
+# with a Trainer ------------------------------------------------------------------------------------------------------
+
+ROWS = 8
+
+
+def rows() -> list[dict]:
+    """Returns sequences of unequal lengths with labels after prompts of unequal lengths."""
+    torch.manual_seed(1)
+    found = []
+    for i in range(ROWS):
+        ids = torch.randint(3, 64, (5 + 2 * i,)).tolist()
+        found.append({"input_ids": ids, "labels": [-100] * (1 + i) + ids[1 + i :]})
+    return found
+
+
+def pad(batch: list[dict]) -> dict[str, torch.Tensor]:
+    """Pads on the right to the longest sequence of the micro-batch."""
+    columns = {name: [torch.tensor(row[name]) for row in batch] for name in ("input_ids", "labels")}
+    columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+    values = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    return {name: pad_sequence(columns[name], True, value) for name, value in values.items()}
+
+
+class Recorder(TrainerCallback):
+    """Keeps the gradients of the last step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        """Copies the gradients."""
+        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def train(model, folder, **fields) -> Recorder:
+    """Returns the gradients of one step of a Trainer."""
+    recorder = Recorder()
+    Trainer(
+        model=model,
+        args=training_arguments(folder, **fields),
+        train_dataset=Dataset.from_list(rows()),
+        data_collator=pad,
+        callbacks=[recorder],
+    ).train()
+    return recorder
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["labels", "label_smoothing"])
+def test_gradient_of_a_step_does_not_depend_on_the_split(smoothing, tmp_path):
+    steps = {}
+    for split, kind in ((1, "none"), (2, "none"), (4, "reentrant"), (8, "non_reentrant")):
+        fields = {} if kind == "none" else {"gradient_checkpointing": True}
+        if fields:
+            fields["gradient_checkpointing_kwargs"] = {"use_reentrant": CHECKPOINTING[kind]}
+        model = foreign("mixtral")
+        with balance(model, **SUMS):
+            sizes = {"per_device_train_batch_size": ROWS // split, "gradient_accumulation_steps": split}
+            steps[split] = train(model, tmp_path, label_smoothing_factor=smoothing, **sizes, **fields).gradients
+    for split in (2, 4, 8):
+        assert_close(steps[split], steps[1], 1e-6)
+    router = "model.layers.0.mlp.gate.weight"
+    without = train(foreign("mixtral"), tmp_path, label_smoothing_factor=smoothing).gradients[router]
+    assert (steps[1][router] - without).norm() > 0.1 * without.norm()
+
+
+def test_trainer_adds_our_loss_once_beside_that_of_the_configuration(tmp_path):
+    model = foreign("mixtral", router_aux_loss_coef=3.0, output_router_logits=True)
+    with balance(model, router_aux_loss_coef=3.0):
+        got = train(model, tmp_path).gradients
+    ours = to_moe(foreign("mixtral")).double().train()
+    ours.set_experts_implementation("eager")
+    ours.config.router_aux_loss_coef, ours.config.router_z_loss_coef = 3.0, 0.0
+    expected = step(ours, pad(rows()))
+    for layer in range(2):
+        gate = f"model.layers.{layer}.mlp.gate.weight"
+        assert_close({gate: got[gate]}, {gate: expected[gate]}, 1e-6)
+
+
+@pytest.mark.parametrize("when", ["before", "after"], ids=["balanced_first", "adapted_first"])
+def test_lora_on_routers_and_experts(when, tmp_path):
+    config = LoraConfig(target_parameters=["mlp.gate.weight", "mlp.experts.down_proj"], r=2, init_lora_weights=False)
+    steps = {}
+    for split in (1, 4):
+        torch.manual_seed(3)
+        model = foreign("mixtral")
+        handle = balance(model, **SUMS) if when == "before" else None
+        adapted = get_peft_model(model, config)
+        handle = handle or balance(adapted, **SUMS)
+        sizes = {"per_device_train_batch_size": ROWS // split, "gradient_accumulation_steps": split}
+        steps[split] = train(adapted, tmp_path, **sizes).gradients
+        handle.detach()
+    assert any("gate" in name for name in steps[1])
+    assert_close(steps[4], steps[1], 1e-6)
+
+
+trl = pytest.importorskip("trl")
+
+
+@pytest.mark.parametrize("split", [1, 4])
+def test_sft_adds_our_loss_once_and_saves_the_configuration_unchanged(split, tmp_path, tokenizer):
+    def sft(**losses):
+        model = foreign("mixtral", router_aux_loss_coef=2.0, vocab_size=300).float()
+        handle = balance(model, **losses) if losses else None
+        recorder = Recorder()
+        args = training_arguments(tmp_path).to_dict()
+        names = ("output_dir", "use_cpu", "max_steps", "max_grad_norm", "optim", "save_strategy", "disable_tqdm")
+        own = {} if losses else {"router_aux_loss_coef": 0.0}
+        config = trl.SFTConfig(
+            **{name: args[name] for name in names},
+            **own,
+            per_device_train_batch_size=ROWS // split,
+            gradient_accumulation_steps=split,
+            report_to="none",
+            bf16=False,
+            gradient_checkpointing=False,
+        )
+        trainer = trl.SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows()]),
+            processing_class=tokenizer,
+            callbacks=[recorder],
+        )
+        trainer.train()
+        trainer.save_model(str(tmp_path / "saved"))
+        if handle is not None:
+            handle.detach()
+        return recorder.gradients
+
+    sums = {"router_aux_loss_coef": 2.0, "router_aux_loss_scope": "sequence"}
+    got = sft(**sums)
+    assert not json.loads((tmp_path / "saved" / "config.json").read_text()).get("output_router_logits", False)
+    without = sft()
+    ours = to_moe(foreign("mixtral", vocab_size=300).float()).train()
+    ours.config.router_z_loss_coef = 0.0
+    for name, value in sums.items():
+        setattr(ours.config, name, value)
+    for row in rows():
+        (ours.model(torch.tensor([row["input_ids"]]), attach_router_loss=False).router_loss / ROWS).backward()
+    expected = gradients(ours)
+    for layer in range(2):
+        gate = f"model.layers.{layer}.mlp.gate.weight"
+        assert_close({gate: got[gate] - without[gate]}, {gate: expected[gate]}, 1e-4)
