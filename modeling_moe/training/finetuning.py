@@ -181,7 +181,7 @@ def _add_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
     return adapted
 
 
-def _balance(model: PreTrainedModel | PeftModel, args: BalanceArguments, merge: bool) -> Balance | None:
+def _balance(model: PreTrainedModel | PeftModel, args: BalanceArguments) -> Balance | None:
     """Balances a model of transformers, by the loss of its configuration if the arguments name nothing.
 
     Raises:
@@ -199,7 +199,10 @@ def _balance(model: PreTrainedModel | PeftModel, args: BalanceArguments, merge: 
             raise UserError(f"{given[0]} has no effect on a model of this package: set it in the model's config.json")
         return None
     config: Any = model.config
-    if not given and not getattr(config.get_text_config(), "router_aux_loss_coef", None):
+    coefficient = args.router_aux_loss_coef
+    if coefficient is None:
+        coefficient = getattr(config.get_text_config(), "router_aux_loss_coef", None)
+    if not (coefficient or args.router_z_loss_coef or args.router_bias_update_rate):
         return None
     try:
         handle = balance(model, **vars(args))
@@ -208,9 +211,10 @@ def _balance(model: PreTrainedModel | PeftModel, args: BalanceArguments, merge: 
             raise
         logger.warning(f"The run has no balance loss: {error}.")
         return None
-    if isinstance(model, PeftModel) and not merge and not all(bias.is_in_adapter(model) for bias in handle.biases):
+    if isinstance(model, PeftModel) and not all(bias.is_in_adapter(model) for bias in handle.biases):
         raise UserError(
-            "router_bias_update_rate moves selection biases that the adapter does not hold: set merge_lora true"
+            "router_bias_update_rate moves selection biases that the checkpoints of an adapter do not hold: set lora_router "
+            "true, or method full if the biases are not part of the routers"
         )
     return handle
 
@@ -421,7 +425,7 @@ def finetune(
     freezing = [FreezeExpertsCallback(model_args.frozen_experts())] if model_args.freeze_experts else []
     schedule = [ScheduleCallback(resume)] if resume else []
     merge = model_args.method == "lora" and lora_args.merge_lora
-    balancing = _balance(model, balance_args or BalanceArguments(), merge)
+    balancing = _balance(model, balance_args or BalanceArguments())
     trainer = _make_trainer(model, args, train, held_out, tokenizer, [*callbacks, *freezing, *schedule])
     _check_merge(trainer, model, merge)
     if resume is None and args.should_save:
