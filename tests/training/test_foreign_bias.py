@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Trainer
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.conversion import to_moe
@@ -16,12 +16,13 @@ from modeling_moe.training.nan_stop import NanStopMixin
 from modeling_moe.utils.errors import UserError
 from tests.builders import training_arguments
 from tests.training.families import tiny
-from tests.training.test_foreign_balance import CHECKPOINTING, pad, padded_batch, rows
+from tests.training.test_foreign_balance import CHECKPOINTING, pad, padded_batch, rows, skip_unread
 
 
 RATE = 0.125
 # the bias lies in the router, in the block, in a module inside the router, and is a buffer or a parameter
 HAND_COUNTED = ("deepseek_v3", "glm4_moe", "minimax_m2", "ernie4_5_moe", "lfm2_moe", "laguna", "kolibri1", "hy_v3")
+HAND_COUNTED = tuple(family for family in HAND_COUNTED if family in CONFIG_MAPPING)  # older releases lack some
 
 
 def random_model(family: str, **fields):
@@ -104,6 +105,7 @@ def trained(model, folder, trainer=Trainer, steps: int = 10, **fields):
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_ten_steps_give_the_bias_of_our_model(kind, tmp_path):
     theirs = random_model("deepseek_v3")
+    skip_unread(theirs)
     config = to_moe(deepcopy(theirs)).config
     losses = {"router_aux_loss_coef": 0.1, "router_seq_aux_loss_coef": 0.05, "router_aux_loss_scope": "sequence"}
     for name, value in losses.items():

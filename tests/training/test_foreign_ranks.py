@@ -27,7 +27,7 @@ def stepped(folder: Path, split: int, ranks: int) -> dict:
     model = foreign("mixtral")
     with balance(model, **SUMS):
         found = train(model, folder, **sizes).gradients
-    biased = random_model("deepseek_v3")
+    biased = random_model("minimax_m2")
     with balance(biased, **SUMS, router_bias_update_rate=RATE) as handle:
         train(biased, folder, max_steps=3, learning_rate=0.01, **sizes)
         losses = handle.losses()
@@ -61,7 +61,7 @@ def rank_main(rank: int, folder: str) -> None:
 def table(tmp_path_factory) -> dict:
     """Maps (split, ranks, rank) to what a step gave."""
     folder = tmp_path_factory.mktemp("ranks")
-    model = random_model("deepseek_v3")
+    model = random_model("minimax_m2")
     if Version(transformers.__version__) >= SPLITTING:
         model.save_pretrained(folder / "model")
     context = run_ranks(rank_main, 2, str(folder), join=False)
