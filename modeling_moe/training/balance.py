@@ -277,7 +277,7 @@ def balance(
     the biases as they hold weights.
 
     In a `Trainer`, [`~modeling_moe.training.MoECallback`] scales the losses and steps the biases; your own loop sets
-    [`Balance.scale`] and calls [`Balance.step`].
+    the handle's `scale` and calls [`Balance.step`].
 
     Args:
         model: any MoE model of transformers whose experts follow its experts interface, with or without adapters. Call

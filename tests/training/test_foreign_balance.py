@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCall
 
 from modeling_moe.conversion import to_moe
 from modeling_moe.monitoring import sparse_layers
-from modeling_moe.training import balance, balances_of
+from modeling_moe.training import MoECallback, balance, balances_of
 from modeling_moe.utils.errors import UserError
 from tests.builders import SHAPE, tiny_model, training_arguments
 from tests.training.families import tiny
@@ -339,6 +340,23 @@ def test_trainer_adds_our_loss_once_beside_that_of_the_configuration(tmp_path):
     for layer in range(2):
         gate = f"model.layers.{layer}.mlp.gate.weight"
         assert_close({gate: got[gate]}, {gate: expected[gate]}, 1e-6)
+
+
+def test_callback_sets_fp16_scales_and_skips_what_the_scaler_skips(tmp_path):
+    """The scaler of fp16 training is a stand-in: it runs on GPUs only."""
+    model = foreign("minimax_m2")
+    args = training_arguments(tmp_path, gradient_accumulation_steps=4)
+    optimizer = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 1024.0), step_was_skipped=True)
+    given = {"model": model, "optimizer": optimizer, "train_dataloader": [None] * 4}
+    callback, state = MoECallback(), SimpleNamespace(global_step=0)
+    with balance(model, router_aux_loss_coef=1.0, router_bias_update_rate=0.1) as handle:
+        callback.on_step_begin(args, state, None, **given)
+        assert (handle.scale, handle.token_scale) == (256.0, 1024.0)
+        for skipped in (True, False):
+            optimizer.step_was_skipped = skipped
+            model(**padded_batch())
+            callback.on_optimizer_step(args, state, None, **given)
+            assert any(bias.tensor.any() for bias in handle.biases) != skipped
 
 
 @pytest.mark.parametrize("when", ["before", "after"], ids=["balanced_first", "adapted_first"])
