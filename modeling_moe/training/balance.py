@@ -62,9 +62,9 @@ class BalanceSettings:
     def __post_init__(self):
         for name in (*COEFFICIENTS.values(), "router_bias_update_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}: choose a number of 0 or more.")
+                raise UserError(f"{name} is {getattr(self, name)}: choose a number of 0 or more")
         if self.router_aux_loss_scope not in SCOPES:
-            raise UserError(f"router_aux_loss_scope is {self.router_aux_loss_scope!r}: choose one of {SCOPES}.")
+            raise UserError(f"router_aux_loss_scope is {self.router_aux_loss_scope!r}: choose one of {SCOPES}")
 
     @property
     def has_losses(self) -> bool:
@@ -110,8 +110,7 @@ class Balance:
         layers = sparse_layers(model)
         if self.settings.router_bias_update_rate > 0:
             self.biases = _find_biases(model)
-            for bias in self.biases:
-                bias.widen()
+            self._widen_biases()
             self._warn_of_adapter(model)
         self._model = model
         self._experts = {id(layer.experts) for layer in layers}
@@ -119,6 +118,14 @@ class Balance:
         if self.settings.has_losses and self._theirs is None:
             self._theirs = TransformersLossesOff(self._frames.models, self._trains)
         self._observation: Observation | None = observe(model, torch.compiler.disable(self._on_pass))
+
+    def _widen_biases(self) -> None:
+        narrow = [bias.widen() for bias in self.biases if bias.is_narrow]
+        if narrow:
+            logger.warning(
+                f"{len(narrow)} selection biases are now float32 instead of {narrow[0]}, which would round their small steps "
+                "away: load the saved model in float32 to keep them exactly."
+            )
 
     def _warn_of_adapter(self, model: nn.Module) -> None:
         if isinstance(model, PeftModel) and not all(bias.is_in_adapter(model) for bias in self.biases):
@@ -203,7 +210,7 @@ class Balance:
         if total is None or not total.requires_grad:
             return None  # the first run of reentrant checkpointing, or a model whose router and inputs are frozen
         share = frame.share()
-        factor = self.scale if share is None else self.token_scale * share
+        factor = self.scale if share is None else self.token_scale * share.to(total.device)
         return AttachLoss.apply(event.weight, total * factor / len(self._experts))
 
     @torch.no_grad()
@@ -240,8 +247,7 @@ class Balance:
         """
         counted = [bias for bias in self.biases if bias.layer.name in self._loads]
         if counted:
-            for bias in counted:
-                bias.widen()
+            self._widen_biases()  # a cast of the model narrows them again
             loads = [self._loads[bias.layer.name] for bias in counted]
             move_biases(counted, loads, self.settings.router_bias_update_rate)
         self.forget()
@@ -294,7 +300,8 @@ def balance(
     Raises:
         UnreachableRouting: a ValueError, if the model is dense, or its experts cannot be reached.
         UserError: for a model of this package, a model that is balanced already, a number below 0, a bias that does not
-            exist, and if there is nothing to do. The first training pass raises it if the router logits cannot be read.
+            exist, router logits that cannot be read, and if there is nothing to do. The first training pass raises it for the
+            router logits of a block that does not run alone.
 
     Example:
         >>> with balance(model, router_aux_loss_coef=0.01) as handle:
@@ -305,14 +312,13 @@ def balance(
         ...         optimizer.zero_grad()
     """
     layers = sparse_layers(model)
-    name = type(_inner(model)).__name__
     if any(layer.returns_routing for layer in layers):
         raise UserError(
-            f"{name} trains its router losses and selection biases itself: set router_aux_loss_coef and "
-            "router_bias_update_rate in its configuration."
+            f"{type(_inner(model)).__name__} trains its router losses and selection biases itself: set router_aux_loss_coef and "
+            "router_bias_update_rate in its configuration"
         )
     if balances_of(model):
-        raise UserError("the model is balanced already: detach the first balance.")
+        raise UserError("the model is balanced already: detach the first balance")
     if router_aux_loss_coef is None:
         router_aux_loss_coef = getattr(_inner(model).config.get_text_config(), "router_aux_loss_coef", None) or 0.0
     settings = BalanceSettings(
@@ -324,7 +330,7 @@ def balance(
         router_bias_update_rate=router_bias_update_rate,
     )
     if not settings.has_losses and router_bias_update_rate == 0:
-        raise UserError("there is nothing to balance: set router_aux_loss_coef or router_bias_update_rate.")
+        raise UserError("there is nothing to balance: set router_aux_loss_coef or router_bias_update_rate")
     return Balance(model, settings)
 
 

@@ -69,7 +69,9 @@ class BatchFrame:
         if positions is not None and positions.shape not in (shape, (1, shape[1])):
             positions = None  # positions of several axes, or of other tokens
         begins = find_beginnings(shape, positions, mask, ends) if shape[1] > 1 else None
-        context = RoutingContext(rows, event.token_mask, begins=None if begins is None else begins.flatten())
+        context = RoutingContext(
+            rows, event.token_mask, begins=None if begins is None else begins.flatten().to(event.index.device)
+        )
         self._contexts[event.layer.name] = context
         return context
 
@@ -141,7 +143,7 @@ class BatchFrames:
 
     def __init__(self, model: nn.Module, layers: list[str]):
         self.current: BatchFrame | None = None
-        self._depth = 0
+        self._running: list[nn.Module] = []
         above = {name[:end] for name in layers for end in range(len(name)) if name[end] == "."} | {""}
         self._above = [module for name, module in model.named_modules() if name in above]
         self.models = [module for module in self._above if isinstance(module, PreTrainedModel)]
@@ -180,17 +182,19 @@ class BatchFrames:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._is_mine(module):
             return
-        if self._depth == 0:
+        if any(module is other for other in self._running):
+            self._running.clear()  # Ctrl-C ended the batch before, which calls no hook
+        if not self._running:
             self.current = BatchFrame(torch.is_grad_enabled())
             self._wrap_checkpointing()
-        self._depth += 1
+        self._running.append(module)
         assert self.current is not None
         self.current.add(kwargs)
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
-        if self._is_mine(module) and self._depth > 0:
-            self._depth -= 1
-            if self._depth == 0:
+        if self._is_mine(module) and self._running:
+            self._running.pop()
+            if not self._running:
                 self.current = None
 
     def _wrap_checkpointing(self) -> None:

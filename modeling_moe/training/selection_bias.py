@@ -8,7 +8,6 @@ what it does: a large number in it sends every token to the expert, and the rout
 # E experts
 """
 
-import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -23,8 +22,6 @@ from ..router_balancing import BiasController, all_ranks
 from ..utils.errors import UserError
 from .router_probe import Choice, ProbeError, RouterProbe
 
-
-logger = logging.getLogger(__name__)
 
 # larger than any score that chooses experts, and exact in bf16
 PROBE_BIAS = 16384.0
@@ -52,14 +49,16 @@ class SelectionBias(NamedTuple):
         ]
         return any(module is self.owner for module in kept)
 
-    def widen(self) -> None:
-        """Gives a 16-bit bias the dtype fp32, in which a step of 0.001 is not lost: in bf16 0.5 + 0.001 is 0.5."""
-        if self.tensor.dtype in (torch.bfloat16, torch.float16):
-            logger.warning(
-                f"the selection bias of {self.layer.name} is now float32 instead of {self.tensor.dtype}, in which its small "
-                "steps would be lost; save the model in float32, or the saved bias is rounded."
-            )
-            self.tensor.data = self.tensor.data.float()
+    @property
+    def is_narrow(self) -> bool:
+        """Says whether the dtype has 16 bits, in which a step of 0.001 is lost: in bf16 0.5 + 0.001 is 0.5."""
+        return self.tensor.dtype in (torch.bfloat16, torch.float16)
+
+    def widen(self) -> torch.dtype:
+        """Gives the bias the dtype fp32, and returns the old one."""
+        old = self.tensor.dtype
+        self.tensor.data = self.tensor.data.float()
+        return old
 
 
 def _candidates(block: nn.Module, layer: SparseLayer) -> Iterator[SelectionBias]:

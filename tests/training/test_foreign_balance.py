@@ -86,19 +86,39 @@ def step(model, batch: dict) -> dict[str, torch.Tensor]:
     return gradients(model)
 
 
-@pytest.mark.parametrize("losses", LOSSES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_our_model(family, losses):
+def packed_batch() -> dict:
+    """Returns two rows of two sequences each, which only the positions tell, with labels of unequal number."""
+    batch = padded_batch()
+    positions = torch.stack([torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]), torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2])])
+    labels = batch["input_ids"][:2].clone()
+    labels[0, :3] = labels[:, 4] = labels[1, 6] = -100
+    return {
+        "input_ids": batch["input_ids"][:2],
+        "position_ids": positions,
+        "use_cache": False,  # with a cache, transformers lets packed sequences attend to each other
+        "labels": labels,
+        "num_items_in_batch": ITEMS,
+    }
+
+
+BATCHES = {"padded": padded_batch, "packed": packed_batch}
+ORACLES = [(family, losses, "padded") for family in FAMILIES for losses in LOSSES]
+ORACLES += [("mixtral", "sequence", "packed"), ("qwen3_moe", "batch", "packed")]
+
+
+@pytest.mark.parametrize(("family", "losses", "kind"), ORACLES)
+def test_gradients_are_those_of_our_model(family, losses, kind):
     theirs = foreign(family)
     skip_unread(theirs)
     ours = to_moe(deepcopy(theirs)).double().train()
     ours.set_experts_implementation("eager")
     for name, value in ({"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0} | LOSSES[losses]).items():
         setattr(ours.config, name, value)
-    expected = step(ours, padded_batch())
+    batch = BATCHES[kind]()
+    expected = step(ours, batch)
     with balance(theirs, **LOSSES[losses]):
-        got = step(theirs, padded_batch())
-    without = step(theirs, padded_batch())
+        got = step(theirs, batch)
+    without = step(theirs, batch)
     # a conversion permutes and stacks weights, gradients alike
     as_weights = deepcopy(theirs)
     for name, parameter in as_weights.named_parameters():
@@ -154,6 +174,22 @@ def test_checkpointing_and_two_batches_before_backward(kind, order, family):
                 loss.backward()
         assert_close(gradients(model), expected)
         assert handle._passes == 2 * len(handle._observation.layers)  # a repeated layer counts once
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_batch_that_an_error_ends_leaves_nothing_for_the_next(error):
+    model = foreign("mixtral")
+
+    def stop(*_):
+        raise error
+
+    with balance(model, **SUMS):
+        expected = step(model, padded_batch(3))
+        hook = model.model.layers[1].mlp.register_forward_pre_hook(stop)
+        with pytest.raises(error), torch.no_grad():
+            model(**padded_batch())
+        hook.remove()
+        assert_close(step(model, padded_batch(3)), expected)
 
 
 def test_another_checkpointing_is_refused():
@@ -424,3 +460,32 @@ def test_sft_adds_our_loss_once_and_saves_the_configuration_unchanged(split, tmp
     for layer in range(2):
         gate = f"model.layers.{layer}.mlp.gate.weight"
         assert_close({gate: got[gate] - without[gate]}, {gate: expected[gate]}, 1e-4)
+
+
+@pytest.mark.slow
+def test_the_reference_model_of_dpo_is_not_balanced(tmp_path, tokenizer):
+    model = foreign("mixtral", vocab_size=300).float()
+    args = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+        gradient_checkpointing=True,
+        disable_tqdm=True,
+    )
+    pairs = [{"prompt": "to the old", "chosen": " mill" * i, "rejected": " Weg"} for i in range(1, 9)]
+    with balance(model, **SUMS) as handle:
+        trl.DPOTrainer(
+            model=model,
+            ref_model=deepcopy(model),
+            args=args,
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer,
+        ).train()
+        # one pass of the policy for each of two micro-batches of two steps
+        assert handle._passes == 2 * 2 * len(handle._observation.layers)
+        assert handle.losses()["balance"] >= 1
