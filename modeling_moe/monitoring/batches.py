@@ -100,18 +100,22 @@ class Batches:
     """The batches of the models that run, outermost first, and of the passes whose backward is still to come."""
 
     def __init__(self) -> None:
-        self._running: list[Batch] = []
+        self._running: list[tuple[list[str] | None, Batch]] = []
         self._pending: dict[str, deque[Batch]] = {}
 
     def enter(self, names: list[str] | None, args: tuple, kwargs: dict[str, Any]) -> None:
         """Notes the arguments of a model that begins to run.
 
         Args:
-            names: names of the positional arguments of the model; None for a module that only holds a model.
+            names: names of the positional arguments of the model, one list for each model; None for a module that only
+                holds a model.
             args, kwargs: the arguments.
         """
-        outer = self._running[-1] if self._running else Batch(torch.is_grad_enabled())
-        self._running.append(outer if names is None else _inner(outer, dict(zip(names, args, strict=False)) | kwargs))
+        if names is not None and any(names is running for running, _ in self._running):
+            self._running.clear()  # Ctrl-C ended the pass before, and torch calls no hook then
+        outer = self._running[-1][1] if self._running else Batch(torch.is_grad_enabled())
+        batch = outer if names is None else _inner(outer, dict(zip(names, args, strict=False)) | kwargs)
+        self._running.append((names, batch))
 
     def leave(self, *_: Any) -> None:
         """Forgets the arguments of the model that ends, also by an exception."""
@@ -128,7 +132,7 @@ class Batches:
             batch = pending[place]
             del pending[place]
             return batch
-        batch = self._running[-1] if self._running else Batch(torch.is_grad_enabled())
+        batch = self._running[-1][1] if self._running else Batch(torch.is_grad_enabled())
         if batch.records_gradient:
             pending.append(batch)
         return batch
