@@ -10,7 +10,7 @@ two is what the number of experts decides, so that no list of model families is 
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -55,6 +55,13 @@ class Skeleton:
     layers: list[SparseLayer]
     num_experts: int
 
+    def active_parameters(self, top_k: int | None) -> int | None:
+        """Returns the number of parameters that a token uses if it chooses `top_k` experts; None if that is None."""
+        if top_k is None:
+            return None
+        experts = sum(parameter.numel() for layer in self.layers for parameter in layer.experts.parameters())
+        return self.model.num_parameters() - experts * (self.num_experts - top_k) // self.num_experts
+
 
 @dataclass(frozen=True)
 class Reduction:
@@ -65,9 +72,33 @@ class Reduction:
         after: the model with fewer experts.
         fields: changed fields of the language model's configuration, with their new values.
         axes: where the tensors of `before` that change have an entry for each expert, by the name of the tensor.
+        most_per_token: number of experts that a token can choose in `after`.
+        lowers_top_k: whether `fields` holds a lower number of experts per token.
     """
 
     before: Skeleton
+    after: Skeleton
+    fields: dict[str, Any]
+    axes: dict[str, Axis]
+    most_per_token: int
+    lowers_top_k: bool = False
+
+
+class Groups(NamedTuple):
+    """Says how a router groups its experts.
+
+    Attributes:
+        count: number of groups of consecutive experts; 1 without groups.
+        chosen: number of groups that a token may choose experts from.
+    """
+
+    count: int
+    chosen: int
+
+
+class _Fewer(NamedTuple):
+    """A model with fewer experts, the fields that made them fewer, and the tensors that became smaller."""
+
     after: Skeleton
     fields: dict[str, Any]
     axes: dict[str, Axis]
@@ -182,7 +213,7 @@ def _follows(before: Skeleton, after: Skeleton, axes: Iterable[str]) -> bool:
     return [layer.name for layer in before.layers] == [layer.name for layer in after.layers]
 
 
-def _with_fewer(before: Skeleton, keep: int, trust_remote_code: bool) -> Reduction:
+def _with_fewer(before: Skeleton, keep: int, trust_remote_code: bool) -> _Fewer:
     """Returns the model with fewer experts, by trying each configuration field whose value is E.
 
     Raises:
@@ -204,10 +235,14 @@ def _with_fewer(before: Skeleton, keep: int, trust_remote_code: bool) -> Reducti
             if any("expert" in name for name in changes):
                 reason = str(error)
             continue
-        except Exception:  # noqa: BLE001: a model with another width or head may fail to be built in any way
+        except Exception as error:  # a model with another width or number of heads may fail to be built in any way
+            if any("expert" in name for name in changes):
+                reason = (
+                    f"{', '.join(changes)}={keep} fails with {type(error).__name__}: {' '.join(str(error).split())}"
+                )
             continue
         if after.num_experts == keep and _follows(before, after, axes):
-            return Reduction(before, after, changes, axes)
+            return _Fewer(after, changes, axes)
     raise UserError(f"{type(before.model).__name__} cannot be pruned by selecting experts: {reason}")
 
 
@@ -230,32 +265,59 @@ def _lowered(value: Any, most: int) -> Any:
     return None
 
 
-def _with_lower_top_k(reduction: Reduction, most: int, trust_remote_code: bool) -> Reduction:
-    """Returns the reduction with K lowered to `most` experts, where the model has a higher K.
+def _lower_top_k(fewer: _Fewer, most: int, trust_remote_code: bool) -> dict[str, Any]:
+    """Returns the fields that give more than `most` experts per token, with lower values.
 
-    A field is lowered if a module of a sparse layer takes its number from it, and no shape changes.
+    A field is lowered if a module of a sparse layer takes a number from it, and no shape changes. Other names of such a
+    field, with an equal value, are lowered too, since another library may read them.
     """
-    after, changes = reduction.after, {}
-    numbers, known = _numbers(after.model, after.layers), shapes(after.model)
-    for name, value in _fields_of(after.config).items():
-        lower = _lowered(value, most)
-        if lower is None or name in reduction.fields or not any(part in name for part in TOP_K_NAMES):
-            continue
+    after, changes = fewer.after, {}
+    numbers, known, fields = _numbers(after.model, after.layers), shapes(after.model), _fields_of(after.config)
+    candidates = {
+        name: lower
+        for name, value in fields.items()
+        if name not in fewer.fields
+        and any(part in name for part in TOP_K_NAMES)
+        and (lower := _lowered(value, most)) is not None
+    }
+    for name, lower in candidates.items():
         lowered = skeleton(with_fields(after.config, {name: lower}), trust_remote_code=trust_remote_code)
         found = _numbers(lowered.model, lowered.layers)
         if shapes(lowered.model) == known and any(found.get(key) != number for key, number in numbers.items()):
             changes[name] = lower
-    if not changes:
-        return reduction
-    lowered = skeleton(with_fields(after.config, changes), trust_remote_code=trust_remote_code)
-    return Reduction(reduction.before, lowered, reduction.fields | changes, reduction.axes)
+    values = [fields[name] for name in changes]
+    aliases = {name: lower for name, lower in candidates.items() if "expert" in name and fields[name] in values}
+    return changes | aliases
 
 
-def groups_of(config: PreTrainedConfig) -> tuple[int, int]:
-    """Returns how many groups of experts a router has, and from how many of them a token may choose; (1, 1) without."""
+def groups_of(config: PreTrainedConfig) -> Groups:
+    """Returns how a router groups its experts, by the fields `n_group` and `topk_group`."""
     text = config.get_text_config(decoder=True)
-    groups = getattr(text, "n_group", None) or 1
-    return groups, (getattr(text, "topk_group", None) or groups) if groups > 1 else 1
+    count = getattr(text, "n_group", None) or 1
+    return Groups(count, (getattr(text, "topk_group", None) or count) if count > 1 else 1)
+
+
+def _check_keep(before: Skeleton, keep: int, groups: Groups) -> None:
+    """Refuses a number of experts that is out of range; a router with groups adds up the two best scores of a group."""
+    most = before.num_experts - 1
+    if groups.count == 1 and not 1 <= keep <= most:
+        raise UserError(f"keep is {keep}: it must be from 1 to {most}, one less than the model's number of experts")
+    if keep % groups.count or (not 2 * groups.count <= keep <= most and groups.count > 1):
+        raise UserError(
+            f"keep is {keep}: it must be a multiple of n_group ({groups.count}) from {2 * groups.count} to {most}, one less "
+            "than the model's number of experts"
+        )
+
+
+def _refuse_tables(before: Skeleton) -> None:
+    """Refuses a router with a table of expert ids, which names experts that would be dropped."""
+    prefixes = tuple(block_prefix(layer) for layer in before.layers)
+    for name, tensor in before.model.state_dict().items():
+        if name.startswith(prefixes) and not tensor.is_floating_point() and tensor.ndim:
+            raise UserError(
+                f"{type(before.model).__name__} cannot be pruned: {name} is a table that sends tokens to fixed experts, "
+                "also to those that would be dropped"
+            )
 
 
 def reduce(before: Skeleton, keep: int, *, trust_remote_code: bool = False) -> Reduction:
@@ -272,21 +334,13 @@ def reduce(before: Skeleton, keep: int, *, trust_remote_code: bool = False) -> R
     Raises:
         UserError: if `keep` is out of range, or the model cannot be pruned by selecting experts; the message says why.
     """
-    groups, chosen_groups = groups_of(before.config)
-    least = groups if groups == 1 else 2 * groups
-    if not least <= keep < before.num_experts or keep % groups:
-        raise UserError(
-            f"keep is {keep}: it must be a multiple of n_group ({groups}) from {least} to {before.num_experts - 1} "
-            "(one less than the model's number of experts)"
-            if groups > 1
-            else f"keep is {keep}: it must be from 1 to {before.num_experts - 1} (one less than the model's number of experts)"
-        )
-    for name, tensor in before.model.state_dict().items():
-        inside = any(name.startswith(block_prefix(layer)) for layer in before.layers)
-        if inside and not tensor.is_floating_point() and tensor.ndim:
-            raise UserError(
-                f"{type(before.model).__name__} cannot be pruned: {name} is a table of expert ids, which a token is sent to "
-                "whatever the router computes"
-            )
-    reduction = _with_fewer(before, keep, trust_remote_code)
-    return _with_lower_top_k(reduction, chosen_groups * (keep // groups), trust_remote_code)
+    groups = groups_of(before.config)
+    _check_keep(before, keep, groups)
+    _refuse_tables(before)
+    fewer = _with_fewer(before, keep, trust_remote_code)
+    most = groups.chosen * (keep // groups.count)
+    lower = _lower_top_k(fewer, most, trust_remote_code)
+    after = fewer.after
+    if lower:
+        after = skeleton(with_fields(after.config, lower), trust_remote_code=trust_remote_code)
+    return Reduction(before, after, fewer.fields | lower, fewer.axes, most, bool(lower))
