@@ -330,8 +330,9 @@ def prune_any(checkpoint: AnyCheckpoint, reduction: Reduction, usage: Usage, opt
     """Drops all but the best experts of each layer, with their entries in the router, and keeps everything else.
 
     The result has the source's family, names and layout on disk, so that whatever loads the source loads the result. On a
-    text whose tokens choose no dropped expert, the logits are unchanged if the router's weights of a token depend on its
-    chosen experts alone; otherwise they are those of the source with the dropped experts' router logits at minus infinity.
+    text whose tokens choose no dropped expert, the logits are unchanged if the router has no groups and its weights of a
+    token depend on the chosen experts alone. On any text they are those of the source with the dropped experts' router logits
+    at minus infinity.
 
     Args:
         checkpoint: the source; no weight is read.

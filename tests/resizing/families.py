@@ -58,7 +58,14 @@ COMMON = {
 MORE = {
     "afmoe": EXPERTS | {"num_dense_layers": 1, "num_shared_experts": 1},
     "axk1": ROUTED | LATENT | {"n_shared_experts": 1},
-    "bailing_hybrid": EXPERTS | LATENT | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "layer_types": ["linear_attention", "full_attention"]},
+    "bailing_hybrid": EXPERTS
+    | LATENT
+    | {
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "cohere2_moe": EXPERTS | {"first_k_dense_replace": 1},
     "exaone_moe": EXPERTS | {"n_group": 1, "topk_group": 1},
     "flex_olmo": EXPERTS,
@@ -73,7 +80,8 @@ MORE = {
     },
     "glm4_moe_lite": ROUTED | LATENT | {"n_shared_experts": 1, "head_dim": 8},
     "granitemoeshared": LOCAL | {"shared_intermediate_size": 12},
-    "granitemoehybrid": LOCAL | {"shared_intermediate_size": 12, "layer_types": ["attention"] * 2, "mamba_n_heads": 8, "mamba_d_head": 8},
+    "granitemoehybrid": LOCAL
+    | {"shared_intermediate_size": 12, "layer_types": ["attention"] * 2, "mamba_n_heads": 8, "mamba_d_head": 8},
     "hunyuan_v1_moe": EXPERTS | {"moe_topk": 2},
     "hy_v3": EXPERTS | {"first_k_dense_replace": 1},
     "kolibri1": LOCAL,
