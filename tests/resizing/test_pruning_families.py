@@ -40,9 +40,8 @@ def sparse_families() -> list[str]:
     for model_type, classes in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         name = classes if isinstance(classes, str) else classes[0]
         source = inspect.getsourcefile(getattr(transformers, name)) if hasattr(transformers, name) else None
-        if source and re.search(
-            r"use_experts_implementation|class \w*Experts\(|SparseMoe|\bMoE\(", open(source).read()
-        ):
+        text = Path(source).read_text() if source else ""
+        if re.search(r"use_experts_implementation|class \w*Experts\(|SparseMoe|\bMoE\(", text):
             found.append(model_type)
     return found
 
