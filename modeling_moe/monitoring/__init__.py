@@ -2,6 +2,7 @@
 """This package shows the routing of any Mixture of Experts in transformers, while it trains and afterwards."""
 
 from .expert_load import ExpertLoadRecorder
+from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, active_share, experts_modules, sparse_layers
 from .observing import LayerPass, Observation, observe
 from .routing_metrics import (
@@ -17,13 +18,17 @@ from .routing_metrics import (
     mean_experts,
     summary,
 )
+from .watching import RoutingWatch, watch
 
 
 __all__ = [
     "Entropies",
     "ExpertLoadRecorder",
+    "LayerFigures",
     "LayerPass",
     "Observation",
+    "RoutingFigures",
+    "RoutingWatch",
     "SparseLayer",
     "UnreachableRouting",
     "active_share",
@@ -40,4 +45,5 @@ __all__ = [
     "observe",
     "sparse_layers",
     "summary",
+    "watch",
 ]
