@@ -98,7 +98,7 @@ def gpt_oss_norms(experts, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_transformers_own_models(family, dtype):
-    model = tiny_family(family).to(dtype)
+    model = tiny_family(family, vocab_size=99).to(dtype)
     seen: dict[str, list[tuple]] = {}
     hooks = [
         module.register_forward_pre_hook(lambda module, args, name=name: seen.setdefault(name, []).append(args))
@@ -128,7 +128,7 @@ def test_transformers_own_models(family, dtype):
 
 
 def test_a_saved_usage_is_the_measured_one(tmp_path):
-    usage = measure_usage(tiny_family("mixtral"), BATCHES)
+    usage = measure_usage(tiny_family("mixtral", vocab_size=99), BATCHES)
     usage.save(tmp_path / "use.json")
     read = Usage.read(tmp_path / "use.json")
     assert (read.tokens, read.experts_per_token, list(read.layers)) == (34, 2, [0, 1])
