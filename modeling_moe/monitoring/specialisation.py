@@ -60,7 +60,9 @@ def contrasts(values: np.ndarray, labels: np.ndarray, domains: int) -> np.ndarra
     return np.where(difference == 0, 0.0, statistic)
 
 
-def adjusted_p_values(values: np.ndarray, labels: np.ndarray, seed: int, permutations: int = PERMUTATIONS) -> np.ndarray:
+def adjusted_p_values(
+    values: np.ndarray, labels: np.ndarray, seed: int, permutations: int = PERMUTATIONS
+) -> np.ndarray:
     """Returns the p-value of each domain and cell, corrected for the number of all cells of all domains.
 
     This is Westfall and Young's single-step maxT procedure (Resampling-Based Multiple Testing, 1993): the labels of the

@@ -60,9 +60,8 @@ def token_label(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     text = _decode(tokenizer, [token])
     if UNDECODABLE in text:
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-        known = [byte_of.get(character) for character in piece]
-        if None not in known and piece != UNDECODABLE:
-            return f"<{bytes(filter(lambda byte: byte is not None, known)).hex(' ').upper()}>"
+        if piece and all(character in byte_of for character in piece):
+            return f"<{bytes(byte_of[character] for character in piece).hex(' ').upper()}>"
         return piece
     # sentencepiece's sign for a space, which its decoder drops at the beginning of a text
     return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
