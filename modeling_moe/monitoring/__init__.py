@@ -3,6 +3,7 @@
 
 from .comparing import compare_traces
 from .expert_load import ExpertLoadRecorder
+from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, active_share, experts_modules, sparse_layers
 from .logged_history import read_history
 from .observing import LayerPass, Observation, observe
@@ -21,16 +22,20 @@ from .routing_metrics import (
     summary,
 )
 from .tracing import Traced, TraceOptions, refuse_mixing, trace_routing
+from .watching import RoutingWatch, watch
 
 
 __all__ = [
     "Entropies",
     "ExpertLoadRecorder",
+    "LayerFigures",
     "LayerPass",
     "LayerTrace",
     "ModelTrace",
     "Observation",
+    "RoutingFigures",
     "RoutingReport",
+    "RoutingWatch",
     "SparseLayer",
     "TraceOptions",
     "Traced",
@@ -53,4 +58,5 @@ __all__ = [
     "sparse_layers",
     "summary",
     "trace_routing",
+    "watch",
 ]

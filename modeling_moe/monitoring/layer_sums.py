@@ -1,170 +1,144 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module sums up what one sparse layer does with the tokens of all texts, without keeping each token's routing.
+"""This module sums what a sparse layer does over many passes, on the layer's device and without waiting for it.
 
-# D domains, U units (stretches of text), E experts, Z experts without weights, K experts per token, P position bins,
-# C candidates: tokens of the vocabulary that occur often, T tokens of a batch
+# T tokens, E experts, Z experts without weights (null and copy), K choices per token
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from .report_data import LayerSummary
-from .routing_metrics import dead_experts, max_violation
+from ..router import fp32_linear
+from .observing import LayerPass
+from .probabilities import SCORINGS, ScoringEvidence, probabilities
 
 
-class TokenPlaces(NamedTuple):
-    """Where the T tokens of a batch come from; all but the domain are arrays (T,) int64.
-
-    Attributes:
-        domain: number of the domain of the batch.
-        unit: unit of each token.
-        bin: position bin of each token.
-        candidate: number of the candidate that the token is; -1 for a rare token.
-        place: place of the token among all tokens of all domains.
-    """
-
-    domain: int
-    unit: np.ndarray
-    bin: np.ndarray
-    candidate: np.ndarray
-    place: np.ndarray
+# the probabilities that this package's routers return
+EXACT = "routing"
 
 
-class TokenRouting(NamedTuple):
-    """The routing of the T tokens of a batch in one layer, on the CPU.
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype of sums: fp64 counts to 2^53, which 10^9 tokens need; Apple's GPUs have no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass
+class ProbabilitySums:
+    """Sums over tokens of what follows from their probabilities.
 
     Attributes:
-        index: (T, K) int64 chosen experts; -1 for an empty assignment.
-        arrived: (T, K) int64 experts that the token reaches; -1 for an empty and for a dropped assignment.
-        weight: (T, K) float64 combine weights; 0 where the token does not arrive.
-        probs: (T, E + Z) float64 probabilities; None where they are not known.
-        margin: (T,) float64 difference of the probabilities of the last chosen and the first refused expert, None
-            without probabilities.
+        probs: (E + Z,) probabilities.
+        entropy: scalar, entropies in nats.
+        margin: scalar, differences of the K-th and the (K + 1)-th largest probability.
+        tokens: scalar, real tokens whose probabilities are known.
     """
 
-    index: np.ndarray
-    arrived: np.ndarray
-    weight: np.ndarray
-    probs: torch.Tensor | None
-    margin: np.ndarray | None
-
-    def first_choice(self) -> np.ndarray:
-        """Returns the expert (T,) int64 with the largest weight; -1 for a token that reaches no expert."""
-        best = np.where(self.arrived >= 0, self.weight, -np.inf).argmax(axis=-1)
-        return np.take_along_axis(self.arrived, best[:, None], axis=-1)[:, 0]
+    probs: torch.Tensor
+    entropy: torch.Tensor
+    margin: torch.Tensor
+    tokens: torch.Tensor
 
 
-def margins(probs: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Returns for each token the probability of the last chosen expert less that of the first refused one.
-
-    Args:
-        probs: (T, N) probabilities.
-        chosen: (T,) int64 number of experts that each token chooses.
-
-    Returns:
-        (T,); 0 for a token that chooses no expert or all.
-    """
-    width = probs.shape[-1]
-    ranked = probs.sort(dim=-1, descending=True).values
-    last = chosen.clamp(1, max(width - 1, 1))[:, None]
-    gap = ranked.gather(-1, last - 1) - ranked.gather(-1, last.clamp(max=width - 1))
-    return gap[:, 0].where((chosen > 0) & (chosen < width), 0.0)
-
-
+@dataclass
 class LayerSums:
-    """Sums over all tokens of one layer.
-
-    Args:
-        num_experts: E.
-        unit_domain: (U,) domain of each unit.
-        domains: D.
-        bins: P.
-        candidates: C.
+    """The sums of one layer, all in fp64.
 
     Attributes:
-        top_k: largest number K of assignments that a token had.
-        unit_load: (U, E) int64 assignments that reached each expert.
-        position: (P, E) int64 assignments that reached each expert.
-        together: (E, E) float64 number of tokens that reached both experts.
-        taken: (C, E) int32 occurrences of each candidate that reached each expert.
-        seen_at: (C, E) int64 place of the last of these occurrences.
+        counts: (E + Z + 2,) assignments to each expert with and without weights, empty ones, and those of padding.
+        dropped: scalar, assignments that capacity dropped.
+        top_k: K of the last pass.
+        by_scoring: sums for each way to probabilities that is still possible, by its name.
+        evidence: what tells which way is right; None for this package's routers and without router logits.
+        co_activation: (E, E) tokens that use both of two experts; None if it is not recorded.
+        tokens: scalar, real tokens.
+        notes: sentences about what the sums leave out.
     """
 
-    def __init__(self, num_experts: int, unit_domain: np.ndarray, domains: int, bins: int, candidates: int):
-        self.num_experts, self.unit_domain, self.domains = num_experts, unit_domain, domains
-        self.top_k = 0
-        self.unit_load = np.zeros((len(unit_domain), num_experts), np.int64)
-        self.position = np.zeros((bins, num_experts), np.int64)
-        self.together = np.zeros((num_experts, num_experts))
-        self.taken = np.zeros((candidates, num_experts), np.int32)
-        self.seen_at = np.zeros((candidates, num_experts), np.int64)
-        # by domain: tokens, chosen experts, tokens with known probabilities, sum of token entropies, sum of margins
-        self._sums = np.zeros((domains, 5))
-        self._probs: np.ndarray | None = None
-
-    def add(self, places: TokenPlaces, routing: TokenRouting) -> None:
-        """Adds the tokens of a batch."""
-        experts, arrived = self.num_experts, routing.arrived
-        self.top_k = max(self.top_k, arrived.shape[-1])
-        token, slot = np.nonzero(arrived >= 0)
-        expert = arrived[token, slot]
-        self.unit_load += count_pairs(places.unit[token], expert, self.unit_load.shape)
-        self.position += count_pairs(places.bin[token], expert, self.position.shape)
-        used = np.zeros((len(arrived), experts), np.float32)
-        used[token, expert] = 1  # once, also where a router gives a token one expert twice
-        self.together += used.T @ used
-        token, expert = np.nonzero(used)
-        frequent = places.candidate[token] >= 0
-        token, expert = token[frequent], expert[frequent]
-        candidate = places.candidate[token]
-        self.taken += count_pairs(candidate, expert, self.taken.shape).astype(np.int32)
-        self.seen_at[candidate, expert] = places.place[token]
-        self._add_figures(places.domain, routing)
-
-    def _add_figures(self, domain: int, routing: TokenRouting) -> None:
-        self._sums[domain, :2] += len(routing.index), (routing.index >= 0).sum()
-        if routing.probs is None or routing.margin is None:
-            return
-        entropy = torch.special.entr(routing.probs).sum().item()
-        self._sums[domain, 2:] += len(routing.probs), entropy, routing.margin.sum()
-        if self._probs is None:
-            self._probs = np.zeros((self.domains, routing.probs.shape[-1]))
-        self._probs[domain] += routing.probs.sum(dim=0).numpy()
-
-    @property
-    def load(self) -> np.ndarray:
-        """Returns the assignments (D, E) int64 that reached each expert."""
-        load = np.zeros((self.domains, self.num_experts), np.int64)
-        np.add.at(load, self.unit_domain, self.unit_load)
-        return load
-
-    @property
-    def co_activation(self) -> np.ndarray:
-        """Returns the share (E, E) float64 of the tokens that reached both experts."""
-        return self.together / max(self._sums[:, 0].sum(), 1)
-
-    def summary(self, domain: int | None = None) -> LayerSummary:
-        """Returns the figures of one domain, or of all domains together."""
-        chosen = slice(None) if domain is None else slice(domain, domain + 1)
-        tokens, assigned, known, entropy, margin = self._sums[chosen].sum(axis=0)
-        load = torch.from_numpy(self.load[chosen].sum(axis=0)).double()
-        marginal = None
-        if self._probs is not None and known:
-            marginal = torch.special.entr(torch.from_numpy(self._probs[chosen].sum(axis=0) / known)).sum().item()
-        return LayerSummary(
-            max_violation=max_violation(load).item(),
-            dead_experts=dead_experts(load).item(),
-            mean_experts=load.sum().item() / max(tokens, 1),
-            dropped_share=1 - load.sum().item() / assigned if assigned else 0.0,
-            token_entropy=float(entropy / known) if known else None,
-            marginal_entropy=marginal,
-            gate_margin=float(margin / known) if known else None,
-        )
+    counts: torch.Tensor
+    dropped: torch.Tensor
+    tokens: torch.Tensor
+    top_k: int
+    by_scoring: dict[str, ProbabilitySums] = field(default_factory=dict)
+    evidence: ScoringEvidence | None = None
+    co_activation: torch.Tensor | None = None
+    notes: set[str] = field(default_factory=set)
 
 
-def count_pairs(row: np.ndarray, expert: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns how often each pair of a row and an expert occurs, as an array of the shape (rows, E)."""
-    rows, experts = shape
-    return np.bincount(row * experts + expert, minlength=rows * experts).reshape(shape)
+def _outputs(event: LayerPass) -> int:
+    """Returns the number E + Z of experts with and without weights."""
+    return event.layer.num_experts if event.logits is None else event.logits.shape[-1]
+
+
+def new_sums(event: LayerPass, co_activation: bool) -> LayerSums:
+    """Returns sums of 0 for a layer, on the device of a pass."""
+    device, experts, outputs = event.index.device, event.layer.num_experts, _outputs(event)
+    zeros = torch.zeros(outputs + 2, dtype=_sum_dtype(device), device=device)
+    sums = LayerSums(
+        counts=zeros,
+        dropped=zeros.new_zeros(()),
+        tokens=zeros.new_zeros(()),
+        top_k=event.index.shape[-1],
+        co_activation=zeros.new_zeros(experts, experts) if co_activation else None,
+    )
+    if event.logits is not None:
+        if event.probs is None:
+            sums.evidence = ScoringEvidence(sums.top_k, zeros)
+        for scoring in SCORINGS if event.probs is None else (EXACT,):
+            scalars = [zeros.new_zeros(()) for _ in range(3)]
+            sums.by_scoring[scoring] = ProbabilitySums(zeros.new_zeros(outputs), *scalars)
+    return sums
+
+
+@torch.no_grad()
+def add_pass(sums: LayerSums, event: LayerPass) -> None:
+    """Adds a pass; padding is left out."""
+    real = event.token_mask
+    outputs, index = len(sums.counts) - 2, event.index.long()
+    bins = index.clamp(max=outputs)
+    if real is not None:
+        bins = bins.where(real[:, None], outputs + 1)
+    one = sums.counts.new_ones(())
+    sums.counts.scatter_add_(0, bins.flatten(), one.expand(bins.numel()))
+    sums.tokens += len(index) if real is None else real.sum()
+    if event.arrived is not event.index:
+        dropped = (event.arrived != event.index) & (bins < outputs)
+        sums.dropped += dropped.sum()
+    if sums.co_activation is not None:
+        experts = event.layer.num_experts
+        used = torch.zeros(len(index), experts + 1, device=index.device).scatter_(-1, bins.clamp(max=experts), 1.0)
+        sums.co_activation += fp32_linear(used[:, :-1].T, used[:, :-1].T)
+    if event.logits is not None and sums.by_scoring:
+        _add_probabilities(sums, event, event.logits)
+    if event.note is not None:
+        sums.notes.add(event.note)
+
+
+def _add_probabilities(sums: LayerSums, event: LayerPass, logits: torch.Tensor) -> None:
+    evidence = sums.evidence
+    if evidence is not None:
+        evidence.add(logits, event.index, event.weight, event.token_mask)
+        proven = evidence.settled()
+        if proven is not None and len(sums.by_scoring) > 1:
+            sums.by_scoring = {proven: sums.by_scoring[proven]}
+    for scoring, total in sums.by_scoring.items():
+        probs = probabilities(logits, scoring) if event.probs is None else event.probs
+        _add(total, probs.detach(), sums.top_k, event.token_mask)
+
+
+def _add(total: ProbabilitySums, probs: torch.Tensor, top_k: int, real: torch.Tensor | None) -> None:
+    """Adds the probabilities (T, E + Z) of tokens."""
+    dtype = total.probs.dtype
+    entropy = torch.special.entr(probs).sum(dim=-1)
+    margin = None
+    if top_k < probs.shape[-1]:
+        best = probs.topk(top_k + 1, dim=-1).values
+        margin = best[:, -2] - best[:, -1]
+    if real is not None:
+        # `where`, since a NaN at padding times 0 is a NaN
+        probs, entropy = probs.where(real[:, None], 0.0), entropy.where(real, 0.0)
+        margin = None if margin is None else margin.where(real, 0.0)
+    total.tokens += len(probs) if real is None else real.sum()
+    total.probs += probs.sum(dim=0, dtype=dtype)
+    total.entropy += entropy.sum(dtype=dtype)
+    if margin is not None:
+        total.margin += margin.sum(dtype=dtype)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .layer_sums import TokenPlaces
 from .top_tokens import candidates
+from .trace_sums import TokenPlaces
 
 
 # the test of specialisation takes at most this many stretches of a domain's text as units

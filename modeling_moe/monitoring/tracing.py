@@ -15,14 +15,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .layer_sums import LayerSums, TokenRouting, count_pairs, margins
 from .layers import SparseLayer, UnreachableRouting, sparse_layers
 from .observing import LayerPass, observe
+from .probabilities import ScoringEvidence, explanation, probabilities
 from .report_data import LayerTrace, ModelTrace, TracedText
 from .specialisation import significant_cells, specialisation
 from .text_places import Batch, Texts, batches
 from .token_texts import token_texts
 from .top_tokens import TopTokens
+from .trace_sums import TokenRouting, TraceSums, count_pairs, margins
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class _Tracer:
         self.texts, self.options = texts, options
         sizes = (texts.unit_domain, domains, len(texts.edges) - 1, len(texts.tokens))
         self.names = [layer.name for layer in layers]
-        self.sums = {layer.name: LayerSums(layer.num_experts, *sizes) for layer in layers}
+        self.sums = {layer.name: TraceSums(layer.num_experts, *sizes) for layer in layers}
         experts = [layer.num_experts for layer in layers]
         self.paths = [np.zeros(pair, np.int64) for pair in pairwise(experts)]
         # of each traced text and layer: index, weight and margin
@@ -78,6 +79,7 @@ class _Tracer:
         self.sets = np.zeros((len(layers), tokens), np.uint32) if options.keeps_sets else None
         self.batch: Batch | None = None
         self._choices: dict[str, np.ndarray] = {}
+        self._scorings: dict[str, str | None] = {}
 
     def start(self, batch: Batch) -> None:
         """Prepares for the passes of a batch."""
@@ -92,7 +94,7 @@ class _Tracer:
                 f"the experts of {name} receive {len(event.index)} of the {len(batch.places.place)} tokens of a batch at once, "
                 "so that their tokens cannot be told: report needs a model that gives all tokens to its experts in one call"
             )
-        routing = token_routing(event)
+        routing = token_routing(event, self._probabilities(event))
         self.sums[name].add(batch.places, routing)
         if name in self._choices:
             return
@@ -105,6 +107,15 @@ class _Tracer:
             margin = None if routing.margin is None else routing.margin[part].astype(np.float32)
             shown = (routing.index[part].astype(np.int32), routing.weight[part].astype(np.float32), margin)
             self.shown[text, name] = shown
+
+    def _probabilities(self, event: LayerPass) -> torch.Tensor | None:
+        """Returns the probabilities of a pass; of a foreign router, as the weights of the first pass explain them."""
+        if event.probs is not None or event.logits is None:
+            return event.probs
+        if event.layer.name not in self._scorings:
+            self._scorings[event.layer.name] = _scoring(event)
+        scoring = self._scorings[event.layer.name]
+        return None if scoring is None else probabilities(event.logits, scoring)
 
     def finish_batch(self) -> None:
         """Adds the paths of a batch from layer to layer.
@@ -131,16 +142,30 @@ def _set_codes(arrived: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return np.bitwise_xor.reduce(np.where(fresh, codes[ranked], 0), axis=-1).astype(np.uint32)
 
 
-def token_routing(event: LayerPass) -> TokenRouting:
-    """Returns the routing of a pass on the CPU, with -1 for assignments without an expert."""
+def token_routing(event: LayerPass, probs: torch.Tensor | None) -> TokenRouting:
+    """Returns the routing of a pass on the CPU, with -1 for assignments without an expert.
+
+    Args:
+        event: pass of a layer.
+        probs: (T, E + Z) probabilities; None where they are not known.
+    """
     experts = event.layer.num_experts
     index, arrived = event.index.cpu().long(), event.arrived.cpu().long()
     reaches = (arrived >= 0) & (arrived < experts)
     weight = event.weight.detach().cpu().double().where(reaches, 0.0)
-    probs = None if event.probs is None else event.probs.detach().cpu().double()
+    probs = None if probs is None else probs.detach().cpu().double()
     margin = None if probs is None else margins(probs, (index < probs.shape[-1]).sum(dim=-1)).numpy()
     index = index.where((index >= 0) & (index < experts), -1)
     return TokenRouting(index.numpy(), arrived.where(reaches, -1).numpy(), weight.numpy(), probs, margin)
+
+
+def _scoring(event: LayerPass) -> str | None:
+    """Returns how a foreign router scores its logits, from the weights of one pass; None if it cannot be told."""
+    assert event.logits is not None
+    evidence = ScoringEvidence(event.index.shape[-1], torch.zeros((), dtype=torch.float64, device=event.logits.device))
+    evidence.add(event.logits, event.index, event.weight, event.token_mask)
+    configured = getattr(getattr(event.layer.experts, "config", None), "scoring_func", None)
+    return explanation(evidence.sums.cpu(), evidence.top_k, evidence.coarse, configured).scoring
 
 
 def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
