@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module finds the text that each token of a sequence stands for, for a person to read."""
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -19,15 +20,10 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return text if isinstance(text, str) else "".join(text)
 
 
-def _group_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], lead: int, start: int) -> int:
-    """Returns the end of the shortest group of tokens from `start` that spells whole characters.
-
-    Bytes that are no UTF-8 form a group of one token.
-    """
-    for end in range(start + 1, min(start + MOST_TOKENS_OF_A_CHARACTER, len(ids)) + 1):
-        if not _decode(tokenizer, ids[lead:end]).endswith(UNDECODABLE):
-            return end
-    return start + 1
+def _added_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], lead: int, start: int, end: int) -> str:
+    """Returns the text that tokens `start` to `end` add to tokens `lead` to `start`."""
+    before = _decode(tokenizer, ids[lead:start]) if lead < start else ""
+    return _decode(tokenizer, ids[lead:end])[len(before) :]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
@@ -46,10 +42,16 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     texts: list[str] = []
     lead = 0
     while (start := len(texts)) < len(ids):
-        end = _group_end(tokenizer, ids, lead, start)
-        before = _decode(tokenizer, ids[lead:start]) if lead < start else ""
-        texts += [_decode(tokenizer, ids[lead:end])[len(before) :], *[CONTINUED] * (end - start - 1)]
-        lead = start
+        for end in range(start + 1, min(start + MOST_TOKENS_OF_A_CHARACTER, len(ids)) + 1):
+            text = _added_text(tokenizer, ids, lead, start, end)
+            if UNDECODABLE not in text:
+                lead = start
+                break
+        else:
+            # the next token is decoded alone, since a broken character would swallow bytes of the token
+            lead = end = start + 1
+            text = _added_text(tokenizer, ids, start, start, end)
+        texts += [text, *[CONTINUED] * (end - start - 1)]
     return texts
 
 
@@ -59,6 +61,8 @@ def token_label(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     piece = piece if isinstance(piece, str) else str(piece)
     text = _decode(tokenizer, [token])
     if UNDECODABLE in text:
+        if hexadecimal := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
+            return f"<{hexadecimal[1]}>"
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
         if piece and all(character in byte_of for character in piece):
             return f"<{bytes(byte_of[character] for character in piece).hex(' ').upper()}>"

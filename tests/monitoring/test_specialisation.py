@@ -89,7 +89,9 @@ def test_one_document_cut_at_random_is_no_specialisation():
     for seed in range(20):
         random = np.random.default_rng(seed)
         loads = [random.multinomial(512, np.full(16, 1 / 16), size=20) for _ in range(4)]
-        found += any(cells.any() for cells in significant_cells(loads, random.permutation(np.repeat([0, 1], 10)), seed))
+        found += any(
+            cells.any() for cells in significant_cells(loads, random.permutation(np.repeat([0, 1], 10)), seed)
+        )
     assert found <= 3
 
 
