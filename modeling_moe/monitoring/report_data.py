@@ -66,8 +66,8 @@ class LayerTrace(LayerSummary):
         load: (D, E) int64, assignments that reached each expert.
         co_activation: (E, E) float64, share of the tokens that use both experts; the diagonal is the share of one.
         position: (P, E) int64, assignments that reached each expert by the token's position in the text.
-        specialisation: (D, E) float64, log2 of an expert's share of a domain over the expert's mean share of all domains,
-            each domain of weight 1; -inf for an expert without a token of the domain, and 0 for a dead expert.
+        specialisation: (D, E) float64, log2 of an expert's share of a domain over the expert's mean share of all domains
+            ([`~modeling_moe.monitoring.specialisation.specialisation`]); finite.
         significant: (D, E) bool, whether the expert's share of the domain differs from that of the other domains, after a
             correction for the number of cells of all layers.
         top_tokens: E lists, best first.
@@ -92,7 +92,7 @@ class TracedText:
 
     Attributes:
         domain: name of the text's domain.
-        tokens: S texts, which join to the text.
+        tokens: S texts to show. A character that several tokens spell belongs to the first of them, and the others are "…".
         index: (L, S, K) int32, chosen experts; -1 for an empty assignment, and where a layer has a smaller K.
         weight: (L, S, K) float32, combine weights; 0 for an empty and for a dropped assignment.
         margin: (L, S) float32, difference of the K-th and (K + 1)-th largest probability, NaN for a layer whose
