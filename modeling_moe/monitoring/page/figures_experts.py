@@ -31,11 +31,12 @@ from .style import (
     Cells,
     Drawing,
     draw_scale,
+    draw_side_scale,
     expert_names,
     heat_map,
-    side_scale,
     ticks,
     with_scale,
+    with_side_scale,
 )
 
 
@@ -83,17 +84,11 @@ def co_activation(model: ModelTrace, most: float, width: float = WIDTH) -> list[
     return [Drawing("all layers", figure, cells), *(_pairs(layer, norm) for layer in model.layers)]
 
 
-def _square(title: str, across: str, down: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(SQUARE + 0.9, SQUARE), layout="constrained")
-    axes = figure.subplots()
-    axes.set(title=title, xlabel=across)
-    axes.set_ylabel(down, rotation_mode="anchor")
-    return figure, axes
-
-
 def _pairs(layer: LayerTrace, norm: Normalize) -> Drawing:
     values = 100 * together(layer)
-    figure, axes = _square(f"Layer {layer.layer}: experts chosen together", "expert", "expert")
+    figure, axes, scale = with_side_scale(SQUARE + 0.7, SQUARE)
+    axes.set(title=f"Layer {layer.layer}: experts chosen together", xlabel="expert")
+    axes.set_ylabel("expert", rotation_mode="anchor")
     texts = None
     if layer.num_experts <= 10:
         texts = [["" if np.isnan(value) else f"{value:.3g}" for value in row] for row in values]
@@ -101,7 +96,7 @@ def _pairs(layer: LayerTrace, norm: Normalize) -> Drawing:
     names = list(map(str, range(layer.num_experts)))
     ticks(axes, "x", names, 16)
     ticks(axes, "y", names, 16)
-    side_scale(axes, image, "tokens that use both experts (%)")
+    draw_side_scale(scale, image, "tokens that use both experts (%)")
     names = expert_names(layer.num_experts)
     return Drawing(f"layer {layer.layer}", figure, [Cells(axes, values, names, names, "% of the tokens use both")])
 
@@ -154,15 +149,14 @@ def position(model: ModelTrace, most: float, width: float = WIDTH) -> list[Drawi
 
 def _positions_of(layer: LayerTrace, names: Sequence[str], limit: float, width: float) -> Drawing:
     values = position_ratios(layer)
-    figure = Figure(figsize=(width, min(max(2.4, 1.2 + 0.16 * len(values)), 8)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes, scale = with_side_scale(width, min(max(2.6, 1.2 + 0.16 * len(values)), 8))
     image = heat_map(axes, np.clip(values, -limit, limit), RATIOS, ratio_norm(limit))
     ticks(axes, "y", list(map(str, range(layer.num_experts))), 32)
     ticks(axes, "x", names, 12)
     axes.set_xlabel("position of the token in the text")
     axes.set_ylabel("expert", rotation_mode="anchor")
     axes.set_title(f"Layer {layer.layer}: experts by position")
-    side_scale(axes, image, "log\u2082 of the share here over that everywhere", extend="both")
+    draw_side_scale(scale, image, "log\u2082 of the share here over that everywhere", extend="both")
     places = [f"position {text}" for text in names]
     cells = Cells(axes, values, expert_names(layer.num_experts), places, "log\u2082 of the ratio")
     return Drawing(f"layer {layer.layer}", figure, [cells])
@@ -171,7 +165,7 @@ def _positions_of(layer: LayerTrace, names: Sequence[str], limit: float, width: 
 def paths(model: ModelTrace, width: float = WIDTH) -> list[Drawing]:
     """Draws the strongest flows of first choices through all layers, then one matrix for each pair of layers."""
     experts = max(layer.num_experts for layer in model.layers)
-    height = min(max(3.2, 2.4 + 0.07 * experts), 7)
+    height = min(max(3.2, 2.2 + 0.16 * experts), 7)
     figure = Figure(figsize=(max(width, 0.5 * len(model.layers)), height), layout="constrained")
     axes = figure.subplots()
     gap = min(0.05, 0.5 / experts)
@@ -240,11 +234,11 @@ def _nodes(axes: Axes, model: ModelTrace, gap: float) -> None:
 def _path_matrix(layer: LayerTrace, following: LayerTrace, counts: np.ndarray) -> Drawing:
     values = 100 * shares(counts)
     label = f"layer {layer.layer} \u2192 {following.layer}"
-    figure, axes = _square(
-        f"Where the tokens of an expert of layer {layer.layer} go",
-        f"expert of layer {following.layer}",
-        f"expert of layer {layer.layer}",
+    figure, axes, scale = with_side_scale(SQUARE + 0.7, SQUARE)
+    axes.set(
+        title=f"Where the tokens of an expert of layer {layer.layer} go", xlabel=f"expert of layer {following.layer}"
     )
+    axes.set_ylabel(f"expert of layer {layer.layer}", rotation_mode="anchor")
     texts = (
         [["" if np.isnan(value) else f"{value:.0f}" for value in row] for row in values]
         if counts.size <= 100
@@ -253,7 +247,7 @@ def _path_matrix(layer: LayerTrace, following: LayerTrace, counts: np.ndarray) -
     image = heat_map(axes, values, AMOUNTS, Normalize(0, max(1.0, np.nanmax(values, initial=1.0))), texts)
     ticks(axes, "x", list(map(str, range(counts.shape[1]))), 16)
     ticks(axes, "y", list(map(str, range(counts.shape[0]))), 16)
-    side_scale(axes, image, "share of the expert's tokens (%)")
+    draw_side_scale(scale, image, "share of the expert's tokens (%)")
     rows = [f"expert {expert} of layer {layer.layer}" for expert in range(counts.shape[0])]
     columns = [f"expert {expert} of layer {following.layer}" for expert in range(counts.shape[1])]
     return Drawing(label, figure, [Cells(axes, values, rows, columns, "% of the expert's tokens")])

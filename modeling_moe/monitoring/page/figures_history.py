@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from .style import AMOUNTS, BLUE, WIDTH, Cells, Drawing, heat_map, name, side_scale, ticks
+from .style import AMOUNTS, BLUE, WIDTH, Cells, Drawing, heat_map, name, ticks
 
 
 KEY = re.compile(r"routing/layer_(\d+)/(\w+)")
@@ -75,7 +75,7 @@ def history(entries: Sequence[dict[str, Any]], width: float = WIDTH) -> Drawing:
         axes.set_ylabel("layer", rotation_mode="anchor")
         ticks(axes, "y", list(map(str, indices)), 8)
         ticks(axes, "x", [f"{step:g}" for step in steps], 7)
-        side_scale(axes, image)
+        figure.colorbar(image, ax=axes, aspect=36, pad=0.02).outline.set_visible(False)
         rows, columns = [f"layer {index}" for index in indices], [f"step {step:g}" for step in steps]
         cells.append(Cells(axes, values, rows, columns, ""))
     for axes in panels:

@@ -201,7 +201,7 @@
       for (let k = (layer * size + place) * topK, end = k + topK; k < end; k++) {
         if (index[k] !== empty) found.push([index[k], weight[k] * data.weight_unit]);
       }
-      return found.sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
+      return found.sort((a, b) => b[1] - a[1]);
     };
     const marginOf = (layer, place) => {
       const whole = margin === null ? -32768 : margin[layer * size + place];

@@ -173,11 +173,23 @@ def draw_scale(scale: Axes, image: ScalarMappable, label: str, extend: str = "ne
     return bar
 
 
-def side_scale(axes: Axes, image: ScalarMappable, label: str = "", extend: str = "neither") -> None:
-    """Draws the colours of an image at the right of its axes."""
-    figure = axes.get_figure(root=True)
+def with_side_scale(width: float, height: float) -> tuple[Figure, Axes, Axes]:
+    """Returns a figure of `width` x `height` inches with axes, and with axes for a colour scale at their right.
+
+    Fixed margins take a third of the time of a layout; the page has many figures of this kind, one for each layer.
+    """
+    figure = Figure(figsize=(width, height))
+    left, right, bottom, top = 0.65, 0.95, 0.55, 0.35
+    axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
+    scale = figure.add_axes((1 - (right - 0.15) / width, bottom / height, 0.12 / width, 1 - (bottom + top) / height))
+    return figure, axes, scale
+
+
+def draw_side_scale(scale: Axes, image: ScalarMappable, label: str, extend: str = "neither") -> None:
+    """Draws the colours of an image along `scale`, with the label beside them."""
+    figure = scale.get_figure(root=True)
     assert figure is not None
-    bar = figure.colorbar(image, ax=axes, aspect=36, pad=0.02, extend=extend)
+    bar = figure.colorbar(image, cax=scale, extend=extend)
     bar.set_label(label, rotation_mode="anchor")
     bar.outline.set_visible(False)
 
@@ -201,6 +213,7 @@ def svg(drawing: Drawing, key: str) -> str:
     stream = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     drawing.figure.savefig(stream, format="svg", transparent=True, metadata=no_metadata, dpi=200)
+    drawing.figure.set_layout_engine("none")  # the places stay, and a PNG file needs no second layout
     text = re.sub(r"<!--.*?-->\s*", "", stream.getvalue(), flags=re.DOTALL)
     size = re.search(r'viewBox="[^"]*"', text)
     content = text[
@@ -210,6 +223,9 @@ def svg(drawing: Drawing, key: str) -> str:
     content = re.sub(r'\bid="', f'id="{key}-', content)
     content = content.replace("url(#", f"url(#{key}-").replace('xlink:href="#', f'href="#{key}-')
     content = content.replace("xlink:href", "href")
+    content = re.sub(
+        r'(<image [^>]*?)\sid="[^"]*"', r"\1", content
+    )  # nothing refers to it, and equal images have equal ids
     for colour, variable in VARIABLES.items():
         content = content.replace(colour, f"var({variable})")
     return f'<svg {size[0]} aria-hidden="true">{content.strip()}'

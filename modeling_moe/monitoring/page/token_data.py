@@ -37,7 +37,7 @@ def text_data(text: TracedText) -> dict[str, Any]:
     width: Any = np.uint8 if text.index.max(initial=0) < np.iinfo(np.uint8).max else np.uint16
     index = np.where(text.index < 0, np.iinfo(width).max, text.index).astype(np.dtype(width).newbyteorder("<"))
     weight, weight_unit = _quantised(text.weight)
-    data = {
+    data: dict[str, Any] = {
         "tokens": [_cut(token, TOKEN) for token in text.tokens],
         "long": {
             place: f"{visible(token[:TOOLTIP])}{ELLIPSIS} ({len(token):,} characters)"
