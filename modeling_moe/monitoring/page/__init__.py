@@ -99,14 +99,14 @@ def _page(report: RoutingReport, parts: list[Any]) -> str:
     from . import words
     from .style import boxes, svg
     from .token_data import model_data, text_data, to_json, top_data
-    from .visible import visible
+    from .visible import shorten, visible
 
     script = (HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"visible": visible, "to_json": to_json}
+    environment.filters |= {"visible": visible, "shorten": shorten, "to_json": to_json}
     return environment.get_template("report.html.jinja").render(
         models=report.models,
         changes=report.changes,
