@@ -189,6 +189,28 @@ def refuse_mixing(layers: Sequence[SparseLayer]) -> None:
                 )
 
 
+def _trace_domain(
+    model: PreTrainedModel, tracer: _Tracer, number: int, blocks: list[np.ndarray], labels: list[np.ndarray]
+) -> float | None:
+    """Runs a model on the blocks of a domain.
+
+    Returns:
+        The cross entropy in nats per token; None for a model without a language model's head.
+    """
+    total, scored = 0.0, 0
+    for rows in tqdm(list(batches(blocks, tracer.options.batch_size)), desc=f"tracing domain {number + 1}"):
+        ids, batch = tracer.texts.batch(number, rows)
+        tracer.start(batch)
+        outputs = model(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False)
+        tracer.finish_batch()
+        logits = getattr(outputs, "logits", None)
+        if logits is not None:
+            target = torch.from_numpy(np.stack([labels[row] for row in rows])).to(logits.device)
+            total += _summed_loss(logits, target)
+            scored += int((target[:, 1:] != -100).sum())
+    return total / scored if scored else None
+
+
 @torch.no_grad()
 def trace_routing(
     model: PreTrainedModel,
@@ -200,7 +222,7 @@ def trace_routing(
     """Runs a model on texts and traces its routing.
 
     Args:
-        model: any MoE causal LM of transformers, on the device to run on. It stays in evaluation mode.
+        model: any MoE of transformers that reads `input_ids`, on the device to run on. It stays in evaluation mode.
         tokenizer: tokenizer of the model.
         domains: name of each domain -> rows of `input_ids`, and optionally of `labels` (-100 for a token without loss), as
             [`~modeling_moe.data.pack`] returns them with `for_scoring`.
@@ -221,23 +243,15 @@ def trace_routing(
     with observe(model, tracer.on_pass):
         for number, (domain, rows) in enumerate(domains.items()):
             labels = [np.asarray(row) for row in rows["labels" if "labels" in rows.column_names else "input_ids"]]
-            total, scored = 0.0, 0
-            for batch_rows in tqdm(list(batches(blocks[number], options.batch_size)), desc=f"tracing {number + 1}"):
-                ids, batch = texts.batch(number, batch_rows)
-                tracer.start(batch)
-                outputs = model(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False)
-                tracer.finish_batch()
-                target = torch.from_numpy(np.stack([labels[row] for row in batch_rows])).to(model.device)
-                total += _summed_loss(outputs.logits, target)
-                scored += int((target[:, 1:] != -100).sum())
-            losses[domain] = total / max(scored, 1)
+            loss = _trace_domain(model, tracer, number, blocks[number], labels)
+            losses |= {} if loss is None else {domain: loss}
     layer_traces = _layer_traces(tracer, layers, tokenizer, options)
     trace = ModelTrace(
         name=name,
         facts=_facts(model, layers, layer_traces, texts),
         domains=list(domains),
         tokens={domain: sum(map(len, rows)) for domain, rows in zip(domains, blocks, strict=True)},
-        losses=losses,
+        losses=losses or None,
         layers=layer_traces,
         paths=tracer.paths,
         position_edges=texts.edges,
