@@ -53,30 +53,34 @@ class Traced(NamedTuple):
     Attributes:
         trace: the routing of the model.
         blocks: token ids of each block of each domain.
-        sets: (L, N) uint32 fingerprints of each token's set of experts; None unless asked for.
+        sets: L arrays (N,) uint32, fingerprints of each token's set of experts; empty unless asked for.
     """
 
     trace: ModelTrace
     blocks: list[list[np.ndarray]]
-    sets: np.ndarray | None
+    sets: list[np.ndarray]
 
 
 class _Tracer:
-    """Takes in the passes of all layers, batch by batch."""
+    """Takes in the passes of all layers, batch by batch.
+
+    Attributes:
+        sums: sums of each layer whose experts the model calls, by the experts' name; such as those for images are not called.
+        paths: arrays (E of one layer, E of the next) int64, tokens by their first choice.
+        shown: index, weight and margin of each traced text in each layer.
+        sets: fingerprints of the tokens' sets of experts by layer; empty unless asked for.
+    """
 
     def __init__(self, layers: Sequence[SparseLayer], texts: Texts, domains: int, options: TraceOptions):
         self.texts, self.options = texts, options
-        sizes = (texts.unit_domain, domains, len(texts.edges) - 1, len(texts.tokens))
-        self.names = [layer.name for layer in layers]
-        self.sums = {layer.name: TraceSums(layer.num_experts, *sizes) for layer in layers}
-        experts = [layer.num_experts for layer in layers]
-        self.paths = [np.zeros(pair, np.int64) for pair in pairwise(experts)]
-        # of each traced text and layer: index, weight and margin
+        self._sizes = (texts.unit_domain, domains, len(texts.edges) - 1, len(texts.tokens))
+        self._layers = layers
+        self.sums: dict[str, TraceSums] = {}
+        self.paths: list[np.ndarray] = []
         self.shown: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray | None]] = {}
         random = np.random.default_rng(options.seed)
-        self._codes = random.integers(1, 2**32, max(experts), dtype=np.uint64)
-        tokens = sum(map(len, texts.blocks))
-        self.sets = np.zeros((len(layers), tokens), np.uint32) if options.keeps_sets else None
+        self._codes = random.integers(1, 2**32, max(layer.num_experts for layer in layers), dtype=np.uint64)
+        self.sets: dict[str, np.ndarray] = {}
         self.batch: Batch | None = None
         self._choices: dict[str, np.ndarray] = {}
         self._scorings: dict[str, str | None] = {}
@@ -95,12 +99,16 @@ class _Tracer:
                 "so that their tokens cannot be told: report needs a model that gives all tokens to its experts in one call"
             )
         routing = token_routing(event, self._probabilities(event))
+        if name not in self.sums:
+            self.sums[name] = TraceSums(event.layer.num_experts, *self._sizes)
+            if self.options.keeps_sets:
+                self.sets[name] = np.zeros(sum(map(len, self.texts.blocks)), np.uint32)
         self.sums[name].add(batch.places, routing)
         if name in self._choices:
             return
         self._choices[name] = routing.first_choice()
-        if self.sets is not None:
-            self.sets[self.names.index(name), batch.places.place] = _set_codes(routing.arrived, self._codes)
+        if self.options.keeps_sets:
+            self.sets[name][batch.places.place] = _set_codes(routing.arrived, self._codes)
         for text, row in batch.texts.items():
             start = row * batch.length
             part = slice(start, start + min(batch.length, self.options.text_tokens))
@@ -121,14 +129,18 @@ class _Tracer:
         """Adds the paths of a batch from layer to layer.
 
         Raises:
-            UnreachableRouting: if a layer's experts were not called.
+            UnreachableRouting: if the experts of no layer were called, or of other layers than before.
         """
-        if missing := [name for name in self.names if name not in self._choices]:
+        if not self._choices or len(self._choices) < len(self.sums):
+            missing = next(layer.name for layer in self._layers if layer.name not in self._choices)
             raise UnreachableRouting(
-                f"the model did not call the experts of {missing[0]} by transformers' experts interface: report sees routing "
+                f"the model did not call the experts of {missing} by transformers' experts interface: report sees routing "
                 "there alone"
             )
-        for path, (name, following) in zip(self.paths, pairwise(self.names), strict=True):
+        pairs = list(pairwise(self._choices))
+        if not self.paths:
+            self.paths = [np.zeros([self.sums[name].num_experts for name in pair], np.int64) for pair in pairs]
+        for path, (name, following) in zip(self.paths, pairs, strict=True):
             source, target = self._choices[name], self._choices[following]
             both = (source >= 0) & (target >= 0)
             path += count_pairs(source[both], target[both], path.shape)
@@ -245,6 +257,8 @@ def trace_routing(
             labels = [np.asarray(row) for row in rows["labels" if "labels" in rows.column_names else "input_ids"]]
             loss = _trace_domain(model, tracer, number, blocks[number], labels)
             losses |= {} if loss is None else {domain: loss}
+    by_name = {layer.name: layer for layer in layers}
+    layers = [by_name[name] for name in tracer.sums]
     layer_traces = _layer_traces(tracer, layers, tokenizer, options)
     trace = ModelTrace(
         name=name,
@@ -257,7 +271,7 @@ def trace_routing(
         position_edges=texts.edges,
         texts=_traced_texts(tracer, list(domains), tokenizer),
     )
-    return Traced(trace, blocks, tracer.sets)
+    return Traced(trace, blocks, list(tracer.sets.values()))
 
 
 def _layer_traces(
@@ -290,7 +304,7 @@ def _traced_texts(tracer: _Tracer, domains: list[str], tokenizer: PreTrainedToke
     top_k = max(total.top_k for total in tracer.sums.values())
     found = []
     for text, number in enumerate(tracer.texts.traced):
-        layers = [tracer.shown[text, name] for name in tracer.names]
+        layers = [tracer.shown[text, name] for name in tracer.sums]
         size = len(layers[0][0])
         index = np.full((len(layers), size, top_k), -1, np.int32)
         weight = np.zeros(index.shape, np.float32)
