@@ -54,8 +54,6 @@ from ..utils.loading import load_config, load_tokenizer, one_line_for
 
 
 COLUMNS = ("layer", "balance", "entropy", "experts in use", "dead experts", "busiest expert")
-# fewer stretches of text in each of two domains have too few permutations to be told from chance
-FEWEST_BLOCKS = 4
 
 
 @dataclass

@@ -8,7 +8,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,16 @@ from .layers import SparseLayer, UnreachableRouting, sparse_layers
 from .observing import LayerPass, observe
 from .probabilities import ScoringEvidence, explanation, probabilities
 from .report_data import LayerTrace, ModelTrace, TracedText
-from .specialisation import significant_cells, specialisation
+from .specialisation import LEVEL, is_too_little, significant_cells, specialisation
 from .text_places import Batch, Texts, batches
 from .token_texts import token_texts
 from .top_tokens import TopTokens
 from .trace_sums import TokenRouting, TraceSums, count_pairs, margins
+
+
+if TYPE_CHECKING:
+    # it takes seconds to import, and who only watches a model in training does not need it
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ class _Tracer:
         self.sums: dict[str, TraceSums] = {}
         self.paths: list[np.ndarray] = []
         self.shown: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray | None]] = {}
-        random = np.random.default_rng(options.seed)
+        # models with different numbers of experts share the codes: a longer table begins with a shorter one
+        random = np.random.default_rng(0)
         self._codes = random.integers(1, 2**32, max(layer.num_experts for layer in layers), dtype=np.uint64)
         self.sets: dict[str, np.ndarray] = {}
         self.batch: Batch | None = None
@@ -227,7 +233,7 @@ def _trace_domain(
 def trace_routing(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    domains: Mapping[str, Any],
+    domains: "Mapping[str, Dataset]",
     name: str,
     options: TraceOptions | None = None,
 ) -> Traced:
@@ -325,6 +331,14 @@ def _router_name(model: PreTrainedModel, layer: SparseLayer) -> str:
     return str(named) if named else "unknown" if layer.router is None else type(layer.router).__name__
 
 
+def _test_fact(units: list[int]) -> str:
+    """Returns what the test of specialisation rests on, from the number of units of each domain."""
+    if len(units) < 2:
+        return "none, since there is one domain"
+    shown = f"permutes {' + '.join(map(str, units))} stretches of text of the domains; chance of any false finding {LEVEL:.0%}"
+    return f"{shown}; too little text to find anything" if is_too_little(units) else shown
+
+
 def _facts(
     model: PreTrainedModel, layers: Sequence[SparseLayer], traces: Sequence[LayerTrace], texts: Texts
 ) -> dict[str, str]:
@@ -333,7 +347,6 @@ def _facts(
         size = sum(parameter.numel() for parameter in layer.experts.parameters())
         idle += size * max(0.0, 1 - trace.top_k / layer.num_experts)
     experts = sorted({(layer.num_experts, trace.top_k) for layer, trace in zip(layers, traces, strict=True)})
-    units = np.bincount(texts.unit_domain)
     return {
         "Architecture": type(model).__name__,
         "Parameters": f"{total:,}, of which a token uses at most {total - round(idle):,}",
@@ -342,5 +355,5 @@ def _facts(
         "Router": _router_name(model, layers[0]),
         "Data type": str(model.dtype).removeprefix("torch."),
         "Text": f"blocks of at most {texts.edges[-1]} tokens",
-        "Test of specialisation": f"{' + '.join(map(str, units))} stretches of text, by domain; p at most 0.05 for all cells",
+        "Test of specialisation": _test_fact(np.bincount(texts.unit_domain).tolist()),
     }
