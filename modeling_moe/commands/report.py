@@ -44,6 +44,7 @@ from ..monitoring import (
     sparse_layers,
     trace_routing,
 )
+from ..monitoring.page import require_matplotlib, write_report
 from ..utils.command_line import parse, refuse_missing_folder
 from ..utils.errors import UserError
 from ..utils.folders import whole_folder
@@ -53,8 +54,6 @@ from ..utils.loading import load_config, load_tokenizer, one_line_for
 
 
 COLUMNS = ("layer", "balance", "entropy", "experts in use", "dead experts", "busiest expert")
-# fewer stretches of text in each of two domains have too few permutations to be told from chance
-FEWEST_BLOCKS = 4
 
 
 @dataclass
@@ -295,6 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Traces, writes what is asked for, and prints the tables."""
     args, data_args = parse([ReportArguments, ReportDataArguments], __doc__, argv)
     refuse_missing_folder(output_json=args.output_json)
+    if args.output_dir is not None:
+        require_matplotlib()
     recipe = {
         "report": args.model_name_or_path,
         "compare": args.compare,
@@ -305,9 +306,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with folder as output:
         result = report(args, data_args)
         if output is not None:
-            # here, since drawing imports a library of pictures
-            from ..monitoring.page import write_report
-
             write_report(result, output)
     if args.output_json is not None:
         write_json(Path(args.output_json), report_json(result))

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..compatibility import CACHE_NAMES
+
 
 # passes whose backward is still to come, of which a layer remembers the batch
 PENDING = 64
@@ -148,4 +150,5 @@ def _inner(outer: Batch, given: dict[str, Any]) -> Batch:
     batch = outer._replace(rows=rows, length=length)
     if outer.padding.tokens is not None and outer.padding.tokens.shape == (rows, length):
         return batch
-    return batch._replace(padding=padding_of(given.get("attention_mask"), rows, length, given.get("past_key_values")))
+    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    return batch._replace(padding=padding_of(given.get("attention_mask"), rows, length, cache))

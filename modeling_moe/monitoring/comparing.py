@@ -45,7 +45,7 @@ def compare_traces(first: Traced, second: Traced) -> ModelChanges:
         if not _comparable(one, other):
             continue
         changed = None
-        if same and first.sets is not None and second.sets is not None:
+        if same and first.sets and second.sets:
             changed = float((first.sets[place] != second.sets[place]).mean())
         changes.append(LayerChange(one.layer, load_shift(one.load, other.load), changed))
     return ModelChanges(changes, _note(layers, others, same))

@@ -115,8 +115,8 @@ class ModelTrace:
         facts: facts about the model in reading order, as pairs of label and text.
         domains: D names.
         tokens: number of tokens of each domain.
-        losses: cross entropy in nats per token of each domain; None if it was not measured.
-        layers: L traces, in the order of the model.
+        losses: cross entropy in nats per token of each domain; None for a model without a language model's head.
+        layers: L traces, in the order in which the model calls its layers.
         paths: L - 1 arrays (E of layer l, E of layer l + 1) int64, the number of tokens by their first choice in both.
         position_edges: P + 1 positions; bin p holds positions from edge p up to, but without, edge p + 1.
         texts: some texts to look at, token by token.

@@ -7,12 +7,15 @@ preference everywhere. The unit of the test is therefore a stretch of text of ma
 # D domains, U units of all domains together, L sparse layers, E experts of one layer, C cells: all experts of all layers
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 
 PERMUTATIONS = 999
+# largest corrected p-value that counts as significant
+LEVEL = 0.05
 # smaller differences of shares are rounding
 ROUNDING = 1e-12
 
@@ -92,8 +95,19 @@ def adjusted_p_values(
     return reached / (permutations + 1)
 
 
+def is_too_little(units: Sequence[int]) -> bool:
+    """Returns whether so few units exist that no preference can be significant.
+
+    Args:
+        units: number of units of each domain.
+    """
+    labellings = math.prod(math.comb(sum(units[: place + 1]), count) for place, count in enumerate(units))
+    # of two equally large domains, each labelling has a mirror with an equal statistic
+    return len(units) < 2 or labellings * LEVEL < 2
+
+
 def significant_cells(
-    unit_loads: Sequence[np.ndarray], labels: np.ndarray, seed: int = 0, level: float = 0.05
+    unit_loads: Sequence[np.ndarray], labels: np.ndarray, seed: int = 0, level: float = LEVEL
 ) -> list[np.ndarray]:
     """Returns for each layer which experts prefer or avoid which domains beyond chance.
 

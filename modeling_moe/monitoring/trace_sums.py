@@ -89,7 +89,7 @@ class TraceSums:
         position: (P, E) int64 assignments that reached each expert.
         together: (E, E) float64 number of tokens that reached both experts.
         taken: (C, E) int32 occurrences of each candidate that reached each expert.
-        seen_at: (C, E) int64 place of the last of these occurrences.
+        seen_at: (C, E) int32 place of the last of these occurrences.
     """
 
     def __init__(self, num_experts: int, unit_domain: np.ndarray, domains: int, bins: int, candidates: int):
@@ -99,7 +99,7 @@ class TraceSums:
         self.position = np.zeros((bins, num_experts), np.int64)
         self.together = np.zeros((num_experts, num_experts))
         self.taken = np.zeros((candidates, num_experts), np.int32)
-        self.seen_at = np.zeros((candidates, num_experts), np.int64)
+        self.seen_at = np.zeros((candidates, num_experts), np.int32)
         # by domain: tokens, chosen experts, tokens with known probabilities, sum of token entropies, sum of margins
         self._sums = np.zeros((domains, 5))
         self._probs: np.ndarray | None = None

@@ -8,7 +8,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,16 @@ from .layers import SparseLayer, UnreachableRouting, sparse_layers
 from .observing import LayerPass, observe
 from .probabilities import ScoringEvidence, explanation, probabilities
 from .report_data import LayerTrace, ModelTrace, TracedText
-from .specialisation import significant_cells, specialisation
+from .specialisation import LEVEL, is_too_little, significant_cells, specialisation
 from .text_places import Batch, Texts, batches
 from .token_texts import token_texts
 from .top_tokens import TopTokens
 from .trace_sums import TokenRouting, TraceSums, count_pairs, margins
+
+
+if TYPE_CHECKING:
+    # it takes seconds to import, and who only watches a model in training does not need it
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -53,30 +58,35 @@ class Traced(NamedTuple):
     Attributes:
         trace: the routing of the model.
         blocks: token ids of each block of each domain.
-        sets: (L, N) uint32 fingerprints of each token's set of experts; None unless asked for.
+        sets: L arrays (N,) uint32, fingerprints of each token's set of experts; empty unless asked for.
     """
 
     trace: ModelTrace
     blocks: list[list[np.ndarray]]
-    sets: np.ndarray | None
+    sets: list[np.ndarray]
 
 
 class _Tracer:
-    """Takes in the passes of all layers, batch by batch."""
+    """Takes in the passes of all layers, batch by batch.
+
+    Attributes:
+        sums: sums of each layer whose experts the model calls, by the experts' name; such as those for images are not called.
+        paths: arrays (E of one layer, E of the next) int64, tokens by their first choice.
+        shown: index, weight and margin of each traced text in each layer.
+        sets: fingerprints of the tokens' sets of experts by layer; empty unless asked for.
+    """
 
     def __init__(self, layers: Sequence[SparseLayer], texts: Texts, domains: int, options: TraceOptions):
         self.texts, self.options = texts, options
-        sizes = (texts.unit_domain, domains, len(texts.edges) - 1, len(texts.tokens))
-        self.names = [layer.name for layer in layers]
-        self.sums = {layer.name: TraceSums(layer.num_experts, *sizes) for layer in layers}
-        experts = [layer.num_experts for layer in layers]
-        self.paths = [np.zeros(pair, np.int64) for pair in pairwise(experts)]
-        # of each traced text and layer: index, weight and margin
+        self._sizes = (texts.unit_domain, domains, len(texts.edges) - 1, len(texts.tokens))
+        self._layers = layers
+        self.sums: dict[str, TraceSums] = {}
+        self.paths: list[np.ndarray] = []
         self.shown: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray | None]] = {}
-        random = np.random.default_rng(options.seed)
-        self._codes = random.integers(1, 2**32, max(experts), dtype=np.uint64)
-        tokens = sum(map(len, texts.blocks))
-        self.sets = np.zeros((len(layers), tokens), np.uint32) if options.keeps_sets else None
+        # models with different numbers of experts share the codes: a longer table begins with a shorter one
+        random = np.random.default_rng(0)
+        self._codes = random.integers(1, 2**32, max(layer.num_experts for layer in layers), dtype=np.uint64)
+        self.sets: dict[str, np.ndarray] = {}
         self.batch: Batch | None = None
         self._choices: dict[str, np.ndarray] = {}
         self._scorings: dict[str, str | None] = {}
@@ -95,12 +105,16 @@ class _Tracer:
                 "so that their tokens cannot be told: report needs a model that gives all tokens to its experts in one call"
             )
         routing = token_routing(event, self._probabilities(event))
+        if name not in self.sums:
+            self.sums[name] = TraceSums(event.layer.num_experts, *self._sizes)
+            if self.options.keeps_sets:
+                self.sets[name] = np.zeros(sum(map(len, self.texts.blocks)), np.uint32)
         self.sums[name].add(batch.places, routing)
         if name in self._choices:
             return
         self._choices[name] = routing.first_choice()
-        if self.sets is not None:
-            self.sets[self.names.index(name), batch.places.place] = _set_codes(routing.arrived, self._codes)
+        if self.options.keeps_sets:
+            self.sets[name][batch.places.place] = _set_codes(routing.arrived, self._codes)
         for text, row in batch.texts.items():
             start = row * batch.length
             part = slice(start, start + min(batch.length, self.options.text_tokens))
@@ -121,14 +135,18 @@ class _Tracer:
         """Adds the paths of a batch from layer to layer.
 
         Raises:
-            UnreachableRouting: if a layer's experts were not called.
+            UnreachableRouting: if the experts of no layer were called, or of other layers than before.
         """
-        if missing := [name for name in self.names if name not in self._choices]:
+        if not self._choices or len(self._choices) < len(self.sums):
+            missing = next(layer.name for layer in self._layers if layer.name not in self._choices)
             raise UnreachableRouting(
-                f"the model did not call the experts of {missing[0]} by transformers' experts interface: report sees routing "
+                f"the model did not call the experts of {missing} by transformers' experts interface: report sees routing "
                 "there alone"
             )
-        for path, (name, following) in zip(self.paths, pairwise(self.names), strict=True):
+        pairs = list(pairwise(self._choices))
+        if not self.paths:
+            self.paths = [np.zeros([self.sums[name].num_experts for name in pair], np.int64) for pair in pairs]
+        for path, (name, following) in zip(self.paths, pairs, strict=True):
             source, target = self._choices[name], self._choices[following]
             both = (source >= 0) & (target >= 0)
             path += count_pairs(source[both], target[both], path.shape)
@@ -189,18 +207,40 @@ def refuse_mixing(layers: Sequence[SparseLayer]) -> None:
                 )
 
 
+def _trace_domain(
+    model: PreTrainedModel, tracer: _Tracer, number: int, blocks: list[np.ndarray], labels: list[np.ndarray]
+) -> float | None:
+    """Runs a model on the blocks of a domain.
+
+    Returns:
+        The cross entropy in nats per token; None for a model without a language model's head.
+    """
+    total, scored = 0.0, 0
+    for rows in tqdm(list(batches(blocks, tracer.options.batch_size)), desc=f"tracing domain {number + 1}"):
+        ids, batch = tracer.texts.batch(number, rows)
+        tracer.start(batch)
+        outputs = model(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False)
+        tracer.finish_batch()
+        logits = getattr(outputs, "logits", None)
+        if logits is not None:
+            target = torch.from_numpy(np.stack([labels[row] for row in rows])).to(logits.device)
+            total += _summed_loss(logits, target)
+            scored += int((target[:, 1:] != -100).sum())
+    return total / scored if scored else None
+
+
 @torch.no_grad()
 def trace_routing(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    domains: Mapping[str, Any],
+    domains: "Mapping[str, Dataset]",
     name: str,
     options: TraceOptions | None = None,
 ) -> Traced:
     """Runs a model on texts and traces its routing.
 
     Args:
-        model: any MoE causal LM of transformers, on the device to run on. It stays in evaluation mode.
+        model: any MoE of transformers that reads `input_ids`, on the device to run on. It stays in evaluation mode.
         tokenizer: tokenizer of the model.
         domains: name of each domain -> rows of `input_ids`, and optionally of `labels` (-100 for a token without loss), as
             [`~modeling_moe.data.pack`] returns them with `for_scoring`.
@@ -221,29 +261,23 @@ def trace_routing(
     with observe(model, tracer.on_pass):
         for number, (domain, rows) in enumerate(domains.items()):
             labels = [np.asarray(row) for row in rows["labels" if "labels" in rows.column_names else "input_ids"]]
-            total, scored = 0.0, 0
-            for batch_rows in tqdm(list(batches(blocks[number], options.batch_size)), desc=f"tracing {number + 1}"):
-                ids, batch = texts.batch(number, batch_rows)
-                tracer.start(batch)
-                outputs = model(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False)
-                tracer.finish_batch()
-                target = torch.from_numpy(np.stack([labels[row] for row in batch_rows])).to(model.device)
-                total += _summed_loss(outputs.logits, target)
-                scored += int((target[:, 1:] != -100).sum())
-            losses[domain] = total / max(scored, 1)
+            loss = _trace_domain(model, tracer, number, blocks[number], labels)
+            losses |= {} if loss is None else {domain: loss}
+    by_name = {layer.name: layer for layer in layers}
+    layers = [by_name[name] for name in tracer.sums]
     layer_traces = _layer_traces(tracer, layers, tokenizer, options)
     trace = ModelTrace(
         name=name,
         facts=_facts(model, layers, layer_traces, texts),
         domains=list(domains),
         tokens={domain: sum(map(len, rows)) for domain, rows in zip(domains, blocks, strict=True)},
-        losses=losses,
+        losses=losses or None,
         layers=layer_traces,
         paths=tracer.paths,
         position_edges=texts.edges,
         texts=_traced_texts(tracer, list(domains), tokenizer),
     )
-    return Traced(trace, blocks, tracer.sets)
+    return Traced(trace, blocks, list(tracer.sets.values()))
 
 
 def _layer_traces(
@@ -276,7 +310,7 @@ def _traced_texts(tracer: _Tracer, domains: list[str], tokenizer: PreTrainedToke
     top_k = max(total.top_k for total in tracer.sums.values())
     found = []
     for text, number in enumerate(tracer.texts.traced):
-        layers = [tracer.shown[text, name] for name in tracer.names]
+        layers = [tracer.shown[text, name] for name in tracer.sums]
         size = len(layers[0][0])
         index = np.full((len(layers), size, top_k), -1, np.int32)
         weight = np.zeros(index.shape, np.float32)
@@ -297,6 +331,14 @@ def _router_name(model: PreTrainedModel, layer: SparseLayer) -> str:
     return str(named) if named else "unknown" if layer.router is None else type(layer.router).__name__
 
 
+def _test_fact(units: list[int]) -> str:
+    """Returns what the test of specialisation rests on, from the number of units of each domain."""
+    if len(units) < 2:
+        return "none, since there is one domain"
+    shown = f"permutes {' + '.join(map(str, units))} stretches of text of the domains; chance of any false finding {LEVEL:.0%}"
+    return f"{shown}; too little text to find anything" if is_too_little(units) else shown
+
+
 def _facts(
     model: PreTrainedModel, layers: Sequence[SparseLayer], traces: Sequence[LayerTrace], texts: Texts
 ) -> dict[str, str]:
@@ -305,7 +347,6 @@ def _facts(
         size = sum(parameter.numel() for parameter in layer.experts.parameters())
         idle += size * max(0.0, 1 - trace.top_k / layer.num_experts)
     experts = sorted({(layer.num_experts, trace.top_k) for layer, trace in zip(layers, traces, strict=True)})
-    units = np.bincount(texts.unit_domain)
     return {
         "Architecture": type(model).__name__,
         "Parameters": f"{total:,}, of which a token uses at most {total - round(idle):,}",
@@ -314,5 +355,5 @@ def _facts(
         "Router": _router_name(model, layers[0]),
         "Data type": str(model.dtype).removeprefix("torch."),
         "Text": f"blocks of at most {texts.edges[-1]} tokens",
-        "Test of specialisation": f"{' + '.join(map(str, units))} stretches of text, by domain; p at most 0.05 for all cells",
+        "Test of specialisation": _test_fact(np.bincount(texts.unit_domain).tolist()),
     }

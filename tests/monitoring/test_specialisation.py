@@ -5,7 +5,13 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from modeling_moe.monitoring.specialisation import adjusted_p_values, contrasts, significant_cells, specialisation
+from modeling_moe.monitoring.specialisation import (
+    adjusted_p_values,
+    contrasts,
+    is_too_little,
+    significant_cells,
+    specialisation,
+)
 
 
 def test_specialisation_by_hand():
@@ -126,3 +132,12 @@ def test_too_little_text_is_never_significant():
     (alone,) = significant_cells(loads, np.array([0, 0, 0]))
     assert alone.shape == (1, 2)
     assert not alone.any()
+
+
+def test_how_much_text_is_too_little():
+    """With 3 and 3 units there are 20 labellings, of which 2 are extreme; with 4 and 4 there are 70."""
+    assert is_too_little([3, 3])
+    assert not is_too_little([4, 4])
+    assert is_too_little([2, 2, 1])
+    assert not is_too_little([2, 2, 2])
+    assert is_too_little([500])

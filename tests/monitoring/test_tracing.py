@@ -19,12 +19,13 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from modeling_moe.data import pack
-from modeling_moe.monitoring import TraceOptions, UnreachableRouting, compare_traces, trace_routing
+from modeling_moe.monitoring import TraceOptions, UnreachableRouting, compare_traces, trace_routing, watch
 from modeling_moe.monitoring.comparing import load_shift
 from modeling_moe.monitoring.token_texts import token_label, token_texts
 from modeling_moe.monitoring.top_tokens import MIN_OCCURRENCES, lower_bound
 from modeling_moe.monitoring.trace_sums import margins
 from tests.builders import SIZE, sample_text, tiny_model, train_tokenizer
+from tests.monitoring.moe_families import experts_families, sharpen, tiny_family
 
 
 LENGTH = 48
@@ -325,6 +326,54 @@ def test_a_router_that_mixes_is_refused_in_one_sentence(router, domains, tokeniz
     model = tiny_model(router_type=router, allow_noncausal=True, num_experts_per_tok=5)
     with pytest.raises(UnreachableRouting, match="sends no tokens to experts"):
         trace_routing(model, tokenizer, domains, "tiny")
+
+
+FAMILIES = [
+    "qwen3_moe",
+    "gpt_oss",
+    "glm4_moe",
+    "minimax_m2",
+    "gemma4",
+    "lfm2_moe",
+    "inkling2_loop",
+    "ernie4_5_vl_moe",
+    "zaya",
+]
+
+
+def check_family(family, tokenizer):
+    """Compares the trace of a family's tiny model with what [`modeling_moe.watch`] sums up on the same blocks."""
+    model = tiny_family(family).eval()
+    sharpen(model)
+    blocks = torch.randint(3, 60, (6, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    domains = {"a": blocks[:4], "b": blocks[4:]}
+    rows = {name: datasets.Dataset.from_dict({"input_ids": ids}) for name, ids in domains.items()}
+    trace = trace_routing(model, tokenizer, rows, family, TraceOptions(batch_size=4)).trace
+    with watch(model) as recorder, torch.no_grad():
+        model(input_ids=torch.tensor(blocks), use_cache=False)
+    figures = {layer.name: layer for layer in recorder.read().layers if layer.tokens}
+    assert [layer.name for layer in trace.layers] == list(figures)
+    for layer in trace.layers:
+        expected = figures[layer.name]
+        assert layer.load.sum(axis=0).tolist() == expected.load.tolist()
+        assert layer.max_violation == pytest.approx(expected.max_violation)
+        assert layer.co_activation == pytest.approx(expected.co_activation.numpy(), abs=1e-6)
+        for name in ("token_entropy", "marginal_entropy", "gate_margin"):
+            found, other = getattr(layer, name), getattr(expected, name)
+            assert found == (None if other is None else pytest.approx(other, rel=1e-4, abs=1e-7))
+    assert trace.texts[0].index.shape[0] == len(trace.layers) == len(trace.paths) + 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_popular_families_are_traced(family, tokenizer):
+    check_family(family, tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted({*experts_families()} - {*FAMILIES, "deepseek_ocr2", "glm5_next"}))
+def test_every_family_is_traced(family, tokenizer):
+    """The two families that are left out have no tiny model with experts here."""
+    check_family(family, tokenizer)
 
 
 def test_hooks_do_not_stay(domains, tokenizer):
