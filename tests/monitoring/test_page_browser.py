@@ -196,6 +196,18 @@ def test_the_choice_of_a_layer_changes_the_pictures_of_both_models_and_back(brow
     assert titles() == after
 
 
+def test_the_sentence_below_a_picture_is_that_of_the_picture_shown(browser, plain):
+    def shown():
+        return [caption.text[:12] for caption in every(browser, "#paths .caption") if caption.is_displayed()]
+
+    assert shown() == ["Bands are th"]
+    choice = Select(one(browser, "#paths [data-choice]"))
+    choice.select_by_index(1)
+    assert shown() == ["Each row sha"]
+    choice.select_by_index(0)
+    assert shown() == ["Bands are th"]
+
+
 def test_the_pointer_and_the_arrow_keys_read_a_heat_maps_values(browser, plain):
     load = plain.models[0].layers[0].load.sum(axis=0)
     view, output = one(browser, "#load .view"), one(browser, "#load output")

@@ -155,8 +155,8 @@ def _positions_of(layer: LayerTrace, names: Sequence[str], limit: float, width: 
     ticks(axes, "x", names, 12)
     axes.set_xlabel("position of the token in the text")
     axes.set_ylabel("expert", rotation_mode="anchor")
-    axes.set_title(f"Layer {layer.layer}: experts by position")
-    draw_side_scale(scale, image, "log\u2082 of the share here over that everywhere", extend="both")
+    axes.set_title(f"Layer {layer.layer}: log\u2082 of an expert's share at a position over its share everywhere")
+    draw_side_scale(scale, image, "log\u2082", extend="both")
     places = [f"position {text}" for text in names]
     cells = Cells(axes, values, expert_names(layer.num_experts), places, "log\u2082 of the ratio")
     return Drawing(f"layer {layer.layer}", figure, [cells])

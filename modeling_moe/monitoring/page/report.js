@@ -37,6 +37,8 @@
         variant.shown = place;
         forget(figures[index]);
       }
+      const captions = all(".caption", section);
+      if (captions.length > 1) captions.forEach((caption, index) => (caption.hidden = (place === 0) !== (index === 0)));
     });
     figures.forEach(readValues);
   }

@@ -20,12 +20,14 @@ class Section:
         title: heading.
         sentence: what is seen, and what would be wrong.
         groups: the drawings of each model, of equal labels where possible; empty if there is nothing to draw.
+        detail: the sentence for the drawings after the first, those of single layers; empty if `sentence` fits them.
     """
 
     key: str
     title: str
     sentence: str
     groups: list[list[Drawing]]
+    detail: str = ""
 
 
 LOAD = (
@@ -53,10 +55,18 @@ PATHS = (
     "next, and each expert is a bar as high as its share of the tokens; bands that all end in one tall bar show a layer that one "
     "expert rules."
 )
+PATHS_OF_LAYER = (
+    "Each row shares out the tokens of one expert among the first experts of the next layer; a column that is bright in all "
+    "rows is an expert that takes tokens wherever they come from."
+)
 ONE_LAYER = "Paths need at least two sparse layers."
 POSITION = (
     "Each cell says how far the choice of experts at a position is from the choice over all positions; bright cells beyond "
     "the first positions mean that the router looks at where a token stands rather than at what it is."
+)
+POSITION_OF_LAYER = (
+    "Orange experts take more of the load at a position than at all positions, purple ones less; an expert that is orange at "
+    "all late positions follows the position instead of the token."
 )
 CHANGES = (
     "Cells show the share of the load that moved to other experts from the first to the second model, bars the share of "
@@ -127,14 +137,15 @@ def _co_activation(models: list[ModelTrace], width: float) -> Section:
 def _paths(models: list[ModelTrace], width: float) -> Section:
     title = "Paths from layer to layer"
     drawings = [figures_experts.paths(model, width) for model in models if len(model.layers) > 1]
-    return Section("paths", title, PATHS if drawings else ONE_LAYER, drawings if len(drawings) == len(models) else [])
+    drawn = len(drawings) == len(models)
+    return Section("paths", title, PATHS if drawn else ONE_LAYER, drawings if drawn else [], PATHS_OF_LAYER)
 
 
 def _position(models: list[ModelTrace], width: float) -> Section:
     shifts = [figures_experts.position_shift(layer) for model in models for layer in model.layers]
     most = max([0.05, *(float(np.nanmax(shift, initial=0.0)) for shift in shifts)])
     drawings = [figures_experts.position(model, most, width) for model in models]
-    return Section("position", "Routing by position", POSITION, drawings)
+    return Section("position", "Routing by position", POSITION, drawings, POSITION_OF_LAYER)
 
 
 def _history(report: RoutingReport) -> Section:
