@@ -31,10 +31,10 @@ from ..utils.errors import UserError
 from ..utils.folders import ResultFolder
 from ..utils.json_files import read_json, write_json
 from ..utils.lineage import lineage_of
-from ..utils.loading import load_config, parse_dtype
+from ..utils.loading import load_config, one_line_for, parse_dtype
 from ..utils.locations import leads_outside
 from .pruning import PruningOptions, best_experts, refuse_other_usage
-from .skeleton import Axis, Reduction, Skeleton, groups_of, model_without_data, reduce, shapes, skeleton
+from .skeleton import Axis, Reduction, Skeleton, groups_of, model_without_data, reduce, shapes, skeleton, text_config
 from .usage import SCORES, Usage
 
 
@@ -105,7 +105,8 @@ def open_any(source: Source, dtype: str = "auto", *, trust_remote_code: bool = F
         raise UserError(
             f"{source.folder} is quantised, as its config.json says: take the model that it was quantised from"
         )
-    found = skeleton(config, trust_remote_code=trust_remote_code)
+    with one_line_for("the model", str(source.folder), trust_remote_code):
+        found = skeleton(config, trust_remote_code=trust_remote_code)
     integers = {name for name, tensor in found.model.state_dict().items() if not tensor.is_floating_point()}
     refuse_quantised({name: tensor for name, tensor in source.state.items() if name not in integers})
     wanted = parse_dtype(dtype)
@@ -283,7 +284,7 @@ def changed_values(folder: Path, reduction: Reduction, *, trust_remote_code: boo
     """
     values = read_json(folder / "config.json")
     config = reduction.before.config
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     part = _text_values(values, config, text)
     if part is None:
         raise UserError(f"{folder / 'config.json'} does not show which part of it describes the language model")
@@ -294,6 +295,7 @@ def changed_values(folder: Path, reduction: Reduction, *, trust_remote_code: boo
     with TemporaryDirectory() as temporary:
         write_json(Path(temporary) / "config.json", values)
         changed = type(config).from_pretrained(temporary)
+    changed.name_or_path = config.name_or_path  # where transformers looks for a checkpoint's own code
     if shapes(model_without_data(changed, trust_remote_code=trust_remote_code)) != shapes(reduction.after.model):
         raise UserError(
             f"{folder / 'config.json'} gives the number of experts in a way that cannot be changed: this checkpoint cannot be "
