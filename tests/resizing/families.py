@@ -86,6 +86,7 @@ MORE = {
     | {"shared_intermediate_size": 12, "layer_types": ["attention"] * 2, "mamba_n_heads": 8, "mamba_d_head": 8},
     "hunyuan_v1_moe": EXPERTS | {"moe_topk": 2},
     "hy_v3": EXPERTS | {"first_k_dense_replace": 1},
+    "inkling_text": ROUTED | {"n_shared_experts": 2},
     "kolibri1": LOCAL,
     "laguna": EXPERTS,
     "lfm2_moe": EXPERTS | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},

@@ -363,12 +363,13 @@ def fail(index):
     raise KeyboardInterrupt
 
 
-def test_tensors_that_the_model_does_not_take_are_left_out(tmp_path, caplog):
+def test_tensors_that_the_model_does_not_take_are_left_out(tmp_path):
     model = tiny_family("qwen3_moe")
     model.save_pretrained(tmp_path / "whole")
     file = tmp_path / "whole" / "model.safetensors"
     save_file(load_file(file) | {"model.layers.2.mlp.experts.0.up_proj.weight": torch.zeros(3, 3)}, file)
     pruned = prune_folder(tmp_path / "whole", tmp_path / "small", random_usage(model))
+    assert pruned.left_out == ["model.layers.2.mlp.experts.0.up_proj.weight"]
     assert not any("layers.2" in name for name in pruned.state)
 
 
