@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modeling_moe.monitoring import observe
+from modeling_moe.monitoring.batches import padding_of
 from modeling_moe.monitoring.observing import in_backward
 from tests.builders import tiny_model
 from tests.training.families import tiny
@@ -59,7 +60,9 @@ def test_a_pass_has_what_the_experts_get(build):
     calls, seen = [], []
     layers = [module for name, module in model.named_modules() if name.endswith("mlp.experts")]
     for module in layers:
-        module.register_forward_pre_hook(lambda module, args, kwargs: calls.append((*args, *kwargs.values())), with_kwargs=True)
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append((*args, *kwargs.values())), with_kwargs=True
+        )
     with observe(model, seen.append):
         logits = model(input_ids=IDS, attention_mask=MASK, output_router_logits=True).router_logits
     for event, call, recorded in zip(seen, calls, logits, strict=True):
@@ -154,22 +157,24 @@ def test_padding_is_found(build, call, request):
         assert torch.equal(event.token_mask, MASK.flatten().bool())
 
 
+class BlockMask:
+    """A mask that is no tensor, such as that of flex attention."""
+
+
 def test_padding_that_cannot_be_told_is_said():
+    why = "padding cannot be told from BlockMask as attention_mask, and counts as tokens"
+    assert padding_of(BlockMask(), 2, 14).unknown == why
+    assert padding_of({"full_attention": BlockMask()}, 2, 14).unknown == why
+    assert "a mask of shape (3, 14)" in padding_of(torch.ones(3, 14), 2, 14).unknown
+    assert padding_of(None, 2, 14) == (None, None)
+
     model, seen = mixtral().eval(), []
-
-    class Mask:
-        pass
-
-    with observe(model, seen.append), pytest.raises(Exception):  # noqa: B017, the model cannot use the mask either
-        model(input_ids=IDS, attention_mask=Mask())
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"attention_mask": None}), with_kwargs=True
+    )
     with observe(model, seen.append):
-        model(input_ids=IDS)
-    assert all(event.token_mask is None and event.note is None for event in seen)
-
-    from modeling_moe.monitoring.batches import padding_of
-
-    assert padding_of(Mask(), 2, 14).unknown == "padding cannot be told from Mask as attention_mask, and counts as tokens"
-    assert padding_of(torch.ones(3, 14), 2, 14).unknown is not None
+        model(input_ids=IDS, attention_mask=BlockMask())
+    assert [(event.token_mask, event.note) for event in seen] == [(None, why)] * 2
 
 
 def test_all_tokens_of_a_packed_row_are_real():
@@ -260,3 +265,12 @@ def test_copies_of_an_observed_model_are_not_observed(build):
         assert seen == []
         model(input_ids=IDS)
     assert len(seen) == 2
+
+
+def test_copies_that_run_side_by_side_are_refused():
+    model = mixtral()
+    with observe(model, lambda event: None):
+        # as nn.DataParallel copies modules
+        experts = model.model.layers[0].mlp.experts._replicate_for_data_parallel()
+        with pytest.raises(ValueError, match=r"^nn\.DataParallel runs copies"):
+            experts(torch.zeros(1, 32), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2))
