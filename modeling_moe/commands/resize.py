@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..resizing import GrowthOptions, ModelSize, PruningOptions, ResizeOptions, resize_checkpoint
-from ..utils.command_line import parse
+from ..utils.command_line import parse, refuse_missing_folder
 from ..utils.loading import DtypeName
 
 
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, options, growth, pruning = parse(
         [ResizeArguments, ResizeOptions, GrowthOptions, PruningOptions], __doc__, argv
     )
+    refuse_missing_folder(save_usage=options.save_usage)
     before, after, reason_not_exact = resize_checkpoint(
         args.model_name_or_path,
         args.output_dir,

@@ -31,10 +31,10 @@ from ..utils.errors import UserError
 from ..utils.folders import ResultFolder
 from ..utils.json_files import read_json, write_json
 from ..utils.lineage import lineage_of
-from ..utils.loading import load_config, parse_dtype
+from ..utils.loading import load_config, one_line_for, parse_dtype
 from ..utils.locations import leads_outside
 from .pruning import PruningOptions, best_experts, refuse_other_usage
-from .skeleton import Axis, Reduction, Skeleton, groups_of, model_without_data, reduce, shapes, skeleton
+from .skeleton import Axis, Reduction, Skeleton, groups_of, model_without_data, reduce, shapes, skeleton, text_config
 from .usage import SCORES, Usage
 
 
@@ -80,12 +80,14 @@ class Pruned:
         values: the content of config.json.
         reduction: what changed.
         kept: ids of the kept experts.
+        left_out: names of the source's tensors that the model does not take.
     """
 
     state: State
     values: dict[str, Any]
     reduction: Reduction
     kept: Kept
+    left_out: list[str]
 
 
 def open_any(source: Source, dtype: str = "auto", *, trust_remote_code: bool = False) -> AnyCheckpoint:
@@ -105,7 +107,8 @@ def open_any(source: Source, dtype: str = "auto", *, trust_remote_code: bool = F
         raise UserError(
             f"{source.folder} is quantised, as its config.json says: take the model that it was quantised from"
         )
-    found = skeleton(config, trust_remote_code=trust_remote_code)
+    with one_line_for("the model", str(source.folder), trust_remote_code):
+        found = skeleton(config, trust_remote_code=trust_remote_code)
     integers = {name for name, tensor in found.model.state_dict().items() if not tensor.is_floating_point()}
     refuse_quantised({name: tensor for name, tensor in source.state.items() if name not in integers})
     wanted = parse_dtype(dtype)
@@ -205,8 +208,8 @@ class _Selection:
 def select_experts(checkpoint: AnyCheckpoint, reduction: Reduction, kept: Kept) -> State:
     """Returns a checkpoint with the kept experts and their entries in the routers, under the source's names on disk.
 
-    Tensors that the model does not take, such as those of a head that predicts several tokens, are left out with a warning:
-    they may hold experts, too.
+    Tensors that the model does not take, such as those of a head that predicts several tokens, are left out: they may hold
+    experts, too.
 
     Args:
         checkpoint: the source.
@@ -222,11 +225,6 @@ def select_experts(checkpoint: AnyCheckpoint, reduction: Reduction, kept: Kept) 
     for name, place in selection.places.items():
         if place.target in before:
             groups.setdefault(place.target, []).append(name)
-    taken = {name for group in groups.values() for name in group}
-    if unknown := sorted(selection.places.keys() - taken):
-        logger.warning(
-            f"Left out, since the model does not take them: {', '.join(unknown[:3])} ({len(unknown)} tensors)."
-        )
     result: State = {}
     for target, names in groups.items():
         made = selection.made(names)
@@ -245,6 +243,12 @@ def select_experts(checkpoint: AnyCheckpoint, reduction: Reduction, kept: Kept) 
             result |= selection.converted(names, axes[0].layer)
     _refuse_misfit(selection, result)
     return {name: result[name] for name in selection.state if name in result}
+
+
+def _left_out(checkpoint: AnyCheckpoint) -> list[str]:
+    """Returns the names of the tensors on disk that the model does not take."""
+    names = DiskNames(checkpoint.skeleton.model)
+    return [name for name, place in names.places(checkpoint.state).items() if place.target not in names.own]
 
 
 def _refuse_misfit(selection: _Selection, result: State) -> None:
@@ -269,8 +273,10 @@ def _text_values(values: dict[str, Any], config: PreTrainedConfig, text: PreTrai
     for name in getattr(config, "sub_configs", {}):
         part = getattr(config, name, None)
         if isinstance(part, PreTrainedConfig):
-            found = _text_values(values.setdefault(name, {}), part, text)
+            inner = values.get(name) or {}
+            found = _text_values(inner, part, text)
             if found is not None:
+                values[name] = inner
                 return found
     return None
 
@@ -283,7 +289,7 @@ def changed_values(folder: Path, reduction: Reduction, *, trust_remote_code: boo
     """
     values = read_json(folder / "config.json")
     config = reduction.before.config
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     part = _text_values(values, config, text)
     if part is None:
         raise UserError(f"{folder / 'config.json'} does not show which part of it describes the language model")
@@ -294,6 +300,7 @@ def changed_values(folder: Path, reduction: Reduction, *, trust_remote_code: boo
     with TemporaryDirectory() as temporary:
         write_json(Path(temporary) / "config.json", values)
         changed = type(config).from_pretrained(temporary)
+    changed.name_or_path = config.name_or_path  # where transformers looks for a checkpoint's own code
     if shapes(model_without_data(changed, trust_remote_code=trust_remote_code)) != shapes(reduction.after.model):
         raise UserError(
             f"{folder / 'config.json'} gives the number of experts in a way that cannot be changed: this checkpoint cannot be "
@@ -353,7 +360,8 @@ def prune_any(checkpoint: AnyCheckpoint, reduction: Reduction, usage: Usage, opt
     values = changed_values(checkpoint.source.folder, reduction, trust_remote_code=checkpoint.trust_remote_code)
     if checkpoint.dtype is not None:
         _name_dtype(values, str(checkpoint.dtype).removeprefix("torch."))
-    return Pruned(select_experts(checkpoint, reduction, kept), values, reduction, kept)
+    state = select_experts(checkpoint, reduction, kept)
+    return Pruned(state, values, reduction, kept, _left_out(checkpoint))
 
 
 def write_pruned(
@@ -364,6 +372,8 @@ def write_pruned(
     max_shard_size: str = "5GB",
 ) -> None:
     """Writes a pruned checkpoint with the source's tokenizer, chat template, generation config and code.
+
+    A warning names tensors of the source that the result lacks, since the model does not take them.
 
     Args:
         folder: folder that is written whole or not at all, where an interrupted run continues.
@@ -389,5 +399,8 @@ def write_pruned(
             shutil.copyfile(file, result / file.name)
 
     refuse_full_disk(folder, sum(tensor.nbytes for tensor in pruned.state.values()))
+    if pruned.left_out:
+        shown = ", ".join(pruned.left_out[:3])
+        logger.warning(f"Left out, since the model does not take them: {shown} ({len(pruned.left_out)} tensors).")
     recipe = json.loads(json.dumps(recipe | {"lineage": lineage_of(source)}, default=str))
     write_checkpoint(folder, pruned.state, recipe, finish, max_shard_size=max_shard_size, sources=(source,))

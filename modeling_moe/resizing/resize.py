@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from transformers import CONFIG_MAPPING, PreTrainedModel
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints import LazyTensor, Source, State, open_source, refuse_full_disk
 from ..configuration_moe import MoEConfig
@@ -172,26 +173,36 @@ METHODS: dict[str, Callable[[ResizeRequest], Resized]] = {
 RANKING = ("prune", "merge")
 
 
-def usage_on(source: Source, model: PreTrainedModel, options: ResizeOptions, *, trust_remote_code: bool) -> Usage:
-    """Measures how much the texts of `options.data` use the experts of a model, and saves it if `options` say so.
+class _Text(NamedTuple):
+    """Holds the texts that the use of the experts is measured on, in blocks of tokens, and the tokenizer."""
 
-    Args:
-        source: the checkpoint, whose tokenizer is used.
-        model: the model of the checkpoint.
-        options: the texts, the number of tokens of each, and the file to write.
-        trust_remote_code: run Python code from the source's tokenizer.
+    blocks: list[dict[str, torch.Tensor]]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def _read_text(source: Source, options: ResizeOptions, trust_remote_code: bool) -> _Text:
+    """Reads the texts of `options.data`, before the model is loaded.
 
     Raises:
-        UserError: if a text or the tokenizer cannot be read or does not fit the model, or a domain has fewer tokens.
+        UserError: if a text or the tokenizer cannot be read, or a domain has fewer tokens.
     """
     tokenizer = load_tokenizer(str(source.folder), source.gguf_file, trust_remote_code=trust_remote_code)
-    refuse_misfit(tokenizer, model)
     blocks = [
         {"input_ids": block[None]}
         for name, documents in DataArguments(data=options.data or []).load().items()
         for block in token_ids(documents, tokenizer, options.tokens, name, "tokens", "data").split(BLOCK)
     ]
-    usage = measure_usage(model, blocks)
+    return _Text(blocks, tokenizer)
+
+
+def _measure(text: _Text, model: PreTrainedModel, options: ResizeOptions) -> Usage:
+    """Measures how much a text uses the experts of a model, and saves it if `options` say so.
+
+    Raises:
+        UserError: if the tokenizer does not fit the model, or the model's usage cannot be measured.
+    """
+    refuse_misfit(text.tokenizer, model)
+    usage = measure_usage(model, text.blocks)
     if options.save_usage:
         usage.save(options.save_usage)
     return usage
@@ -236,8 +247,9 @@ def _prune_family(
     if options.usage_json:
         usage = Usage.read(options.usage_json)
     else:
+        text = _read_text(source, options, trust_remote_code)
         model = load_model(str(source.folder), dtype=dtype, trust_remote_code=trust_remote_code)
-        usage = usage_on(source, model, options, trust_remote_code=trust_remote_code)
+        usage = _measure(text, model, options)
         del model
     pruned = prune_any(checkpoint, reduction, usage, pruning)
     recipe = {
@@ -298,8 +310,8 @@ def resize_checkpoint(
     folder = result_folder(output_dir, overwrite, [checkpoint], 0)
     usage = Usage.read(options.usage_json) if options.usage_json else None
     if options.data:
-        model = load_state(checkpoint.config, checkpoint.state)
-        usage = usage_on(checkpoint.source, model, options, trust_remote_code=trust_remote_code)
+        text = _read_text(checkpoint.source, options, trust_remote_code)
+        usage = _measure(text, load_state(checkpoint.config, checkpoint.state), options)
     request = ResizeRequest(checkpoint, options, growth, pruning, usage)
     resized = METHODS[options.method](request)
     refuse_full_disk(folder, sum(tensor.nbytes for tensor in resized.state.values()))

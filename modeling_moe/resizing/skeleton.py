@@ -127,7 +127,8 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Sk
     """Builds a sparse model without data.
 
     Raises:
-        UserError: if the model has no experts that can be reached, or layers with different numbers of experts.
+        UserError: if the model has no experts that can be reached, layers with different numbers of experts, or several sparse
+            layers of one index.
     """
     model = model_without_data(config, trust_remote_code=trust_remote_code)
     try:
@@ -140,7 +141,25 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Sk
             f"the sparse layers of {type(model).__name__} have {' and '.join(map(str, counts))} experts: only a model with "
             "equally many in all layers can be pruned"
         )
+    if len({layer.layer for layer in layers}) < len(layers):
+        raise UserError(
+            f"{type(model).__name__} has several sparse layers of one index: take the language model alone"
+        )
     return Skeleton(config, model, layers, counts[0])
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Returns the part of a configuration that describes the language model.
+
+    Raises:
+        UserError: if the model has several language models, as one that also speaks has.
+    """
+    try:
+        return config.get_text_config(decoder=True)
+    except ValueError as error:
+        raise UserError(
+            f"{type(config).__name__} describes several language models: take one of them alone"
+        ) from error
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -156,7 +175,7 @@ def block_prefix(layer: SparseLayer) -> str:
 def with_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
     """Returns a copy of a configuration in which fields of the language model have other values."""
     changed = copy.deepcopy(config)
-    text = changed.get_text_config(decoder=True)
+    text = text_config(changed)
     for name, value in fields.items():
         setattr(text, name, value)
     return changed
@@ -198,7 +217,7 @@ def _replaced(value: Any, old: int, new: int) -> Any:
 
 def _fields_of(config: PreTrainedConfig) -> dict[str, Any]:
     """Returns the fields of the language model's configuration, without the aliases of fields."""
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     return {name: value for name, value in vars(text).items() if not name.startswith("_")}
 
 
@@ -292,7 +311,7 @@ def _lower_top_k(fewer: _Fewer, most: int, trust_remote_code: bool) -> dict[str,
 
 def groups_of(config: PreTrainedConfig) -> Groups:
     """Returns how a router groups its experts, by the fields `n_group` and `topk_group`."""
-    text = config.get_text_config(decoder=True)
+    text = text_config(config)
     count = getattr(text, "n_group", None) or 1
     return Groups(count, (getattr(text, "topk_group", None) or count) if count > 1 else 1)
 

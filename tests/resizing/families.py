@@ -1,5 +1,7 @@
 """Tiny models of transformers' MoE families, whose sizes differ from their number of experts."""
 
+from collections.abc import Iterable
+
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -84,6 +86,7 @@ MORE = {
     | {"shared_intermediate_size": 12, "layer_types": ["attention"] * 2, "mamba_n_heads": 8, "mamba_d_head": 8},
     "hunyuan_v1_moe": EXPERTS | {"moe_topk": 2},
     "hy_v3": EXPERTS | {"first_k_dense_replace": 1},
+    "inkling_text": ROUTED | {"n_shared_experts": 2},
     "kolibri1": LOCAL,
     "laguna": EXPERTS,
     "lfm2_moe": EXPERTS | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
@@ -105,10 +108,18 @@ MORE = {
 FAMILIES = COMMON | MORE
 
 
+def installed(families: Iterable[str]) -> list[str]:
+    """Returns the families that the installed transformers has; older releases lack the newest ones."""
+    return [family for family in families if family in CONFIG_MAPPING]
+
+
 def tiny_family(model_type: str, **fields) -> PreTrainedModel:
     """Returns a tiny random model of a family in fp32, in evaluation mode, with random selection biases."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**BASE | FAMILIES[model_type] | fields)
+    known = CONFIG_MAPPING[model_type]()
+    names = vars(known).keys() | known.attribute_map.keys()
+    base = {name: value for name, value in BASE.items() if name in names}
+    config = CONFIG_MAPPING[model_type](**base | FAMILIES[model_type] | fields)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     model.set_experts_implementation("eager")
     with torch.no_grad():

@@ -11,10 +11,12 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    Qwen3_5MoeForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from modeling_moe.checkpoints import LazyTensor, open_source
+from modeling_moe.commands.resize import main
+from modeling_moe.conversion import TARGETS, load_state, open_checkpoint
 from modeling_moe.resizing import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
 from modeling_moe.resizing.pruning_any import open_any, plan_pruning, prune_any, write_pruned
 from modeling_moe.resizing.skeleton import reduce, skeleton
@@ -23,11 +25,11 @@ from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.folders import ResultFolder
 from tests.builders import folder_contents, train_tokenizer
 from tests.processes import run_without_package
-from tests.resizing.families import COMMON, MORE, tiny_family
+from tests.resizing.families import BASE, COMMON, MORE, installed, tiny_family
 
 
 IDS = torch.randint(3, 96, (2, 14), generator=torch.Generator().manual_seed(5))
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in MORE]
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in installed(MORE)]
 
 
 class MaskedRouters(TorchFunctionMode):
@@ -106,7 +108,7 @@ def model_experts(model) -> int:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [*COMMON, *SLOW])
+@pytest.mark.parametrize("family", [*installed(COMMON), *SLOW])
 def test_equals_the_whole_model_with_masked_routers(family, tmp_path):
     tiny_family(family).save_pretrained(tmp_path / "whole")
     model = load_whole(tmp_path / "whole")
@@ -191,6 +193,19 @@ def test_other_names_of_a_field_are_changed_too(tmp_path):
     assert values["made_by"] == "somebody"
 
 
+def test_the_published_name_of_a_field_is_changed(tmp_path):
+    """Published Qwen3-MoE files say num_experts where transformers 5 writes num_local_experts."""
+    model = tiny_family("qwen3_moe")
+    model.save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / "config.json"
+    values = json.loads(file.read_text())
+    values["num_experts"] = values.pop("num_local_experts", None) or values["num_experts"]
+    file.write_text(json.dumps(values))
+    prune_folder(tmp_path / "whole", tmp_path / "small", random_usage(model))
+    assert json.loads((tmp_path / "small" / "config.json").read_text()) == values | {"num_experts": 4}
+    assert model_experts(load_whole(tmp_path / "small")) == 4
+
+
 def test_weights_in_another_dtype(tmp_path):
     model = tiny_family("qwen3_moe")
     model.save_pretrained(tmp_path / "whole")
@@ -205,24 +220,76 @@ def test_weights_in_another_dtype(tmp_path):
 
 
 def test_a_language_model_inside_a_larger_one(tmp_path):
-    """The published Qwen3.5-MoE holds the language model under other names, beside a model of images."""
-    config = CONFIG_MAPPING["qwen3_5_moe"](
-        text_config=tiny_family("qwen3_5_moe_text").config.to_dict(),
-        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+    """Qwen3-VL-MoE holds the language model under other names, beside a model of images, and its experts transposed."""
+    text = BASE | COMMON["qwen3_moe"] | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = CONFIG_MAPPING["qwen3_vl_moe"](
+        text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]}, tie_word_embeddings=False
     )
     torch.manual_seed(0)
-    model = Qwen3_5MoeForConditionalGeneration(config).eval()
+    model = Qwen3VLMoeForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path / "whole")
-    text = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
-    usage = measure_usage(text, [{"input_ids": IDS}])
-    prune_folder(tmp_path / "whole", tmp_path / "small", usage)
+    usage = measure_usage(model, [{"input_ids": IDS}])
+    pruned = prune_folder(tmp_path / "whole", tmp_path / "small", usage)
     values = json.loads((tmp_path / "small" / "config.json").read_text())
-    assert values["text_config"]["num_experts"] == 4
-    small, info = Qwen3_5MoeForConditionalGeneration.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert values["text_config"]["num_local_experts"] == 4
+    small, info = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "small", output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"]
-    vision = {name: tensor for name, tensor in model.state_dict().items() if "visual" in name}
-    assert vision
-    assert all(torch.equal(small.state_dict()[name], tensor) for name, tensor in vision.items())
+    for name, tensor in small.state_dict().items():
+        whole = model.state_dict()[name]
+        if whole.shape != tensor.shape:
+            whole = whole[pruned.kept[int(name.split("layers.")[1].split(".")[0])]]
+        assert torch.equal(tensor, whole)
+
+
+OWN_CODE = """
+from transformers import MixtralConfig, MixtralForCausalLM
+
+
+class MineConfig(MixtralConfig):
+    model_type = "mine"
+
+
+class MineForCausalLM(MixtralForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_a_model_of_the_checkpoints_own_code(tmp_path):
+    model = tiny_family("mixtral")
+    model.config.save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / "config.json"
+    code = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    changes = {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": code}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    (tmp_path / "whole" / "modeling_mine.py").write_text(OWN_CODE)
+    save_file(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "whole" / "model.safetensors"
+    )
+    with pytest.raises(UserError, match="--trust_remote_code true"):
+        open_any(open_source(tmp_path / "whole"))
+    usage = measure_usage(model, [{"input_ids": IDS}])
+    pruned = prune_folder(tmp_path / "whole", tmp_path / "small", usage, trust_remote_code=True)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    assert type(small).__name__ == "MineForCausalLM"
+    row = model.model.layers[0].mlp.gate.weight[pruned.kept[0]]
+    assert torch.equal(small.model.layers[0].mlp.gate.weight, row)
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_names_on_disk_are_those_that_servers_read(family, tmp_path):
+    """The export to a family writes the names that vLLM, SGLang and llama.cpp read; a pruned checkpoint has the same."""
+    model = tiny_family(family)
+    model.save_pretrained(tmp_path / "whole")
+    pruned = prune_folder(tmp_path / "whole", tmp_path / "small", random_usage(model))
+    converted = open_checkpoint(str(tmp_path / "small"))
+    exported = TARGETS[family].tensors(converted.state, converted.config)
+    assert {name: tensor.shape for name, tensor in exported.items()} == {
+        name: tensor.shape for name, tensor in pruned.state.items()
+    }
+    ours = load_state(converted.config, converted.state).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS).logits, load_whole(tmp_path / "small")(IDS).logits, atol=2e-5, rtol=1e-5)
 
 
 def save_with_tokenizer(model, folder):
@@ -245,7 +312,7 @@ print(type(model).__name__, model.config.num_local_experts, model(ids).logits.is
 """
 
 
-def test_the_command_keeps_the_family_and_transformers_alone_loads_the_result(tmp_path):
+def test_the_command_keeps_the_family_and_transformers_alone_loads_the_result(tmp_path, capsys):
     model = tiny_family("mixtral", vocab_size=300)
     options = save_with_tokenizer(model, tmp_path / "whole")
     options.save_usage = str(tmp_path / "use.json")
@@ -264,8 +331,11 @@ def test_the_command_keeps_the_family_and_transformers_alone_loads_the_result(tm
     assert (tmp_path / "small" / "tokenizer.json").is_file()
     printed = run_without_package(LOAD_PLAIN, tmp_path, tmp_path / "small")
     assert printed.split() == ["MixtralForCausalLM", "3", "True"]
-    again = ResizeOptions(method="prune", usage_json=str(tmp_path / "use.json"))
-    resize_checkpoint(str(tmp_path / "whole"), tmp_path / "again", again, *arguments)
+    paths = {"model_name_or_path": "whole", "output_dir": "again", "usage_json": "use.json"}
+    flags = [part for name, path in paths.items() for part in (f"--{name}", str(tmp_path / path))]
+    main([*flags, "--method", "prune", "--keep", "3"])
+    assert "6, 2" in (shown := capsys.readouterr().out)
+    assert "3, 2" in shown
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "small" / "model.safetensors"
     ).read_bytes()
@@ -293,12 +363,13 @@ def fail(index):
     raise KeyboardInterrupt
 
 
-def test_tensors_that_the_model_does_not_take_are_left_out(tmp_path, caplog):
+def test_tensors_that_the_model_does_not_take_are_left_out(tmp_path):
     model = tiny_family("qwen3_moe")
     model.save_pretrained(tmp_path / "whole")
     file = tmp_path / "whole" / "model.safetensors"
     save_file(load_file(file) | {"model.layers.2.mlp.experts.0.up_proj.weight": torch.zeros(3, 3)}, file)
     pruned = prune_folder(tmp_path / "whole", tmp_path / "small", random_usage(model))
+    assert pruned.left_out == ["model.layers.2.mlp.experts.0.up_proj.weight"]
     assert not any("layers.2" in name for name in pruned.state)
 
 
