@@ -195,6 +195,43 @@ def test_a_trace_equals_a_recount_token_by_token(name, domains, tokenizer):
         assert trace.layers[0].mean_experts < 2.9
 
 
+def split(blocks, seed):
+    """Returns two domains of 16 blocks each, drawn at random from one text."""
+    order = np.random.default_rng(seed).permutation(len(blocks))[:32]
+    return {"a": blocks.select(order[:16]), "b": blocks.select(order[16:])}
+
+
+def test_one_text_in_two_fake_domains_shows_no_specialisation(tokenizer):
+    """A random router sends each token of the vocabulary its own way, so that tokens of one block are correlated."""
+    text = datasets.Dataset.from_dict({"text": [sample_text(120)]})
+    blocks, model = pack(text, tokenizer, 24, for_scoring=True), tiny_model(num_experts_per_tok=2)
+    found = 0
+    for seed in range(20):
+        options = TraceOptions(batch_size=64, texts=0, top_tokens=0, seed=seed)
+        trace = trace_routing(model, tokenizer, split(blocks, seed), "tiny", options).trace
+        found += any(layer.significant.any() for layer in trace.layers)
+    assert found <= 3  # of 20 runs at 5 %, more than 3 have a chance of 1.6 %
+
+
+def test_domains_of_different_words_show_specialisation(tokenizer):
+    """Even a random router sends different words to different experts."""
+    lines = {"a": "der Weg führt über die Brücke. ", "b": "to the old mill 🙂. "}
+    rows = {name: datasets.Dataset.from_dict({"text": [line * 80]}) for name, line in lines.items()}
+    domains = {name: pack(row, tokenizer, 24, for_scoring=True) for name, row in rows.items()}
+    trace = trace_routing(tiny_model(num_experts_per_tok=2), tokenizer, domains, "tiny", TraceOptions(texts=0)).trace
+    for layer in trace.layers:
+        assert layer.significant.any()
+        share = layer.load / layer.load.sum(axis=1, keepdims=True)
+        assert np.sign(layer.specialisation) == pytest.approx(np.sign(share - share.mean(axis=0)))
+    assert "stretches of text" in trace.facts["Test of specialisation"]
+    assert "too little" not in trace.facts["Test of specialisation"]
+    short = {name: rows.select(range(2)) for name, rows in domains.items()}
+    few = trace_routing(tiny_model(), tokenizer, short, "tiny", TraceOptions(texts=0)).trace
+    assert "permutes 2 + 2 stretches" in few.facts["Test of specialisation"]
+    assert "too little text to find anything" in few.facts["Test of specialisation"]
+    assert not any(layer.significant.any() for layer in few.layers)
+
+
 def test_a_traced_text_shows_each_token(domains, tokenizer):
     model = tiny_model(num_experts_per_tok=2).eval()
     options = TraceOptions(batch_size=2, texts=2, text_tokens=20)
