@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..router import Routing
 from .batches import Batch, Batches, argument_names
 from .layers import SparseLayer, sparse_layers
+from .local_ids import hides_ids, restore
 
 
 class LayerPass(NamedTuple):
@@ -147,6 +148,10 @@ class Observation:
             event = _own_pass(layer, call, Routing(*kept.output), states)
         else:
             event = _foreign_pass(layer, call, kept)
+        own = None
+        if hides_ids(layer.experts, layer.num_experts):
+            choice = restore(layer.experts, event.index, event.weight, layer.num_experts)
+            event, own = event._replace(index=choice.index, arrived=choice.index, weight=choice.weight), choice.own
         recomputed = in_backward()
         batch = self._batches.of_layer(layer.name, len(event.hidden_states), recomputed)
         event = event._replace(recomputed=recomputed, training=layer.experts.training and batch.records_gradient)
@@ -159,6 +164,7 @@ class Observation:
                 f"the weights of {layer.name} cannot be replaced: its router does not choose experts by weight."
             )
         given = call["top_k_weights"]
+        weight = weight if own is None else weight.where(own, 0.0)
         call["top_k_weights"] = weight.reshape(given.shape).to(given.dtype)
         return (), call
 

@@ -88,6 +88,7 @@ class _Tracer:
         self._codes = random.integers(1, 2**32, max(layer.num_experts for layer in layers), dtype=np.uint64)
         self.sets: dict[str, np.ndarray] = {}
         self.batch: Batch | None = None
+        self._called: list[str] = []
         self._choices: dict[str, np.ndarray] = {}
         self._scorings: dict[str, str | None] = {}
 
@@ -135,15 +136,17 @@ class _Tracer:
         """Adds the paths of a batch from layer to layer.
 
         Raises:
-            UnreachableRouting: if the experts of no layer were called, or of other layers than before.
+            UnreachableRouting: if no experts were called, or those of other layers than in the batch before.
         """
-        if not self._choices or len(self._choices) < len(self.sums):
-            missing = next(layer.name for layer in self._layers if layer.name not in self._choices)
+        called, before = list(self._choices), self._called or list(self._choices)
+        if not called or called != before:
             raise UnreachableRouting(
-                f"the model did not call the experts of {missing} by transformers' experts interface: report sees routing "
-                "there alone"
+                f"the model called the experts of {len(called)} and {len(before)} layers in two batches of text: report follows "
+                "tokens through the layers that every batch passes"
+                if called
+                else f"the model does not call its experts ({self._layers[0].name}) for text: there is no routing to report"
             )
-        pairs = list(pairwise(self._choices))
+        self._called, pairs = called, list(pairwise(called))
         if not self.paths:
             self.paths = [np.zeros([self.sums[name].num_experts for name in pair], np.int64) for pair in pairs]
         for path, (name, following) in zip(self.paths, pairs, strict=True):
@@ -180,10 +183,10 @@ def token_routing(event: LayerPass, probs: torch.Tensor | None) -> TokenRouting:
 def _scoring(event: LayerPass) -> str | None:
     """Returns how a foreign router scores its logits, from the weights of one pass; None if it cannot be told."""
     assert event.logits is not None
-    evidence = ScoringEvidence(event.index.shape[-1], torch.zeros((), dtype=torch.float64, device=event.logits.device))
-    evidence.add(event.logits, event.index, event.weight, event.token_mask)
+    evidence = ScoringEvidence(event.index.shape[-1], torch.zeros((), dtype=torch.float64))
+    evidence.add(event.logits.cpu(), event.index.cpu(), event.weight.cpu(), None)
     configured = getattr(getattr(event.layer.experts, "config", None), "scoring_func", None)
-    return explanation(evidence.sums.cpu(), evidence.top_k, evidence.coarse, configured).scoring
+    return explanation(evidence.sums, evidence.top_k, evidence.coarse, configured).scoring
 
 
 def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:

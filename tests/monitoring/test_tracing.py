@@ -376,6 +376,29 @@ def test_every_family_is_traced(family, tokenizer):
     check_family(family, tokenizer)
 
 
+def test_experts_that_text_does_not_reach_are_told(domains, tokenizer, monkeypatch):
+    """A model that skips its experts, or those of some batches, gives one sentence and no half a report."""
+    model, calls = tiny_model(), []
+    first, last = (layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts"))
+    monkeypatch.setattr(last, "forward", lambda states, *args, **kwargs: (states, None))
+    trace = trace_routing(model, tokenizer, domains, "tiny", TraceOptions(texts=1)).trace
+    assert [layer.layer for layer in trace.layers] == [0]
+    assert trace.paths == []
+    assert trace.texts[0].index.shape[0] == 1
+
+    def skip_later(states, *args, **kwargs):
+        calls.append(1)
+        return type(last).forward(last, states, *args, **kwargs) if len(calls) < 3 else (states, None)
+
+    monkeypatch.setattr(last, "forward", skip_later)
+    with pytest.raises(UnreachableRouting, match="experts of 1 and 2 layers in two batches"):
+        trace_routing(model, tokenizer, domains, "tiny", TraceOptions(batch_size=1))
+    for block in (first, last):
+        monkeypatch.setattr(block, "forward", lambda states, *args, **kwargs: (states, None))
+    with pytest.raises(UnreachableRouting, match=r"does not call its experts \(model.layers.0.mlp.experts\)"):
+        trace_routing(model, tokenizer, domains, "tiny")
+
+
 def test_hooks_do_not_stay(domains, tokenizer):
     model = tiny_model()
     trace_routing(model, tokenizer, domains, "tiny")

@@ -91,11 +91,12 @@ def expert_parallel(rank: int, folder: str, kind: str, implementation: str | Non
     dist.barrier()
 
 
+# up to 5.23 some families hide the ids of other processes' experts from a process
+KINDS = [("mixtral", "all_to_all"), ("moe", "all_reduce")] if CHOOSES else [("moe", None), ("qwen3_moe", None)]
+
+
 @needs_transformers("5.19", "expert parallelism")
-@pytest.mark.parametrize(
-    ("kind", "implementation"),
-    [("mixtral", "all_to_all"), ("moe", "all_reduce")] if CHOOSES else [("mixtral", None), ("moe", None)],
-)
+@pytest.mark.parametrize(("kind", "implementation"), KINDS)
 def test_a_batch_that_expert_parallel_ranks_share_counts_once(kind, implementation, tmp_path):
     build(kind).save_pretrained(tmp_path)
     run_ranks(expert_parallel, RANKS, str(tmp_path), kind, implementation)
