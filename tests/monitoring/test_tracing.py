@@ -19,7 +19,14 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from modeling_moe.data import pack
-from modeling_moe.monitoring import TraceOptions, UnreachableRouting, compare_traces, trace_routing, watch
+from modeling_moe.monitoring import (
+    TraceOptions,
+    UnreachableRouting,
+    compare_traces,
+    sparse_layers,
+    trace_routing,
+    watch,
+)
 from modeling_moe.monitoring.comparing import load_shift
 from modeling_moe.monitoring.token_texts import token_label, token_texts
 from modeling_moe.monitoring.top_tokens import MIN_OCCURRENCES, lower_bound
@@ -134,7 +141,7 @@ def margin(token):
     return ranked[token.outputs - 1] - ranked[token.outputs] if 0 < token.outputs < len(ranked) else 0.0
 
 
-def check_summary(found, tokens, load):
+def check_summary(found, tokens, load, knows_logits):
     """Compares a summary with a recount of its tokens and with the load (E,)."""
     chosen = sum(len(token.chosen) for token in tokens)
     reached = sum(len(token.reached) for token in tokens)
@@ -143,12 +150,15 @@ def check_summary(found, tokens, load):
     assert found.dead_experts == pytest.approx(np.mean(load == 0))
     assert found.mean_experts == pytest.approx(reached / len(tokens))
     assert found.dropped_share == pytest.approx(1 - reached / chosen)
+    if not knows_logits:
+        assert found.token_entropy is found.marginal_entropy is found.gate_margin is None
+        return
     assert found.token_entropy == pytest.approx(np.mean([entropy(token.probs) for token in tokens]), rel=1e-5)
     assert found.marginal_entropy == pytest.approx(entropy(mean), rel=1e-5)
     assert found.gate_margin == pytest.approx(np.mean([margin(token) for token in tokens]), rel=1e-4, abs=1e-9)
 
 
-def check_layer(found, edges, domains):
+def check_layer(found, edges, domains, knows_logits):
     """Compares a layer's trace with the tokens of each domain."""
     experts, tokens = found.num_experts, [token for domain in domains for token in domain]
     load, position = np.zeros((len(domains), experts)), np.zeros((len(edges) - 1, experts))
@@ -163,14 +173,17 @@ def check_layer(found, edges, domains):
     assert found.load.tolist() == load.tolist()
     assert found.position.tolist() == position.tolist()
     assert found.co_activation == pytest.approx(together / len(tokens))
-    check_summary(found, tokens, load.sum(axis=0))
+    check_summary(found, tokens, load.sum(axis=0), knows_logits)
     for place, domain in enumerate(domains):
-        check_summary(found.by_domain[place], domain, load[place])
+        check_summary(found.by_domain[place], domain, load[place], knows_logits)
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_trace_equals_a_recount_token_by_token(name, domains, tokenizer):
     model = MODELS[name]().eval()
+    # some of transformers' classes declare no router_logits in older releases
+    knows_logits = sparse_layers(model)[0].router is not None
+    assert knows_logits or name == "deepseek_v3"
     trace = trace_routing(model, tokenizer, domains, "tiny", TraceOptions(batch_size=3)).trace
     layers = [[[] for _ in domains] for _ in trace.layers]
     for place, (domain, rows) in enumerate(domains.items()):
@@ -184,7 +197,7 @@ def test_a_trace_equals_a_recount_token_by_token(name, domains, tokenizer):
         assert trace.tokens[domain] == sum(map(len, blocks)) == len(layers[0][place])
         assert trace.losses[domain] == pytest.approx(total / (trace.tokens[domain] - len(blocks)), rel=1e-5)
     for found, expected in zip(trace.layers, layers, strict=True):
-        check_layer(found, trace.position_edges, expected)
+        check_layer(found, trace.position_edges, expected, knows_logits)
     flat = [[token.reached for domain in layer for token in domain] for layer in layers]
     for one, other, path in zip(flat, flat[1:], trace.paths, strict=False):
         pairs = Counter((a[0], b[0]) for a, b in zip(one, other, strict=True) if a and b)
@@ -401,7 +414,7 @@ def check_family(family, tokenizer):
     assert trace.texts[0].index.shape[0] == len(trace.layers) == len(trace.paths) + 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family in experts_families()])
 def test_popular_families_are_traced(family, tokenizer):
     check_family(family, tokenizer)
 
