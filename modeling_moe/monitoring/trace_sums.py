@@ -148,7 +148,7 @@ class TraceSums:
     def summary(self, domain: int | None = None) -> LayerSummary:
         """Returns the figures of one domain, or of all domains together."""
         chosen = slice(None) if domain is None else slice(domain, domain + 1)
-        tokens, assigned, known, entropy, margin = self._sums[chosen].sum(axis=0)
+        tokens, assigned, known, entropy, margin = self._sums[chosen].sum(axis=0).tolist()
         load = torch.from_numpy(self.load[chosen].sum(axis=0)).double()
         marginal = None
         if self._probs is not None and known:
@@ -158,9 +158,9 @@ class TraceSums:
             dead_experts=dead_experts(load).item(),
             mean_experts=load.sum().item() / max(tokens, 1),
             dropped_share=1 - load.sum().item() / assigned if assigned else 0.0,
-            token_entropy=float(entropy / known) if known else None,
+            token_entropy=entropy / known if known else None,
             marginal_entropy=marginal,
-            gate_margin=float(margin / known) if known else None,
+            gate_margin=margin / known if known else None,
         )
 
 

@@ -51,9 +51,13 @@ def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, tuple[RoutingReport, Path]]:
-    """Returns the reports and their pages: one with two models, and one of hostile texts."""
+    """Returns the reports and their pages: one with two models, whose first texts are equal, and one of hostile texts."""
     hostile = synthetic_report(layers=1, experts=3, domains=len(HOSTILE), hostile=True)
-    made = {"plain": synthetic_report(layers=2, experts=4, domains=2, compare=True), "hostile": hostile}
+    plain = synthetic_report(layers=2, experts=4, domains=2, compare=True)
+    first, second = plain.models
+    equal = replace(second.texts[0], tokens=first.texts[0].tokens)
+    plain = replace(plain, models=[first, replace(second, texts=[equal, *second.texts[1:]])])
+    made = {"plain": plain, "hostile": hostile}
     return {name: (report, write_report(report, tmp_path_factory.mktemp(name))[0]) for name, report in made.items()}
 
 
@@ -160,22 +164,18 @@ def test_a_choice_of_layer_colours_the_tokens_by_their_first_expert(browser, pla
         assert token.get_attribute("class") == ("t3" if takes else "other")
 
 
-def test_two_models_of_different_tokens_show_their_own_text_and_equal_tokens_show_both(
-    browser, plain, reports, tmp_path
-):
-    assert len(every(browser, ".routes table")) == 1  # the synthetic models read different tokens
-    Select(one(browser, "#texts [data-model]")).select_by_index(1)
-    assert routes_shown(browser) == routes_of(plain, 1, 0)
-    first, second = plain.models
-    same = replace(
-        second, texts=[replace(text, tokens=of.tokens) for text, of in zip(second.texts, first.texts, strict=True)]
-    )
-    browser.get(write_report(RoutingReport([first, same]), tmp_path)[0].as_uri())
+def test_two_models_that_read_equal_tokens_are_shown_side_by_side_with_what_moved(browser, plain):
     assert routes_shown(browser, 0) == routes_of(plain, 0, 0)
     assert routes_shown(browser, 1) == routes_of(plain, 1, 0)
-    moved = {span.text.split()[0] for span in every(browser, ".routes table:nth-child(2) tr:first-child .moved")}
-    before, after = ({route.split()[0] for route in routes_of(plain, model, 0)[0]} for model in (0, 1))
-    assert moved == after - before
+    for layer in (0, 1):
+        row = every(browser, ".routes table:nth-child(2) tbody tr")[layer]
+        moved = {span.text.split()[0] for span in row.find_elements(By.CSS_SELECTOR, ".moved")}
+        before, after = ({route.split()[0] for route in routes_of(plain, model, 0)[layer]} for model in (0, 1))
+        assert moved == after - before
+    Select(one(browser, "#texts [data-model]")).select_by_index(1)
+    assert routes_shown(browser, 0) == routes_of(plain, 1, 0)
+    Select(one(browser, "#texts [data-text]")).select_by_index(1)
+    assert len(every(browser, ".routes table")) == 1  # the second texts differ
 
 
 def test_the_choice_of_a_layer_changes_the_pictures_of_both_models_and_back(browser, plain):

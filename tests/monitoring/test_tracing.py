@@ -19,7 +19,14 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from modeling_moe.data import pack
-from modeling_moe.monitoring import TraceOptions, UnreachableRouting, compare_traces, trace_routing, watch
+from modeling_moe.monitoring import (
+    TraceOptions,
+    UnreachableRouting,
+    compare_traces,
+    sparse_layers,
+    trace_routing,
+    watch,
+)
 from modeling_moe.monitoring.comparing import load_shift
 from modeling_moe.monitoring.token_texts import token_label, token_texts
 from modeling_moe.monitoring.top_tokens import MIN_OCCURRENCES, lower_bound
@@ -134,7 +141,7 @@ def margin(token):
     return ranked[token.outputs - 1] - ranked[token.outputs] if 0 < token.outputs < len(ranked) else 0.0
 
 
-def check_summary(found, tokens, load):
+def check_summary(found, tokens, load, knows_logits):
     """Compares a summary with a recount of its tokens and with the load (E,)."""
     chosen = sum(len(token.chosen) for token in tokens)
     reached = sum(len(token.reached) for token in tokens)
@@ -143,12 +150,15 @@ def check_summary(found, tokens, load):
     assert found.dead_experts == pytest.approx(np.mean(load == 0))
     assert found.mean_experts == pytest.approx(reached / len(tokens))
     assert found.dropped_share == pytest.approx(1 - reached / chosen)
+    if not knows_logits:
+        assert found.token_entropy is found.marginal_entropy is found.gate_margin is None
+        return
     assert found.token_entropy == pytest.approx(np.mean([entropy(token.probs) for token in tokens]), rel=1e-5)
     assert found.marginal_entropy == pytest.approx(entropy(mean), rel=1e-5)
     assert found.gate_margin == pytest.approx(np.mean([margin(token) for token in tokens]), rel=1e-4, abs=1e-9)
 
 
-def check_layer(found, edges, domains):
+def check_layer(found, edges, domains, knows_logits):
     """Compares a layer's trace with the tokens of each domain."""
     experts, tokens = found.num_experts, [token for domain in domains for token in domain]
     load, position = np.zeros((len(domains), experts)), np.zeros((len(edges) - 1, experts))
@@ -163,14 +173,17 @@ def check_layer(found, edges, domains):
     assert found.load.tolist() == load.tolist()
     assert found.position.tolist() == position.tolist()
     assert found.co_activation == pytest.approx(together / len(tokens))
-    check_summary(found, tokens, load.sum(axis=0))
+    check_summary(found, tokens, load.sum(axis=0), knows_logits)
     for place, domain in enumerate(domains):
-        check_summary(found.by_domain[place], domain, load[place])
+        check_summary(found.by_domain[place], domain, load[place], knows_logits)
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_trace_equals_a_recount_token_by_token(name, domains, tokenizer):
     model = MODELS[name]().eval()
+    # some of transformers' classes declare no router_logits in older releases
+    knows_logits = sparse_layers(model)[0].router is not None
+    assert knows_logits or name == "deepseek_v3"
     trace = trace_routing(model, tokenizer, domains, "tiny", TraceOptions(batch_size=3)).trace
     layers = [[[] for _ in domains] for _ in trace.layers]
     for place, (domain, rows) in enumerate(domains.items()):
@@ -184,7 +197,7 @@ def test_a_trace_equals_a_recount_token_by_token(name, domains, tokenizer):
         assert trace.tokens[domain] == sum(map(len, blocks)) == len(layers[0][place])
         assert trace.losses[domain] == pytest.approx(total / (trace.tokens[domain] - len(blocks)), rel=1e-5)
     for found, expected in zip(trace.layers, layers, strict=True):
-        check_layer(found, trace.position_edges, expected)
+        check_layer(found, trace.position_edges, expected, knows_logits)
     flat = [[token.reached for domain in layer for token in domain] for layer in layers]
     for one, other, path in zip(flat, flat[1:], trace.paths, strict=False):
         pairs = Counter((a[0], b[0]) for a, b in zip(one, other, strict=True) if a and b)
@@ -193,6 +206,43 @@ def test_a_trace_equals_a_recount_token_by_token(name, domains, tokenizer):
         assert trace.layers[0].dropped_share > 0.05
     if name in ("null experts", "variable K"):
         assert trace.layers[0].mean_experts < 2.9
+
+
+def split(blocks, seed):
+    """Returns two domains of 16 blocks each, drawn at random from one text."""
+    order = np.random.default_rng(seed).permutation(len(blocks))[:32]
+    return {"a": blocks.select(order[:16]), "b": blocks.select(order[16:])}
+
+
+def test_one_text_in_two_fake_domains_shows_no_specialisation(tokenizer):
+    """A random router sends each token of the vocabulary its own way, so that tokens of one block are correlated."""
+    text = datasets.Dataset.from_dict({"text": [sample_text(120)]})
+    blocks, model = pack(text, tokenizer, 24, for_scoring=True), tiny_model(num_experts_per_tok=2)
+    found = 0
+    for seed in range(20):
+        options = TraceOptions(batch_size=64, texts=0, top_tokens=0, seed=seed)
+        trace = trace_routing(model, tokenizer, split(blocks, seed), "tiny", options).trace
+        found += any(layer.significant.any() for layer in trace.layers)
+    assert found <= 3  # of 20 runs at 5 %, more than 3 have a chance of 1.6 %
+
+
+def test_domains_of_different_words_show_specialisation(tokenizer):
+    """Even a random router sends different words to different experts."""
+    lines = {"a": "der Weg führt über die Brücke. ", "b": "to the old mill 🙂. "}
+    rows = {name: datasets.Dataset.from_dict({"text": [line * 80]}) for name, line in lines.items()}
+    domains = {name: pack(row, tokenizer, 24, for_scoring=True) for name, row in rows.items()}
+    trace = trace_routing(tiny_model(num_experts_per_tok=2), tokenizer, domains, "tiny", TraceOptions(texts=0)).trace
+    for layer in trace.layers:
+        assert layer.significant.any()
+        share = layer.load / layer.load.sum(axis=1, keepdims=True)
+        assert np.sign(layer.specialisation) == pytest.approx(np.sign(share - share.mean(axis=0)))
+    assert "stretches of text" in trace.facts["Test of specialisation"]
+    assert "too little" not in trace.facts["Test of specialisation"]
+    short = {name: rows.select(range(2)) for name, rows in domains.items()}
+    few = trace_routing(tiny_model(), tokenizer, short, "tiny", TraceOptions(texts=0)).trace
+    assert "permutes 2 + 2 stretches" in few.facts["Test of specialisation"]
+    assert "too little text to find anything" in few.facts["Test of specialisation"]
+    assert not any(layer.significant.any() for layer in few.layers)
 
 
 def test_a_traced_text_shows_each_token(domains, tokenizer):
@@ -364,7 +414,7 @@ def check_family(family, tokenizer):
     assert trace.texts[0].index.shape[0] == len(trace.layers) == len(trace.paths) + 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family in experts_families()])
 def test_popular_families_are_traced(family, tokenizer):
     check_family(family, tokenizer)
 

@@ -166,7 +166,7 @@ def paths(model: ModelTrace, width: float = WIDTH) -> list[Drawing]:
     """Draws the strongest flows of first choices through all layers, then one matrix for each pair of layers."""
     experts = max(layer.num_experts for layer in model.layers)
     height = min(max(3.2, 2.2 + 0.16 * experts), 7)
-    figure = Figure(figsize=(max(width, 0.5 * len(model.layers)), height), layout="constrained")
+    figure = Figure(figsize=(max(width, 0.4 * len(model.layers)), height), layout="constrained")
     axes = figure.subplots()
     gap = min(0.05, 0.5 / experts)
     for place, counts in enumerate(model.paths):

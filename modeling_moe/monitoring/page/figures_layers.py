@@ -164,9 +164,8 @@ def _domain_panel(axes: Axes, values: np.ndarray, marked: np.ndarray, limit: flo
 def _ratio_text(value: float, marked: bool) -> str:
     if np.isnan(value):
         return ""
-    return ("\u2212\u221e" if np.isneginf(value) else f"{value:+.1f}".replace("-", "\u2212")) + (
-        "\u2022" if marked else ""
-    )
+    text = "\u2212\u221e" if np.isneginf(value) else f"{value:+.1f}".replace("-", "\u2212")
+    return ("0" if text[1:] == "0.0" else text) + ("\u2022" if marked else "")
 
 
 def entropy(model: ModelTrace, top: float, width: float = WIDTH) -> Drawing:
@@ -183,7 +182,7 @@ def entropy(model: ModelTrace, top: float, width: float = WIDTH) -> Drawing:
         values = [getattr(layer, field) for layer in model.layers]
         line = [np.nan if value is None else value for value in values]
         axes.plot(place, line, mark, color=colour, label=label, linewidth=1.6, markersize=4.5)
-    ticks(axes, "x", layer_names(model), 32)
+    ticks(axes, "x", layer_names(model), 16 if width <= HALF_WIDTH else 32)
     axes.set_xlabel("layer")
     axes.set_ylabel("entropy (nats)", rotation_mode="anchor")
     axes.set_ylim(0, top * 1.05)
