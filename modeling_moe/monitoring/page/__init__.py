@@ -58,8 +58,9 @@ def write_report(report: RoutingReport, folder: str | Path) -> list[Path]:
         images = {file: png(drawing.figure) for file, drawing in pictures.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "report.html", page)
-    return [folder / "report.html", *(_write_bytes(folder / file, data) for file, data in images.items())]
+    files = [_write_bytes(folder / file, data) for file, data in images.items()]
+    write_text(folder / "report.html", page)  # last, so that a page never lacks its pictures
+    return [folder / "report.html", *files]
 
 
 def card_pictures(report: RoutingReport, folder: str | Path) -> list[Path]:
