@@ -2,7 +2,6 @@
 """This package shows the routing of any Mixture of Experts in transformers, while it trains and afterwards."""
 
 from .comparing import compare_traces
-from .expert_load import ExpertLoadRecorder
 from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, active_share, experts_modules, sparse_layers
 from .logged_history import read_history
@@ -27,7 +26,6 @@ from .watching import RoutingWatch, watch
 
 __all__ = [
     "Entropies",
-    "ExpertLoadRecorder",
     "LayerFigures",
     "LayerPass",
     "LayerTrace",
