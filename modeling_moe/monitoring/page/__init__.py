@@ -2,10 +2,10 @@
 """This package writes a routing report as one self-contained HTML page and as PNG files.
 
 matplotlib draws all pictures, once for the page (SVG) and once for the files (PNG). It was chosen over the scripts of plotly
-and vega, of 3.5 and 1 MB, because its SVG needs no script to be seen: the page prints, opens from disk in a fraction of a
-second and takes the colours of light and dark from CSS, and PNG files need no browser. Heat maps are small rasters inside the
-SVG, so that 64 experts in 16 layers cost one element, not a thousand. The page's own script only chooses what to show, names
-the cell under the pointer, and lists tokens; it draws nothing.
+and vega, which add megabytes to each page: an SVG needs no script to be seen, so that the page prints, opens from disk in a
+fraction of a second, and takes the colours of light and dark from CSS, and PNG files need no browser. Heat maps are small
+rasters inside the SVG, so that 64 experts in 16 layers cost one element, not a thousand. The page's own script only chooses
+what to show, names the cell under the pointer, and lists tokens; it draws nothing.
 """
 
 import base64
@@ -58,8 +58,9 @@ def write_report(report: RoutingReport, folder: str | Path) -> list[Path]:
         images = {file: png(drawing.figure) for file, drawing in pictures.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "report.html", page)
-    return [folder / "report.html", *(_write_bytes(folder / file, data) for file, data in images.items())]
+    files = [_write_bytes(folder / file, data) for file, data in images.items()]
+    write_text(folder / "report.html", page)  # last, so that a page never lacks its pictures
+    return [folder / "report.html", *files]
 
 
 def card_pictures(report: RoutingReport, folder: str | Path) -> list[Path]:

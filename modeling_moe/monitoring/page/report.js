@@ -32,10 +32,10 @@
       const place = Number(event.target.value);
       for (const [index, variant] of variants.entries()) {
         if (place > variant.others.length) continue; // a model with fewer layers
+        forget(figures[index]);
         if (variant.shown === 0) variant.first.append(...variant.stage.childNodes);
         variant.stage.replaceChildren(...(place === 0 ? variant.first.childNodes : [variant.others[place - 1].cloneNode(true)]));
         variant.shown = place;
-        forget(figures[index]);
       }
       const captions = all(".caption", section);
       if (captions.length > 1) captions.forEach((caption, index) => (caption.hidden = (place === 0) !== (index === 0)));
@@ -47,6 +47,7 @@
 
   function forget(figure) {
     known.delete(figure);
+    one(".cell", figure)?.remove();
     one("output", figure).textContent = "";
   }
 
@@ -215,7 +216,6 @@
   function texts(section, models) {
     const list = one(".tokens", section), said = one("[role=status]", section), panel = one(".routes", section);
     const choices = Object.fromEntries(["model", "text", "layer", "expert"].map((name) => [name, one(`[data-${name}]`, section)]));
-    if (!choices.text.options.length) return void (said.textContent = "The report holds no text.");
     const cache = new Map();
     const load = (model, text) => {
       const id = `text-${model}-${text}`;
@@ -226,6 +226,13 @@
     let spans = [], text = null, other = null, current = -1;
 
     function build() {
+      if (!choices.text.options.length) {
+        spans = [];
+        list.replaceChildren();
+        panel.replaceChildren();
+        said.textContent = "The report holds no text of this model.";
+        return;
+      }
       text = load(chosen("model"), chosen("text"));
       other = models.length > 1 ? load(1 - chosen("model"), chosen("text")) : null;
       if (other && (other.tokens.length !== text.tokens.length || other.tokens.some((one, place) => one !== text.tokens[place]))) other = null;
@@ -332,13 +339,19 @@
 
     function chooseModel() {
       fill(choices.layer, models[chosen("model")].layers.map(([layer], place) => [place, layer]));
+      fill(choices.text, models[chosen("model")].texts.map((label, place) => [place, label]));
       chooseLayer();
       build();
     }
     if (choices.model) fill(choices.model, models.map(({ name }, place) => [place, `${place + 1}: ${name}`]));
     choices.model?.addEventListener("change", chooseModel);
     choices.text.addEventListener("change", build);
-    choices.layer.addEventListener("change", () => { chooseLayer(); colour(); describe(current); });
+    choices.layer.addEventListener("change", () => {
+      chooseLayer();
+      if (!spans.length) return;
+      colour();
+      describe(current);
+    });
     choices.expert.addEventListener("change", colour);
     chooseModel();
   }

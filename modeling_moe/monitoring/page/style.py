@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, Normalize
@@ -34,15 +36,18 @@ RATIOS, AMOUNTS = "PuOr_r", "viridis"
 # inches; side by side, two models have narrower pictures, so that their text stays readable
 WIDTH, HALF_WIDTH = 9.0, 6.3
 PNG_DPI = 140
+# of what is drawn as a raster inside an SVG
+RASTER_DPI = 200
 STYLE = {
     "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
     "axes.labelcolor": INK,
     "axes.labelsize": 9,
     "axes.linewidth": 0.6,
     "axes.titlecolor": INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 9.5,
-    "figure.dpi": 100,
+    "figure.facecolor": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # matplotlib brings this font, so that a picture is equal on every machine
     "font.size": 9,
@@ -51,7 +56,7 @@ STYLE = {
     "hatch.color": RULE,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and recoloured
+    "svg.fonttype": "none",  # text stays text: it can be searched and recoloured
     "svg.hashsalt": "modeling_moe",  # equal figures get equal ids
     "text.color": INK,
     "text.parse_math": False,  # names may contain dollar signs
@@ -212,7 +217,9 @@ def svg(drawing: Drawing, key: str) -> str:
     """Returns the figure as an SVG element to write into a page; `key` makes the ids unique within the page."""
     stream = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    drawing.figure.savefig(stream, format="svg", transparent=True, metadata=no_metadata, dpi=200)
+    drawing.figure.set_dpi(RASTER_DPI)
+    # savefig would draw twice, once for the layout alone; drawing makes the layout too
+    FigureCanvasSVG(drawing.figure).print_svg(stream, metadata=no_metadata)
     drawing.figure.set_layout_engine("none")  # the places stay, and a PNG file needs no second layout
     text = re.sub(r"<!--.*?-->\s*", "", stream.getvalue(), flags=re.DOTALL)
     size = re.search(r'viewBox="[^"]*"', text)
@@ -233,11 +240,13 @@ def svg(drawing: Drawing, key: str) -> str:
 
 def png(figure: Figure, dpi: int = PNG_DPI) -> bytes:
     """Returns the figure as a PNG file on a white ground."""
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    figure.set(dpi=dpi, facecolor="white")
+    canvas, stream = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
     # 256 colours look the same and take a third of the bytes
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    return small.getvalue()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(stream, "png", optimize=True)
+    return stream.getvalue()
 
 
 def boxes(drawing: Drawing) -> list[dict]:

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ..report_data import LayerTrace, ModelTrace, TracedText
-from .visible import ELLIPSIS, visible
+from .visible import ELLIPSIS, shorten, visible
 
 
 # characters of a token in the text, of the start of a longer token in its tooltip, and of a context
@@ -75,8 +75,12 @@ def top_data(layer: LayerTrace) -> list[list[list[Any]]]:
 
 
 def model_data(model: ModelTrace) -> dict[str, Any]:
-    """Returns the layers (index in the model, number of experts) of a model; the page shows the name elsewhere."""
-    return {"layers": [[layer.layer, layer.num_experts] for layer in model.layers], "name": visible(model.name[:200])}
+    """Returns what the page's choices show of a model: layers (index in the model, number of experts), texts, and name."""
+    return {
+        "layers": [[layer.layer, layer.num_experts] for layer in model.layers],
+        "texts": [f"{place}: {shorten(text.domain, 40)}" for place, text in enumerate(model.texts, start=1)],
+        "name": shorten(model.name, 60),
+    }
 
 
 def _cut(text: str, limit: int) -> str:
