@@ -152,7 +152,8 @@ def _inner(outer: Batch, given: dict[str, Any]) -> Batch:
         return outer
     rows, length = tokens.shape[:2]
     batch = outer._replace(rows=rows, length=length)
-    if outer.padding.tokens is not None and outer.padding.tokens.shape == (rows, length):
+    known = outer.padding.tokens is not None and outer.padding.tokens.shape == (rows, length)
+    if known or given.get("attention_mask") is None:
         return batch
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
     return batch._replace(padding=padding_of(given.get("attention_mask"), rows, length, cache))

@@ -177,9 +177,10 @@ def _pair(model: nn.Module, experts: list[str]) -> dict[str, _Router]:
 
 
 def _undeclared(model: nn.Module, experts: list[str], pairs: dict[str, _Router]) -> dict[str, _Router]:
-    """Returns the routers of experts whose model declares the routers of other layers alone.
+    """Returns the routers of experts whose model declares the routers of other layers alone, or none.
 
-    In DeepSeek-V4 the first layers choose by token id, with a router of another class at the place of the others.
+    In DeepSeek-V4 the first layers choose by token id, with a router of another class at the place of the others. A model can
+    also declare no router at all.
     """
     found = {}
     places = {router.name.removeprefix(name.rpartition(".")[0] + "."): router for name, router in pairs.items()}
@@ -189,7 +190,27 @@ def _undeclared(model: nn.Module, experts: list[str], pairs: dict[str, _Router])
         for place, router in places.items():
             if place in children:
                 found[name] = _Router(f"{parent}.{place}", children[place], router.index)
+        if name not in found:
+            router = _by_shape(model, name)
+            if router is not None:
+                found[name] = router
     return found
+
+
+def _by_shape(model: nn.Module, experts: str) -> _Router | None:
+    """Returns the only module beside experts that has a matrix with a row for each expert; None without one.
+
+    Before transformers 5.18 some models declared no router. Router logits of a wrong module would not explain the weights.
+    """
+    parent, _, own = experts.rpartition(".")
+    children = {name: module for name, module in model.get_submodule(parent).named_children() if name != own}
+    rows = count_experts(model.get_submodule(experts))
+    found = [
+        _Router(f"{parent}.{name}", module, 0)
+        for name, module in children.items()
+        if any(parameter.dim() == 2 and parameter.shape[0] == rows for parameter in module.parameters())
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _before_experts(model: nn.Module, router: _Router, experts: str) -> _Router | None:

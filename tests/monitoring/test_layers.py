@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from modeling_moe.lora import moe_lora_config
 from modeling_moe.monitoring import UnreachableRouting, experts_modules, observe, sparse_layers
@@ -82,6 +82,18 @@ def test_a_router_that_the_model_does_not_declare_has_the_place_of_those_that_it
     first, *others = sparse_layers(tiny_family("deepseek_v4"))
     assert type(first.router) is not type(others[0].router)
     assert first.name.startswith("model.layers.0.")
+
+
+def test_a_router_that_no_class_declares_is_the_module_with_a_row_for_each_expert(monkeypatch):
+    model = tiny("qwen2_moe")
+    # it also has a shared expert and the gate of that
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            monkeypatch.setattr(module, "_can_record_outputs", {}, raising=False)
+    for layer in sparse_layers(model):
+        assert layer.router is model.model.layers[layer.layer].mlp.gate
+    model.model.layers[0].mlp.another = nn.Linear(32, 12)
+    assert [layer.router is None for layer in sparse_layers(model)] == [True, False]
 
 
 def test_a_dense_model_is_named():
