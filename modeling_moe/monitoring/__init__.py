@@ -1,9 +1,12 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This package shows the routing of any Mixture of Experts in transformers, while it trains and afterwards."""
 
+from typing import TYPE_CHECKING, Any
+
 from .expert_load import ExpertLoadRecorder
 from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, active_share, experts_modules, sparse_layers
+from .loss_meter import report_router_losses
 from .observing import LayerPass, Observation, observe
 from .routing_metrics import (
     Entropies,
@@ -21,12 +24,17 @@ from .routing_metrics import (
 from .watching import RoutingWatch, watch
 
 
+if TYPE_CHECKING:
+    from .callback import RoutingCallback
+
+
 __all__ = [
     "Entropies",
     "ExpertLoadRecorder",
     "LayerFigures",
     "LayerPass",
     "Observation",
+    "RoutingCallback",
     "RoutingFigures",
     "RoutingWatch",
     "SparseLayer",
@@ -43,7 +51,17 @@ __all__ = [
     "max_violation",
     "mean_experts",
     "observe",
+    "report_router_losses",
     "sparse_layers",
     "summary",
     "watch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `RoutingCallback` when it is first used, since transformers' `Trainer` takes long to import."""
+    if name == "RoutingCallback":
+        from .callback import RoutingCallback
+
+        return RoutingCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
