@@ -37,10 +37,10 @@ class BeforeTrackers(TrainerCallback):
         """Notes the Trainer's state, by which a RoutingCallback of this Trainer recognises it."""
         self.state = state
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, **kwargs):
         """Adds the figures."""
         if self.routing is not None:
-            self.routing.publish(args, state, logs)
+            self.routing.publish(args, state, kwargs["logs"])
 
 
 _FRONTS: "WeakSet[BeforeTrackers]" = WeakSet()
@@ -100,9 +100,10 @@ class RoutingCallback(TrainerCallback):
         self.every = every
         self._front: BeforeTrackers | None = None
         self._is_second = False
-        self._session: _Session | None = None
+        self._session: RoutingSession | None = None
         # before the callback waits: Python runs what ends with an object in the reverse order
-        finalize(self, _update_defaults).atexit = False
+        ending: Any = finalize(self, _update_defaults)
+        ending.atexit = False
         _WAITING.add(self)
         _update_defaults()
 
@@ -144,7 +145,7 @@ class RoutingCallback(TrainerCallback):
             _warn(state, "RoutingCallback logs nothing, since logging_strategy is no: set RoutingCallback(every=...)")
             return
         try:
-            self._session = _Session(kwargs["model"], state.global_step)
+            self._session = RoutingSession(kwargs["model"], state.global_step)
         except UnreachableRouting as error:
             _warn(state, str(error))
 
@@ -180,8 +181,9 @@ class RoutingCallback(TrainerCallback):
         for message in self._session.take_warnings(model_gradient):
             _warn(state, message)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, **kwargs):
         """Leaves the model's figures to the callbacks that come later, and removes those of single layers."""
+        logs = kwargs["logs"]
         for name in [name for name in logs if name.startswith(f"{PREFIX}/") and name.count("/") > 1]:
             del logs[name]
 
@@ -196,7 +198,7 @@ class RoutingCallback(TrainerCallback):
             self._session = None
 
 
-class _Session:
+class RoutingSession:
     """Measures a model from the beginning of a training to its end.
 
     Attributes:

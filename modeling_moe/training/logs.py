@@ -49,6 +49,7 @@ class ProgressLine(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Updates the bar."""
+        logs = logs or {}
         shown = {"loss": logs.get("loss"), "MaxVio": logs.get("routing/max_violation")}
         shown = {name: f"{value:.4g}" for name, value in shown.items() if value is not None}
         if self.training_bar is not None and shown:
