@@ -20,14 +20,15 @@ _METERS: "WeakSet[RouterLossMeter]" = WeakSet()
 
 
 def report_router_losses(model: nn.Module, losses: Mapping[str, torch.Tensor | None]) -> None:
-    """Tells the loggers of a model the router losses of one training pass; without a logger the function does nothing.
+    """Tells a RoutingCallback the router losses of a training pass; without one on the model the function does nothing.
 
-    Code that adds router losses to a model which does not return them calls this once per training pass.
+    Code that adds router losses to a model which does not return them calls this in each training pass, once for the model or
+    once for each sparse layer.
 
     Args:
         model: the model, or any module inside it.
-        losses: name, a field of [`~modeling_moe.router_losses.RouterLosses`] -> scalar, the mean over the layers before the
-            coefficient; None is left out.
+        losses: name, a field of [`~modeling_moe.router_losses.RouterLosses`] -> scalar before the coefficient, of one layer
+            or the mean over the layers; None is left out.
 
     Raises:
         ValueError: if a name is unknown.

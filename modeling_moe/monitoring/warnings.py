@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .layers import SparseLayer
 
@@ -173,31 +174,42 @@ def selection_biases(model: nn.Module, layers: Sequence[SparseLayer]) -> dict[in
     return found
 
 
+def _values(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy on the CPU of the part of a tensor that this process holds."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach().cpu().clone()
+
+
 class IdleBiases:
     """Says that selection biases, which are to balance the experts, stay where they are.
 
     Args:
-        biases: the result of [`selection_biases`] when training begins.
+        model: any model of transformers, when its training begins.
+        layers: its sparse layers.
     """
 
-    def __init__(self, biases: dict[int, torch.Tensor]):
-        self._biases = biases
-        self._first = {layer: bias.detach().cpu().clone() for layer, bias in biases.items()}
+    def __init__(self, model: nn.Module, layers: Sequence[SparseLayer]):
+        self._model, self._layers = model, layers
+        self._first = {layer: _values(bias) for layer, bias in selection_biases(model, layers).items()}
         self._readings = 0
 
     def __call__(self, reading: Reading) -> str | None:
         """Returns the warning, or None."""
+        if not self._first:
+            return None
         self._readings += 1
-        moved = any(not torch.equal(bias.detach().cpu(), self._first[layer]) for layer, bias in self._biases.items())
-        if moved:
-            self._biases = {}  # something moves them, and copies are not needed any more
-        if not self._biases or self._readings < IDLE_READINGS:
+        # found anew: what moves a bias may put another tensor in its place
+        now = selection_biases(self._model, self._layers)
+        if any(layer in now and not torch.equal(_values(now[layer]), first) for layer, first in self._first.items()):
+            self._first = {}
+            return None
+        if self._readings < IDLE_READINGS:
             return None
         return (
-            f"The selection bias of {_listed(self._biases, 'layer')} never moves, so that it does not balance the experts: "
-            "transformers loads such a bias and does not update it. In a model of this package set router_bias_update_rate "
-            "(DeepSeek-V3 uses 0.001) and give the Trainer a modeling_moe.training.MoECallback; for transformers' own models "
-            "modeling_moe.training updates the bias too."
+            f"The selection bias of {_listed(self._first, 'layer')} never moves, and so does not balance the experts: "
+            "transformers loads such a bias and does not update it. Give the Trainer a modeling_moe.training.MoECallback, and "
+            "set a step size, such as DeepSeek-V3's 0.001: for a model of transformers by modeling_moe.training.balance(model, "
+            "router_bias_update_rate=0.001), for a model of this package by config.router_bias_update_rate."
         )
 
 
@@ -214,8 +226,7 @@ class RoutingWarnings:
     @classmethod
     def of(cls, model: nn.Module, layers: Sequence[SparseLayer]) -> "RoutingWarnings":
         """Returns the warnings for a model whose training begins."""
-        biases = IdleBiases(selection_biases(model, layers))
-        return cls([Collapse(), DeadExperts(), Drops(), IdleRouters(), biases])
+        return cls([Collapse(), DeadExperts(), Drops(), IdleRouters(), IdleBiases(model, layers)])
 
     def judge(self, reading: Reading) -> list[str]:
         """Returns the new warnings after a reading."""
