@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..router import Routing
-from .batches import Batch, Batches
+from .batches import Batch, Batches, argument_names
 from .layers import SparseLayer, sparse_layers
+from .local_ids import hides_ids, restore
 
 
 class LayerPass(NamedTuple):
@@ -108,9 +109,13 @@ class Observation:
         self._outputs.clear()
 
     def _watch_batches(self, module: nn.Module) -> None:
-        enter, leave = _Hook(self._batches.enter), _Hook(self._batches.leave)
-        self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-        self._handles.append(module.register_forward_hook(leave, always_call=True))
+        names = argument_names(module) if isinstance(module, PreTrainedModel) else None
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._batches.enter(names, args, kwargs)
+
+        self._handles.append(module.register_forward_pre_hook(_Hook(enter), with_kwargs=True, prepend=True))
+        self._handles.append(module.register_forward_hook(_Hook(self._batches.leave), always_call=True))
 
     def _watch_layer(self, layer: SparseLayer) -> None:
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
@@ -136,15 +141,19 @@ class Observation:
                 None  # a straight-through estimate of the router's gradient, before the call with the chosen experts
             )
         kept = self._outputs.pop(layer.name, None)
-        recomputed = in_backward()
-        batch = self._batches.of_layer(layer.name, recomputed)
         context = None
         if layer.returns_routing and kept is not None:
-            tokens, context = (*kept.args, None)[:2]
+            states, context = (*kept.args, None)[:2]
             # a wrapper or a hook of the gate may return a plain tuple
-            event = _own_pass(layer, call, Routing(*kept.output), tokens)
+            event = _own_pass(layer, call, Routing(*kept.output), states)
         else:
             event = _foreign_pass(layer, call, kept)
+        own = None
+        if hides_ids(layer.experts, layer.num_experts):
+            choice = restore(layer.experts, event.index, event.weight, layer.num_experts)
+            event, own = event._replace(index=choice.index, arrived=choice.index, weight=choice.weight), choice.own
+        recomputed = in_backward()
+        batch = self._batches.of_layer(layer.name, len(event.hidden_states), recomputed)
         event = event._replace(recomputed=recomputed, training=layer.experts.training and batch.records_gradient)
         event = _with_mask(event, batch, context)
         weight = self._on_pass(event)
@@ -155,6 +164,7 @@ class Observation:
                 f"the weights of {layer.name} cannot be replaced: its router does not choose experts by weight."
             )
         given = call["top_k_weights"]
+        weight = weight if own is None else weight.where(own, 0.0)
         call["top_k_weights"] = weight.reshape(given.shape).to(given.dtype)
         return (), call
 

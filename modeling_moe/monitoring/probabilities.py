@@ -78,7 +78,9 @@ class ScoringEvidence:
         shift = picked.amax(dim=-1, keepdim=True) if self.top_k > 1 else logits.logsumexp(dim=-1, keepdim=True)
         rows = [self._row(scoring, picked, shift, weight, chosen, keep) for scoring in SCORINGS]
         off = (logits.sum(dim=-1) - 1).abs() + logits.amin(dim=-1).clamp(max=0).abs()
-        rows.append(torch.stack([self._sum(keep), self._sum(weight.sum(dim=-1) * keep), self._sum(off * keep)]))
+        # `where`, since a NaN at padding times 0 is a NaN
+        total = weight.sum(dim=-1).where(keep, 0.0)
+        rows.append(torch.stack([self._sum(keep), self._sum(total), self._sum(off.where(keep, 0.0))]))
         self.sums += torch.stack(rows)
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -96,7 +98,7 @@ class ScoringEvidence:
         """Returns the evidence (3,) of one scoring function."""
         score = _ELEMENTWISE[scoring](picked - shift if scoring == "softmax" else picked).where(chosen, 0.0)
         if self.top_k == 1:
-            weight, score = (values[:, 0] * keep for values in (weight, score))
+            weight, score = (values[:, 0].where(keep, 0.0) for values in (weight, score))
             return torch.stack([self._sum(weight * score), self._sum(weight * weight), self._sum(score * score)])
         difference = (renormalise(weight) - renormalise(score)).abs().sum(dim=-1) / 2
         zero = self.sums.new_zeros(())

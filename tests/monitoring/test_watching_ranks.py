@@ -1,0 +1,102 @@
+"""These tests compare the figures of two gloo processes with those of one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from modeling_moe import watch
+from tests.builders import tiny_model
+from tests.ranks import needs_transformers, run_ranks
+from tests.training.families import tiny
+
+
+RANKS = 2
+IDS = torch.arange(3, 59).view(4, 14)
+MASK = torch.ones_like(IDS)
+MASK[0, :5] = MASK[3, :2] = 0
+# before 5.23 there was one exchange
+CHOOSES = hasattr(DistributedConfig(), "ep_implementation")
+
+
+def build(kind: str):
+    if kind == "moe":
+        return tiny_model(num_experts=6, num_null_experts=2, capacity_factor=0.9)
+    return tiny(kind)
+
+
+def close(figures, expected) -> None:
+    for got, want in zip(figures.layers, expected.layers, strict=True):
+        assert got.tokens == want.tokens
+        assert torch.equal(got.load, want.load)
+        assert got.scoring == want.scoring
+        torch.testing.assert_close(got.co_activation, want.co_activation, atol=1e-12, rtol=0)
+    assert figures.overall == pytest.approx(expected.overall, rel=1e-5, abs=1e-7)
+
+
+def one_process(model, rows=slice(None)):
+    with watch(model) as routing:
+        model(input_ids=IDS[rows], attention_mask=MASK[rows])
+    return routing.read(across_ranks=False)
+
+
+def data_parallel(rank: int, kind: str, wrapper: str) -> None:
+    expected = one_process(build(kind))
+    model = build(kind)
+    if wrapper == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    rows = slice(2 * rank, 2 * rank + 2)
+    with watch(model) as routing:
+        model(input_ids=IDS[rows], attention_mask=MASK[rows]).logits.sum().backward()
+    close(routing.read(), expected)
+    close(routing.read(across_ranks=False), one_process(build(kind), rows))
+
+
+@pytest.mark.parametrize(("kind", "wrapper"), [("moe", "ddp"), ("mixtral", "fsdp")])
+def test_figures_are_those_of_all_ranks(kind, wrapper):
+    run_ranks(data_parallel, RANKS, kind, wrapper)
+
+
+def one_rank_without_tokens(rank: int) -> None:
+    model = build("mixtral")
+    routing = watch(model)
+    assert routing.read().layers[0].tokens == 0  # no rank has a pass
+    if rank == 1:
+        model(input_ids=IDS, attention_mask=MASK)
+    figures = routing.read(reset=True)
+    assert figures.layers[0].tokens == MASK.sum()
+    assert routing.read().scalars() == {}
+
+
+def test_a_rank_without_a_pass_adds_nothing():
+    run_ranks(one_rank_without_tokens, RANKS)
+
+
+def expert_parallel(rank: int, folder: str, kind: str, implementation: str | None) -> None:
+    chosen = {"ep_implementation": implementation} if CHOOSES else {}
+    plan = DistributedConfig(tp_size=RANKS, ep_size=RANKS, **chosen)
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, experts_implementation="moe")
+    with watch(model) as routing:
+        model(input_ids=IDS, attention_mask=MASK)
+    expected = one_process(AutoModelForCausalLM.from_pretrained(folder))
+    close(routing.read(), expected)
+    assert all(layer.num_experts == len(layer.load) for layer in expected.layers)
+    dist.barrier()
+
+
+# up to 5.23 some families hide the ids of other processes' experts from a process
+KINDS = [("mixtral", "all_to_all"), ("moe", "all_reduce")] if CHOOSES else [("moe", None), ("qwen3_moe", None)]
+
+
+@needs_transformers("5.19", "expert parallelism")
+@pytest.mark.parametrize(("kind", "implementation"), KINDS)
+def test_a_batch_that_expert_parallel_ranks_share_counts_once(kind, implementation, tmp_path):
+    build(kind).save_pretrained(tmp_path)
+    run_ranks(expert_parallel, RANKS, str(tmp_path), kind, implementation)
