@@ -32,16 +32,18 @@ STEPS = 2
 def _model(preset: Preset, theirs: bool, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Returns a model of two sparse layers: this package's, or transformers' Mixtral with this package's experts function."""
     heads = max(4, preset.hidden // 64)
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": VOCABULARY, "hidden_size": preset.hidden, "intermediate_size": preset.intermediate,
         "num_hidden_layers": 2, "num_attention_heads": heads, "num_key_value_heads": heads,
-        "num_local_experts": preset.experts, "num_experts_per_tok": preset.per_token,
+        "num_experts_per_tok": preset.per_token,
     }  # fmt: skip
     torch.manual_seed(0)
+    model: Any
     if theirs:
-        model: Any = MixtralForCausalLM(MixtralConfig(**shape))
+        model = MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=preset.experts))
     else:
-        model = MoEForCausalLM(MoEConfig(**shape, moe_intermediate_size=preset.intermediate))
+        shape |= {"num_experts": preset.experts, "moe_intermediate_size": preset.intermediate}
+        model = MoEForCausalLM(MoEConfig(**shape))
     model.set_experts_implementation(OURS)
     return model.to(device, dtype).train()
 
@@ -55,6 +57,7 @@ class _Training:
 
     def run(self) -> torch.Tensor:
         """Does `STEPS` steps as a `Trainer` does, without the optimizer's own work, and reads the figures after them."""
+        loss = torch.zeros(())
         for _ in range(STEPS):
             self.model.zero_grad()
             loss = self.model(self.ids, labels=self.ids).loss
