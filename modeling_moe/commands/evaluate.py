@@ -10,11 +10,15 @@
 Documents are joined by the tokenizer's eos and cut into blocks of --max_length tokens that do not overlap. A block is
 scored alone, all tokens but the first. Of conversations and completions only what the assistant says is scored, as `moe
 finetune` trains on it, or all tokens with --assistant_only false. Bits per byte divide by the UTF-8 bytes of the scored
-tokens, so that models with different tokenizers compare; a special token has no bytes. MaxVio is the busiest expert's load
-over the mean load, less 1.
+tokens, so that models with different tokenizers compare; a special token has no bytes.
+
+The columns about experts are means over the sparse layers of any Mixture of Experts in transformers whose experts follow its
+experts interface. MaxVio is the busiest expert's load over the mean load, less 1. Router entropy is the mean entropy of a
+token's probabilities, and the entropy of the mean probabilities, in nats: a sure router has a low first one, a collapsed
+router a low second one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,26 +37,46 @@ MAX_SHARES = 16
 
 
 def _shares(score: DomainScore) -> str:
-    shares = score.expert_share or []
-    if len(shares) > MAX_SHARES:
-        return f"{100 * min(shares):.2f} to {100 * max(shares):.2f}"
-    return " ".join(f"{100 * share:.1f}" for share in shares)
+    """Returns the share of each expert in percent, or the smallest and largest share of many or different layers."""
+    if score.expert_share is not None and len(score.expert_share) <= MAX_SHARES:
+        return " ".join(f"{100 * share:.1f}" for share in score.expert_share)
+    shares = score.expert_share or [load / max(sum(layer), 1) for layer in score.expert_load or [] for load in layer]
+    return f"{100 * min(shares):.2f} to {100 * max(shares):.2f}"
+
+
+def _entropies(score: DomainScore) -> str:
+    if score.token_entropy is None or score.marginal_entropy is None:
+        return "unknown"
+    return f"{score.token_entropy:.2f}, {score.marginal_entropy:.2f}"
+
+
+# title of a column about experts -> its text; a column is left out if its text is empty in all rows
+EXPERT_COLUMNS: dict[str, Callable[[DomainScore], str]] = {
+    "MaxVio": lambda score: f"{score.max_vio:.3f}",
+    "% dead": lambda score: f"{100 * (score.dead_experts or 0):.1f}",
+    "% dropped": lambda score: f"{100 * score.dropped_share:.1f}" if score.dropped_share else "",
+    "router entropy": _entropies,
+    "% of tokens per expert": _shares,
+}
 
 
 def print_scores(scores: dict[str, DomainScore], title: str) -> None:
     """Prints one row for each domain, with the experts' columns only where the model has experts."""
-    sparse = any(score.max_vio is not None for score in scores.values())
     table = Table("domain", "tokens", "loss", "perplexity", "bits per byte", title=title)
-    for column in ("MaxVio", "% of tokens per expert") if sparse else ():
+    columns = {}
+    if all(score.max_vio is not None for score in scores.values()):
+        columns = {name: [text(score) for score in scores.values()] for name, text in EXPERT_COLUMNS.items()}
+    columns = {name: texts for name, texts in columns.items() if any(texts)}
+    for column in columns:
         table.add_column(column)
-    for domain, score in scores.items():
+    for place, (domain, score) in enumerate(scores.items()):
         table.add_row(
             domain,
             f"{score.tokens:,}",
             f"{score.loss:.4f}",
             f"{score.perplexity:.3f}",
             f"{score.bits_per_byte:.4f}",
-            *([] if score.max_vio is None else [f"{score.max_vio:.3f}", _shares(score)]),
+            *(texts[place] for texts in columns.values()),
         )
     Console().print(table)
 

@@ -4,9 +4,13 @@
     moe resize --model_name_or_path ./moe --output_dir outputs/larger --method grow --factor 2
     moe resize --model_name_or_path ./moe --output_dir outputs/larger --method grow --mode masked
     moe resize --model_name_or_path ./OLMoE-1B-7B --output_dir outputs/code --method prune --keep 32 --data code=code.txt
+    moe resize --model_name_or_path ./OLMoE-1B-7B --output_dir outputs/half --method prune --keep 32 --score load \
+        --data code=code.txt law=law.txt --save_usage use.json
+    moe resize --model_name_or_path ./OLMoE-1B-7B --output_dir outputs/quarter --method prune --keep 16 --usage_json use.json
 
-Growing keeps the function; pruning and merging keep what the text uses most. Sources: checkpoints of this package and of
-Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek and gpt-oss.
+Growing keeps the function; pruning and merging keep what the text uses most. Pruning takes any model of transformers whose
+experts follow its experts interface, and the result has the source's family and names on disk. The other methods take
+checkpoints of this package and of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek and gpt-oss, and write one of this package.
 """
 
 from collections.abc import Sequence
@@ -15,8 +19,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from ..configuration_moe import MoEConfig
-from ..resizing import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
+from ..resizing import GrowthOptions, ModelSize, PruningOptions, ResizeOptions, resize_checkpoint
 from ..utils.command_line import parse
 from ..utils.loading import DtypeName
 
@@ -34,12 +37,9 @@ class ResizeArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the checkpoint brings"})
 
 
-def _column(config: MoEConfig) -> list[str]:
-    return [
-        f"{config.num_params():,}",
-        f"{config.num_active_params():,}",
-        f"{config.num_experts}, {config.num_experts_per_tok}",
-    ]
+def _column(size: ModelSize) -> list[str]:
+    active = "unknown" if size.active is None else f"{size.active:,}"
+    return [f"{size.parameters:,}", active, f"{size.num_experts}, {size.experts_per_token or 'unknown'}"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

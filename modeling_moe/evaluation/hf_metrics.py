@@ -7,6 +7,7 @@ created with evaluate's `num_process`, `process_id` and `experiment_id`, which n
 """
 
 import math
+from collections.abc import Iterable
 from itertools import chain
 
 import datasets
@@ -74,7 +75,8 @@ class RouterBalance(evaluate.Metric):
     `compute` sums the load over all batches, and returns means over the layers of four figures: `max_violation`, the
     largest load divided by the mean load, minus 1 (MaxVio, arXiv:2408.15664; 0 is balanced); `load_entropy` in nats
     (log(E) is balanced, 0 means one expert receives all); `dead_experts`, the share of the experts without a token;
-    `expert_share`, the share of the load of each of the E experts.
+    `expert_share`, the share of the load of each of the E experts, or None if the layers have different numbers of
+    experts. The load of any Mixture of Experts in transformers comes from `modeling_moe.watch`.
 
     Example:
         >>> metric = RouterBalance(keep_in_memory=True)
@@ -82,26 +84,39 @@ class RouterBalance(evaluate.Metric):
         >>> result = metric.compute()
         >>> result["max_violation"], result["dead_experts"], result["expert_share"]
         (0.5, 0.25, [0.75, 0.25])
+        >>> with modeling_moe.watch(model) as routing:
+        ...     for batch in batches:
+        ...         model(**batch)
+        ...         figures = routing.read(reset=True, across_ranks=False)
+        ...         metric.add_batch(load=[[layer.load.tolist() for layer in figures.layers]])
+        >>> metric.compute(gather=True)["max_violation"]
     """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="Balance of the load of a Mixture of Experts.",
             citation="",
-            inputs_description="load: (sparse layers, E) for each batch, tokens that each expert received.",
+            inputs_description="load: for each batch and sparse layer the tokens that each of its experts received.",
             features=datasets.Features({"load": datasets.List(datasets.List(datasets.Value("float64")))}),
         )
 
     # evaluate passes the columns that `_info` names, of which the annotation of its method knows nothing
     # pyrefly: ignore[bad-override]
-    def _compute(self, load, gather: bool = False) -> dict[str, float | list[float]]:
-        total = torch.tensor(load, dtype=torch.float64).sum(dim=0)  # (layers, E)
-        if gather:
-            total = torch.stack(_all_ranks([total])).sum(dim=0)
-        share = total / total.sum(dim=-1, keepdim=True).clamp(min=1)
+    def _compute(self, load, gather: bool = False) -> dict[str, float | list[float] | None]:
+        rows = _all_ranks(load) if gather else load
+        layers = [
+            torch.tensor(batches, dtype=torch.float64).sum(dim=0) for batches in zip(*rows, strict=True)
+        ]  # of (E,)
+        shares = [layer / layer.sum().clamp(min=1) for layer in layers]
+        alike = len({len(layer) for layer in layers}) == 1
         return {
-            "max_violation": max_violation(total).mean().item(),
-            "load_entropy": torch.special.entr(share).sum(dim=-1).mean().item(),
-            "dead_experts": dead_experts(total).mean().item(),
-            "expert_share": share.mean(dim=0).tolist(),
+            "max_violation": _mean(max_violation(layer) for layer in layers),
+            "load_entropy": _mean(torch.special.entr(share).sum() for share in shares),
+            "dead_experts": _mean(dead_experts(layer) for layer in layers),
+            "expert_share": torch.stack(shares).mean(dim=0).tolist() if alike else None,
         }
+
+
+def _mean(values: Iterable[torch.Tensor]) -> float:
+    """Returns the mean of the values of each layer."""
+    return torch.stack(list(values)).mean().item()

@@ -1,17 +1,19 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module scores how well a causal LM predicts text, and how evenly its routers use the experts."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import datasets
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from ..data import DataArguments, one_table, packer
-from ..monitoring import ExpertLoadRecorder
+from ..monitoring import RoutingFigures, UnreachableRouting, sparse_layers, watch
 from ..utils.errors import UserError
 from ..utils.loading import DtypeName, load_model, load_tokenizer, parse_dtype, refuse_longer, refuse_misfit
 from .hf_metrics import BitsPerByte, RouterBalance
@@ -47,7 +49,10 @@ class EvaluationArguments:
 
 @dataclass(frozen=True)
 class DomainScore:
-    """The scores of a model on the text of one domain; the figures about experts are None for a dense model.
+    """The scores of a model on the text of one domain.
+
+    The figures about experts are means over the sparse layers, over all tokens of the text. They are None for a dense model,
+    for one whose experts do not follow transformers' experts interface, and where the attribute says so.
 
     Attributes:
         loss: cross entropy in nats per token.
@@ -55,10 +60,16 @@ class DomainScore:
         bits_per_byte: bits per UTF-8 byte of the scored tokens; comparable between tokenizers.
         tokens: number of scored tokens.
         bytes: number of UTF-8 bytes of the scored tokens.
-        expert_share: share of the assignments that each of the E experts received, averaged over the sparse layers.
-        max_vio: largest load divided by the mean load, minus 1, averaged over the sparse layers (0 is balanced).
-        load_entropy: entropy of the shares of the load in nats, averaged over the sparse layers (log(E) is balanced).
-        dead_experts: share of the experts without a token, averaged over the sparse layers.
+        expert_share: share of the assignments that each of the E experts received; None if layers have different E.
+        expert_load: for each sparse layer, the number of tokens that chose each of its experts, before capacity.
+        max_vio: largest load divided by the mean load, minus 1 (0 is balanced).
+        load_entropy: entropy of the shares of the load in nats (log(E) is balanced).
+        dead_experts: share of the experts without a token.
+        dropped_share: share of the assignments that the capacity dropped.
+        mean_experts: number of experts with weights that a token chose.
+        token_entropy: mean entropy of a token's probabilities in nats, low if the router is sure; None if the model does not
+            tell the probabilities.
+        marginal_entropy: entropy of the mean probabilities in nats (log(E) is balanced, low in collapse); None likewise.
     """
 
     loss: float
@@ -67,9 +78,14 @@ class DomainScore:
     tokens: int
     bytes: int
     expert_share: list[float] | None = None
+    expert_load: list[list[float]] | None = None
     max_vio: float | None = None
     load_entropy: float | None = None
     dead_experts: float | None = None
+    dropped_share: float | None = None
+    mean_experts: float | None = None
+    token_entropy: float | None = None
+    marginal_entropy: float | None = None
 
 
 def _batches(blocks: datasets.Dataset, batch_size: int) -> list[range]:
@@ -79,33 +95,41 @@ def _batches(blocks: datasets.Dataset, batch_size: int) -> list[range]:
     return batches + [range(row, row + 1) for row in range(full, len(blocks))]
 
 
-def _nats(
-    model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor, options: dict[str, bool]
-) -> tuple[float, ModelOutput]:
-    """Returns the summed cross entropy in nats of the labels (B, S) that are not -100, and the outputs of the model.
-
-    The first token of a block is not predicted.
-    """
-    outputs = model(input_ids=ids, use_cache=False, **options)
-    logits = outputs.logits[:, :-1].flatten(0, 1)
+def _nats(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> float:
+    """Returns the summed cross entropy in nats of the labels (B, S) that are not -100; the first token is not predicted."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum").item(), outputs
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum").item()
 
 
-def _load(model: PreTrainedModel, outputs: ModelOutput, recorder: ExpertLoadRecorder) -> torch.Tensor | None:
-    """Returns the tokens sent to each expert, (sparse layers, E) in float64, or None for a model without experts.
+def _has_experts(model: PreTrainedModel) -> bool:
+    """Returns whether the routing of a model can be watched."""
+    try:
+        return bool(sparse_layers(model))
+    except UnreachableRouting:
+        return False
 
-    The counts of this package's model include dropped assignments; the recorder sees what reaches the experts.
-    """
-    recorded, counted = recorder.take(), getattr(outputs, "expert_load", None)
-    return recorded if counted is None else counted[:, : model.config.num_experts].double()
+
+def _routing_scores(figures: RoutingFigures) -> dict[str, Any]:
+    """Returns the attributes of a [`DomainScore`] that tell about experts."""
+    balance = RouterBalance(keep_in_memory=True)
+    load = [layer.load.tolist() for layer in figures.layers]
+    balance.add_batch(load=[load])
+    found = balance.compute()
+    # evaluate returns None only to the other processes of its own way of sharing
+    assert found is not None
+    names = ("dropped_share", "mean_experts", "token_entropy", "marginal_entropy")
+    means = {name: figures.overall.get(name) for name in names}
+    return {"expert_load": load, "max_vio": found.pop("max_violation"), **found, **means}
 
 
 def _warn_of_unseen_experts(model: PreTrainedModel) -> None:
-    if any("expert" in name for name, _ in model.named_modules()):
-        logger.warning(
-            f"The load of the experts is not shown: {type(model).__name__} does not call them by transformers' interface."
-        )
+    """Says why the experts of a sparse model are not shown."""
+    try:
+        sparse_layers(model)
+    except UnreachableRouting as error:
+        if "dense model" not in str(error):
+            logger.warning(f"The load of the experts is not shown: {error}")
 
 
 @torch.no_grad()
@@ -127,32 +151,30 @@ def score(model: PreTrainedModel, blocks: datasets.Dataset, batch_size: int = 8,
     """
     model.eval()
     state = PartialState()
-    metric, balance = BitsPerByte(keep_in_memory=True), RouterBalance(keep_in_memory=True)
-    options = {"output_router_logits": True} if hasattr(model.config, "output_router_logits") else {}
+    metric = BitsPerByte(keep_in_memory=True)
     batches = _batches(blocks, batch_size)
     mine = batches[state.process_index :: state.num_processes]
-    counts, load = bool(mine), None
-    with ExpertLoadRecorder(model) as recorder:
+    counts = bool(mine)
+    with watch(model, co_activation=False) if _has_experts(model) else nullcontext() as routing:
         # a process without a batch runs the first one too, and adds zeros
         for rows in tqdm(mine or batches[:1], desc=desc, disable=not state.is_local_main_process):
             batch = blocks[rows]
             labels = torch.tensor(batch.get("labels", batch["input_ids"]), device=model.device)
-            nll_sum, outputs = _nats(model, torch.tensor(batch["input_ids"], device=model.device), labels, options)
+            nll_sum = _nats(model, torch.tensor(batch["input_ids"], device=model.device), labels)
             counted = (labels[:, 1:] != -100).cpu()
             size = sum(
                 sum(size for size, count in zip(sizes[1:], row.tolist(), strict=True) if count)
                 for sizes, row in zip(batch["num_bytes"], counted, strict=True)
             )
             metric.add_batch(nll_sum=[nll_sum * counts], tokens=[counted.sum().item() * counts], bytes=[size * counts])
-            load = _load(model, outputs, recorder)
-            if load is not None:
-                balance.add_batch(load=[(load * counts).tolist()])
     scores = metric.compute(gather=True)
-    routers = balance.compute(gather=True) if load is not None else {"max_violation": None}
     # evaluate returns None only to the other processes of its own way of sharing
     assert scores is not None
-    assert routers is not None
-    return DomainScore(**scores, max_vio=routers.pop("max_violation"), **routers)
+    if routing is None:
+        return DomainScore(**scores)
+    if not counts:
+        routing.reset()
+    return DomainScore(**scores, **_routing_scores(routing.read()))
 
 
 def load_for_scoring(

@@ -3,11 +3,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .expert_load import ExpertLoadRecorder
+from .comparing import compare_traces
 from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, active_share, experts_modules, sparse_layers
+from .logged_history import read_history
 from .loss_meter import report_router_losses
 from .observing import LayerPass, Observation, observe
+from .report_data import LayerTrace, ModelTrace, RoutingReport
 from .routing_metrics import (
     Entropies,
     co_activation,
@@ -21,6 +23,7 @@ from .routing_metrics import (
     mean_experts,
     summary,
 )
+from .tracing import Traced, TraceOptions, refuse_mixing, trace_routing
 from .watching import RoutingWatch, watch
 
 
@@ -30,17 +33,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Entropies",
-    "ExpertLoadRecorder",
     "LayerFigures",
     "LayerPass",
+    "LayerTrace",
+    "ModelTrace",
     "Observation",
     "RoutingCallback",
     "RoutingFigures",
+    "RoutingReport",
     "RoutingWatch",
     "SparseLayer",
+    "TraceOptions",
+    "Traced",
     "UnreachableRouting",
     "active_share",
     "co_activation",
+    "compare_traces",
     "dead_experts",
     "dropped_share",
     "entropies",
@@ -51,9 +59,12 @@ __all__ = [
     "max_violation",
     "mean_experts",
     "observe",
+    "read_history",
+    "refuse_mixing",
     "report_router_losses",
     "sparse_layers",
     "summary",
+    "trace_routing",
     "watch",
 ]
 

@@ -119,9 +119,15 @@ class Observation:
 
     def _watch_layer(self, layer: SparseLayer) -> None:
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
-            self._outputs[layer.name] = _RouterOutput(args, output)
+            if module is layer.router:
+                self._outputs[layer.name] = _RouterOutput(args, output)
 
         def observe_experts(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+            if module is not layer.experts:
+                raise ValueError(
+                    "nn.DataParallel runs copies of the model side by side, whose routing cannot be seen: start one process "
+                    "for each device, by accelerate launch or torchrun."
+                )
             return self._observe(layer, args, kwargs)
 
         if layer.router is not None:

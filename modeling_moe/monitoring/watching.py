@@ -60,9 +60,10 @@ class RoutingWatch:
             reset: whether to start from 0 afterwards.
             across_ranks: False for the figures of this process alone, which then need not call together with others.
         """
-        sums = {name: _on_cpu(layer) for name, layer in self._sums.items()}
         if across_ranks and is_distributed():
             sums = _over_ranks(self._sums, not repeats_batch(self._model))
+        else:
+            sums = {name: _on_cpu(layer) for name, layer in self._sums.items()}
         layers = [
             layer_figures(facts, sums[facts.name]) if facts.name in sums else unseen(facts) for facts in self._facts
         ]

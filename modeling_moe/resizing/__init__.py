@@ -4,12 +4,13 @@
 from .extraction import extract_task
 from .growth import GrowthOptions, grow, release_experts
 from .pruning import PruningOptions, merge, prune
-from .resize import ResizeOptions, resize_checkpoint
+from .resize import ModelSize, ResizeOptions, resize_checkpoint
 from .usage import Usage, measure_usage
 
 
 __all__ = [
     "GrowthOptions",
+    "ModelSize",
     "PruningOptions",
     "ResizeOptions",
     "Usage",

@@ -75,16 +75,31 @@ def kept_experts(config: MoEConfig, usage: Usage, options: PruningOptions) -> di
     for layer, kind in enumerate(config.mlp_layer_types):
         if kind == "sparse":
             scores = SCORES[options.score](usage.of(layer))
-            if len(scores) != config.num_experts:
-                raise UserError(
-                    f"the usage has {len(scores)} experts in layer {layer} and num_experts is {config.num_experts}: "
-                    "measure it with the same model"
-                )
-            order = scores.view(config.n_group, -1).argsort(dim=-1, descending=True, stable=True)
-            best = order[:, : options.keep // config.n_group]
-            first = torch.arange(0, config.num_experts, config.num_experts // config.n_group)[:, None]
-            kept[layer] = (best + first).flatten().sort().values.tolist()
+            refuse_other_usage(scores, layer, config.num_experts)
+            kept[layer] = best_experts(scores, options.keep, config.n_group)
     return kept
+
+
+def refuse_other_usage(scores: torch.Tensor, layer: int, num_experts: int) -> None:
+    """Raises UserError unless the usage of a layer has the model's number of experts."""
+    if len(scores) != num_experts:
+        raise UserError(
+            f"the usage has {len(scores)} experts in layer {layer} and the model has {num_experts}: measure it with the "
+            "same model"
+        )
+
+
+def best_experts(scores: torch.Tensor, keep: int, groups: int = 1) -> list[int]:
+    """Returns the ids of the `keep` experts with the highest scores, ascending; equally many of each group.
+
+    Args:
+        scores: (E,), in which a group is a range of E / G consecutive experts.
+        keep: number of ids, a multiple of `groups`.
+        groups: number G of groups.
+    """
+    order = scores.view(groups, -1).argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(0, len(scores), len(scores) // groups)[:, None]
+    return (order[:, : keep // groups] + first).flatten().sort().values.tolist()
 
 
 def prune(state: State, config: MoEConfig, usage: Usage, options: PruningOptions) -> tuple[State, MoEConfig]:

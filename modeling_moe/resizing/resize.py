@@ -6,15 +6,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..checkpoints import LazyTensor, State, refuse_full_disk
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from ..checkpoints import LazyTensor, Source, State, open_source, refuse_full_disk
 from ..configuration_moe import MoEConfig
 from ..conversion import Checkpoint, load_state, open_checkpoint, result_folder, save_checkpoint
 from ..data import DataArguments, token_ids
 from ..utils.errors import UserError
-from ..utils.loading import load_tokenizer
+from ..utils.folders import ResultFolder
+from ..utils.json_files import read_json
+from ..utils.loading import load_model, load_tokenizer, refuse_misfit
 from .extraction import extract_task
 from .growth import GrowthOptions, grow
 from .pruning import PruningOptions, check_pruning, merge, prune
+from .pruning_any import open_any, plan_pruning, prune_any, write_pruned
 from .usage import Usage, measure_usage
 
 
@@ -39,6 +44,13 @@ class ResizeOptions:
     )
     tokens: int = field(default=8192, metadata={"help": "number of tokens measured in each domain"})
     task: int | None = field(default=None, metadata={"help": "id of the task that method extract keeps"})
+    save_usage: str | None = field(
+        default=None,
+        metadata={"help": "JSON file to write the measured use of the experts to, for another usage_json"},
+    )
+    usage_json: str | None = field(
+        default=None, metadata={"help": "JSON file of an earlier save_usage, which is read in place of data"}
+    )
 
     def check(self) -> None:
         """Refuses options that cannot be used together.
@@ -50,8 +62,12 @@ class ResizeOptions:
             raise UserError(f"method {self.method!r} is unknown: it must be one of {', '.join(METHODS)}")
         if self.method == "extract" and self.task is None:
             raise UserError("method 'extract' keeps the experts of one task: give task")
-        if self.method in RANKING and not self.data:
+        if self.method in RANKING and not (self.data or self.usage_json):
             raise UserError(f"method {self.method!r} ranks the experts by their use on a text: give data")
+        if self.data and self.usage_json:
+            raise UserError("data measures the use of the experts, which usage_json holds: give only one of them")
+        if self.save_usage and not self.data:
+            raise UserError("save_usage writes the use of the experts on a text: give data")
         if self.tokens < 1:
             raise UserError(f"tokens is {self.tokens}: it must be positive")
 
@@ -65,7 +81,7 @@ class ResizeRequest:
         options: method, data and task.
         growth: options of method `grow`.
         pruning: options of methods `prune` and `merge`.
-        usage: usage of the experts on `options.data`; None without data.
+        usage: usage of the experts on `options.data`, or from `options.usage_json`; None without both.
     """
 
     checkpoint: Checkpoint
@@ -93,11 +109,32 @@ class Resized(NamedTuple):
     reason_not_exact: str | None
 
 
-class ResizeResult(NamedTuple):
-    """Holds the configurations of source and result, and why their functions differ (None if they are equal)."""
+class ModelSize(NamedTuple):
+    """Holds the size of a sparse model.
 
-    source: MoEConfig
-    result: MoEConfig
+    Attributes:
+        parameters: number of parameters.
+        active: number of parameters that one token uses; None if unknown.
+        num_experts: number of experts of each sparse layer.
+        experts_per_token: number of experts that a token chooses; None if unknown.
+    """
+
+    parameters: int
+    active: int | None
+    num_experts: int
+    experts_per_token: int | None
+
+    @classmethod
+    def of(cls, config: MoEConfig) -> "ModelSize":
+        """Returns the size of a model of this package."""
+        return cls(config.num_params(), config.num_active_params(), config.num_experts, config.num_experts_per_tok)
+
+
+class ResizeResult(NamedTuple):
+    """Holds the sizes of source and result, and why their functions differ (None if they are equal)."""
+
+    source: ModelSize
+    result: ModelSize
     reason_not_exact: str | None
 
 
@@ -135,26 +172,29 @@ METHODS: dict[str, Callable[[ResizeRequest], Resized]] = {
 RANKING = ("prune", "merge")
 
 
-def usage_on(checkpoint: Checkpoint, data: list[str], tokens: int, *, trust_remote_code: bool = False) -> Usage:
-    """Measures how much texts use the experts of a checkpoint; the model is loaded into memory and run.
+def usage_on(source: Source, model: PreTrainedModel, options: ResizeOptions, *, trust_remote_code: bool) -> Usage:
+    """Measures how much the texts of `options.data` use the experts of a model, and saves it if `options` say so.
 
     Args:
-        checkpoint: checkpoint of a sparse model.
-        data: texts, each as `domain=file`.
-        tokens: number of tokens of each domain.
+        source: the checkpoint, whose tokenizer is used.
+        model: the model of the checkpoint.
+        options: the texts, the number of tokens of each, and the file to write.
         trust_remote_code: run Python code from the source's tokenizer.
 
     Raises:
-        UserError: if a text or the tokenizer cannot be read, or a domain has fewer tokens.
+        UserError: if a text or the tokenizer cannot be read or does not fit the model, or a domain has fewer tokens.
     """
-    source = checkpoint.source
     tokenizer = load_tokenizer(str(source.folder), source.gguf_file, trust_remote_code=trust_remote_code)
+    refuse_misfit(tokenizer, model)
     blocks = [
         {"input_ids": block[None]}
-        for name, documents in DataArguments(data=data).load().items()
-        for block in token_ids(documents, tokenizer, tokens, name, "tokens", "data").split(BLOCK)
+        for name, documents in DataArguments(data=options.data or []).load().items()
+        for block in token_ids(documents, tokenizer, options.tokens, name, "tokens", "data").split(BLOCK)
     ]
-    return measure_usage(load_state(checkpoint.config, checkpoint.state), blocks)
+    usage = measure_usage(model, blocks)
+    if options.save_usage:
+        usage.save(options.save_usage)
+    return usage
 
 
 def _recipe(request: ResizeRequest) -> dict:
@@ -166,6 +206,54 @@ def _recipe(request: ResizeRequest) -> dict:
         "load": None if usage is None else {i: layer.load.tolist() for i, layer in usage.layers.items()},
         "dtype": str(request.checkpoint.config.dtype),
     }
+
+
+def _keeps_family(source: Source, options: ResizeOptions, trust_remote_code: bool) -> bool:
+    """Returns whether a checkpoint is pruned in the format of its own family, as one that transformers loads by itself."""
+    file = source.folder / "config.json"
+    if options.method != "prune" or source.gguf_file or not file.is_file():
+        return False
+    values = read_json(file)
+    model_type = values.get("model_type")
+    return model_type != MoEConfig.model_type and (
+        model_type in CONFIG_MAPPING or (trust_remote_code and "auto_map" in values)
+    )
+
+
+def _prune_family(
+    source: Source,
+    output_dir: str | Path,
+    options: ResizeOptions,
+    pruning: PruningOptions,
+    dtype: str,
+    overwrite: bool,
+    trust_remote_code: bool,
+) -> ResizeResult:
+    """Prunes a checkpoint of any family in the format of its own family, see [`resize_checkpoint`]."""
+    checkpoint = open_any(source, dtype, trust_remote_code=trust_remote_code)
+    reduction = plan_pruning(checkpoint, pruning)
+    folder = ResultFolder(output_dir, overwrite, [source.folder])
+    if options.usage_json:
+        usage = Usage.read(options.usage_json)
+    else:
+        model = load_model(str(source.folder), dtype=dtype, trust_remote_code=trust_remote_code)
+        usage = usage_on(source, model, options, trust_remote_code=trust_remote_code)
+        del model
+    pruned = prune_any(checkpoint, reduction, usage, pruning)
+    recipe = {
+        "source": checkpoint.identity(),
+        "options": asdict(options) | asdict(pruning),
+        "kept": {str(layer): experts for layer, experts in pruned.kept.items()},
+        "dtype": dtype,
+    }
+    write_pruned(folder, checkpoint, pruned, recipe)
+    top_k = usage.experts_per_token or None
+    lower = None if top_k is None else min(top_k, reduction.most_per_token)
+    sizes = [
+        ModelSize(found.model.num_parameters(), found.active_parameters(chosen), found.num_experts, chosen)
+        for found, chosen in ((reduction.before, top_k), (reduction.after, lower))
+    ]
+    return ResizeResult(sizes[0], sizes[1], "tokens of a dropped expert are sent to other experts")
 
 
 def resize_checkpoint(
@@ -181,8 +269,12 @@ def resize_checkpoint(
 ) -> ResizeResult:
     """Resizes a sparse checkpoint and writes the result with tokenizer, chat template and code.
 
+    Method `prune` keeps the family of a checkpoint that transformers loads by itself, with its names on disk. The other
+    methods write a checkpoint of this package.
+
     Args:
-        name_or_path: folder or Hub name of a model of this package, or of a sparse family of `conversion.FAMILIES`.
+        name_or_path: folder or Hub name of a model of this package, or of a sparse family of `conversion.FAMILIES`; for
+            method `prune`, of any model of transformers whose experts follow its experts interface.
         output_dir: folder of the result, written as a whole or not at all; an interrupted run continues.
         options: the method, and the text to measure on.
         growth: options of method `grow`.
@@ -195,19 +287,23 @@ def resize_checkpoint(
         UserError: if the source cannot be read or resized with these options, or `output_dir` cannot be written.
     """
     options.check()
+    source = open_source(name_or_path)
+    if _keeps_family(source, options, trust_remote_code):
+        return _prune_family(source, output_dir, options, pruning, dtype, overwrite, trust_remote_code)
     checkpoint = open_checkpoint(name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
     if len(checkpoint.config.mlp_only_layers) == checkpoint.config.num_hidden_layers:
         raise UserError(f"{name_or_path} has no sparse layer: upcycle it first")
     if options.method in RANKING:
         check_pruning(checkpoint.config, pruning)
     folder = result_folder(output_dir, overwrite, [checkpoint], 0)
-    usage = None
+    usage = Usage.read(options.usage_json) if options.usage_json else None
     if options.data:
-        usage = usage_on(checkpoint, options.data, options.tokens, trust_remote_code=trust_remote_code)
+        model = load_state(checkpoint.config, checkpoint.state)
+        usage = usage_on(checkpoint.source, model, options, trust_remote_code=trust_remote_code)
     request = ResizeRequest(checkpoint, options, growth, pruning, usage)
     resized = METHODS[options.method](request)
     refuse_full_disk(folder, sum(tensor.nbytes for tensor in resized.state.values()))
     resized.config.dtype = checkpoint.config.dtype
     recipe = _recipe(request)
     save_checkpoint(folder, resized.config, resized.state, checkpoint, recipe, trust_remote_code=trust_remote_code)
-    return ResizeResult(checkpoint.config, resized.config, resized.reason_not_exact)
+    return ResizeResult(ModelSize.of(checkpoint.config), ModelSize.of(resized.config), resized.reason_not_exact)

@@ -1,17 +1,22 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module measures how much a text uses each expert, by running the model on the text.
+"""This module measures how much a text uses each expert of any Mixture of Experts, by running the model on the text.
 
-# T tokens, H hidden, E experts, K experts per token
+# T tokens, H hidden, E experts, K choices per token
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
-from ..modeling_moe import MoEBlock, MoEExperts, MoEForCausalLM
-from ..router import Router, RoutingContext
+from ..modeling_moe import MoEBlock
+from ..monitoring import LayerPass, SparseLayer, UnreachableRouting, observe, sparse_layers
+from ..router import Router
 from ..utils.errors import UserError
+from ..utils.json_files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class LayerUsage:
         load: (E,), share of the tokens that are sent to the expert.
         mass: (E,), routing weight of the expert, averaged over all tokens; 0 for tokens that are not sent to it.
         reap: (E,), routing weight times norm of the expert's output, averaged over the tokens sent to the expert: the
-            saliency of REAP (arXiv:2510.13999); 0 for an expert without tokens.
+            saliency of REAP (arXiv:2510.13999, equation 9); 0 for an expert without tokens. A negative weight, which a
+            learnt scale can give, counts by its absolute value.
     """
 
     load: torch.Tensor
@@ -35,12 +41,14 @@ class Usage:
     """Holds how much a text uses the experts of a model.
 
     Attributes:
-        layers: the usage of each sparse layer, by layer index.
+        layers: the usage of each sparse layer, by the index of the decoder layer.
         tokens: number of tokens measured.
+        experts_per_token: largest number K of choices per token in any layer; 0 if unknown.
     """
 
     layers: dict[int, LayerUsage]
     tokens: int
+    experts_per_token: int = 0
 
     def of(self, layer: int) -> LayerUsage:
         """Returns the usage of a sparse layer.
@@ -52,6 +60,50 @@ class Usage:
             raise UserError(f"the usage lacks layer {layer}: measure it with the same model")
         return self.layers[layer]
 
+    def save(self, file: str | Path) -> None:
+        """Writes the usage as JSON; the file appears whole or not at all, and replaces an existing one."""
+        layers = {
+            str(layer): {name: getattr(usage, name).tolist() for name in SCORES}
+            for layer, usage in self.layers.items()
+        }
+        values = {"tokens": self.tokens, "experts_per_token": self.experts_per_token, "layers": layers}
+        write_json(Path(file), values)
+
+    @classmethod
+    def read(cls, file: str | Path) -> "Usage":
+        """Reads the usage that [`Usage.save`] wrote.
+
+        Raises:
+            UserError: if the file is missing, damaged, or holds something else.
+        """
+        if not Path(file).is_file():
+            raise UserError(
+                f"usage_json {file} does not exist: measure the usage on a text first, with data and save_usage"
+            )
+        values = read_json(Path(file))
+        try:
+            layers = {
+                int(layer): LayerUsage(**{name: _finite(usage[name]) for name in SCORES})
+                for layer, usage in values["layers"].items()
+            }
+            return cls(layers, int(values["tokens"]), int(values["experts_per_token"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"usage_json {file} holds no usage of experts: measure it again with save_usage"
+            ) from error
+
+
+def _finite(values: list[float]) -> torch.Tensor:
+    """Returns numbers as a float64 tensor (E,).
+
+    Raises:
+        ValueError: if the values are no list of finite numbers.
+    """
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if tensor.dim() != 1 or not tensor.isfinite().all():
+        raise ValueError("the values are no list of finite numbers")
+    return tensor
+
 
 class _Sums:
     """Sums three values of each expert over the unmasked tokens of a layer.
@@ -59,41 +111,65 @@ class _Sums:
     Attributes:
         total: (3, E + 1) float64: number of tokens, routing weight, and routing weight times norm of the output. The
             last column collects empty and masked assignments.
-        mask: (T,) token mask of the current pass; None if all tokens are unmasked.
+        choices: largest number K of choices per token.
     """
 
-    def __init__(self, block: MoEBlock, device: torch.device):
-        self.total = torch.zeros(3, block.experts.num_experts + 1, dtype=torch.float64, device=device)
-        self.mask: torch.Tensor | None = None
+    def __init__(self, layer: SparseLayer):
+        self.total = torch.zeros(3, layer.num_experts + 1, dtype=torch.float64)
+        self.choices = 0
 
-    def see_context(self, block: MoEBlock, args: tuple[torch.Tensor, RoutingContext]) -> None:
-        """Keeps the token mask; registered as a hook before the block."""
-        self.mask = args[1].token_mask
+    def add(self, seen: LayerPass) -> None:
+        """Adds one pass.
 
-    def see_experts(self, experts: MoEExperts, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        """Adds one pass; registered as a hook after the experts.
-
-        The experts run once more on each assignment alone, with the weight 1, to obtain the norm of each output.
+        The experts run once more on each assignment alone, with the weight 1, to obtain the norm of each output. That holds
+        for any experts: with biases, transposed weights, or a norm on the output.
         """
-        tokens, index, weight = args
-        empty = experts.num_experts
-        for choice, factor in zip(index.split(1, dim=-1), weight.double().unbind(-1), strict=True):
-            out = experts.forward(tokens, choice, torch.ones_like(choice, dtype=weight.dtype))  # (T, H)
+        self.total = self.total.to(seen.hidden_states.device)
+        self.choices = max(self.choices, seen.index.shape[-1])
+        empty = seen.layer.num_experts
+        for choice, factor in zip(seen.arrived.split(1, dim=-1), seen.weight.double().unbind(-1), strict=True):
+            ones = torch.ones_like(choice, dtype=seen.weight.dtype)
+            out = seen.layer.experts.forward(seen.hidden_states, choice, ones)  # (T, H)
             norm = torch.linalg.vector_norm(out, dim=-1, dtype=torch.float64)
             chosen = choice[:, 0]
-            if self.mask is not None:
-                chosen = chosen.where(self.mask > 0, empty)
-            values = torch.stack([torch.ones_like(factor), factor, factor * norm])
+            if seen.token_mask is not None:
+                chosen = chosen.where(seen.token_mask, empty)
+            values = torch.stack([torch.ones_like(factor), factor, factor.abs() * norm])
             self.total.index_add_(1, chosen.clamp(max=empty), values)
 
 
+def measured_layers(model: PreTrainedModel) -> list[SparseLayer]:
+    """Returns the sparse layers of a model, of which the usage can be measured.
+
+    Raises:
+        UserError: if the model is dense, its experts cannot be reached or are split over processes, its router mixes tokens
+            or experts (`soft_moe`, `lory`), or two of its layers have the same index.
+    """
+    try:
+        layers = sparse_layers(model)
+    except UnreachableRouting as error:
+        raise UserError(str(error)) from error
+    if any(isinstance(module, MoEBlock) and module.mix is not Router.mix for module in model.modules()):
+        raise UserError(
+            f"router_type={model.config.router_type!r} does not send tokens to experts: measure a model whose router does"
+        )
+    if len({layer.layer for layer in layers}) < len(layers):
+        raise UserError(
+            f"{type(model).__name__} has several sparse layers of one index, as a model of several towers has: take the "
+            "language model alone"
+        )
+    if any(layer.num_experts != layer.experts.num_experts for layer in layers):
+        raise UserError("the experts are split over processes: measure the usage in one process")
+    return layers
+
+
 @torch.no_grad()
-def measure_usage(model: MoEForCausalLM, batches: Iterable[dict[str, torch.Tensor]]) -> Usage:
+def measure_usage(model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]]) -> Usage:
     """Runs a model on a text and measures how much it uses each expert; the experts run twice.
 
     Args:
-        model: model on the device to run on; its experts must not be split over processes. Its training mode is
-            restored.
+        model: any causal LM of transformers whose experts follow its experts interface, on the device to run on. The
+            experts must not be split over processes. Its training mode is restored.
         batches: keyword arguments of `model`: `input_ids` (B, S), `attention_mask` (B, S), 0 at tokens to leave out,
             and the tensors that the router needs.
 
@@ -101,31 +177,25 @@ def measure_usage(model: MoEForCausalLM, batches: Iterable[dict[str, torch.Tenso
         The usage of every sparse layer, with the routing of evaluation, after capacity.
 
     Raises:
-        UserError: if the router does not send tokens to experts (`soft_moe`, `lory`), or there is no token.
+        UserError: if the usage of this model cannot be measured, see [`measured_layers`], or there is no token.
     """
-    blocks = {i: layer.mlp for i, layer in enumerate(model.model.layers) if layer.is_sparse}
-    if any(block.mix is not Router.mix for block in blocks.values()):
-        raise UserError(
-            f"router_type={model.config.router_type!r} does not send tokens to experts: measure a model whose router does"
-        )
-    sums = {i: _Sums(block, block.experts.down_proj.device) for i, block in blocks.items()}
-    hooks = [block.register_forward_pre_hook(sums[i].see_context) for i, block in blocks.items()]
-    hooks += [block.experts.register_forward_hook(sums[i].see_experts) for i, block in blocks.items()]
+    sums = {layer.name: _Sums(layer) for layer in measured_layers(model)}
+    accepted = inspect.signature(model.forward).parameters
+    options = {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if name in accepted}
     was_training, tokens = model.training, 0
     model.eval()
     try:
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            tokens += batch["input_ids"].numel() if mask is None else int((mask > 0).sum())
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            model(**batch, use_cache=False, logits_to_keep=1)
+        with observe(model, lambda seen: sums[seen.layer.name].add(seen)) as observation:
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                tokens += batch["input_ids"].numel() if mask is None else int((mask > 0).sum())
+                model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, **options)
     finally:
         model.train(was_training)
-        for hook in hooks:
-            hook.remove()
     if tokens == 0:
         raise UserError("there is no token to measure the usage with: give batches with some text")
-    return Usage({i: _layer_usage(total.total[:, :-1].cpu(), tokens) for i, total in sums.items()}, tokens)
+    layers = {layer.layer: _layer_usage(sums[layer.name].total[:, :-1].cpu(), tokens) for layer in observation.layers}
+    return Usage(layers, tokens, max(total.choices for total in sums.values()))
 
 
 def _layer_usage(sums: torch.Tensor, tokens: int) -> LayerUsage:

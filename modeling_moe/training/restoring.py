@@ -8,23 +8,14 @@ the experts and routers that the model has.
 
 import logging
 from collections.abc import Collection
-from copy import deepcopy
 
-import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..checkpoint_damage import CheckpointError
+from ..utils.disk_names import DiskNames, Tensors
 
 
-Tensors = dict[str, torch.Tensor]
 TRAINER_LOGGER = logging.getLogger("transformers.trainer")
 REPORTS = ("There were missing keys", "There were unexpected keys")
 
@@ -33,11 +24,10 @@ class RestoringError(CheckpointError):
     """A checkpoint lacks tensors of a model; the message names one of them."""
 
 
-class DiskLayout:
-    """Maps tensors on disk to the tensors of a model, by transformers' own conversions.
+class DiskLayout(DiskNames):
+    """Maps tensors on disk, as a model saves them, to the tensors of the model.
 
     Attributes:
-        own: the model's tensors by name, without data.
         groups: for each tensor of the model, or the first of several that are converted together, the names on disk.
 
     Raises:
@@ -45,46 +35,20 @@ class DiskLayout:
     """
 
     def __init__(self, model: PreTrainedModel):
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
-        self._prefix = model.base_model_prefix
-        self.own: Tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+        super().__init__(model)
         saved: Tensors = dict(revert_weight_conversion(model, self.own))
-        # from all names at once, since a renaming may depend on names in another shard
-        self._targets = {name: self._target(name) for name in sorted(saved, key=dot_natural_key)}
+        self.saved_places = self.places(saved)
         self.groups: dict[str, set[str]] = {}
-        for name, (target, _) in self._targets.items():
-            self.groups.setdefault(target, set()).add(name)
-        made = {name: tensor.shape for name, tensor in self.convert(model, saved).items()}
+        for name, place in self.saved_places.items():
+            self.groups.setdefault(place.target, set()).add(name)
+        made = {name: tensor.shape for name, tensor in self.convert(model, saved, self.saved_places).items()}
         if made != {name: tensor.shape for name, tensor in self.own.items()}:
             raise RestoringError(f"the checkpoint names of {type(model).__name__} cannot be converted back")
 
     @property
     def names(self) -> Collection[str]:
         """All names on disk."""
-        return self._targets.keys()
-
-    def _target(self, name: str) -> tuple[str, str | None]:
-        target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self.own)
-        return (name, None) if target not in self.own and name in self.own else (target, pattern)
-
-    def convert(self, model: PreTrainedModel, saved: Tensors) -> Tensors:
-        """Converts complete groups of tensors on disk to tensors of the model."""
-        made, converters = {}, {}
-        # the converter stacks experts in the order in which it receives them
-        for name in sorted(saved, key=dot_natural_key):
-            target, pattern = self._targets[name]
-            if pattern is None:
-                made[target] = saved[name]
-                continue
-            converter = converters.setdefault(target, deepcopy(self._by_pattern[pattern]))
-            converter.add_tensor(target, name, pattern, saved[name])
-        for target, converter in converters.items():
-            for name, tensor in converter.convert(target, model=model, config=model.config).items():
-                made[name] = tensor[0] if isinstance(tensor, list) else tensor
-        return made
+        return self.saved_places.keys()
 
 
 class RestoreHook:
@@ -116,7 +80,8 @@ class RestoreHook:
             self._waiting |= {name: state_dict.pop(given[name]) for name in given if name in self._layout.names}
             whole = [names for names in self._layout.groups.values() if names <= self._waiting.keys()]
             saved = {name: self._waiting.pop(name) for names in whole for name in names}
-            state_dict |= {prefix + name: tensor for name, tensor in self._layout.convert(model, saved).items()}
+            made = self._layout.convert(model, saved, self._layout.saved_places)
+            state_dict |= {prefix + name: tensor for name, tensor in made.items()}
         for alias, source in self._tied.items():
             if prefix + source in state_dict:
                 state_dict.setdefault(prefix + alias, state_dict[prefix + source])

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
-from modeling_moe import MoEConfig, MoEForCausalLM
+from modeling_moe import MoEConfig
 from modeling_moe.monitoring.callback import RoutingSession
 
 from .arguments import BenchmarkArguments
@@ -38,14 +38,14 @@ def _model(preset: Preset, theirs: bool, dtype: torch.dtype, device: torch.devic
         "num_experts_per_tok": preset.per_token,
     }  # fmt: skip
     torch.manual_seed(0)
-    model: Any
     if theirs:
-        model = MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=preset.experts))
+        config: Any = MixtralConfig(**shape, num_local_experts=preset.experts)
     else:
-        shape |= {"num_experts": preset.experts, "moe_intermediate_size": preset.intermediate}
-        model = MoEForCausalLM(MoEConfig(**shape))
+        config = MoEConfig(**shape, num_experts=preset.experts, moe_intermediate_size=preset.intermediate)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.set_experts_implementation(OURS)
-    return model.to(device, dtype).train()
+    return model.train()
 
 
 class _Training:

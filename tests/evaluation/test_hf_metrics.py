@@ -4,15 +4,20 @@ import math
 import multiprocessing
 
 import pytest
+import torch
 from torch import distributed
 
 from modeling_moe.evaluation.hf_metrics import BitsPerByte, RouterBalance
+from modeling_moe.monitoring import watch
+from tests.resizing.families import tiny_family
 
 
 NLL = {"nll_sum": [0.1, 1e16, 0.7, -1e16, 0.3], "tokens": [3, 4, 5, 1, 2], "bytes": [10, 0, 7, 1, 2]}
 # 5 batches, 2 layers, 3 experts
 LOAD = {"load": [[[i, 0, 4], [i * i, 2, 0]] for i in range(5)]}
-CASES = [(BitsPerByte, NLL), (RouterBalance, LOAD)]
+# the second layer has 2 experts
+UNEQUAL = {"load": [[[i, 0, 4], [i * i, 2]] for i in range(5)]}
+CASES = [(BitsPerByte, NLL), (RouterBalance, LOAD), (RouterBalance, UNEQUAL)]
 
 
 def fed(metric, columns, batches):
@@ -62,6 +67,33 @@ def test_balance_of_all_batches_is_not_the_mean_of_each():
     assert metric.compute()["max_violation"] == 0.0
 
 
+def test_layers_with_different_numbers_of_experts():
+    metric = RouterBalance(keep_in_memory=True)
+    metric.add_batch(load=[[[4, 0, 0, 0], [1, 3]]])
+    assert metric.compute() == {
+        "max_violation": (3 + 0.5) / 2,
+        "load_entropy": pytest.approx((0 + math.log(4) - 0.75 * math.log(3)) / 2),
+        "dead_experts": 0.375,
+        "expert_share": None,
+    }
+
+
+@torch.no_grad()
+def test_the_load_of_any_model_comes_from_watch():
+    model, metric = tiny_family("mixtral"), RouterBalance(keep_in_memory=True)
+    batches = torch.arange(3, 43).view(2, 2, 10)
+    with watch(model) as routing:
+        for ids in batches:
+            model(ids)
+            figures = routing.read(reset=True)
+            metric.add_batch(load=[[layer.load.tolist() for layer in figures.layers]])
+        model(batches.flatten(0, 1))
+        whole = routing.read()
+    result = metric.compute()
+    assert result["max_violation"] == pytest.approx(whole.overall["max_violation"])
+    assert sum(result["expert_share"]) == pytest.approx(1)
+
+
 def test_a_layer_without_load():
     metric = RouterBalance(keep_in_memory=True)
     metric.add_batch(load=[[[0, 0]]])
@@ -80,8 +112,12 @@ def test_a_computed_metric_starts_anew(metric_class, columns, tmp_path):
 
 
 def by_file_system(rank, cache_dir, queue):
-    options = {"num_process": 2, "process_id": rank, "cache_dir": cache_dir, "experiment_id": "test"}
-    queue.put((rank, [fed(kind(**options), columns, range(rank, 5, 2)).compute() for kind, columns in CASES]))
+    options = {"num_process": 2, "process_id": rank, "cache_dir": cache_dir}
+    results = []
+    for case, (kind, columns) in enumerate(CASES):
+        metric = kind(**options, experiment_id=f"case{case}")
+        results.append(fed(metric, columns, range(rank, 5, 2)).compute())
+    queue.put((rank, results))
 
 
 def by_gloo(rank, folder, queue):
@@ -108,4 +144,4 @@ def test_two_processes_are_one(work, tmp_path):
         assert worker.exitcode == 0
     expected = [whole(kind, columns) for kind, columns in CASES]
     assert results[0] == expected
-    assert results[1] == (expected if work is by_gloo else [None, None])
+    assert results[1] == (expected if work is by_gloo else [None] * len(CASES))

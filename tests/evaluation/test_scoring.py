@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     GptOssConfig,
+    JetMoeConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -20,10 +21,11 @@ from transformers import (
 )
 
 from modeling_moe import MoEForCausalLM
+from modeling_moe.commands.evaluate import print_scores
 from modeling_moe.data import DataArguments, pack
 from modeling_moe.evaluation import EvaluationArguments, evaluate_lm, score
 from modeling_moe.evaluation.hf_metrics import RouterBalance
-from modeling_moe.monitoring.expert_load import active_share
+from modeling_moe.monitoring import active_share
 from modeling_moe.training.finetuning import FinetuneTrainer
 from modeling_moe.utils.errors import UserError
 from tests.builders import sample_text, tiny_config, tiny_model, train_tokenizer
@@ -174,15 +176,54 @@ def test_mixtrals_load_is_the_largest_of_its_router_logits(blocks):
     assert score(model, blocks.select([0, 1])).expert_share == pytest.approx(expected["expert_share"])
 
 
-def test_experts_that_cannot_be_watched_are_named(checkpoint, text_file, monkeypatch):
+def test_experts_that_cannot_be_watched_are_named(tokenizer, text_file, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("modeling_moe.evaluation.scoring.logger.warning", said.append)
-    monkeypatch.setattr("modeling_moe.evaluation.scoring._load", lambda *_: None)
-    evaluate_lm(
-        EvaluationArguments(str(checkpoint), max_tokens=64), DataArguments(data=[f"a={text_file}"], max_length=32)
+    fields = {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 1}
+    AutoModelForCausalLM.from_config(JetMoeConfig(**TINY | fields)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    scores = evaluate_lm(
+        EvaluationArguments(str(tmp_path), max_tokens=64), DataArguments(data=[f"a={text_file}"], max_length=32)
     )
+    assert scores["a"].max_vio is scores["a"].expert_load is None
+    assert math.isfinite(scores["a"].loss)
     (warning,) = said
-    assert "MoEForCausalLM does not call them by transformers' interface" in warning
+    assert "JetMoeForCausalLM" in warning
+    assert "does not follow transformers' experts interface" in warning
+
+
+@torch.no_grad()
+def test_layers_with_different_numbers_of_experts_had_no_load(blocks):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FOREIGN["mixtral"]()).eval()
+    model.model.layers[1].mlp = type(model.model.layers[1].mlp)(MixtralConfig(**TINY, num_local_experts=7))
+    model.init_weights()
+    result = score(model, blocks)
+    assert [len(layer) for layer in result.expert_load] == [4, 7]
+    tokens = sum(len(row["input_ids"]) for row in blocks)
+    assert [sum(layer) for layer in result.expert_load] == [2 * tokens] * 2
+    vio = [max(layer) / (2 * tokens / len(layer)) - 1 for layer in result.expert_load]
+    assert result.max_vio == pytest.approx(sum(vio) / 2)
+    assert result.expert_share is None
+    print_scores({"a": result}, "model")
+
+
+@torch.no_grad()
+def test_entropies_and_drops_are_means_over_layers(blocks):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FOREIGN["mixtral"]()).eval()
+    rows = blocks.select(range(3))
+    logits = model(torch.tensor(rows["input_ids"]), output_router_logits=True).router_logits
+    probs = [layer.softmax(dim=-1) for layer in logits]
+    token = [torch.special.entr(layer).sum(dim=-1).mean().item() for layer in probs]
+    marginal = [torch.special.entr(layer.mean(dim=0)).sum().item() for layer in probs]
+    result = score(model, rows)
+    assert result.token_entropy == pytest.approx(sum(token) / 2, rel=1e-5)
+    assert result.marginal_entropy == pytest.approx(sum(marginal) / 2, rel=1e-5)
+    assert (result.dropped_share, result.mean_experts) == (0.0, 2.0)
+    dropping = score(tiny_model(eval_capacity_factor=0.5), rows)
+    assert 0.1 < dropping.dropped_share < 0.9
+    assert sum(dropping.expert_load[0]) == 3 * 39
 
 
 @pytest.mark.parametrize("fields", [{"eval_capacity_factor": 0.5}, {"expert_capacity": 2}])
@@ -271,6 +312,9 @@ def test_two_processes_are_one(blocks, tmp_path):
             assert (two.tokens, two.bytes, two.expert_share) == (one.tokens, one.bytes, one.expert_share)
             assert two.loss == pytest.approx(one.loss, rel=1e-6)
             assert two.max_vio == one.max_vio
+            assert two.expert_load == one.expert_load
+            assert two.token_entropy == pytest.approx(one.token_entropy, rel=1e-9)
+            assert two.dropped_share == one.dropped_share
 
 
 def test_total_flos_counted_every_expert_of_a_token():

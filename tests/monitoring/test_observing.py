@@ -265,3 +265,12 @@ def test_copies_of_an_observed_model_are_not_observed(build):
         assert seen == []
         model(input_ids=IDS)
     assert len(seen) == 2
+
+
+def test_copies_that_run_side_by_side_are_refused():
+    model = mixtral()
+    with observe(model, lambda event: None):
+        # as nn.DataParallel copies modules
+        experts = model.model.layers[0].mlp.experts._replicate_for_data_parallel()
+        with pytest.raises(ValueError, match=r"^nn\.DataParallel runs copies"):
+            experts(torch.zeros(1, 32), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2))

@@ -1,5 +1,7 @@
 """These tests find the scoring function of routers whose function is known."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -127,3 +129,13 @@ def test_large_logits_overflow_nothing():
     found = evidence("softmax", 2, logits=nn.functional.one_hot(torch.arange(12), 12) * 1e4)
     assert found.sums.isfinite().all()
     assert explained(found).scoring == "softmax"
+
+
+def test_the_evidence_of_an_accelerator_is_read_when_its_copy_has_arrived():
+    found = evidence("sigmoid", 2)
+    arrived = mock.Mock(query=mock.Mock(side_effect=[False, True]))
+    with mock.patch("torch.cuda.Event", return_value=arrived), mock.patch("torch.cuda.current_stream"):
+        for expected in (None, None, "sigmoid"):
+            found._settle_on_cuda()
+            assert found._settled == expected
+    arrived.record.assert_called_once()

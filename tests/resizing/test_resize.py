@@ -26,11 +26,12 @@ def moe(tmp_path):
 
 def resize(tmp_path, options, growth=None, pruning=None):
     arguments = [ResizeOptions(**options), growth or GrowthOptions(), pruning or PruningOptions()]
-    _, config, reason = resize_checkpoint(str(tmp_path / "moe"), tmp_path / "new", *arguments)
+    _, size, reason = resize_checkpoint(str(tmp_path / "moe"), tmp_path / "new", *arguments)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert model.num_parameters() == config.num_params()
+    assert model.num_parameters() == size.parameters
+    assert (model.config.num_experts, model.config.num_experts_per_tok) == size[2:]
     return model.eval(), reason
 
 
