@@ -112,6 +112,7 @@ def test_no_gradient_at_all_or_once_is_no_defect_of_the_router():
 
 
 def deepseek(**fields) -> DeepseekV3ForCausalLM:
+    """Returns a tiny model with a selection bias; skips the test where transformers does not declare its router."""
     torch.manual_seed(0)
     size = SIZE | {"num_key_value_heads": 4}
     experts = {
@@ -119,7 +120,10 @@ def deepseek(**fields) -> DeepseekV3ForCausalLM:
         "moe_intermediate_size": 16, "q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
         "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
     }  # fmt: skip
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**(size | experts | fields)))
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**(size | experts | fields)))
+    if sparse_layers(model)[0].router is None:
+        pytest.skip("this release of transformers does not declare the router of DeepSeek-V3")
+    return model
 
 
 def warned(model, tmp_path, caplog, *callbacks: TrainerCallback, rows: int = 64, **fields) -> list[str]:
