@@ -1,10 +1,13 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This package shows the routing of any Mixture of Experts in transformers, while it trains and afterwards."""
 
+from typing import TYPE_CHECKING, Any
+
 from .comparing import compare_traces
 from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, active_share, experts_modules, sparse_layers
 from .logged_history import read_history
+from .loss_meter import report_router_losses
 from .observing import LayerPass, Observation, observe
 from .probabilities import ScoringEvidence, certain, explanation, probabilities
 from .report_data import LayerTrace, ModelTrace, RoutingReport
@@ -25,6 +28,10 @@ from .tracing import Traced, TraceOptions, refuse_mixing, trace_routing
 from .watching import RoutingWatch, watch
 
 
+if TYPE_CHECKING:
+    from .callback import RoutingCallback
+
+
 __all__ = [
     "Entropies",
     "LayerFigures",
@@ -32,6 +39,7 @@ __all__ = [
     "LayerTrace",
     "ModelTrace",
     "Observation",
+    "RoutingCallback",
     "RoutingFigures",
     "RoutingReport",
     "RoutingWatch",
@@ -58,8 +66,18 @@ __all__ = [
     "probabilities",
     "read_history",
     "refuse_mixing",
+    "report_router_losses",
     "sparse_layers",
     "summary",
     "trace_routing",
     "watch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `RoutingCallback` when it is first used, since transformers' `Trainer` takes long to import."""
+    if name == "RoutingCallback":
+        from .callback import RoutingCallback
+
+        return RoutingCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,6 +38,7 @@ RANGES = {
     "save_steps": (0, math.inf),
     "logging_steps": (0, math.inf),
     "eval_steps": (0, math.inf),
+    "routing_steps": (0, math.inf),
     "label_smoothing_factor": (0, 1),
     "dataloader_num_workers": (0, 4096),
     "save_total_limit": (1, math.inf),
@@ -231,11 +232,19 @@ class LoraArguments:
 
 @dataclass
 class FinetuneArguments(TrainingArguments):
-    """transformers' [`~transformers.TrainingArguments`] with a log line after the first step, and checked values."""
+    """transformers' [`~transformers.TrainingArguments`] with a log line after the first step, the routing in the
+    log, and checked values."""
 
     logging_first_step: bool = field(default=True, metadata={"help": "log the first step's loss"})
     logging_steps: float = field(default=10, metadata={"help": "optimizer steps between two log lines"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "log the mean loss instead of NaN"})
+    routing_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "optimizer steps between two logs of the routing (experts' load, MaxVio, entropies, router gradients); 0: "
+            "none; by default with each log of the loss"
+        },
+    )
 
     def __post_init__(self):
         if self.output_dir is None:

@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module fine-tunes a causal LM with transformers' `Trainer`: all weights, one part of them, or LoRA by PEFT."""
 
-import logging
 import math
 import os
 import re
@@ -35,10 +34,10 @@ from .balance import Balance, balance
 from .callbacks import CastOnceCallback, MoECallback, is_enabled
 from .freezing import FreezeExpertsCallback
 from .interruption import SaveOnInterrupt
+from .logs import LogAtCheckpoints, ScheduleCallback, detach, routing_callbacks, show_progress_line
 from .nan_stop import NanStopMixin
 from .presets import is_preset, new_model, preset_config
 from .record import write_record
-from .resume_state import read_trainer_state
 from .resuming import (
     WholeCheckpointsTrainer,
     checkpoint_to_resume,
@@ -48,8 +47,6 @@ from .resuming import (
 )
 from .sharded import ShardedResumeMixin, is_split
 
-
-logger = logging.getLogger(__name__)
 
 # part of a model -> pattern of the names of its parameters
 PARTS = {
@@ -119,35 +116,6 @@ class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer)
                 metrics[f"{metric_key_prefix}_{name}_loss"] for name in domains
             )
         return metrics
-
-
-class ScheduleCallback(TrainerCallback):
-    """Warns if a resumed run follows another learning-rate schedule than the run before."""
-
-    def __init__(self, checkpoint: str):
-        self._before = read_trainer_state(checkpoint)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Compares the last steps of both runs."""
-        constant = str(args.lr_scheduler_type) in ("constant", "SchedulerType.CONSTANT", "constant_with_warmup")
-        if state.max_steps != self._before.max_steps and not constant and state.is_world_process_zero:
-            logger.warning(
-                f"The resumed run was planned to end at step {self._before.max_steps}, and this run ends at "
-                f"{state.max_steps}: the learning rate follows another schedule, and the result differs from that of an "
-                "uninterrupted run."
-            )
-
-
-class LogAtCheckpoints(TrainerCallback):
-    """Logs the loss whenever a checkpoint is saved, since a checkpoint holds logged losses only."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Logs before the checkpoint is saved."""
-        control.should_log = control.should_log or control.should_save
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """Logs before the checkpoint is saved."""
-        control.should_log = control.should_log or control.should_save
 
 
 def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -295,6 +263,7 @@ def _train(trainer: Trainer, model: nn.Module, resume: str | None) -> dict[str, 
         raise UserError(f"an argument needs a package that is not installed: {error}") from error
     finally:
         casting.close()
+        detach(trainer)
     if trainer.state.global_step == 0:
         raise UserError(
             "no step was trained, so nothing is saved: set num_train_epochs or max_steps above 0, and give more text than "
@@ -322,12 +291,18 @@ def _make_trainer(
             eval_dataset=held_out or None,
             processing_class=tokenizer,
             data_collator=default_data_collator,
-            callbacks=[*([] if is_enabled() else [MoECallback()]), LogAtCheckpoints(), *callbacks],
+            callbacks=[
+                *([] if is_enabled() else [MoECallback()]),
+                LogAtCheckpoints(),
+                *callbacks,
+                *routing_callbacks(args, model, callbacks),
+            ],
         )
     except (ValueError, ImportError) as error:
         # conflicting arguments or a missing package; the message is transformers' own
         raise UserError(str(error)) from error
     _check_dtypes(trainer, model)
+    show_progress_line(trainer)
     return trainer
 
 

@@ -8,6 +8,7 @@ from .lora import LoraRunner
 from .report import Report
 from .results import Result
 from .runner import Runner
+from .watching import WatchingRunner
 
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "Report",
     "Result",
     "Runner",
+    "WatchingRunner",
     "machine_facts",
 ]

@@ -9,13 +9,13 @@ import torch
 
 from modeling_moe.utils.errors import UserError
 
-from .cases import LEVELS, MODES, Case, default_cases, lora_cases, make_cases
+from .cases import LEVELS, MODES, Case, default_cases, lora_cases, make_cases, watching_cases
 from .contestants import IMPLEMENTATIONS, is_known, is_ours
 from .presets import PRESETS
 from .routing import ROUTINGS
 
 
-WHAT = ("experts", "lora")
+WHAT = ("experts", "lora", "watching")
 DTYPES = ("float32", "bfloat16", "float16")
 # seconds of a whole run, and seconds of timing in a case
 BUDGET_S = {"cpu": 720.0, "cuda": 450.0}
@@ -36,7 +36,12 @@ class BenchmarkArguments:
     """
 
     device: str = field(default="cpu", metadata=_help("cpu or cuda"))
-    what: str = field(default="experts", metadata=_help("experts, or lora: LoRA on experts against PEFT's own code"))
+    what: str = field(
+        default="experts",
+        metadata=_help(
+            "experts, lora: LoRA on experts against PEFT's own code, or watching: the cost of logging the routing"
+        ),
+    )
     level: str = field(default="experts", metadata=_help("experts, block (with its router) or model (two layers)"))
     presets: list[str] = field(default_factory=list, metadata=_help(f"shapes: {', '.join(PRESETS)}"))
     tokens: list[int] = field(
@@ -82,8 +87,8 @@ class BenchmarkArguments:
         yield from _unknown("dtypes", self.dtypes, DTYPES)
         yield from _unknown("routing", self.routing, ROUTINGS)
         yield from _unknown("modes", self.modes, MODES)
-        if self.what == "lora" and (self.routing or self.modes or self.level != "experts"):
-            yield "what: lora measures forward and backward of a model with its router; omit routing, modes and level"
+        if self.what != "experts" and (self.routing or self.modes or self.level != "experts"):
+            yield f"what: {self.what} measures forward and backward of a model with its router; omit routing, modes and level"
         for name in ("rounds", "case_s", "budget_s", "threads"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -96,8 +101,8 @@ class BenchmarkArguments:
 
     def _impossible(self) -> Iterator[str]:
         for preset in self.presets:
-            if PRESETS[preset].family != "gated" and (self.level != "experts" or self.what == "lora"):
-                yield f"presets: {preset} has only experts; measure it at level experts, without lora"
+            if PRESETS[preset].family != "gated" and (self.level != "experts" or self.what != "experts"):
+                yield f"presets: {preset} has only experts; measure it at level experts, with --what experts"
         unknown = [name for name in self.implementations if not is_known(name)]
         if unknown:
             yield f"implementations: {unknown[0]!r} is not registered with transformers"
@@ -113,6 +118,8 @@ class BenchmarkArguments:
         """Returns the cases to measure, the most important first."""
         if self.what == "lora":
             return lora_cases(self.device, self.presets, self.dtypes, self.tokens)
+        if self.what == "watching":
+            return watching_cases(self.device, self.presets, self.dtypes, self.tokens)
         asked = (self.presets, self.dtypes, self.tokens, self.routing, self.modes)
         return make_cases(self.device, self.level, *asked) if any(asked) else default_cases(self.device, self.level)
 

@@ -19,8 +19,8 @@ class Case:
     """Describes one measurement.
 
     Attributes:
-        level: `"experts"` alone, the sparse `"block"` with its router, a `"model"` of two layers, or `"lora"`, a
-            model of two layers with LoRA.
+        level: `"experts"` alone, the sparse `"block"` with its router, a `"model"` of two layers, `"lora"`, a model of
+            two layers with LoRA, or `"watching"`, a model of two layers whose routing is logged.
         preset: key of `PRESETS`.
         dtype: name of the torch dtype of weights and tokens.
         tokens: number of tokens T; in decoding at the level `"model"` the number of sequences, each with one new
@@ -136,6 +136,20 @@ def lora_cases(device: str, presets: Sequence[str], dtypes: Sequence[str], token
         for dtype in dtypes
         for count in tokens
         for mode in MODES[:2]
+    ]
+
+
+def watching_cases(device: str, presets: Sequence[str], dtypes: Sequence[str], tokens: Sequence[int]) -> list[Case]:
+    """Returns all combinations with the routing logged; an empty list stands for the device's defaults."""
+    cuda = device == "cuda"
+    presets = presets or (["olmoe"] if cuda else ["cpu_demo", "cpu_fine"])
+    dtypes = dtypes or ["bfloat16" if cuda else "float32"]
+    tokens = tokens or ((32768,) if cuda else (512, 2048))
+    return [
+        Case("watching", preset, dtype, count, "router", MODES[1])
+        for preset in presets
+        for dtype in dtypes
+        for count in tokens
     ]
 
 

@@ -26,6 +26,8 @@ OTHERS = (*TRANSFORMERS, "liger", "sonicmoe")
 IMPLEMENTATIONS = (OURS, *OTHERS)
 # LoRA on experts by PEFT's own code
 PEFT = "PEFT"
+# a model whose routing is logged in training -> the same model without
+LOGGED = {OURS: "not logged", "Mixtral": "Mixtral, not logged"}
 COPY = "copy"
 DENSE = "dense"
 GRAPH = " (graph)"

@@ -45,6 +45,8 @@ PRESETS = {
     **GPU_PRESETS,
     "cpu_fine": Preset(512, 256, 64, 8),
     "cpu_coarse": Preset(512, 1024, 8, 2),
+    # SmolLM2-135M with 4 experts, as scripts/demo.sh makes it
+    "cpu_demo": Preset(576, 1536, 4, 2),
     "cpu_lora": Preset(256, 256, 64, 8),
     **EXPERT_SWEEP,
     "tiny": Preset(32, 24, 5, 3),

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .cases import MODES, Case
 from .results import Result, compare_cases
-from .tables import case_table, comparison_table, lora_table, mode_table
+from .tables import case_table, comparison_table, lora_table, mode_table, watching_table
 
 
 WIDTH = 100
@@ -94,12 +94,9 @@ class Report:
                 _section(console, _heading(result), case_table(result))
         for mode in MODES:
             chosen = [result for result in self.results if result.case.mode == mode]
-            title = mode.replace("_", " + ")
-            if chosen and chosen[0].case.level == "lora":
-                _section(console, f"{title}: LoRA on experts here, and ours over", lora_table(chosen))
-            elif chosen:
-                _section(console, f"{title}: ours, and ours over", mode_table(chosen))
-        if any(result.case.level != "lora" for result in self.results):
+            if chosen:
+                _section(console, *_overview(mode.replace("_", " + "), chosen))
+        if any(result.case.level not in ("lora", "watching") for result in self.results):
             console.print(f"[italic]{_LEGEND}[/italic]", highlight=False)
         comparisons = compare_cases(self.results)
         if comparisons:
@@ -120,6 +117,16 @@ class Report:
             notes.append(f"not measured, {name}: {reason} ({where})")
         notes += [f"not run, {self.stopped}: {case}" for case in self.not_run]
         return notes + [f"FAILED, {result.case}: {result.error}" for result in self.failed]
+
+
+def _overview(mode: str, results: list[Result]) -> tuple[str, Table]:
+    """Returns title and table of all cases of a mode, which have one level or are compared like the experts alone."""
+    level = results[0].case.level
+    if level == "lora":
+        return f"{mode}: LoRA on experts here, and ours over", lora_table(results)
+    if level == "watching":
+        return f"{mode}: the routing logged, over not logged", watching_table(results)
+    return f"{mode}: ours, and ours over", mode_table(results)
 
 
 def _section(console: Console, title: str, table: Table, legend: str | None = None) -> None:

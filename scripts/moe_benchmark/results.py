@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .cases import Case, shape_of
-from .contestants import COPY, DENSE, GRAPH, OURS, PEFT, TRANSFORMERS, is_foreign, is_ours
+from .contestants import COPY, DENSE, GRAPH, LOGGED, OURS, PEFT, TRANSFORMERS, is_foreign, is_ours
 from .measure import Failure, median_ratio
 from .presets import PRESETS
 
@@ -92,7 +92,7 @@ class Result:
     @property
     def limit_ms(self) -> float | None:
         """Time in milliseconds of dense products of equal FLOPs; in decoding, of moving the active experts' weights."""
-        if self.case.level in ("model", "lora"):
+        if self.case.level in ("model", "lora", "watching"):
             return None
         return self.weights_ms if self.case.mode == "decode" else self.median(DENSE)
 
@@ -132,6 +132,8 @@ class Result:
         graph = ours + GRAPH
         if self.case.level == "lora":
             ratios = {f"ours/{name}": self.over(ours, name) for name in self.times if name != ours}
+        elif self.case.level == "watching":
+            ratios = {f"logged/{alone}": self.over(name, alone) for name, alone in LOGGED.items()}
         else:
             ratios = {
                 "ours/transformers": self.over(ours, self.best_of_transformers()),

@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from .contestants import COPY, GRAPH, OURS, PEFT
+from .contestants import COPY, GRAPH, LOGGED, OURS, PEFT
 from .results import Comparison, Result
 
 
@@ -116,6 +116,17 @@ def lora_table(results: Sequence[Result]) -> Table:
         names = [*(f"ours/{name}" for name in others), f"saved/{PEFT}", f"peak/{PEFT}"]
         cells = [_ms(result, OURS), *(_ratio(ratios.get(name)) for name in names)]
         table.add_row(escape(case.preset), SHORT[case.dtype], f"{case.tokens}", *cells)
+    return table
+
+
+def watching_table(results: Sequence[Result]) -> Table:
+    """Returns a table with the time of training with the routing logged over that without, a line for each case."""
+    headers = [f"logged /\n{alone}" for alone in LOGGED.values()]
+    table = _table(["preset", "dtype", "T"], [f"ms,\n{next(iter(LOGGED.values()))}", *headers])
+    for result in results:
+        case, ratios = result.case, result.ratios()
+        cells = [_cell(ratios.get(f"logged/{alone}"), "{:.3f}") for alone in LOGGED.values()]
+        table.add_row(escape(case.preset), SHORT[case.dtype], f"{case.tokens}", _ms(result, LOGGED[OURS]), *cells)
     return table
 
 
