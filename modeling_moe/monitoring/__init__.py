@@ -7,7 +7,7 @@ from .comparing import compare_traces
 from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, active_share, experts_modules, sparse_layers
 from .logged_history import read_history
-from .loss_meter import report_router_losses
+from .loss_meter import LossMeans, report_router_losses
 from .observing import LayerPass, Observation, observe
 from .probabilities import ScoringEvidence, certain, explanation, probabilities
 from .report_data import LayerTrace, ModelTrace, RoutingReport
@@ -37,6 +37,7 @@ __all__ = [
     "LayerFigures",
     "LayerPass",
     "LayerTrace",
+    "LossMeans",
     "ModelTrace",
     "Observation",
     "RoutingCallback",

@@ -38,7 +38,45 @@ def report_router_losses(model: nn.Module, losses: Mapping[str, torch.Tensor | N
             meter.add(losses)
 
 
-class RouterLossMeter:
+class LossMeans:
+    """Averages router losses by name, without waiting for the device until `read`.
+
+    Args:
+        model: model on whose first device the sums lie.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+
+    @torch.no_grad()
+    def add(self, losses: Mapping[str, torch.Tensor | None]) -> None:
+        """Adds the losses of one pass."""
+        for name, loss in losses.items():
+            if name not in NAMES:
+                raise ValueError(f"router loss {name!r} is unknown: choose one of {', '.join(NAMES)}")
+            if isinstance(loss, torch.Tensor):
+                value = loss.detach().to(self._device, torch.float32)
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+                self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """Returns the mean of each loss since the last call; all processes must call it.
+
+        Returns:
+            Name, one of `NAMES` -> mean over the passes; a loss that no pass had is missing.
+        """
+        totals = torch.zeros(2, len(NAMES), device=self._device)
+        for place, name in enumerate(NAMES):
+            if name in self._sums:
+                totals[0, place], totals[1, place] = self._sums[name], self._counts[name]
+        sums, counts = all_ranks(totals).tolist()
+        self._sums, self._counts = {}, {}
+        return {name: total / count for name, total, count in zip(NAMES, sums, counts, strict=True) if count}
+
+
+class RouterLossMeter(LossMeans):
     """Averages each router loss over the training passes of all processes, without waiting for the device until `read`.
 
     Losses are means over the layers before their coefficients. A pass that checkpointing repeats is not counted again; nor is
@@ -49,10 +87,8 @@ class RouterLossMeter:
     """
 
     def __init__(self, model: nn.Module):
+        super().__init__(model)
         self.modules: WeakSet[nn.Module] = WeakSet(model.modules())
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
         self._pass: list[Any] | None = None
         self._handles: list = []
         decoders = [module for module in model.modules() if hasattr(module, "router_totals")]
@@ -85,31 +121,6 @@ class RouterLossMeter:
     def _of_foreign(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module.training and torch.is_grad_enabled() and not in_backward():
             self.add({"aux": getattr(output, "aux_loss", None)})
-
-    @torch.no_grad()
-    def add(self, losses: Mapping[str, torch.Tensor | None]) -> None:
-        """Adds the losses of one pass."""
-        for name, loss in losses.items():
-            if name not in NAMES:
-                raise ValueError(f"router loss {name!r} is unknown: choose one of {', '.join(NAMES)}")
-            if isinstance(loss, torch.Tensor):
-                value = loss.detach().to(self._device, torch.float32)
-                self._sums[name] = self._sums[name] + value if name in self._sums else value
-                self._counts[name] = self._counts.get(name, 0) + 1
-
-    def read(self) -> dict[str, float]:
-        """Returns the mean of each loss since the last call; all processes must call it.
-
-        Returns:
-            Name, one of `NAMES` -> mean over the passes; a loss that no pass had is missing.
-        """
-        totals = torch.zeros(2, len(NAMES), device=self._device)
-        for place, name in enumerate(NAMES):
-            if name in self._sums:
-                totals[0, place], totals[1, place] = self._sums[name], self._counts[name]
-        sums, counts = all_ranks(totals).tolist()
-        self._sums, self._counts = {}, {}
-        return {name: total / count for name, total, count in zip(NAMES, sums, counts, strict=True) if count}
 
     def close(self) -> None:
         """Removes the meter from the model."""

@@ -14,9 +14,16 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..monitoring import LayerPass, Observation, observe, probabilities, sparse_layers
+from ..monitoring import (
+    LayerPass,
+    LossMeans,
+    Observation,
+    observe,
+    probabilities,
+    report_router_losses,
+    sparse_layers,
+)
 from ..router import Routing, RoutingContext, expert_load
-from ..router_balancing import all_ranks
 from ..router_losses import COEFFICIENTS, AttachLoss, router_losses
 from ..utils.errors import UserError
 from .batch_frames import BatchFrame, BatchFrames
@@ -92,8 +99,7 @@ class Balance:
         self.scale = self.token_scale = 1.0
         self.biases: list[SelectionBias] = []
         self._loads: dict[str, torch.Tensor] = {}
-        self._sums: dict[str, torch.Tensor] = {}
-        self._passes = 0
+        self._means = LossMeans(model)
         self._noted = False
         self._theirs: TransformersLossesOff | None = None
         self._scorings = Scorings(model) if settings.has_losses else None
@@ -205,21 +211,14 @@ class Balance:
         weights = frame.token_weights(context, len(routing.index), routing.probs.dtype, routing.probs.device)
         losses = router_losses(routing, context, settings, weights)
         if not event.recomputed:
-            self._record(losses._asdict())
+            self._means.add(losses._asdict())
+            report_router_losses(self._model, losses._asdict())
         total = losses.weighted_sum(settings)
         if total is None or not total.requires_grad:
             return None  # the first run of reentrant checkpointing, or a model whose router and inputs are frozen
         share = frame.share()
         factor = self.scale if share is None else self.token_scale * share.to(total.device)
         return AttachLoss.apply(event.weight, total * factor / len(self._experts))
-
-    @torch.no_grad()
-    def _record(self, losses: dict[str, torch.Tensor | None]) -> None:
-        self._passes += 1
-        for name, loss in losses.items():
-            if loss is not None:
-                known = self._sums.get(name)
-                self._sums[name] = loss.float() if known is None else known + loss.to(known)
 
     def losses(self) -> dict[str, float]:
         """Returns each router loss by name, the mean over layers and training passes since the last call, over all ranks.
@@ -230,15 +229,7 @@ class Balance:
             Losses without their coefficients: "balance" (K in balance), "z", "sequence_balance", "entropy"; empty without
             passes or without router losses.
         """
-        if not self._sums:
-            return {}
-        names, device = list(self._sums), next(iter(self._sums.values())).device
-        sums = torch.stack(
-            [*(total.to(device) for total in self._sums.values()), torch.tensor(self._passes).to(device)]
-        )
-        *totals, passes = all_ranks(sums).tolist()
-        self._sums, self._passes = {}, 0
-        return {name: total / passes for name, total in zip(names, totals, strict=True)}
+        return self._means.read()
 
     def step(self) -> None:
         """Moves the selection biases by the load since the last call: call it once after each `optimizer.step()`.
