@@ -150,13 +150,19 @@ class LogAtCheckpoints(TrainerCallback):
 
 
 def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns the numbers of trained and of all parameters for each part of the model."""
+    """Returns the numbers of trained and of all parameters for each part of the model.
+
+    A LoRA adapter's parameters count as trained, but not among all parameters: those are the model's without the adapter,
+    which are also the merged model's. PEFT's `print_trainable_parameters` divides by the model and adapter together.
+    """
+    added = re.compile(rf"\.{model.base_model.prefix}|\.modules_to_save\.") if isinstance(model, PeftModel) else None
     counts = {}
     for name, parameter in model.named_parameters():
         group = next((part for part, pattern in PARTS.items() if pattern.search(name)), "others")
         trained, total = counts.get(group, (0, 0))
         size = full_shape(parameter).numel()
-        counts[group] = (trained + size * parameter.requires_grad, total + size)
+        in_model = added is None or not added.search(name)
+        counts[group] = (trained + size * parameter.requires_grad, total + size * in_model)
     return counts
 
 
@@ -388,12 +394,13 @@ def finetune(
     _check_merge(trainer, model, merge)
     if resume is None and args.should_save:
         discard_checkpoints(output_folder(args))
-    trained = sum(trained for trained, _ in trained_parameters(model).values())
+    trained, total = map(sum, zip(*trained_parameters(model).values(), strict=True))
     metrics = _train(trainer, model, resume)
     trainer.check_weights()
     eval_loss = _evaluate(trainer, held_out)
     _save(trainer, tokenizer, merge, model_args)
     if args.should_save:
         tokens = round((trainer.state.epoch or 0) * len(train)) * data_args.max_length
-        write_record(output_folder(args), model_args, data_args, args, trainer.state.global_step, tokens, eval_loss)
+        counts = {"tokens": tokens, "trained_parameters": trained, "parameters": total}
+        write_record(output_folder(args), model_args, data_args, lora_args, args, trainer.state, counts, eval_loss)
     return _result(trainer, trained, eval_loss, data_args.max_length, metrics)
