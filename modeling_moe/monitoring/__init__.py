@@ -1,7 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This package shows the routing of any Mixture of Experts in transformers, while it trains and afterwards."""
 
-from .expert_load import ExpertLoadRecorder, active_share, experts_modules
+from .expert_load import ExpertLoadRecorder
+from .layers import SparseLayer, UnreachableRouting, active_share, experts_modules, sparse_layers
+from .observing import LayerPass, Observation, observe
 from .routing_metrics import (
     Entropies,
     co_activation,
@@ -20,6 +22,10 @@ from .routing_metrics import (
 __all__ = [
     "Entropies",
     "ExpertLoadRecorder",
+    "LayerPass",
+    "Observation",
+    "SparseLayer",
+    "UnreachableRouting",
     "active_share",
     "co_activation",
     "dead_experts",
@@ -31,5 +37,7 @@ __all__ = [
     "load_variation",
     "max_violation",
     "mean_experts",
+    "observe",
+    "sparse_layers",
     "summary",
 ]

@@ -6,37 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .layers import experts_modules
+
 
 def _assignments(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Returns the expert ids (T, K) among the arguments of an experts module: the only integer tensor there."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     return next((tensor for tensor in tensors if not tensor.is_floating_point()), None)
-
-
-def experts_modules(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules of any MoE that hold routed experts, on which transformers sets two attributes."""
-    return [
-        module for module in model.modules() if all(name in vars(module) for name in ("has_gate", "is_transposed"))
-    ]
-
-
-def active_share(model: Any) -> float:
-    """Returns the share of a model's parameters, without embeddings, that one token uses.
-
-    Args:
-        model: any model of transformers, with or without an adapter.
-
-    Returns:
-        A number in (0, 1]; 1.0 for a dense model, and for a configuration without `num_experts_per_tok`.
-    """
-    top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    if not isinstance(top_k, int):
-        return 1.0
-    idle = 0.0
-    for module in experts_modules(model):
-        size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        idle += size * max(0.0, 1 - top_k / int(getattr(module, "num_experts", top_k)))
-    return 1 - idle / max(1, model.num_parameters(exclude_embeddings=True))
 
 
 class ExpertLoadRecorder:

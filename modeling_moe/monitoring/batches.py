@@ -1,0 +1,129 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module keeps, while a model runs, what its arguments say of the rows and the padding of the batch.
+
+# B rows, S tokens per row, T = B*S tokens
+"""
+
+import inspect
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+# passes whose backward is still to come, of which a layer remembers the batch
+PENDING = 64
+
+
+class PaddingMask(NamedTuple):
+    """What an attention mask says of padding.
+
+    Attributes:
+        tokens: (B, S) bool, False at padding; None if all tokens are real or unknown.
+        unknown: sentence that says why padding cannot be told from the mask; None if it can.
+    """
+
+    tokens: torch.Tensor | None = None
+    unknown: str | None = None
+
+
+class Batch(NamedTuple):
+    """A batch, from the arguments of the models that run on it.
+
+    Attributes:
+        records_gradient: whether the caller of the outermost model records gradients.
+        rows: number B of rows; 1 if unknown.
+        length: number S of tokens of a row; None if unknown.
+        padding: what the attention mask says of padding.
+    """
+
+    records_gradient: bool
+    rows: int = 1
+    length: int | None = None
+    padding: PaddingMask = PaddingMask()
+
+    def mask_of(self, tokens: int, device: torch.device) -> tuple[torch.Tensor | None, int, str | None]:
+        """Returns for the `tokens` of a layer the mask (T,) or None, the number of rows, and why padding is unknown."""
+        rows = self.rows if tokens % max(self.rows, 1) == 0 else 1
+        if self.padding.tokens is None:
+            return None, rows, self.padding.unknown
+        if self.padding.tokens.numel() != tokens:
+            return None, rows, "the layer's tokens are not those of the attention mask"
+        return self.padding.tokens.to(device).reshape(-1), rows, None
+
+
+def padding_of(attention_mask: Any, rows: int, length: int, past: int | None) -> PaddingMask:
+    """Reads padding from an attention mask.
+
+    Args:
+        attention_mask: (B, past + S), 0 at padding; or (B, 1, S, N), True or 0.0 where a token attends; or a dictionary of
+            them; or None.
+        rows: B.
+        length: S.
+        past: number of cached tokens before the batch; None if unknown.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
+    if attention_mask is None:
+        return PaddingMask()
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[:1] == (rows,):
+        if attention_mask.dim() == 2 and attention_mask.shape[1] >= length:
+            return PaddingMask(attention_mask[:, -length:] > 0)
+        if attention_mask.dim() == 4 and past is not None and attention_mask.shape[-1] >= past + length:
+            # a real token attends to itself, and no token attends to padding
+            own = attention_mask[:, 0, -length:, past : past + length].diagonal(dim1=-2, dim2=-1)
+            return PaddingMask(own if own.dtype == torch.bool else own == 0)
+    kind = (
+        f"a mask of shape {tuple(attention_mask.shape)}" if hasattr(attention_mask, "shape") else type(attention_mask)
+    )
+    return PaddingMask(unknown=f"padding cannot be told from {kind} as attention_mask, and counts as tokens")
+
+
+class Batches:
+    """The batches of the models that run, outermost first, and of the passes whose backward is still to come."""
+
+    def __init__(self) -> None:
+        self._running: list[Batch] = []
+        self._pending: dict[str, deque[Batch]] = {}
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Notes the arguments of a model that begins to run."""
+        outer = self._running[-1] if self._running else Batch(torch.is_grad_enabled())
+        self._running.append(_inner(outer, module, args, kwargs) if isinstance(module, PreTrainedModel) else outer)
+
+    def leave(self, *_: Any) -> None:
+        """Forgets the arguments of the model that ends, also by an exception."""
+        if self._running:
+            self._running.pop()
+
+    def of_layer(self, name: str, recomputed: bool) -> Batch:
+        """Returns the batch of a layer's pass; checkpointing repeats the last pass first, as backward does."""
+        pending = self._pending.setdefault(name, deque(maxlen=PENDING))
+        if recomputed:
+            return pending.pop() if pending else Batch(True)
+        batch = self._running[-1] if self._running else Batch(torch.is_grad_enabled())
+        if batch.records_gradient:
+            pending.append(batch)
+        return batch
+
+
+def _inner(outer: Batch, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Batch:
+    """Returns the batch of a model that another one may have called; the other one's mask has precedence."""
+    names = list(inspect.signature(module.forward).parameters)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    tokens = given.get("input_ids")
+    if tokens is None:
+        tokens = given.get("inputs_embeds")
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+        return outer
+    rows, length = tokens.shape[:2]
+    batch = outer._replace(rows=rows, length=length)
+    if outer.padding.tokens is not None and outer.padding.tokens.shape == (rows, length):
+        return batch
+    cache = given.get("past_key_values")
+    past = 0
+    if cache is not None:
+        past = cache.get_seq_length() if not getattr(cache, "is_compileable", False) else None
+    return batch._replace(padding=padding_of(given.get("attention_mask"), rows, length, past))
