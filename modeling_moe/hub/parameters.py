@@ -1,14 +1,14 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module counts the parameters of a model: all, those that a token uses, and the embeddings among them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration_moe import MoEConfig
-from ..monitoring import experts_modules
+from ..monitoring import SparseLayer
 
 
 # names of the number of experts per token in transformers' configurations
@@ -35,8 +35,7 @@ class ParameterCounts:
         rows = [("Total parameters", f"{self.total:,}")]
         if self.active is not None:
             rows.append(("Active parameters per token", f"{self.active:,} ({self.active / self.total:.1%})"))
-        rows.append(("Embeddings and head", f"{self.embeddings:,} ({self.embeddings / self.total:.1%} of the total)"))
-        return rows
+        return [*rows, ("Embeddings and head", f"{self.embeddings:,} ({self.embeddings / self.total:.1%} of the total)")]
 
 
 def experts_per_token(config: PreTrainedConfig) -> int | None:
@@ -52,27 +51,26 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
-def count_parameters(model: PreTrainedModel) -> ParameterCounts:
-    """Counts the parameters of any model of transformers, which may lie on the meta device."""
+def count_parameters(model: PreTrainedModel, layers: Sequence[SparseLayer], is_sparse: bool) -> ParameterCounts:
+    """Counts the parameters of a model of any family, which may lie on the meta device.
+
+    Args:
+        model: the model.
+        layers: the sparse layers that can be reached.
+        is_sparse: whether the model has routed experts, reached or not.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
-    tables = {module for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings()
-    kept = {id(p): p for module in (*tables, head) if module is not None for p in module.parameters(recurse=False)}
-    embeddings = sum(parameter.numel() for parameter in kept.values())
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    modules = [module for module in (*tables, model.get_output_embeddings()) if module is not None]
+    embeddings = sum({id(p): p.numel() for module in modules for p in module.parameters(recurse=False)}.values())
     config: Any = model.config
-    if config.model_type == MoEConfig.model_type:
-        # the router decides how many experts a token uses
+    if hasattr(config, "num_active_params"):
+        # the routers of this package's model decide how many experts a token uses, whatever the head is
         return ParameterCounts(total, total - (config.num_params() - config.num_active_params()), embeddings)
-    experts, top_k = experts_modules(model), experts_per_token(config)
-    if not experts:
-        return ParameterCounts(total, total if not top_k else None, embeddings)
-    if top_k is None:
+    top_k = experts_per_token(config)
+    if not is_sparse:
+        return ParameterCounts(total, total, embeddings)
+    if top_k is None or not layers:
         return ParameterCounts(total, None, embeddings)
-    idle = sum(_numel(module) * max(0.0, 1 - top_k / number_of_experts(module)) for module in experts)
+    idle = sum(_numel(layer.experts) * max(0.0, 1 - top_k / layer.num_experts) for layer in layers)
     return ParameterCounts(total, round(total - idle), embeddings)
-
-
-def number_of_experts(experts: nn.Module) -> int:
-    """Returns the number of experts of a module that follows transformers' experts interface."""
-    number = getattr(experts, "num_experts", None)
-    return number if isinstance(number, int) else next(experts.parameters(recurse=False)).shape[0]

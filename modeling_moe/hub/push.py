@@ -23,7 +23,7 @@ from ..utils.lineage import CONVERSION, FINETUNING
 from ..utils.loading import load_model
 from ..utils.locations import refuse_outside
 from ..utils.trust import foreign_code
-from .card import card_to_publish, is_hub_name, reason_without_license
+from .card import card_to_publish, is_on_hub, reason_without_license
 from .files import CARD, published_files
 from .wording import without_paths
 
@@ -130,7 +130,7 @@ def _refuse_not_finite(tensors: Mapping[str, torch.Tensor], folder: str | Path) 
 def _reason_without_base(folder: Path, base_model: str | None) -> str | None:
     """Returns a sentence if the base model of the adapter in a folder is not on the Hub; None if it is."""
     base = base_model or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if isinstance(base, str) and is_hub_name(base):
+    if isinstance(base, str) and is_on_hub(base):
         return None
     return f"the adapter's base model is {base!r}, which others do not have: pass --base_model owner/name"
 
@@ -260,7 +260,7 @@ def push_folder(
 def _check_folder(folder: Path, repo_id: str, base_model: str | None, trust_remote_code: bool) -> bool:
     """Checks names and folder before anything is loaded; returns whether the folder holds a model, not an adapter."""
     check_repo_id(repo_id)
-    if base_model is not None and not is_hub_name(base_model):
+    if base_model is not None and not is_on_hub(base_model):
         raise UserError(f"base_model {base_model!r} is no name on the Hub: write owner/name")
     is_model, is_adapter = (folder / "config.json").is_file(), (folder / "adapter_config.json").is_file()
     if not folder.is_dir() or not (is_model or is_adapter):

@@ -36,7 +36,7 @@ from .freezing import FreezeExpertsCallback
 from .interruption import SaveOnInterrupt
 from .nan_stop import NanStopMixin
 from .presets import is_preset, new_model, preset_config
-from .record import write_record
+from .record import LossChange, logged_losses, write_record
 from .resume_state import read_trainer_state
 from .resuming import (
     WholeCheckpointsTrainer,
@@ -319,14 +319,13 @@ def _save(
 
 
 def _result(trainer: Trainer, trained: int, eval_loss: dict[str, float], max_length: int, metrics) -> FinetuneResult:
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] or [math.nan]
-    quarter = max(1, len(losses) // 4)
+    loss = logged_losses(trainer.state.log_history).get("loss", LossChange(math.nan, math.nan))
     return FinetuneResult(
         steps=trainer.state.global_step,
         processes=trainer.args.world_size,
         trained_params=trained,
-        first_loss=fmean(losses[:quarter]),
-        last_loss=fmean(losses[-quarter:]),
+        first_loss=loss.first,
+        last_loss=loss.last,
         eval_loss=eval_loss,
         seconds=metrics["train_runtime"],
         tokens_per_second=metrics["train_samples_per_second"] * max_length,

@@ -4,7 +4,8 @@
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from transformers import TrainerState, TrainingArguments
 
@@ -22,21 +23,33 @@ LORA_SETTINGS = (
 )
 
 
-def logged_losses(log_history: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Returns the first and the last logged value of each training loss, by the name under which it was logged.
+class LossChange(NamedTuple):
+    """The means of the first and of the last quarter of the logged values of a loss."""
+
+    first: float
+    last: float
+
+
+def logged_losses(log_history: Iterable[Mapping[str, Any]]) -> dict[str, LossChange]:
+    """Returns how each training loss changed, by the name under which it was logged.
 
     Args:
         log_history: entries as in `TrainerState.log_history`; the values whose name is `loss` or ends in `_loss` count,
             without those of evaluations and the mean `train_loss` of the whole run.
     """
-    losses: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for entry in log_history:
         for name, value in entry.items():
             last = name.rpartition("/")[2]
-            if name.startswith(("eval_", "train_")) or not (last == "loss" or last.endswith("_loss")):
-                continue
-            losses[name] = [losses.get(name, [value])[0], value]
-    return losses
+            if not name.startswith(("eval_", "train_")) and (last == "loss" or last.endswith("_loss")):
+                values.setdefault(name, []).append(value)
+    quarters = {name: max(1, len(losses) // 4) for name, losses in values.items()}
+    return {name: LossChange(fmean(v[: quarters[name]]), fmean(v[-quarters[name] :])) for name, v in values.items()}
+
+
+def _place(source: str) -> str:
+    """Returns the absolute path of a file or folder, which no reader can take for a name on the Hub; else the name itself."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _sequences(model_args: ModelArguments, args: TrainingArguments) -> int:
@@ -56,7 +69,8 @@ def write_record(
 ) -> None:
     """Writes `finetuning.json`, and copies `conversion.json` from the folder of the source model.
 
-    The record keeps names as the user gave them; a folder in the Hub's cache is recorded by its name on the Hub.
+    Names on the Hub are recorded as the user gave them, files and folders by their absolute paths, which a card and an
+    upload shorten; a folder in the Hub's cache is recorded by its name on the Hub.
 
     Args:
         output_dir: folder of the saved model.
@@ -70,9 +84,9 @@ def write_record(
     """
     source = model_args.model_name_or_path
     record = {
-        "base_model": (hub_name(source) if Path(source).is_dir() else None) or source,
+        "base_model": hub_name(source) or _place(source) if Path(source).is_dir() else source,
         "method": model_args.method,
-        "data": data_args.domains(),
+        "data": {domain: _place(source) for domain, source in data_args.domains().items()},
         "steps": state.global_step,
         **counts,
         "max_length": data_args.max_length,
@@ -81,7 +95,7 @@ def write_record(
         "optimizer": getattr(args.optim, "value", args.optim),
         **({name: getattr(lora_args, name) for name in LORA_SETTINGS} if model_args.method == "lora" else {}),
         "seed": args.seed,
-        "loss": logged_losses(state.log_history),
+        "loss": {name: change._asdict() for name, change in logged_losses(state.log_history).items()},
         "eval_loss": eval_loss,
         "modeling_moe_version": __version__,
     }

@@ -17,7 +17,7 @@ from modeling_moe import MoEForCausalLM
 from modeling_moe.hub import check_without_package, push, push_folder
 from modeling_moe.hub.files import published_files
 from modeling_moe.utils.errors import UserError
-from tests.builders import tiny_config
+from tests.builders import tiny_config, train_tokenizer
 
 
 PRIVATE = (
@@ -268,7 +268,7 @@ def test_license_lineage_data_and_losses_come_from_the_records(hub, folder, unch
         "| Method | drop |",
         "| Num experts | 5 |",
         "| Steps | 40 |",
-        "| Data | wiki: wiki.txt |",
+        "| wiki | wiki.txt |",
         "| Seed | 3 |",
     ):
         assert row in card.text
@@ -282,6 +282,7 @@ def test_scores_of_eval_lm_come_to_the_card(hub, folder, unchecked):
 
 
 def test_a_chat_model_gets_a_chat_example(hub, folder, unchecked):
+    train_tokenizer().save_pretrained(folder)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     push_folder(folder, "you/moe", license="mit")
     assert "tokenizer.apply_chat_template(messages, add_generation_prompt=True" in (folder / "README.md").read_text()
@@ -340,7 +341,7 @@ def test_an_export_can_be_published(hub, tmp_path):
     assert "in the format `mixtral`" in text
     assert "trust_remote_code" not in text
     assert "import modeling_moe" not in text
-    assert "| Routed experts | 4 |" in text
+    assert "| Routed experts | 4 of width 32 |" in text
 
 
 def test_an_adapter_can_be_published_if_its_base_is_on_the_hub(hub, tmp_path):
