@@ -5,6 +5,8 @@ Importing the package registers `model_type = "moe"` with AutoConfig and the Aut
 implementations of [`~modeling_moe.dispatch`] with transformers.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import transformers
 
 from . import dispatch as _dispatch  # noqa: F401, registers the experts' implementations
@@ -23,6 +25,10 @@ from .router import Routing
 from .utils.versions import warn_of_untested
 
 
+if TYPE_CHECKING:
+    from .monitoring import watch
+
+
 warn_of_untested()
 transformers.AutoConfig.register(MoEConfig.model_type, MoEConfig, exist_ok=True)
 for _model in MODELS:
@@ -38,4 +44,14 @@ __all__ = [
     "MoEPreTrainedModel",
     "Routing",
     "__version__",
+    "watch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `watch` when it is first used, so that importing the package stays cheap."""
+    if name == "watch":
+        from .monitoring import watch
+
+        return watch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,7 +52,7 @@ COMMANDS = {
     "upcycle": ["--verify", "true", "--num_experts", "2", *OUTPUT],
     "resize": ["--method", "grow", *OUTPUT],
     "plan": ["--num_experts", "2"],
-    "report": ["--data", "text=TEXT", "--max_length", "16"],
+    "router_report": ["--data", "text=TEXT", "--max_length", "16"],
     "merge_adapter": [*OUTPUT],
     "push_to_hub": ["--repo_id", "you/evil", "--dry_run", "true", "--license", "mit"],
     "upcycling_table": ["--data", "text=TEXT"],
@@ -149,7 +149,7 @@ def test_every_program_that_takes_a_model_is_tried():
     texts |= {name: modules[name].read_text() for name in modules.keys() - started - {"presets"}}
     # the help of presets names the flag in an example
     taking = {name for name, text in texts.items() if "model_name_or_path" in text}
-    assert {"upcycle", "eval_lm", "push_to_hub", "plan", "report"} <= taking
+    assert {"upcycle", "eval_lm", "push_to_hub", "plan", "router_report"} <= taking
     assert taking <= set(COMMANDS)
 
 
@@ -244,7 +244,7 @@ def test_own_code_under_a_foreign_name_is_foreign(tmp_path):
     assert foreign_code(tmp_path) == ["attention.py"]
 
 
-@pytest.mark.parametrize("name", ["generate", "eval_lm", "finetune", "push_to_hub", "convert", "report"])
+@pytest.mark.parametrize("name", ["generate", "eval_lm", "finetune", "push_to_hub", "convert", "router_report"])
 def test_a_foreign_router_of_our_own_model_type_does_not_run(name, tmp_path, monkeypatch, capsys):
     """The model type is this package's, but config.json names foreign code for the router."""
     folder, marker, tokenizer = tmp_path / "evil" / "model", tmp_path / "marker", train_tokenizer()

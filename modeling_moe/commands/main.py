@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "merge_adapter": Command("merge_adapter", "merge a LoRA adapter into its base model"),
     "eval": Command("evaluate", "measure loss, perplexity, bits per byte and balance on texts"),
-    "report": Command("report", "show how evenly each layer of any MoE uses its experts"),
+    "report": Command("report", "show the routing of any MoE by layer and domain, as a table and a page"),
     "generate": Command("generate", "continue texts, or chat"),
     "push": Command(
         "push",

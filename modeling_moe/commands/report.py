@@ -1,58 +1,158 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This command shows how evenly each layer of any MoE uses its experts on texts, by domain.
+"""This command shows the routing of any MoE on texts, layer by layer and domain by domain, as a table and as a page.
 
-    moe report --model_name_or_path ./moe --data wiki=wiki.txt code=code.jsonl
+    moe report --model_name_or_path ./moe --data wiki=wiki.txt code=code.jsonl --output_dir report
+    moe report --model_name_or_path ./moe --data wiki=wiki.txt --output_dir report --history ./moe
+    moe report --model_name_or_path ./before --compare ./after --data wiki=wiki.txt code=code.txt --output_dir report
     moe report --model_name_or_path allenai/OLMoE-1B-7B-0924 --data wiki=wiki.txt --max_tokens 65536 --output_json load.json
-    moe report --model_name_or_path ./moe --data wiki=wiki.txt --output_markdown load.md --plot load.png
+    moe report --history outputs/moe/trainer_state.json --output_dir report
 
-Tokens are counted where transformers calls the experts, after any drop by capacity, so checkpoints of this package and of
-transformers' own MoE classes work alike. Balance is the busiest expert's tokens over the mean (1 is balanced); the entropy of
-the shares is in nats (ln E is balanced), and exp(entropy) is the number of experts in effective use; a dead expert gets no
-token. --plot needs matplotlib: pip install "modeling-moe[plot]".
+The page in --output_dir, report.html, opens without network. Tokens are counted where transformers calls the experts, after any
+drop by capacity, so checkpoints of this package and of transformers' own MoE classes work alike. In the table, balance is the
+busiest expert's tokens over the mean (1 is balanced); the entropy of the shares is in nats (ln E is balanced), and exp(entropy)
+is the number of experts in effective use; a dead expert gets no token. --output_json holds a list of layers for each domain,
+and with --compare two of these under `models`, and `changes`.
 """
 
-import importlib.util
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import unicodedata
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import datasets
+import numpy as np
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from ..data import DataArguments
-from ..evaluation import EvaluationArguments, load_for_scoring, score
-from ..monitoring import ExpertLoadRecorder, experts_modules, max_violation
-from ..utils.atomic import write_text
+from ..evaluation import EvaluationArguments, load_for_scoring
+from ..monitoring import (
+    LayerTrace,
+    ModelTrace,
+    RoutingReport,
+    Traced,
+    TraceOptions,
+    compare_traces,
+    read_history,
+    refuse_mixing,
+    sparse_layers,
+    trace_routing,
+)
 from ..utils.command_line import parse, refuse_missing_folder
 from ..utils.errors import UserError
+from ..utils.folders import whole_folder
 from ..utils.json_files import write_json
+from ..utils.limits import refuse_vast_fields
+from ..utils.loading import load_config, load_tokenizer, one_line_for
 
 
 COLUMNS = ("layer", "balance", "entropy", "experts in use", "dead experts", "busiest expert")
+# fewer stretches of text in each of two domains have too few permutations to be told from chance
+FEWEST_BLOCKS = 4
 
 
 @dataclass
 class ReportArguments(EvaluationArguments):
     """Which model to look at, and what to write."""
 
-    output_markdown: str | None = field(default=None, metadata={"help": "Markdown file for the tables"})
-    plot: str | None = field(default=None, metadata={"help": "picture of the load of each expert in each layer"})
+    model_name_or_path: str = field(
+        default="", metadata={"help": "folder or Hub name of a sparse causal LM; none with --history alone"}
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "trace at most this many tokens of each domain, in whole blocks; default: all"}
+    )
+    compare: str | None = field(
+        default=None, metadata={"help": "folder or Hub name of a second model, to see what moved on the same texts"}
+    )
+    history: str | None = field(
+        default=None,
+        metadata={"help": "trainer_state.json, or folder of a training run, whose logged routing figures are drawn"},
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "folder for the page and its pictures"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the report of an earlier run in output_dir"})
+    texts_per_domain: int = field(
+        default=3, metadata={"help": "number of texts of each domain to show token by token"}
+    )
+    text_tokens: int = field(default=256, metadata={"help": "number of tokens of such a text"})
+    top_tokens: int = field(default=10, metadata={"help": "number of tokens to list for each expert of each layer"})
+    seed: int = field(
+        default=0, metadata={"help": "seed of the test of specialisation, which permutes blocks of text"}
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.plot is not None and importlib.util.find_spec("matplotlib") is None:
-            raise UserError("plot needs matplotlib: pip install 'modeling-moe[plot]'")
+        for name, least in (("texts_per_domain", 0), ("text_tokens", 1), ("top_tokens", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if not self.model_name_or_path:
+            self._check_history_alone()
+
+    def _check_history_alone(self) -> None:
+        if self.history is None:
+            raise UserError("model_name_or_path is missing: name a model, or draw a training run with --history")
+        if self.output_dir is None:
+            raise UserError("output_dir is missing: --history is drawn on a page, which needs a folder")
+        if self.compare is not None or self.output_json is not None:
+            raise UserError("compare and output_json need --model_name_or_path: name the model")
+
+    def trace_options(self) -> TraceOptions:
+        """Returns how much of the texts the trace shows."""
+        return TraceOptions(
+            batch_size=self.batch_size,
+            texts=self.texts_per_domain,
+            text_tokens=self.text_tokens,
+            top_tokens=self.top_tokens,
+            seed=self.seed,
+            keeps_sets=self.compare is not None,
+        )
+
+
+@dataclass
+class ReportDataArguments(DataArguments):
+    """The texts on which the routing is traced; none with --history alone."""
+
+    data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "domain=source ...; a source is a file of text, source code, .json, .jsonl, .csv, .tsv or .parquet, a "
+            "folder or a pattern ('src/**/*.py') of files of one kind, or name[:config] on the Hub"
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_unreadable_names(list(self.domains()))
+
+
+def refuse_unreadable_names(names: Sequence[str]) -> None:
+    """Refuses names of domains that a reader of a page or a terminal cannot tell apart.
+
+    Raises:
+        UserError: if a name holds a control or formatting character, or two names look alike.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        for character in name:
+            if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+                raise UserError(
+                    f"the domain {name!r:.80} holds the control character U+{ord(character):04X}: take a plain name"
+                )
+        shown = " ".join(unicodedata.normalize("NFKC", name).split())
+        if not shown or shown in seen:
+            other = f"{seen[shown]!r:.80} look alike" if shown else "no name look alike"
+            raise UserError(f"the domains {name!r:.80} and {other}: rename one")
+        seen[shown] = name
 
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """The load of the experts of one layer.
+    """The load of the experts of one layer on one domain.
 
     Attributes:
         layer: index of the layer in the model.
@@ -82,102 +182,135 @@ class LayerLoad:
         ]
 
 
-def layer_load(layer: int, load: torch.Tensor) -> LayerLoad:
+def layer_load(layer: int, load: np.ndarray) -> LayerLoad:
     """Describes the load (E,) of the experts of a layer."""
-    load = load.double()
-    share = load / load.sum().clamp(min=1)
+    share = load / max(load.sum(), 1)
+    used = share[share > 0]
     return LayerLoad(
         layer=layer,
-        tokens=[int(count) for count in load.tolist()],
-        balance=1 + max_violation(load).item(),
-        entropy=torch.special.entr(share).sum().item(),
-        dead_experts=(load == 0).nonzero().flatten().tolist(),
+        tokens=load.tolist(),
+        balance=float(load.max() / load.mean()) if load.any() else 1.0,
+        entropy=float(-(used * np.log(used)).sum()),
+        dead_experts=np.flatnonzero(load == 0).tolist(),
     )
 
 
-def _sparse_layers(model: PreTrainedModel) -> list[int]:
-    """Returns the index of the layer that each experts module belongs to, in the order of the model."""
-    names = {module: name for name, module in model.named_modules()}
-    found = [re.search(r"\.(\d+)\.", names[module]) for module in experts_modules(model)]
-    return [int(number[1]) if number else place for place, number in enumerate(found)]
+def _refuse_unreachable(name: str, trust_remote_code: bool) -> None:
+    """Refuses a model without reachable routing before any weight is loaded; remote code is seen only when it is loaded."""
+    load_tokenizer(name, trust_remote_code=trust_remote_code)
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    refuse_vast_fields(config.to_dict(), name)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    with one_line_for("the model", name, trust_remote_code), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    refuse_mixing(sparse_layers(model))
 
 
-def measure_load(model: PreTrainedModel, blocks: datasets.Dataset, batch_size: int, desc: str) -> list[LayerLoad]:
-    """Runs a model on blocks of tokens and counts the tokens of each expert.
-
-    Args:
-        model: any MoE causal LM, on the device to run on.
-        blocks: see [`~modeling_moe.evaluation.score`].
-        batch_size: blocks of one forward pass.
-        desc: text of the progress bar.
-
-    Raises:
-        UserError: if the model is dense, or does not call its experts by transformers' interface.
-    """
-    layers = _sparse_layers(model)
-    with ExpertLoadRecorder(model) as recorder:
-        score(model, blocks, batch_size, desc=desc)
-    load = recorder.take()
-    if load is None or len(load) != len(layers):
-        raise UserError(
-            f"{type(model).__name__} has no experts that transformers' interface for experts calls, or layers with different "
-            "numbers of experts: report counts tokens there alone"
-        )
-    return [layer_load(layer, counts) for layer, counts in zip(layers, load, strict=True)]
+def _trace(args: ReportArguments, data_args: DataArguments) -> Traced:
+    model, domains = load_for_scoring(args, data_args)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.gguf_file, trust_remote_code=args.trust_remote_code)
+    return trace_routing(model, tokenizer, domains, args.model_name_or_path, args.trace_options())
 
 
-def report(args: ReportArguments, data_args: DataArguments) -> dict[str, list[LayerLoad]]:
-    """Measures the load of each layer on the text of each domain.
+def report(args: ReportArguments, data_args: DataArguments) -> RoutingReport:
+    """Traces the routing of one or two models on the text of each domain, and reads the history of a training run.
 
     Raises:
         UserError: for an argument that cannot work.
+        UnreachableRouting: if the routing of a model cannot be seen.
     """
     if PartialState().num_processes > 1:
         raise UserError("report counts the tokens of one process: start it without accelerate launch or torchrun")
-    model, domains = load_for_scoring(args, data_args)
-    return {name: measure_load(model, blocks, args.batch_size, name) for name, blocks in domains.items()}
+    history = None if args.history is None else read_history(args.history)
+    if not args.model_name_or_path:
+        if data_args.data:
+            raise UserError("model_name_or_path is missing: the texts of --data need a model")
+        return RoutingReport(history=history)
+    if not data_args.data:
+        raise UserError("data is missing: name texts to trace as domain=source, such as wiki=wiki.txt")
+    if args.compare is None:
+        return RoutingReport([_trace(args, data_args).trace], history=history)
+    _refuse_unreachable(args.compare, args.trust_remote_code)
+    first = _trace(args, data_args)
+    second = _trace(replace(args, model_name_or_path=args.compare, gguf_file=None), data_args)
+    return RoutingReport([first.trace, second.trace], compare_traces(first, second), history)
 
 
-def markdown(loads: Mapping[str, Sequence[LayerLoad]]) -> str:
-    """Returns one Markdown table for each domain."""
-    parts = []
-    for domain, layers in loads.items():
-        rows = [COLUMNS, ["---:"] * len(COLUMNS), *(layer.row() for layer in layers)]
-        parts.append(f"### {domain}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n")
-    return "\n".join(parts)
+def _layer_json(layer: LayerTrace, domain: int) -> dict[str, Any]:
+    # of dead experts the load's figures name the ids in place of the share
+    figures = {name: value for name, value in asdict(layer.by_domain[domain]).items() if name != "dead_experts"}
+    preference = {
+        "specialisation": layer.specialisation[domain].tolist(),
+        "significant": layer.significant[domain].tolist(),
+    }
+    return asdict(layer_load(layer.layer, layer.load[domain])) | figures | preference
 
 
-def plot(loads: Mapping[str, Sequence[LayerLoad]], path: str) -> None:
-    """Draws one panel for each domain: the load of each expert (columns) of each layer (rows) over the mean of the layer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _model_json(model: ModelTrace) -> dict[str, Any]:
+    domains = enumerate(model.domains)
+    return {name: [_layer_json(layer, number) for layer in model.layers] for number, name in domains}
 
-    figure = Figure(figsize=(6 * len(loads), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for panel, (domain, layers) in zip(figure.subplots(1, len(loads), squeeze=False)[0], loads.items(), strict=True):
-        load = torch.tensor([layer.tokens for layer in layers], dtype=torch.float64)
-        relative = load / load.mean(dim=-1, keepdim=True).clamp(min=1e-10)
-        image = panel.imshow(relative.numpy(), aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-        panel.set(title=domain, xlabel="expert", ylabel="layer")
-        panel.set_yticks(range(len(layers)), [str(layer.layer) for layer in layers])
-        figure.colorbar(image, ax=panel, label="tokens over the layer's mean", extend="max")
-    figure.savefig(path)
+
+def report_json(result: RoutingReport) -> dict[str, Any]:
+    """Returns the figures of a report in JSON's types: a list of layers for each domain.
+
+    With two models, two of these under `models`, and beside them `changes`.
+    """
+    models = [_model_json(model) for model in result.models]
+    if result.changes is None:
+        return models[0]
+    changes = [asdict(change) | {"load_shift": change.load_shift.tolist()} for change in result.changes.layers]
+    return {"models": models, "changes": changes, "note": result.changes.note}
+
+
+def _printable(text: str) -> str:
+    return escape("".join(character if character.isprintable() else "\ufffd" for character in text))
+
+
+def print_tables(result: RoutingReport) -> None:
+    """Prints a table for each model and domain, and one of what moved between two models."""
+    console = Console()
+    for model in result.models:
+        for number, domain in enumerate(model.domains):
+            table = Table(*COLUMNS, title=_printable(f"{model.name}, {domain}"))
+            for layer in model.layers:
+                table.add_row(*layer_load(layer.layer, layer.load[number]).row())
+            console.print(table)
+    if result.changes is None:
+        return
+    domains = [_printable(domain) for domain in result.models[0].domains]
+    table = Table(
+        "layer", *(f"load moved, {domain}" for domain in domains), "tokens with other experts", title="What moved"
+    )
+    for change in result.changes.layers:
+        changed = "unknown" if change.changed_tokens is None else f"{change.changed_tokens:.1%}"
+        table.add_row(str(change.layer), *(f"{shift:.1%}" for shift in change.load_shift), changed)
+    if result.changes.layers:
+        console.print(table)
+    console.print(result.changes.note, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, writes what is asked for, and prints the tables."""
-    args, data_args = parse([ReportArguments, DataArguments], __doc__, argv)
-    refuse_missing_folder(output_json=args.output_json, output_markdown=args.output_markdown, plot=args.plot)
-    loads = report(args, data_args)
+    """Traces, writes what is asked for, and prints the tables."""
+    args, data_args = parse([ReportArguments, ReportDataArguments], __doc__, argv)
+    refuse_missing_folder(output_json=args.output_json)
+    recipe = {
+        "report": args.model_name_or_path,
+        "compare": args.compare,
+        "history": args.history,
+        "data": data_args.data,
+    }
+    folder = nullcontext() if args.output_dir is None else whole_folder(args.output_dir, recipe, args.overwrite)
+    with folder as output:
+        result = report(args, data_args)
+        if output is not None:
+            # here, since drawing imports a library of pictures
+            from ..monitoring.page import write_report
+
+            write_report(result, output)
     if args.output_json is not None:
-        values = {domain: [asdict(layer) for layer in layers] for domain, layers in loads.items()}
-        write_json(Path(args.output_json), values)
-    if args.output_markdown is not None:
-        write_text(Path(args.output_markdown), markdown(loads))
-    if args.plot is not None:
-        plot(loads, args.plot)
-    for domain, layers in loads.items():
-        table = Table(*COLUMNS, title=f"{args.model_name_or_path}, {domain}")
-        for layer in layers:
-            table.add_row(*layer.row())
-        Console().print(table)
+        write_json(Path(args.output_json), report_json(result))
+    print_tables(result)
+    if args.output_dir is not None:
+        Console().print(f"The report is {Path(args.output_dir) / 'report.html'}", highlight=False, markup=False)

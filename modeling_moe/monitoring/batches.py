@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 
 # passes whose backward is still to come, of which a layer remembers the batch
@@ -44,17 +43,21 @@ class Batch(NamedTuple):
     length: int | None = None
     padding: PaddingMask = PaddingMask()
 
+    def fits(self, tokens: int) -> bool:
+        """Returns True if the batch has that many tokens."""
+        return self.length is not None and self.rows * self.length == tokens
+
     def mask_of(self, tokens: int, device: torch.device) -> tuple[torch.Tensor | None, int, str | None]:
         """Returns for the `tokens` of a layer the mask (T,) or None, the number of rows, and why padding is unknown."""
         rows = self.rows if tokens % max(self.rows, 1) == 0 else 1
         if self.padding.tokens is None:
             return None, rows, self.padding.unknown
         if self.padding.tokens.numel() != tokens:
-            return None, rows, "the layer's tokens are not those of the attention mask"
+            return None, rows, "padding counts as tokens: the layer's tokens are not those of the attention mask"
         return self.padding.tokens.to(device).reshape(-1), rows, None
 
 
-def padding_of(attention_mask: Any, rows: int, length: int, past: int | None) -> PaddingMask:
+def padding_of(attention_mask: Any, rows: int, length: int, cache: Any = None) -> PaddingMask:
     """Reads padding from an attention mask.
 
     Args:
@@ -62,7 +65,7 @@ def padding_of(attention_mask: Any, rows: int, length: int, past: int | None) ->
             them; or None.
         rows: B.
         length: S.
-        past: number of cached tokens before the batch; None if unknown.
+        cache: key-value cache of the tokens before the batch; None without one.
     """
     if isinstance(attention_mask, dict):
         attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
@@ -71,14 +74,24 @@ def padding_of(attention_mask: Any, rows: int, length: int, past: int | None) ->
     if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[:1] == (rows,):
         if attention_mask.dim() == 2 and attention_mask.shape[1] >= length:
             return PaddingMask(attention_mask[:, -length:] > 0)
-        if attention_mask.dim() == 4 and past is not None and attention_mask.shape[-1] >= past + length:
-            # a real token attends to itself, and no token attends to padding
-            own = attention_mask[:, 0, -length:, past : past + length].diagonal(dim1=-2, dim2=-1)
-            return PaddingMask(own if own.dtype == torch.bool else own == 0)
+        if attention_mask.dim() == 4:
+            return PaddingMask(_attends_to_itself(attention_mask, length, cache))
     kind = (
-        f"a mask of shape {tuple(attention_mask.shape)}" if hasattr(attention_mask, "shape") else type(attention_mask)
+        f"a mask of shape {tuple(attention_mask.shape)}"
+        if hasattr(attention_mask, "shape")
+        else type(attention_mask).__name__
     )
     return PaddingMask(unknown=f"padding cannot be told from {kind} as attention_mask, and counts as tokens")
+
+
+def _attends_to_itself(attention_mask: torch.Tensor, length: int, cache: Any) -> torch.Tensor:
+    """Returns (B, S) bool, true where a token attends to itself: a real token does, and no token attends to padding."""
+    past = 0 if cache is None else cache.get_seq_length()
+    # a static cache has its length on the device
+    column = torch.arange(length, device=attention_mask.device) + past
+    rows = attention_mask[:, 0, -length:]
+    own = rows.gather(-1, column.clamp(max=rows.shape[-1] - 1).expand(len(rows), length)[..., None])[..., 0]
+    return own if own.dtype == torch.bool else own == 0
 
 
 class Batches:
@@ -88,31 +101,44 @@ class Batches:
         self._running: list[Batch] = []
         self._pending: dict[str, deque[Batch]] = {}
 
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Notes the arguments of a model that begins to run."""
+    def enter(self, names: list[str] | None, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Notes the arguments of a model that begins to run.
+
+        Args:
+            names: names of the positional arguments of the model; None for a module that only holds a model.
+            args, kwargs: the arguments.
+        """
         outer = self._running[-1] if self._running else Batch(torch.is_grad_enabled())
-        self._running.append(_inner(outer, module, args, kwargs) if isinstance(module, PreTrainedModel) else outer)
+        self._running.append(outer if names is None else _inner(outer, dict(zip(names, args, strict=False)) | kwargs))
 
     def leave(self, *_: Any) -> None:
         """Forgets the arguments of the model that ends, also by an exception."""
         if self._running:
             self._running.pop()
 
-    def of_layer(self, name: str, recomputed: bool) -> Batch:
-        """Returns the batch of a layer's pass; checkpointing repeats the last pass first, as backward does."""
+    def of_layer(self, name: str, tokens: int, recomputed: bool) -> Batch:
+        """Returns the batch of a layer's pass over `tokens` tokens; checkpointing repeats the last pass first, as backward does."""
         pending = self._pending.setdefault(name, deque(maxlen=PENDING))
         if recomputed:
-            return pending.pop() if pending else Batch(True)
+            place = next((place for place in reversed(range(len(pending))) if pending[place].fits(tokens)), None)
+            if place is None:
+                return Batch(True)
+            batch = pending[place]
+            del pending[place]
+            return batch
         batch = self._running[-1] if self._running else Batch(torch.is_grad_enabled())
         if batch.records_gradient:
             pending.append(batch)
         return batch
 
 
-def _inner(outer: Batch, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Batch:
+def argument_names(module: nn.Module) -> list[str]:
+    """Returns the names of the arguments of a module's forward."""
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _inner(outer: Batch, given: dict[str, Any]) -> Batch:
     """Returns the batch of a model that another one may have called; the other one's mask has precedence."""
-    names = list(inspect.signature(module.forward).parameters)
-    given = dict(zip(names, args, strict=False)) | kwargs
     tokens = given.get("input_ids")
     if tokens is None:
         tokens = given.get("inputs_embeds")
@@ -122,8 +148,4 @@ def _inner(outer: Batch, module: nn.Module, args: tuple, kwargs: dict[str, Any])
     batch = outer._replace(rows=rows, length=length)
     if outer.padding.tokens is not None and outer.padding.tokens.shape == (rows, length):
         return batch
-    cache = given.get("past_key_values")
-    past = 0
-    if cache is not None:
-        past = cache.get_seq_length() if not getattr(cache, "is_compileable", False) else None
-    return batch._replace(padding=padding_of(given.get("attention_mask"), rows, length, past))
+    return batch._replace(padding=padding_of(given.get("attention_mask"), rows, length, given.get("past_key_values")))

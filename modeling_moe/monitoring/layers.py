@@ -173,7 +173,23 @@ def _pair(model: nn.Module, experts: list[str]) -> dict[str, _Router]:
             found = _before_experts(model, router, name)
             if found is not None:
                 pairs.setdefault(name, found)
-    return pairs
+    return pairs | _undeclared(model, [name for name in experts if name not in pairs], pairs)
+
+
+def _undeclared(model: nn.Module, experts: list[str], pairs: dict[str, _Router]) -> dict[str, _Router]:
+    """Returns the routers of experts whose model declares the routers of other layers alone.
+
+    In DeepSeek-V4 the first layers choose by token id, with a router of another class at the place of the others.
+    """
+    found = {}
+    places = {router.name.removeprefix(name.rpartition(".")[0] + "."): router for name, router in pairs.items()}
+    for name in experts:
+        parent = name.rpartition(".")[0]
+        children = dict(model.get_submodule(parent).named_children())
+        for place, router in places.items():
+            if place in children:
+                found[name] = _Router(f"{parent}.{place}", children[place], router.index)
+    return found
 
 
 def _before_experts(model: nn.Module, router: _Router, experts: str) -> _Router | None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..router import Routing
-from .batches import Batch, Batches
+from .batches import Batch, Batches, argument_names
 from .layers import SparseLayer, sparse_layers
 
 
@@ -108,9 +108,13 @@ class Observation:
         self._outputs.clear()
 
     def _watch_batches(self, module: nn.Module) -> None:
-        enter, leave = _Hook(self._batches.enter), _Hook(self._batches.leave)
-        self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-        self._handles.append(module.register_forward_hook(leave, always_call=True))
+        names = argument_names(module) if isinstance(module, PreTrainedModel) else None
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._batches.enter(names, args, kwargs)
+
+        self._handles.append(module.register_forward_pre_hook(_Hook(enter), with_kwargs=True, prepend=True))
+        self._handles.append(module.register_forward_hook(_Hook(self._batches.leave), always_call=True))
 
     def _watch_layer(self, layer: SparseLayer) -> None:
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
@@ -136,15 +140,15 @@ class Observation:
                 None  # a straight-through estimate of the router's gradient, before the call with the chosen experts
             )
         kept = self._outputs.pop(layer.name, None)
-        recomputed = in_backward()
-        batch = self._batches.of_layer(layer.name, recomputed)
         context = None
         if layer.returns_routing and kept is not None:
-            tokens, context = (*kept.args, None)[:2]
+            states, context = (*kept.args, None)[:2]
             # a wrapper or a hook of the gate may return a plain tuple
-            event = _own_pass(layer, call, Routing(*kept.output), tokens)
+            event = _own_pass(layer, call, Routing(*kept.output), states)
         else:
             event = _foreign_pass(layer, call, kept)
+        recomputed = in_backward()
+        batch = self._batches.of_layer(layer.name, len(event.hidden_states), recomputed)
         event = event._replace(recomputed=recomputed, training=layer.experts.training and batch.records_gradient)
         event = _with_mask(event, batch, context)
         weight = self._on_pass(event)

@@ -121,7 +121,7 @@ def test_scripts_of_commands_are_these():
     assert {
         f"{name}.py": name
         for name in sorted({"benchmark", "convert", "finetune", "generate", "merge_adapter", "resize", "upcycle"})
-    } | {"eval_lm.py": "eval", "push_to_hub.py": "push"} == WRAPPERS
+    } | {"eval_lm.py": "eval", "push_to_hub.py": "push", "router_report.py": "report"} == WRAPPERS
 
 
 def test_ctrl_c_says_how_a_command_goes_on(capsys, monkeypatch):

@@ -1,63 +1,21 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""These tests cover the commands that no script of a clone has: plan, report, presets and env."""
+"""These tests cover the commands that no script of a clone has: plan, presets and env."""
 
 import json
-import math
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.commands import env, report
-from modeling_moe.commands.main import main
+from modeling_moe.commands import env
 from modeling_moe.commands.presets import _purpose
-from modeling_moe.data import DataArguments
 from modeling_moe.dispatch import backend_of
 from modeling_moe.dispatch.backends import BACKENDS
 from modeling_moe.utils.presets import presets
 from modeling_moe.utils.recipes import CONFIGURATION, recipes
-from tests.builders import SHAPE, sample_text, tiny_config, train_tokenizer
+from tests.builders import tiny_config
 from tests.test_trust import bring_code
-
-
-SIZE = SHAPE | {"vocab_size": 300, "intermediate_size": 48, "max_position_embeddings": 2048}
-
-
-@pytest.fixture
-def moe(monkeypatch, capsys):
-    """Runs a command in this process; returns the exit code, what it printed and what it complained about."""
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["moe"])
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        code = 0
-        try:
-            main([str(part) for part in argv])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def place(tmp_path):
-    """Returns a folder with a dense model, two MoE models of two classes, and a text."""
-    tokenizer = train_tokenizer()
-    models = {
-        "dense": AutoModelForCausalLM.from_config(LlamaConfig(**SIZE)),
-        "moe": MoEForCausalLM(tiny_config(vocab_size=300)),
-        "mixtral": MixtralForCausalLM(MixtralConfig(**SIZE, num_local_experts=4)),
-    }
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    (tmp_path / "text.txt").write_text(sample_text(40), encoding="utf-8")
-    return tmp_path
 
 
 def test_a_plan_needs_config_json_alone_and_is_that_of_upcycle(moe, place):
@@ -97,70 +55,6 @@ def test_verification_of_a_dry_run_is_refused(moe, place):
     code, _, complaint = moe("upcycle", *flags)
     assert code == 2
     assert "verify compares the result, and dry_run makes none" in complaint
-
-
-@pytest.mark.parametrize(("name", "layers", "top_k"), [("moe", [0, 2], 3), ("mixtral", [0, 1], 2)])
-def test_a_report_counts_the_experts_that_the_router_logits_choose(name, layers, top_k, moe, place):
-    paths = {option: place / f"load.{option}" for option in ("json", "md", "png")}
-    flags = ["--model_name_or_path", place / name, "--data", f"a={place / 'text.txt'}", "--max_length", 32]
-    outputs = ["--output_json", paths["json"], "--output_markdown", paths["md"], "--plot", paths["png"]]
-    code, printed, _ = moe("report", *flags, *outputs)
-    assert code == 0
-    (found,) = json.loads(paths["json"].read_text()).values()
-    assert [layer["layer"] for layer in found] == layers
-
-    model = AutoModelForCausalLM.from_pretrained(place / name).eval()
-    args = report.ReportArguments(str(place / name))
-    _, domains = report.load_for_scoring(args, DataArguments([f"a={place / 'text.txt'}"], max_length=32))
-    expected = torch.zeros(len(layers), model.config.num_experts, dtype=torch.long)
-    with torch.no_grad():
-        for block in domains["a"]["input_ids"]:
-            logits = model(torch.tensor([block]), output_router_logits=True).router_logits
-            for row, layer in enumerate(logits):
-                chosen = layer.topk(top_k).indices.flatten()
-                expected[row] += torch.bincount(chosen, minlength=expected.shape[1])
-    assert [layer["tokens"] for layer in found] == expected.tolist()
-
-    markdown = paths["md"].read_text()
-    for layer in found:
-        assert f"{layer['balance']:.3f}" in printed
-        assert f"| {layer['layer']} | {layer['balance']:.3f} | {layer['entropy']:.3f} |" in markdown
-    assert paths["png"].read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_load_of_a_layer_by_hand():
-    layer = report.layer_load(7, torch.tensor([4, 0, 2, 2]))
-    assert (layer.layer, layer.tokens, layer.balance, layer.dead_experts) == (7, [4, 0, 2, 2], 2.0, [1])
-    assert layer.entropy == pytest.approx(1.5 * math.log(2))
-    assert layer.row() == ["7", "2.000", "1.040", "2.8 of 4", "1 of 4", "0"]
-    even = report.layer_load(0, torch.tensor([3, 3, 3]))
-    assert (even.balance, even.dead_experts) == (1.0, [])
-    assert even.entropy == pytest.approx(math.log(3))
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model_name_or_path", "DENSE"], "LlamaForCausalLM has no experts"),
-        (["--model_name_or_path", "MOE", "--plot", "/missing/x.png"], "plot /missing/x.png: make the folder /missing"),
-        (["--model_name_or_path", "MOE", "--max_tokens", "3"], "max_tokens 3 is less than a block"),
-    ],
-)
-def test_mistakes_of_a_report(flags, message, moe, place):
-    places = {"MOE": place / "moe", "DENSE": place / "dense"}
-    code, _, complaint = moe(
-        "report", *(places.get(flag, flag) for flag in flags), "--data", f"a={place / 'text.txt'}", "--max_length", 32
-    )
-    assert code == 2
-    (line,) = [line for line in complaint.splitlines() if line.startswith("moe report: ")]
-    assert message in line
-
-
-def test_a_plot_without_matplotlib_is_refused_before_the_model_is_loaded(moe, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    code, _, complaint = moe("report", "--model_name_or_path", "/nowhere", "--data", "a=b", "--plot", "x.png")
-    assert code == 2
-    assert "pip install 'modeling-moe[plot]'" in complaint
 
 
 @pytest.mark.parametrize("command", ["plan", "report"])

@@ -1,0 +1,145 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module puts the report's pictures in order: each section has a title, one sentence, and the drawings of each model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..report_data import ModelTrace, RoutingReport
+from . import figures_experts, figures_history, figures_layers
+from .style import HALF_WIDTH, WIDTH, Drawing
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page.
+
+    Attributes:
+        key: name of the section in addresses and of the PNG file.
+        title: heading.
+        sentence: what is seen, and what would be wrong.
+        groups: the drawings of each model, of equal labels where possible; empty if there is nothing to draw.
+    """
+
+    key: str
+    title: str
+    sentence: str
+    groups: list[list[Drawing]]
+
+
+LOAD = (
+    "Each cell is an expert's load over the mean load of the layer (1\u00d7 is balanced, a cross marks an expert without a "
+    "token); a row with one dark orange cell among purple ones is a layer that has collapsed onto few experts."
+)
+SPECIALISATION = (
+    "Orange experts take more of a domain than of the domains on average, purple ones less, and a dot marks a difference "
+    "beyond chance; dark cells without dots are noise, and a pale picture after long training means that experts do not specialise."
+)
+ONE_DOMAIN = "Specialisation compares domains, and this report has only one: give --data at least two."
+ENTROPY = (
+    "A healthy layer keeps the marginal entropy near the dotted line (all experts in use) and the token entropy well "
+    "below it (a clear choice for each token); a marginal entropy that falls to the token entropy is collapse."
+)
+NO_ENTROPY = "The entropies need the router's probabilities, which could not be had from this model."
+CO_ACTIVATION = (
+    "Bright pairs of experts are chosen together for many tokens; a few bright pairs in a dark square mean that the "
+    "pair works as one larger expert and wastes choices."
+)
+ONE_EXPERT = "Co-activation needs at least two experts for each token, and this model chooses one."
+PATHS = (
+    f"Bands are the {figures_experts.FLOWS} strongest ways from a token's first expert in one layer to its first expert in the "
+    "next, and each expert is a bar as high as its share of the tokens; bands that all end in one tall bar show a layer that one "
+    "expert rules."
+)
+ONE_LAYER = "Paths need at least two sparse layers."
+POSITION = (
+    "Each cell says how far the choice of experts at a position is from the choice over all positions; bright cells beyond "
+    "the first positions mean that the router looks at where a token stands rather than at what it is."
+)
+CHANGES = (
+    "Cells show the share of the load that moved to other experts from the first to the second model, bars the share of "
+    "tokens with another set of experts; a bright layer without a better loss means that training only shuffled its experts."
+)
+HISTORY = (
+    "Each heat map has a row for each layer and a column for each logged step; MaxVio or dead experts that brighten to the "
+    "right, or a marginal entropy that darkens, are a collapse under way."
+)
+
+
+def sections(report: RoutingReport) -> list[Section]:
+    """Returns the sections with pictures, in reading order; the figures are not drawn yet."""
+    found: list[Section] = []
+    models = report.models
+    width = WIDTH if len(models) < 2 else HALF_WIDTH
+    if models:
+        found = [
+            Section("load", "Expert load by layer", LOAD, [[figures_layers.load(model, width)] for model in models]),
+            _specialisation(models, width),
+            _entropy(models, width),
+            _co_activation(models, width),
+            _paths(models, width),
+            _position(models, width),
+        ]
+    if report.changes is not None and report.changes.layers:
+        drawing = figures_layers.changes(models[0], report.changes)
+        found.insert(0, Section("changes", "What moved", CHANGES, [[drawing]]))
+    if report.history is not None:
+        found.append(_history(report))
+    return found
+
+
+def _specialisation(models: list[ModelTrace], width: float) -> Section:
+    title = "Specialisation by domain"
+    if len(models[0].domains) < 2:
+        return Section("specialisation", title, ONE_DOMAIN, [])
+    limit = figures_layers.ratio_limit([layer.specialisation for model in models for layer in model.layers])
+    drawings = [[figures_layers.specialisation(model, limit, width)] for model in models]
+    return Section("specialisation", title, SPECIALISATION, drawings)
+
+
+def _entropy(models: list[ModelTrace], width: float) -> Section:
+    title = "Entropy by depth"
+    if all(layer.token_entropy is None for model in models for layer in model.layers):
+        return Section("entropy", title, NO_ENTROPY, [])
+    top = float(np.log(max(layer.num_experts for model in models for layer in model.layers))) or 1.0
+    return Section("entropy", title, ENTROPY, [[figures_layers.entropy(model, top, width)] for model in models])
+
+
+def _co_activation(models: list[ModelTrace], width: float) -> Section:
+    title = "Co-activation"
+    if all(layer.top_k < 2 or layer.num_experts < 2 for model in models for layer in model.layers):
+        return Section("co_activation", title, ONE_EXPERT, [])
+    most = figures_experts.most_together(models)
+    return Section(
+        "co_activation", title, CO_ACTIVATION, [figures_experts.co_activation(m, most, width) for m in models]
+    )
+
+
+def _paths(models: list[ModelTrace], width: float) -> Section:
+    title = "Paths from layer to layer"
+    drawings = [figures_experts.paths(model, width) for model in models if len(model.layers) > 1]
+    return Section("paths", title, PATHS if drawings else ONE_LAYER, drawings if len(drawings) == len(models) else [])
+
+
+def _position(models: list[ModelTrace], width: float) -> Section:
+    shifts = [figures_experts.position_shift(layer) for model in models for layer in model.layers]
+    most = max([0.05, *(float(np.nanmax(shift, initial=0.0)) for shift in shifts)])
+    drawings = [figures_experts.position(model, most, width) for model in models]
+    return Section("position", "Routing by position", POSITION, drawings)
+
+
+def _history(report: RoutingReport) -> Section:
+    title, entries = "History of the training run", report.history or []
+    if not figures_history.logged(entries) and not figures_history.losses(entries):
+        return Section("history", title, "The log holds no loss and no figure of the routing.", [])
+    return Section("history", title, HISTORY, [[figures_history.history(entries)]])
+
+
+# pictures of a model card: file name -> drawing of a model
+CARD: dict[str, Callable[[ModelTrace], Drawing]] = {
+    "routing_load.png": figures_layers.load,
+    "routing_specialisation.png": lambda model: figures_layers.specialisation(
+        model, figures_layers.ratio_limit([layer.specialisation for layer in model.layers])
+    ),
+}

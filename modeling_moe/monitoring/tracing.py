@@ -1,0 +1,318 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module runs a model on texts of several domains and traces the routing of each sparse layer.
+
+# D domains, L sparse layers, E experts, K experts per token, B blocks of S tokens in a batch,
+# N tokens of all domains together
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .layers import SparseLayer, UnreachableRouting, sparse_layers
+from .observing import LayerPass, observe
+from .probabilities import ScoringEvidence, explanation, probabilities
+from .report_data import LayerTrace, ModelTrace, TracedText
+from .specialisation import significant_cells, specialisation
+from .text_places import Batch, Texts, batches
+from .token_texts import token_texts
+from .top_tokens import TopTokens
+from .trace_sums import TokenRouting, TraceSums, count_pairs, margins
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """How much of the texts a trace shows.
+
+    Attributes:
+        batch_size: blocks of one forward pass.
+        texts: number of texts of each domain that are traced token by token.
+        text_tokens: largest number of tokens of such a text.
+        top_tokens: largest number of tokens listed for an expert.
+        seed: seed of the test of specialisation.
+        keeps_sets: whether to keep a fingerprint of each token's set of experts, to compare two models.
+    """
+
+    batch_size: int = 8
+    texts: int = 3
+    text_tokens: int = 256
+    top_tokens: int = 10
+    seed: int = 0
+    keeps_sets: bool = False
+
+
+class Traced(NamedTuple):
+    """A trace, and what a comparison of two models needs beside it.
+
+    Attributes:
+        trace: the routing of the model.
+        blocks: token ids of each block of each domain.
+        sets: (L, N) uint32 fingerprints of each token's set of experts; None unless asked for.
+    """
+
+    trace: ModelTrace
+    blocks: list[list[np.ndarray]]
+    sets: np.ndarray | None
+
+
+class _Tracer:
+    """Takes in the passes of all layers, batch by batch."""
+
+    def __init__(self, layers: Sequence[SparseLayer], texts: Texts, domains: int, options: TraceOptions):
+        self.texts, self.options = texts, options
+        sizes = (texts.unit_domain, domains, len(texts.edges) - 1, len(texts.tokens))
+        self.names = [layer.name for layer in layers]
+        self.sums = {layer.name: TraceSums(layer.num_experts, *sizes) for layer in layers}
+        experts = [layer.num_experts for layer in layers]
+        self.paths = [np.zeros(pair, np.int64) for pair in pairwise(experts)]
+        # of each traced text and layer: index, weight and margin
+        self.shown: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray | None]] = {}
+        random = np.random.default_rng(options.seed)
+        self._codes = random.integers(1, 2**32, max(experts), dtype=np.uint64)
+        tokens = sum(map(len, texts.blocks))
+        self.sets = np.zeros((len(layers), tokens), np.uint32) if options.keeps_sets else None
+        self.batch: Batch | None = None
+        self._choices: dict[str, np.ndarray] = {}
+        self._scorings: dict[str, str | None] = {}
+
+    def start(self, batch: Batch) -> None:
+        """Prepares for the passes of a batch."""
+        self.batch, self._choices = batch, {}
+
+    def on_pass(self, event: LayerPass) -> None:
+        """Adds a layer's pass; of a layer that runs several times on a batch, paths and texts show the first pass."""
+        batch, name = self.batch, event.layer.name
+        assert batch is not None
+        if len(event.index) != len(batch.places.place):
+            raise UnreachableRouting(
+                f"the experts of {name} receive {len(event.index)} of the {len(batch.places.place)} tokens of a batch at once, "
+                "so that their tokens cannot be told: report needs a model that gives all tokens to its experts in one call"
+            )
+        routing = token_routing(event, self._probabilities(event))
+        self.sums[name].add(batch.places, routing)
+        if name in self._choices:
+            return
+        self._choices[name] = routing.first_choice()
+        if self.sets is not None:
+            self.sets[self.names.index(name), batch.places.place] = _set_codes(routing.arrived, self._codes)
+        for text, row in batch.texts.items():
+            start = row * batch.length
+            part = slice(start, start + min(batch.length, self.options.text_tokens))
+            margin = None if routing.margin is None else routing.margin[part].astype(np.float32)
+            shown = (routing.index[part].astype(np.int32), routing.weight[part].astype(np.float32), margin)
+            self.shown[text, name] = shown
+
+    def _probabilities(self, event: LayerPass) -> torch.Tensor | None:
+        """Returns the probabilities of a pass; of a foreign router, as the weights of the first pass explain them."""
+        if event.probs is not None or event.logits is None:
+            return event.probs
+        if event.layer.name not in self._scorings:
+            self._scorings[event.layer.name] = _scoring(event)
+        scoring = self._scorings[event.layer.name]
+        return None if scoring is None else probabilities(event.logits, scoring)
+
+    def finish_batch(self) -> None:
+        """Adds the paths of a batch from layer to layer.
+
+        Raises:
+            UnreachableRouting: if a layer's experts were not called.
+        """
+        if missing := [name for name in self.names if name not in self._choices]:
+            raise UnreachableRouting(
+                f"the model did not call the experts of {missing[0]} by transformers' experts interface: report sees routing "
+                "there alone"
+            )
+        for path, (name, following) in zip(self.paths, pairwise(self.names), strict=True):
+            source, target = self._choices[name], self._choices[following]
+            both = (source >= 0) & (target >= 0)
+            path += count_pairs(source[both], target[both], path.shape)
+
+
+def _set_codes(arrived: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Returns a fingerprint (T,) uint32 of each token's set of experts, whatever their order: the exclusive or of codes."""
+    ranked = np.sort(arrived, axis=-1)
+    fresh = ranked >= 0
+    fresh[:, 1:] &= ranked[:, 1:] != ranked[:, :-1]
+    return np.bitwise_xor.reduce(np.where(fresh, codes[ranked], 0), axis=-1).astype(np.uint32)
+
+
+def token_routing(event: LayerPass, probs: torch.Tensor | None) -> TokenRouting:
+    """Returns the routing of a pass on the CPU, with -1 for assignments without an expert.
+
+    Args:
+        event: pass of a layer.
+        probs: (T, E + Z) probabilities; None where they are not known.
+    """
+    experts = event.layer.num_experts
+    index, arrived = event.index.cpu().long(), event.arrived.cpu().long()
+    reaches = (arrived >= 0) & (arrived < experts)
+    weight = event.weight.detach().cpu().double().where(reaches, 0.0)
+    probs = None if probs is None else probs.detach().cpu().double()
+    margin = None if probs is None else margins(probs, (index < probs.shape[-1]).sum(dim=-1)).numpy()
+    index = index.where((index >= 0) & (index < experts), -1)
+    return TokenRouting(index.numpy(), arrived.where(reaches, -1).numpy(), weight.numpy(), probs, margin)
+
+
+def _scoring(event: LayerPass) -> str | None:
+    """Returns how a foreign router scores its logits, from the weights of one pass; None if it cannot be told."""
+    assert event.logits is not None
+    evidence = ScoringEvidence(event.index.shape[-1], torch.zeros((), dtype=torch.float64, device=event.logits.device))
+    evidence.add(event.logits, event.index, event.weight, event.token_mask)
+    configured = getattr(getattr(event.layer.experts, "config", None), "scoring_func", None)
+    return explanation(evidence.sums.cpu(), evidence.top_k, evidence.coarse, configured).scoring
+
+
+def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Returns the summed cross entropy in nats of the labels (B, S) that are not -100, of which the first has no prediction."""
+    predictions = logits[:, :-1].flatten(0, 1)
+    predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(predictions, labels[:, 1:].flatten(), reduction="sum").item()
+
+
+def refuse_mixing(layers: Sequence[SparseLayer]) -> None:
+    """Refuses routers of this package that mix all tokens or all experts.
+
+    Raises:
+        UnreachableRouting: if a layer's router sends no tokens to experts.
+    """
+    for layer in layers:
+        for module in layer.router.modules() if layer.router is not None else ():
+            if getattr(module, "uses_all_experts", False):
+                raise UnreachableRouting(
+                    f"{type(module).__name__} sends no tokens to experts, it mixes all of them: there is no routing to report"
+                )
+
+
+@torch.no_grad()
+def trace_routing(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    domains: Mapping[str, Any],
+    name: str,
+    options: TraceOptions | None = None,
+) -> Traced:
+    """Runs a model on texts and traces its routing.
+
+    Args:
+        model: any MoE causal LM of transformers, on the device to run on. It stays in evaluation mode.
+        tokenizer: tokenizer of the model.
+        domains: name of each domain -> rows of `input_ids`, and optionally of `labels` (-100 for a token without loss), as
+            [`~modeling_moe.data.pack`] returns them with `for_scoring`.
+        name: name of the model in the report.
+        options: how much of the texts a trace shows.
+
+    Raises:
+        UnreachableRouting: if the model is dense, or its routing cannot be seen.
+    """
+    options = options or TraceOptions()
+    layers = sparse_layers(model)
+    refuse_mixing(layers)
+    model.eval()
+    blocks = [[np.asarray(ids) for ids in rows["input_ids"]] for rows in domains.values()]
+    texts = Texts(blocks, options.texts)
+    tracer = _Tracer(layers, texts, len(blocks), options)
+    losses = {}
+    with observe(model, tracer.on_pass):
+        for number, (domain, rows) in enumerate(domains.items()):
+            labels = [np.asarray(row) for row in rows["labels" if "labels" in rows.column_names else "input_ids"]]
+            total, scored = 0.0, 0
+            for batch_rows in tqdm(list(batches(blocks[number], options.batch_size)), desc=f"tracing {number + 1}"):
+                ids, batch = texts.batch(number, batch_rows)
+                tracer.start(batch)
+                outputs = model(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False)
+                tracer.finish_batch()
+                target = torch.from_numpy(np.stack([labels[row] for row in batch_rows])).to(model.device)
+                total += _summed_loss(outputs.logits, target)
+                scored += int((target[:, 1:] != -100).sum())
+            losses[domain] = total / max(scored, 1)
+    layer_traces = _layer_traces(tracer, layers, tokenizer, options)
+    trace = ModelTrace(
+        name=name,
+        facts=_facts(model, layers, layer_traces, texts),
+        domains=list(domains),
+        tokens={domain: sum(map(len, rows)) for domain, rows in zip(domains, blocks, strict=True)},
+        losses=losses,
+        layers=layer_traces,
+        paths=tracer.paths,
+        position_edges=texts.edges,
+        texts=_traced_texts(tracer, list(domains), tokenizer),
+    )
+    return Traced(trace, blocks, tracer.sets)
+
+
+def _layer_traces(
+    tracer: _Tracer, layers: Sequence[SparseLayer], tokenizer: PreTrainedTokenizerBase, options: TraceOptions
+) -> list[LayerTrace]:
+    texts, sums = tracer.texts, list(tracer.sums.values())
+    finder = TopTokens(tokenizer, texts.blocks, texts.tokens, texts.occurrences)
+    significant = significant_cells([layer.unit_load for layer in sums], texts.unit_domain, options.seed)
+    traces = []
+    for layer, total, cells in zip(layers, sums, significant, strict=True):
+        trace = LayerTrace(
+            **vars(total.summary()),
+            layer=layer.layer,
+            name=layer.name,
+            num_experts=layer.num_experts,
+            top_k=total.top_k,
+            by_domain=[total.summary(domain) for domain in range(total.domains)],
+            load=total.load,
+            co_activation=total.co_activation,
+            position=total.position,
+            specialisation=specialisation(total.load),
+            significant=cells,
+            top_tokens=finder.of_experts(total.taken, total.seen_at, options.top_tokens),
+        )
+        traces.append(trace)
+    return traces
+
+
+def _traced_texts(tracer: _Tracer, domains: list[str], tokenizer: PreTrainedTokenizerBase) -> list[TracedText]:
+    top_k = max(total.top_k for total in tracer.sums.values())
+    found = []
+    for text, number in enumerate(tracer.texts.traced):
+        layers = [tracer.shown[text, name] for name in tracer.names]
+        size = len(layers[0][0])
+        index = np.full((len(layers), size, top_k), -1, np.int32)
+        weight = np.zeros(index.shape, np.float32)
+        margin = np.full(index.shape[:2], np.nan, np.float32)
+        for layer, (chosen, weights, gaps) in enumerate(layers):
+            index[layer, :, : chosen.shape[1]], weight[layer, :, : chosen.shape[1]] = chosen, weights
+            if gaps is not None:
+                margin[layer] = gaps
+        domain = domains[tracer.texts.domain_of(number)]
+        tokens = token_texts(tokenizer, tracer.texts.blocks[number][:size].tolist())
+        known = any(gaps is not None for _, _, gaps in layers)
+        found.append(TracedText(domain, tokens, index, weight, margin if known else None))
+    return found
+
+
+def _router_name(model: PreTrainedModel, layer: SparseLayer) -> str:
+    named = getattr(model.config, "router_type", None)
+    return str(named) if named else "unknown" if layer.router is None else type(layer.router).__name__
+
+
+def _facts(
+    model: PreTrainedModel, layers: Sequence[SparseLayer], traces: Sequence[LayerTrace], texts: Texts
+) -> dict[str, str]:
+    total, idle = model.num_parameters(), 0.0
+    for layer, trace in zip(layers, traces, strict=True):
+        size = sum(parameter.numel() for parameter in layer.experts.parameters())
+        idle += size * max(0.0, 1 - trace.top_k / layer.num_experts)
+    experts = sorted({(layer.num_experts, trace.top_k) for layer, trace in zip(layers, traces, strict=True)})
+    units = np.bincount(texts.unit_domain)
+    return {
+        "Architecture": type(model).__name__,
+        "Parameters": f"{total:,}, of which a token uses at most {total - round(idle):,}",
+        "Sparse layers": str(len(layers)),
+        "Experts per layer": "; ".join(f"{count}, of which a token uses at most {top_k}" for count, top_k in experts),
+        "Router": _router_name(model, layers[0]),
+        "Data type": str(model.dtype).removeprefix("torch."),
+        "Text": f"blocks of at most {texts.edges[-1]} tokens",
+        "Test of specialisation": f"{' + '.join(map(str, units))} stretches of text, by domain; p at most 0.05 for all cells",
+    }

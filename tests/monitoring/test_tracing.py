@@ -1,0 +1,371 @@
+"""These tests recount a trace token by token from what the routers returned, and look at the texts of tokens."""
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from modeling_moe.data import pack
+from modeling_moe.monitoring import TraceOptions, UnreachableRouting, compare_traces, trace_routing
+from modeling_moe.monitoring.comparing import load_shift
+from modeling_moe.monitoring.token_texts import token_label, token_texts
+from modeling_moe.monitoring.top_tokens import MIN_OCCURRENCES, lower_bound
+from modeling_moe.monitoring.trace_sums import margins
+from tests.builders import SIZE, sample_text, tiny_model, train_tokenizer
+
+
+LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def domains(tokenizer):
+    """Two domains: ten full blocks of one text and a shorter last one, and another text with fewer."""
+    lines = sample_text().splitlines(keepends=True)
+    texts = {"a": "".join(lines[:12]), "b": "".join(sorted(lines[12:24]))}
+    rows = {name: datasets.Dataset.from_dict({"text": [text]}) for name, text in texts.items()}
+    return {name: pack(row, tokenizer, LENGTH, for_scoring=True) for name, row in rows.items()}
+
+
+def mixtral(**fields):
+    torch.manual_seed(0)
+    shape = {"num_local_experts": 5, "num_experts_per_tok": 2, "vocab_size": 300, "pad_token_id": 0}
+    return MixtralForCausalLM(MixtralConfig(**(SIZE | shape | fields)))
+
+
+def deepseek():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 300, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
+    mla = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    more = {"moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_key_value_heads": 4, "num_hidden_layers": 3}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZE | shape | mla | more)))
+
+
+MODELS = {
+    "topk": lambda: tiny_model(num_experts_per_tok=2),
+    "capacity": lambda: tiny_model(eval_capacity_factor=0.7, capacity_factor=0.7),
+    "null experts": lambda: tiny_model(num_null_experts=3, num_experts_per_tok=3),
+    "copy experts": lambda: tiny_model(num_copy_experts=2, num_experts_per_tok=3),
+    "variable K": lambda: tiny_model(router_type="top_p", num_experts_per_tok=3),
+    "sigmoid": lambda: tiny_model(scoring_func="sigmoid", router_selection_bias=True),
+    "hash": lambda: tiny_model(router_type="hash", num_experts_per_tok=1),
+    "mixtral": mixtral,
+    "deepseek_v3": deepseek,
+}
+
+
+class Token(NamedTuple):
+    """What one layer does with one token: ids of chosen and of reached experts, by falling weight; all probabilities."""
+
+    position: int
+    chosen: list[int]
+    outputs: int
+    reached: list[int]
+    probs: list[float]
+
+
+def foreign_probs(gate, hidden, name):
+    """Returns the probabilities of transformers' own router, from its weight, in float64."""
+    logits = hidden.double().reshape(-1, hidden.shape[-1]) @ gate.weight.double().T
+    scores = logits.softmax(-1) if name == "mixtral" else logits.sigmoid()
+    return scores / scores.sum(-1, keepdim=True)
+
+
+def record(model, name, ids):
+    """Runs one block, and returns for each sparse layer a list of its tokens."""
+    calls, gates = [], []
+    modules = dict(model.named_modules())
+    blocks = [path.removesuffix(".experts") for path in modules if path.endswith(".experts")]
+    handles = []
+    for block in blocks:
+        experts, gate = modules[f"{block}.experts"], modules[f"{block}.gate"]
+        handles.append(
+            experts.register_forward_pre_hook(
+                lambda m, args, kw: calls.append([*args, *kw.values()]), with_kwargs=True
+            )
+        )
+        handles.append(gate.register_forward_hook(lambda m, args, output: gates.append((m, args[0], output))))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    for handle in handles:
+        handle.remove()
+    layers = []
+    for (_, arrived, weight), (gate, hidden, output) in zip((call[:3] for call in calls), gates, strict=True):
+        own = hasattr(output, "probs")
+        probs = (output.probs if own else foreign_probs(gate, hidden, name)).double().tolist()
+        index = (output.index if own else arrived).tolist()
+        experts = len(probs[0]) - (model.config.num_null_experts + model.config.num_copy_experts if own else 0)
+        tokens = []
+        for position, row in enumerate(index):
+            order = sorted(range(len(row)), key=lambda slot, at=position: -weight[at, slot].item())
+            reached = [int(arrived[position, slot]) for slot in order if arrived[position, slot] < experts]
+            chosen = [expert for expert in row if expert < experts]
+            outputs = sum(expert < len(probs[0]) for expert in row)
+            tokens.append(Token(position, chosen, outputs, reached, probs[position]))
+        layers.append(tokens)
+    loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum").item()
+    return layers, loss
+
+
+def entropy(shares):
+    return -sum(share * math.log(share) for share in shares if share > 0)
+
+
+def margin(token):
+    ranked = sorted(token.probs, reverse=True)
+    return ranked[token.outputs - 1] - ranked[token.outputs] if 0 < token.outputs < len(ranked) else 0.0
+
+
+def check_summary(found, tokens, load):
+    """Compares a summary with a recount of its tokens and with the load (E,)."""
+    chosen = sum(len(token.chosen) for token in tokens)
+    reached = sum(len(token.reached) for token in tokens)
+    mean = np.mean([token.probs for token in tokens], axis=0)
+    assert found.max_violation == pytest.approx(max(load) / np.mean(load) - 1)
+    assert found.dead_experts == pytest.approx(np.mean(load == 0))
+    assert found.mean_experts == pytest.approx(reached / len(tokens))
+    assert found.dropped_share == pytest.approx(1 - reached / chosen)
+    assert found.token_entropy == pytest.approx(np.mean([entropy(token.probs) for token in tokens]), rel=1e-5)
+    assert found.marginal_entropy == pytest.approx(entropy(mean), rel=1e-5)
+    assert found.gate_margin == pytest.approx(np.mean([margin(token) for token in tokens]), rel=1e-4, abs=1e-9)
+
+
+def check_layer(found, edges, domains):
+    """Compares a layer's trace with the tokens of each domain."""
+    experts, tokens = found.num_experts, [token for domain in domains for token in domain]
+    load, position = np.zeros((len(domains), experts)), np.zeros((len(edges) - 1, experts))
+    together = np.zeros((experts, experts))
+    for place, domain in enumerate(domains):
+        for token in domain:
+            for expert in token.reached:
+                load[place, expert] += 1
+                position[max(p for p, edge in enumerate(edges[:-1]) if edge <= token.position), expert] += 1
+            for one in token.reached:
+                together[one, token.reached] += 1
+    assert found.load.tolist() == load.tolist()
+    assert found.position.tolist() == position.tolist()
+    assert found.co_activation == pytest.approx(together / len(tokens))
+    check_summary(found, tokens, load.sum(axis=0))
+    for place, domain in enumerate(domains):
+        check_summary(found.by_domain[place], domain, load[place])
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_trace_equals_a_recount_token_by_token(name, domains, tokenizer):
+    model = MODELS[name]().eval()
+    trace = trace_routing(model, tokenizer, domains, "tiny", TraceOptions(batch_size=3)).trace
+    layers = [[[] for _ in domains] for _ in trace.layers]
+    for place, (domain, rows) in enumerate(domains.items()):
+        total = 0.0
+        for ids in rows["input_ids"]:
+            recorded, loss = record(model, name, ids)
+            total += loss
+            for layer, tokens in zip(layers, recorded, strict=True):
+                layer[place] += tokens
+        blocks = rows["input_ids"]
+        assert trace.tokens[domain] == sum(map(len, blocks)) == len(layers[0][place])
+        assert trace.losses[domain] == pytest.approx(total / (trace.tokens[domain] - len(blocks)), rel=1e-5)
+    for found, expected in zip(trace.layers, layers, strict=True):
+        check_layer(found, trace.position_edges, expected)
+    flat = [[token.reached for domain in layer for token in domain] for layer in layers]
+    for one, other, path in zip(flat, flat[1:], trace.paths, strict=False):
+        pairs = Counter((a[0], b[0]) for a, b in zip(one, other, strict=True) if a and b)
+        assert {(a, b): path[a, b] for a, b in zip(*np.nonzero(path), strict=True)} == pairs
+    if name == "capacity":
+        assert trace.layers[0].dropped_share > 0.05
+    if name in ("null experts", "variable K"):
+        assert trace.layers[0].mean_experts < 2.9
+
+
+def test_a_traced_text_shows_each_token(domains, tokenizer):
+    model = tiny_model(num_experts_per_tok=2).eval()
+    options = TraceOptions(batch_size=2, texts=2, text_tokens=20)
+    trace = trace_routing(model, tokenizer, domains, "tiny", options).trace
+    assert [text.domain for text in trace.texts] == ["a", "a", "b", "b"]
+    for text, (domain, block) in zip(trace.texts, [("a", 0), ("a", -1), ("b", 0), ("b", -1)], strict=True):
+        ids = domains[domain]["input_ids"][block]
+        layers, _ = record(model, "topk", ids)
+        shown = min(20, len(ids))
+        assert text.tokens == token_texts(tokenizer, ids[:shown])
+        assert text.index.shape == text.weight.shape == (2, shown, 2)
+        assert text.index.dtype == np.int32
+        for place, tokens in enumerate(layers):
+            for row, token in enumerate(tokens[:shown]):
+                order = np.argsort(-text.weight[place, row])
+                assert text.index[place, row][order].tolist() == token.reached
+                assert text.margin[place, row] == pytest.approx(margin(token), abs=1e-6)
+        assert text.weight.sum(axis=-1) == pytest.approx(np.ones((2, shown)), abs=1e-6)
+
+
+def test_empty_assignments_are_minus_one_and_dropped_ones_weigh_nothing(domains, tokenizer):
+    options = TraceOptions(texts=1)
+    variable = trace_routing(MODELS["variable K"](), tokenizer, domains, "tiny", options).trace.texts[0]
+    assert (variable.index == -1).any()
+    assert variable.index.min() == -1
+    assert (variable.weight[variable.index == -1] == 0).all()
+    dropped = trace_routing(MODELS["capacity"](), tokenizer, domains, "tiny", options).trace.texts[0]
+    assert ((dropped.index >= 0) & (dropped.weight == 0)).any()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_batch_size_does_not_change_a_trace(batch_size, domains, tokenizer):
+    traces = [
+        trace_routing(MODELS["capacity"](), tokenizer, domains, "tiny", TraceOptions(batch_size=size)).trace
+        for size in (batch_size, 64)
+    ]
+    for one, other in zip(traces[0].layers, traces[1].layers, strict=True):
+        assert one.load.tolist() == other.load.tolist()
+        assert one.top_tokens == other.top_tokens
+        assert one.significant.tolist() == other.significant.tolist()
+
+
+def test_top_tokens_are_those_of_a_recount(domains, tokenizer):
+    model = tiny_model(num_experts_per_tok=2).eval()
+    trace = trace_routing(model, tokenizer, domains, "tiny", TraceOptions(top_tokens=4)).trace
+    ids = [token for rows in domains.values() for block in rows["input_ids"] for token in block]
+    layers = [[], []]
+    for rows in domains.values():
+        for block in rows["input_ids"]:
+            for layer, tokens in zip(layers, record(model, "topk", block)[0], strict=True):
+                layer += tokens
+    total = Counter(ids)
+    for found, tokens in zip(trace.layers, layers, strict=True):
+        for expert, listed in enumerate(found.top_tokens):
+            taken = Counter(token for token, seen in zip(ids, tokens, strict=True) if expert in seen.reached)
+            frequent = {
+                t: lower_bound(np.array(n), np.array(total[t]))
+                for t, n in taken.items()
+                if total[t] >= MIN_OCCURRENCES
+            }
+            best = sorted(frequent.values(), reverse=True)[:4]
+            expected = {(token_label(tokenizer, t), taken[t], taken[t] / total[t]) for t in frequent}
+            assert [lower_bound(np.array(t.count), np.array(t.count / t.share)) for t in listed] == pytest.approx(best)
+            assert {(t.token, t.count, t.share) for t in listed} <= expected
+            assert all(t.context[1] for t in listed)
+    assert any(token.context[0] and token.context[2] for token in trace.layers[0].top_tokens[0])
+
+
+def test_a_rare_token_does_not_win_by_chance():
+    taken, occurrences = np.array([8, 99, 500]), np.array([8, 100, 1000])
+    bound = lower_bound(taken, occurrences)
+    assert bound[1] > bound[0] > bound[2]
+    assert bound[0] == pytest.approx(8 / (8 + 1.96**2))
+
+
+def test_margins_by_hand():
+    probs = torch.tensor([[0.5, 0.3, 0.2]]).expand(4, 3)
+    assert margins(probs, torch.tensor([0, 1, 2, 3])).tolist() == pytest.approx([0.0, 0.2, 0.1, 0.0])
+
+
+def test_a_model_against_itself_moves_nothing_and_a_damaged_router_moves(domains, tokenizer):
+    options = TraceOptions(keeps_sets=True)
+    model = tiny_model(num_experts_per_tok=2)
+    first = trace_routing(model, tokenizer, domains, "tiny", options)
+    same = compare_traces(first, trace_routing(tiny_model(num_experts_per_tok=2), tokenizer, domains, "tiny", options))
+    assert [change.changed_tokens for change in same.layers] == [0, 0]
+    assert all(change.load_shift.tolist() == [0, 0] for change in same.layers)
+    with torch.no_grad():
+        model.model.layers[2].mlp.gate.weight.neg_()
+    moved = trace_routing(model, tokenizer, domains, "tiny", options)
+    changes = compare_traces(first, moved)
+    assert [change.layer for change in changes.layers] == [0, 2]
+    assert changes.layers[0].changed_tokens == 0
+    differ = sum(
+        set(one.reached) != set(other.reached)
+        for rows in domains.values()
+        for block in rows["input_ids"]
+        for one, other in zip(
+            record(tiny_model(num_experts_per_tok=2).eval(), "topk", block)[0][1],
+            record(model, "topk", block)[0][1],
+            strict=True,
+        )
+    )
+    assert changes.layers[1].changed_tokens == pytest.approx(differ / sum(moved.trace.tokens.values()))
+    assert differ > 0
+    assert "same tokens" in changes.note
+
+
+def test_models_that_do_not_compare_are_told(domains, tokenizer):
+    options = TraceOptions(keeps_sets=True)
+    first = trace_routing(tiny_model(), tokenizer, domains, "tiny", options)
+    more = trace_routing(tiny_model(num_experts=6), tokenizer, domains, "tiny", options)
+    assert compare_traces(first, more).layers == []
+    assert "differ in the number of experts" in compare_traces(first, more).note
+    deeper = trace_routing(tiny_model(mlp_layer_types=["sparse"] * 3), tokenizer, domains, "tiny", options)
+    assert "2 and 3 sparse layers" in compare_traces(first, deeper).note
+    shorter = {name: rows.select(range(len(rows) - 1)) for name, rows in domains.items()}
+    other = compare_traces(first, trace_routing(tiny_model(), tokenizer, shorter, "tiny", options))
+    assert [change.changed_tokens for change in other.layers] == [None, None]
+    assert "cut the texts differently" in other.note
+
+
+def test_the_shift_of_loads_by_hand():
+    assert load_shift(np.array([[3, 1], [2, 0]]), np.array([[1, 3], [0, 9]])) == pytest.approx([0.5, 1.0])
+
+
+@pytest.mark.parametrize("router", ["soft_moe", "lory"])
+def test_a_router_that_mixes_is_refused_in_one_sentence(router, domains, tokenizer):
+    model = tiny_model(router_type=router, allow_noncausal=True, num_experts_per_tok=5)
+    with pytest.raises(UnreachableRouting, match="sends no tokens to experts"):
+        trace_routing(model, tokenizer, domains, "tiny")
+
+
+def test_hooks_do_not_stay(domains, tokenizer):
+    model = tiny_model()
+    trace_routing(model, tokenizer, domains, "tiny")
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_characters_of_several_tokens_belong_to_the_first(tokenizer):
+    """A tokenizer of bytes alone cuts 日 into three tokens and 🙂 into four."""
+    ids = tokenizer.convert_tokens_to_ids([bytes_to_unicode()[byte] for byte in "a日🙂b".encode()])
+    assert len(ids) == 1 + 3 + 4 + 1
+    assert token_texts(tokenizer, ids) == ["a", "日", "…", "…", "🙂", "…", "…", "…", "b"]
+    cut = token_texts(tokenizer, ids[2:])
+    assert cut == ["\ufffd", "\ufffd", "🙂", "…", "…", "…", "b"]
+    assert token_texts(tokenizer, ids[:6]) == ["a", "日", "…", "…", "\ufffd", "\ufffd"]
+    broken = tokenizer.convert_tokens_to_ids([bytes_to_unicode()[byte] for byte in b"a\x97\xf0\x9fbc"])
+    assert token_texts(tokenizer, broken) == ["a", "\ufffd", "\ufffd", "\ufffd", "b", "c"]
+    assert token_texts(tokenizer, []) == []
+    assert [token_label(tokenizer, token) for token in ids[:3]] == ["a", "<E6>", "<97>"]
+
+
+def test_the_texts_of_tokens_join_to_the_text(tokenizer):
+    text = "führt über\n\nthe  old <b>mill</b>\t\x07 </script> \u202e x" + "y" * 10_000
+    assert "".join(token_texts(tokenizer, tokenizer(text)["input_ids"])).replace("…", "") == text
+
+
+def test_sentencepiece_keeps_its_spaces_and_shows_bytes():
+    pieces = ["<unk>", "\u2581the", "\u2581", "old", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.BPE(
+        {piece: number for number, piece in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>"
+    )
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    ids = [
+        pieces.index(piece)
+        for piece in ("\u2581the", "\u2581the", "old", "<0xE6>", "<0x97>", "<0xA5>", "\u2581the", "<0xFF>")
+    ]
+    assert token_texts(tokenizer, ids) == ["the", " the", "old", "日", "…", "…", " the", "\ufffd"]
+    assert token_label(tokenizer, 1) == " the"
+    assert token_label(tokenizer, pieces.index("<0xE6>")) == "<E6>"
