@@ -8,6 +8,7 @@ The first drawing of each function shows all layers at once; one drawing for eac
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -114,10 +115,7 @@ def shares(load: np.ndarray) -> np.ndarray:
 def bins(model: ModelTrace) -> list[str]:
     """Returns the positions of each bin as text, such as `4-7`."""
     edges = model.position_edges
-    return [
-        str(start) if end - start == 1 else f"{start}\u2013{end - 1}"
-        for start, end in zip(edges, edges[1:], strict=False)
-    ]
+    return [str(start) if end - start == 1 else f"{start}\u2013{end - 1}" for start, end in pairwise(edges)]
 
 
 def position_ratios(layer: LayerTrace) -> np.ndarray:
@@ -179,9 +177,10 @@ def paths(model: ModelTrace, width: float = WIDTH) -> list[Drawing]:
     gap = min(0.05, 0.5 / experts)
     for place, counts in enumerate(model.paths):
         _flows(axes, place, shares(counts.reshape(1, -1)).reshape(counts.shape), gap)
+    axes.set_yticks([])
     _nodes(axes, model, gap)
     axes.set_xticks(range(len(model.layers)), layer_names(model))
-    axes.set(xlabel="layer", yticks=[], xlim=(-0.2, len(model.layers) - 0.8), ylim=(1 + gap * experts, -gap))
+    axes.set(xlabel="layer", xlim=(-0.2, len(model.layers) - 0.8), ylim=(1 + gap * experts, -gap))
     axes.set_ylabel("experts", rotation_mode="anchor")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -228,30 +227,14 @@ def _nodes(axes: Axes, model: ModelTrace, gap: float) -> None:
         share = np.nan_to_num(shares(counts[None])[0])
         start = _bottoms(share, gap)
         axes.bar([place] * len(share), share, width=BAR, bottom=start, color=INK, linewidth=0)
-        if place == 0 or layer.num_experts <= 16:
-            _number_nodes(axes, place, start, share, inside=len(model.layers) <= 12)
-
-
-def _number_nodes(axes: Axes, place: int, start: np.ndarray, share: np.ndarray, inside: bool) -> None:
-    """Writes the experts' ids into their bars where they fit, and else left of the first layer's bars."""
-    step = max(1, len(share) // 16)
-    inside = inside and len(share) <= 16
-    if not inside and place > 0:
-        return
-    for expert in range(0, len(share), step):
-        middle = start[expert] + share[expert] / 2
-        if inside and share[expert] * 3 < 0.12:
-            continue
-        across = place if inside else place - BAR
-        axes.text(
-            across,
-            middle,
-            str(expert),
-            ha="center" if inside else "right",
-            va="center_baseline",
-            size=7,
-            color=PAPER if inside else INK,
-        )
+        middles = start + share / 2
+        if layer.num_experts <= 16 and len(model.layers) <= 12:
+            for expert in np.nonzero(share >= 0.04)[0]:
+                place_of_text = {"ha": "center", "va": "center_baseline", "size": 7, "color": PAPER}
+                axes.text(place, middles[expert], str(expert), **place_of_text)
+        elif place == 0:
+            step = max(1, len(share) // 16)
+            axes.set_yticks(middles[::step], list(map(str, range(0, len(share), step))))
 
 
 def _path_matrix(layer: LayerTrace, following: LayerTrace, counts: np.ndarray) -> Drawing:

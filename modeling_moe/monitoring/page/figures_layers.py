@@ -70,8 +70,13 @@ def _height(rows: int, columns: int) -> float:
     return min(max(0.3 if columns <= 16 else 0.22, 3.2 / max(rows, 1)) * rows, 0.42 * max(rows, 3), 11)
 
 
-def load(model: ModelTrace, width: float = WIDTH) -> Drawing:
-    """Draws a heat map of each expert's load over the mean of its layer, and MaxVio as bars beside it."""
+def largest_violation(models: Sequence[ModelTrace]) -> float:
+    """Returns the end of the axis for MaxVio: the largest of all layers, and at least 1."""
+    return max([1.0, *(layer.max_violation for model in models for layer in model.layers)])
+
+
+def load(model: ModelTrace, most: float, width: float = WIDTH) -> Drawing:
+    """Draws a heat map of each expert's load over the mean of its layer, and MaxVio as bars beside it, from 0 to `most`."""
     values = wide([load_over_mean(layer) for layer in model.layers])
     rows, experts = values.shape
     height = _height(rows, experts)
@@ -88,8 +93,7 @@ def load(model: ModelTrace, width: float = WIDTH) -> Drawing:
     ticks(main, "x", list(map(str, range(experts))), 16)
     main.set_xlabel("expert")
     side.barh(range(rows), [layer.max_violation for layer in model.layers], height=0.6, color=BLUE)
-    side.set(ylim=main.get_ylim(), yticks=[], xlabel="MaxVio\n(0 is balanced)")
-    side.set_xlim(left=0)
+    side.set(ylim=main.get_ylim(), yticks=[], xlim=(0, 1.05 * most), xlabel="MaxVio\n(0 is balanced)")
     side.spines[["top", "right"]].set_visible(False)
     cells = Cells(main, values, _rows(model), expert_names(experts), "\u00d7 the mean load")
     return Drawing("all layers", figure, [cells])

@@ -39,7 +39,8 @@ SPECIALISATION = (
 ONE_DOMAIN = "Specialisation compares domains, and this report has only one: give --data at least two."
 ENTROPY = (
     "A healthy layer keeps the marginal entropy near the dotted line (all experts in use) and the token entropy well "
-    "below it (a clear choice for each token); a marginal entropy that falls to the token entropy is collapse."
+    "below it (a clear choice for each token); a marginal entropy far below the line is collapse, and one equal to the token "
+    "entropy means that the router does not look at the token."
 )
 NO_ENTROPY = "The entropies need the router's probabilities, which could not be had from this model."
 CO_ACTIVATION = (
@@ -74,7 +75,7 @@ def sections(report: RoutingReport) -> list[Section]:
     width = WIDTH if len(models) < 2 else HALF_WIDTH
     if models:
         found = [
-            Section("load", "Expert load by layer", LOAD, [[figures_layers.load(model, width)] for model in models]),
+            _load(models, width),
             _specialisation(models, width),
             _entropy(models, width),
             _co_activation(models, width),
@@ -87,6 +88,13 @@ def sections(report: RoutingReport) -> list[Section]:
     if report.history is not None:
         found.append(_history(report))
     return found
+
+
+def _load(models: list[ModelTrace], width: float) -> Section:
+    most = figures_layers.largest_violation(models)
+    return Section(
+        "load", "Expert load by layer", LOAD, [[figures_layers.load(model, most, width)] for model in models]
+    )
 
 
 def _specialisation(models: list[ModelTrace], width: float) -> Section:
@@ -138,7 +146,7 @@ def _history(report: RoutingReport) -> Section:
 
 # pictures of a model card: file name -> drawing of a model
 CARD: dict[str, Callable[[ModelTrace], Drawing]] = {
-    "routing_load.png": figures_layers.load,
+    "routing_load.png": lambda model: figures_layers.load(model, figures_layers.largest_violation([model])),
     "routing_specialisation.png": lambda model: figures_layers.specialisation(
         model, figures_layers.ratio_limit([layer.specialisation for layer in model.layers])
     ),
