@@ -306,9 +306,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = report(args, data_args)
         if output is not None:
             # here, since drawing imports a library of pictures
-            from ..monitoring.page import write_report
+            from ..monitoring.page import card_pictures, write_report
 
             write_report(result, output)
+            if result.models:
+                card_pictures(result, output)
     if args.output_json is not None:
         write_json(Path(args.output_json), report_json(result))
     print_tables(result)

@@ -277,7 +277,10 @@ def _data_table(data: Mapping[str, Any]) -> list[list[str]]:
     if not columns:
         return []
     rows = [[domain, *(values.get(name) or "-" for name in columns)] for domain, values in domains.items()]
-    return [["Domain", *(name.capitalize() for name in columns)], *([markdown_text(cell) for cell in row] for row in rows)]
+    return [
+        ["Domain", *(name.capitalize() for name in columns)],
+        *([markdown_text(cell) for cell in row] for row in rows),
+    ]
 
 
 def _rows(values: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -35,7 +35,10 @@ class ParameterCounts:
         rows = [("Total parameters", f"{self.total:,}")]
         if self.active is not None:
             rows.append(("Active parameters per token", f"{self.active:,} ({self.active / self.total:.1%})"))
-        return [*rows, ("Embeddings and head", f"{self.embeddings:,} ({self.embeddings / self.total:.1%} of the total)")]
+        return [
+            *rows,
+            ("Embeddings and head", f"{self.embeddings:,} ({self.embeddings / self.total:.1%} of the total)"),
+        ]
 
 
 def experts_per_token(config: PreTrainedConfig) -> int | None:

@@ -25,6 +25,7 @@ from ..utils.locations import refuse_outside
 from ..utils.trust import foreign_code
 from .card import card_to_publish, is_on_hub, reason_without_license
 from .files import CARD, published_files
+from .pictures import ASSETS, report_pictures, take_pictures
 from .wording import without_paths
 
 
@@ -211,6 +212,7 @@ def push_folder(
     license: str | None = None,
     language: str | list[str] | None = None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    report: str | Path | None = None,
 ) -> Published:
     """Checks a saved model or adapter, writes a card unless the user has written one, and uploads both.
 
@@ -224,6 +226,7 @@ def push_folder(
         license: the Hub's identifier, see [`~modeling_moe.hub.write_model_card`].
         language: metadata of the card.
         metrics: results, see [`~modeling_moe.hub.write_model_card`].
+        report: folder that `moe report --output_dir` wrote, whose pictures of the routing the card shows.
 
     Raises:
         UserError: if the folder holds no model, is damaged, holds foreign code, does not load without this package or
@@ -231,6 +234,7 @@ def push_folder(
     """
     folder = Path(folder)
     is_model = _check_folder(folder, repo_id, base_model, trust_remote_code)
+    pictures = {} if report is None else report_pictures(Path(report))
     card = card_to_publish(
         folder,
         repo_id=repo_id,
@@ -238,8 +242,11 @@ def push_folder(
         language=language,
         license=license,
         metrics=metrics,
+        pictures=pictures,
         trust_remote_code=trust_remote_code,
     )
+    if card is None and pictures:
+        raise UserError(f"{folder / CARD} is your own card, to which no picture is added: omit report")
     missing = [reason_without_license(card), None if is_model else _reason_without_base(folder, base_model)]
     if any(missing):
         raise UserError("; ".join(filter(None, missing)))
@@ -249,10 +256,13 @@ def push_folder(
     else:
         _check_adapter(folder)
     contents = _contents(folder, files, card, base_model)
+    contents |= {f"{ASSETS}/{name}": picture for name, picture in pictures.items()}
     if not dry_run:
         _upload(repo_id, private, contents)
         if card is not None:
             (folder / CARD).write_text(card, encoding="utf-8")
+        if report is not None:
+            take_pictures(report, folder)
     sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in contents.items()}
     return Published(sizes, [name for name in left_out if name not in sizes])
 

@@ -5,6 +5,7 @@ A server often answers fluently and wrongly where a format or a field is not sup
 which the server's log-probabilities were compared with transformers'.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,16 +64,15 @@ def _has_usual_heads(config: Any) -> bool:
     return getattr(config, "head_dim", None) in (None, config.hidden_size // config.num_attention_heads)
 
 
+GRANITE: dict[Server, Callable[[Any], bool]] = {
+    VLLM: lambda config: _is_silu(config) and _has_no_bias(config),
+    LLAMA_CPP: lambda config: _is_silu(config) and _has_usual_heads(config),
+}
 # model_type -> server -> condition under which the server was exact
 NATIVE: dict[str, dict[Server, Callable[[Any], bool]]] = {
     "mixtral": {VLLM: _is_silu, LLAMA_CPP: lambda config: _is_silu(config) and _has_no_window(config)},
-    **dict.fromkeys(
-        ("granitemoe", "granitemoeshared"),
-        {
-            VLLM: lambda config: _is_silu(config) and _has_no_bias(config),
-            LLAMA_CPP: lambda config: _is_silu(config) and _has_usual_heads(config),
-        },
-    ),
+    "granitemoe": GRANITE,
+    "granitemoeshared": GRANITE,
     "qwen3_moe": {
         VLLM: lambda config: _is_silu(config) and _has_no_bias(config),
         LLAMA_CPP: lambda config: (
@@ -86,10 +86,7 @@ NATIVE: dict[str, dict[Server, Callable[[Any], bool]]] = {
     "qwen2_moe": {
         VLLM: lambda config: _is_silu(config) and getattr(config, "qkv_bias", True),
         LLAMA_CPP: lambda config: (
-            _is_silu(config)
-            and _has_no_window(config)
-            and not config.norm_topk_prob
-            and _is_sparse_throughout(config)
+            _is_silu(config) and _has_no_window(config) and not config.norm_topk_prob and _is_sparse_throughout(config)
         ),
     },
     "olmoe": dict.fromkeys(
@@ -114,24 +111,29 @@ def servers(config: PreTrainedConfig) -> list[Server]:
 def _is_servable_by_code(config: Any) -> bool:
     """Returns whether the servers' Transformers back ends compute this package's model by the code beside the weights.
 
-    They replace the experts by kernels of their own, with SiLU, and may replace a plain router of softmax or sigmoid scores;
-    a router that is more than that, or a capacity, would be lost.
+    They replace the experts by kernels of their own, with SiLU, the norms and the head, and may replace a plain router of
+    softmax or sigmoid scores; what these parts do beyond that would be lost.
     """
     plain_router = config.router_type == "topk" and config.scoring_func in ("softmax", "sigmoid")
     special = (
         *(config.capacity_factor, config.eval_capacity_factor, config.expert_capacity, config.swiglu_limit),
         *(config.num_null_experts, config.num_copy_experts, config.num_hash_layers, config.router_bias),
-        *(config.mlp_bias, config.router_gradient == "sparsemixer"),
+        *(config.mlp_bias, config.router_gradient == "sparsemixer", not config.gated_experts),
+        *(config.attention_sinks, config.attn_logit_softcapping, config.final_logit_softcapping),
+        config.logits_scaling != 1,
     )
-    return plain_router and config.hidden_act in ("silu", "swish") and config.gated_experts and not any(special)
+    return plain_router and _is_silu(config) and config.norm_type == "rms" and not any(special)
 
 
 def exports(config: PreTrainedConfig) -> dict[str, list[Server]]:
     """Returns the formats to which `moe convert` exports a checkpoint of this package exactly, and the servers of each."""
     if not isinstance(config, MoEConfig):
         return {}
-    formats = {}
-    for name, target in TARGETS.items():
-        if not target.reasons(config):
-            formats[name] = servers(target.config(config))
-    return formats
+    # the configurations of other formats are tried, and what they would warn of does not concern this model
+    warns = logging.getLogger(MoEConfig.__module__)
+    disabled, warns.disabled = warns.disabled, True
+    try:
+        able = [target for target in TARGETS.values() if not target.reasons(config)]
+    finally:
+        warns.disabled = disabled
+    return {target.model_type: servers(target.config(config)) for target in able}

@@ -393,7 +393,8 @@ def finetune(
     _check_merge(trainer, model, merge)
     if resume is None and args.should_save:
         discard_checkpoints(output_folder(args))
-    trained, total = map(sum, zip(*trained_parameters(model).values(), strict=True))
+    parts = trained_parameters(model).values()
+    trained, total = sum(trained for trained, _ in parts), sum(total for _, total in parts)
     metrics = _train(trainer, model, resume)
     trainer.check_weights()
     eval_loss = _evaluate(trainer, held_out)

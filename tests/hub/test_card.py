@@ -146,9 +146,7 @@ def test_deepseek_router(tmp_path):
         "`topk` on sigmoid scores, weights divided by their sum, weights times 2.5, from 2 of 3 groups of experts"
     )
     assert told["Router losses in training, by weight"] == "none"
-    assert told["Balance without a loss"] == (
-        "a selection bias, moved by the sign of the imbalance after each step"
-    )
+    assert told["Balance without a loss"] == ("a selection bias, moved by the sign of the imbalance after each step")
     assert told["Capacity of an expert"] == "in training 1.25 times the balanced load of a sequence"
     assert told["Other settings"] == "`router_bias_update_rate=0.001`"
     assert "Data type" not in told
@@ -288,7 +286,9 @@ def test_data_training_and_exactness_come_from_the_records(tmp_path):
     (tmp_path / "finetuning.json").write_text(json.dumps(trained))
     card = write_model_card(tmp_path)
     told = facts(card)
-    assert told["Exactness"] == "measured: the logits of result and source differ by at most 6.0e-05 on a text in float32"
+    assert (
+        told["Exactness"] == "measured: the logits of result and source differ by at most 6.0e-05 on a text in float32"
+    )
     assert told["wiki"] == "owner/wiki:en"
     assert told["mine"] == "mine.txt"
     assert card.data.datasets == ["owner/wiki"]
@@ -340,7 +340,11 @@ def test_a_folder_without_code_promises_none(tmp_path):
         ({"model_type": "no such model"}, {}, "the configuration of .* cannot be loaded"),
         ([1], {}, r"config\.json is damaged"),
         ({"model_type": "moe"}, {"license": "Some License"}, "license 'Some License' is no identifier"),
-        ({"model_type": "moe"}, {"license": "apache2"}, "'apache2' is no identifier of the Hub: did you mean apache-2.0"),
+        (
+            {"model_type": "moe"},
+            {"license": "apache2"},
+            "'apache2' is no identifier of the Hub: did you mean apache-2.0",
+        ),
         ({"model_type": "moe"}, {"language": ["en", "English"]}, "language 'English' is no code"),
         ({"model_type": "moe"}, {"metrics": {"wiki": {"accuracy": 1.0}}}, "metrics of domain 'wiki'"),
     ],

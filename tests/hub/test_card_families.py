@@ -26,7 +26,13 @@ from modeling_moe.hub.serving import NATIVE, exports, servers
 from tests.builders import tiny_config, train_tokenizer
 
 
-SHAPE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2}
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 # configuration, and what the card must say about the router
@@ -75,7 +81,11 @@ def test_a_card_of_transformers_own_model(name, tmp_path, monkeypatch):
     active = total - routed * 4 // 6
     assert told["Total parameters"] == f"{total:,}"
     assert told["Active parameters per token"].startswith(f"{active:,} (")
-    assert (card.data.tags, card.data.library_name, card.data.pipeline_tag) == (["moe"], "transformers", "text-generation")
+    assert (card.data.tags, card.data.library_name, card.data.pipeline_tag) == (
+        ["moe"],
+        "transformers",
+        "text-generation",
+    )
     assert f"in the format `{name}`" in card.text
     assert "transformers serve" in card.text
     (block,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.S)
@@ -90,7 +100,13 @@ def test_a_family_without_a_conversion_is_described_by_shared_names(tmp_path):
     """GLM-4 has no conversion here: the facts come from the experts interface and transformers' names."""
     values = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
     config = AutoConfig.for_model(
-        "glm4_moe", num_key_value_heads=2, head_dim=8, first_k_dense_replace=1, routed_scaling_factor=2.5, **values, **SHAPE
+        "glm4_moe",
+        num_key_value_heads=2,
+        head_dim=8,
+        first_k_dense_replace=1,
+        routed_scaling_factor=2.5,
+        **values,
+        **SHAPE,
     )
     config.architectures = ["Glm4MoeForCausalLM"]
     config.save_pretrained(tmp_path)

@@ -61,7 +61,9 @@ def card_with(folder, value: str) -> ModelCard:
         json.dumps({"recipe": {"sources": [{"name": value}], "options": {"method": value}, "reason_not_exact": value}})
     )
     (folder / "finetuning.json").write_text(
-        json.dumps({"base_model": value, "data": {value: value}, "method": value, "loss": {value: {"first": 1, "last": 2}}})
+        json.dumps(
+            {"base_model": value, "data": {value: value}, "method": value, "loss": {value: {"first": 1, "last": 2}}}
+        )
     )
     return write_model_card(
         folder,

@@ -372,6 +372,30 @@ def test_a_model_and_an_adapter_in_one_folder_are_refused(hub, folder):
         push_folder(folder, "you/moe", license="mit")
 
 
+def test_the_pictures_of_a_report_go_up_with_the_card(hub, folder, tmp_path, unchecked):
+    report = tmp_path / "report"
+    report.mkdir()
+    with pytest.raises(UserError, match=r"holds no routing_load\.png: make it with moe report --output_dir"):
+        push_folder(folder, "you/moe", license="mit", report=report)
+    for name in ("routing_load.png", "routing_specialisation.png", "paths.png"):
+        (report / name).write_bytes(name.encode())
+    before = snapshot(folder)
+    dry = push_folder(folder, "you/moe", license="mit", report=report, dry_run=True)
+    assert snapshot(folder) == before
+    published = push_folder(folder, "you/moe", license="mit", report=report)
+    assert published.files == dry.files
+    contents = hub.calls[1][2]
+    assert contents["assets/routing_load.png"] == b"routing_load.png"
+    assert "assets/paths.png" not in contents
+    assert contents["README.md"].decode().count("](assets/routing_") == 2
+    assert contents == {name: (folder / name).read_bytes() for name in published.files}
+    again = push_folder(folder, "you/moe", license="mit", dry_run=True)
+    assert again.files == published.files
+    (folder / "README.md").write_text("# Mine")
+    with pytest.raises(UserError, match="is your own card, to which no picture is added: omit report"):
+        push_folder(folder, "you/moe", license="mit", report=report)
+
+
 def test_both_ways_of_loading_agree(folder):
     assert check_without_package(folder) == 0
 
