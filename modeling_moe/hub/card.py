@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
 from ..utils.loading import has_tokenizer
 from .facts import ModelFacts, has_chat_template, model_facts
@@ -244,9 +245,10 @@ def is_on_hub(name: str) -> bool:
 
 
 def _tags(known: Mapping[str, Any], facts: ModelFacts) -> list[str]:
-    made_here = facts.model_type is None or bool(known.get("upcycling") or known.get("training"))
+    own = facts.base_model_type == MoEConfig.model_type if facts.is_adapter else facts.model_type is None
+    made_here = own or bool(known.get("upcycling") or known.get("training"))
     kinds = {
-        "moe": facts.is_sparse or facts.is_adapter,
+        "moe": facts.is_sparse,
         "modeling_moe": made_here,
         "upcycling": "method" in (known.get("upcycling") or {}),
         "lora": facts.is_adapter,

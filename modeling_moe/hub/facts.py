@@ -49,7 +49,7 @@ class ModelFacts:
         router: titles and texts of a table about the routers; empty for a dense model and an adapter.
         total: number of parameters, as short text; None for an adapter.
         active: number of parameters that a token uses, as short text; None if not known.
-        is_sparse: whether the model has sparse layers.
+        is_sparse: whether the model, or the base model of an adapter as far as the adapter shows, has sparse layers.
         model_type: model type of a model that is not of this package, else None.
         is_adapter: whether it is a LoRA adapter.
         base_model_type: model type of an adapter's base model, if its folder is there.
@@ -154,13 +154,16 @@ def _adapter_facts(folder: Path) -> ModelFacts:
         facts.append((title, sorted(map(str, value)) if isinstance(value, list) else value))
     if size := _adapter_size(folder):
         facts.append(("Parameters of the adapter", f"{size:,}"))
+    base_model_type = _base_model_type(config.get("base_model_name_or_path"))
+    adapted = f"{config.get('target_modules')} {config.get('target_parameters')}"
     return ModelFacts(
         auto_class="AutoModelForCausalLM",
         task=PIPELINES["AutoModelForCausalLM"],
         library="peft",
         facts=[(title, markdown_text(value)) for title, value in facts if value],
+        is_sparse=base_model_type == MoEConfig.model_type or "experts" in adapted,
         is_adapter=True,
-        base_model_type=_base_model_type(config.get("base_model_name_or_path")),
+        base_model_type=base_model_type,
     )
 
 
