@@ -82,7 +82,11 @@ def router_rows(config: PreTrainedConfig, layers: Sequence[SparseLayer]) -> list
         layers: the sparse layers that can be reached; they give the number of experts and the router's class.
     """
     own = _as_own(config)
-    return _own_rows(own) if own is not None else _foreign_rows(config, layers)
+    if own is None:
+        return _foreign_rows(config, layers)
+    # transformers' models compute their balance loss on demand
+    condition = "" if isinstance(config, MoEConfig) else ", if `output_router_logits` is true"
+    return _own_rows(own, condition)
 
 
 def _as_own(config: PreTrainedConfig) -> MoEConfig | None:
@@ -93,7 +97,7 @@ def _as_own(config: PreTrainedConfig) -> MoEConfig | None:
         return None
 
 
-def _own_rows(config: MoEConfig) -> list[tuple[str, str]]:
+def _own_rows(config: MoEConfig, condition: str) -> list[tuple[str, str]]:
     rows = [
         ("Router", f"`{config.router_type}`{_scores(config)}"),
         ("Routed experts", f"{config.num_experts} of width {config.moe_intermediate_size:,}"),
@@ -102,13 +106,17 @@ def _own_rows(config: MoEConfig) -> list[tuple[str, str]]:
     if config.has_shared_experts:
         rows.append(("Shared experts", _shared_experts(config)))
     losses = [f"{name} {getattr(config, field):g}" for field, name in LOSSES.items() if getattr(config, field)]
-    rows.append(("Router losses in training, by weight", ", ".join(losses) or "none"))
+    rows.append(("Router losses in training, by weight", ", ".join(losses) + condition if losses else "none"))
     if config.router_controller is not None:
-        rows.append(("Balance without a loss", f"{CONTROLLERS[config.router_controller]}"))
+        rows.append(("Balance without a loss", CONTROLLERS[config.router_controller]))
     elif config.router_selection_bias:
         rows.append(("Balance without a loss", "a selection bias that training does not move"))
     limits = [text.format(f"{value:g}") for field, text in CAPACITY.items() if (value := getattr(config, field))]
-    rows.append(("Capacity of an expert", ", ".join(limits) or "no limit, no token is dropped"))
+    if limits:
+        rows.append(("Capacity of an expert", ", ".join(limits)))
+    elif config.router_type == "topk":
+        # other routers, such as expert_choice, limit experts in their own ways
+        rows.append(("Capacity of an expert", "no limit, no token is dropped"))
     if other := _other_settings(config):
         rows.append(("Other settings", ", ".join(f"`{name}={markdown_text(value)}`" for name, value in other.items())))
     return rows

@@ -14,6 +14,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from modeling_moe import MoEConfig, MoEForCausalLM, MoEForSequenceClassification
 from modeling_moe.hub import write_model_card
 from modeling_moe.hub.metadata import LICENSES
+from modeling_moe.router_catalogue import ROUTERS
 from modeling_moe.utils.errors import UserError
 from tests.builders import tiny_config, train_tokenizer
 from tests.processes import run_without_package
@@ -356,3 +357,49 @@ def test_refuses(tmp_path, config, arguments, message):
     with pytest.raises(UserError, match=message):
         write_model_card(tmp_path, **arguments)
     assert not (tmp_path / "README.md").exists()
+
+
+# router_type -> fields that the router needs
+NEEDS = {
+    "hierarchical": {"n_group": 2},
+    "uniform": {"num_experts_per_tok": 6},
+    "base_layer": {"num_experts_per_tok": 1},
+    "sparsemixer": {"router_jitter_noise": 0.3},
+    "task": {"num_tasks": 12},
+    "mmoe": {"num_tasks": 12},
+    "continuous": {"router_cutoff": 0.4},
+    "lory": {"segment_length": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"router_type": "top_p"}, {"Experts per token": "varies from token to token (`num_experts_per_tok` is 2)"}),
+        ({"router_type": "top_p", "router_top_p": 0.4}, {"Other settings": "`router_top_p=0.4`"}),
+        ({"router_type": "lory", "segment_length": 4}, {"Experts per token": "all 6, in a weighted mean"}),
+        ({"num_null_experts": 3}, {"Experts per token": "at most 2, since 3 more choices have no weights"}),
+        (
+            {"router_controller": "quantile", "router_selection_bias": True},
+            {"Balance without a loss": "a selection bias, set to the value at which the imbalance would vanish"},
+        ),
+        (
+            {"eval_capacity_factor": 2},
+            {"Capacity of an expert": "in evaluation 2 times the balanced load of a sequence"},
+        ),
+    ],
+)
+def test_routers_of_many_kinds_are_described(tmp_path, fields, expected):
+    shared_config(**fields).save_pretrained(tmp_path)
+    told = facts(write_model_card(tmp_path))
+    assert told | expected == told
+
+
+def test_a_card_is_made_for_every_router(tmp_path):
+    """No router lacks a description, and none claims what only top-k routers do."""
+    for name in ROUTERS:
+        fields = {"router_type": name, "allow_noncausal": True} | NEEDS.get(name, {})
+        shared_config(**fields).save_pretrained(tmp_path / name)
+        told = facts(write_model_card(tmp_path / name))
+        assert told["Router"].startswith(f"`{name}`")
+        assert ("Capacity of an expert" in told) == (name == "topk")
