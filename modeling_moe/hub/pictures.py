@@ -10,8 +10,9 @@ from ..utils.errors import UserError
 ASSETS = "assets"
 # file that `moe report` writes -> what the picture shows
 PICTURES = {
-    "routing_load.png": "The share of the tokens that each expert of each layer receives",
-    "routing_specialisation.png": "The experts of each layer that receive more or fewer tokens of a domain than of all text",
+    "routing_load.png": "The load of each expert in each layer over the mean load of the layer: 1 is balanced",
+    "routing_specialisation.png": "The share of each expert in a domain over its mean share, by layer; a dot marks what is "
+    "beyond chance",
 }
 
 

@@ -14,6 +14,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from modeling_moe import MoEConfig, MoEForCausalLM, MoEForSequenceClassification
 from modeling_moe.hub import write_model_card
 from modeling_moe.hub.metadata import LICENSES
+from modeling_moe.hub.pictures import PICTURES
 from modeling_moe.router_catalogue import ROUTERS
 from modeling_moe.utils.errors import UserError
 from tests.builders import tiny_config, train_tokenizer
@@ -254,9 +255,7 @@ def test_the_pictures_of_the_routing_are_shown_where_they_lie(saved, tmp_path):
     (folder / "assets").mkdir()
     (folder / "assets" / "routing_load.png").write_bytes(b"")
     shown = sections(write_model_card(folder))["Routing on text"]
-    assert re.findall(r"!\[(.*?)\]\((.*?)\)", shown) == [
-        ("The share of the tokens that each expert of each layer receives", "assets/routing_load.png")
-    ]
+    assert re.findall(r"!\[(.*?)\]\((.*?)\)", shown) == [(PICTURES["routing_load.png"], "assets/routing_load.png")]
 
 
 def test_data_training_and_exactness_come_from_the_records(tmp_path):
