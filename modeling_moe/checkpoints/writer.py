@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from ..utils.atomic import part_of, write_text
 from ..utils.errors import Interrupted, UserError
 from ..utils.folders import RECORD_NAME, STAGE_NAME, ResultFolder, record_text
 from ..utils.hashes import hash_file, read_sums, write_sums
+from ..utils.json_files import read_json, write_json
+from ..utils.lineage import VERIFICATION
 from ..utils.progress import byte_progress
 from ..utils.sizes import size_text
 from .damage import UnusableError, refuse_not_finite
@@ -65,7 +67,7 @@ def write_checkpoint(
     max_shard_size: int | str = "5GB",
     progress: bool = True,
     sources: Sequence[str | Path] = (),
-    check: Callable[[Path], None] | None = None,
+    check: Callable[[Path], Mapping[str, Any] | None] | None = None,
 ) -> None:
     """Writes a checkpoint that transformers loads; memory holds about one tensor at a time.
 
@@ -83,7 +85,8 @@ def write_checkpoint(
         max_shard_size: size limit of a file, as in transformers' `save_pretrained`; a larger tensor gets its own file.
         progress: whether to show a progress bar on stderr.
         sources: folders that are read; none may equal, contain or lie in `output_dir`.
-        check: receives the complete folder before it replaces `output_dir`, and raises if the result is not usable.
+        check: receives the complete folder before it replaces `output_dir`, and raises if the result is not usable. What
+            it measures and returns is added to `conversion.json` as `verification`.
 
     Raises:
         UserError: if `output_dir` may not be written, an interrupted run had another recipe, the disk is or becomes full,
@@ -126,7 +129,7 @@ def _finish(
     index: str | None,
     sums: dict[str, str],
     finish: Callable[[Path], None],
-    check: Callable[[Path], None] | None,
+    check: Callable[[Path], Mapping[str, Any] | None] | None,
 ) -> None:
     """Adds the files that are not shards, and runs `check` on the complete result."""
     stage = folder.partial / STAGE_NAME
@@ -138,10 +141,20 @@ def _finish(
     if check is None:
         return
     try:
-        check(folder.partial)
+        measured = check(folder.partial)
     except UserError as error:
         # another run would write the same bytes and fail here again, so the shards are not kept
         raise UnusableError(str(error)) from error
+    if measured is not None:
+        record = folder.partial / RECORD_NAME
+        write_json(record, read_json(record) | {VERIFICATION: dict(measured)})
+        write_sums(folder.partial, read_sums(folder.partial) | {RECORD_NAME: hash_file(record)})
+
+
+def _is_record_of(text: str, description: str) -> bool:
+    """Returns whether `conversion.json` has the text `description`, or that text and what a check measured after it."""
+    begin = description.removesuffix("\n}\n")
+    return text == description or text.startswith(f'{begin},\n  "{VERIFICATION}":')
 
 
 def _keep_complete_shards(
@@ -192,7 +205,7 @@ def _plan_shards(state: State, max_shard_size: int | str) -> tuple[list[_Shard],
 def _refuse_other_run(folder: ResultFolder, description: str) -> None:
     """Deletes the files of an interrupted run of another recipe, or refuses if they may not be replaced."""
     recipe = folder.partial / RECORD_NAME
-    if recipe.exists() and recipe.read_text(encoding="utf-8") == description:
+    if recipe.exists() and _is_record_of(recipe.read_text(encoding="utf-8"), description):
         return
     if recipe.exists() and not folder.overwrite:
         raise UserError(

@@ -51,7 +51,7 @@ class PrintTrained(TrainerCallback):
         if not state.is_world_process_zero:
             return
         counts = trained_parameters(kwargs["model"])
-        table = Table("parameters", "trained", "of", "%")
+        table = Table("parameters", "trained", "of the model's", "%")
         totals = (sum(trained for trained, _ in counts.values()), sum(total for _, total in counts.values()))
         for part, (trained, total) in [*counts.items(), ("all", totals)]:
             table.add_row(part, f"{trained:,}", f"{total:,}", f"{100 * trained / total:.2f}")

@@ -3,12 +3,12 @@
 
     moe push --model_name_or_path outputs/demo/model --repo_id you/my-moe --dry_run
     moe push --model_name_or_path outputs/demo/model --repo_id you/my-moe --private --license apache-2.0 \\
-        --base_model HuggingFaceTB/SmolLM2-135M --scores outputs/demo/after.json
+        --base_model HuggingFaceTB/SmolLM2-135M --scores outputs/demo/after.json --report outputs/demo/report
 
 Log in first with `hf auth login`. Before the upload a process without this package loads the model by the saved code. The
 files of the model are uploaded, and all other files in the folder are listed as left out. A folder without a card of yours
-gets a card, which names the base model, license, data, training and scores that the records in the folder know; the license
-must be known or given.
+gets a card, which describes the model, its routers and how to load and serve it, and names the base model, license, data,
+training and scores that the records in the folder know; the license must be known or given.
 """
 
 from collections.abc import Sequence
@@ -43,6 +43,9 @@ class PushArguments:
     scores: str | None = field(
         default=None, metadata={"help": "file that `moe eval --output_json` wrote, for the card"}
     )
+    report: str | None = field(
+        default=None, metadata={"help": "folder that `moe report --output_dir` wrote; the card shows its pictures"}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "run Python code that the checkpoint brings, and publish it"}
     )
@@ -68,6 +71,7 @@ def push(args: PushArguments) -> Published:
         license=args.license,
         language=args.language,
         metrics=read_json(Path(args.scores)) if args.scores else None,
+        report=args.report,
     )
 
 

@@ -44,7 +44,7 @@ from ..monitoring import (
     sparse_layers,
     trace_routing,
 )
-from ..monitoring.page import require_matplotlib, write_report
+from ..monitoring.page import card_pictures, require_matplotlib, write_report
 from ..utils.command_line import parse, refuse_missing_folder
 from ..utils.errors import UserError
 from ..utils.folders import whole_folder
@@ -307,6 +307,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = report(args, data_args)
         if output is not None:
             write_report(result, output)
+            if result.models:
+                card_pictures(result, output)
     if args.output_json is not None:
         write_json(Path(args.output_json), report_json(result))
     print_tables(result)

@@ -2,8 +2,8 @@
 """This module opens checkpoints of any family as MoE checkpoints, and writes checkpoints with all their files."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def save_checkpoint(
     target: str = "moe",
     overwrite: bool = False,
     max_shard_size: str = "5GB",
-    check: Callable[[Path], None] | None = None,
+    check: Callable[[Path], Mapping[str, Any] | None] | None = None,
     *,
     trust_remote_code: bool = False,
 ) -> None:
@@ -185,7 +185,8 @@ def save_checkpoint(
         target: format of the result: `moe`, or a key of `TARGETS`.
         overwrite: whether to replace the result of an earlier run.
         max_shard_size: size limit of a file; a larger tensor gets its own file.
-        check: receives the complete folder before it replaces `output_dir`, and raises if the result is not usable.
+        check: receives the complete folder before it replaces `output_dir`, raises if the result is not usable, and
+            returns what it measured, for conversion.json.
         trust_remote_code: whether code that the source's tokenizer brings may run.
 
     Raises:
@@ -281,9 +282,10 @@ def convert_checkpoint(
     folder = result_folder(output_dir, overwrite, [checkpoint], nbytes)
     verification = None
 
-    def compare(result: Path) -> None:
+    def compare(result: Path) -> dict[str, Any]:
         nonlocal verification
         verification = verify(name_or_path, result, gguf_file, dtype, trust_remote_code=trust_remote_code)
+        return asdict(verification)
 
     save_checkpoint(
         folder,

@@ -2,7 +2,8 @@
 """This package writes model cards and publishes checkpoints on the Hugging Face Hub."""
 
 from .card import write_model_card
+from .pictures import take_pictures
 from .push import Published, check_without_package, push_folder
 
 
-__all__ = ["Published", "check_without_package", "push_folder", "write_model_card"]
+__all__ = ["Published", "check_without_package", "push_folder", "take_pictures", "write_model_card"]

@@ -1,30 +1,41 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module writes the model card: metadata, facts, how the model was made, results, and how to load it."""
+"""This module writes the model card: metadata, facts, how the model was made, results, and how to load and serve it."""
 
 import base64
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import ModelCard, ModelCardData
 
+from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
-from .facts import has_chat_template, model_facts
+from ..utils.loading import has_tokenizer
+from .facts import ModelFacts, has_chat_template, model_facts
 from .history import check_card_fields, history
-from .wording import markdown_text, without_paths
+from .metadata import check_languages, check_license, is_hub_name
+from .pictures import ASSETS, PICTURES, card_pictures
+from .results import Results, model_index, read_results, results_table
+from .wording import markdown_paragraph, markdown_text, without_paths
 
 
+# a link to model_cards/card.md.jinja
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-MEASURES = {"loss": "Loss", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}
-LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 # a card that this module wrote ends with this line: the hash of the text before it, and the card's fields as JSON in base64
 MARK = re.compile(r"<!-- modeling_moe card ([0-9a-f]{64}) ([A-Za-z0-9+/=]+) -->\n?\Z")
 # PEFT's empty card contains these texts
 PEFT_CARD = ("# Model Card for Model ID", "[More Information Needed]")
+# method of upcycling -> paper
+PAPERS = {
+    "copy": "Komatsuzaki et al., Sparse Upcycling, arXiv:2212.05055",
+    "drop": "Nakamura et al., Drop-Upcycling, arXiv:2502.19261",
+    "split": "Zhu et al., LLaMA-MoE, arXiv:2406.16554",
+}
 
 
 def write_model_card(
@@ -36,32 +47,39 @@ def write_model_card(
     license: str | None = None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     upcycling: Mapping[str, Any] | None = None,
+    data: Mapping[str, Mapping[str, Any]] | None = None,
     training: Mapping[str, Any] | None = None,
-    tags: Sequence[str] = ("moe", "modeling_moe"),
+    description: str | None = None,
+    intended_use: str | None = None,
+    tags: Sequence[str] | None = None,
 ) -> ModelCard:
     """Writes `README.md` into the folder of a saved model or LoRA adapter, without using the network.
 
-    Arguments that are not given are taken from `conversion.json`, `finetuning.json` and `scores.json` in the folder.
+    Arguments that are not given are taken from `conversion.json`, `finetuning.json` and `scores.json` in the folder. The
+    card shows the pictures `assets/routing_load.png` and `assets/routing_specialisation.png` that lie in the folder.
 
     Args:
         folder: folder in which `save_pretrained` wrote the model; the facts come from config.json there.
-        repo_id: name on the Hub, for title and code example; the folder's name if not given.
+        repo_id: name on the Hub, for title and code examples; the folder's name if not given.
         base_model: checkpoint(s) from which the model was made. Names on the Hub become metadata; the card shows only
             the last part of a local path.
-        language: metadata of the card; left out if not known.
+        language: codes of languages such as `en`, for the metadata; left out if not known.
         license: the Hub's identifier, such as `apache-2.0` or `llama3.2`; left out if not known.
         metrics: results of each domain, `{"wiki": {"loss": ..., "perplexity": ..., "bits_per_byte": ...}}`, any of the
             three; or before and after training, `{"wiki": {"before": {...}, "after": {...}}}`.
         upcycling: names and values that describe how the dense model became sparse.
+        data: what the model was trained on, `{"wiki": {"source": ..., "tokens": ..., "license": ...}}`, any of the three.
         training: names and values that describe how the model was trained afterwards.
-        tags: metadata of the card.
+        description: a sentence after the first one of the card.
+        intended_use: what the model is for; a general text if not given.
+        tags: metadata of the card; derived from the model if not given.
 
     Returns:
         The card that was written.
 
     Raises:
-        UserError: if the folder holds no model, a record is damaged, the license is no identifier, or the metrics of a
-            domain contain none of the three measures.
+        UserError: if the folder holds no model, a record is damaged, the license is no identifier, a language is no code,
+            or the metrics of a domain contain none of the three measures.
     """
     folder = Path(folder)
     given = {
@@ -71,10 +89,13 @@ def write_model_card(
         "license": license,
         "metrics": metrics,
         "upcycling": upcycling,
+        "data": data,
         "training": training,
-        "tags": list(tags),
+        "description": description,
+        "intended_use": intended_use,
+        "tags": list(tags or []),
     }
-    card = ModelCard(_card_text(folder, _non_empty(given)))
+    card = ModelCard(_card_text(folder, _non_empty(given), card_pictures(folder)))
     (folder / "README.md").write_text(card.content, encoding="utf-8")
     return card
 
@@ -87,6 +108,7 @@ def card_to_publish(
     language: str | list[str] | None = None,
     license: str | None = None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    pictures: Iterable[str] = (),
     trust_remote_code: bool = False,
 ) -> str | None:
     """Returns the text of the card to publish under a name; nothing is written.
@@ -98,6 +120,7 @@ def card_to_publish(
         language: metadata of the card.
         license: the Hub's identifier of the license.
         metrics: results, as in [`write_model_card`].
+        pictures: names of pictures of the routing that will be uploaded, beside those in the folder.
         trust_remote_code: whether code that the folder brings may read the model's configuration.
 
     Returns:
@@ -121,7 +144,8 @@ def card_to_publish(
         "metrics": metrics,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    return _card_text(folder, _non_empty(earlier | given | {"repo_id": repo_id}), trust_remote_code)
+    fields = _non_empty(earlier | given | {"repo_id": repo_id})
+    return _card_text(folder, fields, {*card_pictures(folder), *pictures}, trust_remote_code)
 
 
 def reason_without_license(card: str | None) -> str | None:
@@ -147,43 +171,43 @@ def _hash(text: str) -> str:
 
 def _non_empty(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields that are not empty, in JSON's types and without paths of this machine."""
-    fields = {name: value for name, value in given.items() if value not in (None, [], {}, "")}
-    return {name: value if name == "repo_id" else without_paths(value) for name, value in fields.items()}
+    return {name: without_paths(value) for name, value in given.items() if value not in (None, [], {}, "")}
 
 
-def _card_text(folder: Path, fields: Mapping[str, Any], trust_remote_code: bool = False) -> str:
+def _card_text(
+    folder: Path, fields: Mapping[str, Any], pictures: Iterable[str], trust_remote_code: bool = False
+) -> str:
     """Renders the card; fields that are not given come from the records in the folder."""
     facts = model_facts(folder, trust_remote_code)
-    known = history(folder) | {name: value for name, value in fields.items() if name != "repo_id"}
-    name = fields.get("repo_id") or folder.resolve().name
-    license = known.get("license")
-    if license is not None and not (isinstance(license, str) and LICENSE.fullmatch(license)):
-        raise UserError(f"license {license!r} is no identifier of the Hub: write it like apache-2.0, or other")
+    recorded = history(folder)
+    known = recorded | {name: value for name, value in fields.items() if name != "repo_id"}
+    # one line without the mark that could end a block of code
+    name = " ".join((fields.get("repo_id") or folder.resolve().name).split()).replace("`", "'") or "model"
+    check_license(known.get("license"), recorded.get("license"))
+    check_languages(known.get("language"))
     sources = known.get("base_model") or []
-    results = _results(known.get("metrics") or {})
-    data = ModelCardData(
-        language=known.get("language"),
-        license=license,
-        license_name=known.get("license_name"),
-        license_link=known.get("license_link"),
-        library_name=facts.library,
-        pipeline_tag=facts.task,
-        tags=known.get("tags") or ["moe", "modeling_moe"],
-        base_model=[source for source in sources if is_hub_name(source)] or None,
-        model_name=markdown_text(name).rpartition("/")[2] if results else None,
-        eval_results=_eval_results(results, facts.task) or None,
-    )
+    results = read_results(known.get("metrics") or {})
+    made = known.get("upcycling") or {}
     card = ModelCard.from_template(
-        data,
+        _card_data(name, known, facts, results),
         template_path=str(TEMPLATE),
         name=name,
+        shell_name=shlex.quote(name),
         title=markdown_text(name),
+        description=markdown_paragraph(known.get("description") or ""),
+        intended_use=markdown_paragraph(known.get("intended_use") or ""),
+        license=markdown_text(known.get("license_name") or known.get("license") or ""),
+        language=markdown_text(known.get("language") or ""),
         has_code=(folder / "modeling_moe.py").is_file(),
         chats=has_chat_template(folder),
+        has_tokenizer=has_tokenizer(str(folder)),
+        pictures=[(f"{ASSETS}/{picture}", PICTURES[picture]) for picture in sorted(pictures)],
         sources=[markdown_text(source) for source in sources],
-        upcycling=_rows(known.get("upcycling")),
+        upcycling=_rows(made),
+        paper=PAPERS.get(str(made.get("method"))),
+        data=_data_table(known.get("data") or {}),
         training=_rows(known.get("training")),
-        results=_table(results),
+        results=results_table(results),
         compared=any("before" in stages for stages in results.values()),
         **vars(facts),
     )
@@ -192,77 +216,84 @@ def _card_text(folder: Path, fields: Mapping[str, Any], trust_remote_code: bool 
     return f"{text}<!-- modeling_moe card {_hash(text)} {code} -->\n"
 
 
-def is_hub_name(name: str) -> bool:
+def _card_data(name: str, known: Mapping[str, Any], facts: ModelFacts, results: Results) -> ModelCardData:
+    bases = [source for source in known.get("base_model") or [] if is_on_hub(source)]
+    places = [str(domain.get("source", "")).partition(":")[0] for domain in _domains(known.get("data") or {}).values()]
+    relation = None
+    if bases:
+        made = known.get("upcycling") or known.get("training")
+        relation = "adapter" if facts.is_adapter else "merge" if len(bases) > 1 else "finetune" if made else None
+    return ModelCardData(
+        language=known.get("language"),
+        license=known.get("license"),
+        license_name=known.get("license_name"),
+        license_link=known.get("license_link"),
+        library_name=facts.library,
+        pipeline_tag=facts.task,
+        tags=known.get("tags") or _tags(known, facts),
+        base_model=bases or None,
+        base_model_relation=relation,
+        datasets=[place for place in dict.fromkeys(places) if is_on_hub(place)] or None,
+        model_name=(markdown_text(name).rpartition("/")[2] or "model") if results else None,
+        eval_results=model_index(results, facts.task) or None,
+    )
+
+
+def is_on_hub(name: str) -> bool:
     """Returns whether a text is a Hub name `owner/name` rather than a path on this machine."""
-    if name.count("/") != 1 or Path(name).exists():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+    return is_hub_name(name) and not os.path.exists(name)
 
 
-def _results(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns domain -> `"before"` or `"after"` -> measure -> value; unknown measures are dropped."""
-    results = {}
-    for domain, values in metrics.items():
-        stages = values if isinstance(values, Mapping) and {"before", "after"} & set(values) else {"after": values}
-        results[domain] = {
-            stage: _measures(domain, stages[stage]) for stage in ("before", "after") if stages.get(stage)
-        }
-        if not any(results[domain].values()):
-            raise UserError(f"metrics of domain {domain!r} have none of {', '.join(MEASURES)}: give at least one")
-    return results
+def _tags(known: Mapping[str, Any], facts: ModelFacts) -> list[str]:
+    own = facts.base_model_type == MoEConfig.model_type if facts.is_adapter else facts.model_type is None
+    made_here = own or bool(known.get("upcycling") or known.get("training"))
+    kinds = {
+        "moe": facts.is_sparse,
+        "modeling_moe": made_here,
+        "upcycling": "method" in (known.get("upcycling") or {}),
+        "lora": facts.is_adapter,
+    }
+    return [kind for kind, holds in kinds.items() if holds]
 
 
-def _measures(domain: str, values: Any) -> dict[str, float]:
-    if not isinstance(values, Mapping):
-        raise UserError(f"metrics of domain {domain!r} are no table: give {', '.join(MEASURES)}")
-    found = {measure: values[measure] for measure in MEASURES if measure in values}
-    for measure, value in found.items():
-        if not isinstance(value, int | float):
-            raise UserError(f"{measure} of domain {domain!r} is {value!r:.100}: it must be a number")
-    return {measure: float(value) for measure, value in found.items()}
+def _domains(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns the description of each domain; a text alone is the domain's source.
+
+    Raises:
+        UserError: if a description is neither a text nor a table.
+    """
+    domains = {}
+    for domain, described in data.items():
+        if not isinstance(described, str | Mapping):
+            raise UserError(f"data of domain {domain!r} is {described!r:.100}: give source, tokens or license")
+        domains[domain] = {"source": described} if isinstance(described, str) else described
+    return domains
 
 
-def _eval_results(results: Mapping, task: str) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=re.sub(r"[^\w.-]+", "-", domain),
-            dataset_name=domain,
-            metric_type=measure,
-            metric_name=MEASURES[measure],
-            metric_value=value,
-        )
-        for domain, stages in results.items()
-        for measure, value in stages.get("after", {}).items()
+def _data_table(data: Mapping[str, Any]) -> list[list[str]]:
+    """Returns header and rows of a table with a column for each of source, tokens and license that is known."""
+    domains = _domains(data)
+    columns = [
+        name for name in ("source", "tokens", "license") if any(values.get(name) for values in domains.values())
     ]
-
-
-def _table(results: Mapping) -> list[list[str]]:
-    """Returns header and rows of a table with one column for each measure and stage that occurs."""
-    used = [
-        (measure, stage)
-        for measure in MEASURES
-        for stage in ("before", "after")
-        if any(measure in stages.get(stage, {}) for stages in results.values())
-    ]
-    if not used:
+    if not columns:
         return []
-    compared = any(stage == "before" for _, stage in used)
-    header = ["Domain", *(MEASURES[measure] + (f", {stage}" if compared else "") for measure, stage in used)]
-    rows = []
-    for domain, stages in results.items():
-        values = [stages.get(stage, {}).get(measure) for measure, stage in used]
-        rows.append([markdown_text(domain), *("-" if value is None else f"{value:,.3f}" for value in values)])
-    return [header, *rows]
+    rows = [[domain, *(values.get(name) or "-" for name in columns)] for domain, values in domains.items()]
+    return [
+        ["Domain", *(name.capitalize() for name in columns)],
+        *([markdown_text(cell) for cell in row] for row in rows),
+    ]
 
 
 def _rows(values: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [
-        (markdown_text(name).replace("_", " ").capitalize(), markdown_text(value))
+        (_title(name), markdown_text(value))
         for name, value in (values or {}).items()
         if value is not None and value not in ("", [], {}, ())
     ]
+
+
+def _title(name: str) -> str:
+    """Returns the title of a row for the name of an option: `lora_r` as `LoRA r`."""
+    title = markdown_text(name).replace("_", " ").replace("lora", "LoRA")
+    return title[:1].upper() + title[1:]

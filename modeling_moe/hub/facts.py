@@ -1,18 +1,25 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module derives the facts of a model card from config.json and the names of the parameters."""
+"""This module derives the facts of a model card from the configuration of a model, or from the files of an adapter."""
 
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_moe import MoEConfig
 from ..modeling_moe import MODELS, MoEForCausalLM, MoEPreTrainedModel
+from ..monitoring import SparseLayer, UnreachableRouting, sparse_layers
 from ..utils.errors import UserError
 from ..utils.json_files import read_json
 from ..utils.loading import load_config
+from .parameters import count_parameters, experts_per_token
+from .router_facts import router_rows
+from .serving import Server, exports, servers
 from .wording import markdown_text
 
 
@@ -22,6 +29,11 @@ PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
+}
+SIZES = {
+    "hidden_size": "Hidden size",
+    "max_position_embeddings": "Context in tokens",
+    "vocab_size": "Vocabulary",
 }
 
 
@@ -34,22 +46,30 @@ class ModelFacts:
         task: the Hub's name of the task.
         library: the library that loads the model, `transformers` or `peft`.
         facts: titles and texts of a table.
+        router: titles and texts of a table about the routers; empty for a dense model and an adapter.
         total: number of parameters, as short text; None for an adapter.
         active: number of parameters that a token uses, as short text; None if not known.
-        is_sparse: whether the model has sparse layers.
+        is_sparse: whether the model, or the base model of an adapter as far as the adapter shows, has sparse layers.
         model_type: model type of a model that is not of this package, else None.
         is_adapter: whether it is a LoRA adapter.
+        base_model_type: model type of an adapter's base model, if its folder is there.
+        servers: the servers that compute the model as it is.
+        exports: formats to which the model can be exported, and the servers of each.
     """
 
     auto_class: str
     task: str
     library: str
     facts: list[tuple[str, str]]
+    router: list[tuple[str, str]] = field(default_factory=list)
     total: str | None = None
     active: str | None = None
     is_sparse: bool = False
     model_type: str | None = None
     is_adapter: bool = False
+    base_model_type: str | None = None
+    servers: list[Server] = field(default_factory=list)
+    exports: dict[str, list[Server]] = field(default_factory=dict)
 
 
 def model_facts(folder: Path, trust_remote_code: bool = False) -> ModelFacts:
@@ -63,58 +83,68 @@ def model_facts(folder: Path, trust_remote_code: bool = False) -> ModelFacts:
         UserError: if the folder holds neither a model nor an adapter, or a configuration is damaged.
     """
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        return _adapter_facts(read_json(folder / "adapter_config.json"))
+        return _adapter_facts(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: save the model there before its card")
     config = load_config(str(folder), trust_remote_code=trust_remote_code)
-    return _moe_facts(config) if isinstance(config, MoEConfig) else _transformers_facts(config, trust_remote_code)
+    with torch.device("meta"):
+        if isinstance(config, MoEConfig):
+            model: PreTrainedModel = _model_class(config)(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return _facts(config, model)
 
 
-def _moe_facts(config: MoEConfig) -> ModelFacts:
-    model_class = _model_class(config)
-    total, active = _count_params(model_class, config)
-    auto_class = str(model_class._auto_class)
+def _facts(config: PreTrainedConfig, model: PreTrainedModel) -> ModelFacts:
+    own = isinstance(config, MoEConfig)
+    auto_class = str(type(model)._auto_class) if isinstance(model, MoEPreTrainedModel) else "AutoModelForCausalLM"
+    layers = _reached_layers(model)
+    is_sparse = bool(layers) or (not own and experts_per_token(config) is not None)
+    counts = count_parameters(model, layers, is_sparse)
+    generates = auto_class == "AutoModelForCausalLM"
     return ModelFacts(
         auto_class=auto_class,
         task=PIPELINES[auto_class],
         library="transformers",
-        facts=_facts(config, total, active),
-        total=_short(total),
-        active=_short(active),
-        is_sparse=_sparse_layers(config) > 0,
+        facts=[*counts.rows(), *_shape(config, layers)],
+        router=router_rows(config, layers) if is_sparse else [],
+        total=short(counts.total),
+        active=short(counts.active) if counts.active is not None else None,
+        is_sparse=is_sparse,
+        model_type=None if own else config.model_type,
+        servers=servers(config) if generates else [],
+        exports=exports(config) if generates else {},
     )
 
 
-def _transformers_facts(config: PreTrainedConfig, trust_remote_code: bool) -> ModelFacts:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    names = {
-        "num_hidden_layers": "Layers",
-        "num_experts": "Routed experts",
-        "num_local_experts": "Routed experts",
-        "num_experts_per_tok": "Experts per token",
-        "hidden_size": "Hidden size",
-        "max_position_embeddings": "Context in tokens",
-    }
-    values = {title: getattr(config, name, None) for name, title in names.items()}
-    facts = {title: f"{value:,}" for title, value in values.items() if isinstance(value, int) and value}
-    facts |= {"Total parameters": f"{total:,}"}
+def _reached_layers(model: PreTrainedModel) -> list[SparseLayer]:
+    try:
+        return sparse_layers(model)
+    except UnreachableRouting:
+        return []
+
+
+def _shape(config: PreTrainedConfig, layers: Sequence[SparseLayer]) -> list[tuple[str, str]]:
+    text: Any = config.get_text_config()
+    facts = []
+    if isinstance(number := getattr(text, "num_hidden_layers", None), int):
+        sparse = len({layer.layer for layer in layers})
+        facts.append(("Layers", f"{number}, of which {sparse} sparse" if layers else str(number)))
+    for name, title in SIZES.items():
+        if isinstance(value := getattr(text, name, None), int) and value:
+            facts.append((title, f"{value:,}"))
     if config.dtype is not None:
-        facts["Data type"] = str(config.dtype).removeprefix("torch.")
-    return ModelFacts(
-        auto_class="AutoModelForCausalLM",
-        task=PIPELINES["AutoModelForCausalLM"],
-        library="transformers",
-        facts=list(facts.items()),
-        total=_short(total),
-        is_sparse="Experts per token" in facts,
-        model_type=config.model_type,
-    )
+        facts.append(("Data type", str(config.dtype).removeprefix("torch.")))
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method"):
+        facts.append(("Quantization of the weights", markdown_text(quantization["quant_method"])))
+    return facts
 
 
-def _adapter_facts(config: dict[str, Any]) -> ModelFacts:
-    facts = [("Method", config.get("peft_type")), ("Rank", config.get("r")), ("Alpha", config.get("lora_alpha"))]
+def _adapter_facts(folder: Path) -> ModelFacts:
+    config = read_json(folder / "adapter_config.json")
+    facts: list[tuple[str, Any]] = [("Method", config.get("peft_type")), ("Rank", config.get("r"))]
+    facts.append(("Alpha", config.get("lora_alpha")))
     for title, name in (
         ("Layers", "target_modules"),
         ("Parameters", "target_parameters"),
@@ -122,13 +152,40 @@ def _adapter_facts(config: dict[str, Any]) -> ModelFacts:
     ):
         value = config.get(name)
         facts.append((title, sorted(map(str, value)) if isinstance(value, list) else value))
+    if size := _adapter_size(folder):
+        facts.append(("Parameters of the adapter", f"{size:,}"))
+    base_model_type = _base_model_type(config.get("base_model_name_or_path"))
+    adapted = f"{config.get('target_modules')} {config.get('target_parameters')}"
     return ModelFacts(
         auto_class="AutoModelForCausalLM",
         task=PIPELINES["AutoModelForCausalLM"],
         library="peft",
         facts=[(title, markdown_text(value)) for title, value in facts if value],
+        is_sparse=base_model_type == MoEConfig.model_type or "experts" in adapted,
         is_adapter=True,
+        base_model_type=base_model_type,
     )
+
+
+def _adapter_size(folder: Path) -> int:
+    """Returns the number of parameters in an adapter's file; 0 if it cannot be read, which a push refuses elsewhere."""
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return 0
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def _base_model_type(base: object) -> str | None:
+    """Returns the model type in the folder of an adapter's base model; None if there is no readable folder."""
+    if not isinstance(base, str) or not os.path.isfile(os.path.join(base, "config.json")):
+        return None
+    try:
+        model_type = read_json(Path(base) / "config.json").get("model_type")
+    except UserError:
+        return None
+    return model_type if isinstance(model_type, str) else None
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -146,65 +203,9 @@ def _model_class(config: MoEConfig) -> type[MoEPreTrainedModel]:
     return next((classes[name] for name in named if isinstance(name, str) and name in classes), MoEForCausalLM)
 
 
-def _count_params(model_class: type[MoEPreTrainedModel], config: MoEConfig) -> tuple[int, int]:
-    """Returns total and active parameters of a model with any head; the config counts those of the causal LM."""
-    with torch.device("meta"):
-        total = sum(parameter.numel() for parameter in model_class(config).parameters())
-    return total, total - (config.num_params() - config.num_active_params())
-
-
-def _short(count: int) -> str:
+def short(count: int) -> str:
     """Returns a number as short text: `46702792704` as `46.7B`."""
     for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
         if count >= size:
             return f"{count / size:.1f}{unit}"
     return str(count)
-
-
-def _sparse_layers(config: MoEConfig) -> int:
-    return config.num_hidden_layers - len(config.mlp_only_layers)
-
-
-def _facts(config: MoEConfig, total: int, active: int) -> list[tuple[str, str]]:
-    sparse = _sparse_layers(config)
-    facts = [("Layers", f"{config.num_hidden_layers}, of which {sparse} sparse")]
-    if sparse:
-        facts += [
-            ("Routed experts", f"{config.num_experts}, width {config.moe_intermediate_size:,}"),
-            ("Experts per token", str(config.num_experts_per_tok)),
-        ]
-        if config.has_shared_experts:
-            facts.append(("Shared experts", _shared_experts(config)))
-        facts.append(("Router", _router(config)))
-        losses = {"load balance": config.router_aux_loss_coef, "z-loss": config.router_z_loss_coef}
-        if any(losses.values()):
-            weights = ", ".join(f"{loss} {weight:g}" for loss, weight in losses.items() if weight)
-            facts.append(("Router losses in training", weights))
-    facts += [
-        ("Total parameters", f"{total:,}"),
-        ("Active parameters per token", f"{active:,}"),
-        ("Hidden size", f"{config.hidden_size:,}"),
-        ("Context", f"{config.max_position_embeddings:,} tokens"),
-    ]
-    if config.dtype is not None:
-        facts.append(("Data type", str(config.dtype).removeprefix("torch.")))
-    return facts
-
-
-def _shared_experts(config: MoEConfig) -> str:
-    gate = ", gated" if config.shared_expert_gate else ""
-    count = {0: "", 1: "1, "}.get(config.num_shared_experts, f"{config.num_shared_experts}, together of ")
-    return f"{count}width {config.shared_expert_intermediate_size:,}{gate}"
-
-
-def _router(config: MoEConfig) -> str:
-    parts = [f"`{config.router_type}` on {config.scoring_func} scores"]
-    if config.norm_topk_prob:
-        parts.append("weights divided by their sum")
-    if config.routed_scaling_factor != 1:
-        parts.append(f"scaled by {config.routed_scaling_factor:g}")
-    if config.n_group > 1:
-        parts.append(f"{config.topk_group} of {config.n_group} groups")
-    if config.router_selection_bias:
-        parts.append("bias on the selection")
-    return ", ".join(parts)

@@ -1,13 +1,14 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module reads from `conversion.json`, `finetuning.json` and `scores.json` how a model was made."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..utils.errors import UserError
 from ..utils.json_files import read_json
-from ..utils.lineage import CONVERSION, FINETUNING, lineage_of, recorded_lineage
+from ..utils.lineage import CONVERSION, FINETUNING, VERIFICATION, lineage_of, recorded_lineage
 
 
 SCORES = "scores.json"
@@ -37,12 +38,13 @@ class FieldType(NamedTuple):
     name: str
 
 
+CARD_TEXTS = ("repo_id", "license", "license_name", "license_link", "description", "intended_use")
 # fields of a card -> type
 CARD_FIELDS = {
-    **dict.fromkeys(("repo_id", "license", "license_name", "license_link"), FieldType(_is_text, "a text")),
+    **dict.fromkeys(CARD_TEXTS, FieldType(_is_text, "a text")),
     "language": FieldType(lambda value: _is_text(value) or _is_texts(value), "a text or a list of texts"),
     **dict.fromkeys(("base_model", "tags"), FieldType(_is_texts, "a list of texts")),
-    **dict.fromkeys(("upcycling", "training", "metrics"), FieldType(_is_table, "an object")),
+    **dict.fromkeys(("upcycling", "data", "training", "metrics"), FieldType(_is_table, "an object")),
 }
 
 
@@ -75,7 +77,7 @@ def history(folder: Path) -> dict[str, Any]:
 
     Returns:
         The known ones of `base_model` (a list), `license`, `license_name`, `license_link`, `language`, `upcycling`,
-        `training` and `metrics`.
+        `data`, `training` and `metrics`.
 
     Raises:
         UserError: if a record is damaged.
@@ -88,17 +90,18 @@ def history(folder: Path) -> dict[str, Any]:
         finetuning = read_json(folder / FINETUNING)
         base = finetuning.get("base_model")
         if isinstance(base, str) and base and not bases:
-            parent = lineage_of(base) if Path(base).is_dir() else {}
+            parent = lineage_of(base) if os.path.isdir(base) else {}
             bases = [parent.pop("base_model", base)]
             known = parent | known
-        shown = ("method", "data", "steps", "tokens", "learning_rate", "seed")
-        known["training"] = {name: finetuning[name] for name in shown if finetuning.get(name) not in (None, {}, "")}
+        known["training"] = _training(finetuning)
+        if isinstance(sources := finetuning.get("data"), dict) and sources:
+            known["data"] = {domain: {"source": source} for domain, source in sources.items()}
         if isinstance(losses := finetuning.get("eval_loss"), dict) and losses:
             known["metrics"] = {domain: {"loss": loss} for domain, loss in losses.items()}
     adapter = folder / "adapter_config.json"
     base = read_json(adapter).get("base_model_name_or_path") if adapter.is_file() else None
     if not bases and isinstance(base, str) and base:
-        parent = lineage_of(base) if Path(base).is_dir() else {}
+        parent = lineage_of(base) if os.path.isdir(base) else {}
         bases = [parent.pop("base_model", base)]
         known = parent | known
     if (folder / SCORES).is_file():
@@ -110,12 +113,53 @@ def history(folder: Path) -> dict[str, Any]:
 
 def _conversion(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the card's rows about upcycling, conversion or resizing from the content of `conversion.json`."""
-    recipe = record.get("recipe")
-    recipe = recipe if isinstance(recipe, dict) else {}
-    options = recipe.get("options")
-    options = options if isinstance(options, dict) else {}
+    recipe = _table(record.get("recipe"))
+    options = _table(recipe.get("options"))
     shown = {name: options[name] for name in SHOWN_OPTIONS if options.get(name) is not None}
     sources = recipe.get("sources")
     sources = sources if isinstance(sources, list) else [recipe.get("source")]
     names = [source["name"] for source in sources if isinstance(source, dict) and isinstance(source.get("name"), str)]
-    return {"from": names, "target": recipe.get("target"), **shown} if names or shown else {}
+    if not names and not shown:
+        return {}
+    return {"from": names, "target": recipe.get("target"), **shown, "exactness": _exactness(record, recipe)}
+
+
+def _table(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _exactness(record: dict[str, Any], recipe: dict[str, Any]) -> str | None:
+    """Returns what is known of the difference between the result and its source; None if nothing is."""
+    measured = _table(record.get(VERIFICATION))
+    parts, difference = [], measured.get("largest_difference")
+    if isinstance(reason := recipe.get("reason_not_exact"), str):
+        parts.append(f"does not compute the source's function ({reason})")
+    if isinstance(difference, float):
+        dtype = str(recipe.get("dtype", "")).removeprefix("torch.")
+        parts.append(
+            f"measured: the logits of result and source differ by at most {difference:.1e} on a text"
+            f"{f' in {dtype}' if dtype not in ('', 'auto') else ''}"
+        )
+    elif not parts and "reason_not_exact" in recipe:
+        parts.append("the source's function by construction; not measured")
+    return "; ".join(parts) or None
+
+
+def _training(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns the card's rows about training from the content of `finetuning.json`; older files have fewer entries."""
+    rows: dict[str, Any] = {name: record.get(name) for name in ("method", "steps")}
+    if isinstance(tokens := record.get("tokens"), int):
+        rows["tokens"] = f"{tokens:,}"
+    sequences, length = record.get("batch_size"), record.get("max_length")
+    if isinstance(sequences, int) and isinstance(length, int):
+        rows["batch"] = f"{sequences} sequences of {length} tokens"
+    rows |= {name: record.get(name) for name in ("learning_rate", "optimizer", "seed")}
+    rows |= {name: value for name, value in record.items() if name.startswith(("lora_", "use_rslora"))}
+    trained, total = record.get("trained_parameters"), record.get("parameters")
+    if isinstance(trained, int) and isinstance(total, int) and total > 0:
+        rows["trained_parameters"] = f"{trained:,}, {trained / total:.2%} of the model's {total:,} without an adapter"
+    for name, change in _table(record.get("loss")).items():
+        if isinstance(change, Mapping) and all(isinstance(change.get(end), int | float) for end in ("first", "last")):
+            title = "training loss" if name == "loss" else name
+            rows[f"{title}, mean of the first and last quarter"] = f"{change['first']:.4f}, {change['last']:.4f}"
+    return {name: value for name, value in rows.items() if value not in (None, {}, "")}

@@ -23,8 +23,9 @@ from ..utils.lineage import CONVERSION, FINETUNING
 from ..utils.loading import load_model
 from ..utils.locations import refuse_outside
 from ..utils.trust import foreign_code
-from .card import card_to_publish, is_hub_name, reason_without_license
+from .card import card_to_publish, is_on_hub, reason_without_license
 from .files import CARD, published_files
+from .pictures import ASSETS, report_pictures, take_pictures
 from .wording import without_paths
 
 
@@ -130,7 +131,7 @@ def _refuse_not_finite(tensors: Mapping[str, torch.Tensor], folder: str | Path) 
 def _reason_without_base(folder: Path, base_model: str | None) -> str | None:
     """Returns a sentence if the base model of the adapter in a folder is not on the Hub; None if it is."""
     base = base_model or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if isinstance(base, str) and is_hub_name(base):
+    if isinstance(base, str) and is_on_hub(base):
         return None
     return f"the adapter's base model is {base!r}, which others do not have: pass --base_model owner/name"
 
@@ -211,6 +212,7 @@ def push_folder(
     license: str | None = None,
     language: str | list[str] | None = None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    report: str | Path | None = None,
 ) -> Published:
     """Checks a saved model or adapter, writes a card unless the user has written one, and uploads both.
 
@@ -224,6 +226,7 @@ def push_folder(
         license: the Hub's identifier, see [`~modeling_moe.hub.write_model_card`].
         language: metadata of the card.
         metrics: results, see [`~modeling_moe.hub.write_model_card`].
+        report: folder that `moe report --output_dir` wrote, whose pictures of the routing the card shows.
 
     Raises:
         UserError: if the folder holds no model, is damaged, holds foreign code, does not load without this package or
@@ -231,6 +234,7 @@ def push_folder(
     """
     folder = Path(folder)
     is_model = _check_folder(folder, repo_id, base_model, trust_remote_code)
+    pictures = {} if report is None else report_pictures(Path(report))
     card = card_to_publish(
         folder,
         repo_id=repo_id,
@@ -238,8 +242,11 @@ def push_folder(
         language=language,
         license=license,
         metrics=metrics,
+        pictures=pictures,
         trust_remote_code=trust_remote_code,
     )
+    if card is None and pictures:
+        raise UserError(f"{folder / CARD} is your own card, to which no picture is added: omit report")
     missing = [reason_without_license(card), None if is_model else _reason_without_base(folder, base_model)]
     if any(missing):
         raise UserError("; ".join(filter(None, missing)))
@@ -249,10 +256,13 @@ def push_folder(
     else:
         _check_adapter(folder)
     contents = _contents(folder, files, card, base_model)
+    contents |= {f"{ASSETS}/{name}": picture for name, picture in pictures.items()}
     if not dry_run:
         _upload(repo_id, private, contents)
         if card is not None:
             (folder / CARD).write_text(card, encoding="utf-8")
+        if report is not None:
+            take_pictures(report, folder)
     sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in contents.items()}
     return Published(sizes, [name for name in left_out if name not in sizes])
 
@@ -260,7 +270,7 @@ def push_folder(
 def _check_folder(folder: Path, repo_id: str, base_model: str | None, trust_remote_code: bool) -> bool:
     """Checks names and folder before anything is loaded; returns whether the folder holds a model, not an adapter."""
     check_repo_id(repo_id)
-    if base_model is not None and not is_hub_name(base_model):
+    if base_model is not None and not is_on_hub(base_model):
         raise UserError(f"base_model {base_model!r} is no name on the Hub: write owner/name")
     is_model, is_adapter = (folder / "config.json").is_file(), (folder / "adapter_config.json").is_file()
     if not folder.is_dir() or not (is_model or is_adapter):

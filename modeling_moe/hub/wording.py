@@ -14,7 +14,11 @@ _FOLDERS = re.compile(
 )
 _NAME = re.compile(r"[\w.-]+")
 # characters that begin links, pictures, table cells and code in Markdown, or tags in HTML
-_MARKS = str.maketrans({"|": "\\|", "[": "\\[", "]": "\\]", "<": "&lt;", ">": "&gt;", "`": "'"})
+_MARKS = str.maketrans(
+    {"\\": "\\\\", "|": "\\|", "[": "\\[", "]": "\\]", "*": "\\*", "<": "&lt;", ">": "&gt;", "`": "'"}
+)
+# what begins a heading, a list, a rule or a block of code when it begins a line
+_BEGINNING = re.compile(r"^(\d*)([#=+.)~:-])")
 
 
 def _without_folders(text: str) -> str:
@@ -57,3 +61,8 @@ def markdown_text(value: Any) -> str:
     if isinstance(value, Iterable) and not isinstance(value, str):
         return ", ".join(markdown_text(item) for item in value if item is not None)
     return " ".join(str(without_paths(value)).split()).translate(_MARKS)
+
+
+def markdown_paragraph(text: str) -> str:
+    """Returns a text as one line of Markdown that begins a paragraph, and nothing else."""
+    return _BEGINNING.sub(r"\1\\\2", markdown_text(text))

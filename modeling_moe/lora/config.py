@@ -115,7 +115,8 @@ def moe_lora_config(
 def trainable_parameters(model: nn.Module, config: LoraConfig) -> dict[str, int]:
     """Returns how many parameters `config` trains in the experts, linear layers and routers of `model`.
 
-    The model is not changed. Parts of which nothing is trained are left out.
+    The model is not changed. Parts of which nothing is trained are left out. Shares that this package prints are shares of
+    the model's parameters without the adapter; PEFT's `print_trainable_parameters` divides by model and adapter together.
     """
     counts = {"experts": 0, "linear layers": 0, "routers": 0}
     targets = tuple(config.target_parameters or ())

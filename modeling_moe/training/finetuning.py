@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module fine-tunes a causal LM with transformers' `Trainer`: all weights, one part of them, or LoRA by PEFT."""
 
+import logging
 import math
 import os
 import re
@@ -37,7 +38,7 @@ from .interruption import SaveOnInterrupt
 from .logs import LogAtCheckpoints, ScheduleCallback, detach, routing_callbacks, show_progress_line
 from .nan_stop import NanStopMixin
 from .presets import is_preset, new_model, preset_config
-from .record import write_record
+from .record import LossChange, logged_losses, write_record
 from .resuming import (
     WholeCheckpointsTrainer,
     checkpoint_to_resume,
@@ -46,6 +47,9 @@ from .resuming import (
     save_result,
 )
 from .sharded import ShardedResumeMixin, is_split
+
+
+logger = logging.getLogger(__name__)
 
 
 # part of a model -> pattern of the names of its parameters
@@ -119,13 +123,19 @@ class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns the numbers of trained and of all parameters for each part of the model."""
+    """Returns the numbers of trained and of all parameters for each part of the model.
+
+    A LoRA adapter's parameters count as trained, but not among all parameters: those are the model's without the adapter,
+    which are also the merged model's. PEFT's `print_trainable_parameters` divides by the model and adapter together.
+    """
+    added = re.compile(rf"\.{model.base_model.prefix}|\.modules_to_save\.") if isinstance(model, PeftModel) else None
     counts = {}
     for name, parameter in model.named_parameters():
         group = next((part for part, pattern in PARTS.items() if pattern.search(name)), "others")
         trained, total = counts.get(group, (0, 0))
         size = full_shape(parameter).numel()
-        counts[group] = (trained + size * parameter.requires_grad, total + size)
+        in_model = added is None or not added.search(name)
+        counts[group] = (trained + size * parameter.requires_grad, total + size * in_model)
     return counts
 
 
@@ -327,14 +337,13 @@ def _save(
 
 
 def _result(trainer: Trainer, trained: int, eval_loss: dict[str, float], max_length: int, metrics) -> FinetuneResult:
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] or [math.nan]
-    quarter = max(1, len(losses) // 4)
+    loss = logged_losses(trainer.state.log_history).get("loss", LossChange(math.nan, math.nan))
     return FinetuneResult(
         steps=trainer.state.global_step,
         processes=trainer.args.world_size,
         trained_params=trained,
-        first_loss=fmean(losses[:quarter]),
-        last_loss=fmean(losses[-quarter:]),
+        first_loss=loss.first,
+        last_loss=loss.last,
         eval_loss=eval_loss,
         seconds=metrics["train_runtime"],
         tokens_per_second=metrics["train_samples_per_second"] * max_length,
@@ -405,7 +414,8 @@ def finetune(
     _check_merge(trainer, model, merge)
     if resume is None and args.should_save:
         discard_checkpoints(output_folder(args))
-    trained = sum(trained for trained, _ in trained_parameters(model).values())
+    parts = trained_parameters(model).values()
+    trained, total = sum(trained for trained, _ in parts), sum(total for _, total in parts)
     metrics = _train(trainer, model, resume)
     if balancing is not None:
         balancing.detach()
@@ -414,5 +424,6 @@ def finetune(
     _save(trainer, tokenizer, merge, model_args)
     if args.should_save:
         tokens = round((trainer.state.epoch or 0) * len(train)) * data_args.max_length
-        write_record(output_folder(args), model_args, data_args, args, trainer.state.global_step, tokens, eval_loss)
+        counts = {"tokens": tokens, "trained_parameters": trained, "parameters": total}
+        write_record(output_folder(args), model_args, data_args, lora_args, args, trainer.state, counts, eval_loss)
     return _result(trainer, trained, eval_loss, data_args.max_length, metrics)

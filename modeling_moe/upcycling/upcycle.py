@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -153,17 +154,18 @@ def upcycle_checkpoint(
     state = assemble([checkpoint.state for checkpoint in checkpoints], plan.config, options, measured)
     verifications: list[Verification] = []
 
-    def compare(result: Path) -> None:
+    def compare(result: Path) -> dict[str, Any]:
         verification = verify(name_or_path, result, gguf_file, dtype, trust_remote_code=trust_remote_code)
         refuse_difference(verification, plan, name_or_path)
         verifications.append(verification)
+        return asdict(verification)
 
     save_checkpoint(
         folder,
         plan.config,
         state,
         checkpoints[0],
-        recipe(checkpoints, options, measured),
+        recipe(checkpoints, options, measured) | {"reason_not_exact": plan.reason_not_exact},
         max_shard_size=max_shard_size,
         check=compare if check else None,
         trust_remote_code=trust_remote_code,

@@ -14,6 +14,8 @@ from .json_files import read_json
 
 CONVERSION = "conversion.json"
 FINETUNING = "finetuning.json"
+# entry of conversion.json with what a comparison of source and result measured
+VERIFICATION = "verification"
 # entries of a model card's metadata that a derived model inherits
 CARRIED = ("license", "license_name", "license_link", "language")
 

@@ -351,10 +351,10 @@ def test_verify_without_a_tokenizer_is_refused_before_anything_is_written(source
 
 
 def test_bytes_needed_round_up_and_bytes_free_round_down():
-    assert size_text(8 * 2**20 + 1) == "8.1 MiB"
-    assert size_text(8 * 2**20 + 1, up=False) == "8.0 MiB"
-    assert size_text(0) == "0.0 MiB"
-    assert size_text(1) == "0.1 MiB"
+    assert size_text(8 * 10**6 + 1) == "8.1 MB"
+    assert size_text(8 * 10**6 + 1, up=False) == "8.0 MB"
+    assert size_text(0) == "0.0 MB"
+    assert size_text(1) == "0.1 MB"
     assert size_text(10**9) == size_text(10**9, up=False) == "1.0 GB"
     assert size_text(10**15 + 1) == "1000000.1 GB"
     dice = random.Random(0)
@@ -364,9 +364,9 @@ def test_bytes_needed_round_up_and_bytes_free_round_down():
 
 
 def test_no_bar_is_printed_before_the_line_that_refuses(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(8, 0, 7 * 2**20))
-    state = {"a": LazyTensor((2**21,), torch.float32, None)}
-    with pytest.raises(UserError, match=r"needs 8\.1 MiB where 7\.0 MiB are free: free 1\.1 MiB"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(8, 0, 7 * 10**6))
+    state = {"a": LazyTensor((2 * 10**6,), torch.float32, None)}
+    with pytest.raises(UserError, match=r"needs 8\.1 MB where 7\.0 MB are free: free 1\.1 MB"):
         write_checkpoint(tmp_path / "out", state, {}, lambda folder: None)
     assert capsys.readouterr() == ("", "")
     assert not left(tmp_path)

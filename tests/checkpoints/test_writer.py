@@ -283,3 +283,36 @@ def test_old_folder_comes_back_if_the_new_one_cannot_take_its_place(out, monkeyp
 def test_tensor_of_another_size_or_dtype_than_announced(out, wrong):
     with pytest.raises(RuntimeError, match=r"t0 (has|is) .* announced"):
         write(out, {"t0": LazyTensor((100,), torch.float32, lambda index: wrong)})
+
+
+def test_what_a_check_measures_is_kept_in_the_record(out):
+    write(out, check=lambda folder: {"largest_difference": 1e-5})
+    description = json.loads((out / "conversion.json").read_text())
+    assert description["verification"] == {"largest_difference": 1e-5}
+    assert description["recipe"] == RECIPE
+    check_hashes(out)
+    write(out, overwrite=True)
+    assert "verification" not in json.loads((out / "conversion.json").read_text())
+
+
+def test_a_run_that_was_killed_after_its_check_goes_on(out, partial, expected, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.ResultFolder, "commit", raises_at_once)
+        with pytest.raises(KeyboardInterrupt):
+            write(out, check=lambda folder: {"largest_difference": 1e-5})
+    assert "verification" in json.loads((partial / "conversion.json").read_text())
+    write(out, {name: raises(AssertionError("read again")) for name in six_tensors()})
+    assert folder_contents(out) == expected
+
+
+def test_a_record_of_another_run_is_no_record_of_this_one(out, partial, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.ResultFolder, "commit", raises_at_once)
+        with pytest.raises(KeyboardInterrupt):
+            write(out, recipe=RECIPE | {"seed": 2}, check=lambda folder: {"largest_difference": 1e-5})
+    with pytest.raises(UserError, match="holds an interrupted run with other options"):
+        write(out)
+
+
+def raises_at_once(folder):
+    raise KeyboardInterrupt

@@ -28,9 +28,9 @@ def test_a_plan_needs_config_json_alone_and_is_that_of_upcycle(moe, place):
     assert code == 0
     assert planned == dry
     assert "computes the dense function │ yes" in planned
-    assert "0.2 MiB, float32" in planned
+    assert "0.2 MB, float32" in planned
     assert "0.000" not in planned
-    assert "0.1 MiB, bfloat16" in moe("plan", *flags, "--dtype", "bfloat16")[1]
+    assert "0.1 MB, bfloat16" in moe("plan", *flags, "--dtype", "bfloat16")[1]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.builders import sample_text, tiny_config, train_tokenizer
 
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("modeling_moe", "scripts", "configuration")
+FOLDERS = ("modeling_moe", "scripts", "configuration", "model_cards")
 # ends a process that opens a file of the repository, be it a module or data
 GUARD = """
 import os, sys

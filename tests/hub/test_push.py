@@ -17,7 +17,7 @@ from modeling_moe import MoEForCausalLM
 from modeling_moe.hub import check_without_package, push, push_folder
 from modeling_moe.hub.files import published_files
 from modeling_moe.utils.errors import UserError
-from tests.builders import tiny_config
+from tests.builders import tiny_config, train_tokenizer
 
 
 PRIVATE = (
@@ -268,7 +268,7 @@ def test_license_lineage_data_and_losses_come_from_the_records(hub, folder, unch
         "| Method | drop |",
         "| Num experts | 5 |",
         "| Steps | 40 |",
-        "| Data | wiki: wiki.txt |",
+        "| wiki | wiki.txt |",
         "| Seed | 3 |",
     ):
         assert row in card.text
@@ -282,6 +282,7 @@ def test_scores_of_eval_lm_come_to_the_card(hub, folder, unchecked):
 
 
 def test_a_chat_model_gets_a_chat_example(hub, folder, unchecked):
+    train_tokenizer().save_pretrained(folder)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     push_folder(folder, "you/moe", license="mit")
     assert "tokenizer.apply_chat_template(messages, add_generation_prompt=True" in (folder / "README.md").read_text()
@@ -340,7 +341,7 @@ def test_an_export_can_be_published(hub, tmp_path):
     assert "in the format `mixtral`" in text
     assert "trust_remote_code" not in text
     assert "import modeling_moe" not in text
-    assert "| Routed experts | 4 |" in text
+    assert "| Routed experts | 4 of width 32 |" in text
 
 
 def test_an_adapter_can_be_published_if_its_base_is_on_the_hub(hub, tmp_path):
@@ -369,6 +370,30 @@ def test_a_model_and_an_adapter_in_one_folder_are_refused(hub, folder):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="holds a model and an adapter"):
         push_folder(folder, "you/moe", license="mit")
+
+
+def test_the_pictures_of_a_report_go_up_with_the_card(hub, folder, tmp_path, unchecked):
+    report = tmp_path / "report"
+    report.mkdir()
+    with pytest.raises(UserError, match=r"holds no routing_load\.png: make it with moe report --output_dir"):
+        push_folder(folder, "you/moe", license="mit", report=report)
+    for name in ("routing_load.png", "routing_specialisation.png", "paths.png"):
+        (report / name).write_bytes(name.encode())
+    before = snapshot(folder)
+    dry = push_folder(folder, "you/moe", license="mit", report=report, dry_run=True)
+    assert snapshot(folder) == before
+    published = push_folder(folder, "you/moe", license="mit", report=report)
+    assert published.files == dry.files
+    contents = hub.calls[1][2]
+    assert contents["assets/routing_load.png"] == b"routing_load.png"
+    assert "assets/paths.png" not in contents
+    assert contents["README.md"].decode().count("](assets/routing_") == 2
+    assert contents == {name: (folder / name).read_bytes() for name in published.files}
+    again = push_folder(folder, "you/moe", license="mit", dry_run=True)
+    assert again.files == published.files
+    (folder / "README.md").write_text("# Mine")
+    with pytest.raises(UserError, match="is your own card, to which no picture is added: omit report"):
+        push_folder(folder, "you/moe", license="mit", report=report)
 
 
 def test_both_ways_of_loading_agree(folder):

@@ -199,13 +199,22 @@ def scores(loss: float) -> dict:
 
 def test_demo_report_refuses_an_upcycling_that_changed_the_loss(run, tmp_path):
     MoEForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
+    record = {"base_model": "/home/me/upcycled", "data": {"wiki": "/home/me/wiki_train.txt"}}
+    (tmp_path / "model" / "finetuning.json").write_text(json.dumps(record))
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "routing_load.png").write_bytes(b"picture")
     flags = ["--model_dir", tmp_path / "model", "--scores_dir", tmp_path, "--base_model", "some/base"]
+    flags += ["--report_dir", tmp_path / "report", "--license", "mit", "--data_license", "PSF-2.0"]
     for stage, loss in (("dense", 3.0), ("before", 3.0), ("after", 2.5)):
         (tmp_path / f"{stage}.json").write_text(json.dumps(scores(loss)))
     code, out, _ = run("demo_report.py", *flags)
     assert code == 0
     assert "2.5000" in out
-    assert "2.500" in (tmp_path / "model" / "README.md").read_text()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "2.500" in card
+    assert "| wiki | wiki_train.txt | PSF-2.0 |" in card
+    assert "](assets/routing_load.png)" in card
+    assert (tmp_path / "model" / "assets" / "routing_load.png").read_bytes() == b"picture"
     (tmp_path / "before.json").write_text(json.dumps(scores(3.01)))
     code, _, err = run("demo_report.py", *flags)
     assert code == 2

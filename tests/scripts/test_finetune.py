@@ -409,14 +409,22 @@ def test_a_result_records_its_base_model_data_and_license(checkpoint, text_file,
     flags = small("checkpoint", "sample.txt", output, steps=2)
     finetune(monkeypatch, *flags, "--method", "router", "--seed", "5")
     record = json.loads((output / "finetuning.json").read_text())
-    loss = record.pop("eval_loss")
+    loss, change = record.pop("eval_loss"), record.pop("loss")["loss"]
+    assert all(5 < mean < 7 for mean in change.values())
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    routers = sum(p.numel() for name, p in model.named_parameters() if ".gate." in name)
     assert record == {
-        "base_model": "checkpoint",
+        "base_model": str(checkpoint.resolve()),
         "method": "router",
-        "data": {"wiki": "sample.txt"},
+        "data": {"wiki": str((tmp_path / "sample.txt").resolve())},
         "steps": 2,
         "tokens": 2 * 16 * 32,
+        "trained_parameters": routers,
+        "parameters": model.num_parameters(),
+        "max_length": 32,
+        "batch_size": 16,
         "learning_rate": 0.01,
+        "optimizer": "adamw_torch_fused",
         "seed": 5,
         "modeling_moe_version": modeling_moe.__version__,
     }
