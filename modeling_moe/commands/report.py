@@ -32,19 +32,21 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from ..data import DataArguments
 from ..evaluation import EvaluationArguments, load_for_scoring
-from ..monitoring import (
+from ..monitoring import sparse_layers
+from ..monitoring.report import (
     LayerTrace,
     ModelTrace,
     RoutingReport,
     Traced,
     TraceOptions,
+    card_pictures,
     compare_traces,
     read_history,
     refuse_mixing,
-    sparse_layers,
+    require_matplotlib,
     trace_routing,
+    write_report,
 )
-from ..monitoring.page import card_pictures, require_matplotlib, write_report
 from ..utils.command_line import parse, refuse_missing_folder
 from ..utils.errors import UserError
 from ..utils.folders import whole_folder

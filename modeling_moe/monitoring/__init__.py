@@ -3,14 +3,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .comparing import compare_traces
 from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, active_share, experts_modules, sparse_layers
-from .logged_history import read_history
 from .loss_meter import LossMeans, report_router_losses
 from .observing import LayerPass, Observation, observe
 from .probabilities import ScoringEvidence, certain, explanation, probabilities
-from .report_data import LayerTrace, ModelTrace, RoutingReport
 from .routing_metrics import (
     Entropies,
     co_activation,
@@ -24,7 +21,6 @@ from .routing_metrics import (
     mean_experts,
     summary,
 )
-from .tracing import Traced, TraceOptions, refuse_mixing, trace_routing
 from .watching import RoutingWatch, watch
 
 
@@ -36,23 +32,17 @@ __all__ = [
     "Entropies",
     "LayerFigures",
     "LayerPass",
-    "LayerTrace",
     "LossMeans",
-    "ModelTrace",
     "Observation",
     "RoutingCallback",
     "RoutingFigures",
-    "RoutingReport",
     "RoutingWatch",
     "ScoringEvidence",
     "SparseLayer",
-    "TraceOptions",
-    "Traced",
     "UnreachableRouting",
     "active_share",
     "certain",
     "co_activation",
-    "compare_traces",
     "dead_experts",
     "dropped_share",
     "entropies",
@@ -65,12 +55,9 @@ __all__ = [
     "mean_experts",
     "observe",
     "probabilities",
-    "read_history",
-    "refuse_mixing",
     "report_router_losses",
     "sparse_layers",
     "summary",
-    "trace_routing",
     "watch",
 ]
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from modeling_moe.monitoring.report_data import (
+from modeling_moe.monitoring.report.data import (
     LayerChange,
     LayerSummary,
     LayerTrace,

@@ -13,17 +13,17 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from modeling_moe.monitoring.page import card_pictures, write_report
-from modeling_moe.monitoring.page.token_data import text_data, to_json, top_data
-from modeling_moe.monitoring.page.visible import shorten, visible
-from modeling_moe.monitoring.report_data import ModelChanges, RoutingReport, TracedText
+from modeling_moe.monitoring.report import card_pictures, write_report
+from modeling_moe.monitoring.report.data import ModelChanges, RoutingReport, TracedText
+from modeling_moe.monitoring.report.page.token_data import text_data, to_json, top_data
+from modeling_moe.monitoring.report.page.visible import shorten, visible
 from modeling_moe.utils.errors import UserError
 from tests.monitoring.synthetic_report import HOSTILE, synthetic_report
 
 
 pytest.importorskip("matplotlib")
 
-from modeling_moe.monitoring.page import figures_experts, figures_history, figures_layers, words
+from modeling_moe.monitoring.report.page import figures_experts, figures_history, figures_layers, words
 
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}

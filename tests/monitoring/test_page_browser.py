@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from modeling_moe.monitoring.page import write_report
-from modeling_moe.monitoring.page.visible import visible
-from modeling_moe.monitoring.report_data import RoutingReport
+from modeling_moe.monitoring.report import write_report
+from modeling_moe.monitoring.report.data import RoutingReport
+from modeling_moe.monitoring.report.page.visible import visible
 from tests.monitoring.synthetic_report import HOSTILE, synthetic_report
 
 

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import torch
 
-from modeling_moe.monitoring import TraceOptions, trace_routing
+from modeling_moe.monitoring.report import TraceOptions, trace_routing
 from tests.builders import tiny_model, train_tokenizer
 from tests.monitoring.synthetic_report import synthetic_report
 

@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from modeling_moe.monitoring.specialisation import (
+from modeling_moe.monitoring.report.specialisation import (
     adjusted_p_values,
     contrasts,
     is_too_little,

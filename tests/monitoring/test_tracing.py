@@ -19,18 +19,12 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from modeling_moe.data import pack
-from modeling_moe.monitoring import (
-    TraceOptions,
-    UnreachableRouting,
-    compare_traces,
-    sparse_layers,
-    trace_routing,
-    watch,
-)
-from modeling_moe.monitoring.comparing import load_shift
-from modeling_moe.monitoring.token_texts import token_label, token_texts
-from modeling_moe.monitoring.top_tokens import MIN_OCCURRENCES, lower_bound
-from modeling_moe.monitoring.trace_sums import margins
+from modeling_moe.monitoring import UnreachableRouting, sparse_layers, watch
+from modeling_moe.monitoring.report import TraceOptions, compare_traces, trace_routing
+from modeling_moe.monitoring.report.comparing import load_shift
+from modeling_moe.monitoring.report.token_texts import token_label, token_texts
+from modeling_moe.monitoring.report.top_tokens import MIN_OCCURRENCES, lower_bound
+from modeling_moe.monitoring.report.trace_sums import margins
 from tests.builders import SIZE, sample_text, tiny_model, train_tokenizer
 from tests.monitoring.moe_families import experts_families, sharpen, tiny_family
 

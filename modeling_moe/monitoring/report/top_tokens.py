@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .report_data import TopToken
+from .data import TopToken
 from .token_texts import token_label, token_texts
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..report_data import ModelTrace, RoutingReport
+from ..data import ModelTrace, RoutingReport
 from . import figures_experts, figures_history, figures_layers
 from .style import HALF_WIDTH, WIDTH, Drawing
 

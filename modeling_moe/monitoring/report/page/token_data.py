@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from ..report_data import LayerTrace, ModelTrace, TracedText
+from ..data import LayerTrace, ModelTrace, TracedText
 from .visible import ELLIPSIS, shorten, visible
 
 

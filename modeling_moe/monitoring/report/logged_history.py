@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import UserError
-from ..utils.json_files import read_json
+from ...utils.errors import UserError
+from ...utils.json_files import read_json
 
 
 STATE = "trainer_state.json"

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.path import Path as Outline
 
-from ..report_data import LayerTrace, ModelTrace
+from ..data import LayerTrace, ModelTrace
 from .figures_layers import layer_names, ratio_limit, ratio_norm
 from .style import (
     AMOUNTS,

@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from ..report_data import LayerTrace, ModelChanges, ModelTrace
+from ..data import LayerTrace, ModelChanges, ModelTrace
 from .style import (
     AMOUNTS,
     BLUE,

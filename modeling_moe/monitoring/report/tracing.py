@@ -15,10 +15,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .layers import SparseLayer, UnreachableRouting, sparse_layers
-from .observing import LayerPass, observe
-from .probabilities import ScoringEvidence, explanation, probabilities
-from .report_data import LayerTrace, ModelTrace, TracedText
+from ..layers import SparseLayer, UnreachableRouting, sparse_layers
+from ..observing import LayerPass, observe
+from ..probabilities import ScoringEvidence, explanation, probabilities
+from .data import LayerTrace, ModelTrace, TracedText
 from .specialisation import LEVEL, is_too_little, significant_cells, specialisation
 from .text_places import Batch, Texts, batches
 from .token_texts import token_texts

@@ -15,9 +15,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ...utils.atomic import part_of, write_text
-from ...utils.errors import UserError
-from ..report_data import RoutingReport
+from ....utils.atomic import part_of, write_text
+from ....utils.errors import UserError
+from ..data import RoutingReport
 
 
 HERE = Path(__file__).parent

@@ -6,7 +6,7 @@
 
 import numpy as np
 
-from .report_data import LayerChange, LayerTrace, ModelChanges
+from .data import LayerChange, LayerTrace, ModelChanges
 from .tracing import Traced
 
 

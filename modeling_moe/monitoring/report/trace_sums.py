@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .report_data import LayerSummary
-from .routing_metrics import dead_experts, max_violation
+from ..routing_metrics import dead_experts, max_violation
+from .data import LayerSummary
 
 
 class TokenPlaces(NamedTuple):

@@ -67,7 +67,7 @@ class LayerTrace(LayerSummary):
         co_activation: (E, E) float64, share of the tokens that use both experts; the diagonal is the share of one.
         position: (P, E) int64, assignments that reached each expert by the token's position in the text.
         specialisation: (D, E) float64, log2 of an expert's share of a domain over the expert's mean share of all domains
-            ([`~modeling_moe.monitoring.specialisation.specialisation`]); finite.
+            ([`~modeling_moe.monitoring.report.specialisation.specialisation`]); finite.
         significant: (D, E) bool, whether the expert's share of the domain differs from that of the other domains, after a
             correction for the number of cells of all layers.
         top_tokens: E lists, best first.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..report_data import LayerTrace, ModelTrace
+from ..data import LayerTrace, ModelTrace
 from .visible import shorten
 
 
