@@ -12,10 +12,15 @@ def part_of(file: Path) -> Path:
 
 def write_text(file: Path, text: str) -> None:
     """Writes a small UTF-8 file; a reader sees either the earlier content or the whole new text."""
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Writes a small file; a reader sees either the earlier content or the whole new one."""
     part = part_of(file)
     try:
-        with open(part, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(part, "wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(part, file)

@@ -11,11 +11,10 @@ what to show, names the cell under the pointer, and lists tokens; it draws nothi
 import base64
 import hashlib
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
-from ....utils.atomic import part_of, write_text
+from ....utils.atomic import write_bytes, write_text
 from ....utils.errors import UserError
 from ..data import RoutingReport
 
@@ -57,8 +56,7 @@ def write_report(report: RoutingReport, folder: str | Path) -> list[Path]:
                 pictures[f"{part.key}{'' if place == 0 else f'_{place + 1}'}.png"] = drawings[0]
         images = {file: png(drawing.figure) for file, drawing in pictures.items()}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [_write_bytes(folder / file, data) for file, data in images.items()]
+    files = _write(images, folder)
     write_text(folder / "report.html", page)  # last, so that a page never lacks its pictures
     return [folder / "report.html", *files]
 
@@ -87,9 +85,7 @@ def card_pictures(report: RoutingReport, folder: str | Path) -> list[Path]:
     with style():
         chosen = list(CARD.items())[: 1 if len(model.domains) < 2 else 2]
         images = {file: png(draw(model).figure, CARD_DPI) for file, draw in chosen}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return [_write_bytes(folder / file, data) for file, data in images.items()]
+    return _write(images, Path(folder))
 
 
 def _page(report: RoutingReport, parts: list[Any]) -> str:
@@ -124,13 +120,9 @@ def _page(report: RoutingReport, parts: list[Any]) -> str:
     )
 
 
-def _write_bytes(file: Path, data: bytes) -> Path:
-    """Writes a file whole or not at all."""
-    part = part_of(file)
-    try:
-        part.write_bytes(data)
-        os.replace(part, file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return file
+def _write(images: dict[str, bytes], folder: Path) -> list[Path]:
+    """Writes pictures by file name into a folder, which is made if it is missing, and returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, data in images.items():
+        write_bytes(folder / file, data)
+    return [folder / file for file in images]
