@@ -143,9 +143,8 @@ class Observation:
             | kwargs
         )
         if call.get("frozen"):
-            return (
-                None  # a straight-through estimate of the router's gradient, before the call with the chosen experts
-            )
+            # a straight-through estimate of the router's gradient, before the call with the chosen experts
+            return None
         kept = self._outputs.pop(layer.name, None)
         context = None
         if layer.returns_routing and kept is not None:
