@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_moe import MoEConfig
 from ..modeling_moe import MODELS, MoEForCausalLM, MoEPreTrainedModel
-from ..monitoring import SparseLayer, UnreachableRouting, sparse_layers
+from ..monitoring import SparseLayer, UnreachableRouting, experts_per_token, sparse_layers
 from ..utils.errors import UserError
 from ..utils.json_files import read_json
 from ..utils.loading import load_config
-from .parameters import count_parameters, experts_per_token
+from .parameters import count_parameters
 from .router_facts import router_rows
 from .serving import Server, exports, servers
 from .wording import markdown_text

@@ -6,13 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..monitoring import SparseLayer
-
-
-# names of the number of experts per token in transformers' configurations
-TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+from ..monitoring import SparseLayer, experts_per_token, idle_parameters
 
 
 @dataclass(frozen=True)
@@ -41,19 +37,6 @@ class ParameterCounts:
         ]
 
 
-def experts_per_token(config: PreTrainedConfig) -> int | None:
-    """Returns the number of experts that a token is sent to; None if no field says so, or layers differ."""
-    text: Any = config.get_text_config()
-    found = next((value for name in TOP_K_NAMES if (value := getattr(text, name, None)) is not None), None)
-    if isinstance(found, list) and len(set(map(str, found))) == 1:
-        found = found[0]
-    return found if isinstance(found, int) and not isinstance(found, bool) else None
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
-
-
 def count_parameters(model: PreTrainedModel, layers: Sequence[SparseLayer], is_sparse: bool) -> ParameterCounts:
     """Counts the parameters of a model of any family, which may lie on the meta device.
 
@@ -75,5 +58,5 @@ def count_parameters(model: PreTrainedModel, layers: Sequence[SparseLayer], is_s
         return ParameterCounts(total, total, embeddings)
     if top_k is None or not layers:
         return ParameterCounts(total, None, embeddings)
-    idle = sum(_numel(layer.experts) * max(0.0, 1 - top_k / layer.num_experts) for layer in layers)
+    idle = sum(idle_parameters(layer.experts, top_k) for layer in layers)
     return ParameterCounts(total, round(total - idle), embeddings)

@@ -12,7 +12,7 @@ from ..configuration_fields import settings_of
 from ..configuration_moe import MoEConfig
 from ..configuration_unread import routers_in_use
 from ..conversion import moe_config
-from ..monitoring import SparseLayer
+from ..monitoring import SparseLayer, experts_per_token
 from ..router import CAPACITY_READS, FRAME_READS, RouterFields
 from ..router_assigned import AssignedFields
 from ..router_balancing import BalancingFields
@@ -23,7 +23,6 @@ from ..router_soft import SoftFields
 from ..router_topk import SELECTION_READS, TopKFields
 from ..router_variable_k import VariableKFields, VariableRouter
 from ..utils.errors import UserError
-from .parameters import experts_per_token
 from .wording import markdown_text
 
 

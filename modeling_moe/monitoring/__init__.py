@@ -3,8 +3,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .active_parameters import active_share, experts_per_token, idle_parameters
 from .figures import LayerFigures, RoutingFigures
-from .layers import SparseLayer, UnreachableRouting, active_share, experts_modules, sparse_layers
+from .layers import SparseLayer, UnreachableRouting, experts_modules, sparse_layers
 from .loss_meter import LossMeans, report_router_losses
 from .observing import LayerPass, Observation, observe
 from .probabilities import ScoringEvidence, certain, explanation, probabilities
@@ -48,8 +49,10 @@ __all__ = [
     "entropies",
     "expert_domain_share",
     "experts_modules",
+    "experts_per_token",
     "explanation",
     "gate_margin",
+    "idle_parameters",
     "load_variation",
     "max_violation",
     "mean_experts",

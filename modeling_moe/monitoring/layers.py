@@ -54,25 +54,6 @@ def experts_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if follows_experts_interface(module)]
 
 
-def active_share(model: Any) -> float:
-    """Returns the share of a model's parameters, without embeddings, that one token uses.
-
-    Args:
-        model: any model of transformers, with or without an adapter.
-
-    Returns:
-        A number in (0, 1]; 1.0 for a dense model, and for a configuration without `num_experts_per_tok`.
-    """
-    top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    if not isinstance(top_k, int):
-        return 1.0
-    idle = 0.0
-    for module in experts_modules(model):
-        size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        idle += size * max(0.0, 1 - top_k / int(getattr(module, "num_experts", top_k)))
-    return 1 - idle / max(1, model.num_parameters(exclude_embeddings=True))
-
-
 def sparse_layers(model: nn.Module) -> list[SparseLayer]:
     """Returns the sparse layers of a model, in the order of the model.
 

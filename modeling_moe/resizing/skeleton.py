@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..monitoring import SparseLayer, UnreachableRouting, sparse_layers
+from ..monitoring import SparseLayer, UnreachableRouting, idle_parameters, sparse_layers
 from ..utils.errors import UserError
 
 
@@ -59,8 +59,7 @@ class Skeleton:
         """Returns the number of parameters that a token uses if it chooses `top_k` experts; None if that is None."""
         if top_k is None:
             return None
-        experts = sum(parameter.numel() for layer in self.layers for parameter in layer.experts.parameters())
-        return self.model.num_parameters() - experts * (self.num_experts - top_k) // self.num_experts
+        return self.model.num_parameters() - round(sum(idle_parameters(layer.experts, top_k) for layer in self.layers))
 
 
 @dataclass(frozen=True)
@@ -131,21 +130,32 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Sk
             layers of one index.
     """
     model = model_without_data(config, trust_remote_code=trust_remote_code)
-    try:
-        layers = sparse_layers(model)
-    except UnreachableRouting as error:
-        raise UserError(str(error)) from error
+    layers = indexed_layers(model)
     counts = sorted({layer.num_experts for layer in layers})
     if len(counts) > 1:
         raise UserError(
             f"the sparse layers of {type(model).__name__} have {' and '.join(map(str, counts))} experts: only a model with "
             "equally many in all layers can be pruned"
         )
+    return Skeleton(config, model, layers, counts[0])
+
+
+def indexed_layers(model: PreTrainedModel) -> list[SparseLayer]:
+    """Returns the sparse layers of a model, each of which has an index of its own.
+
+    Raises:
+        UserError: if the model is dense, its experts cannot be reached, or two of its layers have the same index.
+    """
+    try:
+        layers = sparse_layers(model)
+    except UnreachableRouting as error:
+        raise UserError(str(error)) from error
     if len({layer.layer for layer in layers}) < len(layers):
         raise UserError(
-            f"{type(model).__name__} has several sparse layers of one index: take the language model alone"
+            f"{type(model).__name__} has several sparse layers of one index, as a model of several towers has: take the "
+            "language model alone"
         )
-    return Skeleton(config, model, layers, counts[0])
+    return layers
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:

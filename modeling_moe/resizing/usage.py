@@ -13,10 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling_moe import MoEBlock
-from ..monitoring import LayerPass, SparseLayer, UnreachableRouting, observe, sparse_layers
+from ..monitoring import LayerPass, SparseLayer, observe
 from ..router import Router
 from ..utils.errors import UserError
 from ..utils.json_files import read_json, write_json
+from .skeleton import indexed_layers
 
 
 @dataclass(frozen=True)
@@ -145,18 +146,10 @@ def measured_layers(model: PreTrainedModel) -> list[SparseLayer]:
         UserError: if the model is dense, its experts cannot be reached or are split over processes, its router mixes tokens
             or experts (`soft_moe`, `lory`), or two of its layers have the same index.
     """
-    try:
-        layers = sparse_layers(model)
-    except UnreachableRouting as error:
-        raise UserError(str(error)) from error
+    layers = indexed_layers(model)
     if any(isinstance(module, MoEBlock) and module.mix is not Router.mix for module in model.modules()):
         raise UserError(
             f"router_type={model.config.router_type!r} does not send tokens to experts: measure a model whose router does"
-        )
-    if len({layer.layer for layer in layers}) < len(layers):
-        raise UserError(
-            f"{type(model).__name__} has several sparse layers of one index, as a model of several towers has: take the "
-            "language model alone"
         )
     if any(layer.num_experts != layer.experts.num_experts for layer in layers):
         raise UserError("the experts are split over processes: measure the usage in one process")

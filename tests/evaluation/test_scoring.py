@@ -10,6 +10,8 @@ from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
     GptOssConfig,
     JetMoeConfig,
     LlamaConfig,
@@ -330,6 +332,13 @@ def test_total_flos_counted_every_expert_of_a_token():
     trainer.model = sparse
     flos = trainer.floating_point_ops({"input_ids": torch.zeros(1, 10)})
     assert flos == round(6 * 10 * (total - experts * 6 / 8))
+    # ERNIE's configuration has another name for the number of experts per token
+    named = Ernie4_5_MoeConfig(vocab_size=64, num_key_value_heads=2, moe_num_experts=8, moe_k=2, **sizes)
+    with torch.device("meta"):
+        ernie = Ernie4_5_MoeForCausalLM(named)
+    routed = sum(parameter.numel() for name, parameter in ernie.named_parameters() if ".experts." in name)
+    assert routed > 0
+    assert active_share(ernie) == pytest.approx(1 - routed * 6 / 8 / ernie.num_parameters(exclude_embeddings=True))
     ours = MoEForCausalLM(tiny_config(num_experts=4, num_experts_per_tok=1))
     embeddings = ours.model.embed_tokens.weight.numel()
     active = ours.config.num_active_params() - embeddings

@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..active_parameters import idle_parameters
 from ..layers import SparseLayer, UnreachableRouting, sparse_layers
 from ..observing import LayerPass, observe
 from ..probabilities import ScoringEvidence, explanation, probabilities
@@ -345,10 +346,8 @@ def _test_fact(units: list[int]) -> str:
 def _facts(
     model: PreTrainedModel, layers: Sequence[SparseLayer], traces: Sequence[LayerTrace], texts: Texts
 ) -> dict[str, str]:
-    total, idle = model.num_parameters(), 0.0
-    for layer, trace in zip(layers, traces, strict=True):
-        size = sum(parameter.numel() for parameter in layer.experts.parameters())
-        idle += size * max(0.0, 1 - trace.top_k / layer.num_experts)
+    total = model.num_parameters()
+    idle = sum(idle_parameters(layer.experts, trace.top_k) for layer, trace in zip(layers, traces, strict=True))
     experts = sorted({(layer.num_experts, trace.top_k) for layer, trace in zip(layers, traces, strict=True)})
     return {
         "Architecture": type(model).__name__,

@@ -1,0 +1,47 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module counts the parameters of any Mixture of Experts in transformers that a token does not use.
+
+# E experts, K experts per token
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .layers import count_experts, experts_modules
+
+
+# names of K in transformers' configurations
+TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+
+
+def experts_per_token(config: PreTrainedConfig) -> int | None:
+    """Returns the number K of experts that a token is sent to; None if no field says so, or layers differ."""
+    text: Any = config.get_text_config()
+    found = next((value for name in TOP_K_NAMES if (value := getattr(text, name, None)) is not None), None)
+    if isinstance(found, list) and len(set(map(str, found))) == 1:
+        found = found[0]
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def idle_parameters(experts: nn.Module, top_k: int) -> float:
+    """Returns the number of parameters of a sparse layer's E experts that a token sent to `top_k` of them does not use."""
+    size = sum(parameter.numel() for parameter in experts.parameters(recurse=False))
+    return size * max(0.0, 1 - top_k / count_experts(experts))
+
+
+def active_share(model: Any) -> float:
+    """Returns the share of a model's parameters, without embeddings, that one token uses.
+
+    Args:
+        model: any model of transformers, with or without an adapter.
+
+    Returns:
+        A number in (0, 1]; 1.0 for a dense model, and for a configuration that does not name K.
+    """
+    top_k = experts_per_token(model.config)
+    if top_k is None:
+        return 1.0
+    idle = sum(idle_parameters(experts, top_k) for experts in experts_modules(model))
+    return 1 - idle / max(1, model.num_parameters(exclude_embeddings=True))
