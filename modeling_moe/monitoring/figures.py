@@ -50,11 +50,15 @@ class LayerFigures:
         mean_experts: mean number of experts with weights that a token chose.
         empty_share: share of a token's K choices that chose no expert with weights.
         dropped_share: share of the assignments that capacity dropped.
-        normalised_balance: load-balancing loss over K, 1 in balance; None without probabilities, as are the next four.
-        token_entropy: mean entropy in nats of a token's probabilities; low if the router is sure.
-        marginal_entropy: entropy in nats of the mean probabilities; log(E + Z) in balance, low in collapse.
-        entropy_difference: marginal minus token entropy, the mutual information of token and expert.
-        gate_margin: mean difference of a token's K-th and (K + 1)-th largest probability; None too if K is all experts.
+        normalised_balance: load-balancing loss over K, 1 in balance; None without probabilities.
+        token_entropy: mean entropy in nats of a token's probabilities, low if the router is sure; None without
+            probabilities.
+        marginal_entropy: entropy in nats of the mean probabilities, log(E + Z) in balance and low in collapse; None
+            without probabilities.
+        entropy_difference: marginal minus token entropy, the mutual information of token and expert; None without
+            probabilities.
+        gate_margin: mean difference of a token's K-th and (K + 1)-th largest probability; None without probabilities, and
+            if K is all experts.
         co_activation: (E, E) fp64 on the CPU, share of the tokens that use both of two experts, and on the diagonal of one;
             None if it is not recorded.
         scoring: how router logits become probabilities: "softmax", "sigmoid", "sqrtsoftplus", "given" if the router returned

@@ -63,9 +63,9 @@ class RouterGradientMeter:
         """Returns the norms of the last measurement; all processes must call it.
 
         Returns:
-            Qualified name of a layer's experts -> Euclidean norm of the gradient of the layer's router, 0 without one. Layers
-            with a frozen or an unknown router are missing. Empty where no parameter of the model held its gradient (DeepSpeed, and FSDP1
-            without `use_orig_params`).
+            Qualified name of a layer's experts -> Euclidean norm of the gradient of the layer's router, 0 without a gradient.
+            Layers with a frozen or an unknown router are missing. The dictionary is empty where no parameter of the model held a
+            gradient (DeepSpeed, and FSDP1 without `use_orig_params`).
         """
         norms = self._norms or {}
         return {layer: sum(_value(norm) ** 2 for norm in of_layer) ** 0.5 for layer, of_layer in norms.items()}

@@ -49,7 +49,7 @@ class Reading(NamedTuple):
     model_gradient: float = 0.0
 
 
-def _listed(values: Iterable[int], singular: str, most: int = 8) -> str:
+def listed(values: Iterable[int], singular: str, most: int = 8) -> str:
     """Returns "layer 3" or "layers 1, 2, 3", cut after `most` values."""
     values = list(values)
     text = ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
@@ -77,7 +77,7 @@ class Collapse:
             return None
         lowest = min(fallen.values())
         return (
-            f"The routing collapses in {_listed(fallen, 'layer')}: the routers prefer ever fewer experts (their marginal "
+            f"The routing collapses in {listed(fallen, 'layer')}: the routers prefer ever fewer experts (their marginal "
             f"entropy has fallen to {lowest:.0%} of that in balance). Lower the learning rate of the routers, or {BALANCE}."
         )
 
@@ -103,8 +103,8 @@ class DeadExperts:
         number, total = sum(map(len, dead.values())), sum(layer.num_experts for layer in reading.layers)
         first, experts = next(iter(dead.items()))
         return (
-            f"{number} of {total} experts got no token in {DEAD_READINGS} logs in a row, in {_listed(dead, 'layer')} (in layer "
-            f"{first}: {_listed(experts, 'expert')}), and do not train. To use them, {BALANCE}; `moe resize` removes them."
+            f"{number} of {total} experts got no token in {DEAD_READINGS} logs in a row, in {listed(dead, 'layer')} (in layer "
+            f"{first}: {listed(experts, 'expert')}), and do not train. To use them, {BALANCE}; `moe resize` removes them."
         )
 
 
@@ -117,7 +117,7 @@ class Drops:
         if not shares:
             return None
         return (
-            f"{max(shares.values()):.0%} of the assignments are dropped in {_listed(shares, 'layer')}: these experts are full, "
+            f"{max(shares.values()):.0%} of the assignments are dropped in {listed(shares, 'layer')}: these experts are full, "
             f"and the tokens pass without them. Raise capacity_factor, or {BALANCE}."
         )
 
@@ -139,7 +139,7 @@ class IdleRouters:
         if not idle:
             return None
         return (
-            f"The router of {_listed(idle, 'layer')} gets no gradient, and does not learn. One expert per token with "
+            f"The router of {listed(idle, 'layer')} gets no gradient, and does not learn. One expert per token with "
             "norm_topk_prob=True has a constant weight (set norm_topk_prob=False), a weight under torch.no_grad has no gradient, "
             "and reentrant checkpointing drops transformers' aux_loss (use_reentrant=False). To freeze the routers on purpose, "
             "set requires_grad=False."
@@ -206,7 +206,7 @@ class IdleBiases:
         if self._readings < IDLE_READINGS:
             return None
         return (
-            f"The selection bias of {_listed(self._first, 'layer')} never moves, and so does not balance the experts: "
+            f"The selection bias of {listed(self._first, 'layer')} never moves, and so does not balance the experts: "
             "transformers loads such a bias and does not update it. Give the Trainer a modeling_moe.training.MoECallback, and "
             "set a step size, such as DeepSeek-V3's 0.001: for a model of transformers by modeling_moe.training.balance(model, "
             "router_bias_update_rate=0.001), for a model of this package by config.router_bias_update_rate."

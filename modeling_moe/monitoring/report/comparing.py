@@ -6,6 +6,7 @@
 
 import numpy as np
 
+from ..warnings import listed
 from .data import LayerChange, LayerTrace, ModelChanges
 from .tracing import Traced
 
@@ -59,7 +60,7 @@ def _note(layers: list[LayerTrace], others: list[LayerTrace], same: bool) -> str
         "Expert i of one model is compared with expert i of the other, which says something only of related models."
     ]
     if left_out:
-        sentences.append(f"Layers {', '.join(map(str, left_out))} differ in their number of experts and are left out.")
+        sentences.append(f"Left out, since the numbers of experts differ: {listed(left_out, 'layer')}.")
     if same:
         sentences.append("Both tokenizers cut the texts into the same tokens, so that tokens are compared one by one.")
     else:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...warnings import listed
 from ..data import LayerTrace, ModelTrace
 from .visible import shorten
 
@@ -94,11 +95,8 @@ def _range(values: Sequence[int]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
-def _named(layers: Sequence[LayerTrace], most: int = 8) -> str:
-    names = [str(layer.layer) for layer in layers]
-    rest = len(names) - most
-    listed = ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
-    return f"layer{_s(len(names))} {listed}"
+def _named(layers: Sequence[LayerTrace]) -> str:
+    return listed([layer.layer for layer in layers], "layer")
 
 
 def _collapse(layers: Sequence[LayerTrace]) -> Finding:
