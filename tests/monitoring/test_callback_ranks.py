@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from modeling_moe.monitoring import RoutingCallback, sparse_layers
@@ -34,10 +33,35 @@ def ddp(rank: int, folder: Path) -> None:
     (folder / f"rank{rank}.json").write_text(json.dumps([tracker.logged, trainer.state.log_history]))
 
 
-def test_ddp_logs_the_figures_of_both_processes_once(tmp_path):
-    run_ranks(ddp, 2, tmp_path)
+def sharded(rank: int, folder: Path) -> None:
+    model = tiny_model()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    layers = sparse_layers(model)
+    gradients, losses = RouterGradientMeter(model, layers), RouterLossMeter(model)
+    ids = token_ids().chunk(2)[rank]
+    model.train()(ids, labels=ids).loss.backward()
+    gradients.measure()
+    (folder / f"fsdp{rank}.json").write_text(json.dumps([gradients.read(), losses.read()]))
+
+
+def rank_main(rank: int, folder: Path) -> None:
+    ddp(rank, folder)
+    sharded(rank, folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Returns a folder with what two processes measured."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(rank_main, 2, folder)
+    return folder
+
+
+def test_ddp_logs_the_figures_of_both_processes_once(folder, tmp_path):
     (logged, history), (nothing, other_history) = (
-        json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)
+        json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)
     )
     assert nothing == []
     alone = Tracker()
@@ -52,23 +76,8 @@ def test_ddp_logs_the_figures_of_both_processes_once(tmp_path):
     assert [figures(entry) for entry in history] == [figures(entry) for entry in other_history]
 
 
-def sharded(rank: int, folder: Path) -> None:
-    model = tiny_model()
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    layers = sparse_layers(model)
-    gradients, losses = RouterGradientMeter(model, layers), RouterLossMeter(model)
-    ids = token_ids().chunk(2)[rank]
-    model.train()(ids, labels=ids).loss.backward()
-    gradients.measure()
-    (folder / f"fsdp{rank}.json").write_text(json.dumps([gradients.read(), losses.read()]))
-    dist.barrier()
-
-
-def test_fsdp_shows_the_norm_of_the_whole_gradient(tmp_path):
-    run_ranks(sharded, 2, tmp_path)
-    one, other = (json.loads((tmp_path / f"fsdp{rank}.json").read_text()) for rank in (0, 1))
+def test_fsdp_shows_the_norm_of_the_whole_gradient(folder):
+    one, other = (json.loads((folder / f"fsdp{rank}.json").read_text()) for rank in (0, 1))
     assert one == other
     model = tiny_model().train()
     for ids in token_ids().chunk(2):

@@ -355,22 +355,22 @@ def incomparable(report):
     return replace(report, models=[report.models[0], other], changes=ModelChanges([], "The models have other layers."))
 
 
+# what is unusual -> a report, and the sections that have no picture
+UNUSUAL = {
+    "one layer, one choice": (synthetic_report(layers=1, experts=2, top_k=1), {"paths", "co_activation"}),
+    "one domain": (synthetic_report(domains=1), {"specialisation"}),
+    "no probabilities": (unknown_entropies(synthetic_report()), {"entropy"}),
+    "a layer without tokens": (silent_layer(synthetic_report()), set()),
+    "different widths": (layers_of_different_widths(synthetic_report()), set()),
+    "incomparable": (incomparable(synthetic_report()), {"paths"}),
+    "only a history": (replace(synthetic_report(history=True), models=[]), set()),
+    "an empty history": (RoutingReport(history=[{"step": 1}, {"loss": None}]), {"history"}),
+    "ten domains": (synthetic_report(layers=1, domains=10), {"paths"}),
+}
+
+
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    ("report", "without"),
-    {
-        "one layer, one choice": (synthetic_report(layers=1, experts=2, top_k=1), {"paths", "co_activation"}),
-        "one domain": (synthetic_report(domains=1), {"specialisation"}),
-        "no probabilities": (unknown_entropies(synthetic_report()), {"entropy"}),
-        "a layer without tokens": (silent_layer(synthetic_report()), set()),
-        "different widths": (layers_of_different_widths(synthetic_report()), set()),
-        "incomparable": (incomparable(synthetic_report()), {"paths"}),
-        "only a history": (replace(synthetic_report(history=True), models=[]), set()),
-        "an empty history": (RoutingReport(history=[{"step": 1}, {"loss": None}]), {"history"}),
-        "ten domains": (synthetic_report(layers=1, domains=10), {"paths"}),
-    }.values(),
-    ids=lambda value: None,
-)
+@pytest.mark.parametrize(("report", "without"), UNUSUAL.values(), ids=UNUSUAL.keys())
 def test_an_unusual_report_is_drawn_without_a_warning(report, without, tmp_path):
     files = write_report(report, tmp_path)
     page = Page(files[0].read_text(encoding="utf-8"))
