@@ -19,7 +19,7 @@ from ..utils.loading import has_tokenizer
 from .facts import ModelFacts, has_chat_template, model_facts
 from .history import check_card_fields, history
 from .metadata import check_languages, check_license, is_hub_name
-from .pictures import ASSETS, PICTURES, card_pictures
+from .pictures import ASSETS, PICTURES, pictures_in
 from .results import Results, model_index, read_results, results_table
 from .wording import markdown_paragraph, markdown_text, without_paths
 
@@ -95,7 +95,7 @@ def write_model_card(
         "intended_use": intended_use,
         "tags": list(tags or []),
     }
-    card = ModelCard(_card_text(folder, _non_empty(given), card_pictures(folder)))
+    card = ModelCard(_card_text(folder, _non_empty(given), pictures_in(folder)))
     (folder / "README.md").write_text(card.content, encoding="utf-8")
     return card
 
@@ -145,7 +145,7 @@ def card_to_publish(
     }
     given = {name: value for name, value in given.items() if value is not None}
     fields = _non_empty(earlier | given | {"repo_id": repo_id})
-    return _card_text(folder, fields, {*card_pictures(folder), *pictures}, trust_remote_code)
+    return _card_text(folder, fields, {*pictures_in(folder), *pictures}, trust_remote_code)
 
 
 def reason_without_license(card: str | None) -> str | None:

@@ -16,7 +16,7 @@ PICTURES = {
 }
 
 
-def card_pictures(folder: Path) -> list[str]:
+def pictures_in(folder: Path) -> list[str]:
     """Returns the names of the pictures of the routing that lie in a model's folder `assets`."""
     return [name for name in PICTURES if (folder / ASSETS / name).is_file()]
 
