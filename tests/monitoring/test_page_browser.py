@@ -24,7 +24,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -227,7 +227,8 @@ def test_tokens_of_an_expert_unfold_and_are_found_by_their_text(browser, plain):
     details = every(browser, ".experts details")
     assert len(details) == 4
     details[1].find_element(By.CSS_SELECTOR, "summary").click()
-    rows = details[1].find_elements(By.CSS_SELECTOR, "tbody tr")
+    # the browser tells the page of the unfolding after the click, and a busy machine may be late
+    rows = WebDriverWait(browser, 60).until(lambda _: details[1].find_elements(By.CSS_SELECTOR, "tbody tr"))
     assert [row.find_element(By.CSS_SELECTOR, ".token").text for row in rows] == [
         visible(entry.token).replace(" ", "\u2423") for entry in top
     ]
