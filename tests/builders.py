@@ -146,13 +146,6 @@ class GradientRecorder(TrainerCallback):
         }
 
 
-def count_hooks(model: torch.nn.Module) -> list[int]:
-    """Returns the number of hooks of each kind on a model."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs",
-             "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
-    return [sum(len(getattr(module, kind)) for module in model.modules()) for kind in kinds]
-
-
 def save_llama(folder: Path, **fields) -> Path:
     """Saves a random Llama and the tokenizer of [`train_tokenizer`] in a folder, and returns the folder."""
     torch.manual_seed(0)
