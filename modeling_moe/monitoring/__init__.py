@@ -8,7 +8,7 @@ from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, active_share, experts_modules, sparse_layers
 from .logged_history import read_history
 from .loss_meter import LossMeans, report_router_losses
-from .observing import LayerPass, Observation, observe
+from .observing import LayerPass, ModelHook, Observation, observe
 from .probabilities import ScoringEvidence, certain, explanation, probabilities
 from .report_data import LayerTrace, ModelTrace, RoutingReport
 from .routing_metrics import (
@@ -38,6 +38,7 @@ __all__ = [
     "LayerPass",
     "LayerTrace",
     "LossMeans",
+    "ModelHook",
     "ModelTrace",
     "Observation",
     "RoutingCallback",
