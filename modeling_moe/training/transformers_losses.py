@@ -5,16 +5,39 @@ Both are computed from the router logits that a model returns. In a training pas
 whoever computes the loss, and the factor of the model's own loss is 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..monitoring import ModelHook
 
 
 FACTOR = "router_aux_loss_coef"
+FLAG = "output_router_logits"
+
+
+def _configs(models: Iterable[PreTrainedModel]) -> list[Any]:
+    """Returns the configurations of models and of the text models inside them, each once."""
+    found = (config for model in models for config in (model.config, model.config.get_text_config()))
+    return list({id(config): config for config in found}.values())
+
+
+@contextmanager
+def without_router_logits(model: nn.Module) -> Iterator[None]:
+    """Sets `output_router_logits` to False inside the block, so that the loss of an evaluation is the cross entropy alone."""
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    flags = [(config, getattr(config, FLAG)) for config in _configs(models) if hasattr(config, FLAG)]
+    try:
+        for config, _ in flags:
+            setattr(config, FLAG, False)
+        yield
+    finally:
+        for config, flag in flags:
+            setattr(config, FLAG, flag)
 
 
 class TransformersLossesOff:
@@ -29,10 +52,10 @@ class TransformersLossesOff:
     """
 
     def __init__(self, models: list[PreTrainedModel], trains: Callable[[], bool]):
-        configs = {id(c): c for model in models for c in (model.config, model.config.get_text_config())}
-        self._flags = [(c, c.output_router_logits) for c in configs.values() if hasattr(c, "output_router_logits")]
+        configs = _configs(models)
+        self._flags = [(config, getattr(config, FLAG)) for config in configs if hasattr(config, FLAG)]
         # a model has the factor as an attribute, or reads it from its configuration in each pass
-        self._holders = [vars(holder) for holder in (*models, *configs.values()) if FACTOR in vars(holder)]
+        self._holders = [vars(holder) for holder in (*models, *configs) if FACTOR in vars(holder)]
         self._factors: list[tuple[dict[str, Any], float]] = []
         self._trains = trains
         # the first hooks after a pass, since the pass has no frame after those of `BatchFrames`
@@ -64,7 +87,7 @@ class TransformersLossesOff:
     def restore_config(self) -> None:
         """Gives `output_router_logits` of the configurations the values that they had."""
         for config, flag in self._flags:
-            config.output_router_logits = flag
+            setattr(config, FLAG, flag)
 
     def restore(self) -> None:
         """Switches the losses on again."""

@@ -330,11 +330,11 @@ def test_a_model_that_reads_the_factor_from_its_configuration_returns_the_plain_
     """Vision-language models do so, and have no factor of their own."""
     model = foreign("mixtral", router_aux_loss_coef=3.0, output_router_logits=True)
     del model.router_aux_loss_coef
-    type_ = type(
+    model.__class__ = type(
         "Reads", (type(model),), {"router_aux_loss_coef": property(lambda self: self.config.router_aux_loss_coef)}
     )
-    model.__class__ = type_
-    assert model(**padded_batch()).loss > (plain := model(**padded_batch(), output_router_logits=False).loss)
+    plain = model(**padded_batch(), output_router_logits=False).loss
+    assert model(**padded_batch()).loss > plain
     with balance(model, router_aux_loss_coef=1.0):
         torch.testing.assert_close(model(**padded_batch()).loss, plain)
         assert model.config.router_aux_loss_coef == 3.0
