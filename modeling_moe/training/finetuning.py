@@ -118,7 +118,8 @@ class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer)
 
         The loss is the cross entropy, also for a model whose configuration asks transformers for a balance loss.
         """
-        with without_router_logits(self.model):
+        model: Any = self.model
+        with without_router_logits(model):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         domains = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(domains, dict):
