@@ -433,7 +433,7 @@ def finetune(
     if args.should_save:
         tokens = round((trainer.state.epoch or 0) * len(train)) * data_args.max_length
         numbers: dict[str, Any] = {"tokens": tokens, "trained_parameters": trained, "parameters": total}
-        if balancing is not None:
-            numbers["balance"] = balancing.settings.used()
+        if balancing is not None and (used := balancing.settings.used()):
+            numbers["balance"] = used
         write_record(output_folder(args), model_args, data_args, lora_args, args, trainer.state, numbers, eval_loss)
     return _result(trainer, trained, eval_loss, data_args.max_length, metrics)

@@ -61,8 +61,10 @@ class TransformersLossesOff:
         # the first hooks after a pass, since the pass has no frame after those of `BatchFrames`
         self._handles = [model.register_forward_hook(ModelHook(self._detach), prepend=True) for model in models]
         self._handles += [
-            models[0].register_forward_pre_hook(ModelHook(self._take_factors)),
-            models[0].register_forward_hook(ModelHook(self._restore_factors), always_call=True),
+            models[0].register_forward_pre_hook(ModelHook(torch.compiler.disable(self._take_factors))),
+            models[0].register_forward_hook(
+                ModelHook(torch.compiler.disable(self._restore_factors)), always_call=True
+            ),
         ]
 
     def _detach(self, model: Any, args: tuple, output: Any) -> None:

@@ -132,6 +132,7 @@ def test_the_flag_switches_off_the_loss_that_the_configuration_asks_for(run, tmp
         model = random_model("mixtral", vocab_size=300, router_aux_loss_coef=5.0, output_router_logits=asks)
         run(model, BalanceArguments(router_aux_loss_coef=0.0), eval_strategy="steps", eval_steps=1)
         records.append(json.loads((tmp_path / "out" / "finetuning.json").read_text()))
+    assert not any("balance" in record for record in records)
     # the evaluation loss is the cross entropy in both runs
     assert records[0]["loss"]["loss"] == records[1]["loss"]["loss"]
     assert records[0]["eval_loss"] == records[1]["eval_loss"]
