@@ -7,7 +7,7 @@ from .active_parameters import active_share, experts_per_token, idle_parameters
 from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, experts_modules, sparse_layers
 from .loss_meter import LossMeans, report_router_losses
-from .observing import LayerPass, Observation, observe
+from .observing import LayerPass, ModelHook, Observation, observe
 from .probabilities import ScoringEvidence, certain, explanation, probabilities
 from .routing_metrics import (
     Entropies,
@@ -34,6 +34,7 @@ __all__ = [
     "LayerFigures",
     "LayerPass",
     "LossMeans",
+    "ModelHook",
     "Observation",
     "RoutingCallback",
     "RoutingFigures",

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..router_balancing import all_ranks
 from ..router_losses import RouterLosses
-from .observing import _Hook, in_backward
+from .observing import ModelHook, in_backward
 
 
 # "aux" is the loss that transformers' own MoE models return as `aux_loss`
@@ -95,7 +95,7 @@ class RouterLossMeter(LossMeans):
         for decoder in decoders:
             self._watch_own(decoder)
         if not decoders:
-            self._handles.append(model.register_forward_hook(_Hook(self._of_foreign)))
+            self._handles.append(model.register_forward_hook(ModelHook(self._of_foreign)))
         _METERS.add(self)
 
     def _watch_own(self, decoder: Any) -> None:
@@ -115,8 +115,11 @@ class RouterLossMeter(LossMeans):
                 # the decoder knows the balance loss of every scope
                 self.add(_mean(layers, len(blocks)) | {"balance": getattr(output, "aux_loss", None)})
 
-        self._handles += [decoder.register_forward_pre_hook(_Hook(begin)), decoder.register_forward_hook(_Hook(end))]
-        self._handles += [block.register_forward_hook(_Hook(keep)) for block in blocks]
+        self._handles += [
+            decoder.register_forward_pre_hook(ModelHook(begin)),
+            decoder.register_forward_hook(ModelHook(end)),
+        ]
+        self._handles += [block.register_forward_hook(ModelHook(keep)) for block in blocks]
 
     def _of_foreign(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module.training and torch.is_grad_enabled() and not in_backward():

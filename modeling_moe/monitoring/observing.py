@@ -52,7 +52,7 @@ class LayerPass(NamedTuple):
 OnPass = Callable[[LayerPass], torch.Tensor | None]
 
 
-class _Hook:
+class ModelHook:
     """A hook that only the observed model has: a copy of the model, or a model read from a pickle, gets one that does nothing."""
 
     def __init__(self, function: Callable | None = None):
@@ -62,7 +62,7 @@ class _Hook:
         return None if self.function is None else self.function(*args)
 
     def __reduce__(self) -> tuple:
-        return _Hook, ()
+        return ModelHook, ()
 
 
 def in_backward() -> bool:
@@ -114,8 +114,8 @@ class Observation:
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self._batches.enter(names, args, kwargs)
 
-        self._handles.append(module.register_forward_pre_hook(_Hook(enter), with_kwargs=True, prepend=True))
-        self._handles.append(module.register_forward_hook(_Hook(self._batches.leave), always_call=True))
+        self._handles.append(module.register_forward_pre_hook(ModelHook(enter), with_kwargs=True, prepend=True))
+        self._handles.append(module.register_forward_hook(ModelHook(self._batches.leave), always_call=True))
 
     def _watch_layer(self, layer: SparseLayer) -> None:
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
@@ -131,9 +131,9 @@ class Observation:
             return self._observe(layer, args, kwargs)
 
         if layer.router is not None:
-            self._handles.append(layer.router.register_forward_hook(_Hook(keep)))
+            self._handles.append(layer.router.register_forward_hook(ModelHook(keep)))
         self._handles.append(
-            layer.experts.register_forward_pre_hook(_Hook(observe_experts), with_kwargs=True, prepend=True)
+            layer.experts.register_forward_pre_hook(ModelHook(observe_experts), with_kwargs=True, prepend=True)
         )
 
     def _observe(self, layer: SparseLayer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -171,7 +171,8 @@ class Observation:
         given = call["top_k_weights"]
         weight = weight if own is None else weight.where(own, 0.0)
         call["top_k_weights"] = weight.reshape(given.shape).to(given.dtype)
-        return (), call
+        # by position: gpt-oss's own function has other names for these arguments
+        return tuple(call.pop(name) for name in ("hidden_states", "top_k_index", "top_k_weights")), call
 
 
 def _own_pass(layer: SparseLayer, call: dict[str, Any], routing: Routing, tokens: torch.Tensor) -> LayerPass:

@@ -73,6 +73,12 @@ class BalanceSettings:
         if self.router_aux_loss_scope not in SCOPES:
             raise UserError(f"router_aux_loss_scope is {self.router_aux_loss_scope!r}: choose one of {SCOPES}")
 
+    def used(self) -> dict[str, float | str]:
+        """Returns the settings that have an effect, by name."""
+        names = [name for name in (*COEFFICIENTS.values(), "router_bias_update_rate") if getattr(self, name) > 0]
+        scope = ["router_aux_loss_scope"] if self.router_aux_loss_coef > 0 else []
+        return {name: getattr(self, name) for name in (*names, *scope)}
+
     @property
     def has_losses(self) -> bool:
         """Says whether any router loss has a coefficient."""
@@ -121,7 +127,7 @@ class Balance:
         self._model = model
         self._experts = {id(layer.experts) for layer in layers}
         self._frames = BatchFrames(model, [layer.name for layer in layers])
-        if self.settings.has_losses and self._theirs is None:
+        if self._theirs is None:
             self._theirs = TransformersLossesOff(self._frames.models, self._trains)
         self._observation: Observation | None = observe(model, torch.compiler.disable(self._on_pass))
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model_packing import find_beginnings
-from ..monitoring import LayerPass
+from ..monitoring import LayerPass, ModelHook
 from ..router import RoutingContext
 from ..router_losses import TokenWeights, loss_share, predicts_label, weigh_tokens
 
@@ -99,7 +99,9 @@ class BatchFrame:
         labels, items = self.arguments.get("labels"), self.arguments.get("num_items_in_batch")
         if labels is None or items is None:
             return None
-        share = loss_share(labels, items, shift_labels=self.arguments.get("shift_labels"))
+        # a classifier of sequences has one label for each row, which is not shifted
+        shifted = labels if labels.dim() < 2 else self.arguments.get("shift_labels")
+        share = loss_share(labels, items, shift_labels=shifted)
         assert isinstance(share, torch.Tensor)  # a number without `items` only
         return share
 
@@ -147,11 +149,9 @@ class BatchFrames:
         above = {name[:end] for name in layers for end in range(len(name)) if name[end] == "."} | {""}
         self._above = [module for name, module in model.named_modules() if name in above]
         self.models = [module for module in self._above if isinstance(module, PreTrainedModel)]
-        self._hooked = [model, *(module for module in self.models if module is not model)]
         self._handles: list = []
-        # functions, not methods: a deep copy of the model would copy this object with a method
-        enter, leave = (torch.compiler.disable(lambda *call, f=f: f(*call)) for f in (self._enter, self._leave))
-        for module in self._hooked:
+        enter, leave = (ModelHook(torch.compiler.disable(hook)) for hook in (self._enter, self._leave))
+        for module in (model, *(inner for inner in self.models if inner is not model)):
             self._handles += [
                 module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
                 module.register_forward_hook(leave, always_call=True),
@@ -175,13 +175,7 @@ class BatchFrames:
         finally:
             self.current = before
 
-    def _is_mine(self, module: nn.Module) -> bool:
-        """Returns False for a copy of a model, which has the hooks of the original."""
-        return any(module is mine for mine in self._hooked)
-
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not self._is_mine(module):
-            return
         if any(module is other for other in self._running):
             self._running.clear()  # Ctrl-C ended the batch before, which calls no hook
         if not self._running:
@@ -192,7 +186,7 @@ class BatchFrames:
         self.current.add(kwargs)
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
-        if self._is_mine(module) and self._running:
+        if self._running:
             self._running.pop()
             if not self._running:
                 self.current = None

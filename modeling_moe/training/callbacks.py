@@ -107,9 +107,12 @@ class MoECallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Steps the controllers and the selection biases of transformers' models."""
+        skipped, handles = getattr(kwargs["optimizer"], "step_was_skipped", False), balances_of(kwargs["model"])
+        if skipped:
+            forget_counts(kwargs["model"])
         update_routers(kwargs["model"])
-        for handle in balances_of(kwargs["model"]):
-            if getattr(kwargs["optimizer"], "step_was_skipped", False):
+        for handle in handles:
+            if skipped:
                 handle.forget()
             handle.step()
 

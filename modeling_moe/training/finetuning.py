@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -31,7 +32,7 @@ from ..monitoring import UnreachableRouting, active_share, sparse_layers
 from ..utils.errors import UserError
 from ..utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
 from .arguments import BalanceArguments, LoraArguments, ModelArguments
-from .balance import Balance, balance
+from .balance import Balance, BalanceSettings, balance
 from .callbacks import CastOnceCallback, MoECallback, is_enabled
 from .freezing import FreezeExpertsCallback
 from .interruption import SaveOnInterrupt
@@ -47,6 +48,7 @@ from .resuming import (
     save_result,
 )
 from .sharded import ShardedResumeMixin, is_split
+from .transformers_losses import without_router_logits
 
 
 logger = logging.getLogger(__name__)
@@ -112,8 +114,13 @@ class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer)
             ) from error
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Evaluates each domain, and adds the mean of the domains' losses, which chooses the best checkpoint."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        """Evaluates each domain, and adds the mean of the domains' losses, which chooses the best checkpoint.
+
+        The loss is the cross entropy, also for a model whose configuration asks transformers for a balance loss.
+        """
+        model: Any = self.model
+        with without_router_logits(model):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         domains = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(domains, dict):
             metrics[f"{metric_key_prefix}_loss"] = fmean(
@@ -181,7 +188,9 @@ def _balance(model: PreTrainedModel | PeftModel, args: BalanceArguments) -> Bala
     if coefficient is None:
         coefficient = getattr(config.get_text_config(), "router_aux_loss_coef", None)
     if not (coefficient or args.router_z_loss_coef or args.router_bias_update_rate):
-        return None
+        asks = getattr(config.get_text_config(), "output_router_logits", False)
+        # without a loss, the handle switches off the balance loss that the configuration asks transformers for
+        return Balance(model, BalanceSettings()) if asks else None
     try:
         handle = balance(model, **vars(args))
     except UserError as error:
@@ -416,14 +425,15 @@ def finetune(
         discard_checkpoints(output_folder(args))
     parts = trained_parameters(model).values()
     trained, total = sum(trained for trained, _ in parts), sum(total for _, total in parts)
-    metrics = _train(trainer, model, resume)
-    if balancing is not None:
-        balancing.detach()
+    with balancing or nullcontext():
+        metrics = _train(trainer, model, resume)
     trainer.check_weights()
     eval_loss = _evaluate(trainer, held_out)
     _save(trainer, tokenizer, merge, model_args)
     if args.should_save:
         tokens = round((trainer.state.epoch or 0) * len(train)) * data_args.max_length
-        counts = {"tokens": tokens, "trained_parameters": trained, "parameters": total}
-        write_record(output_folder(args), model_args, data_args, lora_args, args, trainer.state, counts, eval_loss)
+        numbers: dict[str, Any] = {"tokens": tokens, "trained_parameters": trained, "parameters": total}
+        if balancing is not None and (used := balancing.settings.used()):
+            numbers["balance"] = used
+        write_record(output_folder(args), model_args, data_args, lora_args, args, trainer.state, numbers, eval_loss)
     return _result(trainer, trained, eval_loss, data_args.max_length, metrics)

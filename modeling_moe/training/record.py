@@ -64,7 +64,7 @@ def write_record(
     lora_args: LoraArguments,
     args: TrainingArguments,
     state: TrainerState,
-    counts: Mapping[str, int],
+    numbers: Mapping[str, Any],
     eval_loss: dict[str, float],
 ) -> None:
     """Writes `finetuning.json`, and copies `conversion.json` from the folder of the source model.
@@ -79,7 +79,8 @@ def write_record(
         lora_args: the adapter, recorded for the method `lora` only.
         args: the training.
         state: the trainer's state after the last step; steps and losses before a resumption count.
-        counts: further numbers, such as `tokens` (of all steps) and `trained_parameters`.
+        numbers: further entries, such as `tokens` (of all steps), `trained_parameters` and, for a model of transformers that
+            [`~modeling_moe.training.balance.balance`] balanced, the settings `balance`.
         eval_loss: cross entropy in nats per token on the held-out text of each domain.
     """
     source = model_args.model_name_or_path
@@ -88,7 +89,7 @@ def write_record(
         "method": model_args.method,
         "data": {domain: _place(source) for domain, source in data_args.domains().items()},
         "steps": state.global_step,
-        **counts,
+        **numbers,
         "max_length": data_args.max_length,
         "batch_size": _sequences(model_args, args),
         "learning_rate": args.learning_rate,

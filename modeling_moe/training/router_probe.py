@@ -72,11 +72,13 @@ class RouterProbe:
         weights = [weight for weight in self.block.parameters() if weight.dim() > 1 and weight.is_floating_point()]
         if not weights or any(isinstance(weight, DTensor) or weight.is_meta or not len(weight) for weight in weights):
             raise ProbeError(f"{type(self.block).__name__} holds no whole weights")
+        # a router may be in fp32 beside experts in 16 bits, whose dtype is that of the model's hidden states
+        like = next((w for w in self.layer.experts.parameters() if w.dim() > 1 and w.is_floating_point()), weights[0])
         tokens = torch.randn(1, PROBE_TOKENS, self._hidden_size, generator=torch.Generator().manual_seed(0))
         logits: list[torch.Tensor] = []
         with self._hooks(logits), _evaluating(self.block):
             try:
-                self.block(tokens.to(weights[0].device, weights[0].dtype))
+                self.block(tokens.to(like))
             except _AtExperts as reached:
                 index, weight = (x.reshape(PROBE_TOKENS, -1) for x in (reached.index, reached.weight))
                 return Choice(index, weight, logits[-1].reshape(PROBE_TOKENS, -1).clone() if logits else None)

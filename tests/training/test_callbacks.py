@@ -128,6 +128,16 @@ def test_passing_the_callback_too_steps_once(tmp_path):
     assert torch.equal(*after)
 
 
+def test_a_step_that_the_scaler_of_fp16_skips_moves_no_bias(tmp_path):
+    model, callback = biased_model().train(), MoECallback()
+    given = {"model": model, "optimizer": SimpleNamespace(step_was_skipped=True)}
+    for skipped in (True, False):
+        given["optimizer"].step_was_skipped = skipped
+        model(torch.randint(3, 300, (4, 11)))
+        callback.on_optimizer_step(training_arguments(tmp_path), None, None, **given)
+        assert biases(model).any() != skipped
+
+
 def test_attached_losses_survive_the_scale_of_fp16(tmp_path):
     ids = torch.randint(3, 300, (4, 11))
     gradients = []

@@ -1,6 +1,7 @@
 """These tests train transformers' own MoE models with this package's router losses; the oracle is this package's model."""
 
 import json
+import pickle
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -101,6 +102,11 @@ def packed_batch() -> dict:
     }
 
 
+def counted_passes(handle) -> int:
+    """Returns the number of layers' passes since the losses were read last."""
+    return handle._means._counts["balance"]
+
+
 BATCHES = {"padded": padded_batch, "packed": packed_batch}
 ORACLES = [(family, losses, "padded") for family in FAMILIES for losses in LOSSES]
 ORACLES += [("mixtral", "sequence", "packed"), ("qwen3_moe", "batch", "packed")]
@@ -128,6 +134,64 @@ def test_gradients_are_those_of_our_model(family, losses, kind):
     # the losses are not lost beside the cross entropy
     router = next(name for name in got if name.endswith("gate.weight"))
     assert (got[router] - without[router]).norm() > 0.1 * without[router].norm()
+
+
+def loss_by_hand(model, batch: dict, coefficient: float, scoring: str) -> torch.Tensor:
+    """Returns the cross entropy plus the balance loss of each layer, from the router's matrix and a count of its choices."""
+    layers, states, chosen, hooks = sparse_layers(model), {}, {}, []
+    for layer in layers:
+        block = model.get_submodule(layer.name.rpartition(".")[0])
+
+        def keep_states(module, args, name=layer.name):
+            states[name] = args[0].reshape(-1, args[0].shape[-1])
+
+        def keep_choice(module, args, name=layer.name):
+            chosen[name] = args[1].reshape(len(states[name]), -1)
+
+        hooks += [block.register_forward_pre_hook(keep_states), layer.experts.register_forward_pre_hook(keep_choice)]
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    for hook in hooks:
+        hook.remove()
+    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()
+    real = batch["attention_mask"].flatten().double()
+    total = torch.zeros((), dtype=torch.float64)
+    for layer in layers:
+        matrix = next(weight for weight in layer.router.parameters() if weight.dim() == 2)
+        scores = states[layer.name] @ matrix.T
+        if hasattr(layer.router, "bias"):
+            scores = scores + layer.router.bias
+        probs = scores.softmax(-1) if scoring == "softmax" else scores.sigmoid()
+        probs = probs / probs.sum(-1, keepdim=True)
+        share = torch.zeros_like(probs).scatter(1, chosen[layer.name], 1.0) * real[:, None] / real.sum()
+        total = total + probs.shape[-1] * (share.sum(0) * (probs * real[:, None]).sum(0) / real.sum()).sum() / len(
+            layers
+        )
+    entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, ignore_index=-100, reduction="sum")
+    return (entropy + coefficient * (labels != -100).sum() * total) / batch["num_items_in_batch"]
+
+
+@pytest.mark.parametrize(
+    ("family", "scoring"),
+    [("gpt_oss", "softmax"), ("glm4_moe", "sigmoid"), ("minimax_m2", "sigmoid"), ("ernie4_5_moe", "softmax")],
+)
+def test_gradients_are_those_of_a_loss_written_by_hand(family, scoring):
+    model, batch = foreign(family), padded_batch()
+    skip_unread(model)
+    for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        if "correction_bias" in name:
+            torch.nn.init.normal_(
+                tensor.data, std=0.3
+            )  # the chosen experts are not those of the largest probabilities
+    loss_by_hand(model, batch, 0.7, scoring).backward()
+    expected = gradients(model)
+    with balance(model, router_aux_loss_coef=0.7):
+        got = step(model, batch)
+    assert_close(got, expected, 1e-5)  # transformers' routers compute in fp32
+    router = sparse_layers(model)[-1].name.rpartition(".")[0]
+    without = step(model, batch)
+    assert any(
+        (got[name] - without[name]).norm() > 0.1 * without[name].norm() for name in got if name.startswith(router)
+    )
 
 
 def test_losses_are_those_that_transformers_computes_for_one_layer():
@@ -173,7 +237,7 @@ def test_checkpointing_and_two_batches_before_backward(kind, order, family):
             for loss in losses:
                 loss.backward()
         assert_close(gradients(model), expected)
-        assert handle._passes == 2 * len(handle._observation.layers)  # a repeated layer counts once
+        assert counted_passes(handle) == 2 * len(handle._observation.layers)  # a repeated layer counts once
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
@@ -225,6 +289,64 @@ def test_a_copy_of_the_model_is_not_balanced():
         got = step(copy, padded_batch())
         assert handle.losses() == {}
     assert_close(got, step(model, padded_batch()))
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+def test_a_copy_of_the_model_has_the_loss_of_transformers(copied):
+    fields = {"output_router_logits": True, "router_aux_loss_coef": 3.0}
+    model = foreign("mixtral", **fields)
+    with balance(model, router_aux_loss_coef=1.0) as handle:
+        got = step(copied(model), padded_batch())
+        assert handle.losses() == {}
+    assert_close(got, step(foreign("mixtral", **fields), padded_batch()))
+
+
+def test_the_evaluation_loss_is_that_of_transformers():
+    model = foreign("mixtral", output_router_logits=True, router_aux_loss_coef=3.0).eval()
+    expected = model(**padded_batch()).loss
+    with balance(model, router_aux_loss_coef=1.0):
+        assert torch.equal(model(**padded_batch()).loss, expected)
+
+
+def test_a_decoder_without_head_returns_router_logits_without_gradient():
+    model = foreign("mixtral").model
+    batch = {name: padded_batch()[name] for name in ("input_ids", "attention_mask")}
+    with balance(model, router_aux_loss_coef=1.0):
+        assert not any(logits.requires_grad for logits in model(**batch, output_router_logits=True).router_logits)
+    assert all(logits.requires_grad for logits in model(**batch, output_router_logits=True).router_logits)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_classifier_of_sequences_counts_one_label_for_each_row(rows):
+    config = foreign("mixtral", num_labels=3).config
+    model = transformers.MixtralForSequenceClassification(config).double().train()
+    batch = {name: padded_batch()[name][:rows] for name in ("input_ids", "attention_mask")}
+    batch["labels"] = torch.arange(rows)
+    with balance(model, router_aux_loss_coef=1.0):
+        assert_close(step(model, batch | {"num_items_in_batch": rows}), step(model, batch))
+
+
+def test_a_model_that_reads_the_factor_from_its_configuration_returns_the_plain_loss():
+    """Vision-language models do so, and have no factor of their own."""
+    model = foreign("mixtral", router_aux_loss_coef=3.0, output_router_logits=True)
+    del model.router_aux_loss_coef
+    model.__class__ = type(
+        "Reads", (type(model),), {"router_aux_loss_coef": property(lambda self: self.config.router_aux_loss_coef)}
+    )
+    plain = model(**padded_batch(), output_router_logits=False).loss
+    assert model(**padded_batch()).loss > plain
+    with balance(model, router_aux_loss_coef=1.0):
+        torch.testing.assert_close(model(**padded_batch()).loss, plain)
+        assert model.config.router_aux_loss_coef == 3.0
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        hook = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**padded_batch())
+        hook.remove()
+    assert model.config.router_aux_loss_coef == 3.0
 
 
 @pytest.mark.parametrize("output_router_logits", [True, False])
@@ -487,5 +609,5 @@ def test_the_reference_model_of_dpo_is_not_balanced(tmp_path, tokenizer):
             processing_class=tokenizer,
         ).train()
         # one pass of the policy for each of two micro-batches of two steps
-        assert handle._passes == 2 * 2 * len(handle._observation.layers)
+        assert counted_passes(handle) == 2 * 2 * len(handle._observation.layers)
         assert handle.losses()["balance"] >= 1

@@ -171,6 +171,27 @@ def test_a_bf16_bias_becomes_fp32_and_moves(caplog):
     assert steps.round().abs().max() in (1, 2, 3)
 
 
+def test_a_router_in_fp32_beside_experts_in_bf16_is_verified(tmp_path):
+    """transformers loads ERNIE's gates in fp32 always."""
+    random_model("ernie4_5_moe").bfloat16().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16").train()
+    dtypes = {weight.dtype for weight in model.model.layers[1].mlp.parameters()}
+    assert dtypes == {torch.bfloat16, torch.float32}
+    with balance(model, router_aux_loss_coef=0.1, router_bias_update_rate=RATE) as handle:
+        assert len(handle._scorings.known) == len(handle._observation.layers)  # no pass has to wait for the device
+        model(**padded_batch()).loss.backward()
+        handle.step()
+    assert all(bias.any() for bias in biases(model).values())
+
+
+def test_the_loss_of_transformers_is_off_where_only_the_bias_moves():
+    model = random_model("ernie4_5_moe", output_router_logits=True, router_aux_loss_coef=3.0)
+    plain = model(**padded_batch(), output_router_logits=False).loss
+    with balance(model, router_aux_loss_coef=0.0, router_bias_update_rate=RATE):
+        torch.testing.assert_close(model(**padded_batch()).loss, plain)
+    assert model(**padded_batch()).loss > plain + 1
+
+
 def test_an_abandoned_step_moves_nothing(tmp_path):
     model = random_model("deepseek_v3")
     with balance(model, router_bias_update_rate=RATE) as handle:

@@ -1,10 +1,12 @@
 """These tests run `finetune` on transformers' own MoE models, which it balances."""
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from modeling_moe.training import (
@@ -52,7 +54,7 @@ def run(tmp_path, tokenizer, text_file):
             **fields,
         )
         model_args = ModelArguments(
-            str(source), method="full" if lora is None else "lora", dtype="float32", eval_fraction=0.0, overwrite=True
+            str(source), method="full" if lora is None else "lora", dtype="float32", eval_fraction=0.2, overwrite=True
         )
         data = DataArguments(data=[f"wiki={text_file}"], max_length=16)
         spy = Spy()
@@ -109,3 +111,57 @@ def test_flags_that_nothing_reads_are_refused(run, tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(save_llama(Path(tmp_path / "llama")))
     with pytest.raises(UserError, match="router_aux_loss_coef has no effect: LlamaForCausalLM is a dense model"):
         run(dense, flag)
+
+
+@pytest.mark.parametrize("lora", [None, LoraArguments(lora_r=2)], ids=["full", "lora"])
+def test_the_configuration_is_saved_unchanged_and_the_record_names_the_balance(lora, run, tmp_path):
+    model = random_model("mixtral", vocab_size=300, router_aux_loss_coef=0.5, output_router_logits=True)
+    run(model, BalanceArguments(router_z_loss_coef=0.25), lora)
+    assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "source" / "config.json").read_text()
+    record = json.loads((tmp_path / "out" / "finetuning.json").read_text())
+    assert record["balance"] == {
+        "router_aux_loss_coef": 0.5,
+        "router_aux_loss_scope": "batch",
+        "router_z_loss_coef": 0.25,
+    }
+
+
+def test_the_flag_switches_off_the_loss_that_the_configuration_asks_for(run, tmp_path):
+    records = []
+    for asks in (True, False):
+        model = random_model("mixtral", vocab_size=300, router_aux_loss_coef=5.0, output_router_logits=asks)
+        run(model, BalanceArguments(router_aux_loss_coef=0.0), eval_strategy="steps", eval_steps=1)
+        records.append(json.loads((tmp_path / "out" / "finetuning.json").read_text()))
+    assert not any("balance" in record for record in records)
+    # the evaluation loss is the cross entropy in both runs
+    assert records[0]["loss"]["loss"] == records[1]["loss"]["loss"]
+    assert records[0]["eval_loss"] == records[1]["eval_loss"]
+
+
+def test_a_resumed_run_in_bf16_keeps_the_bits_of_its_biases_and_weights(tmp_path, tokenizer, text_file):
+    model = random_model("minimax_m2", vocab_size=300).bfloat16()
+    model.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop |= state.global_step == 2
+
+    def start(folder: str, resume: str | None = None, *callbacks: TrainerCallback) -> dict:
+        args = FinetuneArguments(
+            output_dir=str(tmp_path / folder), use_cpu=True, max_steps=4, save_steps=2, report_to="none",
+            per_device_train_batch_size=2, disable_tqdm=True, learning_rate=1e-2, resume_from_checkpoint=resume,
+        )  # fmt: skip
+        model_args = ModelArguments(str(tmp_path / "source"), dtype="bfloat16", eval_fraction=0.0)
+        data = DataArguments(data=[f"wiki={text_file}"], max_length=16)
+        rate = BalanceArguments(router_bias_update_rate=0.001)
+        finetune(model_args, data, LoraArguments(), args, callbacks, rate)
+        return load_file(tmp_path / folder / "model.safetensors")
+
+    expected = start("whole")
+    start("part", None, Stop())
+    got = start("part", "true")
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    moved = [tensor for name, tensor in got.items() if name.endswith("correction_bias")]
+    assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in moved)
