@@ -2,8 +2,8 @@
 # This upcycles a real dense model, fine-tunes it and generates text, on a bare machine with python3 and pip.
 #   bash scripts/demo.sh                                                  SmolLM2-135M on text that ships with Python
 #   bash scripts/demo.sh --model_name_or_path ./llama --data mine=mine.txt    your own model; 5 % of the text are held out
-# The result is in outputs/demo/model, a report on its routing in outputs/demo/report. --max_steps N trains longer; --output_dir D writes elsewhere; --venv V uses an
-# existing environment instead of making .venv.
+# The result is in outputs/demo/model, with a card, and a report on its routing in outputs/demo/report. --max_steps N trains longer;
+# --output_dir D writes elsewhere; --venv V uses an existing environment instead of making .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh

@@ -12,7 +12,7 @@ scored alone, all tokens but the first. Of conversations and completions only wh
 finetune` trains on it, or all tokens with --assistant_only false. Bits per byte divide by the UTF-8 bytes of the scored
 tokens, so that models with different tokenizers compare; a special token has no bytes.
 
-The columns about experts are means over the sparse layers of any Mixture of Experts in transformers whose experts follow its
+The figures of the experts are means over the sparse layers of any Mixture of Experts in transformers whose experts follow its
 experts interface. MaxVio is the busiest expert's load over the mean load, less 1. Router entropy is the mean entropy of a
 token's probabilities, and the entropy of the mean probabilities, in nats: a sure router has a low first one, a collapsed
 router a low second one.
@@ -50,7 +50,7 @@ def _entropies(score: DomainScore) -> str:
     return f"{score.token_entropy:.2f}, {score.marginal_entropy:.2f}"
 
 
-# title of a column about experts -> its text; a column is left out if its text is empty in all rows
+# title of a column of the experts' table -> its text; a column is left out if its text is empty in all rows
 EXPERT_COLUMNS: dict[str, Callable[[DomainScore], str]] = {
     "MaxVio": lambda score: f"{score.max_vio:.3f}",
     "% dead": lambda score: f"{100 * (score.dead_experts or 0):.1f}",
@@ -61,24 +61,24 @@ EXPERT_COLUMNS: dict[str, Callable[[DomainScore], str]] = {
 
 
 def print_scores(scores: dict[str, DomainScore], title: str) -> None:
-    """Prints one row for each domain, with the experts' columns only where the model has experts."""
+    """Prints a table with one row for each domain, and one about the experts if the model has experts.
+
+    Two tables fit into a terminal of 80 columns, where one table would cut numbers off.
+    """
+    console = Console()
     table = Table("domain", "tokens", "loss", "perplexity", "bits per byte", title=title)
-    columns = {}
-    if all(score.max_vio is not None for score in scores.values()):
-        columns = {name: [text(score) for score in scores.values()] for name, text in EXPERT_COLUMNS.items()}
+    for domain, score in scores.items():
+        figures = (f"{score.loss:.4f}", f"{score.perplexity:.3f}", f"{score.bits_per_byte:.4f}")
+        table.add_row(domain, f"{score.tokens:,}", *figures)
+    console.print(table)
+    if any(score.max_vio is None for score in scores.values()):
+        return
+    columns = {name: [text(score) for score in scores.values()] for name, text in EXPERT_COLUMNS.items()}
     columns = {name: texts for name, texts in columns.items() if any(texts)}
-    for column in columns:
-        table.add_column(column)
-    for place, (domain, score) in enumerate(scores.items()):
-        table.add_row(
-            domain,
-            f"{score.tokens:,}",
-            f"{score.loss:.4f}",
-            f"{score.perplexity:.3f}",
-            f"{score.bits_per_byte:.4f}",
-            *(texts[place] for texts in columns.values()),
-        )
-    Console().print(table)
+    table = Table("domain", *columns, title=f"{title}, experts")
+    for domain, *texts in zip(scores, *columns.values(), strict=True):
+        table.add_row(domain, *texts)
+    console.print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,11 +14,14 @@ The first argument may be a recipe: a YAML file whose keys are the flags below, 
 (`moe presets` lists them); flags after it win. Conversations (messages, ShareGPT, Alpaca) go through the tokenizer's chat
 template, with the loss on what the assistant says; prompts with completions are plain text, with the loss on the completion.
 --assistant_only false sets the loss on all tokens. transformers' own MoE models train with this package's balance loss if the
-model's configuration has a positive router_aux_loss_coef; --router_bias_update_rate 0.001 moves their selection biases. LoRA is merged when it is saved, unless --merge_lora false is given.
-Ctrl-C finishes the step and saves it, and a second Ctrl-C stops at once; the same command with --resume_from_checkpoint true
-goes on to the same weights as a run that was not stopped. The log shows the routing of a Mixture of Experts; --routing_steps sets
-how often, and 0 switches it off. A loss or gradient that is not finite stops the run, and the
-message names the layer.
+model's configuration has a positive router_aux_loss_coef; --router_bias_update_rate 0.001 moves their selection biases. LoRA is
+merged when it is saved, unless --merge_lora false is given.
+
+The progress bar shows the loss and MaxVio, the busiest expert's load over the mean load, less 1. The trackers of --report_to and
+trainer_state.json get all figures of the routing, which `moe report --history OUTPUT_DIR` draws; --routing_steps sets how often,
+and 0 switches them off. Ctrl-C finishes the step and saves it, and a second Ctrl-C stops at once; the same command with
+--resume_from_checkpoint true goes on to the same weights as a run that was not stopped. A loss or gradient that is not finite
+stops the run, and the message names the layer.
 """
 
 import sys

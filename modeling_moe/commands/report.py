@@ -5,13 +5,14 @@
     moe report --model_name_or_path ./moe --data wiki=wiki.txt --output_dir report --history ./moe
     moe report --model_name_or_path ./before --compare ./after --data wiki=wiki.txt code=code.txt --output_dir report
     moe report --model_name_or_path allenai/OLMoE-1B-7B-0924 --data wiki=wiki.txt --max_tokens 65536 --output_json load.json
-    moe report --history outputs/moe/trainer_state.json --output_dir report
+    moe report --history outputs/moe --output_dir report
 
 The page in --output_dir, report.html, opens without network. Tokens are counted where transformers calls the experts, after any
-drop by capacity, so checkpoints of this package and of transformers' own MoE classes work alike. In the table, balance is the
-busiest expert's tokens over the mean (1 is balanced); the entropy of the shares is in nats (ln E is balanced), and exp(entropy)
-is the number of experts in effective use; a dead expert gets no token. --output_json holds a list of layers for each domain,
-and with --compare two of these under `models`, and `changes`.
+drop by capacity, so checkpoints of this package and of transformers' own MoE classes work alike. In the table, MaxVio is the
+busiest expert's load over the mean load, less 1 (0 is balanced); the entropy of the shares is in nats (ln E is balanced), and
+exp(entropy) is the number of experts in effective use; a dead expert gets no token. --history takes the --output_dir of a
+training run that logged the routing, as `moe finetune` does. --output_json holds a list of layers for each domain, and with
+--compare two of these under `models`, and `changes`.
 """
 
 import math
@@ -55,7 +56,7 @@ from ..utils.limits import refuse_vast_fields
 from ..utils.loading import load_config, load_tokenizer, one_line_for
 
 
-COLUMNS = ("layer", "balance", "entropy", "experts in use", "dead experts", "busiest expert")
+COLUMNS = ("layer", "MaxVio", "entropy", "experts in use", "dead experts", "busiest expert")
 
 
 @dataclass
@@ -80,7 +81,7 @@ class ReportArguments(EvaluationArguments):
     texts_per_domain: int = field(
         default=3, metadata={"help": "number of texts of each domain to show token by token"}
     )
-    text_tokens: int = field(default=256, metadata={"help": "number of tokens of such a text"})
+    text_tokens: int = field(default=256, metadata={"help": "number of tokens to show of a text"})
     top_tokens: int = field(default=10, metadata={"help": "number of tokens to list for each expert of each layer"})
     seed: int = field(
         default=0, metadata={"help": "seed of the test of specialisation, which permutes blocks of text"}
@@ -158,14 +159,14 @@ class LayerLoad:
     Attributes:
         layer: index of the layer in the model.
         tokens: number of assignments of each of the E experts.
-        balance: the largest of `tokens` over their mean; 1 is balanced, E is one expert for all.
+        max_violation: the largest of `tokens` over their mean, less 1; 0 is balanced, E - 1 is one expert for all.
         entropy: entropy of the shares of `tokens` in nats; ln E is balanced.
         dead_experts: ids of the experts without a token.
     """
 
     layer: int
     tokens: list[int]
-    balance: float
+    max_violation: float
     entropy: float
     dead_experts: list[int]
 
@@ -175,7 +176,7 @@ class LayerLoad:
         busiest = max(range(len(self.tokens)), key=self.tokens.__getitem__)
         return [
             str(self.layer),
-            f"{self.balance:.3f}",
+            f"{self.max_violation:.3f}",
             f"{self.entropy:.3f}",
             f"{math.exp(self.entropy):.1f} of {len(self.tokens)}",
             dead,
@@ -190,7 +191,7 @@ def layer_load(layer: int, load: np.ndarray) -> LayerLoad:
     return LayerLoad(
         layer=layer,
         tokens=load.tolist(),
-        balance=float(load.max() / load.mean()) if load.any() else 1.0,
+        max_violation=float(load.max() / load.mean()) - 1 if load.any() else 0.0,
         entropy=float(-(used * np.log(used)).sum()),
         dead_experts=np.flatnonzero(load == 0).tolist(),
     )

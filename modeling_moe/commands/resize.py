@@ -4,7 +4,7 @@
     moe resize --model_name_or_path ./moe --output_dir outputs/larger --method grow --factor 2
     moe resize --model_name_or_path ./moe --output_dir outputs/larger --method grow --mode masked
     moe resize --model_name_or_path ./OLMoE-1B-7B --output_dir outputs/code --method prune --keep 32 --data code=code.txt
-    moe resize --model_name_or_path ./OLMoE-1B-7B --output_dir outputs/half --method prune --keep 32 --score load \
+    moe resize --model_name_or_path ./OLMoE-1B-7B --output_dir outputs/half --method prune --keep 32 --score load \\
         --data code=code.txt law=law.txt --save_usage use.json
     moe resize --model_name_or_path ./OLMoE-1B-7B --output_dir outputs/quarter --method prune --keep 16 --usage_json use.json
 

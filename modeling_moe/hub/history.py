@@ -160,6 +160,6 @@ def _training(record: dict[str, Any]) -> dict[str, Any]:
         rows["trained_parameters"] = f"{trained:,}, {trained / total:.2%} of the model's {total:,} without an adapter"
     for name, change in _table(record.get("loss")).items():
         if isinstance(change, Mapping) and all(isinstance(change.get(end), int | float) for end in ("first", "last")):
-            title = "training loss" if name == "loss" else name
+            title = "training loss" if name == "loss" else name.rpartition("/")[2]
             rows[f"{title}, mean of the first and last quarter"] = f"{change['first']:.4f}, {change['last']:.4f}"
     return {name: value for name, value in rows.items() if value not in (None, {}, "")}

@@ -36,7 +36,7 @@ class ResizeOptions:
         default="grow",
         metadata={
             "help": "grow: add experts without changing the function; prune: keep the experts that the text uses most; "
-            "merge: merge the other experts into these; extract: keep the experts of one task of a model with "
+            "merge: keep the most used experts, and merge the others into them; extract: keep the experts of one task of a model with "
             "router_type='task'"
         },
     )
@@ -47,10 +47,10 @@ class ResizeOptions:
     task: int | None = field(default=None, metadata={"help": "id of the task that method extract keeps"})
     save_usage: str | None = field(
         default=None,
-        metadata={"help": "JSON file to write the measured use of the experts to, for another usage_json"},
+        metadata={"help": "JSON file to write the measured use of the experts to; a later run reads it by usage_json"},
     )
     usage_json: str | None = field(
-        default=None, metadata={"help": "JSON file of an earlier save_usage, which is read in place of data"}
+        default=None, metadata={"help": "JSON file that an earlier run wrote by save_usage, to read in place of data"}
     )
 
     def check(self) -> None:
@@ -64,7 +64,9 @@ class ResizeOptions:
         if self.method == "extract" and self.task is None:
             raise UserError("method 'extract' keeps the experts of one task: give task")
         if self.method in RANKING and not (self.data or self.usage_json):
-            raise UserError(f"method {self.method!r} ranks the experts by their use on a text: give data")
+            raise UserError(
+                f"method {self.method!r} ranks the experts by their use on a text: give data or usage_json"
+            )
         if self.data and self.usage_json:
             raise UserError("data measures the use of the experts, which usage_json holds: give only one of them")
         if self.save_usage and not self.data:
@@ -98,7 +100,9 @@ class ResizeRequest:
             UserError: if no text was given to measure it on.
         """
         if self.usage is None:
-            raise UserError(f"method {self.options.method!r} ranks the experts by their use on a text: give data")
+            raise UserError(
+                f"method {self.options.method!r} ranks the experts by their use on a text: give data or usage_json"
+            )
         return self.usage
 
 

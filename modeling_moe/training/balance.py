@@ -35,6 +35,10 @@ from .transformers_losses import TransformersLossesOff
 logger = logging.getLogger(__name__)
 
 SCOPES = ("batch", "sequence")
+NEVER_STEPPED = (
+    "the selection biases did not move, because Balance.step was not called: call modeling_moe.training.enable() before you make "
+    "the Trainer, give it callbacks=[MoECallback()], or call step() after each optimizer.step() of your own loop."
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Balance:
         self.biases: list[SelectionBias] = []
         self._loads: dict[str, torch.Tensor] = {}
         self._means = LossMeans(model)
-        self._noted = False
+        self._noted = self._stepped = False
         self._theirs: TransformersLossesOff | None = None
         self._scorings = Scorings(model) if settings.has_losses else None
         self._attach(model)
@@ -170,7 +174,13 @@ class Balance:
             self._theirs.restore_config()
 
     def detach(self) -> None:
-        """Ends the balancing and restores the model; a second call does nothing. A moved bias keeps its value."""
+        """Ends the balancing and restores the model; a second call does nothing. A moved bias keeps its value.
+
+        It warns if the model was trained and [`Balance.step`] was never called.
+        """
+        if self._loads and not self._stepped:
+            logger.warning(NEVER_STEPPED)
+        self.forget()
         self._release()
         if self._theirs is not None:
             self._theirs.restore()
@@ -242,6 +252,7 @@ class Balance:
 
         [`~modeling_moe.training.MoECallback`] calls it. All ranks must call it.
         """
+        self._stepped = True
         counted = [bias for bias in self.biases if bias.layer.name in self._loads]
         if counted:
             self._widen_biases()  # a cast of the model narrows them again
@@ -279,8 +290,8 @@ def balance(
     rule (arXiv:2408.15664). The training passes since the last step count, of all micro-batches and ranks. Checkpoints hold
     the biases as they hold weights.
 
-    In a `Trainer`, [`~modeling_moe.training.MoECallback`] scales the losses and steps the biases; your own loop sets
-    the handle's `scale` and calls [`Balance.step`].
+    A `Trainer` needs [`~modeling_moe.training.MoECallback`], which [`~modeling_moe.training.enable`] gives to each new one:
+    it scales the losses and steps the biases. Your own loop sets the handle's `scale` and calls [`Balance.step`].
 
     Args:
         model: any MoE model of transformers whose experts follow its experts interface, with or without adapters. Call

@@ -104,6 +104,8 @@ def test_help_of_a_command_has_examples_of_the_command(name, capsys, monkeypatch
     assert text.startswith(f"usage: moe {name} [RECIPE] [--FLAG VALUE ...]\n")
     assert examples(text)[0].startswith(f"moe {name}")
     assert "scripts/" not in text.replace("python scripts/benchmark.py", "")
+    assert not any("  " in line.strip() for line in examples(text))  # a lost backslash joins two lines
+    assert max(map(len, text.partition("options:")[0].splitlines())) <= 130
 
 
 @pytest.mark.parametrize("script", WRAPPERS)

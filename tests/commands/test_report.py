@@ -62,19 +62,20 @@ def test_the_table_counts_the_experts_that_the_router_logits_choose(name, layers
                 expected[row] += torch.bincount(chosen, minlength=expected.shape[1])
     assert [layer["tokens"] for layer in found] == expected.tolist()
     for layer in found:
-        assert layer["balance"] == pytest.approx(layer["max_violation"] + 1)
+        tokens = layer["tokens"]
+        assert layer["max_violation"] == pytest.approx(max(tokens) * len(tokens) / sum(tokens) - 1)
         assert layer["mean_experts"] == top_k
         assert layer["token_entropy"] < layer["marginal_entropy"] <= math.log(len(layer["tokens"]))
-        assert f"│ {layer['balance']:.3f} " in printed
+        assert f"│ {layer['max_violation']:.3f} " in printed
 
 
 def test_the_load_of_a_layer_by_hand():
     layer = report.layer_load(7, np.array([4, 0, 2, 2]))
-    assert (layer.layer, layer.tokens, layer.balance, layer.dead_experts) == (7, [4, 0, 2, 2], 2.0, [1])
+    assert (layer.layer, layer.tokens, layer.max_violation, layer.dead_experts) == (7, [4, 0, 2, 2], 1.0, [1])
     assert layer.entropy == pytest.approx(1.5 * math.log(2))
-    assert layer.row() == ["7", "2.000", "1.040", "2.8 of 4", "1 of 4", "0"]
+    assert layer.row() == ["7", "1.000", "1.040", "2.8 of 4", "1 of 4", "0"]
     even = report.layer_load(0, np.array([3, 3, 3]))
-    assert (even.balance, even.dead_experts) == (1.0, [])
+    assert (even.max_violation, even.dead_experts) == (0.0, [])
     assert even.entropy == pytest.approx(math.log(3))
 
 

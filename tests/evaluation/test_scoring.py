@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -208,6 +209,21 @@ def test_layers_with_different_numbers_of_experts_had_no_load(blocks):
     assert result.max_vio == pytest.approx(sum(vio) / 2)
     assert result.expert_share is None
     print_scores({"a": result}, "model")
+
+
+def test_no_number_was_cut_off_in_80_columns(blocks, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    model = tiny_model()
+    with torch.no_grad():
+        result = score(model, blocks.select(range(3)))
+    result = replace(result, expert_share=[0.125] * 8, token_entropy=1.62, marginal_entropy=1.94, max_vio=1.612)
+    print_scores(
+        {"wiki": replace(result, loss=6.4064, perplexity=605.694, bits_per_byte=8.5703, tokens=11042)}, "model"
+    )
+    printed = capsys.readouterr().out
+    for text in ("11,042", "605.694", "8.5703", "1.612", "1.62, 1.94", "router entropy", "12.5 12.5"):
+        assert text in printed
+    assert "\N{HORIZONTAL ELLIPSIS}" not in printed
 
 
 @torch.no_grad()

@@ -295,7 +295,7 @@ def test_data_training_and_exactness_come_from_the_records(tmp_path):
     assert (told["Batch"], told["LoRA r"], told["Tokens"]) == ("4 sequences of 128 tokens", "8", "20,480")
     assert told["Trained parameters"] == "1,000, 2.50% of the model's 40,000 without an adapter"
     assert told["Training loss, mean of the first and last quarter"] == "3.2500, 2.5000"
-    assert told["Routing/z loss, mean of the first and last quarter"] == "1.0000, 0.5000"
+    assert told["Z loss, mean of the first and last quarter"] == "1.0000, 0.5000"
     assert "Sparse Upcycling, arXiv:2212.05055" in card.text
     recipe["reason_not_exact"] = "noise moves every expert"
     (tmp_path / "conversion.json").write_text(json.dumps({"recipe": recipe, "verification": measured}))

@@ -95,7 +95,7 @@ def test_a_model_of_transformers(tmp_path):
     ("options", "message"),
     [
         ({"method": "shrink"}, "method 'shrink' is unknown: it must be one of grow, prune, merge, extract"),
-        ({"method": "prune"}, "method 'prune' ranks the experts by their use on a text: give data"),
+        ({"method": "prune"}, "method 'prune' ranks the experts by their use on a text: give data or usage_json"),
         ({"method": "extract"}, "method 'extract' keeps the experts of one task: give task"),
         ({"method": "extract", "task": 0}, "extract_task needs a model with router_type='task'"),
         ({"method": "merge", "data": ["mine=/nowhere"]}, "^data /nowhere does not exist"),

@@ -57,6 +57,17 @@ def counted_load(model, batch: dict) -> list[torch.Tensor]:
     return loads
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_biases_that_nobody_stepped_stayed_without_a_word(steps, caplog):
+    model = random_model("deepseek_v3")
+    with balance(model, router_bias_update_rate=RATE) as handle:
+        for _ in range(steps):
+            model(**padded_batch())
+            handle.step()
+        model(**padded_batch())
+    assert ("Balance.step was not called" in caplog.text) == (steps == 0)
+
+
 @pytest.mark.parametrize("family", HAND_COUNTED)
 def test_bias_moves_by_a_hand_count(family):
     model, batch = random_model(family), padded_batch()
