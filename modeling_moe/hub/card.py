@@ -235,7 +235,7 @@ def _card_data(name: str, known: Mapping[str, Any], facts: ModelFacts, results: 
         license_link=known.get("license_link"),
         library_name=facts.library,
         pipeline_tag=facts.task,
-        tags=known.get("tags") or _tags(known, facts),
+        tags=known.get("tags") or _tags(known, facts) or None,
         base_model=bases or None,
         base_model_relation=relation,
         datasets=[place for place in dict.fromkeys(places) if is_on_hub(place)] or None,

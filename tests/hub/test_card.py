@@ -382,6 +382,11 @@ def test_a_folder_without_code_promises_none(tmp_path):
         (None, {}, "has no config.json"),
         ({"model_type": "no such model"}, {}, "the configuration of .* cannot be loaded"),
         ([1], {}, r"config\.json is damaged"),
+        (
+            {"model_type": "qwen3_vl_moe"},
+            {},
+            "type qwen3_vl_moe, which transformers does not load as a causal language model",
+        ),
         ({"model_type": "moe"}, {"license": "Some License"}, "license 'Some License' is no identifier"),
         (
             {"model_type": "moe"},
@@ -391,7 +396,16 @@ def test_a_folder_without_code_promises_none(tmp_path):
         ({"model_type": "moe"}, {"language": ["en", "English"]}, "language 'English' is no code"),
         ({"model_type": "moe"}, {"metrics": {"wiki": {"accuracy": 1.0}}}, "metrics of domain 'wiki'"),
     ],
-    ids=["no config", "unknown model", "damaged", "no license", "misspelt license", "no language", "unknown measure"],
+    ids=[
+        "no config",
+        "unknown model",
+        "damaged",
+        "other task",
+        "no license",
+        "misspelt license",
+        "no language",
+        "unknown measure",
+    ],
 )
 def test_refuses(tmp_path, config, arguments, message):
     if config is not None:
