@@ -47,10 +47,10 @@ scores=(--data "${held_out[@]}" --max_length 256 --max_tokens 1024 --batch_size 
 prompts=(--prompt "The for statement is used to" "def parse_args(self, args=None):")
 
 step "Upcycle to 4 experts, 2 for each token, and compare with the dense model"
-$python scripts/upcycle.py --model_name_or_path "$model" "${gguf[@]}" --output_dir "$out/upcycled" --num_experts 4 \
+$python scripts/upcycle.py --model_name_or_path "$model" ${gguf[@]+"${gguf[@]}"} --output_dir "$out/upcycled" --num_experts 4 \
     --num_experts_per_tok 2 --verify true --overwrite true
 step "Evaluate the dense and the upcycled model on held-out text"
-$python scripts/eval_lm.py --model_name_or_path "$model" "${gguf[@]}" "${scores[@]}" --output_json "$out/dense.json"
+$python scripts/eval_lm.py --model_name_or_path "$model" ${gguf[@]+"${gguf[@]}"} "${scores[@]}" --output_json "$out/dense.json"
 $python scripts/eval_lm.py --model_name_or_path "$out/upcycled" "${scores[@]}" --output_json "$out/before.json"
 step "Text before training"
 $python scripts/generate.py --model_name_or_path "$out/upcycled" "${prompts[@]}"

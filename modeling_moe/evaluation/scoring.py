@@ -128,7 +128,7 @@ def _warn_of_unseen_experts(model: PreTrainedModel) -> None:
     try:
         sparse_layers(model)
     except UnreachableRouting as error:
-        if "dense model" not in str(error):
+        if not error.dense:
             logger.warning(f"The load of the experts is not shown: {error}")
 
 

@@ -17,7 +17,7 @@ from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
 from ..utils.loading import has_tokenizer
 from .facts import ModelFacts, has_chat_template, model_facts
-from .history import check_card_fields, history
+from .history import RESIZING, check_card_fields, history
 from .metadata import check_languages, check_license, is_hub_name
 from .pictures import ASSETS, PICTURES, pictures_in
 from .results import Results, model_index, read_results, results_table
@@ -36,6 +36,8 @@ PAPERS = {
     "drop": "Nakamura et al., Drop-Upcycling, arXiv:2502.19261",
     "split": "Zhu et al., LLaMA-MoE, arXiv:2406.16554",
 }
+# names of options whose words make no title
+TITLES = {"num_experts": "Experts", "num_experts_per_tok": "Experts per token", "lora_r": "LoRA rank"}
 
 
 def write_model_card(
@@ -188,6 +190,7 @@ def _card_text(
     sources = known.get("base_model") or []
     results = read_results(known.get("metrics") or {})
     made = known.get("upcycling") or {}
+    method = str(made.get("method"))
     card = ModelCard.from_template(
         _card_data(name, known, facts, results),
         template_path=str(TEMPLATE),
@@ -204,7 +207,9 @@ def _card_text(
         pictures=[(f"{ASSETS}/{picture}", PICTURES[picture]) for picture in sorted(pictures)],
         sources=[markdown_text(source) for source in sources],
         upcycling=_rows(made),
-        paper=PAPERS.get(str(made.get("method"))),
+        made="Upcycling" if method in PAPERS else "Resizing" if method in RESIZING else "Conversion",
+        pruned=method in ("prune", "merge"),
+        paper=PAPERS.get(method),
         data=_data_table(known.get("data") or {}),
         training=_rows(known.get("training")),
         results=results_table(results),
@@ -230,7 +235,7 @@ def _card_data(name: str, known: Mapping[str, Any], facts: ModelFacts, results: 
         license_link=known.get("license_link"),
         library_name=facts.library,
         pipeline_tag=facts.task,
-        tags=known.get("tags") or _tags(known, facts),
+        tags=known.get("tags") or _tags(known, facts) or None,
         base_model=bases or None,
         base_model_relation=relation,
         datasets=[place for place in dict.fromkeys(places) if is_on_hub(place)] or None,
@@ -250,7 +255,7 @@ def _tags(known: Mapping[str, Any], facts: ModelFacts) -> list[str]:
     kinds = {
         "moe": facts.is_sparse,
         "modeling_moe": made_here,
-        "upcycling": "method" in (known.get("upcycling") or {}),
+        "upcycling": (known.get("upcycling") or {}).get("method") in PAPERS,
         "lora": facts.is_adapter,
     }
     return [kind for kind, holds in kinds.items() if holds]
@@ -295,5 +300,5 @@ def _rows(values: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 def _title(name: str) -> str:
     """Returns the title of a row for the name of an option: `lora_r` as `LoRA r`."""
-    title = markdown_text(name).replace("_", " ").replace("lora", "LoRA")
+    title = TITLES.get(name, markdown_text(name).replace("_", " ").replace("lora", "LoRA"))
     return title[:1].upper() + title[1:]

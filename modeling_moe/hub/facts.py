@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_moe import MoEConfig
 from ..modeling_moe import MODELS, MoEForCausalLM, MoEPreTrainedModel
@@ -80,13 +80,19 @@ def model_facts(folder: Path, trust_remote_code: bool = False) -> ModelFacts:
         trust_remote_code: whether code that the folder brings may read the configuration.
 
     Raises:
-        UserError: if the folder holds neither a model nor an adapter, or a configuration is damaged.
+        UserError: if the folder holds neither a model nor an adapter, a configuration is damaged, or the model is no causal LM.
     """
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return _adapter_facts(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: save the model there before its card")
     config = load_config(str(folder), trust_remote_code=trust_remote_code)
+    code = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in code:
+        raise UserError(
+            f"{folder} holds a model of type {config.model_type}, which transformers does not load as a causal language model: "
+            "only such models get a card, write this one yourself"
+        )
     with torch.device("meta"):
         if isinstance(config, MoEConfig):
             model: PreTrainedModel = _model_class(config)(config)
@@ -146,8 +152,8 @@ def _adapter_facts(folder: Path) -> ModelFacts:
     facts: list[tuple[str, Any]] = [("Method", config.get("peft_type")), ("Rank", config.get("r"))]
     facts.append(("Alpha", config.get("lora_alpha")))
     for title, name in (
-        ("Layers", "target_modules"),
-        ("Parameters", "target_parameters"),
+        ("Adapted layers", "target_modules"),
+        ("Adapted parameters", "target_parameters"),
         ("Trained whole", "modules_to_save"),
     ):
         value = config.get(name)

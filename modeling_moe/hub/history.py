@@ -9,14 +9,30 @@ from typing import Any, NamedTuple
 from ..utils.errors import UserError
 from ..utils.json_files import read_json
 from ..utils.lineage import CONVERSION, FINETUNING, VERIFICATION, lineage_of, recorded_lineage
+from .wording import without_paths
 
 
 SCORES = "scores.json"
-# options of upcycling, conversion and resizing that a card shows
+# options of upcycling and conversion that a card shows
 SHOWN_OPTIONS = (
-    *("method", "mode", "num_experts", "num_experts_per_tok", "granularity", "scaling", "shared_expert", "noise"),
-    *("router_init", "factor", "keep", "score", "seed"),
+    *("method", "num_experts", "num_experts_per_tok", "granularity", "scaling", "shared_expert", "noise"),
+    *("router_init", "seed"),
 )
+# method of resizing -> options that it reads and a card shows
+RESIZING = {
+    "grow": ("mode", "factor", "num_experts", "noise", "seed"),
+    "prune": ("keep", "score"),
+    "merge": ("keep", "score"),
+    "extract": ("task",),
+}
+# score by which experts are ranked -> what a card says
+SCORE_TEXTS = {
+    "reap": "REAP (arXiv:2510.13999): routing weight times norm of the output, averaged over the expert's tokens",
+    "load": "number of tokens that are sent to the expert",
+    "mass": "routing weight of the expert, averaged over all tokens",
+}
+# a card lists at most this many ids of kept experts
+MAX_IDS = 64
 
 
 def _is_text(value: Any) -> bool:
@@ -115,13 +131,53 @@ def _conversion(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the card's rows about upcycling, conversion or resizing from the content of `conversion.json`."""
     recipe = _table(record.get("recipe"))
     options = _table(recipe.get("options"))
-    shown = {name: options[name] for name in SHOWN_OPTIONS if options.get(name) is not None}
+    method = str(options.get("method"))
+    names = RESIZING.get(method, SHOWN_OPTIONS)
+    shown = {name: options[name] for name in names if options.get(name) is not None}
     sources = recipe.get("sources")
     sources = sources if isinstance(sources, list) else [recipe.get("source")]
-    names = [source["name"] for source in sources if isinstance(source, dict) and isinstance(source.get("name"), str)]
-    if not names and not shown:
+    places = [place for source in sources if (place := _place(source)) is not None]
+    if not places and not shown:
         return {}
-    return {"from": names, "target": recipe.get("target"), **shown, "exactness": _exactness(record, recipe)}
+    if method in RESIZING:
+        shown = {"method": method, **_resizing(shown, options, _table(recipe.get("kept")))}
+    return {"from": places, "target": recipe.get("target"), **shown, "exactness": _exactness(record, recipe)}
+
+
+def _place(source: object) -> str | None:
+    """Returns the name of a source that a recipe describes, with the file of a GGUF; None if there is no name."""
+    known = _table(source)
+    if not isinstance(name := known.get("name"), str):
+        return None
+    files = list(_table(known.get("files")))
+    return f"{name}/{files[0]}" if len(files) == 1 and str(files[0]).endswith(".gguf") else name
+
+
+def _resizing(shown: dict[str, Any], options: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """Returns the card's rows about resizing.
+
+    Args:
+        shown: the options that the method reads.
+        options: all options of the recipe.
+        kept: ids of the kept experts by layer; empty if the recipe has none.
+    """
+    if "keep" not in shown:
+        # num_experts replaces factor
+        return {name: value for name, value in shown.items() if name != "factor" or "num_experts" not in shown}
+    rows = {"experts kept in each layer": shown["keep"]}
+    rows["experts ranked by"] = SCORE_TEXTS.get(str(shown.get("score")), shown.get("score"))
+    if isinstance(data := options.get("data"), list) and data:
+        rows["measured on"] = f"{', '.join(map(str, without_paths(data)))}; {options.get('tokens')} tokens of each"
+    elif isinstance(usage := options.get("usage_json"), str):
+        rows["measured on"] = f"a text whose use of the experts was read from {without_paths(usage)}"
+    ids = {layer: experts for layer, experts in kept.items() if isinstance(experts, list)}
+    if 0 < sum(map(len, ids.values())) <= MAX_IDS:
+        rows["kept experts of the source"] = "; ".join(
+            f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in ids.items()
+        )
+    elif ids:
+        rows["kept experts of the source"] = f"listed in {CONVERSION}"
+    return rows
 
 
 def _table(value: object) -> dict[str, Any]:
@@ -160,6 +216,6 @@ def _training(record: dict[str, Any]) -> dict[str, Any]:
         rows["trained_parameters"] = f"{trained:,}, {trained / total:.2%} of the model's {total:,} without an adapter"
     for name, change in _table(record.get("loss")).items():
         if isinstance(change, Mapping) and all(isinstance(change.get(end), int | float) for end in ("first", "last")):
-            title = "training loss" if name == "loss" else name.rpartition("/")[2]
+            title = "training loss in nats per token" if name == "loss" else f"router {name.removeprefix('routing/')}"
             rows[f"{title}, mean of the first and last quarter"] = f"{change['first']:.4f}, {change['last']:.4f}"
     return {name: value for name, value in rows.items() if value not in (None, {}, "")}

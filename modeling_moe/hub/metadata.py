@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module checks the license and the languages of a card as the Hub checks them, without the network.
+"""This module checks the license and the languages of a card, without the network.
 
-The identifiers are those of https://huggingface.co/docs/hub/repositories-licenses.
+The Hub adds licenses in time, so an unknown identifier gets a warning only; the Hub itself refuses what it does not know. The identifiers are those of https://huggingface.co/docs/hub/repositories-licenses.
 """
 
 import difflib
@@ -9,9 +9,12 @@ import re
 from collections.abc import Sequence
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers.utils import logging
 
 from ..utils.errors import UserError
 
+
+logger = logging.get_logger(__name__)
 
 # fmt: off
 LICENSES = frozenset((
@@ -35,22 +38,24 @@ LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 
 
 def check_license(license: object, recorded: object = None) -> None:
-    """Refuses a license that the Hub's validator does not know.
+    """Refuses a license that has not the form of the Hub's identifiers, and warns of one that is not in the list here.
 
     Args:
         license: identifier for the card; None passes.
-        recorded: identifier from the card of the base model. The Hub accepted it there, even if it is newer than this list.
+        recorded: identifier from the card of the base model. The Hub accepted it there, even if it is newer than the list.
 
     Raises:
-        UserError: names identifiers that resemble the license.
+        UserError: names an identifier that resembles the license.
     """
     if license is None or license in LICENSES:
         return
-    if isinstance(license, str) and IDENTIFIER.fullmatch(license) and license == recorded:
-        return
     close = difflib.get_close_matches(str(license).lower(), LICENSES, n=1)
-    hint = f"did you mean {close[0]}?" if close else "write one such as apache-2.0, or other"
-    raise UserError(f"license {license!r:.100} is no identifier of the Hub: {hint}")
+    if not isinstance(license, str) or not IDENTIFIER.fullmatch(license):
+        hint = f"did you mean {close[0]}?" if close else "write one such as apache-2.0, or other"
+        raise UserError(f"license {license!r:.100} is no identifier of the Hub: {hint}")
+    if license != recorded:
+        hint = f": did you mean {close[0]}?" if close else "."
+        logger.warning(f"license {license!r} is not in this version's list of the Hub's identifiers{hint}")
 
 
 def check_languages(language: str | Sequence[str] | None) -> None:

@@ -17,7 +17,16 @@ from transformers.utils.output_capturing import OutputRecorder
 
 
 class UnreachableRouting(ValueError):
-    """The model has no routed experts that transformers' experts interface calls; the message is one sentence."""
+    """The model has no routed experts that transformers' experts interface calls; the message is one sentence.
+
+    Args:
+        message: the sentence.
+        dense: whether the model has no experts at all.
+    """
+
+    def __init__(self, message: str, *, dense: bool = False):
+        super().__init__(message)
+        self.dense = dense
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ def sparse_layers(model: nn.Module) -> list[SparseLayer]:
     """
     found = [(name, module) for name, module in model.named_modules() if follows_experts_interface(module)]
     if not found:
-        raise UnreachableRouting(_why_unreachable(model))
+        raise _unreachable(model)
     routers = _pair(model, [name for name, _ in found])
     layers = []
     for place, (name, module) in enumerate(found):
@@ -209,13 +218,13 @@ def _before_experts(model: nn.Module, router: _Router, experts: str) -> _Router 
     return _Router(name, model.get_submodule(name), 0)
 
 
-def _why_unreachable(model: nn.Module) -> str:
-    """Returns one sentence that says why a model has no reachable experts."""
+def _unreachable(model: nn.Module) -> UnreachableRouting:
+    """Returns the error that says why a model has no reachable experts."""
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
     own = next((module for module in model.modules() if _holds_experts(module)), None)
     if own is None:
-        return f"{type(inner).__name__} is a dense model: there is no routing to see."
-    return (
+        return UnreachableRouting(f"{type(inner).__name__} is a dense model: there is no routing to see.", dense=True)
+    return UnreachableRouting(
         f"{type(inner).__name__} computes its experts in {type(own).__name__}, which does not follow transformers' experts "
         "interface, so that its routing cannot be seen."
     )

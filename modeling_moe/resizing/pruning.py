@@ -17,6 +17,10 @@ from .growth import ROUTER_ROWS, MakeExpert, refuse_other_routers, replace_exper
 from .usage import SCORES, Usage
 
 
+# why no pruned model computes the whole model's function
+PRUNED = "tokens of a dropped expert are sent to other experts"
+
+
 @dataclass
 class PruningOptions:
     """These options say which experts are kept; see [`prune`] and [`merge`]."""
@@ -32,7 +36,7 @@ class PruningOptions:
 
     def reason_not_exact(self, config: MoEConfig) -> str:
         """Returns why the result will not compute the function of a model with `config`."""
-        reason = "tokens of a dropped expert are sent to other experts"
+        reason = PRUNED
         if config.scoring_func == "softmax" and not config.norm_topk_prob:
             reason += (
                 "; norm_topk_prob=False: the softmax runs without the dropped experts, so that all other weights rise"

@@ -5,9 +5,10 @@
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,7 +35,18 @@ from ..utils.lineage import lineage_of
 from ..utils.loading import load_config, one_line_for, parse_dtype
 from ..utils.locations import leads_outside
 from .pruning import PruningOptions, best_experts, refuse_other_usage
-from .skeleton import Axis, Reduction, Skeleton, groups_of, model_without_data, reduce, shapes, skeleton, text_config
+from .skeleton import (
+    Axis,
+    Reduction,
+    Skeleton,
+    fields_of,
+    groups_of,
+    model_without_data,
+    reduce,
+    shapes,
+    skeleton,
+    text_config,
+)
 from .usage import SCORES, Usage
 
 
@@ -105,7 +117,8 @@ def open_any(source: Source, dtype: str = "auto", *, trust_remote_code: bool = F
     config = load_config(str(source.folder), trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
-            f"{source.folder} is quantised, as its config.json says: take the model that it was quantised from"
+            f"{source.folder} is quantised, as its config.json says: take the model that it was quantised from, or dequantise "
+            "it first"
         )
     with one_line_for("the model", str(source.folder), trust_remote_code):
         found = skeleton(config, trust_remote_code=trust_remote_code)
@@ -251,6 +264,27 @@ def _left_out(checkpoint: AnyCheckpoint) -> list[str]:
     return [name for name, place in names.places(checkpoint.state).items() if place.target not in names.own]
 
 
+def _without_heads(reduction: Reduction, left_out: list[str]) -> Reduction:
+    """Sets the number of heads that predict further tokens to 0, if the result lacks their tensors.
+
+    A server that finds another number in config.json looks for the tensors. Families name the number differently, such as
+    `num_nextn_predict_layers` and `mtp_num_hidden_layers`; a tensor of such a head says `mtp`, or belongs to a layer behind the
+    last one.
+    """
+    config = reduction.before.config
+    layers = getattr(text_config(config), "num_hidden_layers", None)
+    numbers = [re.search(r"\blayers\.(\d+)\.", name) for name in left_out]
+    behind = isinstance(layers, int) and any(number and int(number[1]) >= layers for number in numbers)
+    if not behind and not any("mtp" in name for name in left_out):
+        return reduction
+    heads = {
+        name: 0
+        for name, value in fields_of(config).items()
+        if type(value) is int and "num" in name and ("nextn" in name or "mtp" in name)
+    }
+    return replace(reduction, fields=reduction.fields | heads)
+
+
 def _refuse_misfit(selection: _Selection, result: State) -> None:
     """Refuses a result whose tensors transformers would not convert to those of the smaller model, all of them."""
     model = selection.reduction.after.model
@@ -357,11 +391,13 @@ def prune_any(checkpoint: AnyCheckpoint, reduction: Reduction, usage: Usage, opt
             f"its configuration lowers that: keep more experts"
         )
     kept = kept_of_any(checkpoint, usage, options)
+    left_out = _left_out(checkpoint)
+    reduction = _without_heads(reduction, left_out)
     values = changed_values(checkpoint.source.folder, reduction, trust_remote_code=checkpoint.trust_remote_code)
     if checkpoint.dtype is not None:
         _name_dtype(values, str(checkpoint.dtype).removeprefix("torch."))
     state = select_experts(checkpoint, reduction, kept)
-    return Pruned(state, values, reduction, kept, _left_out(checkpoint))
+    return Pruned(state, values, reduction, kept, left_out)
 
 
 def write_pruned(

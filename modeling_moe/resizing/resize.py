@@ -19,7 +19,7 @@ from ..utils.json_files import read_json
 from ..utils.loading import load_model, load_tokenizer, refuse_misfit
 from .extraction import extract_task
 from .growth import GrowthOptions, grow
-from .pruning import PruningOptions, check_pruning, merge, prune
+from .pruning import PRUNED, PruningOptions, check_pruning, kept_experts, merge, prune
 from .pruning_any import open_any, plan_pruning, prune_any, write_pruned
 from .usage import Usage, measure_usage
 
@@ -212,14 +212,19 @@ def _measure(text: _Text, model: PreTrainedModel, options: ResizeOptions) -> Usa
     return usage
 
 
-def _recipe(request: ResizeRequest) -> dict:
-    """Returns everything that the bytes of the result depend on."""
-    usage = request.usage
+def _recipe(request: ResizeRequest, reason_not_exact: str | None) -> dict:
+    """Returns everything that the bytes of the result depend on, and why its function differs from the source's."""
+    usage, config = request.usage, request.checkpoint.config
+    kept = {}
+    if usage is not None and request.options.method in RANKING:
+        kept = kept_experts(config, usage, request.pruning)
     return {
         "source": request.checkpoint.identity(),
         "options": asdict(request.options) | asdict(request.growth) | asdict(request.pruning),
         "load": None if usage is None else {i: layer.load.tolist() for i, layer in usage.layers.items()},
-        "dtype": str(request.checkpoint.config.dtype),
+        "kept": {str(layer): experts for layer, experts in kept.items()},
+        "dtype": str(config.dtype),
+        "reason_not_exact": reason_not_exact,
     }
 
 
@@ -261,6 +266,7 @@ def _prune_family(
         "options": asdict(options) | asdict(pruning),
         "kept": {str(layer): experts for layer, experts in pruned.kept.items()},
         "dtype": dtype,
+        "reason_not_exact": PRUNED,
     }
     write_pruned(folder, checkpoint, pruned, recipe)
     top_k = usage.experts_per_token or None
@@ -269,7 +275,7 @@ def _prune_family(
         ModelSize(found.model.num_parameters(), found.active_parameters(chosen), found.num_experts, chosen)
         for found, chosen in ((reduction.before, top_k), (reduction.after, lower))
     ]
-    return ResizeResult(sizes[0], sizes[1], "tokens of a dropped expert are sent to other experts")
+    return ResizeResult(sizes[0], sizes[1], PRUNED)
 
 
 def resize_checkpoint(
@@ -320,6 +326,6 @@ def resize_checkpoint(
     resized = METHODS[options.method](request)
     refuse_full_disk(folder, sum(tensor.nbytes for tensor in resized.state.values()))
     resized.config.dtype = checkpoint.config.dtype
-    recipe = _recipe(request)
+    recipe = _recipe(request, resized.reason_not_exact)
     save_checkpoint(folder, resized.config, resized.state, checkpoint, recipe, trust_remote_code=trust_remote_code)
     return ResizeResult(ModelSize.of(checkpoint.config), ModelSize.of(resized.config), resized.reason_not_exact)

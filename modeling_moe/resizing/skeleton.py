@@ -225,7 +225,7 @@ def _replaced(value: Any, old: int, new: int) -> Any:
     return None
 
 
-def _fields_of(config: PreTrainedConfig) -> dict[str, Any]:
+def fields_of(config: PreTrainedConfig) -> dict[str, Any]:
     """Returns the fields of the language model's configuration, without the aliases of fields."""
     text = text_config(config)
     return {name: value for name, value in vars(text).items() if not name.startswith("_")}
@@ -250,7 +250,7 @@ def _with_fewer(before: Skeleton, keep: int, trust_remote_code: bool) -> _Fewer:
     """
     fields = {
         name: new
-        for name, value in _fields_of(before.config).items()
+        for name, value in fields_of(before.config).items()
         if (new := _replaced(value, before.num_experts, keep)) is not None
     }
     by_name = {name: value for name, value in fields.items() if "expert" in name}
@@ -301,7 +301,7 @@ def _lower_top_k(fewer: _Fewer, most: int, trust_remote_code: bool) -> dict[str,
     field, with an equal value, are lowered too, since another library may read them.
     """
     after, changes = fewer.after, {}
-    numbers, known, fields = _numbers(after.model, after.layers), shapes(after.model), _fields_of(after.config)
+    numbers, known, fields = _numbers(after.model, after.layers), shapes(after.model), fields_of(after.config)
     candidates = {
         name: lower
         for name, value in fields.items()

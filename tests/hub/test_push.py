@@ -266,7 +266,7 @@ def test_license_lineage_data_and_losses_come_from_the_records(hub, folder, unch
     ]
     for row in (
         "| Method | drop |",
-        "| Num experts | 5 |",
+        "| Experts | 5 |",
         "| Steps | 40 |",
         "| wiki | wiki.txt |",
         "| Seed | 3 |",

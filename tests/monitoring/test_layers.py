@@ -97,16 +97,22 @@ def test_a_router_that_no_class_declares_is_the_module_with_a_row_for_each_exper
 
 
 def test_a_dense_model_is_named():
-    with pytest.raises(UnreachableRouting, match=r"^LlamaForCausalLM is a dense model: there is no routing to see\.$"):
+    with pytest.raises(
+        UnreachableRouting, match=r"^LlamaForCausalLM is a dense model: there is no routing to see\.$"
+    ) as caught:
         sparse_layers(AutoModelForCausalLM.from_config(LlamaConfig(**SIZE)))
+    assert caught.value.dense
 
 
 def test_experts_beside_the_interface_are_named():
     config = CONFIG_MAPPING["jetmoe"](hidden_size=32, num_hidden_layers=1, intermediate_size=16, vocab_size=64)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UnreachableRouting, match=r"JetMoeMoE, which does not follow transformers' experts interface"):
+    with pytest.raises(
+        UnreachableRouting, match=r"JetMoeMoE, which does not follow transformers' experts interface"
+    ) as caught:
         sparse_layers(model)
+    assert not caught.value.dense
 
 
 def test_a_model_without_memory_has_layers():

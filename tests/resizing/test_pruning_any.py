@@ -17,6 +17,7 @@ from transformers import (
 from modeling_moe.checkpoints import LazyTensor, open_source
 from modeling_moe.commands.resize import main
 from modeling_moe.conversion import TARGETS, load_state, open_checkpoint
+from modeling_moe.hub import write_model_card
 from modeling_moe.resizing import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
 from modeling_moe.resizing.pruning_any import open_any, plan_pruning, prune_any, write_pruned
 from modeling_moe.resizing.skeleton import reduce, skeleton
@@ -329,6 +330,22 @@ def test_the_command_keeps_the_family_and_transformers_alone_loads_the_result(tm
     record = json.loads((tmp_path / "small" / "conversion.json").read_text())["recipe"]
     assert len(record["kept"]["0"]) == 3
     assert (tmp_path / "small" / "tokenizer.json").is_file()
+    card = write_model_card(tmp_path / "small")
+    assert "upcycling" not in card.data.tags
+    kept = "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in record["kept"].items())
+    for row in (
+        "| Resizing | |",
+        "| Method | prune |",
+        "| Experts kept in each layer | 3 |",
+        f"| Kept experts of the source | {kept} |",
+        "| Exactness | does not compute the source's function",
+    ):
+        assert row in card.text
+    assert "REAP (arXiv:2510.13999)" in card.text
+    (measured,) = [line for line in card.text.splitlines() if line.startswith("| Measured on")]
+    assert "tokens of each" in measured
+    assert str(tmp_path) not in card.text
+    assert "Experts were chosen by their use on one text" in card.text
     printed = run_without_package(LOAD_PLAIN, tmp_path, tmp_path / "small")
     assert printed.split() == ["MixtralForCausalLM", "3", "True"]
     paths = {"model_name_or_path": "whole", "output_dir": "again", "usage_json": "use.json"}
@@ -371,6 +388,22 @@ def test_tensors_that_the_model_does_not_take_are_left_out(tmp_path):
     pruned = prune_folder(tmp_path / "whole", tmp_path / "small", random_usage(model))
     assert pruned.left_out == ["model.layers.2.mlp.experts.0.up_proj.weight"]
     assert not any("layers.2" in name for name in pruned.state)
+
+
+def test_a_head_that_is_left_out_is_not_in_the_configuration(tmp_path):
+    """A server that finds `num_nextn_predict_layers` in config.json looks for the tensors of such layers."""
+    model = tiny_family("glm4_moe", num_nextn_predict_layers=1)
+    model.save_pretrained(tmp_path / "whole")
+    whole = json.loads((tmp_path / "whole" / "config.json").read_text())
+    file = tmp_path / "whole" / "model.safetensors"
+    expected = whole | {"n_routed_experts": 4}
+    prune_folder(tmp_path / "whole", tmp_path / "first", random_usage(model))
+    assert json.loads((tmp_path / "first" / "config.json").read_text()) == expected
+    save_file(load_file(file) | {"model.layers.2.eh_proj.weight": torch.zeros(3, 3)}, file)
+    prune_folder(tmp_path / "whole", tmp_path / "second", random_usage(model))
+    expected["num_nextn_predict_layers"] = 0
+    assert json.loads((tmp_path / "second" / "config.json").read_text()) == expected
+    load_whole(tmp_path / "second")
 
 
 @pytest.mark.parametrize(

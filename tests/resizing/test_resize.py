@@ -1,11 +1,14 @@
 """These tests check checkpoints with more or fewer experts, read from and written into folders."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from modeling_moe import MoEForCausalLM
+from modeling_moe.hub import write_model_card
 from modeling_moe.resizing import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
 from modeling_moe.utils.errors import UserError
 from tests.builders import tiny_config, train_tokenizer
@@ -42,6 +45,10 @@ def test_growth_keeps_the_function(moe, mode, tmp_path):
     assert reason is None
     torch.testing.assert_close(model(IDS).logits, moe(IDS).logits, atol=1e-5, rtol=1e-5)
     assert (tmp_path / "new" / "tokenizer.json").exists()
+    card = write_model_card(tmp_path / "new").text
+    assert f"| Mode | {mode} |" in card
+    assert "the source's function by construction" in card
+    assert "REAP" not in card
 
 
 @pytest.mark.parametrize("method", ["prune", "merge"])
@@ -63,6 +70,11 @@ def test_fewer_experts(moe, method, tmp_path):
     name = "model.layers.0.mlp.experts.{}.up_proj.weight"
     equal = [torch.equal(after[name.format(new)], before[name.format(old)]) for new, old in enumerate(kept)]
     assert all(equal) == (method == "prune")
+    card = write_model_card(tmp_path / "new").text
+    assert f"| Method | {method} |\n| Experts kept in each layer | 3 |" in card
+    assert f"layer 0: {', '.join(map(str, kept))}; layer " in card
+    assert "| Exactness | does not compute the source's function" in card
+    assert not re.search(r"\| (Mode|Factor|Noise|Seed) \|", card)
 
 
 def test_one_task(tmp_path):
