@@ -82,7 +82,7 @@ def reason_for_peft(module: Any) -> str | None:
     """
     if any(sharding.splits_experts(parameter) for parameter in module.parameters(recurse=False)):
         raise UserError("LoRA on experts: tp_size splits each of them, set ep_size too to split them by expert")
-    implementation = module.config._experts_implementation
+    implementation = module.config._experts_implementation or "eager"
     if implementation != REPLACED_IMPLEMENTATION and not implementation.startswith(IMPLEMENTATION):
         return f"experts_implementation is {implementation!r}, load the model with {IMPLEMENTATION!r}"
     return reason_unsupported(module)

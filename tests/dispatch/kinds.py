@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -35,6 +36,7 @@ THEIRS = {
     "qwen3_moe": (Qwen3MoeExperts, "qwen3_moe"),
     "olmoe": (OlmoeExperts, "olmoe"),
     "deepseek_v3": (DeepseekV3Experts, "deepseek_v3"),
+    "deepseek_v4": (DeepseekV4Experts, "deepseek_v4"),
     "gpt_oss": (GptOssExperts, "gpt_oss"),
 }
 HIDDEN, WIDTH = 32, 24

@@ -42,6 +42,13 @@ def activate(g, u, alpha, limit, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr)
         value = kept_g * sigmoid * (kept_u + 1)
         slope_g = tl.where(g > limit, 0.0, (kept_u + 1) * sigmoid * (1 + alpha * kept_g * (1 - sigmoid)))
         slope_u = tl.where(tl.abs(u) > limit, 0.0, kept_g * sigmoid)
+    elif ACTIVATION == "clamped_silu":
+        kept_g = tl.where(g > limit, limit, g)
+        kept_u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
+        value, slope = pointwise(kept_g, "silu")
+        slope_g = tl.where(g > limit, 0.0, kept_u * slope)
+        slope_u = tl.where(tl.abs(u) > limit, 0.0, value)
+        value = value * kept_u
     else:
         value, slope_g = pointwise(g, ACTIVATION)
         slope_u = value
