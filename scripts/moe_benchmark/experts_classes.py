@@ -42,24 +42,20 @@ class Sources(NamedTuple):
 
     Attributes:
         decorated: folders of models with classes on the experts interface.
-        gates: those of them that define a gate of their own.
         others: names of experts classes that are not on the interface, with the folder before a dot.
     """
 
     decorated: list[str]
-    gates: list[str]
     others: list[str]
 
 
 def sources() -> Sources:
     """Reads the modelling files of the installed transformers, without importing them."""
-    found = Sources([], [], [])
+    found = Sources([], [])
     for path in sorted(MODELS.glob("*/modeling_*.py")):
         text, model = path.read_text(encoding="utf-8"), path.parent.name
         if DECORATOR in text:
             found.decorated.append(model)
-            if "def _apply_gate" in text:
-                found.gates.append(model)
         for before, name in re.findall(r"(@.*\n)?^class (\w*Experts)\(nn\.\w+\)", text, flags=re.MULTILINE):
             if DECORATOR not in before and "Shared" not in name:
                 found.others.append(f"{model}.{name}")
@@ -70,9 +66,10 @@ def experts_classes(model: str) -> Iterator[type[nn.Module]]:
     """Yields the classes on the experts interface that the folder of a model defines."""
     modelling = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     for value in list(vars(modelling).values()):
-        if inspect.isclass(value) and value.__module__ == modelling.__name__ and hasattr(value, "_apply_gate"):
-            if hasattr(value.__init__, "__wrapped__") and hasattr(value.forward, "__wrapped__"):
-                yield value
+        if not inspect.isclass(value) or not issubclass(value, nn.Module) or value.__module__ != modelling.__name__:
+            continue
+        if hasattr(value, "_apply_gate") and hasattr(value.__init__, "__wrapped__"):
+            yield value
 
 
 def _configs(model: str) -> Iterator[PreTrainedConfig]:
@@ -86,10 +83,10 @@ def _configs(model: str) -> Iterator[PreTrainedConfig]:
         except (TypeError, ValueError):  # it is made of others alone
             continue
         for name, value in list(vars(config).items()):
-            size = next((size for part, size in SIZES.items() if part in name), None)
+            size = next((size for part, size in SIZES.items() if part in name and name[0] != "_"), None)
             if size is not None and isinstance(value, list):
                 setattr(config, name, [size] * len(value))
-            elif size is not None and (value is None or (type(value) is int and value > 8)):
+            elif size is not None and (value is None or type(value) is int):
                 setattr(config, name, size)
         yield config
 

@@ -62,12 +62,21 @@ def clamped_pairs(self, gate_up):
 
 def in_float32(self, gate_up):
     g, u = gate_up.float().split(self.intermediate_dim, dim=-1)
-    return (functional.gelu(g, approximate="tanh") * u).to(gate_up.dtype)
+    return (functional.silu(g) * u).to(gate_up.dtype)
 
 
 class OwnSiLU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(x)
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ReLU()
+
+    def forward(self, x):
+        return self.inner(x)
 
 
 SERVED = {
@@ -81,10 +90,9 @@ SERVED = {
         "gelu_tanh_gated",
         (),
     ),
-    "an activation in place": (None, {"act_fn": nn.ReLU(inplace=True)}, "relu_gated", ()),
     "an unknown module": (None, {"act_fn": OwnSiLU()}, "silu_gated", ()),
-    "a sequence of modules": (None, {"act_fn": nn.SiLU()}, "silu_gated", ()),
-    "a gate in float32": (in_float32, {}, "gelu_tanh_gated", ()),
+    "a module in a module": (None, {"act_fn": Wrapped()}, "relu_gated", ()),
+    "a gate in float32": (in_float32, {}, "silu_gated", ()),
 }
 
 
@@ -156,6 +164,11 @@ def counts(self, gate_up):
     return functional.silu(gate_up[..., :WIDTH]) * gate_up[..., WIDTH:]
 
 
+class CallableObject:
+    def __call__(self, x):
+        return functional.silu(x)
+
+
 def fails(self, gate_up):
     return self.unknown(gate_up)
 
@@ -172,7 +185,11 @@ LEFT = {
         {"scale": nn.Parameter(torch.ones(()))},
         "has the tensor scale, whose use is unknown",
     ),
-    "a buffer of its activation": (None, {"act_fn": nn.PReLU()}, "has the tensor act_fn.weight, whose use is unknown"),
+    "a buffer of its activation": (
+        None,
+        {"act_fn": nn.PReLU().double()},
+        "has the tensor act_fn.weight, whose use is unknown",
+    ),
     "a list": (clamped_pairs, {"bounds": [1.5, 2.0]}, "reads bounds, which is a list"),
     "the configuration": (reads_config, {}, "reads config, which is a MoEConfig"),
     "a variable of its file": (reads_variable, {}, "uses the global variable calls"),
@@ -180,7 +197,7 @@ LEFT = {
     "state that it changes": (counts, {}, "changes calls"),
     "an error": (fails, {}, "raises AttributeError when it is evaluated alone"),
     "no activation": (None, {}, "raises AttributeError when it is evaluated alone"),
-    "an object": (None, {"act_fn": torch.jit.script(functional.silu)}, "is no plain function"),
+    "an object": (None, {"act_fn": CallableObject()}, "is no plain function"),
 }
 
 
