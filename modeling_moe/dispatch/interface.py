@@ -217,7 +217,8 @@ def _check(
         )
     if top_k_index.is_floating_point() or top_k_index.dtype == torch.bool:
         raise ValueError(f"top_k_index is {top_k_index.dtype}: expert ids are integers, convert them with .long().")
-    hidden = module.down_proj.shape[2 if module.is_transposed else 1]
+    down = module.down_proj
+    hidden = down.shape[2 if module.is_transposed else 1] if down.dim() == 3 else hidden_states.shape[1]
     if hidden_states.shape[1] != hidden:
         raise ValueError(
             f"hidden_states has width {hidden_states.shape[1]} and the experts {hidden}: they must agree."
@@ -230,6 +231,14 @@ def _eager_forward(experts_class: type) -> Callable[..., torch.Tensor]:
     return next(forward.__wrapped__ for forward in forwards if hasattr(forward, "__wrapped__"))
 
 
+def _suits_grouped_mm(module: ExpertsModule, hidden_states: torch.Tensor) -> bool:
+    try:
+        up, down, *_ = _matrices_of(module)
+    except (AttributeError, IndexError):  # it holds its matrices in another way
+        return False
+    return up.dim() == down.dim() == 3 and takes_rows(hidden_states, up, down)
+
+
 def _by_transformers(
     module: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -239,8 +248,7 @@ def _by_transformers(
     take.
     """
     # on CPUs grouped_mm rounds sums of 16-bit products more than the loop does, and is no faster
-    matrices = _matrices_of(module)
-    if hidden_states.device.type == "cpu" or not takes_rows(hidden_states, matrices.up, matrices.down):
+    if hidden_states.device.type == "cpu" or not _suits_grouped_mm(module, hidden_states):
         return _eager_forward(type(module))(module, hidden_states, top_k_index, top_k_weights)
     empty = (top_k_index < 0) | (top_k_index >= module.num_experts)
     if getattr(module, "_is_expert_parallel", False):

@@ -55,6 +55,7 @@ MAGNITUDES = (
 # beside a constant, since releases of torch differ in the derivative of a clamp at its limit
 SIDES = (0.999, 1.001)
 POINTS = 4096
+UNKNOWN_WIDTH = 16
 # more constants than a gate has; each of them multiplies the candidates
 MOST_NUMBERS = 6
 # a gate that computes in float32 is as right as the back ends, which do so too
@@ -169,11 +170,22 @@ def _reason_of_structure(module: Any) -> str | None:
             ]
     if others:
         return f"it has the tensor {others[0]}, whose use is unknown"
+    for name in (up, "down_proj"):
+        matrix = own.get(name)
+        # DeepSpeed leaves an empty tensor in the place of a matrix that other processes hold
+        if matrix is not None and matrix.numel() and matrix.dim() != 3:
+            return f"its {name} has {matrix.dim()} dimensions and not 3"
+        if matrix is not None and (not matrix.is_floating_point() or matrix.element_size() == 1):
+            return f"its {name} is {matrix.dtype}"
     return None
 
 
 def _evaluate_gate(module: Any, width: int | None) -> _Known:
-    columns = module.down_proj.shape[1 if module.is_transposed else 2] if width is None else width
+    if width is None:
+        down = module.down_proj
+        columns = down.shape[1 if module.is_transposed else 2] if down.dim() == 3 else UNKNOWN_WIDTH
+    else:
+        columns = width
     gated, notes = bool(module.has_gate), []
     found: list[ActivationChoice | Exception | None] = []
 

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..dispatch.interface import reason_unsupported
+from ..dispatch.interface import follows_interface, reason_unsupported
 from ..dispatch.low_rank import LowRank
 from ..utils.errors import UserError
 from . import sharding
@@ -71,7 +71,7 @@ class Experts(nn.Module):
 
 def is_experts(module: object) -> TypeGuard[Experts]:
     """Returns whether `module` follows transformers' experts interface."""
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+    return isinstance(module, nn.Module) and follows_interface(module)
 
 
 def reason_for_peft(module: Any) -> str | None:

@@ -39,6 +39,8 @@ THEIRS = {
     "deepseek_v4": (DeepseekV4Experts, "deepseek_v4"),
     "gpt_oss": (GptOssExperts, "gpt_oss"),
 }
+# limits that random numbers reach
+LIMITS = {"deepseek_v4": {"swiglu_limit": 0.9}}
 HIDDEN, WIDTH = 32, 24
 
 
@@ -98,7 +100,9 @@ def make(
     else:
         build, model_type = THEIRS[kind]
         name = "n_routed_experts" if kind == "deepseek_v3" else "num_local_experts"
-        config = AutoConfig.for_model(model_type, **sizes, **{name: experts, "num_experts": experts}, **fields)
+        config = AutoConfig.for_model(
+            model_type, **sizes, **{name: experts, "num_experts": experts}, **LIMITS.get(kind, {}), **fields
+        )
     config._experts_implementation = implementation
     torch.manual_seed(1)
     module = build(config).to(dtype)

@@ -236,7 +236,26 @@ def test_a_missing_matrix_is_named():
     module = experts_with(act_fn=nn.SiLU())
     module.has_bias = True
     assert reason_unsupported(module) == "it has no gate_up_proj_bias"
+    assert module(*draw(9, 5, 3)[:3]).shape == (9, HIDDEN)
     assert reason_unsupported(nn.Linear(2, 2)) == "it has no has_gate, which transformers' experts interface asks for"
+
+
+def test_matrices_in_another_form_are_left_to_transformers():
+    module = experts_with(act_fn=nn.SiLU())
+    module.down_proj = nn.Parameter(module.down_proj.detach().flatten(1))
+    assert reason_unsupported(module) == "its down_proj has 2 dimensions and not 3"
+    module = experts_with(act_fn=nn.SiLU())
+    module.down_proj = nn.Parameter(module.down_proj.detach().to(torch.float8_e4m3fn))
+    assert reason_unsupported(module) == "its down_proj is torch.float8_e4m3fn"
+
+
+def test_a_matrix_that_other_processes_hold_is_no_reason():
+    """DeepSpeed's third stage leaves an empty tensor until the layer computes."""
+    module = experts_with(act_fn=nn.SiLU())
+    whole, module.down_proj.data = module.down_proj.data, torch.empty(0, dtype=torch.float64)
+    assert reason_unsupported(module) is None
+    module.down_proj.data, inputs = whole, draw(9, 5, 3)
+    assert_close(run(module, *inputs), oracle(module, *inputs), 1e-13)
 
 
 def test_a_change_of_what_a_gate_reads_is_noticed():
