@@ -50,7 +50,9 @@ class ModuleMark(NamedTuple):
 
 
 def mark_of(value: Any) -> Any:
-    """Returns the [`ModuleMark`] of a submodule, and any other attribute itself."""
+    """Returns the [`ModuleMark`] of a submodule, the function of a method, and any other attribute itself."""
+    if isinstance(value, types.MethodType):
+        return value.__func__
     if not isinstance(value, nn.Module):
         return value
     return ModuleMark(type(value), bool(value._forward_hooks or value._forward_pre_hooks), "forward" in vars(value))
@@ -103,6 +105,9 @@ def require_pure(function: Callable[..., Any], seen: frozenset[Any] = frozenset(
         return require_pure(function.func, seen)
     if not isinstance(function, types.FunctionType):
         raise UnreadableGate(f"calls {name}, which is no plain function")
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    if not all(isinstance(default, CONSTANTS) for default in defaults):
+        raise UnreadableGate(f"calls {name}, which has a default that may change")
     if function.__closure__:
         raise UnreadableGate(f"calls {name}, which reads variables of another function")
     for used in _globals_of(function.__code__):
@@ -133,10 +138,9 @@ class GateReader:
         if value is UnreadableGate:
             value = self._of_class(name)
         elif isinstance(value, types.MethodType) and value.__self__ is module:
-            value = value.__func__
-            require_pure(value)
-            self._append(Note(path, getattr(module, name)))
-            return types.MethodType(value, self)
+            require_pure(value.__func__)
+            self._append(Note(path, mark_of(value)))
+            return types.MethodType(value.__func__, self)
         self._note(path, value)
         return GateReader(value, self._notes, path) if isinstance(value, nn.Module) else value
 

@@ -20,38 +20,13 @@ import torch
 from torch import nn
 
 from .activations import ACTIVATIONS
-from .gate_reader import GateReader, ModuleMark, Note, UnreadableGate, numbers_in, unchanged
+from .gate_reader import GateReader, ModuleMark, Note, UnreadableGate, mark_of, numbers_in, unchanged
 
 
 # no zero of a function or of a derivative is near; the largest ones find limits that no attribute holds
 MAGNITUDES = (
-    1e-3,
-    0.03,
-    0.1,
-    0.3,
-    0.5,
-    0.9,
-    1,
-    1.5,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    9,
-    10,
-    12,
-    15,
-    20,
-    30,
-    50,
-    1e3,
-    1e5,
-    1e7,
-    1e9,
-)
+    1e-3, 0.03, 0.1, 0.3, 0.5, 0.9, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 50, 1e3, 1e5, 1e7, 1e9,
+)  # fmt: skip
 # beside a constant, since releases of torch differ in the derivative of a clamp at its limit
 SIDES = (0.999, 1.001)
 POINTS = 4096
@@ -87,16 +62,18 @@ class Recognition(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """_Known holds a recognition and what it rests on: the expert width, and what the gate has read of the module."""
+    """_Known holds a recognition and what it rests on: the expert width, the gate, and what the gate has read."""
 
     width: int | None
     gated: bool
+    gate: Any
     notes: list[Note]
     recognition: Recognition
 
     def holds_for(self, module: Any, width: int | None) -> bool:
         """Returns True if nothing that the recognition rests on differs in a module of its class."""
-        return self.width == width and self.gated == module.has_gate and unchanged(module, self.notes)
+        alike = self.width == width and self.gated == module.has_gate and self.gate is _gate_function(module)
+        return alike and unchanged(module, self.notes)
 
 
 # of a module, with its class; and the last activation that was recognised in a class, which all its layers share
@@ -114,21 +91,38 @@ def recognise(module: Any) -> Recognition:
         module: experts that follow transformers' experts interface.
     """
     if torch.compiler.is_dynamo_compiling():
-        known = _known_while_traced(module)
-        for path, value in known.notes:
+        traced = _know_while_traced(module)
+        for path, constant in traced.reads:
             found: Any = module
             for name in path:
                 found = getattr(found, name)
-            # never true while traced, and torch compiles anew once it would be
-            if isinstance(value, (int, float, str, tuple)) and not isinstance(value, ModuleMark) and found != value:
-                raise RuntimeError("a constant of the experts' gate changed while it was traced: call the model again")
-        return known.recognition
+            if constant is None:
+                getattr(found, "__name__", None)  # torch compiles anew after a change of what is read
+            elif found != constant:  # never true while traced
+                raise RuntimeError("the experts' gate changed while it was traced: call the model again")
+        return traced.recognition
     return _know(module).recognition
 
 
+class _Traced(NamedTuple):
+    """_Traced holds a recognition and what compiled code depends on.
+
+    Attributes:
+        recognition: what the experts compute.
+        reads: the paths that the gate has read, each with its constant, or with None for a function or a submodule.
+    """
+
+    recognition: Recognition
+    reads: list[tuple[tuple[str, ...], Any]]
+
+
 @torch.compiler.assume_constant_result
-def _known_while_traced(module: Any) -> _Known:
-    return _know(module)
+def _know_while_traced(module: Any) -> _Traced:
+    known = _know(module)
+    reads = [
+        (path, None if isinstance(value, ModuleMark) or callable(value) else value) for path, value in known.notes
+    ]
+    return _Traced(known.recognition, reads)
 
 
 def _know(module: Any) -> _Known:
@@ -137,15 +131,19 @@ def _know(module: Any) -> _Known:
     if known is not None and known_kind is kind and known.holds_for(module, width):
         return known
     if reason := _reason_of_structure(module):
-        known = _Known(width, bool(module.has_gate), [], Recognition(None, reason))
+        known = _Known(width, bool(module.has_gate), _gate_function(module), [], Recognition(None, reason))
     else:
         known = _of_class.get(kind)
-        if known is None or not known.holds_for(module, width) or "_apply_gate" in vars(module):
+        if known is None or not known.holds_for(module, width):
             known = _evaluate_gate(module, width)
     if known.recognition.activation is not None:
         _of_class[kind] = known
     _of_module[module] = kind, known
     return known
+
+
+def _gate_function(module: Any) -> Any:
+    return mark_of(getattr(module, "_apply_gate", None))
 
 
 def _plain_width(module: Any) -> int | None:
@@ -186,7 +184,7 @@ def _evaluate_gate(module: Any, width: int | None) -> _Known:
         columns = down.shape[1 if module.is_transposed else 2] if down.dim() == 3 else UNKNOWN_WIDTH
     else:
         columns = width
-    gated, notes = bool(module.has_gate), []
+    gated, gate, notes = bool(module.has_gate), _gate_function(module), []
     found: list[ActivationChoice | Exception | None] = []
 
     def evaluate() -> None:
@@ -201,8 +199,8 @@ def _evaluate_gate(module: Any, width: int | None) -> _Known:
     thread.join()
     (result,) = found
     if isinstance(result, ActivationChoice):
-        return _Known(width, gated, notes, Recognition(result, None))
-    return _Known(width, gated, notes, Recognition(None, f"its gate or activation {_why_not(module, result)}"))
+        return _Known(width, gated, gate, notes, Recognition(result, None))
+    return _Known(width, gated, gate, notes, Recognition(None, f"its gate or activation {_why_not(module, result)}"))
 
 
 def _why_not(module: Any, error: Exception | None) -> str:

@@ -164,6 +164,10 @@ def counts(self, gate_up):
     return functional.silu(gate_up[..., :WIDTH]) * gate_up[..., WIDTH:]
 
 
+def remembers(self, gate_up, seen=[]):  # noqa: B006
+    return functional.silu(gate_up[..., :WIDTH]) * gate_up[..., WIDTH:]
+
+
 class CallableObject:
     def __call__(self, x):
         return functional.silu(x)
@@ -194,6 +198,7 @@ LEFT = {
     "the configuration": (reads_config, {}, "reads config, which is a MoEConfig"),
     "a variable of its file": (reads_variable, {}, "uses the global variable calls"),
     "a variable of a function": (gated(lambda self, g, u: functional.silu(g) * u), {}, "reads variables of another"),
+    "a default that may change": (remembers, {}, "has a default that may change"),
     "state that it changes": (counts, {}, "changes calls"),
     "an error": (fails, {}, "raises AttributeError when it is evaluated alone"),
     "no activation": (None, {}, "raises AttributeError when it is evaluated alone"),
@@ -217,9 +222,16 @@ def test_what_is_not_certain_is_left_to_transformers(name):
 
 def test_a_gate_of_the_module_alone_is_left_to_transformers():
     module = experts_with(act_fn=nn.SiLU())
-    assert reason_unsupported(experts_with(act_fn=nn.SiLU())) is None
+    assert reason_unsupported(module) is None
     module._apply_gate = types.MethodType(clamped, module)
     assert "is an attribute of the module" in reason_unsupported(module)
+
+
+def test_a_gate_that_replaces_that_of_a_class_is_evaluated():
+    module = experts_with(act_fn=nn.SiLU(), most=2.0)
+    assert recognise(module).activation == ("silu_gated", ())
+    type(module)._apply_gate = clamped
+    assert recognise(module).activation == ("clamped_silu_gated", (1.0, 2.0))
 
 
 def test_hooks_on_the_activation_run():
@@ -268,6 +280,14 @@ def test_a_change_of_what_a_gate_reads_is_noticed():
         module.most = most
         assert recognise(module).activation == ("clamped_silu_gated", (1.0, most))
         assert_close(run(module, *inputs), oracle(module, *inputs), 1e-13)
+
+
+@pytest.mark.parametrize("function", [functional.silu, functools.partial(functional.gelu, approximate="tanh")])
+def test_plain_functions_compile_whole(function):
+    module, inputs = experts_with(act_fn=function), draw(9, 5, 3)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for module.act_fn in (function, functional.relu):
+        assert_close([compiled(*inputs[:3])], oracle(module, *inputs)[:1], 1e-13)
 
 
 def test_a_compiled_model_notices_a_changed_limit():
