@@ -24,11 +24,13 @@ class Activation(NamedTuple):
         columns: C / I, which is 2 for a gated activation and 1 otherwise.
         forward: (h, constants, a), writes a.
         backward: (h, grad_a, constants, a, grad_h), writes a and grad_h, and overwrites grad_a.
+        constants: the names of the constants, in order.
     """
 
     columns: int
     forward: Callable[[torch.Tensor, Constants, torch.Tensor], None]
     backward: Callable[[torch.Tensor, torch.Tensor, Constants, torch.Tensor, torch.Tensor], None]
+    constants: tuple[str, ...] = ()
 
 
 class Pointwise(NamedTuple):
@@ -119,13 +121,13 @@ def _split_pairs(h: torch.Tensor) -> list[torch.Tensor]:
     return [h[..., ::2], h[..., 1::2]]
 
 
-def _clamped(split: Callable[[torch.Tensor], list[torch.Tensor]]) -> Activation:
-    """Builds gpt-oss's a = g * sigmoid(alpha * g) * (u + 1), with g and u clamped to `limit`."""
+def _clamped(split: Callable[[torch.Tensor], list[torch.Tensor]], shift: int) -> Activation:
+    """Builds a = g * sigmoid(alpha * g) * (u + shift), with g clamped to at most `limit` and u to +-`limit`."""
 
     def parts(h: torch.Tensor, constants: Constants) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (alpha, limit), (g, u) = constants, split(h)
         g = g.clamp(max=limit)
-        return g, u.clamp(-limit, limit).add_(1), torch.sigmoid(alpha * g)
+        return g, u.clamp(-limit, limit).add_(shift), torch.sigmoid(alpha * g)
 
     def forward(h: torch.Tensor, constants: Constants, a: torch.Tensor) -> None:
         g, linear, sigmoid = parts(h, constants)
@@ -141,14 +143,16 @@ def _clamped(split: Callable[[torch.Tensor], list[torch.Tensor]]) -> Activation:
         grad_u.copy_(grad_a * g * sigmoid * (u_of_h.abs() <= limit))
         torch.mul(g.mul_(sigmoid), linear, out=a)
 
-    return Activation(2, forward, backward)
+    return Activation(2, forward, backward, ("alpha", "limit"))
 
 
 # "silu" is a = f(h) and "silu_gated" is a = f(g) * u with h = [g | u]. "clamped_swiglu" is gpt-oss's activation with
-# the constants alpha and limit; h holds pairs g0, u0, g1, u1, ... as in transformers' model, or the halves [g | u]
+# the constants alpha and limit; h holds pairs g0, u0, g1, u1, ... as in transformers' model, or the halves [g | u].
+# "clamped_silu" adds no 1 to u and has alpha 1: DeepSeek-V4's
 ACTIVATIONS: dict[str, Activation] = {
     **{name: _plain(function) for name, function in POINTWISE.items()},
     **{f"{name}_gated": _gated(function) for name, function in POINTWISE.items()},
-    "clamped_swiglu_pairs": _clamped(_split_pairs),
-    "clamped_swiglu_gated": _clamped(_split_halves),
+    "clamped_swiglu_pairs": _clamped(_split_pairs, 1),
+    "clamped_swiglu_gated": _clamped(_split_halves, 1),
+    "clamped_silu_gated": _clamped(_split_halves, 0),
 }

@@ -10,15 +10,7 @@ from typing import NamedTuple, Protocol, TypeGuard
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.activations import (
-    GELUActivation,
-    GELUTanh,
-    NewGELUActivation,
-    ReLUSquaredActivation,
-    SiLUActivation,
-)
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .backend import DECODE_ASSIGNMENTS, DECODE_TOKENS, Backend
 from .backends import choose
@@ -26,18 +18,7 @@ from .backends.grouped_mm import takes_rows
 from .low_rank import LowRank
 from .operator import decode, experts, experts_decode
 from .problem import ExpertsProblem
-
-
-# module -> function in `POINTWISE`
-POINTWISE_NAMES: dict[type[nn.Module], str] = {
-    SiLUActivation: "silu",
-    nn.SiLU: "silu",
-    GELUActivation: "gelu",
-    GELUTanh: "gelu_tanh",
-    NewGELUActivation: "gelu_tanh",
-    nn.ReLU: "relu",
-    ReLUSquaredActivation: "relu2",
-}
+from .recognition import ActivationChoice, recognise
 
 
 class ExpertsModule(Protocol):
@@ -56,48 +37,17 @@ def follows_interface(module: nn.Module) -> TypeGuard[ExpertsModule]:
     return all(hasattr(module, name) for name in ExpertsModule.__annotations__)
 
 
-class ActivationChoice(NamedTuple):
-    """ActivationChoice names the activation of a module.
-
-    Attributes:
-        name: a key of [`~modeling_moe.dispatch.activations.ACTIVATIONS`].
-        constants: the constants of the activation.
-    """
-
-    name: str
-    constants: list[float]
+def activation_of(module: nn.Module) -> ActivationChoice | None:
+    """Returns what experts compute between their two matrices, or None if the operator cannot compute the experts."""
+    return recognise(module).activation if follows_interface(module) else None
 
 
-def activation_of(module: ExpertsModule) -> ActivationChoice | None:
-    """Returns what experts compute between their two matrices, or None if its derivative is not implemented here."""
-    apply_gate = getattr(type(module), "_apply_gate", None)
-    if module.has_gate and apply_gate is GptOssExperts._apply_gate:
-        return ActivationChoice("clamped_swiglu_pairs", [float(getattr(module, name)) for name in ("alpha", "limit")])
-    # duck typing: the class of this package's experts is another one where a checkpoint brings its own code
-    if module.has_gate and hasattr(module, "gate_clamp"):
-        if module.gate_clamp is not None:
-            return ActivationChoice("clamped_swiglu_gated", list(module.gate_clamp))
-    elif module.has_gate and apply_gate is not _default_apply_gate:
-        return None
-    function = getattr(module, "act_fn", None)
-    name = POINTWISE_NAMES.get(type(function)) if isinstance(function, nn.Module) else None
-    if name is None:
-        return None
-    return ActivationChoice(f"{name}_gated" if module.has_gate else name, [])
-
-
-def reason_unsupported(module: ExpertsModule, activation: ActivationChoice | None = None) -> str | None:
-    """Returns why the operator cannot compute a module, or None if it can.
-
-    Args:
-        module: a module of experts.
-        activation: the result of `activation_of(module)`, if the caller has it.
-    """
-    if getattr(module, "has_post_expert_norm", False):
-        return "it has a norm after each expert"
-    if activation is None and activation_of(module) is None:
-        return f"its gate or activation ({type(getattr(module, 'act_fn', None)).__name__}) has no derivative here"
-    return None
+def reason_unsupported(module: nn.Module) -> str | None:
+    """Returns why the operator cannot compute a module of experts, or None if it can."""
+    if not follows_interface(module):
+        missing = next(name for name in ExpertsModule.__annotations__ if not hasattr(module, name))
+        return f"it has no {missing}, which transformers' experts interface asks for"
+    return recognise(module).reason
 
 
 class _Matrices(NamedTuple):
@@ -184,10 +134,9 @@ def backend_of(
     """
     if not follows_interface(module):
         raise TypeError(f"{type(module).__name__} does not follow transformers' experts interface: pass its experts.")
-    activation = activation_of(module)
-    if reason := reason_unsupported(module, activation):
+    activation, reason = recognise(module)
+    if activation is None:
         return f"transformers: {reason}"
-    assert activation is not None  # or there is a reason
     if backend is None:
         implementation = getattr(module.config, "_experts_implementation", None) or ""
         backend = implementation.removeprefix("moe_") if implementation.startswith("moe_") else None
@@ -225,12 +174,11 @@ def experts_forward(
     _check(hidden_states, top_k_index, top_k_weights, module)
     # a narrower integer has no room for the number of experts, which marks an empty assignment
     top_k_index = top_k_index.long()
-    activation = activation_of(module)
-    if reason := reason_unsupported(module, activation):
+    activation, reason = recognise(module)
+    if activation is None:
         if getattr(module, "low_rank", None):
             raise ValueError(f"the experts cannot have low-rank updates here: {reason}")
         return _by_transformers(module, hidden_states, top_k_index, top_k_weights)
-    assert activation is not None  # or there is a reason
     matrices, device = _matrices_of(module), hidden_states.device.type
     autocast = not hidden_states.is_meta and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else matrices.up.dtype
@@ -269,7 +217,8 @@ def _check(
         )
     if top_k_index.is_floating_point() or top_k_index.dtype == torch.bool:
         raise ValueError(f"top_k_index is {top_k_index.dtype}: expert ids are integers, convert them with .long().")
-    hidden = module.down_proj.shape[2 if module.is_transposed else 1]
+    down = module.down_proj
+    hidden = down.shape[2 if module.is_transposed else 1] if down.dim() == 3 else hidden_states.shape[1]
     if hidden_states.shape[1] != hidden:
         raise ValueError(
             f"hidden_states has width {hidden_states.shape[1]} and the experts {hidden}: they must agree."
@@ -282,6 +231,14 @@ def _eager_forward(experts_class: type) -> Callable[..., torch.Tensor]:
     return next(forward.__wrapped__ for forward in forwards if hasattr(forward, "__wrapped__"))
 
 
+def _suits_grouped_mm(module: ExpertsModule, hidden_states: torch.Tensor) -> bool:
+    try:
+        up, down, *_ = _matrices_of(module)
+    except (AttributeError, IndexError):  # it holds its matrices in another way
+        return False
+    return up.dim() == down.dim() == 3 and takes_rows(hidden_states, up, down)
+
+
 def _by_transformers(
     module: ExpertsModule, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -291,8 +248,7 @@ def _by_transformers(
     take.
     """
     # on CPUs grouped_mm rounds sums of 16-bit products more than the loop does, and is no faster
-    matrices = _matrices_of(module)
-    if hidden_states.device.type == "cpu" or not takes_rows(hidden_states, matrices.up, matrices.down):
+    if hidden_states.device.type == "cpu" or not _suits_grouped_mm(module, hidden_states):
         return _eager_forward(type(module))(module, hidden_states, top_k_index, top_k_weights)
     empty = (top_k_index < 0) | (top_k_index >= module.num_experts)
     if getattr(module, "_is_expert_parallel", False):

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..dispatch.interface import reason_unsupported
+from ..dispatch.interface import follows_interface, reason_unsupported
 from ..dispatch.low_rank import LowRank
 from ..utils.errors import UserError
 from . import sharding
@@ -71,7 +71,7 @@ class Experts(nn.Module):
 
 def is_experts(module: object) -> TypeGuard[Experts]:
     """Returns whether `module` follows transformers' experts interface."""
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+    return isinstance(module, nn.Module) and follows_interface(module)
 
 
 def reason_for_peft(module: Any) -> str | None:
@@ -82,7 +82,7 @@ def reason_for_peft(module: Any) -> str | None:
     """
     if any(sharding.splits_experts(parameter) for parameter in module.parameters(recurse=False)):
         raise UserError("LoRA on experts: tp_size splits each of them, set ep_size too to split them by expert")
-    implementation = module.config._experts_implementation
+    implementation = module.config._experts_implementation or "eager"
     if implementation != REPLACED_IMPLEMENTATION and not implementation.startswith(IMPLEMENTATION):
         return f"experts_implementation is {implementation!r}, load the model with {IMPLEMENTATION!r}"
     return reason_unsupported(module)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -35,8 +36,11 @@ THEIRS = {
     "qwen3_moe": (Qwen3MoeExperts, "qwen3_moe"),
     "olmoe": (OlmoeExperts, "olmoe"),
     "deepseek_v3": (DeepseekV3Experts, "deepseek_v3"),
+    "deepseek_v4": (DeepseekV4Experts, "deepseek_v4"),
     "gpt_oss": (GptOssExperts, "gpt_oss"),
 }
+# limits that random numbers reach
+LIMITS = {"deepseek_v4": {"swiglu_limit": 0.9}}
 HIDDEN, WIDTH = 32, 24
 
 
@@ -96,7 +100,9 @@ def make(
     else:
         build, model_type = THEIRS[kind]
         name = "n_routed_experts" if kind == "deepseek_v3" else "num_local_experts"
-        config = AutoConfig.for_model(model_type, **sizes, **{name: experts, "num_experts": experts}, **fields)
+        config = AutoConfig.for_model(
+            model_type, **sizes, **{name: experts, "num_experts": experts}, **LIMITS.get(kind, {}), **fields
+        )
     config._experts_implementation = implementation
     torch.manual_seed(1)
     module = build(config).to(dtype)

@@ -113,7 +113,7 @@ def act(h, gate, constants):
         alpha, limit = constants
         g, u = (h[::2], h[1::2]) if gate.endswith("_pairs") else h.chunk(2)
         g, u = g.clamp(max=limit), u.clamp(-limit, limit)
-        return g * torch.sigmoid(alpha * g) * (u + 1)
+        return g * torch.sigmoid(alpha * g) * (u + gate.startswith("clamped_swiglu"))
     functions = {
         "silu": torch.nn.functional.silu,
         "gelu": torch.nn.functional.gelu,

@@ -7,7 +7,7 @@
 
 #include "vectors.h"
 
-// The kinds SILU, GELU_TANH, RELU, RELU_SQUARED and CLAMPED_SWIGLU are defined by compiling.py.
+// The kinds SILU, GELU_TANH, RELU, RELU_SQUARED, CLAMPED_SWIGLU and CLAMPED_SILU are defined by structures.py.
 
 // exponential returns e^x with an error of at most 2 units in the last place.
 INLINE float exponential(float x) {
@@ -50,11 +50,11 @@ INLINE Activated activate(int kind, int gated, float g, float u, float alpha, fl
         float positive = g < 0 ? 0 : g;
         acted.value = positive * positive;
         acted.slope = 2 * positive;
-    } else {  // CLAMPED_SWIGLU: gpt-oss's, with g and u clamped
+    } else {  // CLAMPED_SWIGLU or CLAMPED_SILU, with g and u clamped; only the former adds 1 to u
         float clamped = g > limit ? limit : g, s = sigmoid(alpha * clamped);
         acted.value = clamped * s;
         acted.slope = g <= limit ? s * (1 + alpha * clamped * (1 - s)) : 0;
-        acted.factor = (u > limit ? limit : u < -limit ? -limit : u) + 1;
+        acted.factor = (u > limit ? limit : u < -limit ? -limit : u) + (kind == CLAMPED_SWIGLU);
         acted.factor_slope = fabsf(u) <= limit ? 1 : 0;
     }
     return acted;
@@ -65,7 +65,7 @@ typedef struct {
     long kind;
     long gated;           // 1 if h has two parts g and u
     long paired;          // 1 if h is g0, u0, g1, u1, ..., 0 if it is all g, then all u
-    double alpha, limit;  // of CLAMPED_SWIGLU
+    double alpha, limit;  // of CLAMPED_SWIGLU and CLAMPED_SILU
 } Activation;
 
 // FOR_KIND calls `run(kind, gated, step, distance)` with constants, so that the compiler removes the branches in `run`.
@@ -76,7 +76,8 @@ typedef struct {
         case GELU_TANH: FOR_LAYOUT(activation, run, GELU_TANH); break; \
         case RELU: FOR_LAYOUT(activation, run, RELU); break; \
         case RELU_SQUARED: FOR_LAYOUT(activation, run, RELU_SQUARED); break; \
-        default: FOR_LAYOUT(activation, run, CLAMPED_SWIGLU); \
+        case CLAMPED_SWIGLU: FOR_LAYOUT(activation, run, CLAMPED_SWIGLU); break; \
+        default: FOR_LAYOUT(activation, run, CLAMPED_SILU); \
     }
 #define FOR_LAYOUT(activation, run, kind) \
     if (!(activation).gated) { run(kind, 0, 1, 0); } \

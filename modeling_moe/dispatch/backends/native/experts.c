@@ -497,4 +497,6 @@ void experts_decode(const Problem *p, const int64_t *index, const float *weight,
 const long structure_sizes[] = {
     sizeof(Matrices), sizeof(Activation), sizeof(LowRank), sizeof(Problem), sizeof(Gradients)
 };
-const long constants[] = {sizeof(Element), DECODE_ASSIGNMENTS, SILU, GELU_TANH, RELU, RELU_SQUARED, CLAMPED_SWIGLU};
+const long constants[] = {
+    sizeof(Element), DECODE_ASSIGNMENTS, SILU, GELU_TANH, RELU, RELU_SQUARED, CLAMPED_SWIGLU, CLAMPED_SILU
+};

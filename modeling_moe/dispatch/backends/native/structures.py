@@ -11,7 +11,7 @@ from ...backend import DECODE_ASSIGNMENTS
 
 
 # kinds of activation.h -> numbers; the compiler is given this table
-KINDS = {"SILU": 0, "GELU_TANH": 1, "RELU": 2, "RELU_SQUARED": 3, "CLAMPED_SWIGLU": 4}
+KINDS = {"SILU": 0, "GELU_TANH": 1, "RELU": 2, "RELU_SQUARED": 3, "CLAMPED_SWIGLU": 4, "CLAMPED_SILU": 5}
 # dtype -> ELEMENT in vectors.h
 ELEMENTS = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
 
@@ -37,6 +37,7 @@ NATIVE_ACTIVATIONS = {
     **{f"{name}_gated": NativeActivation(KINDS[kind], gated=1) for name, kind in _POINTWISE.items()},
     "clamped_swiglu_gated": NativeActivation(KINDS["CLAMPED_SWIGLU"], gated=1),
     "clamped_swiglu_pairs": NativeActivation(KINDS["CLAMPED_SWIGLU"], gated=1, paired=1),
+    "clamped_silu_gated": NativeActivation(KINDS["CLAMPED_SILU"], gated=1),
 }
 
 

@@ -35,12 +35,14 @@ def pointwise(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def activate(g, u, alpha, limit, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr):
     """Returns a, da/dg and da/du of the activation at g and u. The compiler drops slopes that a caller ignores."""
-    if ACTIVATION == "clamped_swiglu":
+    if ACTIVATION == "clamped_swiglu" or ACTIVATION == "clamped_silu":
         kept_g = tl.where(g > limit, limit, g)
-        kept_u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
+        factor = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
+        if ACTIVATION == "clamped_swiglu":
+            factor = factor + 1
         sigmoid = tl.sigmoid(alpha * kept_g)
-        value = kept_g * sigmoid * (kept_u + 1)
-        slope_g = tl.where(g > limit, 0.0, (kept_u + 1) * sigmoid * (1 + alpha * kept_g * (1 - sigmoid)))
+        value = kept_g * sigmoid * factor
+        slope_g = tl.where(g > limit, 0.0, factor * sigmoid * (1 + alpha * kept_g * (1 - sigmoid)))
         slope_u = tl.where(tl.abs(u) > limit, 0.0, kept_g * sigmoid)
     else:
         value, slope_g = pointwise(g, ACTIVATION)
