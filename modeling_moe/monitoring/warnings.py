@@ -127,7 +127,8 @@ class Drops:
     """
 
     def __init__(self, model: nn.Module):
-        self._said = [module.router_totals.warned for module in model.modules() if hasattr(module, "router_totals")]
+        decoders: list[Any] = [module for module in model.modules() if hasattr(module, "router_totals")]
+        self._said: list[set[str]] = [decoder.router_totals.warned for decoder in decoders]
 
     def __call__(self, reading: Reading) -> str | None:
         """Returns the warning, or None."""
