@@ -5,17 +5,12 @@
 """
 
 import inspect
-from collections import deque
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..compatibility import CACHE_NAMES
-
-
-# passes whose backward is still to come, of which a layer remembers the batch
-PENDING = 64
 
 
 class PaddingMask(NamedTuple):
@@ -36,18 +31,12 @@ class Batch(NamedTuple):
     Attributes:
         records_gradient: whether the caller of the outermost model records gradients.
         rows: number B of rows; 1 if unknown.
-        length: number S of tokens of a row; None if unknown.
         padding: what the attention mask says of padding.
     """
 
     records_gradient: bool
     rows: int = 1
-    length: int | None = None
     padding: PaddingMask = PaddingMask()
-
-    def fits(self, tokens: int) -> bool:
-        """Returns True if the batch has that many tokens."""
-        return self.length is not None and self.rows * self.length == tokens
 
     def mask_of(self, tokens: int, device: torch.device) -> tuple[torch.Tensor | None, int, str | None]:
         """Returns for the `tokens` of a layer the mask (T,) or None, the number of rows, and why padding is unknown."""
@@ -97,11 +86,10 @@ def _attends_to_itself(attention_mask: torch.Tensor, length: int, cache: Any) ->
 
 
 class Batches:
-    """The batches of the models that run, outermost first, and of the passes whose backward is still to come."""
+    """The batches of the models that run, outermost first."""
 
     def __init__(self) -> None:
         self._running: list[tuple[list[str] | None, Batch]] = []
-        self._pending: dict[str, deque[Batch]] = {}
 
     def enter(self, names: list[str] | None, args: tuple, kwargs: dict[str, Any]) -> None:
         """Notes the arguments of a model that begins to run.
@@ -122,20 +110,10 @@ class Batches:
         if self._running:
             self._running.pop()
 
-    def of_layer(self, name: str, tokens: int, recomputed: bool) -> Batch:
-        """Returns the batch of a layer's pass over `tokens` tokens; checkpointing repeats the last pass first, as backward does."""
-        pending = self._pending.setdefault(name, deque(maxlen=PENDING))
-        if recomputed:
-            place = next((place for place in reversed(range(len(pending))) if pending[place].fits(tokens)), None)
-            if place is None:
-                return Batch(True)
-            batch = pending[place]
-            del pending[place]
-            return batch
-        batch = self._running[-1][1] if self._running else Batch(torch.is_grad_enabled())
-        if batch.records_gradient:
-            pending.append(batch)
-        return batch
+    @property
+    def current(self) -> Batch:
+        """Returns the batch of the innermost model that runs."""
+        return self._running[-1][1] if self._running else Batch(torch.is_grad_enabled())
 
 
 def argument_names(module: nn.Module) -> list[str]:
@@ -151,7 +129,7 @@ def _inner(outer: Batch, given: dict[str, Any]) -> Batch:
     if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
         return outer
     rows, length = tokens.shape[:2]
-    batch = outer._replace(rows=rows, length=length)
+    batch = outer._replace(rows=rows)
     known = outer.padding.tokens is not None and outer.padding.tokens.shape == (rows, length)
     if known or given.get("attention_mask") is None:
         return batch

@@ -2,6 +2,8 @@
 """This module logs the routing of any Mixture of Experts while a `Trainer` trains it."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet, finalize
 
@@ -11,9 +13,10 @@ from transformers.utils import logging
 
 from .layers import UnreachableRouting, sparse_layers
 from .loss_meter import RouterLossMeter
+from .ranks import is_distributed, sum_over_ranks
 from .router_gradients import RouterGradientMeter
 from .warnings import Reading, RoutingWarnings
-from .watching import RoutingWatch, watch
+from .watching import RoutingWatch
 
 
 logger = logging.get_logger(__name__)
@@ -70,7 +73,8 @@ class RoutingCallback(TrainerCallback):
       layers and passes. Of a model of transformers with `output_router_logits=True` it is `routing/aux_loss`.
 
     It warns once, with the remedy, of collapse, of dead experts, of many dropped assignments, of a router without gradient,
-    and of a selection bias that never moves. A dense model gets one warning and no figures.
+    and of a selection bias that never moves. It never ends a training: a dense model, or an error in reading the routing, gets
+    one warning, and the training goes on without figures.
 
     Order: `Trainer` calls the trackers of `report_to` before the callbacks that it is given, and they must see the figures.
     Therefore a new RoutingCallback waits for its Trainer: until that exists, each new `Trainer` gets a small callback before
@@ -144,15 +148,25 @@ class RoutingCallback(TrainerCallback):
         if self.every is None and args.logging_strategy == "no":
             _warn(state, "RoutingCallback logs nothing, since logging_strategy is no: set RoutingCallback(every=...)")
             return
-        try:
+        with self._keeps_training(state):
             self._session = RoutingSession(kwargs["model"], state.global_step)
+
+    @contextmanager
+    def _keeps_training(self, state: TrainerState) -> Iterator[None]:
+        """Turns an exception in the block into a warning, and detaches from the model."""
+        try:
+            yield
         except UnreachableRouting as error:
             _warn(state, str(error))
+        except Exception as error:
+            self.close()
+            _warn(state, f"The training goes on, and its routing is logged no more: {_described(error)}")
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Measures the routers' gradients."""
         if self._session is not None:
-            self._session.gradients.measure()
+            with self._keeps_training(state):
+                self._session.gradients.measure()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Reads the figures if they are due, on all processes alike."""
@@ -161,12 +175,14 @@ class RoutingCallback(TrainerCallback):
         due = control.should_log if self.every is None else state.global_step % self.every == 0
         control.should_log = control.should_log or due
         if due or control.should_training_stop:
-            self._session.read(state.global_step)
+            with self._keeps_training(state):
+                self._session.read(state.global_step)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """Reads the figures if the Trainer logs once per epoch."""
         if self._session is not None and self.every is None and control.should_log:
-            self._session.read(state.global_step)
+            with self._keeps_training(state):
+                self._session.read(state.global_step)
 
     def publish(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
         """Adds the figures of the last reading to a log of training, and to the entry that `log_history` has of it."""
@@ -177,9 +193,11 @@ class RoutingCallback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(figures)
         # as large as it was after clipping, like the routers' gradients
-        model_gradient = min(logs.get("grad_norm", 0.0), args.max_grad_norm or math.inf)
-        for message in self._session.take_warnings(model_gradient):
-            _warn(state, message)
+        whole = logs.get("grad_norm", 0.0)
+        model_gradient = min(whole, args.max_grad_norm or math.inf) if math.isfinite(whole) else math.inf
+        with self._keeps_training(state):
+            for message in self._session.take_warnings(model_gradient):
+                _warn(state, message)
 
     def on_log(self, args, state, control, **kwargs):
         """Leaves the model's figures to the callbacks that come later, and removes those of single layers."""
@@ -206,20 +224,33 @@ class RoutingSession:
     """
 
     def __init__(self, model: Any, step: int):
-        self._watch: RoutingWatch = watch(model, co_activation=False, training_only=True)
         layers = sparse_layers(model)
+        self._failure: str | None = None
+        self._watch = RoutingWatch(model, co_activation=False, training_only=True, on_failure=self._note)
+        self._losses = RouterLossMeter(model, self._note)
         self.gradients = RouterGradientMeter(model, layers)
-        self._losses = RouterLossMeter(model)
         self._warnings = RoutingWarnings.of(model, layers)
         self._read_at = step
         self._scalars: dict[str, float] = {}
         self._reading: Reading | None = None
 
+    def _note(self, error: Exception) -> None:
+        """Keeps the first exception of a pass until the next reading, where the processes learn of it together."""
+        self._failure = self._failure or _described(error)
+
     def read(self, step: int) -> None:
-        """Reads all figures since the last reading, which the processes sum; a second call in a step does nothing."""
+        """Reads all figures since the last reading, which the processes sum; a second call in a step does nothing.
+
+        Raises:
+            RuntimeError: if a pass of any process could not be read.
+        """
         if step == self._read_at:
             return
         self._read_at = step
+        failures = sum_over_ranks({}, self._failure, True).facts if is_distributed() else [self._failure]
+        for failure in failures:
+            if failure is not None:
+                raise RuntimeError(failure)
         figures = self._watch.read(reset=True)
         norms, losses = self.gradients.read(), self._losses.read()
         self._scalars = figures.scalars(PREFIX)
@@ -236,15 +267,19 @@ class RoutingSession:
         return scalars
 
     def take_warnings(self, model_gradient: float) -> list[str]:
-        """Returns the new warnings of the last reading; `model_gradient` is the norm of the whole gradient, 0 if unknown."""
+        """Returns the new warnings of the last reading; `model_gradient` is that of a [`Reading`]."""
         reading, self._reading = self._reading, None
-        known = model_gradient if math.isfinite(model_gradient) else 0.0
-        return [] if reading is None else self._warnings.judge(reading._replace(model_gradient=known))
+        return [] if reading is None else self._warnings.judge(reading._replace(model_gradient=model_gradient))
 
     def close(self) -> None:
         """Removes all hooks from the model."""
         self._watch.detach()
         self._losses.close()
+
+
+def _described(error: Exception) -> str:
+    """Returns the text of an exception, with the name of its class where the text may not be a sentence."""
+    return str(error) if type(error) in (ValueError, RuntimeError) else f"{type(error).__name__}: {error}"
 
 
 def _warn(state: TrainerState, message: str) -> None:

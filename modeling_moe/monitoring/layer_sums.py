@@ -71,6 +71,12 @@ def _outputs(event: LayerPass) -> int:
 
 def new_sums(event: LayerPass, co_activation: bool) -> LayerSums:
     """Returns sums of 0 for a layer, on the device of a pass."""
+    # sums made under torch.inference_mode could not be added to outside of it
+    with torch.inference_mode(False):
+        return _new_sums(event, co_activation)
+
+
+def _new_sums(event: LayerPass, co_activation: bool) -> LayerSums:
     device, experts, outputs = event.index.device, event.layer.num_experts, _outputs(event)
     zeros = torch.zeros(outputs + 2, dtype=_sum_dtype(device), device=device)
     sums = LayerSums(
@@ -115,10 +121,10 @@ def add_pass(sums: LayerSums, event: LayerPass) -> None:
 
 def _add_probabilities(sums: LayerSums, event: LayerPass, logits: torch.Tensor) -> None:
     evidence = sums.evidence
-    if evidence is not None:
+    if evidence is not None and len(sums.by_scoring) > 1:
         evidence.add(logits, event.index, event.weight, event.token_mask)
         proven = evidence.settled()
-        if proven is not None and len(sums.by_scoring) > 1:
+        if proven is not None:
             sums.by_scoring = {proven: sums.by_scoring[proven]}
     for scoring, total in sums.by_scoring.items():
         probs = probabilities(logits, scoring) if event.probs is None else event.probs

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module averages the router losses of training passes by name: those of this package's models, and those told to it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from ..router_balancing import all_ranks
 from ..router_losses import RouterLosses
-from .observing import ModelHook, in_backward
+from .observing import ModelHook, OnFailure, in_backward
 
 
 # "aux" is the loss that transformers' own MoE models return as `aux_loss`
@@ -84,10 +84,12 @@ class RouterLossMeter(LossMeans):
 
     Args:
         model: any model of transformers, with or without an adapter.
+        on_failure: function that gets an exception of a hook, after which the model runs on; by default it is raised.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, on_failure: OnFailure | None = None):
         super().__init__(model)
+        self._on_failure = on_failure
         self.modules: WeakSet[nn.Module] = WeakSet(model.modules())
         self._pass: list[Any] | None = None
         self._handles: list = []
@@ -95,8 +97,11 @@ class RouterLossMeter(LossMeans):
         for decoder in decoders:
             self._watch_own(decoder)
         if not decoders:
-            self._handles.append(model.register_forward_hook(ModelHook(self._of_foreign)))
+            self._handles.append(model.register_forward_hook(self._hook(self._of_foreign)))
         _METERS.add(self)
+
+    def _hook(self, function: Callable) -> ModelHook:
+        return ModelHook(function, self._on_failure)
 
     def _watch_own(self, decoder: Any) -> None:
         blocks = decoder.sparse_blocks()
@@ -115,11 +120,9 @@ class RouterLossMeter(LossMeans):
                 # the decoder knows the balance loss of every scope
                 self.add(_mean(layers, len(blocks)) | {"balance": getattr(output, "aux_loss", None)})
 
-        self._handles += [
-            decoder.register_forward_pre_hook(ModelHook(begin)),
-            decoder.register_forward_hook(ModelHook(end)),
-        ]
-        self._handles += [block.register_forward_hook(ModelHook(keep)) for block in blocks]
+        self._handles.append(decoder.register_forward_pre_hook(self._hook(begin)))
+        self._handles.append(decoder.register_forward_hook(self._hook(end)))
+        self._handles += [block.register_forward_hook(self._hook(keep)) for block in blocks]
 
     def _of_foreign(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module.training and torch.is_grad_enabled() and not in_backward():

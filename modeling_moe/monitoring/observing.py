@@ -28,9 +28,10 @@ class LayerPass(NamedTuple):
         arrived: (T, K) integer ids that reach the experts, after capacity.
         logits: (T, E + Z) what the router returned as router logits; None if unknown.
         probs: (T, E + Z) the probabilities of this package's routers; None for others.
-        token_mask: (T,) bool, False at padding; None without padding.
-        batch_size: number B of rows of T / B tokens.
-        recomputed: whether activation checkpointing repeats the pass inside backward.
+        token_mask: (T,) bool, False at padding; None without padding, and in a repeated pass.
+        batch_size: number B of rows of T / B tokens; 1 in a repeated pass of a model of transformers.
+        recomputed: whether activation checkpointing repeats the pass inside backward, where the model has ended and its
+            arguments are unknown.
         training: whether the layer is in training mode and the caller's pass records gradients.
         note: why padding may count as tokens; None if padding is known.
     """
@@ -52,14 +53,29 @@ class LayerPass(NamedTuple):
 OnPass = Callable[[LayerPass], torch.Tensor | None]
 
 
-class ModelHook:
-    """A hook that only the observed model has: a copy of the model, or a model read from a pickle, gets one that does nothing."""
+OnFailure = Callable[[Exception], None]
 
-    def __init__(self, function: Callable | None = None):
-        self.function = function
+
+class ModelHook:
+    """A hook that only the observed model has: a copy of the model, or a model read from a pickle, gets one that does nothing.
+
+    Args:
+        function: what the hook calls; None for nothing.
+        on_failure: function that gets an exception of `function`, so that the model runs on; by default the exception is raised.
+    """
+
+    def __init__(self, function: Callable | None = None, on_failure: OnFailure | None = None):
+        self.function, self.on_failure = function, on_failure
 
     def __call__(self, *args: Any) -> Any:
-        return None if self.function is None else self.function(*args)
+        if self.function is None:
+            return None
+        if self.on_failure is None:
+            return self.function(*args)
+        try:
+            return self.function(*args)
+        except Exception as error:
+            self.on_failure(error)
 
     def __reduce__(self) -> tuple:
         return ModelHook, ()
@@ -84,9 +100,9 @@ class Observation:
         layers: the sparse layers of the model.
     """
 
-    def __init__(self, model: nn.Module, on_pass: OnPass):
+    def __init__(self, model: nn.Module, on_pass: OnPass, on_failure: OnFailure | None = None):
         self.layers = sparse_layers(model)
-        self._on_pass = on_pass
+        self._on_pass, self._on_failure = on_pass, on_failure
         self._batches = Batches()
         self._outputs: dict[str, _RouterOutput] = {}
         self._handles: list = []
@@ -114,8 +130,11 @@ class Observation:
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self._batches.enter(names, args, kwargs)
 
-        self._handles.append(module.register_forward_pre_hook(ModelHook(enter), with_kwargs=True, prepend=True))
-        self._handles.append(module.register_forward_hook(ModelHook(self._batches.leave), always_call=True))
+        self._handles.append(module.register_forward_pre_hook(self._hook(enter), with_kwargs=True, prepend=True))
+        self._handles.append(module.register_forward_hook(self._hook(self._batches.leave), always_call=True))
+
+    def _hook(self, function: Callable) -> ModelHook:
+        return ModelHook(function, self._on_failure)
 
     def _watch_layer(self, layer: SparseLayer) -> None:
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
@@ -131,9 +150,9 @@ class Observation:
             return self._observe(layer, args, kwargs)
 
         if layer.router is not None:
-            self._handles.append(layer.router.register_forward_hook(ModelHook(keep)))
+            self._handles.append(layer.router.register_forward_hook(self._hook(keep)))
         self._handles.append(
-            layer.experts.register_forward_pre_hook(ModelHook(observe_experts), with_kwargs=True, prepend=True)
+            layer.experts.register_forward_pre_hook(self._hook(observe_experts), with_kwargs=True, prepend=True)
         )
 
     def _observe(self, layer: SparseLayer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -158,7 +177,7 @@ class Observation:
             choice = restore(layer.experts, event.index, event.weight, layer.num_experts)
             event, own = event._replace(index=choice.index, arrived=choice.index, weight=choice.weight), choice.own
         recomputed = in_backward()
-        batch = self._batches.of_layer(layer.name, len(event.hidden_states), recomputed)
+        batch = Batch(True) if recomputed else self._batches.current
         event = event._replace(recomputed=recomputed, training=layer.experts.training and batch.records_gradient)
         event = _with_mask(event, batch, context)
         weight = self._on_pass(event)
@@ -211,12 +230,14 @@ def _with_mask(event: LayerPass, batch: Batch, context: Any) -> LayerPass:
     return event._replace(token_mask=mask, batch_size=rows if context is None else context.batch_size, note=note)
 
 
-def observe(model: nn.Module, on_pass: OnPass) -> Observation:
+def observe(model: nn.Module, on_pass: OnPass, on_failure: OnFailure | None = None) -> Observation:
     """Calls `on_pass` for each pass of each sparse layer of any MoE, before the experts compute.
 
     Args:
         model: any model of transformers whose experts follow its experts interface.
         on_pass: function of a [`LayerPass`]; if it returns a tensor (T, K), the experts get it in place of their weights.
+        on_failure: function that gets an exception of a hook or of `on_pass`, after which the model runs on as if it were not
+            observed; by default the exception ends the model's pass.
 
     Returns:
         A context manager, and a handle with `remove()`.
@@ -224,4 +245,4 @@ def observe(model: nn.Module, on_pass: OnPass) -> Observation:
     Raises:
         UnreachableRouting: if the model is dense, or its experts cannot be reached.
     """
-    return Observation(model, on_pass)
+    return Observation(model, on_pass, on_failure)

@@ -23,6 +23,8 @@ SCORINGS = (*SCORING_FUNCS, GIVEN)
 TOLERANCE, COARSE_TOLERANCE = 1e-3, 2e-2
 # an explanation is certain if the next best one is this many times worse
 MARGIN = 4.0
+# tokens of which an explanation settles the scoring function for good; rounding errors of a few tokens may favour another one
+ENOUGH = 128
 
 _ELEMENTWISE = {
     "softmax": torch.exp,
@@ -105,10 +107,10 @@ class ScoringEvidence:
         return torch.stack([self._sum(difference.where(keep, 0.0)), zero, zero])
 
     def settled(self) -> str | None:
-        """Returns the scoring function that the tokens so far prove, or None; it never waits for an accelerator."""
+        """Returns the scoring function that enough tokens prove, or None; it never waits for an accelerator."""
         if self._settled is None and not torch.compiler.is_compiling():
             if self.sums.device.type == "cpu":
-                self._settled = certain(self.sums, self.top_k, self.coarse)
+                self._settled = self._judge(self.sums)
             elif self.sums.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
                 self._settle_on_cuda()
         return self._settled
@@ -121,7 +123,10 @@ class ScoringEvidence:
             arrived.record(torch.cuda.current_stream(self.sums.device))
             self._copy = host, arrived
         elif self._copy[1].query():
-            self._settled, self._copy = certain(self._copy[0], self.top_k, self.coarse), None
+            self._settled, self._copy = self._judge(self._copy[0]), None
+
+    def _judge(self, sums: torch.Tensor) -> str | None:
+        return certain(sums, self.top_k, self.coarse) if sums[-1, 0] >= ENOUGH else None
 
 
 def differences(sums: torch.Tensor, top_k: int) -> dict[str, float]:

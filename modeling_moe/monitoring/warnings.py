@@ -21,9 +21,9 @@ from .layers import SparseLayer
 # a router collapses where its marginal entropy is below this share of log(E + Z) and has fallen by `FALL` of log(E + Z)
 COLLAPSED = 0.75
 FALL = 0.05
-# readings in a row in which an expert gets no token, or a router no gradient, or a selection bias stays where it was
-DEAD_READINGS = 3
-IDLE_READINGS = 2
+# readings in a row in which an expert gets no token, or a router no gradient, or a selection bias stays where it was; equal
+# experts give a router no gradient until the learning rate of the warm-up, which may begin at 0, has made them different
+READINGS = 3
 # smallest number of assignments per expert in a reading of which an expert without tokens means something
 LEAST_LOAD = 32
 DROPPED = 0.1
@@ -41,7 +41,8 @@ class Reading(NamedTuple):
     Attributes:
         layers: figures of the sparse layers, [`~modeling_moe.monitoring.LayerFigures`].
         router_gradients: qualified name of a layer's experts -> norm of the gradient of the layer's trained router.
-        model_gradient: norm of the gradient of the whole model; 0 if unknown.
+        model_gradient: norm of the gradient of the whole model; 0 if unknown, infinite if the optimizer's step may have been
+            skipped because the gradient was not finite.
     """
 
     layers: Sequence[Any]
@@ -57,9 +58,14 @@ def listed(values: Iterable[int], singular: str, most: int = 8) -> str:
 
 
 class Collapse:
-    """Says that routers collapse: they send ever more tokens to ever fewer experts."""
+    """Says that routers collapse: they send ever more tokens to ever fewer experts.
 
-    def __init__(self) -> None:
+    Args:
+        frozen: qualified names of the experts whose router is not trained, so that nothing can be done about it.
+    """
+
+    def __init__(self, frozen: frozenset[str]):
+        self._frozen = frozen
         self._highest: dict[str, float] = {}
 
     def __call__(self, reading: Reading) -> str | None:
@@ -67,7 +73,7 @@ class Collapse:
         fallen = {}
         for layer in reading.layers:
             entropy = layer.marginal_entropy
-            if entropy is None or not layer.tokens or not math.isfinite(entropy):
+            if entropy is None or layer.name in self._frozen or not layer.tokens or not math.isfinite(entropy):
                 continue
             share = entropy / math.log(max(2, layer.num_experts))
             highest = self._highest[layer.name] = max(share, self._highest.get(layer.name, share))
@@ -83,39 +89,54 @@ class Collapse:
 
 
 class DeadExperts:
-    """Says that experts got no token in several readings in a row."""
+    """Says that experts got no token in several readings in a row.
 
-    def __init__(self) -> None:
+    Args:
+        frozen: qualified names of the experts whose router is not trained, so that nothing can be done about it.
+    """
+
+    def __init__(self, frozen: frozenset[str]):
+        self._frozen = frozen
         self._idle: dict[str, torch.Tensor] = {}
 
     def __call__(self, reading: Reading) -> str | None:
         """Returns the warning, or None."""
         dead = {}
         for layer in reading.layers:
-            if layer.load.sum() < LEAST_LOAD * layer.num_experts:
+            if layer.name in self._frozen or layer.load.sum() < LEAST_LOAD * layer.num_experts:
                 continue
             idle = self._idle.get(layer.name, torch.zeros_like(layer.load))
             idle = self._idle[layer.name] = (idle + 1) * (layer.load == 0)
-            if (idle >= DEAD_READINGS).any():
-                dead[layer.layer] = (idle >= DEAD_READINGS).nonzero().flatten().tolist()
+            if (idle >= READINGS).any():
+                dead[layer.layer] = (idle >= READINGS).nonzero().flatten().tolist()
         if not dead:
             return None
         number, total = sum(map(len, dead.values())), sum(layer.num_experts for layer in reading.layers)
         first, experts = next(iter(dead.items()))
         return (
-            f"{number} of {total} experts got no token in {DEAD_READINGS} logs in a row, in {listed(dead, 'layer')} (in layer "
+            f"{number} of {total} experts got no token in {READINGS} logs in a row, in {listed(dead, 'layer')} (in layer "
             f"{first}: {listed(experts, 'expert')}), and do not train. To use them, {BALANCE}; `moe resize` removes them."
         )
 
 
 class Drops:
-    """Says that the capacity of experts drops many assignments."""
+    """Says that the capacity of experts drops many assignments, unless a model of this package has said it.
+
+    Args:
+        model: any model of transformers.
+    """
+
+    def __init__(self, model: nn.Module):
+        decoders: list[Any] = [module for module in model.modules() if hasattr(module, "router_totals")]
+        self._said: list[set[str]] = [decoder.router_totals.warned for decoder in decoders]
 
     def __call__(self, reading: Reading) -> str | None:
         """Returns the warning, or None."""
         shares = {x.layer: x.dropped_share for x in reading.layers if x.tokens and (x.dropped_share or 0) > DROPPED}
-        if not shares:
+        if not shares or any("dropped" in said for said in self._said):
             return None
+        for said in self._said:
+            said.add("dropped")
         return (
             f"{max(shares.values()):.0%} of the assignments are dropped in {listed(shares, 'layer')}: these experts are full, "
             f"and the tokens pass without them. Raise capacity_factor, or {BALANCE}."
@@ -131,11 +152,11 @@ class IdleRouters:
     def __call__(self, reading: Reading) -> str | None:
         """Returns the warning, or None."""
         least = ROUNDING * reading.model_gradient
-        if least == 0:
+        if least == 0 or not math.isfinite(least):
             return None
         for name, norm in reading.router_gradients.items():
             self._idle[name] = self._idle.get(name, 0) + 1 if norm < least else 0
-        idle = [layer.layer for layer in reading.layers if self._idle.get(layer.name, 0) >= IDLE_READINGS]
+        idle = [layer.layer for layer in reading.layers if self._idle.get(layer.name, 0) >= READINGS]
         if not idle:
             return None
         return (
@@ -195,7 +216,7 @@ class IdleBiases:
 
     def __call__(self, reading: Reading) -> str | None:
         """Returns the warning, or None."""
-        if not self._first:
+        if not self._first or not math.isfinite(reading.model_gradient):
             return None
         self._readings += 1
         # found anew: what moves a bias may put another tensor in its place
@@ -203,7 +224,7 @@ class IdleBiases:
         if any(layer in now and not torch.equal(_values(now[layer]), first) for layer, first in self._first.items()):
             self._first = {}
             return None
-        if self._readings < IDLE_READINGS:
+        if self._readings < READINGS:
             return None
         return (
             f"The selection bias of {listed(self._first, 'layer')} never moves, and so does not balance the experts: "
@@ -211,6 +232,14 @@ class IdleBiases:
             "set a step size, such as DeepSeek-V3's 0.001: for a model of transformers by modeling_moe.training.balance(model, "
             "router_bias_update_rate=0.001), for a model of this package by config.router_bias_update_rate."
         )
+
+
+def _frozen(layers: Sequence[SparseLayer]) -> frozenset[str]:
+    """Returns the qualified names of the experts whose router has weights of which none is trained."""
+    weights = {layer.name: list(layer.router.parameters()) for layer in layers if layer.router is not None}
+    return frozenset(
+        name for name, found in weights.items() if found and not any(weight.requires_grad for weight in found)
+    )
 
 
 @dataclass
@@ -226,7 +255,8 @@ class RoutingWarnings:
     @classmethod
     def of(cls, model: nn.Module, layers: Sequence[SparseLayer]) -> "RoutingWarnings":
         """Returns the warnings for a model whose training begins."""
-        return cls([Collapse(), DeadExperts(), Drops(), IdleRouters(), IdleBiases(model, layers)])
+        frozen = _frozen(layers)
+        return cls([Collapse(frozen), DeadExperts(frozen), Drops(model), IdleRouters(), IdleBiases(model, layers)])
 
     def judge(self, reading: Reading) -> list[str]:
         """Returns the new warnings after a reading."""

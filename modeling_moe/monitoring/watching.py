@@ -10,7 +10,7 @@ from torch import nn
 from .figures import LayerFacts, RoutingFigures, layer_figures, overall_figures, unseen
 from .layer_sums import LayerSums, ProbabilitySums, add_pass, new_sums
 from .layers import SparseLayer
-from .observing import LayerPass, observe
+from .observing import LayerPass, OnFailure, observe
 from .probabilities import ScoringEvidence
 from .ranks import is_distributed, repeats_batch, sum_over_ranks
 
@@ -25,15 +25,23 @@ class RoutingWatch:
         model: any model of transformers whose experts follow its experts interface, also with adapters, in DDP or FSDP.
         co_activation: whether to count which experts tokens use together, at the cost of one (E, T) by (T, E) product.
         training_only: whether to count only the passes of a model in training mode that record gradients.
+        on_failure: function that gets an exception, after which the model runs on; by default it ends the model's pass.
 
     Raises:
         UnreachableRouting: if the model is dense, or its experts cannot be reached.
     """
 
-    def __init__(self, model: nn.Module, *, co_activation: bool = True, training_only: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        co_activation: bool = True,
+        training_only: bool = False,
+        on_failure: OnFailure | None = None,
+    ):
         self._model, self._co_activation, self._training_only = model, co_activation, training_only
         self._sums: dict[str, LayerSums] = {}
-        self._observation = observe(model, self._add)
+        self._observation = observe(model, self._add, on_failure)
         self._facts = _layer_facts(self._observation.layers)
 
     def __enter__(self) -> "RoutingWatch":

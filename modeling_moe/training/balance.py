@@ -204,6 +204,7 @@ class Balance:
         if not (frame.records_gradient and event.layer.experts.training):
             return None
         context = frame.context(event)
+        event = event._replace(token_mask=context.token_mask)
         routing = _routing(event, None if self._scorings is None else self._scorings.of(event))
         if not event.recomputed:
             self._count(event, routing, context)

@@ -303,6 +303,44 @@ def test_a_dense_model_gets_one_warning(tracker, tmp_path, caplog):
     assert not any(figures(entry) for entry in tracker.logged)
 
 
+class RunsCopies(Trainer):
+    """Runs copies of the experts, as nn.DataParallel does in a Trainer with several GPUs and no launcher."""
+
+    def compute_loss(self, model, *args, **kwargs):
+        """Runs the model with copies of its experts."""
+        blocks = [block for block in model.modules() if hasattr(block, "experts")]
+        experts = [block.experts for block in blocks]
+        for block, own in zip(blocks, experts, strict=True):
+            block.experts = own._replicate_for_data_parallel()
+            for name, weight in own.named_parameters():
+                setattr(block.experts, name, weight)
+        try:
+            return super().compute_loss(model, *args, **kwargs)
+        finally:
+            for block, own in zip(blocks, experts, strict=True):
+                block.experts = own
+
+
+@pytest.mark.parametrize("build", [tiny_model, mixtral])
+def test_a_routing_that_cannot_be_read_ends_no_training(build, tracker, tmp_path, caplog, monkeypatch):
+    def run(kind=Trainer):
+        model = build()
+        monkeypatch.setattr("tests.monitoring.test_callback.Trainer", kind)
+        caplog.clear()
+        train(model, tmp_path, max_steps=3)
+        assert not hooks(model)
+        assert not any(figures(entry) for entry in tracker.logged)
+        return [record.message for record in caplog.records if "modeling_moe.monitoring" in record.name]
+
+    goes_on = "The training goes on, and its routing is logged no more: "
+    (message,) = run(RunsCopies)
+    assert message.startswith(f"{goes_on}nn.DataParallel runs copies")
+    for place in ("watching.add_pass", "callback.RouterGradientMeter.measure", "callback.RoutingWatch.read"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"modeling_moe.monitoring.{place}", lambda *_, **__: {}["odd"])
+            assert run() == [f"{goes_on}KeyError: 'odd'"]
+
+
 def test_sft_trainer_logs_the_routing(tracker, tokenizer, tmp_path):
     trl = pytest.importorskip("trl")
     common = training_arguments(tmp_path).to_dict()

@@ -101,14 +101,38 @@ def test_drops_are_said_once():
 def test_a_router_without_gradient_is_said_once():
     idle = of(layer(0), layer(1), gradients={layer(0).name: 0.0, layer(1).name: 0.5})
     found = said([idle] * 4)
-    assert [len(messages) for messages in found] == [0, 1, 0, 0]
-    assert "The router of layer 0 gets no gradient" in found[1][0]
+    assert [len(messages) for messages in found] == [0, 0, 1, 0]
+    assert "The router of layer 0 gets no gradient" in found[2][0]
 
 
 def test_no_gradient_at_all_or_once_is_no_defect_of_the_router():
     name = layer(0).name
     assert not any(said([of(layer(0), gradients={name: 0.0}, whole=0.0)] * 4))
-    assert not any(said([of(layer(0), gradients={name: norm}) for norm in (0.0, 0.1, 0.0, 0.2)]))
+    assert not any(said([of(layer(0), gradients={name: norm}) for norm in (0.0, 0.0, 0.1, 0.0, 0.0, 0.2)]))
+    # the loss scaler of fp16 skips steps
+    assert not any(said([of(layer(0), gradients={name: 0.0}, whole=math.inf)] * 4))
+
+
+def test_a_bias_that_skipped_steps_leave_alone_is_in_order():
+    model = tiny_model(router_selection_bias=True, router_bias_update_rate=0.1)
+    skipped = [of(layer(0), whole=math.inf)] * 5
+    assert [len(messages) for messages in said([*skipped, *[of(layer(0))] * 4], model)] == [0] * 7 + [1, 0]
+
+
+def test_what_a_frozen_router_does_has_no_remedy():
+    model = tiny_model()
+    for block in model.model.sparse_blocks():
+        block.gate.requires_grad_(False)
+    names = [found.name for found in sparse_layers(model)]
+    load = [0, 200, 200, 0, 100, 100, 100, 100]
+    readings = []
+    for entropy in (0.9, 0.7, 0.5, 0.4):
+        bad = layer(0, load, entropy)
+        bad.name = names[0]
+        readings.append(of(bad))
+    assert not any(said(readings, model))
+    # with a trained router
+    assert sum(map(len, said(readings))) == 2
 
 
 def deepseek(**fields) -> DeepseekV3ForCausalLM:
@@ -171,6 +195,28 @@ def test_a_frozen_router_is_no_reason_to_warn(tmp_path, caplog):
 def test_full_experts_are_said(tmp_path, caplog):
     (message,) = warned(tiny_model(capacity_factor=0.5), tmp_path, caplog)
     assert DROPPED in message
+
+
+def test_full_experts_are_said_once(tmp_path, caplog):
+    model = tiny_model(capacity_factor=0.5)
+    warned(model, tmp_path, caplog, MoECallback())
+    assert sum("dropped" in record.message for record in caplog.records) == 1
+    caplog.clear()
+    other = tiny_model(capacity_factor=0.5)
+    # the first log comes after the third step
+    warned(other, tmp_path, caplog, logging_steps=3)
+    update_routers(other)
+    assert sum("dropped" in record.message for record in caplog.records) == 1
+
+
+def test_equal_experts_in_a_warm_up_are_in_order(tmp_path, caplog):
+    coefficients = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+    model = tiny_model(num_experts=8, num_experts_per_tok=2, **coefficients)
+    for block in model.model.sparse_blocks():
+        for weight in block.experts.parameters():
+            weight.data[:] = weight.data[:1].clone()
+    fields = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1000, "optim": "adamw_torch"}
+    assert warned(model, tmp_path, caplog, MoECallback(), learning_rate=1e-3, **fields) == []
 
 
 class MovesBias(TrainerCallback):

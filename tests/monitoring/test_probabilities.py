@@ -53,6 +53,12 @@ def test_the_scoring_function_is_found(scoring, top_k, dtype):
         assert explained(found) == (scoring, None)
 
 
+def test_a_few_tokens_settle_nothing():
+    found = evidence("softmax", 2, logits=LOGITS[:100])
+    assert found.settled() is None
+    assert explained(found).scoring == "softmax"
+
+
 def test_the_softmax_of_the_chosen_logits_is_a_softmax():
     best = LOGITS.topk(4, dim=-1)
     found = ScoringEvidence(4, torch.zeros((), dtype=torch.float64))

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import modeling_moe
 from modeling_moe import watch
-from modeling_moe.monitoring import observe, routing_metrics
+from modeling_moe.monitoring import RoutingWatch, observe, routing_metrics
 from modeling_moe.monitoring.layer_sums import add_pass, new_sums
 from modeling_moe.router import Routing
 from tests.builders import tiny_model
@@ -222,6 +223,53 @@ def test_an_adapted_model_is_watched():
         with torch.no_grad(), model.disable_adapter():
             model(input_ids=IDS, attention_mask=MASK)
     assert [layer.tokens for layer in routing.read().layers] == [REAL.sum()] * 2
+
+
+def test_passes_in_inference_mode_and_others_add_up():
+    model = mixtral().eval()
+    with watch(model) as routing:
+        with torch.inference_mode():
+            model(input_ids=IDS)
+        model(input_ids=IDS)
+    assert routing.read().layers[0].tokens == 2 * IDS.numel()
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_costs_few_operators_once_the_scoring_is_known():
+    model = mixtral().eval()
+    ids = IDS.repeat(3, 1)
+
+    def run() -> int:
+        with torch.no_grad(), Operators() as operators:
+            model(input_ids=ids)
+        return operators.count
+
+    unwatched = run()
+    with watch(model, co_activation=False) as routing:
+        run()
+        extra = (run() - unwatched) / 2
+    assert extra < 40
+    assert routing.read().layers[0].scoring == "softmax"
+
+
+def test_a_failure_can_leave_the_model_alone(monkeypatch):
+    model, failures = mixtral().eval(), []
+    expected = model(input_ids=IDS).logits
+    monkeypatch.setattr("modeling_moe.monitoring.watching.add_pass", lambda *_: 1 / 0)
+    with RoutingWatch(model, on_failure=failures.append):
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+    assert [type(failure) for failure in failures] == [ZeroDivisionError] * 2
+    with watch(model), pytest.raises(ZeroDivisionError):
+        model(input_ids=IDS)
 
 
 def test_no_method_but_read_waits_for_the_device():
