@@ -29,6 +29,10 @@ class Section:
     groups: list[list[Drawing]]
     detail: str = ""
 
+    def longest(self) -> list[Drawing]:
+        """Returns the drawings of the model that has most, whose labels the page offers."""
+        return max(self.groups, key=len, default=[])
+
 
 LOAD = (
     "Each cell is an expert's load over the mean load of the layer (1\u00d7 is balanced, a cross marks an expert without a "
@@ -74,7 +78,7 @@ CHANGES = (
 )
 HISTORY = (
     "Each heat map has a row for each layer and a column for each logged step; MaxVio or dead experts that brighten to the "
-    "right, or a marginal entropy that darkens, are a collapse under way."
+    "right, or a marginal entropy that darkens, are a collapse under way (training counts the choices before capacity drops any)."
 )
 
 
@@ -150,7 +154,8 @@ def _position(models: list[ModelTrace], width: float) -> Section:
 
 def _history(report: RoutingReport) -> Section:
     title, entries = "History of the training run", report.history or []
-    if not figures_history.logged(entries) and not figures_history.losses(entries):
+    drawn = figures_history.logged, figures_history.losses, figures_history.router_losses
+    if not any(of(entries) for of in drawn):
         return Section("history", title, "The log holds no loss and no figure of the routing.", [])
     return Section("history", title, HISTORY, [[figures_history.history(entries)]])
 
