@@ -353,7 +353,7 @@ def _test_fact(units: list[int]) -> str:
         return "none, since there is one domain"
     if not min(units):
         return "none, since a domain is shorter than one block: give it more text, or make --max_length smaller"
-    shown = f"permutes {' + '.join(map(str, units))} stretches of text of equal length; chance of any false finding {100 * LEVEL:.0f} %"
+    shown = f"permutes {' + '.join(map(str, units))} stretches of text of equal length; chance of any false finding {100 * LEVEL:.0f}\u00a0%"
     return f"{shown}; too little text to find anything" if is_too_little(units) else shown
 
 

@@ -24,6 +24,7 @@ from tests.monitoring.synthetic_report import HOSTILE, synthetic_report
 pytest.importorskip("matplotlib")
 
 from modeling_moe.monitoring.page import figures_experts, figures_history, figures_layers, words
+from modeling_moe.monitoring.page.sections import sections
 from modeling_moe.monitoring.page.style import style
 
 
@@ -416,6 +417,27 @@ def test_a_layer_with_two_experts_modules_and_the_router_losses_are_drawn():
         drawing = figures_history.history(entries)
     titles = [axes.get_title(loc="left") or axes.get_title() for axes in drawing.figure.axes]
     assert "Router losses, before their coefficients" in titles
+
+
+def test_models_share_a_scale_only_if_they_have_equally_many_experts():
+    few, many = (synthetic_report(experts=count).models[0] for count in (4, 32))
+    with style():
+        equal = {part.key: part.groups for part in sections(RoutingReport([few, few]))}
+        unequal = {part.key: part.groups for part in sections(RoutingReport([few, many]))}
+
+    def ends(groups):
+        return [drawings[0].cells[0].axes.images[0].get_clim()[1] for drawings in groups]
+
+    assert len(set(ends(equal["co_activation"]))) == 1
+    assert len(set(ends(unequal["co_activation"]))) == 2
+
+
+def test_layers_of_different_numbers_of_experts_are_drawn(tmp_path):
+    first, second = (synthetic_report(experts=count).models[0] for count in (2, 9))
+    random = np.random.default_rng(0)
+    model = replace(first, layers=[first.layers[0], second.layers[1]], paths=[random.integers(0, 9, (2, 9))])
+    page = write_report(RoutingReport([model]), tmp_path)[0].read_text(encoding="utf-8")
+    assert "of 2 to 9 experts" in Page(page).text
 
 
 def test_a_long_history_is_averaged_to_what_a_screen_can_show():

@@ -104,6 +104,15 @@ def sections(report: RoutingReport) -> list[Section]:
     return found
 
 
+def _on_one_scale(models: list[ModelTrace]) -> list[list[ModelTrace]]:
+    """Returns for each model those whose colours share its scale: all of them, or it alone if the numbers of experts differ.
+
+    An expert of few takes larger shares than one of many, whose differences could not be seen on the scale of the few.
+    """
+    experts = [{layer.num_experts for layer in model.layers} for model in models]
+    return [models if all(other == experts[0] for other in experts) else [model] for model in models]
+
+
 def _load(models: list[ModelTrace], width: float) -> Section:
     most = figures_layers.largest_violation(models)
     return Section(
@@ -115,8 +124,11 @@ def _specialisation(models: list[ModelTrace], width: float) -> Section:
     title = "Specialisation by domain"
     if len(models[0].domains) < 2:
         return Section("specialisation", title, ONE_DOMAIN, [])
-    limit = figures_layers.ratio_limit([layer.specialisation for model in models for layer in model.layers])
-    drawings = [[figures_layers.specialisation(model, limit, width)] for model in models]
+    limits = [
+        figures_layers.ratio_limit([layer.specialisation for model in group for layer in model.layers])
+        for group in _on_one_scale(models)
+    ]
+    drawings = [[figures_layers.specialisation(*pair, width)] for pair in zip(models, limits, strict=True)]
     return Section("specialisation", title, SPECIALISATION, drawings)
 
 
@@ -132,10 +144,9 @@ def _co_activation(models: list[ModelTrace], width: float) -> Section:
     title = "Co-activation"
     if all(layer.top_k < 2 or layer.num_experts < 2 for model in models for layer in model.layers):
         return Section("co_activation", title, ONE_EXPERT, [])
-    most = figures_experts.most_together(models)
-    return Section(
-        "co_activation", title, CO_ACTIVATION, [figures_experts.co_activation(m, most, width) for m in models]
-    )
+    scales = [figures_experts.most_together(group) for group in _on_one_scale(models)]
+    drawings = [figures_experts.co_activation(*pair, width) for pair in zip(models, scales, strict=True)]
+    return Section("co_activation", title, CO_ACTIVATION, drawings)
 
 
 def _paths(models: list[ModelTrace], width: float) -> Section:
