@@ -422,8 +422,13 @@ def test_a_layer_with_two_experts_modules_and_the_router_losses_are_drawn():
 def test_models_share_a_scale_only_if_they_have_equally_many_experts():
     few, many = (synthetic_report(experts=count).models[0] for count in (4, 32))
     with style():
-        equal = {part.key: part.groups for part in sections(RoutingReport([few, few]))}
+        other = synthetic_report(experts=4, seed=1).models[0]
+        equal = {part.key: part.groups for part in sections(RoutingReport([few, other]))}
         unequal = {part.key: part.groups for part in sections(RoutingReport([few, many]))}
+
+    matrices = [drawings[1].cells[0].axes.images[0].get_clim()[1] for drawings in equal["paths"]]
+    assert len(matrices) == 2
+    assert matrices[0] == matrices[1]
 
     def ends(groups):
         return [drawings[0].cells[0].axes.images[0].get_clim()[1] for drawings in groups]

@@ -151,9 +151,11 @@ def _co_activation(models: list[ModelTrace], width: float) -> Section:
 
 def _paths(models: list[ModelTrace], width: float) -> Section:
     title = "Paths from layer to layer"
-    drawings = [figures_experts.paths(model, width) for model in models if len(model.layers) > 1]
-    drawn = len(drawings) == len(models)
-    return Section("paths", title, PATHS if drawn else ONE_LAYER, drawings if drawn else [], PATHS_OF_LAYER)
+    drawn = all(len(model.layers) > 1 for model in models)
+    scales = [figures_experts.most_on_a_path(group) for group in _on_one_scale(models)]
+    pairs = zip(models, scales, strict=True) if drawn else ()
+    drawings = [figures_experts.paths(*pair, width) for pair in pairs]
+    return Section("paths", title, PATHS if drawn else ONE_LAYER, drawings, PATHS_OF_LAYER)
 
 
 def _position(models: list[ModelTrace], width: float) -> Section:
