@@ -16,6 +16,7 @@ training run that logged the routing, as `moe finetune` does. --output_json hold
 """
 
 import math
+import os
 import unicodedata
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -152,6 +153,25 @@ def refuse_unreadable_names(names: Sequence[str]) -> None:
         seen[shown] = name
 
 
+def shown_names(sources: Sequence[str]) -> list[str]:
+    """Returns a name for each model or file that holds no path of this machine, since a report is shared with others.
+
+    A file or folder is called by its own name, after those of as many parent folders as tell it from the others of equal
+    name; a name on the Hub stays as it is.
+    """
+    parts = [Path(os.path.abspath(source)).parts[1:] if os.path.lexists(source) else (source,) for source in sources]
+
+    def name(own: tuple[str, ...]) -> str:
+        others = [other for other in parts if other != own]
+        least = next(
+            (count for count in range(1, len(own)) if all(other[-count:] != own[-count:] for other in others)),
+            len(own),
+        )
+        return "/".join(own[-least:])
+
+    return [name(own) for own in parts]
+
+
 @dataclass(frozen=True)
 class LayerLoad:
     """The load of the experts of one layer on one domain.
@@ -209,10 +229,10 @@ def _refuse_unreachable(name: str, trust_remote_code: bool) -> None:
     refuse_mixing(sparse_layers(model))
 
 
-def _trace(args: ReportArguments, data_args: DataArguments) -> Traced:
+def _trace(args: ReportArguments, data_args: DataArguments, name: str) -> Traced:
     model, domains = load_for_scoring(args, data_args)
     tokenizer = load_tokenizer(args.model_name_or_path, args.gguf_file, trust_remote_code=args.trust_remote_code)
-    return trace_routing(model, tokenizer, domains, args.model_name_or_path, args.trace_options())
+    return trace_routing(model, tokenizer, domains, name, args.trace_options())
 
 
 def report(args: ReportArguments, data_args: DataArguments) -> RoutingReport:
@@ -232,10 +252,12 @@ def report(args: ReportArguments, data_args: DataArguments) -> RoutingReport:
     if not data_args.data:
         raise UserError("data is missing: name texts to trace as domain=source, such as wiki=wiki.txt")
     if args.compare is None:
-        return RoutingReport([_trace(args, data_args).trace], history=history)
+        (name,) = shown_names([args.model_name_or_path])
+        return RoutingReport([_trace(args, data_args, name).trace], history=history)
     _refuse_unreachable(args.compare, args.trust_remote_code)
-    first = _trace(args, data_args)
-    second = _trace(replace(args, model_name_or_path=args.compare, gguf_file=None), data_args)
+    names = shown_names([args.model_name_or_path, args.compare])
+    first = _trace(args, data_args, names[0])
+    second = _trace(replace(args, model_name_or_path=args.compare, gguf_file=None), data_args, names[1])
     return RoutingReport([first.trace, second.trace], compare_traces(first, second), history)
 
 
@@ -293,19 +315,26 @@ def print_tables(result: RoutingReport) -> None:
     console.print(result.changes.note, highlight=False)
 
 
+def _recipe(args: ReportArguments, data_args: DataArguments) -> dict[str, Any]:
+    """Returns what the report was made of, as `conversion.json` in its folder keeps it, without paths of this machine."""
+    models = shown_names([source for source in (args.model_name_or_path, args.compare) if source])
+    recipe: dict[str, Any] = dict(zip(("report", "compare"), models, strict=False))
+    if args.history is not None:
+        recipe["history"] = shown_names([args.history])[0]
+    return recipe | {"data": {domain: shown_names([source])[0] for domain, source in data_args.domains().items()}}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Traces, writes what is asked for, and prints the tables."""
     args, data_args = parse([ReportArguments, ReportDataArguments], __doc__, argv)
     refuse_missing_folder(output_json=args.output_json)
     if args.output_dir is not None:
         require_matplotlib()
-    recipe = {
-        "report": args.model_name_or_path,
-        "compare": args.compare,
-        "history": args.history,
-        "data": data_args.data,
-    }
-    folder = nullcontext() if args.output_dir is None else whole_folder(args.output_dir, recipe, args.overwrite)
+    folder = (
+        nullcontext()
+        if args.output_dir is None
+        else whole_folder(args.output_dir, _recipe(args, data_args), args.overwrite)
+    )
     with folder as output:
         result = report(args, data_args)
         if output is not None:

@@ -209,6 +209,45 @@ def write_state(folder, entries, **more):
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries} | more))
 
 
+def test_a_shared_report_holds_no_path_of_this_machine(run, place):
+    write_state(place / "state", synthetic_history(2, 4, seed=0))
+    shutil.copytree(place / "moe", place / "after" / "moe")
+    flags = [
+        "--model_name_or_path",
+        "MOE",
+        "--compare",
+        place / "after" / "moe",
+        "--output_dir",
+        "OUT",
+        "--history",
+        "STATE",
+    ]
+    code, _, errors = run(*flags)
+    assert code == 0, errors
+    files = [file for file in (place / "out").iterdir() if file.suffix in (".html", ".json")]
+    assert len(files) == 2
+    for file in files:
+        assert str(place.parent) not in file.read_text(encoding="utf-8")
+    assert "after/moe" in (place / "out" / "report.html").read_text(encoding="utf-8")
+    recipe = json.loads((place / "out" / "conversion.json").read_text())["recipe"]
+    assert recipe == {
+        "report": f"{place.name}/moe",
+        "compare": "after/moe",
+        "history": "state",
+        "data": {"a": "text.txt"},
+    }
+
+
+def test_models_are_shown_by_as_few_parent_folders_as_tell_them_apart(tmp_path, monkeypatch):
+    for folder in ("a/x/moe", "b/x/moe", "c"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "x" / "moe")
+    assert report.shown_names([str(tmp_path / "a/x/moe/"), str(tmp_path / "b/x/moe")]) == ["a/x/moe", "b/x/moe"]
+    assert report.shown_names([".", str(tmp_path / "c")]) == ["moe", "c"]
+    assert report.shown_names([".", "."]) == ["moe", "moe"]
+    assert report.shown_names(["allenai/OLMoE-1B-7B-0924", "."]) == ["allenai/OLMoE-1B-7B-0924", "moe"]
+
+
 def test_the_history_of_a_run_is_drawn_without_a_model(run, place):
     entries = [{"step": 1, "loss": 2.0}, *synthetic_history(2, 4, seed=0), {"step": 40, "eval_loss": 1.0}]
     write_state(place / "state" / "checkpoint-5", [])
@@ -228,7 +267,7 @@ def test_the_history_stands_beside_two_models(run, place, monkeypatch):
     code, _, errors = run(*flags, "--text_tokens", 9, "--top_tokens", 3, "--history", "STATE")
     assert code == 0, errors
     (result,) = drawn
-    assert [model.name for model in result.models] == [str(place / "moe")] * 2
+    assert [model.name for model in result.models] == ["moe"] * 2
     assert [len(text.tokens) for text in result.models[0].texts] == [9, 9]
     assert max(len(tokens) for layer in result.models[0].layers for tokens in layer.top_tokens) == 3
     assert [change.changed_tokens for change in result.changes.layers] == [0, 0]

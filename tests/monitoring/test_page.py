@@ -24,6 +24,8 @@ from tests.monitoring.synthetic_report import HOSTILE, synthetic_report
 pytest.importorskip("matplotlib")
 
 from modeling_moe.monitoring.report.page import figures_experts, figures_history, figures_layers, words
+from modeling_moe.monitoring.report.page.sections import sections
+from modeling_moe.monitoring.report.page.style import style
 
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
@@ -398,8 +400,58 @@ def test_the_history_keeps_each_layers_steps_and_leaves_out_what_is_no_number():
         {"step": 2, "loss": math.nan, "routing/layer_03/max_violation": "x", "routing/layer_04/new": 1},
         {"loss": 3.0, "routing/layer_03/max_violation": 0.5},
     ]
-    assert figures_history.logged(entries) == {"max_violation": {3: {1.0: 0.5}}, "new": {4: {2.0: 1.0}}}
+    assert figures_history.logged(entries) == {"max_violation": {"3": {1.0: 0.5}}, "new": {"4": {2.0: 1.0}}}
     assert figures_history.losses(entries) == {1.0: 2.0}
+
+
+def test_a_layer_with_two_experts_modules_and_the_router_losses_are_drawn():
+    names = ["layer_10", "layer_02", "model.layers.10.mlp.vision.experts", "model.layers.2.mlp.text.experts"]
+    entry = {f"routing/{layer}/max_violation": 1.0 for layer in names} | {
+        "routing/balance_loss": 1.2,
+        "routing/z_loss": 3.0,
+    }
+    entries = [entry | {"step": step} for step in (1, 2)]
+    assert [*figures_history.logged(entries)["max_violation"]] == ["2", "10", *sorted(names[2:], reverse=True)]
+    assert figures_history.router_losses(entries) == {"balance": {1.0: 1.2, 2.0: 1.2}, "z": {1.0: 3.0, 2.0: 3.0}}
+    with style():
+        drawing = figures_history.history(entries)
+    titles = [axes.get_title(loc="left") or axes.get_title() for axes in drawing.figure.axes]
+    assert "Router losses, before their coefficients" in titles
+
+
+def test_models_share_a_scale_only_if_they_have_equally_many_experts():
+    few, many = (synthetic_report(experts=count).models[0] for count in (4, 32))
+    with style():
+        other = synthetic_report(experts=4, seed=1).models[0]
+        equal = {part.key: part.groups for part in sections(RoutingReport([few, other]))}
+        unequal = {part.key: part.groups for part in sections(RoutingReport([few, many]))}
+
+    matrices = [drawings[1].cells[0].axes.images[0].get_clim()[1] for drawings in equal["paths"]]
+    assert len(matrices) == 2
+    assert matrices[0] == matrices[1]
+
+    def ends(groups):
+        return [drawings[0].cells[0].axes.images[0].get_clim()[1] for drawings in groups]
+
+    assert len(set(ends(equal["co_activation"]))) == 1
+    assert len(set(ends(unequal["co_activation"]))) == 2
+
+
+def test_layers_of_different_numbers_of_experts_are_drawn(tmp_path):
+    first, second = (synthetic_report(experts=count).models[0] for count in (2, 9))
+    random = np.random.default_rng(0)
+    model = replace(first, layers=[first.layers[0], second.layers[1]], paths=[random.integers(0, 9, (2, 9))])
+    page = write_report(RoutingReport([model]), tmp_path)[0].read_text(encoding="utf-8")
+    assert "of 2 to 9 experts" in Page(page).text
+
+
+def test_a_long_history_is_averaged_to_what_a_screen_can_show():
+    entries = [{"step": step, "routing/layer_00/max_violation": step % 2} for step in range(1, 10_001)]
+    with style():
+        (cells,) = figures_history.history(entries).cells
+    assert cells.values.shape == (1, figures_history.MOST_COLUMNS)
+    assert cells.columns[:2] == ["step 1\u201325", "step 26\u201350"]
+    assert cells.values[0, 0] == pytest.approx(13 / 25)
 
 
 def sentences(**changed) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from modeling_moe.monitoring.report import write_report
@@ -52,12 +53,19 @@ def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, tuple[RoutingReport, Path]]:
     """Returns the reports and their pages: one with two models, whose first texts are equal, and one of hostile texts."""
+    dropped = synthetic_report(layers=2, experts=4, domains=1)
+    text = dropped.models[0].texts[0]
+    for place in (0, 1):  # the strongest of two choices, and both
+        chosen = text.weight[0, place].argmax() if place == 0 else slice(None)
+        text.index[0, place], text.weight[0, place, chosen] = (0, 1), np.nan
     hostile = synthetic_report(layers=1, experts=3, domains=len(HOSTILE), hostile=True)
     plain = synthetic_report(layers=2, experts=4, domains=2, compare=True)
     first, second = plain.models
     equal = replace(second.texts[0], tokens=first.texts[0].tokens)
     plain = replace(plain, models=[first, replace(second, texts=[equal, *second.texts[1:]])])
-    made = {"plain": plain, "hostile": hostile}
+    fewer = replace(second, layers=second.layers[:1], paths=[], texts=[])
+    uneven = RoutingReport([fewer, first])
+    made = {"plain": plain, "hostile": hostile, "dropped": dropped, "uneven": uneven}
     return {name: (report, write_report(report, tmp_path_factory.mktemp(name))[0]) for name, report in made.items()}
 
 
@@ -150,6 +158,32 @@ def test_the_keyboard_moves_from_token_to_token_and_the_status_line_reads_the_to
     assert above.location["y"] < tokens[255].location["y"]
     above.send_keys(Keys.TAB)
     assert browser.switch_to.active_element == one(browser, ".routes")
+
+
+def test_dropped_assignments_are_named_and_are_no_first_expert(browser, reports):
+    browser.get(reports["dropped"][1].as_uri())
+    weight = reports["dropped"][0].models[0].texts[0].weight[0, 0]
+    left = int(np.isfinite(weight).argmax())
+    assert routes_shown(browser)[0] == [f"{left} {weight[left]:.2f}", f"{1 - left} dropped"]
+    tokens = every(browser, ".tokens [role=option]")
+    assert tokens[0].get_attribute("data-expert") == str(left)
+    assert tokens[1].get_attribute("data-expert") == "\u2013"
+    pointer_over(browser, tokens[1], down=0.2)
+    assert routes_shown(browser)[0] == ["0 dropped", "1 dropped"]
+    assert "In layer 0: no expert" in one(browser, "#texts [role=status]").text
+    assert browser.get_log("browser") == []
+
+
+def test_layers_of_the_deeper_model_can_be_chosen_and_the_other_says_that_it_has_fewer(browser, reports):
+    browser.get(reports["uneven"][1].as_uri())
+    Select(one(browser, "#position [data-choice]")).select_by_visible_text("layer 1")
+    figures = every(browser, "#position figure")
+    assert "This model has fewer sparse layers." in figures[0].text
+    assert "Layer 1: log" in figures[1].text
+    figures[0].send_keys(Keys.ARROW_RIGHT)
+    Select(one(browser, "#position [data-choice]")).select_by_index(0)
+    assert figures[0].find_elements(By.CSS_SELECTOR, "svg")
+    assert browser.get_log("browser") == []
 
 
 def test_a_choice_of_layer_colours_the_tokens_by_their_first_expert(browser, plain):

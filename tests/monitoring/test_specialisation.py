@@ -141,3 +141,9 @@ def test_how_much_text_is_too_little():
     assert is_too_little([2, 2, 1])
     assert not is_too_little([2, 2, 2])
     assert is_too_little([500])
+
+
+def test_many_domains_of_much_text_are_not_too_little():
+    """The number of labellings of 12 times 64 units is larger than any float."""
+    assert not is_too_little([64] * 12)
+    assert is_too_little([64, 0])

@@ -22,6 +22,8 @@ from modeling_moe.data import pack
 from modeling_moe.monitoring import UnreachableRouting, sparse_layers, watch
 from modeling_moe.monitoring.report import TraceOptions, compare_traces, trace_routing
 from modeling_moe.monitoring.report.comparing import load_shift
+from modeling_moe.monitoring.report.specialisation import significant_cells
+from modeling_moe.monitoring.report.text_places import Texts
 from modeling_moe.monitoring.report.token_texts import token_label, token_texts
 from modeling_moe.monitoring.report.top_tokens import MIN_OCCURRENCES, lower_bound
 from modeling_moe.monitoring.report.trace_sums import margins
@@ -259,14 +261,16 @@ def test_a_traced_text_shows_each_token(domains, tokenizer):
         assert text.weight.sum(axis=-1) == pytest.approx(np.ones((2, shown)), abs=1e-6)
 
 
-def test_empty_assignments_are_minus_one_and_dropped_ones_weigh_nothing(domains, tokenizer):
+def test_empty_assignments_are_minus_one_and_the_weight_of_dropped_ones_is_no_number(domains, tokenizer):
     options = TraceOptions(texts=1)
     variable = trace_routing(MODELS["variable K"](), tokenizer, domains, "tiny", options).trace.texts[0]
     assert (variable.index == -1).any()
     assert variable.index.min() == -1
     assert (variable.weight[variable.index == -1] == 0).all()
     dropped = trace_routing(MODELS["capacity"](), tokenizer, domains, "tiny", options).trace.texts[0]
-    assert ((dropped.index >= 0) & (dropped.weight == 0)).any()
+    assert np.isnan(dropped.weight).any()
+    assert (dropped.index[np.isnan(dropped.weight)] >= 0).all()
+    assert np.nanmin(dropped.weight) > 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -312,6 +316,42 @@ def test_a_rare_token_does_not_win_by_chance():
     bound = lower_bound(taken, occurrences)
     assert bound[1] > bound[0] > bound[2]
     assert bound[0] == pytest.approx(8 / (8 + 1.96**2))
+
+
+def test_tokens_that_choose_all_experts_have_no_margin(domains, tokenizer):
+    trace = trace_routing(
+        tiny_model(num_experts=4, num_experts_per_tok=4), tokenizer, domains, "tiny", TraceOptions(texts=1)
+    ).trace
+    assert [layer.gate_margin for layer in trace.layers] == [None, None]
+    assert all(layer.token_entropy > 0 for layer in trace.layers)
+    assert trace.texts[0].margin is None
+
+
+def test_a_small_domain_beside_a_large_one_is_no_specialisation(tokenizer):
+    """One text cut into 4 blocks and 640; units of 1 and of 10 blocks would make a finding in most runs."""
+    random, found = np.random.default_rng(0), 0
+    for seed in range(20):
+        texts = Texts([[np.arange(64)] * 4, [np.arange(64)] * 640], 0)
+        assert np.bincount(texts.unit_domain[: texts.tested]).tolist() == [4, 64]
+        load = np.zeros((len(texts.unit_domain), 8), np.int64)
+        blocks = random.multinomial(64, random.dirichlet(np.full(8, 20.0), size=644))
+        np.add.at(
+            load,
+            np.concatenate([texts.batch(0, range(4))[1].places.unit, texts.batch(1, range(640))[1].places.unit])[::64],
+            blocks,
+        )
+        assert load.sum() == 644 * 64
+        labels = texts.unit_domain[: texts.tested]
+        found += any(cells.any() for cells in significant_cells([load[: texts.tested]], labels, seed))
+    assert found <= 3  # of 20 runs at 5 %, more than 3 have a chance of 1.6 %
+
+
+def test_a_domain_shorter_than_a_block_is_not_tested_and_the_facts_say_so(domains, tokenizer):
+    short = domains | {"a": datasets.Dataset.from_dict({"input_ids": [domains["a"]["input_ids"][0][:5]]})}
+    trace = trace_routing(tiny_model(), tokenizer, short, "tiny", TraceOptions(texts=0)).trace
+    assert "a domain is shorter than one block" in trace.facts["Test of specialisation"]
+    assert not any(layer.significant.any() for layer in trace.layers)
+    assert sum(trace.layers[0].load[0]) == 5 * trace.layers[0].top_k
 
 
 def test_margins_by_hand():
@@ -485,3 +525,12 @@ def test_sentencepiece_keeps_its_spaces_and_shows_bytes():
     assert token_texts(tokenizer, ids) == ["the", " the", "old", "日", "…", "…", " the", "\ufffd"]
     assert token_label(tokenizer, 1) == " the"
     assert token_label(tokenizer, pieces.index("<0xE6>")) == "<E6>"
+
+
+def test_a_tokenizer_that_cannot_decode_is_told_in_one_sentence(domains, tokenizer, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyError("no such piece")
+
+    monkeypatch.setattr(tokenizer, "decode", fail)
+    with pytest.raises(ValueError, match="the tokenizer cannot turn its own tokens into text: 'no such piece'"):
+        trace_routing(tiny_model(), tokenizer, domains, "tiny")

@@ -41,7 +41,8 @@ class LayerSummary:
         dropped_share: share of the assignments that the capacity dropped.
         token_entropy: mean entropy of a token's router probabilities in nats; None where they are not known.
         marginal_entropy: entropy of the mean router probabilities in nats; None where they are not known.
-        gate_margin: mean difference of a token's K-th and (K + 1)-th largest probability; None where it is not known.
+        gate_margin: mean difference of a token's K-th and (K + 1)-th largest probability; None where it is not known, and
+            where K is all experts.
     """
 
     max_violation: float
@@ -94,9 +95,9 @@ class TracedText:
         domain: name of the text's domain.
         tokens: S texts to show. A character that several tokens spell belongs to the first of them, and the others are "…".
         index: (L, S, K) int32, chosen experts; -1 for an empty assignment, and where a layer has a smaller K.
-        weight: (L, S, K) float32, combine weights; 0 for an empty and for a dropped assignment.
+        weight: (L, S, K) float32, combine weights; 0 for an empty assignment, NaN for one that capacity dropped.
         margin: (L, S) float32, difference of the K-th and (K + 1)-th largest probability, NaN for a layer whose
-            probabilities are not known; None if no layer's are known.
+            probabilities are not known, or whose K is all experts; None if that holds for all layers.
     """
 
     domain: str
@@ -111,7 +112,7 @@ class ModelTrace:
     """The routing of one model on texts of D domains.
 
     Attributes:
-        name: name of the model, as the user gave it.
+        name: name of the model to show.
         facts: facts about the model in reading order, as pairs of label and text.
         domains: D names.
         tokens: number of tokens of each domain.

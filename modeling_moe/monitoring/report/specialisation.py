@@ -2,7 +2,8 @@
 """This module measures which experts prefer which domains, and tells preference from chance.
 
 The tokens of one text share a topic, so their routing is correlated, and a test that takes tokens for independent finds a
-preference everywhere. The unit of the test is therefore a stretch of text of many tokens.
+preference everywhere. The unit of the test is therefore a stretch of text of many tokens. The stretches of all domains are equally
+long: a short stretch varies more than a long one, and a small domain of short stretches would seem to differ by chance alone.
 
 # D domains, U units of all domains together, L sparse layers, E experts of one layer, C cells: all experts of all layers
 """
@@ -101,9 +102,10 @@ def is_too_little(units: Sequence[int]) -> bool:
     Args:
         units: number of units of each domain.
     """
+    # a whole number, which may be too large for a float
     labellings = math.prod(math.comb(sum(units[: place + 1]), count) for place, count in enumerate(units))
     # of two equally large domains, each labelling has a mirror with an equal statistic
-    return len(units) < 2 or labellings * LEVEL < 2
+    return len(units) < 2 or labellings < 2 / LEVEL
 
 
 def significant_cells(

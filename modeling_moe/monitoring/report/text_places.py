@@ -14,7 +14,7 @@ from .top_tokens import candidates
 from .trace_sums import TokenPlaces
 
 
-# the test of specialisation takes at most this many stretches of a domain's text as units
+# the test of specialisation takes at most this many stretches of a domain's text
 MOST_UNITS = 64
 
 
@@ -44,6 +44,7 @@ class Texts:
         traced: numbers of the blocks that are traced token by token.
         edges: P + 1 edges of the position bins, powers of two.
         unit_domain: (U,) domain of each unit.
+        tested: number of units that the test of specialisation compares, the first ones of U.
         tokens: (C,) candidates for the tokens that an expert takes most.
         occurrences: (C,) their numbers of occurrences.
     """
@@ -57,7 +58,9 @@ class Texts:
         spread = [np.unique(np.linspace(0, len(domain) - 1, min(traced, len(domain)), dtype=int)) for domain in blocks]
         self.traced = np.concatenate([places + first for places, first in zip(spread, self._first[:-1], strict=True)])
         self.traced = self.traced.astype(int)
-        self._unit, self.unit_domain = _units(blocks)
+        full = [sum(len(ids) == longest for ids in rows) for rows in blocks]
+        self._unit, self.unit_domain = _units(full, [len(rows) for rows in blocks])
+        self.tested = len(self.unit_domain) - len(blocks)
         self.tokens, self.occurrences = candidates(self.blocks)
         self._candidate = np.full(max(int(ids.max()) for ids in self.blocks) + 1, -1)
         self._candidate[self.tokens] = np.arange(len(self.tokens))
@@ -82,15 +85,31 @@ class Texts:
         return int(np.searchsorted(self._first, block, side="right")) - 1
 
 
-def _units(blocks: list[list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the unit of each block and the domain of each unit: consecutive blocks, of which a last short one is no unit."""
-    unit, domains = [], []
-    for domain, rows in enumerate(blocks):
-        full = max(1, sum(len(ids) == len(rows[0]) for ids in rows))
-        count = min(MOST_UNITS, full)
-        unit.append(len(domains) + np.minimum(np.arange(len(rows)), full - 1) * count // full)
-        domains += [domain] * count
-    return np.concatenate(unit), np.array(domains)
+def _units(full: Sequence[int], blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts each domain into units, which are stretches of equally many consecutive blocks in all domains.
+
+    A stretch has as many blocks as cut the smallest domain into at most `MOST_UNITS`; of a larger domain, the test takes
+    `MOST_UNITS` stretches from all over it.
+
+    Args:
+        full: number of blocks of full length that each domain begins with; without any in a domain, nothing is tested.
+        blocks: number of all blocks of each domain.
+
+    Returns:
+        The unit of each block, and the domain (U,) of each unit; the last D units hold each domain's blocks that are not tested.
+    """
+    size = max(1, min(full) // MOST_UNITS)
+    counts = [min(MOST_UNITS, count // size) if min(full) else 0 for count in full]
+    unit, first = [], 0
+    for domain, (count, units) in enumerate(zip(full, counts, strict=True)):
+        own = np.full(blocks[domain], sum(counts) + domain)
+        starts = np.linspace(0, count - size, units).astype(int)
+        for place, start in enumerate(starts):
+            own[start : start + size] = first + place
+        unit.append(own)
+        first += units
+    domains = range(len(full))
+    return np.concatenate(unit), np.concatenate([np.repeat(domains, counts), domains])
 
 
 def batches(blocks: list[np.ndarray], batch_size: int) -> Iterator[list[int]]:

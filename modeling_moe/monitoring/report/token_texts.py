@@ -16,7 +16,10 @@ MOST_TOKENS_OF_A_CHARACTER = 4
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    try:
+        text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    except Exception as error:  # a tokenizer may be code of its own, which can raise anything
+        raise ValueError(f"the tokenizer cannot turn its own tokens into text: {error}") from error
     return text if isinstance(text, str) else "".join(text)
 
 
@@ -38,6 +41,9 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     Returns:
         One text for each token. A character that several tokens spell is the text of the first of them, and
         `CONTINUED` that of the others; bytes that are no UTF-8 give U+FFFD.
+
+    Raises:
+        ValueError: if the tokenizer cannot decode.
     """
     texts: list[str] = []
     lead = 0

@@ -40,8 +40,8 @@ class TokenRouting(NamedTuple):
         arrived: (T, K) int64 experts that the token reaches; -1 for an empty and for a dropped assignment.
         weight: (T, K) float64 combine weights; 0 where the token does not arrive.
         probs: (T, E + Z) float64 probabilities; None where they are not known.
-        margin: (T,) float64 difference of the probabilities of the last chosen and the first refused expert, None
-            without probabilities.
+        margin: (T,) float64 difference of the probabilities of the last chosen and the first refused expert; None
+            without probabilities, and if each of the T tokens chooses all experts.
     """
 
     index: np.ndarray
@@ -103,6 +103,7 @@ class TraceSums:
         # by domain: tokens, chosen experts, tokens with known probabilities, sum of token entropies, sum of margins
         self._sums = np.zeros((domains, 5))
         self._probs: np.ndarray | None = None
+        self._has_margins = False
 
     def add(self, places: TokenPlaces, routing: TokenRouting) -> None:
         """Adds the tokens of a batch."""
@@ -125,10 +126,13 @@ class TraceSums:
 
     def _add_figures(self, domain: int, routing: TokenRouting) -> None:
         self._sums[domain, :2] += len(routing.index), (routing.index >= 0).sum()
-        if routing.probs is None or routing.margin is None:
+        if routing.probs is None:
             return
         entropy = torch.special.entr(routing.probs).sum().item()
-        self._sums[domain, 2:] += len(routing.probs), entropy, routing.margin.sum()
+        self._sums[domain, 2:4] += len(routing.probs), entropy
+        if routing.margin is not None:
+            self._has_margins = True
+            self._sums[domain, 4] += routing.margin.sum()
         if self._probs is None:
             self._probs = np.zeros((self.domains, routing.probs.shape[-1]))
         self._probs[domain] += routing.probs.sum(dim=0).numpy()
@@ -160,7 +164,7 @@ class TraceSums:
             dropped_share=1 - load.sum().item() / assigned if assigned else 0.0,
             token_entropy=entropy / known if known else None,
             marginal_entropy=marginal,
-            gate_margin=margin / known if known else None,
+            gate_margin=margin / known if known and self._has_margins else None,
         )
 
 

@@ -121,8 +121,9 @@ class _Tracer:
             start = row * batch.length
             part = slice(start, start + min(batch.length, self.options.text_tokens))
             margin = None if routing.margin is None else routing.margin[part].astype(np.float32)
-            shown = (routing.index[part].astype(np.int32), routing.weight[part].astype(np.float32), margin)
-            self.shown[text, name] = shown
+            index, weight = routing.index[part].astype(np.int32), routing.weight[part].astype(np.float32)
+            weight[(index >= 0) & (routing.arrived[part] < 0)] = np.nan
+            self.shown[text, name] = index, weight, margin
 
     def _probabilities(self, event: LayerPass) -> torch.Tensor | None:
         """Returns the probabilities of a pass; of a foreign router, as the weights of the first pass explain them."""
@@ -176,7 +177,10 @@ def token_routing(event: LayerPass, probs: torch.Tensor | None) -> TokenRouting:
     reaches = (arrived >= 0) & (arrived < experts)
     weight = event.weight.detach().cpu().double().where(reaches, 0.0)
     probs = None if probs is None else probs.detach().cpu().double()
-    margin = None if probs is None else margins(probs, (index < probs.shape[-1]).sum(dim=-1)).numpy()
+    margin = None
+    if probs is not None:
+        chosen = (index < probs.shape[-1]).sum(dim=-1)
+        margin = margins(probs, chosen).numpy() if (chosen < probs.shape[-1]).any() else None
     index = index.where((index >= 0) & (index < experts), -1)
     return TokenRouting(index.numpy(), arrived.where(reaches, -1).numpy(), weight.numpy(), probs, margin)
 
@@ -289,7 +293,7 @@ def _layer_traces(
 ) -> list[LayerTrace]:
     texts, sums = tracer.texts, list(tracer.sums.values())
     finder = TopTokens(tokenizer, texts.blocks, texts.tokens, texts.occurrences)
-    significant = significant_cells([layer.unit_load for layer in sums], texts.unit_domain, options.seed)
+    significant = _significant(texts, sums, options.seed)
     traces = []
     for layer, total, cells in zip(layers, sums, significant, strict=True):
         trace = LayerTrace(
@@ -308,6 +312,15 @@ def _layer_traces(
         )
         traces.append(trace)
     return traces
+
+
+def _significant(texts: Texts, sums: Sequence[TraceSums], seed: int) -> list[np.ndarray]:
+    """Returns the result (D, E) bool of the test of specialisation for each layer."""
+    if not texts.tested:
+        return [np.zeros((layer.domains, layer.num_experts), bool) for layer in sums]
+    return significant_cells(
+        [layer.unit_load[: texts.tested] for layer in sums], texts.unit_domain[: texts.tested], seed
+    )
 
 
 def _traced_texts(tracer: _Tracer, domains: list[str], tokenizer: PreTrainedTokenizerBase) -> list[TracedText]:
@@ -336,10 +349,12 @@ def _router_name(model: PreTrainedModel, layer: SparseLayer) -> str:
 
 
 def _test_fact(units: list[int]) -> str:
-    """Returns what the test of specialisation rests on, from the number of units of each domain."""
+    """Returns what the test of specialisation rests on, from the number of tested units of each domain."""
     if len(units) < 2:
         return "none, since there is one domain"
-    shown = f"permutes {' + '.join(map(str, units))} stretches of text of the domains; chance of any false finding {LEVEL:.0%}"
+    if not min(units):
+        return "none, since a domain is shorter than one block: give it more text, or make --max_length smaller"
+    shown = f"permutes {' + '.join(map(str, units))} stretches of text of equal length; chance of any false finding {100 * LEVEL:.0f}\u00a0%"
     return f"{shown}; too little text to find anything" if is_too_little(units) else shown
 
 
@@ -357,5 +372,7 @@ def _facts(
         "Router": _router_name(model, layers[0]),
         "Data type": str(model.dtype).removeprefix("torch."),
         "Text": f"blocks of at most {texts.edges[-1]} tokens",
-        "Test of specialisation": _test_fact(np.bincount(texts.unit_domain).tolist()),
+        "Test of specialisation": _test_fact(
+            np.bincount(texts.unit_domain[: texts.tested], minlength=traces[0].load.shape[0]).tolist()
+        ),
     }

@@ -162,7 +162,13 @@ def _positions_of(layer: LayerTrace, names: Sequence[str], limit: float, width: 
     return Drawing(f"layer {layer.layer}", figure, [cells])
 
 
-def paths(model: ModelTrace, width: float = WIDTH) -> list[Drawing]:
+def most_on_a_path(models: Sequence[ModelTrace]) -> float:
+    """Returns the largest share of an expert's tokens that go to one expert, the end of the colour scale."""
+    found = [np.nanmax(shares(counts), initial=0.01) for model in models for counts in model.paths]
+    return float(max(found, default=0.01))
+
+
+def paths(model: ModelTrace, most: float, width: float = WIDTH) -> list[Drawing]:
     """Draws the strongest flows of first choices through all layers, then one matrix for each pair of layers."""
     experts = max(layer.num_experts for layer in model.layers)
     height = min(max(3.2, 2.2 + 0.16 * experts), 7)
@@ -184,7 +190,7 @@ def paths(model: ModelTrace, width: float = WIDTH) -> list[Drawing]:
     ]
     figure.legend(handles=legend, loc="outside upper left", ncols=1 if width <= HALF_WIDTH else 2)
     pairs = zip(model.layers, model.layers[1:], model.paths, strict=False)
-    return [Drawing("all layers", figure), *(_path_matrix(*pair) for pair in pairs)]
+    return [Drawing("all layers", figure), *(_path_matrix(*pair, most) for pair in pairs)]
 
 
 def _bottoms(share: np.ndarray, gap: float) -> np.ndarray:
@@ -231,7 +237,7 @@ def _nodes(axes: Axes, model: ModelTrace, gap: float) -> None:
             axes.set_yticks(middles[::step], list(map(str, range(0, len(share), step))))
 
 
-def _path_matrix(layer: LayerTrace, following: LayerTrace, counts: np.ndarray) -> Drawing:
+def _path_matrix(layer: LayerTrace, following: LayerTrace, counts: np.ndarray, most: float) -> Drawing:
     values = 100 * shares(counts)
     label = f"layer {layer.layer} \u2192 {following.layer}"
     figure, axes, scale = with_side_scale(SQUARE + 0.7, SQUARE)
@@ -244,7 +250,7 @@ def _path_matrix(layer: LayerTrace, following: LayerTrace, counts: np.ndarray) -
         if counts.size <= 100
         else None
     )
-    image = heat_map(axes, values, AMOUNTS, Normalize(0, max(1.0, np.nanmax(values, initial=1.0))), texts)
+    image = heat_map(axes, values, AMOUNTS, Normalize(0, 100 * most), texts)
     ticks(axes, "x", list(map(str, range(counts.shape[1]))), 16)
     ticks(axes, "y", list(map(str, range(counts.shape[0]))), 16)
     draw_side_scale(scale, image, "share of the expert's tokens (%)")

@@ -93,7 +93,8 @@ def load(model: ModelTrace, most: float, width: float = WIDTH) -> Drawing:
     ticks(main, "x", list(map(str, range(experts))), 16)
     main.set_xlabel("expert")
     side.barh(range(rows), [layer.max_violation for layer in model.layers], height=0.6, color=BLUE)
-    side.set(ylim=main.get_ylim(), yticks=[], xlim=(0, 1.05 * most), xlabel="MaxVio\n(0 is balanced)")
+    side.set(ylim=main.get_ylim(), yticks=[], xlim=(0, 1.05 * most), xlabel="0 is balanced")
+    side.set_title("MaxVio", size=8.5)
     side.spines[["top", "right"]].set_visible(False)
     cells = Cells(main, values, _rows(model), expert_names(experts), "\u00d7 the mean load")
     return Drawing("all layers", figure, [cells])
@@ -215,7 +216,8 @@ def changes(model: ModelTrace, moved: ModelChanges, width: float = WIDTH) -> Dra
     share = [np.nan if layer.changed_tokens is None else 100 * layer.changed_tokens for layer in moved.layers]
     if np.isfinite(share).any():
         side.barh(range(rows), share, height=0.6, color=ORANGE)
-        side.set(ylim=main.get_ylim(), yticks=[], xlim=(0, 100), xlabel="tokens with another\nset of experts (%)")
+        side.set(ylim=main.get_ylim(), yticks=[], xlim=(0, 100), xlabel="% of all tokens")
+        side.set_title("tokens with another set of experts", size=8.5)
         side.spines[["top", "right"]].set_visible(False)
     else:
         side.set_axis_off()

@@ -31,10 +31,10 @@
     one("[data-choice]", section)?.addEventListener("change", (event) => {
       const place = Number(event.target.value);
       for (const [index, variant] of variants.entries()) {
-        if (place > variant.others.length) continue; // a model with fewer layers
         forget(figures[index]);
         if (variant.shown === 0) variant.first.append(...variant.stage.childNodes);
-        variant.stage.replaceChildren(...(place === 0 ? variant.first.childNodes : [variant.others[place - 1].cloneNode(true)]));
+        const fewer = element("p", { className: "note", textContent: "This model has fewer sparse layers." });
+        variant.stage.replaceChildren(...(place === 0 ? variant.first.childNodes : [variant.others[place - 1]?.cloneNode(true) ?? fewer]));
         variant.shown = place;
       }
       const captions = all(".caption", section);
@@ -52,7 +52,8 @@
   }
 
   function maps(figure) {
-    if (!known.has(figure)) known.set(figure, { maps: JSON.parse(one(".cells", figure).textContent), map: 0, row: -1, column: 0 });
+    const cells = one(".cells", figure); // none where a model has fewer layers
+    if (!known.has(figure)) known.set(figure, { maps: cells ? JSON.parse(cells.textContent) : [], map: 0, row: -1, column: 0 });
     return known.get(figure);
   }
 
@@ -202,15 +203,17 @@
     const routes = (layer, place) => {
       const found = [];
       for (let k = (layer * size + place) * topK, end = k + topK; k < end; k++) {
-        if (index[k] !== empty) found.push([index[k], weight[k] * data.weight_unit]);
+        if (index[k] !== empty) found.push([index[k], weight[k] === -32768 ? null : weight[k] * data.weight_unit]);
       }
-      return found.sort((a, b) => b[1] - a[1]);
+      const rank = ([, value]) => value ?? -Infinity; // the weight of a dropped assignment is null
+      return found.sort((a, b) => (rank(a) === rank(b) ? 0 : rank(b) - rank(a)));
     };
+    const reached = (layer, place) => routes(layer, place).filter(([, value]) => value !== null);
     const marginOf = (layer, place) => {
       const whole = margin === null ? -32768 : margin[layer * size + place];
       return whole === -32768 ? null : whole * data.margin_unit;
     };
-    return { tokens: data.tokens, long: data.long, layers, routes, marginOf };
+    return { tokens: data.tokens, long: data.long, layers, routes, reached, marginOf };
   }
 
   function texts(section, models) {
@@ -253,7 +256,7 @@
     function colour() {
       const layer = chosen("layer"), only = choices.expert.value;
       for (const [place, span] of spans.entries()) {
-        const routes = text.routes(layer, place);
+        const routes = text.reached(layer, place);
         const first = routes[0]?.[0];
         const shown = only === "" ? first : routes.find(([expert]) => String(expert) === only)?.[0];
         span.dataset.expert = shown ?? (only === "" ? "\u2013" : "");
@@ -271,7 +274,8 @@
         const before = against && index < against.layers ? new Set(against.routes(index, place).map(([expert]) => expert)) : null;
         const experts = of.routes(index, place).map(([expert, weight]) => {
           const moved = before !== null && !before.has(expert);
-          const span = element("span", { className: moved ? "moved" : "" }, String(expert), " ", element("small", { textContent: weight.toFixed(2) }));
+          const value = weight === null ? "dropped" : weight.toFixed(2);
+          const span = element("span", { className: moved ? "moved" : "" }, String(expert), " ", element("small", { textContent: value }));
           if (moved) span.title = "not chosen by the other model";
           return span;
         });
@@ -288,7 +292,7 @@
     }
 
     function describe(place) {
-      const layer = chosen("layer"), routes = text.routes(layer, place), margin = text.marginOf(layer, place);
+      const layer = chosen("layer"), routes = text.reached(layer, place), margin = text.marginOf(layer, place);
       const first = routes.length ? `first expert ${routes[0][0]} with weight ${routes[0][1].toFixed(2)}` : "no expert";
       const rest = margin === null ? "" : `, margin ${margin.toFixed(2)}`;
       said.replaceChildren("Token ", token(text.tokens[place]), `, ${place + 1} of ${spans.length}. In layer ${models[chosen("model")].layers[layer][0]}: ${first}${rest}.`);

@@ -29,6 +29,10 @@ class Section:
     groups: list[list[Drawing]]
     detail: str = ""
 
+    def longest(self) -> list[Drawing]:
+        """Returns the drawings of the model that has most, whose labels the page offers."""
+        return max(self.groups, key=len, default=[])
+
 
 LOAD = (
     "Each cell is an expert's load over the mean load of the layer (1\u00d7 is balanced, a cross marks an expert without a "
@@ -74,7 +78,7 @@ CHANGES = (
 )
 HISTORY = (
     "Each heat map has a row for each layer and a column for each logged step; MaxVio or dead experts that brighten to the "
-    "right, or a marginal entropy that darkens, are a collapse under way."
+    "right, or a marginal entropy that darkens, are a collapse under way (training counts the choices before capacity drops any)."
 )
 
 
@@ -100,6 +104,15 @@ def sections(report: RoutingReport) -> list[Section]:
     return found
 
 
+def _on_one_scale(models: list[ModelTrace]) -> list[list[ModelTrace]]:
+    """Returns for each model those whose colours share its scale: all of them, or it alone if the numbers of experts differ.
+
+    An expert of few takes larger shares than one of many, whose differences could not be seen on the scale of the few.
+    """
+    experts = [{layer.num_experts for layer in model.layers} for model in models]
+    return [models if all(other == experts[0] for other in experts) else [model] for model in models]
+
+
 def _load(models: list[ModelTrace], width: float) -> Section:
     most = figures_layers.largest_violation(models)
     return Section(
@@ -111,8 +124,11 @@ def _specialisation(models: list[ModelTrace], width: float) -> Section:
     title = "Specialisation by domain"
     if len(models[0].domains) < 2:
         return Section("specialisation", title, ONE_DOMAIN, [])
-    limit = figures_layers.ratio_limit([layer.specialisation for model in models for layer in model.layers])
-    drawings = [[figures_layers.specialisation(model, limit, width)] for model in models]
+    limits = [
+        figures_layers.ratio_limit([layer.specialisation for model in group for layer in model.layers])
+        for group in _on_one_scale(models)
+    ]
+    drawings = [[figures_layers.specialisation(*pair, width)] for pair in zip(models, limits, strict=True)]
     return Section("specialisation", title, SPECIALISATION, drawings)
 
 
@@ -128,17 +144,18 @@ def _co_activation(models: list[ModelTrace], width: float) -> Section:
     title = "Co-activation"
     if all(layer.top_k < 2 or layer.num_experts < 2 for model in models for layer in model.layers):
         return Section("co_activation", title, ONE_EXPERT, [])
-    most = figures_experts.most_together(models)
-    return Section(
-        "co_activation", title, CO_ACTIVATION, [figures_experts.co_activation(m, most, width) for m in models]
-    )
+    scales = [figures_experts.most_together(group) for group in _on_one_scale(models)]
+    drawings = [figures_experts.co_activation(*pair, width) for pair in zip(models, scales, strict=True)]
+    return Section("co_activation", title, CO_ACTIVATION, drawings)
 
 
 def _paths(models: list[ModelTrace], width: float) -> Section:
     title = "Paths from layer to layer"
-    drawings = [figures_experts.paths(model, width) for model in models if len(model.layers) > 1]
-    drawn = len(drawings) == len(models)
-    return Section("paths", title, PATHS if drawn else ONE_LAYER, drawings if drawn else [], PATHS_OF_LAYER)
+    drawn = all(len(model.layers) > 1 for model in models)
+    scales = [figures_experts.most_on_a_path(group) for group in _on_one_scale(models)]
+    pairs = zip(models, scales, strict=True) if drawn else ()
+    drawings = [figures_experts.paths(*pair, width) for pair in pairs]
+    return Section("paths", title, PATHS if drawn else ONE_LAYER, drawings, PATHS_OF_LAYER)
 
 
 def _position(models: list[ModelTrace], width: float) -> Section:
@@ -150,7 +167,8 @@ def _position(models: list[ModelTrace], width: float) -> Section:
 
 def _history(report: RoutingReport) -> Section:
     title, entries = "History of the training run", report.history or []
-    if not figures_history.logged(entries) and not figures_history.losses(entries):
+    drawn = figures_history.logged, figures_history.losses, figures_history.router_losses
+    if not any(of(entries) for of in drawn):
         return Section("history", title, "The log holds no loss and no figure of the routing.", [])
     return Section("history", title, HISTORY, [[figures_history.history(entries)]])
 

@@ -30,8 +30,8 @@ def text_data(text: TracedText) -> dict[str, Any]:
     """Returns a text for the page.
 
     `index` is base64 of little-endian uint8 or uint16 (L, S, K), where the largest value means empty; `weight` and
-    `margin` are base64 of int16 (L, S, K) and (L, S), to be multiplied by `weight_unit` and `margin_unit`, where -32768
-    means that the margin is not known.
+    `margin` are base64 of int16 (L, S, K) and (L, S), to be multiplied by `weight_unit` and `margin_unit`; -32768 means
+    that the assignment was dropped, and that the margin is not known.
     """
     layers, size, top_k = text.index.shape
     width: Any = np.uint8 if text.index.max(initial=0) < np.iinfo(np.uint8).max else np.uint16

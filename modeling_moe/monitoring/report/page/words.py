@@ -142,11 +142,14 @@ def _drops(layers: Sequence[LayerTrace]) -> Finding | None:
         return Finding(
             PROBLEM,
             f"Capacity drops more than {_percent(DROPPED)} of the assignments in {_named(lossy)}, "
-            f"{_percent(worst.dropped_share)} in layer {worst.layer}; raise the capacity factor or the balance.",
+            f"{_percent(worst.dropped_share)} in layer {worst.layer}; raise the capacity factor or the balance. All loads here are what is left after the drops.",
         )
     if any(layer.dropped_share for layer in layers):
         most = max(layer.dropped_share for layer in layers)
-        return Finding(SEEN, f"Capacity drops at most {100 * most:.1f} % of a layer's assignments.")
+        return Finding(
+            SEEN,
+            f"Capacity drops at most {100 * most:.1f} % of a layer's assignments; all loads here are what is left.",
+        )
     return None
 
 
