@@ -84,12 +84,15 @@ class RouterBalance(evaluate.Metric):
         >>> result = metric.compute()
         >>> result["max_violation"], result["dead_experts"], result["expert_share"]
         (0.5, 0.25, [0.75, 0.25])
-        >>> with modeling_moe.watch(model) as routing:
-        ...     for batch in batches:
-        ...         model(**batch)
-        ...         figures = routing.read(reset=True, across_ranks=False)
-        ...         metric.add_batch(load=[[layer.load.tolist() for layer in figures.layers]])
-        >>> metric.compute(gather=True)["max_violation"]
+
+    The load of a model, batch by batch:
+
+        with modeling_moe.watch(model) as routing:
+            for batch in batches:
+                model(**batch)
+                figures = routing.read(reset=True, across_ranks=False)
+                metric.add_batch(load=[[layer.load.tolist() for layer in figures.layers]])
+        metric.compute(gather=True)["max_violation"]
     """
 
     def _info(self) -> evaluate.MetricInfo:
