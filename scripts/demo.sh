@@ -63,7 +63,8 @@ step "Text after training, in a fresh process"
 $python scripts/generate.py --model_name_or_path "$out/model" "${prompts[@]}"
 step "Report on the routing, before and after training"
 $python scripts/router_report.py --model_name_or_path "$out/upcycled" --compare "$out/model" --data "${held_out[@]}" \
-    --max_length 128 --max_tokens 1024 --batch_size 2 --output_dir "$out/report" --overwrite true > "$out/report.txt"
+    --max_length 128 --max_tokens 1024 --batch_size 2 --history "$out/model" --output_dir "$out/report" \
+    --overwrite true > "$out/report.txt"
 step "Result"
 $python scripts/demo_report.py --model_dir "$out/model" --scores_dir "$out" --report_dir "$out/report" --base_model "$base" \
     ${facts[@]+"${facts[@]}"}

@@ -80,7 +80,8 @@ def checkpoint_to_resume(args: TrainingArguments, model_args: ModelArguments) ->
 
 
 def _check_state(checkpoint: Path, max_steps: int) -> None:
-    if not (checkpoint / STATE_FILE).is_file():
+    # the folder of a result holds the state of the run, and no optimizer
+    if not (checkpoint / STATE_FILE).is_file() or (checkpoint / FINETUNING).is_file():
         raise UserError(
             f"resume_from_checkpoint {checkpoint} is not a complete checkpoint: name one, or true for the last one"
         )
@@ -111,7 +112,7 @@ def _refuse_occupied(folder: Path, model_args: ModelArguments) -> None:
 
 
 def save_result(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge: bool) -> None:
-    """Saves model and tokenizer in `output_dir`, beside the checkpoints; each file is complete or absent."""
+    """Saves model, tokenizer and the trainer's state in `output_dir`, beside the checkpoints; each file is complete or absent."""
     output_dir = output_folder(trainer.args)
     partial = output_dir / ".partial"
     try:
@@ -123,6 +124,8 @@ def save_result(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge: boo
             adapted.merge_and_unload().save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         if trainer.args.should_save:
+            # `moe report --history` reads the log, also of a run without checkpoints
+            trainer.state.save_to_json(str(partial / STATE_FILE))
             for stale in list(output_dir.iterdir()):
                 if WEIGHTS.fullmatch(stale.name) or stale.name in CONFIGURATIONS:
                     stale.unlink()

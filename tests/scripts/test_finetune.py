@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 import modeling_moe
 from modeling_moe.hub import check_without_package
+from modeling_moe.monitoring.report import read_history
 from tests.builders import tiny_model, train_tokenizer
 from tests.data.test_documents import MARKED
 
@@ -94,6 +95,25 @@ def test_adapter(checkpoint, text_file, tmp_path, monkeypatch):
     assert all(
         "experts" not in name and "gate" not in name for name, _ in adapted.named_parameters() if "lora" in name
     )
+
+
+def test_a_result_without_checkpoints_holds_the_log(checkpoint, text_file, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    flags = [
+        *small(checkpoint, text_file, output),
+        "--save_strategy",
+        "no",
+        "--max_steps",
+        "2",
+        "--logging_steps",
+        "1",
+    ]
+    finetune(monkeypatch, *flags)
+    entries = read_history(str(output))
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2]
+    assert not list(output.glob("checkpoint-*"))
+    # the result has no optimizer to go on with
+    assert "is not a complete checkpoint" in mistake(monkeypatch, capsys, *flags, "--resume_from_checkpoint", output)
 
 
 # kills a process as `kill -9` does, when it calls a method of `Trainer` at a given step
