@@ -27,7 +27,7 @@ from .gate_reader import GateReader, ModuleMark, Note, UnreadableGate, mark_of, 
 MAGNITUDES = (
     1e-3, 0.03, 0.1, 0.3, 0.5, 0.9, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 50, 1e3, 1e5, 1e7, 1e9,
 )  # fmt: skip
-# beside a constant, since releases of torch differ in the derivative of a clamp at its limit
+# beside a constant and never on it, since releases of torch differ in the derivative of a clamp at its limit
 SIDES = (0.999, 1.001)
 POINTS = 4096
 UNKNOWN_WIDTH = 16
@@ -246,8 +246,10 @@ def _match(
 
 def _draw(columns: int, numbers: list[float]) -> torch.Tensor:
     """Returns (R, C) float64 in which values below, between and above all limits meet in both layouts of a gate."""
-    magnitudes = [*MAGNITUDES, *(abs(number) * side for number in numbers for side in SIDES)]
-    values = torch.tensor([each for each in magnitudes if 0 < each < 1e10], dtype=torch.float64, device="cpu")
+    constants = {1.0, *map(abs, numbers)}
+    magnitudes = {*MAGNITUDES, *(constant * side for constant in constants for side in SIDES)} - constants
+    values = [each for each in sorted(magnitudes) if 0 < each < 1e10]
+    values = torch.tensor(values, dtype=torch.float64, device="cpu")
     generator = torch.Generator("cpu").manual_seed(0)
     shape = (math.ceil(POINTS / columns), columns)
     return torch.cat([values, -values])[torch.randint(2 * len(values), shape, generator=generator, device="cpu")]
