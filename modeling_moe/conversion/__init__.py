@@ -2,10 +2,9 @@
 """This package converts transformers' dense and sparse checkpoints to MoE checkpoints with equal logits, and back."""
 
 from .convert import Checkpoint, convert_checkpoint, open_checkpoint, result_folder, save_checkpoint
-from .families.catalogue import FAMILIES, moe_config
+from .families.catalogue import FAMILIES, SPARSE_FAMILIES, moe_config
 from .families.dense import DENSE_FAMILIES
 from .families.export import TARGETS
-from .families.sparse import SPARSE_FAMILIES
 from .importing import import_state, load_state, tensors_on_disk, to_moe
 from .verification import Verification, verification_ids, verify
 

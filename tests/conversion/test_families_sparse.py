@@ -15,7 +15,7 @@ from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.checkpoint_layout import fuse_experts
 from modeling_moe.checkpoints import LazyTensor, State
 from modeling_moe.conversion.families.base import SourceFields
-from modeling_moe.conversion.families.sparse import SPARSE_FAMILIES
+from modeling_moe.conversion.families.catalogue import SPARSE_FAMILIES
 from modeling_moe.utils.errors import UserError
 from tests import builders
 

@@ -12,10 +12,13 @@ from ...utils.errors import UserError
 from ...utils.json_files import read_json
 from ...utils.loading import load_config
 from .base import Family, SourceFields
+from .deepseek import DEEPSEEK_FAMILIES
 from .dense import DENSE_FAMILIES
-from .sparse import SPARSE_FAMILIES
+from .gpt_oss import GPT_OSS_FAMILIES
+from .softmax import SOFTMAX_FAMILIES
 
 
+SPARSE_FAMILIES: dict[str, Family] = SOFTMAX_FAMILIES | DEEPSEEK_FAMILIES | GPT_OSS_FAMILIES
 FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
 # fields that nothing reads in a model without sparse layers
 SPARSE_ONLY = sparse_only(MoEConfig)

@@ -1,0 +1,73 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module holds what the conversions of several Mixture-of-Experts families share: fields, names and layouts.
+
+Two layouts of experts are accepted: one tensor for each expert, as on disk, and transformers' fused tensors in memory.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...checkpoints import LazyTensor, State
+from ...configuration_moe import MoEConfig
+from .base import COMMON, SourceFields, parameters
+
+
+# part of a tensor's name in a source -> part of the name in a MoE; no family uses a part for anything else
+RENAMED = {
+    ".block_sparse_moe.": ".mlp.",
+    ".w1.": ".gate_proj.",
+    ".w3.": ".up_proj.",
+    ".w2.": ".down_proj.",
+    ".shared_expert.": ".shared_experts.",
+    ".mlp.router.": ".mlp.gate.",
+}
+
+
+def sparse(fields: SourceFields) -> dict[str, Any]:
+    """Reads the fields that all sparse families share: the given ones of `COMMON`, and the number of experts."""
+    fields.refuse_partial_rotation()
+    common = {name: value for name, value in fields.same(*COMMON).items() if value is not None}
+    # configurations of one family use either the family's name for the number or transformers' standard name
+    counts = [fields.take(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")]
+    return common | {
+        "num_experts": next((count for count in counts if count is not None), None),
+        "num_experts_per_tok": fields.take("num_experts_per_tok"),
+        "output_router_logits": fields.take("output_router_logits", False),
+        "router_z_loss_coef": 0.0,
+    }
+
+
+def standard(fields: SourceFields) -> dict[str, Any]:
+    """Reads the fields of [`sparse`], head_dim and the coefficient of transformers' balance loss."""
+    return sparse(fields) | fields.same("head_dim", "router_aux_loss_coef")
+
+
+def pairs_to_halves(width: int, plain: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns a function that reorders the last `width - plain` rows of each head from interleaved pairs to halves."""
+    order = [*range(plain), *range(plain, width, 2), *range(plain + 1, width, 2)]
+    return lambda tensor: tensor.unflatten(0, (-1, width))[:, order].flatten(0, 1)
+
+
+def _unfused(name: str, tensor: LazyTensor) -> State:
+    """Splits fused experts: `experts.gate_up_proj` (E, 2I, H), gate first, or `experts.down_proj` (E, H, I)."""
+    prefix, _, kind = name.rpartition(".")
+    width = tensor.shape[1] // 2
+    parts = {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
+    if kind == "down_proj":
+        parts = {kind: slice(None)}
+    return {
+        f"{prefix}.{e}.{part}.weight": tensor[e, rows] for e in range(tensor.shape[0]) for part, rows in parts.items()
+    }
+
+
+def moe_tensors(state: State, config: MoEConfig) -> State:
+    """Renames the tensors of all families except gpt-oss and splits fused experts."""
+    tensors = {}
+    for name, tensor in parameters(state, config).items():
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        fused = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+        tensors |= _unfused(name, tensor) if fused else {name: tensor}
+    return tensors
