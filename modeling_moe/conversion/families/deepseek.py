@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from ...checkpoints import LazyTensor, State
+from ...checkpoints import State
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from .base import Family, SourceFields
-from .quantized import FP8_BLOCK, from_fp8, require_quantization
 from .sparse_parts import moe_tensors, pairs_to_halves, sparse
 
 
@@ -85,9 +84,6 @@ def _deepseek_v3(fields: SourceFields) -> dict[str, Any]:
     fields.require("topk_method", "noaux_tc")
     fields.require("rope_interleave", True)
     fields.require("seq_aux", True)
-    require_quantization(fields, "fp8", weight_block_size=[FP8_BLOCK, FP8_BLOCK])
-    # the layers that predict further tokens are not converted
-    fields.same("num_nextn_predict_layers", "num_mtp_layers")
     router = fields.same("n_group", "topk_group", "routed_scaling_factor")
     router |= {
         # the family treats null as false
@@ -120,17 +116,9 @@ def latent_tensors(state: State, config: MoEConfig) -> State:
 
 
 def _deepseek_v3_tensors(state: State, config: MoEConfig) -> State:
-    """Applies [`latent_tensors`] after dropping the layers that predict further tokens and dequantising fp8 to bf16."""
-    kept = {}
-    for name, tensor in state.items():
-        if name.startswith("model.layers.") and int(name.split(".")[2]) >= config.num_hidden_layers:
-            continue
-        if name.endswith("weight_scale_inv"):
-            continue
-        if (scale := f"{name}_scale_inv") in state:
-            tensor = LazyTensor.combine(from_fp8, tensor, state[scale], dtype=torch.bfloat16)
-        kept[name] = tensor.to(torch.float32) if name.endswith("e_score_correction_bias") else tensor
-    return latent_tensors(kept, config)
+    """Applies [`latent_tensors`], and casts the routers' correction bias to fp32."""
+    biases = {name: tensor.to(torch.float32) for name, tensor in state.items() if name.endswith("correction_bias")}
+    return latent_tensors(state | biases, config)
 
 
 DEEPSEEK_FAMILIES: dict[str, Family] = {
