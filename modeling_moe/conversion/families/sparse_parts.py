@@ -58,7 +58,7 @@ def standard(fields: SourceFields) -> dict[str, Any]:
 
 
 # DeepSeek-V3's router: sigmoid scores, and a bias that is added to choose experts; transformers' models have no loss for it
-SIGMOID = {"scoring_func": "sigmoid", "router_selection_bias": True, "router_aux_loss_coef": 0.0}
+SIGMOID: dict[str, Any] = {"scoring_func": "sigmoid", "router_selection_bias": True, "router_aux_loss_coef": 0.0}
 
 
 def sigmoid_routed(fields: SourceFields) -> dict[str, Any]:
