@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
+from modeling_moe.conversion import import_state, load_state
 from modeling_moe.utils.errors import UserError
 from tests.conversion import harness
 from tests.conversion.harness import LATENT, SIZE, YARN, imported, lazy, moe_config
@@ -155,12 +157,41 @@ def test_nothing_is_read_before_it_is_asked_for(name):
     harness.check_reading(*random_source(name))
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "-" not in name])
-def test_unknown_field_is_refused(name):
-    config = copy.deepcopy(CONFIGS[name])
-    config.secret_gate = 0.5
-    with pytest.raises(UserError, match=f"secret_gate .* of this {config.model_type} model is unknown"):
-        moe_config(config)
+@pytest.mark.parametrize("name", ["glm4_moe", "glm4_moe_lite", "exaone_moe", "hy_v3", "minimax_m2"])
+def test_layers_that_predict_further_tokens_are_left_out(name):
+    source, config = random_source(name)
+    config.num_nextn_predict_layers = 1
+    tensors = source.state_dict()
+    further = "mtp.layers.0." if name == "exaone_moe" else "model.layers.3."
+    extra = {key.replace("model.layers.2.", further): x for key, x in tensors.items() if "layers.2." in key}
+    assert extra
+    extra[f"{further}eh_proj.weight"] = torch.zeros(32, 64)
+    target = moe_config(config)
+    model = load_state(target, import_state(lazy(tensors | extra), config, target))
+    ids = torch.randint(3, 99, (2, 9))
+    torch.testing.assert_close(model(ids).logits, source(ids).logits, **harness.TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "minimax_m2", "glm4_moe_lite"])
+def test_fp8_weights(name, tmp_path):
+    """Weights in fp8 with scales of blocks are read, as MiniMax-M2 is published."""
+    source, config = random_source(name)
+    source.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    packed: dict[str, torch.Tensor] = {}
+    for key, weight in tensors.items():
+        if weight.dim() != 2 or not key.startswith("model.layers.") or ".gate.weight" in key:
+            continue
+        scale = weight.abs().max() / 448
+        packed |= {key: (weight / scale).to(torch.float8_e4m3fn), f"{key}_scale_inv": scale.reshape(1, 1)}
+        tensors[key] = (packed[key].float() * scale).to(torch.bfloat16).float()
+    assert all(any(part in key for key in packed) for part in (".experts.1.", ".self_attn."))
+    expected = imported(config, lazy(tensors))
+    config.quantization_config = {"quant_method": "fp8", "fmt": "float8_e4m3fn", "weight_block_size": [128, 128]}
+    target = moe_config(config)
+    model = load_state(target, import_state(lazy(tensors | packed), config, target)).float()
+    ids = torch.randint(3, 99, (2, 9))
+    assert torch.equal(model(ids).logits, expected(ids).logits)
 
 
 @pytest.mark.parametrize(
