@@ -12,6 +12,7 @@ from ...utils.errors import UserError
 from ...utils.json_files import read_json
 from ...utils.loading import load_config
 from .base import Family, SourceFields
+from .bias_routed import BIAS_ROUTED_FAMILIES
 from .deepseek import DEEPSEEK_FAMILIES
 from .dense import DENSE_FAMILIES
 from .gpt_oss import GPT_OSS_FAMILIES
@@ -23,7 +24,12 @@ from .wrappers import text_source
 
 
 SPARSE_FAMILIES: dict[str, Family] = (
-    SOFTMAX_FAMILIES | GRANITE_FAMILIES | DEEPSEEK_FAMILIES | GPT_OSS_FAMILIES | TEXT_FAMILIES
+    SOFTMAX_FAMILIES
+    | GRANITE_FAMILIES
+    | DEEPSEEK_FAMILIES
+    | BIAS_ROUTED_FAMILIES
+    | GPT_OSS_FAMILIES
+    | TEXT_FAMILIES
 )
 FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
 # fields that nothing reads in a model without sparse layers

@@ -6,9 +6,9 @@ from typing import Any
 from ...checkpoints import LazyTensor, State
 from ...configuration_moe import MoEConfig
 from .base import Family, SourceFields
-from .deepseek import deepseek_v2_router
+from .deepseek import deepseek_sparse, deepseek_v2_router
 from .softmax import qwen_layers
-from .sparse_parts import moe_tensors, standard
+from .sparse_parts import moe_tensors, sigmoid_routed, standard
 
 
 # fields of rope_parameters that say which frequencies belong to which dimension of an image's positions
@@ -88,6 +88,13 @@ def _qwen3_vl_moe_tensors(state: State, config: MoEConfig) -> State:
     return moe_tensors(tensors, config)
 
 
+def _glm4v_moe_text(fields: SourceFields) -> dict[str, Any]:
+    values = deepseek_sparse(fields, partial=True) | sigmoid_routed(fields) | fields.same("head_dim")
+    # transformers' balance loss takes a softmax of the logits, and the published models were balanced by the bias alone
+    fields.take("router_aux_loss_coef")
+    return values | text_rotation(fields) | {"qkv_bias": values.pop("attention_bias")}
+
+
 def _deepseek_ocr2_text(fields: SourceFields) -> dict[str, Any]:
     fields.require("mlp_bias", False)
     fields.require("head_dim", fields.take("hidden_size") // fields.take("num_attention_heads"))
@@ -104,6 +111,7 @@ def _deepseek_ocr2_text(fields: SourceFields) -> dict[str, Any]:
 TEXT_FAMILIES: dict[str, Family] = {
     "aria_text": Family(_aria_text, _aria_tensors, sparse=True),
     "deepseek_ocr2_text": Family(_deepseek_ocr2_text, moe_tensors, sparse=True),
+    "glm4v_moe_text": Family(_glm4v_moe_text, moe_tensors, sparse=True),
     "qwen3_omni_moe_text": Family(_qwen3_omni_moe_text, moe_tensors, sparse=True),
     "qwen3_vl_moe_text": Family(_qwen3_vl_moe_text, _qwen3_vl_moe_tensors, sparse=True),
 }
