@@ -24,12 +24,7 @@ from .wrappers import text_source
 
 
 SPARSE_FAMILIES: dict[str, Family] = (
-    SOFTMAX_FAMILIES
-    | GRANITE_FAMILIES
-    | DEEPSEEK_FAMILIES
-    | BIAS_ROUTED_FAMILIES
-    | GPT_OSS_FAMILIES
-    | TEXT_FAMILIES
+    SOFTMAX_FAMILIES | GRANITE_FAMILIES | DEEPSEEK_FAMILIES | BIAS_ROUTED_FAMILIES | GPT_OSS_FAMILIES | TEXT_FAMILIES
 )
 FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
 # fields that nothing reads in a model without sparse layers

@@ -69,15 +69,19 @@ def _flint(fields: SourceFields) -> dict[str, Any]:
     kinds = fields.take("layer_types")
     experts = ("moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob")
     # transformers computes the balance loss from a softmax of the logits, and a MoE from the sigmoid scores
-    return standard(fields) | fields.same("attention_bias", "sliding_window", "layer_types", *experts) | {
-        "scoring_func": "sigmoid",
-        "norm_type": "rms_fp32",
-        "qk_norm": "head",
-        "attention_sinks": True,
-        "no_rope_layers": [int(kind == "sliding_attention") for kind in kinds],
-        "num_shared_experts": 1,
-        "mlp_layer_types": qwen_layers(fields),
-    }
+    return (
+        standard(fields)
+        | fields.same("attention_bias", "sliding_window", "layer_types", *experts)
+        | {
+            "scoring_func": "sigmoid",
+            "norm_type": "rms_fp32",
+            "qk_norm": "head",
+            "attention_sinks": True,
+            "no_rope_layers": [int(kind == "sliding_attention") for kind in kinds],
+            "num_shared_experts": 1,
+            "mlp_layer_types": qwen_layers(fields),
+        }
+    )
 
 
 def _flint_tensors(state: State, config: MoEConfig) -> State:

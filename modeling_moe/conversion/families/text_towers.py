@@ -67,7 +67,9 @@ def _qwen3_omni_moe_text(fields: SourceFields) -> dict[str, Any]:
     fields.require("use_sliding_window", False, None)
     fields.require("sliding_window", None)
     same = fields.same("attention_bias", "moe_intermediate_size", "norm_topk_prob")
-    return standard(fields) | same | text_rotation(fields) | {"qk_norm": "head", "mlp_layer_types": qwen_layers(fields)}
+    return (
+        standard(fields) | same | text_rotation(fields) | {"qk_norm": "head", "mlp_layer_types": qwen_layers(fields)}
+    )
 
 
 def _qwen3_vl_moe_text(fields: SourceFields) -> dict[str, Any]:
@@ -89,23 +91,27 @@ def _qwen3_vl_moe_tensors(state: State, config: MoEConfig) -> State:
 
 
 def _glm4v_moe_text(fields: SourceFields) -> dict[str, Any]:
-    values = deepseek_sparse(fields, partial=True) | sigmoid_routed(fields) | fields.same("head_dim")
-    # transformers' balance loss takes a softmax of the logits, and the published models were balanced by the bias alone
-    fields.take("router_aux_loss_coef")
-    return values | text_rotation(fields) | {"qkv_bias": values.pop("attention_bias")}
+    values = deepseek_sparse(fields, partial=True) | sigmoid_routed(fields)
+    # transformers computes the balance loss from a softmax of the logits, and a MoE from the sigmoid scores
+    same = fields.same("head_dim", "router_aux_loss_coef")
+    return values | {"qkv_bias": values.pop("attention_bias")} | same | text_rotation(fields)
 
 
 def _deepseek_ocr2_text(fields: SourceFields) -> dict[str, Any]:
     fields.require("mlp_bias", False)
     fields.require("head_dim", fields.take("hidden_size") // fields.take("num_attention_heads"))
-    return standard(fields) | deepseek_v2_router(fields) | {
-        "attention_bias": fields.take("attention_bias"),
-        "moe_intermediate_size": fields.take("moe_intermediate_size"),
-        "num_shared_experts": fields.take("n_shared_experts"),
-        "mlp_layer_types": fields.take("mlp_layer_types"),
-        # transformers' model computes no balance loss
-        "router_aux_loss_coef": 0.0,
-    }
+    return (
+        standard(fields)
+        | deepseek_v2_router(fields)
+        | {
+            "attention_bias": fields.take("attention_bias"),
+            "moe_intermediate_size": fields.take("moe_intermediate_size"),
+            "num_shared_experts": fields.take("n_shared_experts"),
+            "mlp_layer_types": fields.take("mlp_layer_types"),
+            # transformers' model computes no balance loss
+            "router_aux_loss_coef": 0.0,
+        }
+    )
 
 
 TEXT_FAMILIES: dict[str, Family] = {

@@ -34,6 +34,8 @@ WRAPPERS: dict[str, tuple[str, ...]] = {
 # start of a tensor's name in a wrapper, or in a text model without a head -> start of the name in a text model; the first
 # that fits counts. Checkpoints of older releases have the names with `language_model` in front.
 STARTS = {
+    # transformers 5.24 saves Kimi-K2.5's layers so
+    "language_model.model.blocks.": "model.layers.",
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
@@ -57,7 +59,9 @@ def text_source(source: PreTrainedConfig) -> PreTrainedConfig:
     for name in WRAPPERS.get(source.model_type, ()):
         outer, text = text, getattr(text, name, None)
         if not isinstance(text, PreTrainedConfig):
-            raise UserError(f"{name} is missing in the config.json of this {source.model_type} model: download it again")
+            raise UserError(
+                f"{name} is missing in the config.json of this {source.model_type} model: download it again"
+            )
     if text is source:
         return source
     text = copy.deepcopy(text)
@@ -83,7 +87,7 @@ def towers(source: PreTrainedConfig) -> list[str]:
     found, level = [], source
     for name in WRAPPERS.get(source.model_type, ()):
         nested = [key for key in level.sub_configs if isinstance(getattr(level, key, None), PreTrainedConfig)]
-        found += [key for key in nested if key != name]
+        found += sorted(key for key in nested if key != name)
         level = getattr(level, name)
     return found
 
