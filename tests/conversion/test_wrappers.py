@@ -7,7 +7,14 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedConfig
 
-from modeling_moe.conversion import import_state, load_state, moe_config, open_checkpoint, to_moe
+from modeling_moe.conversion import (
+    fields_without_effect,
+    import_state,
+    load_state,
+    moe_config,
+    open_checkpoint,
+    to_moe,
+)
 from modeling_moe.conversion.families.wrappers import WRAPPERS, left_out, text_source, text_tensors, towers
 from modeling_moe.utils.errors import UserError
 from tests.conversion import harness
@@ -298,12 +305,13 @@ def test_quantisation_of_the_wrapper_is_that_of_the_text():
         moe_config(config)
 
 
-def test_unknown_field_of_the_text_model_is_refused():
+def test_a_field_of_the_text_model_that_transformers_does_not_read_is_reported():
     for name in BARE:
         config = wrapper_config(name)
-        moe_config(config)
         config.text_config.secret_gate = 0.5
-        with pytest.raises(UserError, match="secret_gate .* is unknown"):
+        assert fields_without_effect(config)["secret_gate"] == 0.5
+        config.text_config.attention_chunk_size = 4
+        with pytest.raises(UserError, match=r"attention_chunk_size .* is unknown"):
             moe_config(config)
 
 

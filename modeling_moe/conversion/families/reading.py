@@ -28,6 +28,8 @@ SHARED = (
     "integrations/moe.py",
     "loss/*.py",
 )
+# this file makes configurations of GGUF files, and reads no config.json
+GGUF = "modeling_gguf_pytorch_utils.py"
 
 
 def reads(config: PreTrainedConfig, name: str) -> bool:
@@ -142,6 +144,6 @@ def _shared_names() -> frozenset[str]:
     """Returns what transformers' shared modules read of a configuration, and the fields of a generation config."""
     names = set(GenerationConfig().to_dict())
     for pattern in SHARED:
-        for file in ROOT.glob(pattern):
+        for file in sorted({*ROOT.glob(pattern)} - {ROOT / GGUF}):
             names |= _read_names(file.read_text(encoding="utf-8"), any_object=False)
     return frozenset(names)
