@@ -60,7 +60,7 @@ def trusted_code(config: PreTrainedConfig) -> Path | None:
     """Returns the folder with the Python code that a source brings, or None if no such code is there and trusted.
 
     transformers loads a configuration's class from a source only if the user trusts the code. For a family without a class,
-    [`source_config`] keeps the folder in the class that it makes.
+    [`modeling_moe.conversion.families.catalogue.source_config`] keeps the folder in the class that it makes.
     """
     folder = getattr(type(config), "trusted_code", None)
     if type(config).__module__.startswith("transformers_modules."):
