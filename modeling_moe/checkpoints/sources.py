@@ -99,13 +99,13 @@ def _read_shards(folder: Path, weight_map: dict[str, str]) -> State:
 def _download(name: str, gguf_file: str | None) -> Path:
     """Downloads description, tokenizer and weights of a Hub model and returns the local folder."""
     # the model card gives the license
-    described = ["README.md", *([gguf_file] if gguf_file else ["*.json", PATTERN, *COMPANIONS])]
+    described = ["README.md", *([gguf_file] if gguf_file else ["*.json", *COMPANIONS])]
     try:
         folder = Path(snapshot_download(name, allow_patterns=described))
         if gguf_file:
             return folder
         shards = set(_weight_map(folder).values()) or {SINGLE}
-        return Path(snapshot_download(name, allow_patterns=[*described, *sorted(shards)]))
+        return Path(snapshot_download(name, allow_patterns=[*described, PATTERN, *sorted(shards)]))
     except UserError:
         raise
     except (OSError, ValueError) as error:
