@@ -5,6 +5,7 @@ modeling_moe.py imports the configuration, so that it cannot declare them itself
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers.activations import ACT2FN
 
@@ -132,6 +133,11 @@ class ExpertFields:
     shared_expert_gate: bool = setting(
         False,
         "Multiplies the output of the shared experts by the sigmoid of a learned projection of the token, as in Qwen2-MoE.",
+        conditions=(SPARSE, _SHARED),
+    )
+    shared_expert_combination_strategy: Literal["sum", "average"] = setting(
+        "sum",
+        'How the outputs of routed and shared experts are combined: "sum", or "average", half the sum, as in Cohere2-MoE.',
         conditions=(SPARSE, _SHARED),
     )
     experts_recompute: bool = setting(

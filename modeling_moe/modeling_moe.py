@@ -225,6 +225,8 @@ class MoEBlock(nn.Module):
             if self.shared_expert_gate is not None:
                 shared = self.shared_expert_gate(tokens).sigmoid() * shared
             output = output + shared
+            if self.config.shared_expert_combination_strategy == "average":
+                output = output / 2
         output = output.view_as(hidden_states)
         if token_weights is None:
             return output, None
