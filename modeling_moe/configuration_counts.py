@@ -85,6 +85,7 @@ def _params_with(config: Any, experts: int) -> int:
     norms = sum(name is not None for name in PLACEMENTS[config.norm_placement]) * _norm_params(config)
     layers += config.num_hidden_layers * (_attention_params(config) + norms)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    embeddings += config.vocab_size * config.lm_head_bias
     if config.position_embedding_type == "learned":
         embeddings += config.max_position_embeddings * config.hidden_size
     return embeddings + layers + _norm_params(config)

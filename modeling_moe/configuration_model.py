@@ -64,6 +64,7 @@ class ModelFields:
         choices=("sparse", "dense"),
         follows="sparse for all layers",
     )
+    lm_head_bias: bool = setting(False, "Adds a bias to the logits in the language-model head, as in PhiMoE.")
     logits_scaling: float | int = setting(1.0, "The divisor of the logits, as in Granite.", POSITIVE)
     final_logit_softcapping: float | int | None = setting(
         None, "Bounds the logits by cap * tanh(logit / cap), as in Gemma 2.", POSITIVE

@@ -532,7 +532,7 @@ class MoEForCausalLM(MoEPreTrainedModel, MoEGenerationMixin):
         super().__init__(config)
         self.model = MoEModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @takes_cache

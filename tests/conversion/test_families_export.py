@@ -254,6 +254,7 @@ REFUSED = [
     ),
     ("qwen2_moe", {"final_logit_softcapping": 30.0}, r"final_logit_softcapping=30.0 \(qwen2_moe has None\)"),
     ("mixtral", {"attention_sinks": True}, "attention_sinks=True"),
+    ("mixtral", {"lm_head_bias": True}, r"lm_head_bias=True \(mixtral has False\)"),
     (
         "mixtral",
         {"position_embedding_type": "learned"},

@@ -313,6 +313,7 @@ def test_json_round_trip(tmp_path):
     [
         {},
         {"tie_word_embeddings": True},
+        {"lm_head_bias": True, "tie_word_embeddings": True},
         {"attention_bias": True, "mlp_bias": True},
         {"qkv_bias": True, "qk_norm": "head"},
         {"qk_norm": "full", "gated_experts": False},
