@@ -129,7 +129,7 @@ def bf16_outputs(source: PreTrainedModel, folder: Path):
     """Returns the outputs, with router logits, of the MoE and of the source in bf16, with routers in fp32 in both."""
     # the source goes through a file, because `.to(bfloat16)` would round the rotary frequencies
     source.save_pretrained(folder)
-    source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **EAGER)
+    source = type(source).from_pretrained(folder, dtype=torch.bfloat16, **EAGER)
     for module_name, module in source.named_modules():
         if module_name.endswith((".mlp.gate", ".mlp.router")):
             # routers of a MoE are always fp32

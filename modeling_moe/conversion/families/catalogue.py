@@ -11,8 +11,10 @@ from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from ...utils.json_files import read_json
 from ...utils.loading import load_config
+from .attention_variants import ATTENTION_FAMILIES
 from .base import Family, SourceFields
 from .bias_routed import BIAS_ROUTED_FAMILIES
+from .cohere import COHERE_FAMILIES
 from .deepseek import DEEPSEEK_FAMILIES
 from .dense import DENSE_FAMILIES
 from .gpt_oss import GPT_OSS_FAMILIES
@@ -20,6 +22,7 @@ from .softmax import SOFTMAX_FAMILIES
 
 
 SPARSE_FAMILIES: dict[str, Family] = SOFTMAX_FAMILIES | DEEPSEEK_FAMILIES | BIAS_ROUTED_FAMILIES | GPT_OSS_FAMILIES
+SPARSE_FAMILIES |= ATTENTION_FAMILIES | COHERE_FAMILIES
 FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
 # fields that nothing reads in a model without sparse layers
 SPARSE_ONLY = sparse_only(MoEConfig)
