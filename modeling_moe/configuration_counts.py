@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from .model_norms import norm_names, unique
+from .model_norms import norm_names
 from .router_catalogue import router_class
 
 
@@ -86,7 +86,7 @@ def _params_with(config: Any, experts: int) -> int:
         sparse += config.shared_expert_gate * config.hidden_size
     layers = sum({"dense": dense, "sparse": sparse}[kind] for kind in config.mlp_layer_types)
     layers += _routers_params(config)
-    norms = sum(len(unique(norm_names(config, kind == "sparse"))) for kind in config.mlp_layer_types)
+    norms = sum(len(set(norm_names(config, kind == "sparse")) - {None}) for kind in config.mlp_layer_types)
     layers += norms * _norm_params(config) + config.num_hidden_layers * _attention_params(config)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     embeddings += config.vocab_size * config.lm_head_bias

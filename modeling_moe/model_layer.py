@@ -13,7 +13,7 @@ from transformers.utils import TransformersKwargs
 from .attention import MoEAttention
 from .attention_latent import MoELatentAttention
 from .compatibility import takes_cache
-from .model_norms import make_norm, norm_names, unique
+from .model_norms import make_norm, norm_names
 from .router import RoutingContext
 from .router_losses import TokenWeights
 from .router_statistics import pack
@@ -38,9 +38,11 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = attention(config, layer_idx)
         self.mlp = mlp
         self.parallel = config.norm_placement == "parallel"
+        self.shares_norm = config.norm_placement == "parallel_shared"
         self.norm_names = norm_names(config, self.is_sparse)
-        for name in unique(self.norm_names):
-            setattr(self, name, make_norm(config))
+        for name in dict.fromkeys(self.norm_names):
+            if name is not None:
+                setattr(self, name, make_norm(config))
         self.resid_pdrop, self.residual_multiplier = config.resid_pdrop, config.residual_multiplier
 
     @takes_cache
@@ -71,7 +73,7 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         attended = self._update(self._normed(after_attention, attended))
         residual = hidden_states if self.parallel else hidden_states + attended
         statistics = None
-        states = normed if before_mlp == before_attention is not None else self._normed(before_mlp, residual)
+        states = normed if self.shares_norm else self._normed(before_mlp, residual)
         if self.is_sparse:
             # the cache is the layer's argument: gradient checkpointing removes it from there
             context = (routing_context or RoutingContext(len(states)))._replace(cache=cache)

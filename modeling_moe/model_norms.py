@@ -80,11 +80,6 @@ def norm_names(config: Any, is_sparse: bool) -> tuple[str | None, str | None, st
     return (*names[:3], "post_feedforward_layernorm") if is_sparse and config.sparse_output_norm else names
 
 
-def unique(names: tuple[str | None, ...]) -> list[str]:
-    """Returns the names of the norms that a layer has, each once."""
-    return [name for name in dict.fromkeys(names) if name is not None]
-
-
 def make_norm(config: Any, width: int | None = None) -> nn.Module:
     """Makes the norm that the configuration names, over `width` features; None for the hidden size."""
     bias = {"bias": config.norm_bias} if config.norm_type == "layer" else {}
