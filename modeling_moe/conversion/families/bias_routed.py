@@ -7,7 +7,7 @@ from ...checkpoints import State
 from ...configuration_moe import MoEConfig
 from .base import Family, SourceFields
 from .deepseek import deepseek_sparse, latent_attention, latent_tensors
-from .sparse_parts import moe_tensors, sigmoid_routed, sparse
+from .sparse_parts import SIGMOID, moe_tensors, sigmoid_routed, sparse
 
 
 # part of a tensor's name in Sarvam's checkpoints -> part of the name in a MoE
@@ -65,28 +65,18 @@ def _hy_v3(fields: SourceFields) -> dict[str, Any]:
     # a sum in fp32 that is rounded once equals a sum in half precision
     fields.take("enable_moe_fp32_combine")
     same = fields.same("head_dim", "moe_intermediate_size", "num_shared_experts", "mlp_layer_types", "attention_bias")
-    return sparse(fields) | same | _without_groups(fields.take("router_scaling_factor")) | {"qk_norm": "head"}
+    router = SIGMOID | {"norm_topk_prob": True, "routed_scaling_factor": fields.take("router_scaling_factor")}
+    return sparse(fields) | same | router | {"qk_norm": "head"}
 
 
 def _minimax_m2(fields: SourceFields) -> dict[str, Any]:
-    values = sparse(fields, partial=True) | _without_groups(1.0) | {"qk_norm": "full"}
-    same = fields.same("head_dim", "router_aux_loss_coef", "router_jitter_noise")
+    values = sparse(fields, partial=True) | SIGMOID | {"norm_topk_prob": True, "qk_norm": "full"}
+    values |= fields.same("head_dim", "router_aux_loss_coef", "router_jitter_noise")
     # transformers before 5.18 ignores the name that the published checkpoints give to the number of rotated features
     if (rotated := fields.take("rotary_dim")) is not None:
-        head = same["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
-        values["rope_parameters"] = {"partial_rotary_factor": rotated / head} | values["rope_parameters"]
-    return values | same
-
-
-def _without_groups(scale: float) -> dict[str, Any]:
-    """Returns the fields of DeepSeek-V3's router for a family that has no groups and always renormalises weights."""
-    return {
-        "scoring_func": "sigmoid",
-        "router_selection_bias": True,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": scale,
-        "router_aux_loss_coef": 0.0,
-    }
+        factor = rotated / values["head_dim"]
+        values["rope_parameters"] = {"partial_rotary_factor": factor} | values["rope_parameters"]
+    return values
 
 
 def _sarvam_moe_tensors(state: State, config: MoEConfig) -> State:
@@ -97,12 +87,10 @@ def _sarvam_moe_tensors(state: State, config: MoEConfig) -> State:
     for name, tensor in state.items():
         for old, new in SARVAM_NAMES.items():
             name = name.replace(old, new)
-        fused = ".query_key_value." in name
-        tensors |= (
-            {name.replace("query_key_value", part): tensor[places] for part, places in rows.items()}
-            if fused
-            else {name: tensor}
-        )
+        if ".query_key_value." in name:
+            tensors |= {name.replace("query_key_value", part): tensor[places] for part, places in rows.items()}
+        else:
+            tensors[name] = tensor
     return moe_tensors(tensors, config)
 
 
