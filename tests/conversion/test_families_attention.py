@@ -4,8 +4,16 @@ import copy
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Mistral4ForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Mistral4ForCausalLM,
+)
 
+from modeling_moe import MoEForCausalLM
+from modeling_moe.conversion import convert_checkpoint
 from modeling_moe.conversion.families.catalogue import SPARSE_FAMILIES
 from modeling_moe.utils.errors import UserError
 from tests.conversion import harness
@@ -266,3 +274,17 @@ def test_dbrx_experts_are_read_one_by_one():
         rows = source.state_dict()[f"transformer.blocks.1.ffn.experts.mlp.{name}"][2 * 24 : 3 * 24]
         got = ours[f"model.layers.1.mlp.experts.2.{part}_proj.weight"].read()
         assert torch.equal(got, rows.T if transposed else rows)
+
+
+def test_mistral4_is_read_as_the_text_model_of_mistral3(tmp_path):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config=CONFIGS["mistral4"].to_dict(), vision_config={"model_type": "pixtral", "image_size": 28} | vision
+    )
+    source = harness.randomised(Mistral3ForConditionalGeneration(config))
+    source.save_pretrained(tmp_path / "source")
+    target, _ = convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
+    assert (target.llama_4_scaling_beta, target.kv_lora_rank) == (0.4, 10)
+    ids = torch.randint(11, 99, (2, 9))
+    got = MoEForCausalLM.from_pretrained(tmp_path / "moe").eval()(ids).logits
+    torch.testing.assert_close(got, source(ids).logits, **harness.TOLERANCE)
