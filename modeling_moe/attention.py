@@ -88,7 +88,7 @@ class AttentionFields:
         POSITIVE,
         conditions=(
             Condition(
-                lambda config: "original_max_position_embeddings" in (config.rope_parameters or {}),
+                lambda config: (config.rope_parameters or {}).get("original_max_position_embeddings") is not None,
                 "give rope_parameters an original_max_position_embeddings",
             ),
         ),

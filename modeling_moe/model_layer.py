@@ -60,9 +60,9 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor | None, ...]:
         """Maps (B, S, H) to (B, S, H), packed with the router's statistics ([`~modeling_moe.router_statistics.pack`])."""
         before_attention, after_attention, before_mlp, after_mlp = self.norm_names
-        normed = self._normed(before_attention, hidden_states)
+        states = self._normed(before_attention, hidden_states)
         attended, _ = self.self_attn(
-            hidden_states=normed,
+            hidden_states=states,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
@@ -73,7 +73,8 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         attended = self._update(self._normed(after_attention, attended))
         residual = hidden_states if self.parallel else hidden_states + attended
         statistics = None
-        states = normed if self.shares_norm else self._normed(before_mlp, residual)
+        if not self.shares_norm:
+            states = self._normed(before_mlp, residual)
         if self.is_sparse:
             # the cache is the layer's argument: gradient checkpointing removes it from there
             context = (routing_context or RoutingContext(len(states)))._replace(cache=cache)

@@ -121,6 +121,8 @@ def _is_servable_by_code(config: Any) -> bool:
         *(config.mlp_bias, config.router_gradient == "sparsemixer", not config.gated_experts),
         *(config.attention_sinks, config.attn_logit_softcapping, config.final_logit_softcapping),
         *(config.logits_scaling != 1, config.lm_head_bias, config.position_embedding_type != "rope"),
+        # the servers' kernels of norms were never run on heads that are transposed for the rotation
+        config.qk_norm_after_rope,
     )
     return plain_router and _is_silu(config) and config.norm_type == "rms" and not any(special)
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module maps families whose attention, or the norms around it, have one feature that no earlier family has."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,18 @@ from ...utils.errors import UserError
 from .base import Family, SourceFields
 from .deepseek import DEEPSEEK_FAMILIES, deepseek_sparse, latent_attention, latent_tensors
 from .sparse_parts import moe_tensors, sparse
+
+
+# part of a tensor's name in a family -> part of the name in a MoE
+HUNYUAN_NAMES = {
+    ".mlp.gate.wg.": ".mlp.gate.",
+    ".query_layernorm.": ".q_norm.",
+    ".key_layernorm.": ".k_norm.",
+}
+AFMOE_NAMES = {
+    ".pre_mlp_layernorm.": ".pre_feedforward_layernorm.",
+    ".post_mlp_layernorm.": ".post_feedforward_layernorm.",
+}
 
 
 def _axk1(fields: SourceFields) -> dict[str, Any]:
@@ -26,15 +39,16 @@ def _axk1_tensors(state: State, config: MoEConfig) -> State:
     The published checkpoints have a norm, which nothing uses, in dense layers too, and no correction biases.
     """
     renamed: State = {}
+    kinds = dict(enumerate(config.mlp_layer_types))
     for name, tensor in state.items():
         if "post_mlp_layernorm" in name:
             layer = int(name.split(".")[2])
-            if config.mlp_layer_types[layer] == "dense":
+            if kinds.get(layer) == "dense":
                 continue
             name = f"model.layers.{layer}.post_feedforward_layernorm.weight"
         renamed[name] = tensor
     zeros = torch.zeros(config.num_experts)
-    for layer, kind in enumerate(config.mlp_layer_types):
+    for layer, kind in kinds.items():
         if kind == "sparse":
             renamed.setdefault(f"model.layers.{layer}.mlp.gate.e_score_correction_bias", LazyTensor.of(zeros))
     return DEEPSEEK_FAMILIES["deepseek_v3"].tensors(renamed, config)
@@ -109,7 +123,7 @@ def _afmoe(fields: SourceFields) -> dict[str, Any]:
     }
 
 
-def _renamed(names: dict[str, str]):
+def _renamed(names: dict[str, str]) -> Callable[[State, MoEConfig], State]:
     """Returns the function that renames parts of tensors' names and applies [`moe_tensors`]."""
 
     def tensors(state: State, config: MoEConfig) -> State:
@@ -123,15 +137,6 @@ def _renamed(names: dict[str, str]):
     return tensors
 
 
-HUNYUAN_NAMES = {
-    ".mlp.gate.wg.": ".mlp.gate.",
-    ".query_layernorm.": ".q_norm.",
-    ".key_layernorm.": ".k_norm.",
-}
-AFMOE_NAMES = {
-    ".pre_mlp_layernorm.": ".pre_feedforward_layernorm.",
-    ".post_mlp_layernorm.": ".post_feedforward_layernorm.",
-}
 ATTENTION_FAMILIES: dict[str, Family] = {
     "axk1": Family(_axk1, _axk1_tensors, sparse=True),
     "mistral4": Family(_mistral4, latent_tensors, sparse=True),
