@@ -83,6 +83,11 @@ def check_model(config: Any) -> None:
         raise ValueError("attention_sinks and attn_logit_softcapping exclude each other: unset one of them.")
     if config.swiglu_limit is not None and not config.gated_experts:
         raise ValueError("swiglu_limit clamps the gate of gated experts: set gated_experts=True or unset it.")
+    if config.moe_latent_size is not None and config.num_copy_experts:
+        raise ValueError(
+            "num_copy_experts return the token, which the projections of moe_latent_size would change: set one of the two "
+            "only."
+        )
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
         raise ValueError(
             f"pad_token_id is {config.pad_token_id} and vocab_size {config.vocab_size}: it must lie within the vocabulary."
