@@ -83,11 +83,6 @@ def check_model(config: Any) -> None:
         raise ValueError("attention_sinks and attn_logit_softcapping exclude each other: unset one of them.")
     if config.swiglu_limit is not None and not config.gated_experts:
         raise ValueError("swiglu_limit clamps the gate of gated experts: set gated_experts=True or unset it.")
-    if config.moe_latent_size is not None and config.num_copy_experts:
-        raise ValueError(
-            "num_copy_experts return the token, which the projections of moe_latent_size would change: set one of the two "
-            "only."
-        )
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
         raise ValueError(
             f"pad_token_id is {config.pad_token_id} and vocab_size {config.vocab_size}: it must lie within the vocabulary."
@@ -159,6 +154,11 @@ def _refuse_contradictions(config: Any, router: type[Router]) -> None:
             weightless and (router is not ROUTERS["topk"] or config.n_group > 1 or config.num_hash_layers),
             "num_null_experts and num_copy_experts need router_type='topk' without n_group or num_hash_layers: set "
             "them to 0 or change these.",
+        ),
+        (
+            config.num_copy_experts and config.moe_latent_size is not None,
+            "num_copy_experts return the token, which the projections of moe_latent_size would change: set num_copy_experts "
+            "to 0 or unset moe_latent_size.",
         ),
         (
             config.router_gradient == "dense"

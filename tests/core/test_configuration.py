@@ -323,6 +323,9 @@ def test_json_round_trip(tmp_path):
         {"qk_norm": "head", "norm_type": "layer"},
         {"qk_norm": "full", "norm_type": "layer"},
         {"hidden_act": "xielu", "num_shared_experts": 1},
+        {"moe_latent_size": 10},
+        {"moe_latent_size": 10, "gated_experts": False, "mlp_bias": True, "num_shared_experts": 1},
+        {"router_input_norm": True, "router_expert_scale": True, "num_null_experts": 2},
     ],
     ids=str,
 )

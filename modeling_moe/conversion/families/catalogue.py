@@ -15,10 +15,14 @@ from .base import Family, SourceFields
 from .deepseek import DEEPSEEK_FAMILIES
 from .dense import DENSE_FAMILIES
 from .gpt_oss import GPT_OSS_FAMILIES
+from .kolibri import KOLIBRI_FAMILIES
+from .phimoe import PHIMOE_FAMILIES
 from .softmax import SOFTMAX_FAMILIES
 
 
-SPARSE_FAMILIES: dict[str, Family] = SOFTMAX_FAMILIES | DEEPSEEK_FAMILIES | GPT_OSS_FAMILIES
+SPARSE_FAMILIES: dict[str, Family] = (
+    SOFTMAX_FAMILIES | DEEPSEEK_FAMILIES | GPT_OSS_FAMILIES | KOLIBRI_FAMILIES | PHIMOE_FAMILIES
+)
 FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
 # fields that nothing reads in a model without sparse layers
 SPARSE_ONLY = sparse_only(MoEConfig)
