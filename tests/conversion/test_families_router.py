@@ -7,7 +7,9 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from modeling_moe.conversion.families.catalogue import SPARSE_FAMILIES
+from modeling_moe.conversion.families.export import TARGETS
 from modeling_moe.utils.errors import UserError
+from tests.builders import tiny_config
 from tests.conversion import harness
 from tests.conversion.harness import SIZE, TOLERANCE, imported, lazy, moe_config
 
@@ -122,3 +124,27 @@ def test_long_texts_of_phimoe_are_rotated_by_the_long_factors():
     assert (model(ids).logits - source(ids).logits).abs().max() > 1e-3
     source.config.rope_parameters["short_factor"] = LONGROPE["long_factor"]
     torch.testing.assert_close(model(ids).logits, source(ids).logits, **TOLERANCE)
+
+
+# a switch -> the value that changes it, with what it needs
+SWITCHES = {
+    "router_selection_bias_on": ("logits", {"router_selection_bias": True, "scoring_func": "sigmoid"}),
+    "router_logit_scale": (0.5, {}),
+    "router_logit_softcapping": (5.0, {}),
+    "router_input_norm": (True, {}),
+    "router_expert_scale": (True, {}),
+    "shared_expert_combination_strategy": ("average", {"num_shared_experts": 1}),
+    "moe_latent_size": (8, {}),
+    "swiglu_alpha": (None, {"swiglu_limit": 7.0}),
+    "dense_swiglu_limit": (7.0, {}),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("target", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_a_family_without_a_switch_refuses_it_by_name(target, name):
+    value, needed = SWITCHES[name]
+    plain, switched = tiny_config(**needed), tiny_config(**needed, **{name: value})
+    reasons = TARGETS[target].reasons(switched)
+    assert any(reason.startswith(f"{name}={value!r} ({target} has ") for reason in reasons), reasons
+    assert not any(reason.startswith(f"{name}=") for reason in TARGETS[target].reasons(plain))
