@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from .model_norms import PLACEMENTS
+from .model_norms import norm_names
 from .router_catalogue import router_class
 
 
@@ -25,7 +25,9 @@ def _mlp_params(config: Any, width: int, gated: bool, features: int | None = Non
 
 
 def _norm_params(config: Any, width: int | None = None) -> int:
-    return (config.hidden_size if width is None else width) * (2 if config.norm_type == "layer" else 1)
+    return (config.hidden_size if width is None else width) * (
+        2 if config.norm_type == "layer" and config.norm_bias else 1
+    )
 
 
 def _latent_attention_params(config: Any) -> int:
@@ -47,6 +49,8 @@ def _attention_params(config: Any) -> int:
         params += queries + 2 * keys
     if config.attention_bias:
         params += config.hidden_size
+    if config.attn_output_gate:
+        params += config.hidden_size * queries
     if config.attention_sinks:
         params += config.num_attention_heads
     norms = {None: (), "head": (config.head_dim, config.head_dim), "full": (queries, keys)}[config.qk_norm]
@@ -86,8 +90,8 @@ def _params_with(config: Any, experts: int) -> int:
         sparse += config.shared_expert_gate * config.hidden_size
     layers = sum({"dense": dense, "sparse": sparse}[kind] for kind in config.mlp_layer_types)
     layers += _routers_params(config)
-    norms = sum(name is not None for name in PLACEMENTS[config.norm_placement]) * _norm_params(config)
-    layers += config.num_hidden_layers * (_attention_params(config) + norms)
+    norms = sum(len(set(norm_names(config, kind == "sparse")) - {None}) for kind in config.mlp_layer_types)
+    layers += norms * _norm_params(config) + config.num_hidden_layers * _attention_params(config)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     embeddings += config.vocab_size * config.lm_head_bias
     if config.position_embedding_type == "learned":

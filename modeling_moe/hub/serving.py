@@ -122,7 +122,7 @@ def _is_servable_by_code(config: Any) -> bool:
         *(config.router_input_norm, config.router_logit_scale != 1, config.router_logit_softcapping),
         *(config.mlp_bias, config.router_gradient == "sparsemixer", not config.gated_experts),
         *(config.attention_sinks, config.attn_logit_softcapping, config.final_logit_softcapping),
-        *(config.logits_scaling != 1, config.position_embedding_type != "rope"),
+        *(config.logits_scaling != 1, config.lm_head_bias, config.position_embedding_type != "rope"),
     )
     return plain_router and _is_silu(config) and config.norm_type == "rms" and not any(special)
 

@@ -252,6 +252,7 @@ SHIPPED = {
     "model_experts.py",
     "model_generation.py",
     "model_inputs.py",
+    "model_layer.py",
     "model_mlp.py",
     "attention_latent.py",
     "router_losses.py",
