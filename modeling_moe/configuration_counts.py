@@ -17,10 +17,11 @@ def _activation_params(name: str) -> int:
         return sum(parameter.numel() for parameter in ACT2FN[name].parameters())
 
 
-def _mlp_params(config: Any, width: int, gated: bool) -> int:
-    """Returns the parameters of a feed-forward network with `width` hidden features, without its activation."""
-    weights = config.hidden_size * width * (3 if gated else 2)
-    return weights + config.mlp_bias * (width * (2 if gated else 1) + config.hidden_size)
+def _mlp_params(config: Any, width: int, gated: bool, features: int | None = None) -> int:
+    """Returns the parameters of a network from `features` (by default H) to `width` and back, without its activation."""
+    features = features or config.hidden_size
+    weights = features * width * (3 if gated else 2)
+    return weights + config.mlp_bias * (width * (2 if gated else 1) + features)
 
 
 def _norm_params(config: Any, width: int | None = None) -> int:
@@ -80,7 +81,10 @@ def _params_with(config: Any, experts: int) -> int:
     """Returns the parameters of a causal language model that had `experts` experts per layer, and routers for all."""
     activation = _activation_params(config.hidden_act)
     dense = _mlp_params(config, config.intermediate_size, config.gated_mlp) + activation
-    sparse = experts * _mlp_params(config, config.moe_intermediate_size, config.gated_experts) + activation
+    expert = _mlp_params(config, config.moe_intermediate_size, config.gated_experts, config.moe_latent_size)
+    sparse = experts * expert + activation
+    if config.moe_latent_size is not None:
+        sparse += _mlp_params(config, config.moe_latent_size, gated=False)  # the two projections around the experts
     if config.has_shared_experts:
         sparse += _mlp_params(config, config.shared_expert_intermediate_size, config.gated_experts) + activation
         sparse += config.shared_expert_gate * config.hidden_size

@@ -29,7 +29,7 @@ class ModelFields:
     hidden_act: str = setting(
         "silu",
         "The activation function of all feed-forward networks, by its name in transformers' ACT2FN; experts with swiglu_limit "
-        "do not use it.",
+        "and swiglu_alpha do not use it.",
         choices=ACT2FN,
     )
     initializer_range: float = setting(
@@ -53,6 +53,21 @@ class ModelFields:
             Condition(
                 lambda config: "dense" in config.mlp_layer_types or config.gated_experts == config.gated_mlp,
                 "give mlp_layer_types a dense layer",
+            ),
+        ),
+    )
+    dense_swiglu_limit: float | int | None = setting(
+        None,
+        "Computes dense networks and shared experts that have a gate as down(act(gate) * up) with gate at most this limit and "
+        "up between -limit and limit, as in DeepSeek-V4.",
+        POSITIVE,
+        conditions=(
+            Condition(
+                lambda config: (
+                    (config.gated_mlp and "dense" in config.mlp_layer_types)
+                    or (config.gated_experts and config.has_shared_experts and "sparse" in config.mlp_layer_types)
+                ),
+                "have a dense layer with gated_mlp=True, or shared experts with gated_experts=True",
             ),
         ),
     )
@@ -104,17 +119,25 @@ class ExpertFields:
     )
     swiglu_limit: float | int | None = setting(
         None,
-        "Computes experts as down((up + 1) * gate * sigmoid(swiglu_alpha * gate)) with gate and up clamped to this limit, as in "
-        "gpt-oss; None uses hidden_act.",
+        "Computes experts as down((up + 1) * gate * sigmoid(swiglu_alpha * gate)) with gate at most this limit and up between "
+        "-limit and limit, as in gpt-oss; None clamps nothing and uses hidden_act.",
         POSITIVE,
         conditions=(SPARSE,),
     )
-    swiglu_alpha: float | int = setting(
+    swiglu_alpha: float | int | None = setting(
         1.702,
-        "The slope of the sigmoid in gpt-oss's clamped SwiGLU.",
+        "The slope of the sigmoid in gpt-oss's clamped SwiGLU; None computes down(act(gate) * up) of the clamped gate and up, "
+        "as in DeepSeek-V4.",
         POSITIVE,
-        effect="detail",
         conditions=(Condition(lambda config: config.swiglu_limit is not None, "set swiglu_limit"),),
+    )
+    moe_latent_size: int | None = setting(
+        None,
+        "The number of features that routed experts read and write, between one projection of the token before them and one "
+        "of their weighted sum, as in Nemotron-3's LatentMoE; router and shared experts read the token. No dense network can be "
+        "upcycled to it exactly. None gives the experts hidden_size features.",
+        Range(1, 2**20),
+        conditions=(SPARSE,),
     )
     num_shared_experts: int = setting(
         0,

@@ -56,7 +56,7 @@ class ExpertsBase(nn.Module):
     """Routed experts in plain PyTorch, by which every other implementation is tested.
 
     Experts with a gate have `gate_up_proj` (E, 2I, H), gate first, and `down_proj` (E, H, I); experts without a gate have
-    `up_proj` (E, I, H) and `down_proj`. With biases there are `gate_up_proj_bias` (E, 2I) or `up_proj_bias` (E, I), and
+    `up_proj` (E, I, H) and `down_proj`; H is `moe_latent_size` if that is set. With biases there are `gate_up_proj_bias` (E, 2I) or `up_proj_bias` (E, I), and
     `down_proj_bias` (E, H).
     """
 
@@ -69,7 +69,7 @@ class ExpertsBase(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.num_experts = config.num_experts
-        hidden, width = config.hidden_size, config.moe_intermediate_size
+        hidden, width = config.moe_latent_size or config.hidden_size, config.moe_intermediate_size
         self.up_name, rows = ("gate_up_proj", 2 * width) if config.gated_experts else ("up_proj", width)
         self.register_parameter(self.up_name, nn.Parameter(torch.empty(self.num_experts, rows, hidden)))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
@@ -126,8 +126,10 @@ class MoEExperts(ExpertsBase):
         super().__init__(config)
         # transformers' decorator sets these two for the class; here they follow the configuration
         self.has_gate, self.has_bias = config.gated_experts, config.mlp_bias
-        limit = config.swiglu_limit
-        self.gate_clamp = None if limit is None else (float(config.swiglu_alpha), float(limit))
+        self.gate_clamp = None
+        if config.swiglu_limit is not None:
+            alpha = config.swiglu_alpha
+            self.gate_clamp = (None if alpha is None else float(alpha), float(config.swiglu_limit))
         # transformers' experts functions skip out-of-range ids only if this flag is set, and the flag costs a masking pass
         self._is_expert_parallel = config.has_empty_slots
 
@@ -169,12 +171,14 @@ class MoEExperts(ExpertsBase):
         return experts
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Maps (R, 2I), gate first, to (R, I): `act(gate) * up`, or gpt-oss's clamped gate."""
+        """Maps (R, 2I), gate first, to (R, I): `act(gate) * up`, clamped with `swiglu_limit`, or gpt-oss's clamped gate."""
         gate, up = gate_up.chunk(2, dim=-1)
         if self.gate_clamp is None:
             return self.act_fn(gate) * up
         alpha, limit = self.gate_clamp
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        if alpha is None:
+            return self.act_fn(gate) * up
         return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
@@ -191,6 +195,11 @@ class MoEBlock(nn.Module):
             self.gate.to(dtype)
         self.capacity = Capacity(config, layer_idx)
         self.experts = MoEExperts(config)
+        # Nemotron-H's names
+        self.fc1_latent_proj = self.fc2_latent_proj = None
+        if (latent := config.moe_latent_size) is not None:
+            self.fc1_latent_proj = nn.Linear(config.hidden_size, latent, bias=config.mlp_bias)
+            self.fc2_latent_proj = nn.Linear(latent, config.hidden_size, bias=config.mlp_bias)
         self.shared_experts = self.shared_expert_gate = None
         if config.has_shared_experts:
             self.shared_experts = MoEMLP(config, config.shared_expert_intermediate_size, config.gated_experts)
@@ -219,7 +228,10 @@ class MoEBlock(nn.Module):
         # a wrapper or a hook of the gate may return a plain tuple
         chosen = Routing(*self.gate(tokens, context))
         routing = self.capacity(chosen, context, self.training)
-        output = self.mix(self.experts, tokens, routing, context, self.config)
+        latents = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
+        output = self.mix(self.experts, latents, routing, context, self.config)
+        if self.fc2_latent_proj is not None:
+            output = self.fc2_latent_proj(output)
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens)
             if self.shared_expert_gate is not None:

@@ -326,6 +326,9 @@ def test_json_round_trip(tmp_path):
         {"sparse_output_norm": True, "mlp_layer_types": ["sparse", "dense", "sparse"]},
         {"attn_output_gate": True, "num_key_value_heads": 1},
         {"hidden_act": "xielu", "num_shared_experts": 1},
+        {"moe_latent_size": 10},
+        {"moe_latent_size": 10, "gated_experts": False, "mlp_bias": True, "num_shared_experts": 1},
+        {"router_input_norm": True, "router_expert_scale": True, "num_null_experts": 2},
     ],
     ids=str,
 )

@@ -20,6 +20,8 @@ from .deepseek import DEEPSEEK_FAMILIES
 from .dense import DENSE_FAMILIES
 from .gpt_oss import GPT_OSS_FAMILIES
 from .granite import GRANITE_FAMILIES
+from .kolibri import KOLIBRI_FAMILIES
+from .phimoe import PHIMOE_FAMILIES
 from .softmax import SOFTMAX_FAMILIES
 from .text_towers import TEXT_FAMILIES
 from .unread import unread_family
@@ -34,6 +36,8 @@ SPARSE_FAMILIES: dict[str, Family] = (
     | ATTENTION_FAMILIES
     | COHERE_FAMILIES
     | GPT_OSS_FAMILIES
+    | KOLIBRI_FAMILIES
+    | PHIMOE_FAMILIES
     | TEXT_FAMILIES
 )
 FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
