@@ -16,6 +16,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attention_rope import scale_by_position
 from .compatibility import takes_cache, update_cache
 from .configuration_fields import POSITIVE, PROBABILITY, Condition, Range, setting
 from .model_norms import make_norm
@@ -58,6 +59,17 @@ class AttentionFields:
         "None does not normalise them.",
         conditions=(_PLAIN,),
     )
+    qk_norm_after_rope: bool = setting(
+        False,
+        "Normalises the heads of queries and keys after their rotation instead of before it, as in Hunyuan.",
+        conditions=(_PLAIN, Condition(lambda config: config.qk_norm == "head", "set qk_norm='head'")),
+    )
+    attn_output_gate: bool = setting(
+        False,
+        "Multiplies the output of attention, before its last projection, by the sigmoid of a learned projection of the layer's "
+        "input, feature by feature, as in AFMoE and Qwen3-Next (arXiv:2505.06708).",
+        conditions=(_PLAIN,),
+    )
     clip_qkv: float | int | None = setting(
         None, "Clamps queries, keys and values to [-clip_qkv, clip_qkv], as in OLMoE.", POSITIVE, conditions=(_PLAIN,)
     )
@@ -68,6 +80,18 @@ class AttentionFields:
         None,
         "The factor on the products of queries and keys; None means 1 / sqrt(number of features of a query head).",
         POSITIVE,
+    )
+    llama_4_scaling_beta: float | int | None = setting(
+        None,
+        "Multiplies the query at position p by 1 + llama_4_scaling_beta * log(1 + floor(p / L)), L the "
+        "original_max_position_embeddings of rope_parameters, as in Mistral 4; None multiplies by nothing.",
+        POSITIVE,
+        conditions=(
+            Condition(
+                lambda config: (config.rope_parameters or {}).get("original_max_position_embeddings") is not None,
+                "give rope_parameters an original_max_position_embeddings",
+            ),
+        ),
     )
     scale_attn_by_inverse_layer_idx: bool = setting(
         False,
@@ -127,7 +151,8 @@ class MoEAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
-        self.norm_per_head = config.qk_norm == "head"
+        self.gate_proj = nn.Linear(config.hidden_size, queries, bias=False) if config.attn_output_gate else None
+        self.norm_per_head, self.norm_after_rope = config.qk_norm == "head", config.qk_norm_after_rope
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if config.qk_norm is not None:
             self.q_norm = make_norm(config, self.head_dim if self.norm_per_head else queries)
@@ -164,7 +189,8 @@ class MoEAttention(nn.Module):
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.norm_per_head:
             query, key = query.view(hidden_shape), key.view(hidden_shape)
-        query, key = self.q_norm(query), self.k_norm(key)
+        if not self.norm_after_rope:
+            query, key = self.q_norm(query), self.k_norm(key)
         if self.clip_qkv is not None:
             query, key, value = (x.clamp(-self.clip_qkv, self.clip_qkv) for x in (query, key, value))
         query, key, value = (x.view(hidden_shape).transpose(1, 2) for x in (query, key, value))  # (B, heads, S, D)
@@ -174,6 +200,9 @@ class MoEAttention(nn.Module):
             partial = position_embeddings[0].shape[-1] < self.head_dim
             rotate = apply_partial_rotary_pos_emb if partial else apply_rotary_pos_emb
             query, key = (x.to(value.dtype) for x in rotate(query, key, *position_embeddings))
+        if self.norm_after_rope:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = scale_by_position(query, self.config, kwargs)
         if cache is not None:
             key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
@@ -193,4 +222,7 @@ class MoEAttention(nn.Module):
             **({} if self.sinks is None else {"s_aux": self.sinks}),
             **kwargs,
         )
-        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        if self.gate_proj is not None:
+            attn_output = attn_output * torch.sigmoid(self.gate_proj(hidden_states))
+        return self.o_proj(attn_output), attn_weights

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attention_rope import scale_by_position
 from .compatibility import takes_cache, update_cache
 from .configuration_fields import Condition, Range, setting
 
@@ -147,7 +148,7 @@ class MoELatentAttention(nn.Module):
         latent, key_rot = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split([self.kv_lora_rank, rope], dim=-1)
         latent = self.kv_a_layernorm(latent)
         query_rot, key_rot = apply_rotary_pos_emb(query_rot, key_rot, *position_embeddings)
-        query = torch.cat((query, query_rot), dim=-1)
+        query = scale_by_position(torch.cat((query, query_rot), dim=-1), self.config, kwargs)
         if cache is not None:
             latent, key_rot = update_cache(cache, latent, key_rot, self.layer_idx, kwargs)
         key, value = self._keys_and_values(latent, key_rot)

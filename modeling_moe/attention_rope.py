@@ -1,12 +1,14 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module declares the fields of the rotary embedding and checks the numbers of `rope_parameters`.
 
-transformers checks few of these numbers, and only warns of some.
+transformers checks few of these numbers, and only warns of some. The scale of queries by their position, which uses one of the
+numbers, is here too.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .configuration_fields import Condition, Range, setting, shown
@@ -101,6 +103,8 @@ def check_numbers(config) -> None:
     """Raises ValueError, naming the entry, for a number with which a rotation angle is not finite."""
     check_shape(config)
     for label, rope in by_kind(config).items():
+        if rope.get("llama_4_scaling_beta") is not None:
+            raise ValueError(f"llama_4_scaling_beta of {label} is not read there: set the field llama_4_scaling_beta.")
         kind = _rope_type(label, rope)
         for name, limits in RANGES.items():
             if (value := rope.get(name)) is not None and not _lies_in(limits, value):
@@ -155,3 +159,20 @@ def _check_longrope(label: str, rope: dict[str, Any], pairs: int) -> None:
         factors = rope[name]
         if not isinstance(factors, list) or len(factors) != pairs or not all(_lies_in(_SCALE, x) for x in factors):
             raise ValueError(f"{name} of {label} must be a list of {pairs} numbers {_SCALE}.")
+
+
+def scale_by_position(query: torch.Tensor, config: Any, kwargs: Any) -> torch.Tensor:
+    """Multiplies queries (B, heads, S, D) by a factor that grows with their positions, if the configuration asks for it.
+
+    Mistral 4's factor 1 + beta * log(1 + floor(p / L)) keeps attention sharp beyond the length L of pretraining.
+
+    Args:
+        query: (B, heads, S, D).
+        config: the model's configuration; `llama_4_scaling_beta` is beta, and L stands in `rope_parameters`.
+        kwargs: keyword arguments of attention, with `position_ids` (B, S) or (1, S).
+    """
+    if (beta := config.llama_4_scaling_beta) is None:
+        return query
+    length = config.rope_parameters["original_max_position_embeddings"]
+    factor = 1 + beta * torch.log(1 + torch.floor(kwargs["position_ids"] / length))
+    return query * factor[:, None, :, None].to(query.dtype)

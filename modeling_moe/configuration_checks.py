@@ -156,6 +156,11 @@ def _refuse_contradictions(config: Any, router: type[Router]) -> None:
             "them to 0 or change these.",
         ),
         (
+            config.num_copy_experts and config.moe_latent_size is not None,
+            "num_copy_experts return the token, which the projections of moe_latent_size would change: set num_copy_experts "
+            "to 0 or unset moe_latent_size.",
+        ),
+        (
             config.router_gradient == "dense"
             and (config.num_copy_experts or router.mix is not Router.mix or router.forward is not Router.forward),
             f"router_gradient='dense' cannot compute copy experts, nor {router.__name__}: set it to 'topk'.",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from .model_norms import PLACEMENTS
+from .model_norms import norm_names
 from .router_catalogue import router_class
 
 
@@ -17,14 +17,17 @@ def _activation_params(name: str) -> int:
         return sum(parameter.numel() for parameter in ACT2FN[name].parameters())
 
 
-def _mlp_params(config: Any, width: int, gated: bool) -> int:
-    """Returns the parameters of a feed-forward network with `width` hidden features, without its activation."""
-    weights = config.hidden_size * width * (3 if gated else 2)
-    return weights + config.mlp_bias * (width * (2 if gated else 1) + config.hidden_size)
+def _mlp_params(config: Any, width: int, gated: bool, features: int | None = None) -> int:
+    """Returns the parameters of a network from `features` (by default H) to `width` and back, without its activation."""
+    features = features or config.hidden_size
+    weights = features * width * (3 if gated else 2)
+    return weights + config.mlp_bias * (width * (2 if gated else 1) + features)
 
 
 def _norm_params(config: Any, width: int | None = None) -> int:
-    return (config.hidden_size if width is None else width) * (2 if config.norm_type == "layer" else 1)
+    return (config.hidden_size if width is None else width) * (
+        2 if config.norm_type == "layer" and config.norm_bias else 1
+    )
 
 
 def _latent_attention_params(config: Any) -> int:
@@ -46,6 +49,8 @@ def _attention_params(config: Any) -> int:
         params += queries + 2 * keys
     if config.attention_bias:
         params += config.hidden_size
+    if config.attn_output_gate:
+        params += config.hidden_size * queries
     if config.attention_sinks:
         params += config.num_attention_heads
     norms = {None: (), "head": (config.head_dim, config.head_dim), "full": (queries, keys)}[config.qk_norm]
@@ -76,15 +81,19 @@ def _params_with(config: Any, experts: int) -> int:
     """Returns the parameters of a causal language model that had `experts` experts per layer, and routers for all."""
     activation = _activation_params(config.hidden_act)
     dense = _mlp_params(config, config.intermediate_size, config.gated_mlp) + activation
-    sparse = experts * _mlp_params(config, config.moe_intermediate_size, config.gated_experts) + activation
+    expert = _mlp_params(config, config.moe_intermediate_size, config.gated_experts, config.moe_latent_size)
+    sparse = experts * expert + activation
+    if config.moe_latent_size is not None:
+        sparse += _mlp_params(config, config.moe_latent_size, gated=False)  # the two projections around the experts
     if config.has_shared_experts:
         sparse += _mlp_params(config, config.shared_expert_intermediate_size, config.gated_experts) + activation
         sparse += config.shared_expert_gate * config.hidden_size
     layers = sum({"dense": dense, "sparse": sparse}[kind] for kind in config.mlp_layer_types)
     layers += _routers_params(config)
-    norms = sum(name is not None for name in PLACEMENTS[config.norm_placement]) * _norm_params(config)
-    layers += config.num_hidden_layers * (_attention_params(config) + norms)
+    norms = sum(len(set(norm_names(config, kind == "sparse")) - {None}) for kind in config.mlp_layer_types)
+    layers += norms * _norm_params(config) + config.num_hidden_layers * _attention_params(config)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    embeddings += config.vocab_size * config.lm_head_bias
     if config.position_embedding_type == "learned":
         embeddings += config.max_position_embeddings * config.hidden_size
     return embeddings + layers + _norm_params(config)

@@ -5,6 +5,7 @@ modeling_moe.py imports the configuration, so that it cannot declare them itself
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers.activations import ACT2FN
 
@@ -28,7 +29,7 @@ class ModelFields:
     hidden_act: str = setting(
         "silu",
         "The activation function of all feed-forward networks, by its name in transformers' ACT2FN; experts with swiglu_limit "
-        "do not use it.",
+        "and swiglu_alpha do not use it.",
         choices=ACT2FN,
     )
     initializer_range: float = setting(
@@ -55,6 +56,21 @@ class ModelFields:
             ),
         ),
     )
+    dense_swiglu_limit: float | int | None = setting(
+        None,
+        "Computes dense networks and shared experts that have a gate as down(act(gate) * up) with gate at most this limit and "
+        "up between -limit and limit, as in DeepSeek-V4.",
+        POSITIVE,
+        conditions=(
+            Condition(
+                lambda config: (
+                    (config.gated_mlp and "dense" in config.mlp_layer_types)
+                    or (config.gated_experts and config.has_shared_experts and "sparse" in config.mlp_layer_types)
+                ),
+                "have a dense layer with gated_mlp=True, or shared experts with gated_experts=True",
+            ),
+        ),
+    )
     mlp_bias: bool = setting(False, "Adds biases to all projections of feed-forward networks, experts included.")
     mlp_layer_types: list[str] = setting(
         None,
@@ -63,6 +79,7 @@ class ModelFields:
         choices=("sparse", "dense"),
         follows="sparse for all layers",
     )
+    lm_head_bias: bool = setting(False, "Adds a bias to the logits in the language-model head, as in PhiMoE.")
     logits_scaling: float | int = setting(1.0, "The divisor of the logits, as in Granite.", POSITIVE)
     final_logit_softcapping: float | int | None = setting(
         None, "Bounds the logits by cap * tanh(logit / cap), as in Gemma 2.", POSITIVE
@@ -102,17 +119,25 @@ class ExpertFields:
     )
     swiglu_limit: float | int | None = setting(
         None,
-        "Computes experts as down((up + 1) * gate * sigmoid(swiglu_alpha * gate)) with gate and up clamped to this limit, as in "
-        "gpt-oss; None uses hidden_act.",
+        "Computes experts as down((up + 1) * gate * sigmoid(swiglu_alpha * gate)) with gate at most this limit and up between "
+        "-limit and limit, as in gpt-oss; None clamps nothing and uses hidden_act.",
         POSITIVE,
         conditions=(SPARSE,),
     )
-    swiglu_alpha: float | int = setting(
+    swiglu_alpha: float | int | None = setting(
         1.702,
-        "The slope of the sigmoid in gpt-oss's clamped SwiGLU.",
+        "The slope of the sigmoid in gpt-oss's clamped SwiGLU; None computes down(act(gate) * up) of the clamped gate and up, "
+        "as in DeepSeek-V4.",
         POSITIVE,
-        effect="detail",
         conditions=(Condition(lambda config: config.swiglu_limit is not None, "set swiglu_limit"),),
+    )
+    moe_latent_size: int | None = setting(
+        None,
+        "The number of features that routed experts read and write, between one projection of the token before them and one "
+        "of their weighted sum, as in Nemotron-3's LatentMoE; router and shared experts read the token. No dense network can be "
+        "upcycled to it exactly. None gives the experts hidden_size features.",
+        Range(1, 2**20),
+        conditions=(SPARSE,),
     )
     num_shared_experts: int = setting(
         0,
@@ -132,6 +157,11 @@ class ExpertFields:
     shared_expert_gate: bool = setting(
         False,
         "Multiplies the output of the shared experts by the sigmoid of a learned projection of the token, as in Qwen2-MoE.",
+        conditions=(SPARSE, _SHARED),
+    )
+    shared_expert_combination_strategy: Literal["sum", "average"] = setting(
+        "sum",
+        'How the outputs of routed and shared experts are combined: "sum", or "average", half the sum, as in Cohere2-MoE.',
         conditions=(SPARSE, _SHARED),
     )
     experts_recompute: bool = setting(

@@ -23,7 +23,8 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
         colwise, rowwise = "colwise_gather_output", "rowwise_split_input"
     plan = {"layers.*.self_attn.o_proj": rowwise}
     if config.kv_lora_rank is None:
-        plan |= {f"layers.*.self_attn.{name}_proj": colwise for name in "qkv"}
+        projections = ["q", "k", "v"] + ["gate"] * config.attn_output_gate
+        plan |= {f"layers.*.self_attn.{name}_proj": colwise for name in projections}
     else:
         queries = "q_proj" if config.q_lora_rank is None else "q_b_proj"
         plan |= {f"layers.*.self_attn.{name}": colwise for name in (queries, "kv_b_proj")}

@@ -11,8 +11,10 @@ from transformers.activations import ACT2FN
 class MoEMLP(nn.Module):
     """A feed-forward network `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate.
 
+    With `dense_swiglu_limit` L, the gate is `min(gate(x), L)` and up is `clamp(up(x), -L, L)`.
+
     Args:
-        config: the model's configuration; `hidden_size`, `mlp_bias` and `hidden_act` are read.
+        config: the model's configuration; `hidden_size`, `mlp_bias`, `hidden_act` and `dense_swiglu_limit` are read.
         intermediate_size: width of the network.
         gated: whether the network has a gate.
     """
@@ -23,9 +25,13 @@ class MoEMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.limit = config.dense_swiglu_limit
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Maps (..., H) to (..., H)."""
         if self.gate_proj is None:
             return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return self.down_proj(self.act_fn(gate) * up)

@@ -10,7 +10,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from .configuration_fields import Range, setting
+from .configuration_fields import SPARSE, Condition, Range, setting
 
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
@@ -25,13 +25,29 @@ class NormFields:
     norm_type: Literal["rms", "rms_fp32", "rms_plus_one", "layer"] = setting(
         "rms",
         'The norm: "rms" (Llama), "rms_fp32", which multiplies by the weight before the cast (OLMo2), "rms_plus_one", which '
-        'multiplies by 1 + weight (Gemma), or "layer", a layer norm with bias (GPT-2, GPT-NeoX).',
+        'multiplies by 1 + weight (Gemma), or "layer", a layer norm (GPT-2, GPT-NeoX).',
     )
-    norm_placement: Literal["pre", "post", "sandwich", "parallel"] = setting(
+    norm_bias: bool = setting(
+        True,
+        "Gives layer norms a bias; False is the norm of Cohere and DBRX.",
+        conditions=(Condition(lambda config: config.norm_type == "layer", "set norm_type='layer'"),),
+    )
+    norm_placement: Literal["pre", "post", "sandwich", "parallel", "parallel_shared"] = setting(
         "pre",
         'The place of the norms: "pre" before attention and feed-forward network, "post" after each of them and before the '
-        'sum (OLMo2), "sandwich" in both places (Gemma 2 and 3), or "parallel" before two networks that read one common input '
-        "(GPT-NeoX).",
+        'sum (OLMo2), "sandwich" in both places (Gemma 2 and 3), "parallel" before two networks that read one common input '
+        '(GPT-NeoX), or "parallel_shared", one norm whose output both networks read (Cohere).',
+    )
+    sparse_output_norm: bool = setting(
+        False,
+        "Puts a norm on the output of sparse feed-forward networks, before the sum, as in A.X-K1.",
+        conditions=(
+            SPARSE,
+            Condition(
+                lambda config: PLACEMENTS[config.norm_placement][3] is None,
+                "choose a norm_placement that puts no norm after the networks",
+            ),
+        ),
     )
 
 
@@ -54,12 +70,20 @@ PLACEMENTS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
         "post_feedforward_layernorm",
     ),
     "parallel": ("input_layernorm", None, "post_attention_layernorm", None),
+    "parallel_shared": ("input_layernorm", None, "input_layernorm", None),
 }
+
+
+def norm_names(config: Any, is_sparse: bool) -> tuple[str | None, str | None, str | None, str | None]:
+    """Returns the names of a layer's norms before and after attention, then before and after its sparse or dense network."""
+    names = PLACEMENTS[config.norm_placement]
+    return (*names[:3], "post_feedforward_layernorm") if is_sparse and config.sparse_output_norm else names
 
 
 def make_norm(config: Any, width: int | None = None) -> nn.Module:
     """Makes the norm that the configuration names, over `width` features; None for the hidden size."""
-    return NORMS[config.norm_type](config.hidden_size if width is None else width, eps=config.rms_norm_eps)
+    bias = {"bias": config.norm_bias} if config.norm_type == "layer" else {}
+    return NORMS[config.norm_type](config.hidden_size if width is None else width, eps=config.rms_norm_eps, **bias)
 
 
 def init_norm(norm: nn.Module) -> bool:
@@ -67,6 +91,6 @@ def init_norm(norm: nn.Module) -> bool:
     if not isinstance(norm, tuple(NORMS.values())):
         return False
     (init.zeros_ if isinstance(norm, Gemma2RMSNorm) else init.ones_)(norm.get_parameter("weight"))
-    if isinstance(norm, nn.LayerNorm):
+    if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
         init.zeros_(norm.bias)
     return True

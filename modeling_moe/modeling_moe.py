@@ -4,7 +4,7 @@
 # B rows, S tokens per row, T = B*S tokens, H hidden, I expert width, E experts, K choices per token
 ids -> embed -> [decoder layer] x L -> norm -> lm_head
 decoder layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))     mlp: MoEBlock or MoEMLP, by config.mlp_layer_types
-                (norms before, after or both, by config.norm_placement)
+                (model_layer.py; norms before, after or both, by config.norm_placement)
 MoEBlock:       routing = capacity(gate(tokens));  y = experts(tokens, routing.index, routing.weight) + shared_experts(tokens)
 training:       loss = cross entropy + sum of (coefficient * router loss), the mean over sparse layers
 """
@@ -22,7 +22,6 @@ from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
-    GradientCheckpointingLayer,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
@@ -40,15 +39,16 @@ from .model_embeddings import RotaryEmbeddings, ScaledEmbedding
 from .model_experts import ExpertParameters, detached_parameters, merged_parameters
 from .model_generation import MoEGenerationMixin
 from .model_inputs import loss_weights, prepare_inputs, refuse_nan
+from .model_layer import MoEDecoderLayer
 from .model_mlp import MoEMLP
-from .model_norms import PLACEMENTS, init_norm, make_norm
+from .model_norms import init_norm, make_norm
 from .model_outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
 from .router import Router, Routing, RoutingContext, router_dtype
 from .router_balancing import CONTROLLERS, RouterTotals, update_routers
 from .router_capacity import Capacity
 from .router_catalogue import router_class
 from .router_losses import COEFFICIENTS, AttachLoss, TokenWeights, loss_share, predicts_label
-from .router_statistics import RouterStatistics, layer_statistics, model_statistics, pack, unpack
+from .router_statistics import RouterStatistics, layer_statistics, model_statistics, unpack
 
 
 @use_experts_implementation
@@ -56,7 +56,7 @@ class ExpertsBase(nn.Module):
     """Routed experts in plain PyTorch, by which every other implementation is tested.
 
     Experts with a gate have `gate_up_proj` (E, 2I, H), gate first, and `down_proj` (E, H, I); experts without a gate have
-    `up_proj` (E, I, H) and `down_proj`. With biases there are `gate_up_proj_bias` (E, 2I) or `up_proj_bias` (E, I), and
+    `up_proj` (E, I, H) and `down_proj`; H is `moe_latent_size` if that is set. With biases there are `gate_up_proj_bias` (E, 2I) or `up_proj_bias` (E, I), and
     `down_proj_bias` (E, H).
     """
 
@@ -69,7 +69,7 @@ class ExpertsBase(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.num_experts = config.num_experts
-        hidden, width = config.hidden_size, config.moe_intermediate_size
+        hidden, width = config.moe_latent_size or config.hidden_size, config.moe_intermediate_size
         self.up_name, rows = ("gate_up_proj", 2 * width) if config.gated_experts else ("up_proj", width)
         self.register_parameter(self.up_name, nn.Parameter(torch.empty(self.num_experts, rows, hidden)))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
@@ -126,8 +126,10 @@ class MoEExperts(ExpertsBase):
         super().__init__(config)
         # transformers' decorator sets these two for the class; here they follow the configuration
         self.has_gate, self.has_bias = config.gated_experts, config.mlp_bias
-        limit = config.swiglu_limit
-        self.gate_clamp = None if limit is None else (float(config.swiglu_alpha), float(limit))
+        self.gate_clamp = None
+        if config.swiglu_limit is not None:
+            alpha = config.swiglu_alpha
+            self.gate_clamp = (None if alpha is None else float(alpha), float(config.swiglu_limit))
         # transformers' experts functions skip out-of-range ids only if this flag is set, and the flag costs a masking pass
         self._is_expert_parallel = config.has_empty_slots
 
@@ -169,12 +171,14 @@ class MoEExperts(ExpertsBase):
         return experts
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Maps (R, 2I), gate first, to (R, I): `act(gate) * up`, or gpt-oss's clamped gate."""
+        """Maps (R, 2I), gate first, to (R, I): `act(gate) * up`, clamped with `swiglu_limit`, or gpt-oss's clamped gate."""
         gate, up = gate_up.chunk(2, dim=-1)
         if self.gate_clamp is None:
             return self.act_fn(gate) * up
         alpha, limit = self.gate_clamp
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        if alpha is None:
+            return self.act_fn(gate) * up
         return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
@@ -191,6 +195,11 @@ class MoEBlock(nn.Module):
             self.gate.to(dtype)
         self.capacity = Capacity(config, layer_idx)
         self.experts = MoEExperts(config)
+        # Nemotron-H's names
+        self.fc1_latent_proj = self.fc2_latent_proj = None
+        if (latent := config.moe_latent_size) is not None:
+            self.fc1_latent_proj = nn.Linear(config.hidden_size, latent, bias=config.mlp_bias)
+            self.fc2_latent_proj = nn.Linear(latent, config.hidden_size, bias=config.mlp_bias)
         self.shared_experts = self.shared_expert_gate = None
         if config.has_shared_experts:
             self.shared_experts = MoEMLP(config, config.shared_expert_intermediate_size, config.gated_experts)
@@ -219,89 +228,28 @@ class MoEBlock(nn.Module):
         # a wrapper or a hook of the gate may return a plain tuple
         chosen = Routing(*self.gate(tokens, context))
         routing = self.capacity(chosen, context, self.training)
-        output = self.mix(self.experts, tokens, routing, context, self.config)
+        latents = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
+        output = self.mix(self.experts, latents, routing, context, self.config)
+        if self.fc2_latent_proj is not None:
+            output = self.fc2_latent_proj(output)
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens)
             if self.shared_expert_gate is not None:
                 shared = self.shared_expert_gate(tokens).sigmoid() * shared
             output = output + shared
+            if self.config.shared_expert_combination_strategy == "average":
+                output = output / 2
         output = output.view_as(hidden_states)
         if token_weights is None:
             return output, None
         return output, layer_statistics(self, chosen, routing, context, token_weights)
 
 
-class MoEDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then a dense or a sparse feed-forward network; the residual stream adds the output of each.
-
-    `config.norm_placement` puts norms before attention and network, after them, or both; with `"parallel"` attention and
-    network read the same input.
-    """
-
-    def __init__(self, config: MoEConfig, layer_idx: int):
-        super().__init__()
-        self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
-        attention = MoEAttention if config.kv_lora_rank is None else MoELatentAttention
-        self.self_attn = attention(config, layer_idx)
-        self.mlp = (
-            MoEBlock(config, layer_idx)
-            if self.is_sparse
-            else MoEMLP(config, config.intermediate_size, config.gated_mlp)
-        )
-        self.parallel = config.norm_placement == "parallel"
-        self.norm_names = PLACEMENTS[config.norm_placement]
-        for name in self.norm_names:
-            if name is not None:
-                setattr(self, name, make_norm(config))
-        self.resid_pdrop, self.residual_multiplier = config.resid_pdrop, config.residual_multiplier
-
-    @takes_cache
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        routing_context: RoutingContext | None = None,
-        token_weights: TokenWeights | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor | None, ...]:
-        """Maps (B, S, H) to (B, S, H), packed with the router's statistics ([`~modeling_moe.router_statistics.pack`])."""
-        before_attention, after_attention, before_mlp, after_mlp = self.norm_names
-        attended, _ = self.self_attn(
-            hidden_states=self._normed(before_attention, hidden_states),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-        attended = self._update(self._normed(after_attention, attended))
-        residual = hidden_states if self.parallel else hidden_states + attended
-        statistics = None
-        states = self._normed(before_mlp, residual)
-        if self.is_sparse:
-            # the cache is the layer's argument: gradient checkpointing removes it from there
-            context = (routing_context or RoutingContext(len(states)))._replace(cache=cache)
-            states, statistics = self.mlp(states, context, token_weights)
-        else:
-            states = self.mlp(states)
-        states = self._update(self._normed(after_mlp, states))
-        # in GPT-NeoX's order, since bf16 rounds each sum
-        hidden_states = (states + attended) + residual if self.parallel else residual + states
-        return pack(hidden_states, statistics)
-
-    def _normed(self, name: str | None, states: torch.Tensor) -> torch.Tensor:
-        return states if name is None else getattr(self, name)(states)
-
-    def _update(self, states: torch.Tensor) -> torch.Tensor:
-        """Returns what the residual stream adds: the output of attention or network after dropout and scaling."""
-        if self.resid_pdrop:
-            states = nn.functional.dropout(states, self.resid_pdrop, self.training)
-        return states if self.residual_multiplier == 1.0 else states * self.residual_multiplier
+def feed_forward(config: MoEConfig, layer_idx: int) -> MoEBlock | MoEMLP:
+    """Makes the feed-forward network of a layer, sparse or dense by `config.mlp_layer_types`."""
+    if config.mlp_layer_types[layer_idx] == "sparse":
+        return MoEBlock(config, layer_idx)
+    return MoEMLP(config, config.intermediate_size, config.gated_mlp)
 
 
 class MoEPreTrainedModel(CheckpointModel):
@@ -397,10 +345,11 @@ class MoEModel(MoEPreTrainedModel):
         self.vocab_size = config.vocab_size
         embedding = ScaledEmbedding if config.scale_embeddings else nn.Embedding
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.embed_positions = None
-        if config.position_embedding_type == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(MoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        learned = config.position_embedding_type == "learned"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.layers = nn.ModuleList(
+            MoEDecoderLayer(config, i, feed_forward(config, i)) for i in range(config.num_hidden_layers)
+        )
         self.norm = make_norm(config)
         self.rotary_emb = RotaryEmbeddings(config)
         self.gradient_checkpointing = False
@@ -530,7 +479,7 @@ class MoEForCausalLM(MoEPreTrainedModel, MoEGenerationMixin):
         super().__init__(config)
         self.model = MoEModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @takes_cache

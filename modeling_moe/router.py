@@ -21,13 +21,15 @@ from .configuration_fields import POSITIVE, Range, setting
 from .model_packing import first_columns
 
 
+# fields that [`Router.logits`] reads
+LOGIT_READS = frozenset({"router_bias", "router_input_norm", "router_logit_scale", "router_logit_softcapping"})
 # fields that the base class of routers reads, unless a subclass overrides the method that reads the field
-FRAME_READS = frozenset(
+FRAME_READS = LOGIT_READS | frozenset(
     {
         "scoring_func",
-        "router_bias",
         "norm_topk_prob",
         "routed_scaling_factor",
+        "router_expert_scale",
         "router_jitter_noise",
         "router_gradient",
         "router_aux_loss_scope",
@@ -63,6 +65,21 @@ class RouterFields:
         by_router=True,
     )
     router_bias: bool = setting(False, "Adds a learned bias to the router logits, as in gpt-oss.", by_router=True)
+    router_input_norm: bool = setting(
+        False,
+        "Divides the router's input by its root mean square, and multiplies it by a learned scale and by hidden_size**-0.5, as "
+        "in Gemma 4.",
+        by_router=True,
+    )
+    router_logit_scale: float | int = setting(
+        1.0, "The factor on the router logits, as in Muse Spark.", POSITIVE, by_router=True
+    )
+    router_logit_softcapping: float | int | None = setting(
+        None,
+        "Bounds the router logits by cap * tanh(logit / cap), after router_logit_scale, as in Laguna.",
+        POSITIVE,
+        by_router=True,
+    )
     norm_topk_prob: bool = setting(
         None,
         "Divides the weights of a token's chosen experts by their sum.",
@@ -71,6 +88,11 @@ class RouterFields:
     )
     routed_scaling_factor: float | int = setting(
         1.0, "The factor on the weights of the routed experts, applied after norm_topk_prob.", POSITIVE, by_router=True
+    )
+    router_expert_scale: bool = setting(
+        False,
+        "Multiplies the weight of each expert by a learned factor of the expert, after norm_topk_prob, as in Gemma 4.",
+        by_router=True,
     )
     num_null_experts: int = setting(
         0,
@@ -328,6 +350,14 @@ class Router(nn.Module):
         self.gradient = config.router_gradient
         self.weight = nn.Parameter(torch.empty(self.num_outputs, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(self.num_outputs)) if config.router_bias else None
+        self.logit_scale, self.logit_cap = config.router_logit_scale, config.router_logit_softcapping
+        self.norm_eps = config.rms_norm_eps
+        self.input_scale = self._scale("router_input_norm", config.router_input_norm, config.hidden_size)
+        self.expert_scale = self._scale("router_expert_scale", config.router_expert_scale, self.num_outputs)
+
+    def _scale(self, field: str, wanted: bool, size: int) -> nn.Parameter | None:
+        """Returns a new learned scale (size,); None if it is not wanted, or only another layer's router reads its field."""
+        return nn.Parameter(torch.empty(size)) if wanted and field in self.reads else None
 
     @classmethod
     def validate(cls, config: Any) -> None:
@@ -342,6 +372,9 @@ class Router(nn.Module):
         init.normal_(self.weight, mean=0.0, std=std)
         if self.bias is not None:
             init.zeros_(self.bias)
+        for scale in (self.input_scale, self.expert_scale):
+            if scale is not None:
+                init.ones_(scale)
 
     def resize_vocabulary(self, vocab_size: int) -> None:
         """Adapts the router to token ids below `vocab_size`; a router that reads no ids does nothing."""
@@ -362,7 +395,18 @@ class Router(nn.Module):
 
     def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         """Returns the router logits (T, E + Z) of tokens (T, H)."""
-        return fp32_linear(self.jittered(hidden_states), self.weight, self.bias)
+        logits = fp32_linear(self.jittered(self.normed(hidden_states)), self.weight, self.bias)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.logit_cap is None else (logits / self.logit_cap).tanh() * self.logit_cap
+
+    def normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns tokens (T, H) as the gate reads them: in fp32, normed and scaled with `router_input_norm`, else unchanged."""
+        if self.input_scale is None:
+            return hidden_states
+        states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        states = states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + self.norm_eps)
+        return states * (self.input_scale.to(states.dtype) * states.shape[-1] ** -0.5)
 
     def jittered(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Multiplies tokens (T, H) by the noise of `router_jitter_noise` in training."""
@@ -374,12 +418,16 @@ class Router(nn.Module):
         """Returns the routing for router logits (T, E + Z)."""
         scores, probs = self.score(logits)
         with torch.no_grad():
-            index = self.select(scores, context)  # (T, K)
+            index = self.select(self.ranking(scores, logits), context)  # (T, K)
         return Routing(logits, self.weigh(scores, index), index, probs)
 
     def score(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the scores (T, E + Z) that choose and weigh the experts, and probabilities (T, E + Z) of sum 1."""
         return SCORING_FUNCS[self.scoring_func](logits)
+
+    def ranking(self, scores: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Returns the numbers (T, E + Z) by which `select` chooses: the scores."""
+        return scores
 
     def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         """Chooses experts (T, K) by scores (T, E + Z), without gradient; the id `num_outputs` is an empty assignment."""
@@ -393,12 +441,20 @@ class Router(nn.Module):
             weight = weight.where((index < self.num_experts) | copies, 0.0)
         if self.norm_topk_prob:
             weight = renormalise(weight)
-        return weight * self.scaling
+        return self.scaled(weight, index)
+
+    def scaled(self, weight: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Multiplies the weights (T, K) of experts `index` by `routed_scaling_factor` and by the experts' learned factors."""
+        weight = weight * self.scaling
+        if self.expert_scale is None:
+            return weight
+        factor = self.expert_scale.to(weight.dtype).expand(len(index), -1)
+        return weight * factor.gather(-1, index.clamp(max=self.num_outputs - 1))
 
     def dense_weight(self, routing: Routing) -> torch.Tensor:
         """Returns the weights (T, E + Z) that a token would have with every expert, for `router_gradient="dense"`."""
         scores = routing.probs if self.norm_topk_prob else self.score(routing.logits)[0]
-        return scores * self.scaling
+        return self.scaled(scores, torch.arange(self.num_outputs, device=scores.device).expand_as(scores))
 
     @staticmethod
     def mix(

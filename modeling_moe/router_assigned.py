@@ -11,7 +11,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_fields import Range, setting
-from .router import CAPACITY_READS, Router, Routing, RoutingContext, fp32_linear, renormalise
+from .router import CAPACITY_READS, LOGIT_READS, Router, Routing, RoutingContext, fp32_linear, renormalise
 from .router_topk import SELECTION_READS, TopKRouter
 
 
@@ -144,7 +144,7 @@ class TaskRouter(TopKRouter):
     [`~modeling_moe.resizing.extract_task`] can extract as a model.
     """
 
-    reads = (Router.reads | SELECTION_READS | {"num_tasks"}) - {"router_bias"}
+    reads = (Router.reads | SELECTION_READS | {"num_tasks"}) - LOGIT_READS
     required_input = "task_ids"
 
     def __init__(self, config, layer_idx: int = 0):

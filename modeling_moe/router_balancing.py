@@ -151,7 +151,7 @@ def column_quantile(values: torch.Tensor, share: float, token_mask: torch.Tensor
 class QuantileController(Controller):
     """Moves the selection bias to where each expert would get K / E of the tokens: Megatron-LM's quantile balancing.
 
-    With alpha_t the K-th largest `score + b` of token t, beta_i is the value that K / E of the tokens reach in
+    With alpha_t the K-th largest `score + b` of token t (`logit + b` for `router_selection_bias_on="logits"`), beta_i is the value that K / E of the tokens reach in
     `score_i - alpha`. The bias follows -beta by a moving average with `router_ema_decay`, and is shifted to mean 0. beta is
     the mean of the micro-batches' quantiles, weighted by their tokens.
     """
@@ -162,7 +162,7 @@ class QuantileController(Controller):
 
     def observe(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
         """Returns the quantiles beta times the number of tokens, then that number: (E + Z + 1,)."""
-        scores, _ = router.score(routing.logits)
+        scores = router.ranking(router.score(routing.logits)[0], routing.logits)
         alpha = (scores + router.e_score_correction_bias).topk(router.top_k, dim=-1).values[:, -1:]
         return column_quantile(scores - alpha, router.top_k / router.num_outputs, token_mask)
 

@@ -81,7 +81,7 @@ class SinkhornRouter(TopKRouter):
     couples all tokens of the batch, so that training is not causal. In evaluation the K highest scores choose.
     """
 
-    reads = Router.reads | SELECTION_READS
+    reads = (Router.reads | SELECTION_READS) - {"router_selection_bias_on"}
     causal = False
     iterations = 32
 

@@ -15,8 +15,10 @@ from .configuration_fields import POSITIVE, Condition, Range, setting
 from .router import CAPACITY_READS, Router, Routing, RoutingContext, fp32_linear, renormalise
 
 
-# fields that [`TopKRouter.select`] reads
-SELECTION_READS = frozenset({"n_group", "topk_group", "group_score", "router_selection_bias"})
+# fields by which [`TopKRouter`] selects
+SELECTION_READS = frozenset(
+    {"n_group", "topk_group", "group_score", "router_selection_bias", "router_selection_bias_on"}
+)
 
 
 @dataclass(init=False, repr=False, eq=False, kw_only=True)
@@ -51,6 +53,13 @@ class TopKFields:
         "chosen experts (DeepSeek-V3, arXiv:2408.15664).",
         by_router=True,
     )
+    router_selection_bias_on: Literal["scores", "logits"] = setting(
+        "scores",
+        'What e_score_correction_bias is added to before the highest values, and groups, are chosen: "scores" (DeepSeek-V3) or '
+        '"logits" (Kolibri).',
+        conditions=(Condition(lambda config: config.router_selection_bias, "set router_selection_bias=True"),),
+        by_router=True,
+    )
     router_temperature: float | int = setting(
         1.0,
         "The temperature of the random choice of router_type='gumbel_topk', or of the gate of router_type='continuous'.",
@@ -67,7 +76,8 @@ class TopKRouter(Router):
     - Mixtral: `scoring_func="softmax"`, `norm_topk_prob=True`; OLMoE and Qwen-MoE with `norm_topk_prob=False`;
     - Switch (arXiv:2101.03961, eq. 1-2): K = 1 and `norm_topk_prob=False`;
     - DeepSeek-V3 (arXiv:2412.19437, eq. 12-16): `scoring_func="sigmoid"`, `router_selection_bias=True` and groups;
-      DeepSeek-V2 has `group_score="max"`, DeepSeek-V4 `scoring_func="sqrtsoftplus"`;
+      DeepSeek-V2 has `group_score="max"`, DeepSeek-V4 `scoring_func="sqrtsoftplus"`, Kolibri
+      `router_selection_bias_on="logits"`;
     - AdaMoE (arXiv:2406.13233): `num_null_experts` experts do nothing, so that tokens use different numbers of experts;
     - LongCat-Flash (arXiv:2509.01322): `num_copy_experts` experts return the token; MoE++ (arXiv:2410.07348), without
       constant experts, has null and copy experts.
@@ -80,6 +90,7 @@ class TopKRouter(Router):
         self.n_group, self.topk_group, self.group_score = config.n_group, config.topk_group, config.group_score
         self.bias_update_rate, self.ema_decay = config.router_bias_update_rate, config.router_ema_decay
         self.expected_experts = config.expected_experts_per_tok
+        self.ranks_logits = config.router_selection_bias_on == "logits"
         if config.router_selection_bias:
             self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_outputs, dtype=torch.float32))
         else:
@@ -89,6 +100,9 @@ class TopKRouter(Router):
         super().init_weights(std)
         if self.e_score_correction_bias is not None:
             init.zeros_(self.e_score_correction_bias)
+
+    def ranking(self, scores: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.ranks_logits else scores
 
     def select(self, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         if self.e_score_correction_bias is not None:
@@ -165,7 +179,7 @@ class GumbelTopKRouter(TopKRouter):
     those of scores without noise.
     """
 
-    reads = Router.reads | SELECTION_READS | {"router_temperature"}
+    reads = (Router.reads | SELECTION_READS | {"router_temperature"}) - {"router_selection_bias_on"}
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, layer_idx)
@@ -184,7 +198,8 @@ class GShardRouter(TopKRouter):
     GShard (arXiv:2006.16668, algorithm 1) and GLaM (arXiv:2112.06905).
     """
 
-    reads = Router.reads | SELECTION_READS
+    # the second weight is a probability here, which a factor of the expert would change
+    reads = (Router.reads | SELECTION_READS) - {"router_expert_scale"}
     variable_k = True
 
     @classmethod

@@ -99,7 +99,7 @@ def _as_own(config: PreTrainedConfig) -> MoEConfig | None:
 def _own_rows(config: MoEConfig, condition: str) -> list[tuple[str, str]]:
     rows = [
         ("Router", f"`{config.router_type}`{_scores(config)}"),
-        ("Routed experts", f"{config.num_experts} of width {config.moe_intermediate_size:,}"),
+        ("Routed experts", f"{config.num_experts} of width {config.moe_intermediate_size:,}{_latent(config)}"),
         ("Experts per token", _per_token(config)),
     ]
     if config.has_shared_experts:
@@ -150,8 +150,13 @@ def _per_token(config: MoEConfig) -> str:
     return str(config.num_experts_per_tok)
 
 
+def _latent(config: MoEConfig) -> str:
+    return "" if config.moe_latent_size is None else f", on {config.moe_latent_size:,} latent features"
+
+
 def _shared_experts(config: MoEConfig) -> str:
     gate = ", gated" if config.shared_expert_gate else ""
+    gate += ", averaged with the routed ones" if config.shared_expert_combination_strategy == "average" else ""
     count = {0: "", 1: "1, "}.get(config.num_shared_experts, f"{config.num_shared_experts}, together ")
     return f"{count}of width {config.shared_expert_intermediate_size:,}{gate}"
 

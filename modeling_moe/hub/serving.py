@@ -118,9 +118,13 @@ def _is_servable_by_code(config: Any) -> bool:
     special = (
         *(config.capacity_factor, config.eval_capacity_factor, config.expert_capacity, config.swiglu_limit),
         *(config.num_null_experts, config.num_copy_experts, config.num_hash_layers, config.router_bias),
+        *(config.router_selection_bias_on != "scores", config.router_expert_scale, config.moe_latent_size),
+        *(config.router_input_norm, config.router_logit_scale != 1, config.router_logit_softcapping),
         *(config.mlp_bias, config.router_gradient == "sparsemixer", not config.gated_experts),
         *(config.attention_sinks, config.attn_logit_softcapping, config.final_logit_softcapping),
-        *(config.logits_scaling != 1, config.position_embedding_type != "rope"),
+        *(config.logits_scaling != 1, config.lm_head_bias, config.position_embedding_type != "rope"),
+        # the servers' kernels of norms were never run on heads that are transposed for the rotation
+        config.qk_norm_after_rope,
     )
     return plain_router and _is_silu(config) and config.norm_type == "rms" and not any(special)
 

@@ -203,8 +203,10 @@ def _own_pass(layer: SparseLayer, call: dict[str, Any], routing: Routing, tokens
         # under expert parallelism the block gives an empty assignment to expert 0, with weight 0
         empty = (arrived != routing.index) | ((arrived == 0) & (call["top_k_weights"] == 0))
         arrived = routing.index.where(~empty | (routing.index >= layer.num_experts), routing.logits.shape[-1])
+    # the experts of `moe_latent_size` read other features than the router; those of `soft_moe` read no tokens
+    states = call["hidden_states"] if len(call["hidden_states"]) == len(tokens) else tokens
     return LayerPass(
-        layer, tokens, routing.index, routing.weight, arrived, routing.logits, routing.probs, None, 1, False, False
+        layer, states, routing.index, routing.weight, arrived, routing.logits, routing.probs, None, 1, False, False
     )
 
 

@@ -24,7 +24,7 @@ from .usage import Usage
 # routers that choose, in evaluation, the K largest of E independent logits
 ROW_ROUTERS = ("topk", "gumbel_topk", "task")
 # tensors of these routers with one entry for each expert
-ROUTER_ROWS = ("weight", "bias", "e_score_correction_bias")
+ROUTER_ROWS = ("weight", "bias", "e_score_correction_bias", "expert_scale")
 # selection bias of an expert that no token chooses
 UNSELECTABLE = -1e4
 
@@ -295,7 +295,7 @@ class _Growth:
         """Returns a tensor of the router; the rows of the old experts come first."""
         if part not in ROUTER_ROWS:
             return tensor
-        extend = {"weight": self.with_rows, "bias": self.with_copies, "e_score_correction_bias": self.with_bias}[part]
+        extend = {"weight": self.with_rows, "e_score_correction_bias": self.with_bias}.get(part, self.with_copies)
         return tensor.map(lambda old: extend(layer, old), shape=(self.target, *tensor.shape[1:]))
 
     def with_copies(self, layer: int, old: torch.Tensor) -> torch.Tensor:
@@ -313,8 +313,9 @@ class _Growth:
         if self.options.mode == "masked":
             return torch.cat([old, old.new_full((self.target - len(old),), UNSELECTABLE)])
         copies = self.with_copies(layer, old)
+        shared = self.config.scoring_func == "softmax" and self.config.router_selection_bias_on == "scores"
         # the bias is added to softmax probabilities, which the copies of an expert share
-        return copies * (len(old) / self.target) if self.config.scoring_func == "softmax" else copies
+        return copies * (len(old) / self.target) if shared else copies
 
 
 @torch.no_grad()

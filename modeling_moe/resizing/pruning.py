@@ -41,7 +41,8 @@ class PruningOptions:
             reason += (
                 "; norm_topk_prob=False: the softmax runs without the dropped experts, so that all other weights rise"
             )
-        if config.scoring_func == "softmax" and config.router_selection_bias:
+        biased = config.router_selection_bias and config.router_selection_bias_on == "scores"
+        if config.scoring_func == "softmax" and biased:
             reason += "; the softmax runs without the dropped experts, so that the selection bias has less influence"
         return reason
 

@@ -13,7 +13,7 @@ from ..utils.errors import UserError
 
 
 # names of router parameters with one row for each expert
-_ROUTER_ROWS = ("weight", "bias", "noise_weight")
+_ROUTER_ROWS = ("weight", "bias", "noise_weight", "expert_scale")
 
 
 class FrozenExperts:

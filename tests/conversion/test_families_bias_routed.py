@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from modeling_moe.conversion import import_state, load_state
 from modeling_moe.utils.errors import UserError
@@ -33,6 +33,7 @@ FIELDS = {
     "glm4_moe_lite": LATENT | GROUPS | {"q_lora_rank": 7, "n_shared_experts": 2},
     "glm4_moe_lite-yarn": LATENT
     | {
+        "first_k_dense_replace": 0,
         "q_lora_rank": None,
         "attention_bias": True,
         "norm_topk_prob": False,
@@ -203,9 +204,15 @@ def test_fp8_weights(name, tmp_path):
         ("glm4_moe_lite", "rope_interleave", False),
         ("glm4_moe_lite", "qk_head_dim", 10),
         ("sarvam_mla", "rope_interleave", False),
+        ("dots1", "scoring_func", "softmax"),
         ("solar_open", "use_qk_norm", True),
+        ("solar_open", "topk_method", "greedy"),
+        ("solar_open", "first_k_dense_replace", 1),
+        ("minimax_m2", "scoring_func", "softmax"),
         ("solar_open", "rope_parameters", {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}),
         ("exaone_moe", "layer_types", ["full_attention", "chunked_attention", "full_attention"]),
+        ("glm4_moe_lite", "first_k_dense_replace", 2),
+        ("hy_v3", "first_k_dense_replace", 2),
         ("hy_v3", "mlp_bias", True),
         ("minimax_m2", "hidden_act", "cosine"),
     ],
@@ -250,3 +257,69 @@ def test_balance_losses():
     coefficients = {name: moe_config(config).router_aux_loss_coef for name, config in CONFIGS.items()}
     assert set(coefficients.values()) == {0.0, 0.001}
     assert [name for name, coefficient in coefficients.items() if coefficient] == ["minimax_m2", "minimax_m2-tied"]
+
+
+# fields of published config.json files that transformers' classes do not declare
+PUBLISHED = {
+    "dots1": {
+        "scoring_func": "noaux_tc",
+        "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+        "ep_size": 1,
+        "sliding_window": None,
+    },
+    "glm4_moe": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "glm4_moe_lite": {"topk_method": "noaux_tc", "first_k_dense_replace": 1, "num_nextn_predict_layers": 1},
+    "hy_v3": {"first_k_dense_replace": 1, "num_nextn_predict_layers": 1},
+    "minimax_m2": {
+        "attn_type_list": [1] * 62,
+        "mtp_transformer_layers": 1,
+        "num_mtp_modules": 3,
+        "qk_norm_type": "per_layer",
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "float8_e4m3fn",
+            "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        },
+        "scoring_func": "sigmoid",
+        "shared_intermediate_size": 0,
+        "sliding_window": None,
+        "use_mtp": True,
+        "use_qk_norm": True,
+        "use_routing_bias": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fields_of_published_checkpoints(name):
+    config = copy.deepcopy(CONFIGS[name])
+    expected = moe_config(config)
+    for field, value in PUBLISHED[name].items():
+        setattr(config, field, value)
+    assert moe_config(config).to_dict() == expected.to_dict()
+
+
+# family whose class has the sizes of a published model as defaults -> fields that it lacks, parameters in billions
+DEFAULTS = {
+    "glm4_moe": ({"head_dim": 128}, 107),
+    "glm4_moe_lite": ({}, 30),
+    "sarvam_moe": ({}, 32),
+    "sarvam_mla": ({}, 106),
+    "solar_open": ({}, 103),
+    "hy_v3": ({}, 295),
+    "minimax_m2": ({"rotary_dim": 64}, 229),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in DEFAULTS if name in CONFIGS])
+def test_published_models_have_their_numbers_of_parameters(name):
+    fields, billions = DEFAULTS[name]
+    config = CONFIG_MAPPING[name](**fields)
+    with torch.device("meta"):
+        source = AutoModelForCausalLM.from_config(config)
+    count = moe_config(config).num_params()
+    assert count == source.num_parameters()
+    assert round(count / 1e9) == billions

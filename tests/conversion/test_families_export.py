@@ -254,6 +254,24 @@ REFUSED = [
     ),
     ("qwen2_moe", {"final_logit_softcapping": 30.0}, r"final_logit_softcapping=30.0 \(qwen2_moe has None\)"),
     ("mixtral", {"attention_sinks": True}, "attention_sinks=True"),
+    ("mixtral", {"attn_output_gate": True}, r"attn_output_gate=True \(mixtral has False\)"),
+    ("qwen3_moe", HEAD | {"qk_norm_after_rope": True}, r"qk_norm_after_rope=True \(qwen3_moe has False\)"),
+    ("mixtral", {"sparse_output_norm": True}, r"sparse_output_norm=True \(mixtral has False\)"),
+    (
+        "mixtral",
+        {"norm_type": "layer", "norm_bias": False},
+        r"norm_type='layer' .*, norm_bias=False \(mixtral has True\)",
+    ),
+    ("mixtral", {"norm_placement": "parallel_shared"}, r"norm_placement='parallel_shared' \(mixtral has 'pre'\)"),
+    (
+        "mixtral",
+        {
+            "rope_parameters": {"rope_theta": 1e4, "original_max_position_embeddings": 8},
+            "llama_4_scaling_beta": 0.1,
+        },
+        r"llama_4_scaling_beta=0.1 \(mixtral has None\)",
+    ),
+    ("mixtral", {"lm_head_bias": True}, r"lm_head_bias=True \(mixtral has False\)"),
     (
         "mixtral",
         {"position_embedding_type": "learned"},

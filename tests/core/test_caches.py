@@ -42,6 +42,11 @@ ATTENTION = {
     "softcap": {"attn_logit_softcapping": 5.0},
     "learned": {"position_embedding_type": "learned"},
     "latent": {**LATENT, "num_key_value_heads": 4},
+    "gated": {"attn_output_gate": True, "qk_norm": "head", "qk_norm_after_rope": True},
+    "scaled": {
+        "llama_4_scaling_beta": 0.5,
+        "rope_parameters": {"rope_theta": 100.0, "original_max_position_embeddings": 3},
+    },
 }
 
 

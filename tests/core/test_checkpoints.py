@@ -24,6 +24,7 @@ KINDS = {
     "plain-bias": {"gated_experts": False, "mlp_bias": True},
     "shared-tied": {"num_shared_experts": 2, "shared_expert_gate": True, "tie_word_embeddings": True},
     "sigmoid": {"scoring_func": "sigmoid", "router_selection_bias": True},
+    "latent": {"moe_latent_size": 10, "router_input_norm": True, "router_expert_scale": True},
 }
 IDS = torch.arange(3, 21).view(2, 9)
 
@@ -251,6 +252,7 @@ SHIPPED = {
     "model_experts.py",
     "model_generation.py",
     "model_inputs.py",
+    "model_layer.py",
     "model_mlp.py",
     "attention_latent.py",
     "router_losses.py",

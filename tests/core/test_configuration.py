@@ -313,6 +313,7 @@ def test_json_round_trip(tmp_path):
     [
         {},
         {"tie_word_embeddings": True},
+        {"lm_head_bias": True, "tie_word_embeddings": True},
         {"attention_bias": True, "mlp_bias": True},
         {"qkv_bias": True, "qk_norm": "head"},
         {"qk_norm": "full", "gated_experts": False},
@@ -321,7 +322,13 @@ def test_json_round_trip(tmp_path):
         {"mlp_layer_types": ["dense"] * 3},
         {"qk_norm": "head", "norm_type": "layer"},
         {"qk_norm": "full", "norm_type": "layer"},
+        {"qk_norm": "head", "norm_type": "layer", "norm_bias": False, "norm_placement": "parallel_shared"},
+        {"sparse_output_norm": True, "mlp_layer_types": ["sparse", "dense", "sparse"]},
+        {"attn_output_gate": True, "num_key_value_heads": 1},
         {"hidden_act": "xielu", "num_shared_experts": 1},
+        {"moe_latent_size": 10},
+        {"moe_latent_size": 10, "gated_experts": False, "mlp_bias": True, "num_shared_experts": 1},
+        {"router_input_norm": True, "router_expert_scale": True, "num_null_experts": 2},
     ],
     ids=str,
 )
@@ -345,6 +352,7 @@ def test_parameter_arithmetic(fields):
         {"num_shared_experts": 1},
         {"mlp_layer_types": ["dense"] * 3},
         {"gated_mlp": False, "mlp_bias": True},
+        {"attn_output_gate": True},
     ],
     ids=str,
 )

@@ -64,6 +64,7 @@ COMPANIONS = {
         "router_controller": "proportional",
         "router_bias_update_rate": 0.1,
     },
+    "router_selection_bias_on": {"router_selection_bias": True},
     "router_threshold": {"router_threshold_mode": "fixed"},
     "capacity_running": {"capacity_factor": 0.8},
     "capacity_includes_k": {"capacity_factor": 0.5},
@@ -90,6 +91,7 @@ CHANGED = {
     "capacity_priority": "probability",
     "segment_length": 3,
     "scoring_func": "sigmoid",
+    "router_logit_softcapping": 0.5,
 }
 IDS = torch.arange(24).view(3, 8) * 7 % 32
 # field whose change no pass can show -> the routers that read it
@@ -207,6 +209,19 @@ UNREAD = [
         r"^swiglu_alpha is 2.0, which nothing reads: set swiglu_limit, or set swiglu_alpha to 1.702\.$",
     ),
     ({"shared_expert_gate": True}, r"^shared_expert_gate is True, .*: set num_shared_experts above 0, or "),
+    (
+        {"router_selection_bias_on": "logits"},
+        r"^router_selection_bias_on is 'logits', .*: set router_selection_bias=True, or ",
+    ),
+    ({"router_type": "hash", "router_expert_scale": True}, r"^router_expert_scale is True, .*: choose a router_type"),
+    (
+        {"gated_mlp": False, "dense_swiglu_limit": 1.0},
+        r"^dense_swiglu_limit is 1.0, .*: have a dense layer with gated_mlp=True, or shared",
+    ),
+    (
+        {"mlp_layer_types": ["dense"] * 3, "moe_latent_size": 8},
+        r"^moe_latent_size is 8, .*: give mlp_layer_types a sp",
+    ),
     ({"q_lora_rank": 8}, r"^q_lora_rank is 8, which nothing reads: set kv_lora_rank"),
     ({"v_head_dim": 8}, r"^v_head_dim is 8, which nothing reads: set kv_lora_rank"),
     ({"capacity_running": True}, r"^capacity_running is True, .*: set capacity_factor or eval_capacity_factor, or "),

@@ -30,6 +30,7 @@ OURS = {
     "gelu-tanh": {"hidden_act": "gelu_pytorch_tanh"},
     "gelu-new": {"hidden_act": "gelu_new", "gated_experts": False, "mlp_bias": True},
     "clamped": {"swiglu_limit": 0.9, "mlp_bias": True},
+    "clamped-silu": {"swiglu_limit": 0.9, "swiglu_alpha": None, "mlp_bias": True},
 }
 THEIRS = {
     "mixtral": (MixtralExperts, "mixtral"),

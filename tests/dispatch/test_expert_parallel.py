@@ -17,15 +17,20 @@ CHOOSES = hasattr(DistributedConfig(), "ep_implementation")
 RANKS = 2
 IDS = torch.arange(3, 39).view(4, 9)
 
+OURS = {
+    "moe": {},
+    # null experts give empty assignments, copy experts need no exchange
+    "moe_with_empty_assignments": {"num_null_experts": 2, "num_copy_experts": 1},
+    "moe_with_latent_experts": {"moe_latent_size": 12, "router_input_norm": True, "router_expert_scale": True},
+}
+
 
 def build(kind: str, num_experts: int = 6):
     torch.manual_seed(0)
-    if kind.startswith("moe"):
-        # null experts give empty assignments, copy experts need no exchange
-        empty = {"num_null_experts": 2, "num_copy_experts": 1} if kind == "moe_with_empty_assignments" else {}
+    if kind in OURS:
         return MoEForCausalLM(
             tiny_config(
-                vocab_size=100, num_experts=num_experts, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, **empty
+                vocab_size=100, num_experts=num_experts, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, **OURS[kind]
             )
         )
     config = AutoConfig.for_model(
@@ -65,7 +70,7 @@ def rank_main(rank: int, folder: str, implementation: str | None) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["all_reduce", "all_to_all"] if CHOOSES else [None])
-@pytest.mark.parametrize("kind", ["moe", "moe_with_empty_assignments", "mixtral"])
+@pytest.mark.parametrize("kind", [*OURS, "mixtral"])
 def test_two_ranks_equal_one(kind, implementation, tmp_path):
     build(kind).save_pretrained(tmp_path)
     run_ranks(rank_main, RANKS, str(tmp_path), implementation)

@@ -66,6 +66,8 @@ def logits(model, **kwargs) -> torch.Tensor:
         {"n_group": 3, "topk_group": 2, "group_score": "max", "norm_topk_prob": False},
         {"router_type": "gumbel_topk"},
         {"router_type": "task", "num_tasks": 2},
+        {"router_selection_bias": True, "router_selection_bias_on": "logits", "router_expert_scale": True},
+        {"moe_latent_size": 10, "router_logit_softcapping": 1.0, "router_input_norm": True},
     ],
     ids=str,
 )

@@ -64,6 +64,7 @@ def usage_of(load=LOAD, mass=None, reap=None) -> Usage:
         {"mlp_bias": True, "gated_mlp": False},
         {"scoring_func": "sigmoid", "norm_topk_prob": False, "router_selection_bias": True},
         {"num_null_experts": 2, "num_experts_per_tok": 4},
+        {"router_expert_scale": True, "moe_latent_size": 10},
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """A model family is described by a function that maps its configuration and a function that maps its tensors."""
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,6 +95,13 @@ class SourceFields:
     def same(self, *names: str) -> dict[str, Any]:
         """Reads fields whose name and meaning are the same in a `MoEConfig`."""
         return {name: self.take(name) for name in names}
+
+    def replaced(self, **values: Any) -> "SourceFields":
+        """Returns these fields with other values of some; a read of either counts for both."""
+        other = copy.copy(self)
+        other._config = copy.copy(self._config)
+        vars(other._config).update(values)
+        return other
 
     def require(self, name: str, *allowed: Any) -> None:
         """Reads a field for which a MoE supports only the values `allowed`.

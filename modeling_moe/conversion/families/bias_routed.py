@@ -7,7 +7,7 @@ from ...checkpoints import State
 from ...configuration_moe import MoEConfig
 from .base import Family, SourceFields
 from .deepseek import deepseek_sparse, latent_attention, latent_tensors
-from .sparse_parts import SIGMOID, moe_tensors, sigmoid_routed, sparse
+from .sparse_parts import moe_tensors, sigmoid_routed, sigmoid_scores, sparse
 
 
 # part of a tensor's name in Sarvam's checkpoints -> part of the name in a MoE
@@ -34,8 +34,9 @@ def _glm4_moe(fields: SourceFields) -> dict[str, Any]:
 
 
 def _solar_open(fields: SourceFields) -> dict[str, Any]:
-    # the family's first checkpoint names features that transformers' model does not have
+    # transformers' model does not have these features, which a config.json can name
     fields.require("use_qk_norm", False)
+    fields.require("first_k_dense_replace", 0)
     values = deepseek_sparse(fields) | sigmoid_routed(fields) | fields.same("head_dim")
     return values | {"qkv_bias": values.pop("attention_bias")}
 
@@ -45,8 +46,15 @@ def _latent(fields: SourceFields) -> dict[str, Any]:
     return deepseek_sparse(fields) | latent_attention(fields) | sigmoid_routed(fields)
 
 
+def _kinds_of_layers(fields: SourceFields) -> dict[str, Any]:
+    """Reads `mlp_layer_types`, beside which transformers' model ignores the number of dense layers at the start."""
+    kinds = fields.take("mlp_layer_types")
+    fields.require("first_k_dense_replace", next((i for i, kind in enumerate(kinds) if kind != "dense"), len(kinds)))
+    return {"mlp_layer_types": kinds}
+
+
 def _glm4_moe_lite(fields: SourceFields) -> dict[str, Any]:
-    return _latent(fields) | fields.same("mlp_layer_types")
+    return _latent(fields) | _kinds_of_layers(fields)
 
 
 def _exaone_moe(fields: SourceFields) -> dict[str, Any]:
@@ -64,15 +72,16 @@ def _hy_v3(fields: SourceFields) -> dict[str, Any]:
     fields.require("mlp_bias", False)
     # a sum in fp32 that is rounded once equals a sum in half precision
     fields.take("enable_moe_fp32_combine")
-    same = fields.same("head_dim", "moe_intermediate_size", "num_shared_experts", "mlp_layer_types", "attention_bias")
-    router = SIGMOID | {"norm_topk_prob": True, "routed_scaling_factor": fields.take("router_scaling_factor")}
-    return sparse(fields) | same | router | {"qk_norm": "head"}
+    same = fields.same("head_dim", "moe_intermediate_size", "num_shared_experts", "attention_bias")
+    router = {"norm_topk_prob": True, "routed_scaling_factor": fields.take("router_scaling_factor")}
+    values = sparse(fields) | same | _kinds_of_layers(fields) | sigmoid_scores(fields)
+    return values | router | {"qk_norm": "head"}
 
 
 def _minimax_m2(fields: SourceFields) -> dict[str, Any]:
-    values = sparse(fields, partial=True) | SIGMOID | {"norm_topk_prob": True, "qk_norm": "full"}
+    values = sparse(fields, partial=True) | sigmoid_scores(fields) | {"norm_topk_prob": True, "qk_norm": "full"}
     values |= fields.same("head_dim", "router_aux_loss_coef", "router_jitter_noise")
-    # transformers before 5.18 ignores the name that the published checkpoints give to the number of rotated features
+    # transformers 5.17 ignores the name that the published checkpoints give to the number of rotated features
     if (rotated := fields.take("rotary_dim")) is not None:
         factor = rotated / values["head_dim"]
         values["rope_parameters"] = {"partial_rotary_factor": factor} | values["rope_parameters"]

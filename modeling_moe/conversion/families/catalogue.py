@@ -12,12 +12,16 @@ from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from ...utils.json_files import read_json
 from ...utils.loading import load_config
+from .attention_variants import ATTENTION_FAMILIES
 from .base import Family, SourceFields
 from .bias_routed import BIAS_ROUTED_FAMILIES
+from .cohere import COHERE_FAMILIES
 from .deepseek import DEEPSEEK_FAMILIES
 from .dense import DENSE_FAMILIES
 from .gpt_oss import GPT_OSS_FAMILIES
 from .granite import GRANITE_FAMILIES
+from .kolibri import KOLIBRI_FAMILIES
+from .phimoe import PHIMOE_FAMILIES
 from .softmax import SOFTMAX_FAMILIES
 from .text_towers import TEXT_FAMILIES
 from .unread import unread_family
@@ -25,7 +29,16 @@ from .wrappers import text_source
 
 
 SPARSE_FAMILIES: dict[str, Family] = (
-    SOFTMAX_FAMILIES | GRANITE_FAMILIES | DEEPSEEK_FAMILIES | BIAS_ROUTED_FAMILIES | GPT_OSS_FAMILIES | TEXT_FAMILIES
+    SOFTMAX_FAMILIES
+    | GRANITE_FAMILIES
+    | DEEPSEEK_FAMILIES
+    | BIAS_ROUTED_FAMILIES
+    | ATTENTION_FAMILIES
+    | COHERE_FAMILIES
+    | GPT_OSS_FAMILIES
+    | KOLIBRI_FAMILIES
+    | PHIMOE_FAMILIES
+    | TEXT_FAMILIES
 )
 FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
 MODELOPT = "hf_quant_config.json"

@@ -88,8 +88,6 @@ def _deepseek_v2(fields: SourceFields) -> dict[str, Any]:
 
 
 def _deepseek_v3(fields: SourceFields) -> dict[str, Any]:
-    fields.require("scoring_func", "sigmoid")
-    fields.require("topk_method", "noaux_tc")
     fields.require("rope_interleave", True)
     fields.require("seq_aux", True)
     router = sigmoid_routed(fields) | {"router_seq_aux_loss_coef": fields.take("aux_loss_alpha", 0.0)}

@@ -57,15 +57,20 @@ def standard(fields: SourceFields) -> dict[str, Any]:
     return sparse(fields) | fields.same("head_dim", "router_aux_loss_coef")
 
 
-# DeepSeek-V3's router: sigmoid scores, and a bias that is added to choose experts; transformers' models have no loss for it
-SIGMOID: dict[str, Any] = {"scoring_func": "sigmoid", "router_selection_bias": True, "router_aux_loss_coef": 0.0}
+def sigmoid_scores(fields: SourceFields) -> dict[str, Any]:
+    """Reads the fields of a router with sigmoid scores and a bias that is added only to choose experts."""
+    # dots.llm1 names the choice of experts where others name the scores
+    fields.require("scoring_func", "sigmoid", "noaux_tc")
+    fields.require("topk_method", "noaux_tc")
+    # transformers' models have no balance loss for it
+    return {"scoring_func": "sigmoid", "router_selection_bias": True, "router_aux_loss_coef": 0.0}
 
 
 def sigmoid_routed(fields: SourceFields) -> dict[str, Any]:
     """Reads the fields of DeepSeek-V3's router, which chooses groups of experts first."""
-    groups = fields.same("n_group", "topk_group", "routed_scaling_factor")
+    groups = fields.same("n_group", "topk_group", "routed_scaling_factor") | {"group_score": "top2sum"}
     # null is false in transformers' models
-    return SIGMOID | groups | {"group_score": "top2sum", "norm_topk_prob": bool(fields.take("norm_topk_prob"))}
+    return sigmoid_scores(fields) | groups | {"norm_topk_prob": bool(fields.take("norm_topk_prob"))}
 
 
 def pairs_to_halves(width: int, plain: int) -> Callable[[torch.Tensor], torch.Tensor]:

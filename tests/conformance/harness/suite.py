@@ -37,7 +37,7 @@ FIELDS = {
 VARIANTS = {
     "control": {},
     "plain": {"qk_norm": "head"},
-    "parallel": {"qk_norm": "head"},
+    "parallel": {"qk_norm": "head", "qk_norm_after_rope": True, "attn_output_gate": True, "lm_head_bias": True},
     "shared": {"shared_expert_intermediate_size": 36, "shared_expert_gate": True, "qkv_bias": True},
     "deepseek": {
         "num_shared_experts": 1,

@@ -1,0 +1,96 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module defines the decoder layer: attention, a feed-forward network, and the norms around them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .attention import MoEAttention
+from .attention_latent import MoELatentAttention
+from .compatibility import takes_cache
+from .model_norms import make_norm, norm_names
+from .router import RoutingContext
+from .router_losses import TokenWeights
+from .router_statistics import pack
+
+
+class MoEDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then a dense or a sparse feed-forward network; the residual stream adds the output of each.
+
+    `config.norm_placement` puts norms before attention and network, after them, or both; with `"parallel"` attention and
+    network read one input, and with `"parallel_shared"` the output of one norm.
+
+    Args:
+        config: the model's configuration.
+        layer_idx: index of the layer.
+        mlp: the layer's feed-forward network, `MoEBlock` or [`~modeling_moe.model_mlp.MoEMLP`].
+    """
+
+    def __init__(self, config: Any, layer_idx: int, mlp: nn.Module):
+        super().__init__()
+        self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        attention = MoEAttention if config.kv_lora_rank is None else MoELatentAttention
+        self.self_attn = attention(config, layer_idx)
+        self.mlp = mlp
+        self.parallel = config.norm_placement == "parallel"
+        self.shares_norm = config.norm_placement == "parallel_shared"
+        self.norm_names = norm_names(config, self.is_sparse)
+        for name in dict.fromkeys(self.norm_names):
+            if name is not None:
+                setattr(self, name, make_norm(config))
+        self.resid_pdrop, self.residual_multiplier = config.resid_pdrop, config.residual_multiplier
+
+    @takes_cache
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        routing_context: RoutingContext | None = None,
+        token_weights: TokenWeights | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Maps (B, S, H) to (B, S, H), packed with the router's statistics ([`~modeling_moe.router_statistics.pack`])."""
+        before_attention, after_attention, before_mlp, after_mlp = self.norm_names
+        states = self._normed(before_attention, hidden_states)
+        attended, _ = self.self_attn(
+            hidden_states=states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        attended = self._update(self._normed(after_attention, attended))
+        residual = hidden_states if self.parallel else hidden_states + attended
+        statistics = None
+        if not self.shares_norm:
+            states = self._normed(before_mlp, residual)
+        if self.is_sparse:
+            # the cache is the layer's argument: gradient checkpointing removes it from there
+            context = (routing_context or RoutingContext(len(states)))._replace(cache=cache)
+            states, statistics = self.mlp(states, context, token_weights)
+        else:
+            states = self.mlp(states)
+        states = self._update(self._normed(after_mlp, states))
+        # in GPT-NeoX's order, since bf16 rounds each sum
+        hidden_states = (states + attended) + residual if self.parallel else residual + states
+        return pack(hidden_states, statistics)
+
+    def _normed(self, name: str | None, states: torch.Tensor) -> torch.Tensor:
+        return states if name is None else getattr(self, name)(states)
+
+    def _update(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns what the residual stream adds: the output of attention or network after dropout and scaling."""
+        if self.resid_pdrop:
+            states = nn.functional.dropout(states, self.resid_pdrop, self.training)
+        return states if self.residual_multiplier == 1.0 else states * self.residual_multiplier
