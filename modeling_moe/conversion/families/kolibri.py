@@ -3,8 +3,6 @@
 
 from typing import Any
 
-import torch
-
 from ...checkpoints import State
 from ...configuration_moe import MoEConfig
 from .base import Family, SourceFields
@@ -43,7 +41,7 @@ def _kolibri1_tensors(state: State, config: MoEConfig) -> State:
     for name, tensor in state.items():
         for old, new in NAMES.items():
             name = name.replace(old, new)
-        tensors[name] = tensor.to(torch.float32) if name.endswith("e_score_correction_bias") else tensor
+        tensors[name] = tensor
     return moe_tensors(tensors, config)
 
 
