@@ -26,6 +26,7 @@ from ..utils.lineage import lineage_of
 from ..utils.loading import load_tokenizer, parse_dtype
 from .families.catalogue import fields_without_effect, moe_config, source_config
 from .families.export import TARGETS, export_plan
+from .families.wrappers import left_out, text_values
 from .importing import import_state
 from .older_names import save_for_older_readers
 from .prediction_layers import ENTRY, PredictionLayers, kept_prediction_layers, prediction_layers, restored
@@ -56,6 +57,11 @@ class Checkpoint:
     prediction: PredictionLayers | None = None
     without_effect: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Parameters of the parts of a multimodal source that are not its text model, such as model.visual; else empty."""
+        return left_out(self.source.state, self.source_config)
+
     def identity(self) -> dict[str, Any]:
         """Returns name, file hashes and configuration of the source, for a result's recipe; reads all weights.
 
@@ -64,7 +70,8 @@ class Checkpoint:
         """
         beside = self.prediction.files if self.prediction else ()
         files = fingerprint(self.source.folder, (*self.source.files, *beside))
-        return {"name": self.source.folder.name, "files": files, "config": self.source_config.to_diff_dict()}
+        identity = {"name": self.source.folder.name, "files": files, "config": self.source_config.to_diff_dict()}
+        return identity | ({"left_out": self.left_out} if self.left_out else {})
 
     def prediction_for(self, target: str) -> PredictionLayers | None:
         """Returns the layers that predict further tokens if a format can hold them: this package's, or their own family's."""
@@ -74,6 +81,9 @@ class Checkpoint:
     def notes(self, target: str) -> list[str]:
         """Returns a sentence for each thing that a conversion to `target` leaves out or does not read."""
         notes = []
+        if self.left_out:
+            shown = ", ".join(f"{name} ({count:,} parameters)" for name, count in self.left_out.items())
+            notes.append(f"Only the text model is converted; these parts of the source are left out: {shown}.")
         if self.without_effect:
             shown = ", ".join(f"{name} ({value!r:.60})" for name, value in self.without_effect.items())
             notes.append(
@@ -108,7 +118,7 @@ def _refuse_more_layers(source: Source) -> None:
     """Refuses a config.json with more layers than tensors, before a model with that many layers is built."""
     if source.gguf_file or not (source.folder / "config.json").is_file():
         return
-    values = read_json(source.folder / "config.json")
+    values = text_values(read_json(source.folder / "config.json"))
     for name in LAYERS:
         if isinstance(values.get(name), int | float) and values[name] > len(source.state):
             raise UserError(

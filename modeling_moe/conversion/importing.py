@@ -13,6 +13,7 @@ from ..modeling_moe import MoEForCausalLM
 from ..utils.errors import UserError
 from .families.catalogue import family_of, moe_config
 from .families.quantized import dequantised
+from .families.wrappers import text_source, text_tensors
 from .prediction_layers import split_prediction
 
 
@@ -61,8 +62,9 @@ def import_state(state: State, source: PreTrainedConfig, config: MoEConfig) -> S
             quantised.
     """
     if source.model_type != MoEConfig.model_type:
-        state, _ = split_prediction(state, source)
-        state = dequantised(state, getattr(source, "quantization_config", None))
+        text = text_source(source)
+        state, _ = split_prediction(text_tensors(state, source), text)
+        state = dequantised(state, getattr(text, "quantization_config", None))
         state = family_of(source).tensors(state, config)
     expected = _on_disk(config)
     if config.tie_word_embeddings:

@@ -20,6 +20,7 @@ from ..utils.lineage import CONVERSION
 from ..utils.prediction_files import PATTERN, prediction_files
 from .families.base import PREDICTION
 from .families.quantized import dequantised
+from .families.wrappers import text_source, text_tensors
 
 
 # entry of a recipe in conversion.json
@@ -57,8 +58,7 @@ class PredictionLayers:
 
 def _own_and_further(source: PreTrainedConfig) -> tuple[int, int]:
     """Returns the number of the model's own layers, and of the layers that predict further tokens."""
-    text = source.get_text_config(decoder=True)
-    counts = [getattr(text, name, None) for name in ("num_hidden_layers", *COUNTS)]
+    counts = [getattr(source, name, None) for name in ("num_hidden_layers", *COUNTS)]
     own, *further = (count if isinstance(count, int) else 0 for count in counts)
     return own, max(further)
 
@@ -67,8 +67,8 @@ def split_prediction(state: State, source: PreTrainedConfig) -> tuple[State, Sta
     """Splits tensors on disk into those of the model, and those of the layers that predict further tokens.
 
     Args:
-        state: tensors under the source's names.
-        source: configuration of the source, whose num_nextn_predict_layers (num_mtp_layers) says how many layers follow
+        state: tensors of a text model, under the names of the model's family.
+        source: configuration of the text model, whose num_nextn_predict_layers (num_mtp_layers) says how many layers follow
             the model's own ones.
     """
     own, further = _own_and_further(source)
@@ -88,12 +88,12 @@ def prediction_layers(state: State, source: PreTrainedConfig) -> PredictionLayer
         state: tensors as on disk.
         source: configuration of the source.
     """
-    _, kept = split_prediction(state, source)
+    text = text_source(source)
+    _, kept = split_prediction(text_tensors(state, source), text)
     if not kept:
         return None
-    text = source.get_text_config(decoder=True)
     fields = {name: value for name, value in text.to_dict().items() if PREDICTION.search(name) and value is not None}
-    settings = getattr(source, "quantization_config", None)
+    settings = getattr(text, "quantization_config", None)
     return PredictionLayers(text.model_type, dequantised(kept, settings), fields)
 
 

@@ -67,10 +67,10 @@ def latent_attention(fields: SourceFields) -> dict[str, Any]:
     return widths | {"attention_multiplier": scale}
 
 
-def _deepseek_v2(fields: SourceFields) -> dict[str, Any]:
+def deepseek_v2_router(fields: SourceFields) -> dict[str, Any]:
+    """Reads the fields of DeepSeek-V2's router, which does not renormalise and may be limited to groups of experts."""
     fields.require("scoring_func", "softmax")
     fields.require("topk_method", "greedy", "group_limited_greedy")
-    fields.require("mlp_bias", False)
     # if it is true, DeepSeek's code renormalises and transformers does not
     fields.require("norm_topk_prob", False, None)
     groups: dict[str, Any] = fields.same("n_group", "topk_group")
@@ -78,7 +78,12 @@ def _deepseek_v2(fields: SourceFields) -> dict[str, Any]:
         groups = {"n_group": 1, "topk_group": 1}
     if isinstance(groups["n_group"], int) and groups["n_group"] > 1:
         groups["group_score"] = "max"
-    router = groups | {"norm_topk_prob": False} | fields.same("routed_scaling_factor")
+    return groups | {"norm_topk_prob": False} | fields.same("routed_scaling_factor")
+
+
+def _deepseek_v2(fields: SourceFields) -> dict[str, Any]:
+    fields.require("mlp_bias", False)
+    router = deepseek_v2_router(fields)
     return deepseek_sparse(fields) | _deepseek_balance(fields) | latent_attention(fields) | router
 
 
