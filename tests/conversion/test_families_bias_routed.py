@@ -125,26 +125,26 @@ def test_same_text_and_cached_decode(name):
     harness.check_text(*random_source(name))
 
 
-# family -> ends of names that its files have and its model in memory does not
+# family -> parts of names that its files have and its model in memory does not
 ON_DISK = {
     "sarvam_moe": [
-        "model.word_embeddings.weight",
-        ".attention.query_key_value.weight",
-        ".attention.dense.weight",
-        ".attention.query_layernorm.weight",
+        "model.word_embeddings.",
+        ".attention.query_key_value.",
+        ".attention.dense.",
+        ".attention.query_layernorm.",
         ".mlp.gate.expert_bias",
     ],
     "exaone_moe": [".mlp.e_score_correction_bias"],
-    "hy_v3": [".mlp.router.gate.weight", ".mlp.expert_bias", ".mlp.shared_mlp.up_proj.weight"],
-    "minimax_m2": [".block_sparse_moe.e_score_correction_bias", ".experts.0.w1.weight"],
+    "hy_v3": [".mlp.router.gate.", ".mlp.expert_bias", ".mlp.shared_mlp."],
+    "minimax_m2": [".block_sparse_moe.e_score_correction_bias", ".experts.0.w1."],
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_from_disk(name, tmp_path):
     tensors = harness.check_disk(*random_source(name), tmp_path)
-    for end in [".experts.0.", *(ON_DISK.get(name, []))]:
-        assert any(key.endswith(end) or (end.endswith(".") and end in key) for key in tensors), end
+    for part in [".experts.0.", *ON_DISK.get(name, [])]:
+        assert any(part in key for key in tensors), part
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -29,8 +29,9 @@ def _dots1(fields: SourceFields) -> dict[str, Any]:
 
 def _glm4_moe(fields: SourceFields) -> dict[str, Any]:
     values = deepseek_sparse(fields, partial=True) | sigmoid_routed(fields) | fields.same("head_dim")
-    norm = "head" if fields.take("use_qk_norm") else None
-    return values | {"qkv_bias": values.pop("attention_bias"), "qk_norm": norm}
+    # the output projection has no bias
+    bias = values.pop("attention_bias")
+    return values | {"qkv_bias": bias, "qk_norm": "head" if fields.take("use_qk_norm") else None}
 
 
 def _solar_open(fields: SourceFields) -> dict[str, Any]:
@@ -38,7 +39,8 @@ def _solar_open(fields: SourceFields) -> dict[str, Any]:
     fields.require("use_qk_norm", False)
     fields.require("first_k_dense_replace", 0)
     values = deepseek_sparse(fields) | sigmoid_routed(fields) | fields.same("head_dim")
-    return values | {"qkv_bias": values.pop("attention_bias")}
+    bias = values.pop("attention_bias")
+    return values | {"qkv_bias": bias}
 
 
 def _latent(fields: SourceFields) -> dict[str, Any]:
