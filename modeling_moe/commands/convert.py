@@ -5,13 +5,15 @@
     moe convert --model_name_or_path ./OLMoE-1B-7B --output_dir outputs/olmoe --dtype bfloat16 --verify
     moe convert --model_name_or_path outputs/moe --output_dir outputs/served --target qwen3_moe
 
-Sources: this package's checkpoints; Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-MoE, -V2 and -V3, gpt-oss; and, as a
-model whose layers are all dense, Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo2, OLMo3, Phi-3, Gemma 2 and 3, Granite, GPT-2
-and GPT-NeoX. Targets: moe (this package), mixtral, qwen2_moe, qwen3_moe, olmoe.
+Sources: this package's checkpoints; the sparse families of docs/source-families.md, such as Mixtral, Qwen3-MoE, DeepSeek-V3,
+GLM-4.5, ERNIE-4.5 and gpt-oss; and, as a model whose layers are all dense, Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo2,
+OLMo3, Phi-3, Gemma 2 and 3, Granite, GPT-2 and GPT-NeoX. Of a multimodal model the text model is converted. Targets: moe
+(this package), mixtral, qwen2_moe, qwen3_moe, olmoe.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +21,8 @@ from rich.table import Table
 from ..configuration_moe import MoEConfig
 from ..conversion import TARGETS, Verification, convert_checkpoint
 from ..utils.command_line import parse
+from ..utils.folders import RECORD_NAME
+from ..utils.json_files import read_json
 from ..utils.loading import DtypeName
 
 
@@ -59,6 +63,14 @@ def convert(args: ConvertArguments) -> tuple[MoEConfig, Verification | None]:
     )
 
 
+def _left_out(folder: str) -> list[tuple[str, str]]:
+    """Returns a row of the table with the parts of a multimodal source that are not in the result; none if there are none."""
+    parts = read_json(Path(folder) / RECORD_NAME)["recipe"]["source"].get("left_out", {})
+    return [("left out of the source", ", ".join(f"{name} ({count:,})" for name, count in parts.items()))] * bool(
+        parts
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Converts, and prints the size of the result."""
     (args,) = parse([ConvertArguments], __doc__, argv)
@@ -70,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("sparse layers", f"{layers - dense_layers} of {layers}"),
         ("experts, per token", f"{config.num_experts}, {config.num_experts_per_tok}"),
         ("dtype", str(config.dtype).removeprefix("torch.")),
+        *_left_out(args.output_dir),
         *(verification.rows() if verification else []),
     ]
     table = Table("", args.output_dir)

@@ -5,6 +5,7 @@ from .convert import Checkpoint, convert_checkpoint, open_checkpoint, result_fol
 from .families.catalogue import FAMILIES, SPARSE_FAMILIES, moe_config
 from .families.dense import DENSE_FAMILIES
 from .families.export import TARGETS
+from .families.wrappers import WRAPPERS, text_source, towers
 from .importing import import_state, load_state, tensors_on_disk, to_moe
 from .verification import Verification, verification_ids, verify
 
@@ -16,6 +17,7 @@ __all__ = [
     "SPARSE_FAMILIES",
     "TARGETS",
     "Verification",
+    "WRAPPERS",
     "convert_checkpoint",
     "import_state",
     "load_state",
@@ -24,7 +26,9 @@ __all__ = [
     "result_folder",
     "save_checkpoint",
     "tensors_on_disk",
+    "text_source",
     "to_moe",
+    "towers",
     "verification_ids",
     "verify",
 ]

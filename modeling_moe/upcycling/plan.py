@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..configuration_moe import MoEConfig
-from ..conversion import DENSE_FAMILIES, SPARSE_FAMILIES, moe_config
+from ..conversion import DENSE_FAMILIES, SPARSE_FAMILIES, moe_config, text_source, towers
 from ..modeling_moe import MoEForCausalLM
 from ..utils.errors import UserError
 from ..utils.limits import refuse_vast_result
@@ -60,6 +60,7 @@ class UpcyclingPlan:
         active_params: number of parameters of the result that a token uses.
         groups: the parameters by kind.
         reason_not_exact: why the result will not compute the dense function; None if it will.
+        left_out: names of the (first) source's nested configurations, such as vision_config, whose parts are left out.
     """
 
     config: MoEConfig
@@ -69,6 +70,7 @@ class UpcyclingPlan:
     active_params: int
     groups: tuple[TensorGroup, ...]
     reason_not_exact: str | None
+    left_out: tuple[str, ...] = ()
 
     @property
     def bytes_on_disk(self) -> int:
@@ -155,7 +157,8 @@ def make_plan(
     """Plans the upcycling of dense models.
 
     Args:
-        source: the dense model's configuration; its family must be one of `conversion.DENSE_FAMILIES`.
+        source: the dense model's configuration; its family must be one of `conversion.DENSE_FAMILIES`, or it wraps a text
+            model of one.
         options: how to upcycle.
         dtype: dtype of the result's weights.
         further: configurations of `options.sources`.
@@ -164,6 +167,8 @@ def make_plan(
         UserError: if a source is of another family, the sources differ in architecture, or no model can be made with
             these options.
     """
+    left_out = towers(source)
+    source, *further = (text_source(config) for config in (source, *further))
     for config in (source, *further):
         if config.model_type not in DENSE_FAMILIES:
             sparse = config.model_type == MoEConfig.model_type or config.model_type in SPARSE_FAMILIES
@@ -186,4 +191,5 @@ def make_plan(
         active_params=config.num_active_params(),
         groups=tensor_groups(config, dtype),
         reason_not_exact=reason_not_exact(options, config),
+        left_out=tuple(left_out),
     )
