@@ -26,8 +26,9 @@ def test_each_family_is_read_or_has_a_reason(family):
 def test_folders_with_experts_are_found():
     assert len(experts_families()) > 50
     assert len(other_families()) > 5
-    # Sarvam's configurations have the classes of other folders
-    assert {"mixtral", "dbrx", "sarvam_moe"} <= {*source_families.folders()}
+    # Sarvam's configurations, which transformers 5.17 does not have yet, use the classes of other folders
+    expected = {"mixtral", "dbrx", *({"sarvam_moe"} & {*CONFIG_MAPPING})}
+    assert expected <= {*source_families.folders()}
     assert all(follows_interface(folder) for folder in experts_families())
     assert not any(follows_interface(folder) for folder in other_families())
 
