@@ -1,8 +1,16 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This package converts transformers' dense and sparse checkpoints to MoE checkpoints with equal logits, and back."""
 
-from .convert import Checkpoint, convert_checkpoint, open_checkpoint, result_folder, save_checkpoint
-from .families.catalogue import FAMILIES, SPARSE_FAMILIES, moe_config
+from .convert import (
+    Checkpoint,
+    ConversionPlan,
+    convert_checkpoint,
+    open_checkpoint,
+    plan_conversion,
+    result_folder,
+    save_checkpoint,
+)
+from .families.catalogue import FAMILIES, SPARSE_FAMILIES, fields_without_effect, moe_config
 from .families.dense import DENSE_FAMILIES
 from .families.export import TARGETS
 from .families.wrappers import WRAPPERS, text_source, towers
@@ -12,6 +20,7 @@ from .verification import Verification, verification_ids, verify
 
 __all__ = [
     "Checkpoint",
+    "ConversionPlan",
     "DENSE_FAMILIES",
     "FAMILIES",
     "SPARSE_FAMILIES",
@@ -19,10 +28,12 @@ __all__ = [
     "Verification",
     "WRAPPERS",
     "convert_checkpoint",
+    "fields_without_effect",
     "import_state",
     "load_state",
     "moe_config",
     "open_checkpoint",
+    "plan_conversion",
     "result_folder",
     "save_checkpoint",
     "tensors_on_disk",

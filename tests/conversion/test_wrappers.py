@@ -322,8 +322,9 @@ def test_unknown_field_of_the_text_model_is_refused():
     for name in BARE:
         config = wrapper_config(name)
         moe_config(config)
-        config.text_config.secret_gate = 0.5
-        with pytest.raises(UserError, match=r"secret_gate .* is unknown"):
+        # transformers' shared code reads this name
+        config.text_config.is_causal = False
+        with pytest.raises(UserError, match=r"is_causal .* is unknown"):
             moe_config(config)
 
 
@@ -355,7 +356,8 @@ def test_source_is_not_changed():
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "llava"])
-def test_command_prints_and_keeps_what_is_left_out(name, tmp_path, capsys):
+def test_command_prints_and_keeps_what_is_left_out(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
     source = wrapper(name, vocab_size=300)
     source.save_pretrained(tmp_path / "source")
     builders.train_tokenizer().save_pretrained(tmp_path / "source")
@@ -368,6 +370,7 @@ def test_command_prints_and_keeps_what_is_left_out(name, tmp_path, capsys):
         "true",
     ]
     convert.main(arguments)
+    convert.main([*arguments, "--dry_run", "true"])
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "moe" / "conversion.json").read_text())
     parts = record["recipe"]["source"]["left_out"]
