@@ -629,7 +629,6 @@ PUBLISHED: dict[str, Published] = {
         {
             "attn_type_list",
             "qk_norm_type",
-            "scoring_func",
             "shared_intermediate_size",
             "use_qk_norm",
             "use_routing_bias",
