@@ -370,7 +370,7 @@ def test_command_prints_and_keeps_what_is_left_out(name, tmp_path, capsys, monke
         "true",
     ]
     convert.main(arguments)
-    convert.main([*arguments, "--dry_run", "true"])
+    convert.main([*arguments[:-2], "--dry_run", "true"])
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "moe" / "conversion.json").read_text())
     parts = record["recipe"]["source"]["left_out"]

@@ -85,7 +85,7 @@ def _qwen3_vl_moe_tensors(state: State, config: MoEConfig) -> State:
     tensors: State = {}
     for name, tensor in state.items():
         expected = shapes.get(name.rpartition(".experts.")[2])
-        transposed = expected is not None and tensor.shape[1:] not in (expected, ())
+        transposed = expected is not None and tensor.shape[1:] != expected
         tensors |= _by_expert(name, tensor) if transposed else {name: tensor}
     return moe_tensors(tensors, config)
 
