@@ -13,6 +13,7 @@ from .convert import (
 from .families.catalogue import FAMILIES, SPARSE_FAMILIES, fields_without_effect, moe_config
 from .families.dense import DENSE_FAMILIES
 from .families.export import TARGETS
+from .families.wrappers import WRAPPERS, text_source, towers
 from .importing import import_state, load_state, tensors_on_disk, to_moe
 from .verification import Verification, verification_ids, verify
 
@@ -25,6 +26,7 @@ __all__ = [
     "SPARSE_FAMILIES",
     "TARGETS",
     "Verification",
+    "WRAPPERS",
     "convert_checkpoint",
     "fields_without_effect",
     "import_state",
@@ -35,7 +37,9 @@ __all__ = [
     "result_folder",
     "save_checkpoint",
     "tensors_on_disk",
+    "text_source",
     "to_moe",
+    "towers",
     "verification_ids",
     "verify",
 ]

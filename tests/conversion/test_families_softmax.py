@@ -144,6 +144,9 @@ def test_nothing_is_read_before_it_is_asked_for(name):
         ("granitemoe_swa", "layer_rope_theta", [100.0, 0, 200.0]),
         ("mellum-full", "rope_parameters", {"full_attention": ROPE | {"partial_rotary_factor": 0.5}}),
         ("flex_olmo", "quantization_config", {"quant_method": "awq"}),
+        # transformers' code reads these names, so that they are refused where the conversion does not
+        ("flex_olmo", "sliding_window", 4),
+        ("granitemoe", "layer_types", ["full_attention"] * 3),
     ],
 )
 def test_unsupported_values_are_refused(name, field, value):

@@ -85,12 +85,14 @@ def _qwen3_vl_moe_tensors(state: State, config: MoEConfig) -> State:
     tensors: State = {}
     for name, tensor in state.items():
         expected = shapes.get(name.rpartition(".experts.")[2])
-        transposed = expected is not None and tensor.shape[1:] not in (expected, ())
+        transposed = expected is not None and tensor.shape[1:] != expected
         tensors |= _by_expert(name, tensor) if transposed else {name: tensor}
     return moe_tensors(tensors, config)
 
 
 def _glm4v_moe_text(fields: SourceFields) -> dict[str, Any]:
+    # rope_parameters contains this field, which releases of transformers before 5.24 keep beside it
+    fields.take("partial_rotary_factor")
     values = deepseek_sparse(fields, partial=True) | sigmoid_routed(fields)
     # transformers computes the balance loss from a softmax of the logits, and a MoE from the sigmoid scores
     same = fields.same("head_dim", "router_aux_loss_coef")
