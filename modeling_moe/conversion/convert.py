@@ -25,6 +25,7 @@ from ..utils.lineage import lineage_of
 from ..utils.loading import load_tokenizer, parse_dtype
 from .families.catalogue import moe_config, source_config
 from .families.export import TARGETS, export_plan, resolved_target
+from .families.wrappers import left_out, text_values
 from .importing import import_state
 from .older_names import save_for_older_readers
 from .plain_transformers import PlainComparison, compare_in_plain_transformers
@@ -48,6 +49,11 @@ class Checkpoint:
     source: Source
     source_config: PreTrainedConfig
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Parameters of the parts of a multimodal source that are not its text model, such as model.visual; else empty."""
+        return left_out(self.source.state, self.source_config)
+
     def identity(self) -> dict[str, Any]:
         """Returns name, file hashes and configuration of the source, for a result's recipe; reads all weights.
 
@@ -55,7 +61,8 @@ class Checkpoint:
             UserError: if a file differs from the hash beside it.
         """
         files = fingerprint(self.source.folder, self.source.files)
-        return {"name": self.source.folder.name, "files": files, "config": self.source_config.to_diff_dict()}
+        identity = {"name": self.source.folder.name, "files": files, "config": self.source_config.to_diff_dict()}
+        return identity | ({"left_out": self.left_out} if self.left_out else {})
 
 
 def cast(state: State, config: MoEConfig, dtype: torch.dtype) -> State:
@@ -79,7 +86,7 @@ def _refuse_more_layers(source: Source) -> None:
     """Refuses a config.json with more layers than tensors, before a model with that many layers is built."""
     if source.gguf_file or not (source.folder / "config.json").is_file():
         return
-    values = read_json(source.folder / "config.json")
+    values = text_values(read_json(source.folder / "config.json"))
     for name in LAYERS:
         if isinstance(values.get(name), int | float) and values[name] > len(source.state):
             raise UserError(
