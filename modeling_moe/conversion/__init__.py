@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This package converts transformers' dense and sparse checkpoints to MoE checkpoints with equal logits, and back."""
 
-from .convert import Checkpoint, convert_checkpoint, open_checkpoint, result_folder, save_checkpoint
+from .convert import Checkpoint, Conversion, convert_checkpoint, open_checkpoint, result_folder, save_checkpoint
 from .families.catalogue import FAMILIES, SPARSE_FAMILIES, moe_config
 from .families.dense import DENSE_FAMILIES
 from .families.export import AUTO, TARGETS, choose_target, exact_targets
@@ -13,6 +13,7 @@ from .verification import Verification, verification_ids, verify
 __all__ = [
     "AUTO",
     "Checkpoint",
+    "Conversion",
     "DENSE_FAMILIES",
     "FAMILIES",
     "SPARSE_FAMILIES",

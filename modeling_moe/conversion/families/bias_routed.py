@@ -69,6 +69,9 @@ def _hy_v3(fields: SourceFields) -> dict[str, Any]:
 
 
 def _minimax_m2(fields: SourceFields) -> dict[str, Any]:
+    # published checkpoints name the family's only router; transformers does not read these two
+    fields.require("scoring_func", "sigmoid")
+    fields.require("use_routing_bias", True)
     values = sparse(fields, partial=True) | _without_groups(1.0) | {"qk_norm": "full"}
     same = fields.same("head_dim", "router_aux_loss_coef", "router_jitter_noise")
     # transformers before 5.18 ignores the name that the published checkpoints give to the number of rotated features

@@ -76,7 +76,9 @@ NO_WINDOW = Condition(lambda config: getattr(config, "sliding_window", None) is 
 USUAL_HEADS = Condition(_usual_heads, "takes head_dim to be hidden_size / num_attention_heads")
 SPARSE_THROUGHOUT = Condition(_sparse_throughout, "refuses dense layers")
 RENORMALISED = Condition(lambda config: config.norm_topk_prob, "renormalises, whatever norm_topk_prob is")
-NOT_RENORMALISED = Condition(lambda config: not config.norm_topk_prob, "never renormalises, whatever norm_topk_prob is")
+NOT_RENORMALISED = Condition(
+    lambda config: not config.norm_topk_prob, "never renormalises, whatever norm_topk_prob is"
+)
 QKV_BIAS = Condition(lambda config: getattr(config, "qkv_bias", True), "answers NaN where qkv_bias is false")
 SIGMOID = Condition(
     lambda config: getattr(config, "scoring_func", None) == "sigmoid",

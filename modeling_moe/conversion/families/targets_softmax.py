@@ -41,16 +41,20 @@ def _granitemoeshared(config: MoEConfig) -> dict[str, Any]:
     multiplier = config.attention_multiplier
     # the family's class declares no head_dim, but its attention reads one
     usual = config.head_dim == config.hidden_size // config.num_attention_heads
-    return balance(config) | ({} if usual else {"head_dim": config.head_dim}) | {
-        "num_local_experts": config.num_experts,
-        "intermediate_size": config.moe_intermediate_size,
-        "shared_intermediate_size": config.shared_expert_intermediate_size,
-        "attention_bias": config.attention_bias,
-        "attention_multiplier": config.head_dim**-0.5 if multiplier is None else multiplier,
-        "embedding_multiplier": config.embedding_multiplier,
-        "residual_multiplier": config.residual_multiplier,
-        "logits_scaling": config.logits_scaling,
-    }
+    return (
+        balance(config)
+        | ({} if usual else {"head_dim": config.head_dim})
+        | {
+            "num_local_experts": config.num_experts,
+            "intermediate_size": config.moe_intermediate_size,
+            "shared_intermediate_size": config.shared_expert_intermediate_size,
+            "attention_bias": config.attention_bias,
+            "attention_multiplier": config.head_dim**-0.5 if multiplier is None else multiplier,
+            "embedding_multiplier": config.embedding_multiplier,
+            "residual_multiplier": config.residual_multiplier,
+            "logits_scaling": config.logits_scaling,
+        }
+    )
 
 
 def _granitemoeshared_tensors(state: State, config: MoEConfig) -> State:
