@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("dtype", str(config.dtype).removeprefix("torch.")),
         *(verification.rows() if verification else []),
         *(
-            [("largest logit difference in transformers", f"{done.plain.largest_difference:.1e}")]
+            [("in plain transformers", f"{done.plain.largest_difference:.1e}")]
             if done.plain
             else []
         ),

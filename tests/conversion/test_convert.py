@@ -176,7 +176,7 @@ def test_changed_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": "gguf"}, "target 'gguf' is unknown: it must be moe or one of mixtral"),
+        ({"target": "gguf"}, "target 'gguf' is unknown: it must be moe, auto or one of mixtral"),
         ({"target": "mixtral"}, "target mixtral cannot hold this model"),
         ({"dtype": "int3"}, "dtype 'int3' is unknown"),
     ],

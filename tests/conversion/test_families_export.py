@@ -474,7 +474,11 @@ REFUSED = [
     ("gpt_oss", {"norm_type": "rms_fp32"}, r"for swiglu_limit=None \(gpt_oss has 7.0\);"),
     ("gpt_oss", CLAMPED | {"num_shared_experts": 1}, r"for shared_expert_intermediate_size=24 \(gpt_oss has 0\);"),
     ("gpt_oss", CLAMPED | {"norm_topk_prob": False}, r"for norm_topk_prob=False \(gpt_oss has True\);"),
-    ("gpt_oss", CLAMPED | SIGMOID, r"for scoring_func='sigmoid' .*, router_selection_bias=True"),
+    (
+        "gpt_oss",
+        CLAMPED | SIGMOID,
+        r"for router_selection_bias=True .*, scoring_func='sigmoid' \(gpt_oss has 'softmax'\);",
+    ),
     (
         "mixtral",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
