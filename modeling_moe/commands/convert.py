@@ -4,6 +4,7 @@
     moe convert --model_name_or_path mistralai/Mixtral-8x7B-v0.1 --output_dir outputs/mixtral --target moe
     moe convert --model_name_or_path ./OLMoE-1B-7B --output_dir outputs/olmoe --dtype bfloat16 --verify
     moe convert --model_name_or_path outputs/moe --output_dir outputs/served --target auto --check transformers
+    moe convert --model_name_or_path ./GLM-4.5-Air --output_dir outputs/glm --dry_run
 
 Sources: this package's checkpoints; Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-MoE, -V2 and -V3, gpt-oss; and, as a
 model whose layers are all dense, Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo2, OLMo3, Phi-3, Gemma 2 and 3, Granite, GPT-2
@@ -18,9 +19,21 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from ..conversion import AUTO, TARGETS, Conversion, choose_target, convert_checkpoint, verdicts
+from ..configuration_moe import MoEConfig
+from ..conversion import (
+    AUTO,
+    TARGETS,
+    Conversion,
+    ConversionPlan,
+    choose_target,
+    convert_checkpoint,
+    plan_conversion,
+    verdicts,
+)
 from ..utils.command_line import parse
+from ..utils.errors import UserError
 from ..utils.loading import DtypeName
+from ..utils.sizes import size_text
 
 
 @dataclass
@@ -41,6 +54,7 @@ class ConvertArguments:
     gguf_file: str | None = field(default=None, metadata={"help": "name of the GGUF file in the source's folder"})
     dtype: DtypeName = field(default="auto", metadata={"help": "dtype of the result; auto: the source's dtype"})
     overwrite: bool = field(default=False, metadata={"help": "replace what an earlier run wrote to output_dir"})
+    dry_run: bool = field(default=False, metadata={"help": "print the plan, read no weights, write nothing"})
     verify: bool = field(default=False, metadata={"help": "run source and result on a text and compare the logits"})
     check: Literal["transformers"] | None = field(
         default=None,
@@ -50,6 +64,10 @@ class ConvertArguments:
         },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the checkpoint brings"})
+
+    def __post_init__(self):
+        if self.dry_run and (self.verify or self.check):
+            raise UserError("verify and check compare the result, and dry_run makes none: leave them or dry_run out")
 
 
 def convert(args: ConvertArguments) -> Conversion:
@@ -71,24 +89,40 @@ def convert(args: ConvertArguments) -> Conversion:
     )
 
 
-def _told_of_servers(args: ConvertArguments, done: Conversion) -> list[str]:
-    """Returns sentences: why `auto` took its target, and which servers run the result, and which do not and why."""
-    if done.target not in TARGETS:
-        return []
-    told = [choose_target(done.config).reason] if args.target == AUTO else []
-    found = verdicts(TARGETS[done.target].config(done.config))
-    told.append(f"Served by {', '.join(verdict.server.name for verdict in found if not verdict.faults)}.")
-    told += [
-        f"Not by {verdict.server.name}: it {'; it '.join(verdict.faults)}." for verdict in found if verdict.faults
-    ]
-    return told
+def plan(args: ConvertArguments) -> ConversionPlan:
+    """Checks from the headers of the files whether the conversion can be made.
+
+    Raises:
+        UserError: see [`~modeling_moe.conversion.plan_conversion`].
+    """
+    return plan_conversion(
+        args.model_name_or_path,
+        args.target,
+        args.gguf_file,
+        args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Converts, and prints the size of the result."""
+    """Converts, or only plans with `dry_run`, and prints the size of the result."""
     (args,) = parse([ConvertArguments], __doc__, argv)
+    if args.dry_run:
+        planned = plan(args)
+        more = [("weights on disk", size_text(planned.nbytes)), *(("note", note) for note in planned.notes)]
+        print_model(planned.config, "plan, nothing written", more)
+        print_servers(args.target, planned.target, planned.config)
+        return
     done = convert(args)
-    config, verification = done.config, done.verification
+    more = done.verification.rows() if done.verification else []
+    if done.plain:
+        more = [*more, ("in plain transformers", f"{done.plain.largest_difference:.1e}")]
+    print_model(done.config, args.output_dir, more)
+    print_servers(args.target, done.target, done.config)
+
+
+def print_model(config: MoEConfig, title: str, more: Sequence[tuple[str, str]]) -> None:
+    """Prints the size of a model, and the rows `more` under it."""
     layers, dense_layers = config.num_hidden_layers, len(config.mlp_only_layers)
     rows = [
         ("parameters", f"{config.num_params():,}"),
@@ -96,17 +130,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("sparse layers", f"{layers - dense_layers} of {layers}"),
         ("experts, per token", f"{config.num_experts}, {config.num_experts_per_tok}"),
         ("dtype", str(config.dtype).removeprefix("torch.")),
-        *(verification.rows() if verification else []),
-        *(
-            [("in plain transformers", f"{done.plain.largest_difference:.1e}")]
-            if done.plain
-            else []
-        ),
+        *more,
     ]
-    table = Table("", args.output_dir)
+    table = Table("", title)
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    console.print(table)
-    for sentence in _told_of_servers(args, done):
-        console.print(sentence, highlight=False, soft_wrap=True)
+    Console().print(table)
+
+
+def print_servers(asked: str, target: str, config: MoEConfig) -> None:
+    """Prints why `auto` takes its target, which servers run it, and which do not and why.
+
+    Args:
+        asked: target that the user named.
+        target: target of the result.
+        config: configuration of the model.
+    """
+    if target not in TARGETS:
+        return
+    found = verdicts(TARGETS[target].config(config))
+    told = [choose_target(config).reason] if asked == AUTO else []
+    told.append(f"Served by {', '.join(verdict.server.name for verdict in found if not verdict.faults)}.")
+    told += [f"Not by {server.name}: it {'; it '.join(faults)}." for server, faults in found if faults]
+    for sentence in told:
+        Console().print(sentence, highlight=False, soft_wrap=True)
