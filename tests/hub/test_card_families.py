@@ -99,26 +99,40 @@ def test_a_card_of_transformers_own_model(name, tmp_path, monkeypatch):
 
 
 def test_a_family_without_a_conversion_is_described_by_shared_names(tmp_path):
-    """GLM-4 has no conversion here: the facts come from the experts interface and transformers' names."""
+    """DeepSeek-V3.2 has no conversion here: the facts come from the experts interface and transformers' names."""
     values = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
     config = AutoConfig.for_model(
-        "glm4_moe",
-        num_key_value_heads=2,
-        head_dim=8,
+        "deepseek_v32",
+        num_key_value_heads=4,
+        n_group=1,
+        topk_group=1,
+        index_topk=8,
+        index_head_dim=16,
+        index_n_heads=2,
         first_k_dense_replace=1,
         routed_scaling_factor=2.5,
+        pad_token_id=0,
         **values,
+        **LATENT,
         **SHAPE,
     )
-    config.architectures = ["Glm4MoeForCausalLM"]
+    config.architectures = ["DeepseekV32ForCausalLM"]
     config.save_pretrained(tmp_path)
     card = write_model_card(tmp_path)
     told = rows(card)
     # older releases of transformers declare no router of this family
-    assert told.get("Router", "`Glm4MoeTopkRouter` of transformers") == "`Glm4MoeTopkRouter` of transformers"
+    assert told.get("Router", "`DeepseekV32TopkRouter` of transformers") == "`DeepseekV32TopkRouter` of transformers"
     assert (told["Routed experts"], told["Experts per token"], told["Shared experts"]) == ("4", "2", "1")
     assert told["Factor on the weights"] == "2.5"
     assert told["Layers"] == "2, of which 1 sparse"
+    assert "llama.cpp" not in card.text
+
+
+def test_a_card_names_the_server_that_does_not_read_the_format(tmp_path):
+    values = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
+    config = AutoConfig.for_model("glm4_moe", num_key_value_heads=2, head_dim=8, **values, **SHAPE)
+    config.save_pretrained(tmp_path)
+    card = write_model_card(tmp_path)
     assert "vllm serve" in card.text
     assert "- llama.cpp converts only checkpoints with GLM's own tokenizer." in card.text
     assert "llama-server" not in card.text

@@ -89,7 +89,7 @@ NOT_SEEN_EXACT = Condition(_never, "has not been seen to compute this format exa
 DISAGREED = Condition(_never, "disagreed with transformers; its Transformers back end did not")
 GLM_TOKENIZER = Condition(_never, "converts only checkpoints with GLM's own tokenizer")
 
-GRANITE = {VLLM: (SILU, NO_BIAS, USUAL_HEADS), LLAMA_CPP: (SILU, USUAL_HEADS)}
+GRANITE: dict[Server, tuple[Condition, ...]] = {VLLM: (SILU, NO_BIAS, USUAL_HEADS), LLAMA_CPP: (SILU, USUAL_HEADS)}
 # model_type -> server -> conditions that together make the server exact
 SERVED: dict[str, dict[Server, tuple[Condition, ...]]] = {
     "mixtral": {VLLM: (SILU,), LLAMA_CPP: (SILU, NO_WINDOW)},

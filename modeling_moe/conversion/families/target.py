@@ -39,7 +39,7 @@ COMPARED_IF: dict[str, Callable[[MoEConfig], bool]] = {
 
 def _scale_of_attention(config: MoEConfig) -> float | int | None:
     """Returns the factor on the products of queries and keys; None if it is 1 / sqrt(number of features of a head)."""
-    usual = (config.qk_head_dim if config.kv_lora_rank is not None else config.head_dim) ** -0.5
+    usual = (config.qk_head_dim or config.head_dim) ** -0.5
     return None if config.attention_multiplier == usual else config.attention_multiplier
 
 
