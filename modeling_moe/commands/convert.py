@@ -6,10 +6,11 @@
     moe convert --model_name_or_path outputs/moe --output_dir outputs/served --target auto --check transformers
     moe convert --model_name_or_path ./GLM-4.5-Air --output_dir outputs/glm --dry_run
 
-Sources: this package's checkpoints; Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-MoE, -V2 and -V3, gpt-oss; and, as a
-model whose layers are all dense, Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo2, OLMo3, Phi-3, Gemma 2 and 3, Granite, GPT-2
-and GPT-NeoX. Targets: moe (this package), mixtral, granitemoeshared, qwen3_moe,
-qwen2_moe, deepseek_v3, glm4_moe, minimax_m2, gpt_oss, olmoe; auto takes the one that most servers run.
+Sources: this package's checkpoints; the sparse families of docs/source-families.md, such as Mixtral, Qwen3-MoE, DeepSeek-V3,
+GLM-4.5, ERNIE-4.5 and gpt-oss; and, as a model whose layers are all dense, Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo2,
+OLMo3, Phi-3, Gemma 2 and 3, Granite, GPT-2 and GPT-NeoX. Of a multimodal model the text model is converted. Targets: moe
+(this package), mixtral, granitemoeshared, qwen3_moe, qwen2_moe, deepseek_v3, glm4_moe, minimax_m2, gpt_oss, olmoe; auto takes
+the one that holds the model exactly and that most servers run.
 """
 
 from collections.abc import Sequence

@@ -68,6 +68,7 @@ def print_plan(plan: UpcyclingPlan, title: str, verification: Verification | Non
         ("weights on disk", f"{weights}, {dtype}"),
         ("memory to train", f"{size_text(plan.bytes_to_train)} and activations (AdamW, all weights)"),
         ("memory to serve", f"{weights} and {cache} for each 1000 tokens of a text"),
+        *([("left out of the source", ", ".join(plan.left_out))] if plan.left_out else []),
         ("computes the dense function", f"no: {plan.reason_not_exact}" if plan.reason_not_exact else "yes"),
         *((("fields of config.json without effect", ", ".join(plan.without_effect)),) if plan.without_effect else ()),
         *(verification.rows() if verification else []),

@@ -15,6 +15,7 @@ from .families.catalogue import FAMILIES, SPARSE_FAMILIES, fields_without_effect
 from .families.dense import DENSE_FAMILIES
 from .families.export import AUTO, TARGETS, choose_target, exact_targets
 from .families.servers import SILU, Server, Verdict, servers, verdicts
+from .families.wrappers import WRAPPERS, text_source, towers
 from .importing import import_state, load_state, tensors_on_disk, to_moe
 from .verification import Verification, verification_ids, verify
 
@@ -32,6 +33,7 @@ __all__ = [
     "TARGETS",
     "Verdict",
     "Verification",
+    "WRAPPERS",
     "choose_target",
     "convert_checkpoint",
     "exact_targets",
@@ -45,7 +47,9 @@ __all__ = [
     "save_checkpoint",
     "servers",
     "tensors_on_disk",
+    "text_source",
     "to_moe",
+    "towers",
     "verdicts",
     "verification_ids",
     "verify",

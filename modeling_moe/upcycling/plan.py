@@ -10,7 +10,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..configuration_moe import MoEConfig
-from ..conversion import DENSE_FAMILIES, SPARSE_FAMILIES, fields_without_effect, moe_config
+from ..conversion import (
+    DENSE_FAMILIES,
+    SPARSE_FAMILIES,
+    fields_without_effect,
+    moe_config,
+    text_source,
+    towers,
+)
 from ..modeling_moe import MoEForCausalLM
 from ..utils.errors import UserError
 from ..utils.limits import refuse_vast_result
@@ -62,6 +69,7 @@ class UpcyclingPlan:
         groups: the parameters by kind.
         reason_not_exact: why the result will not compute the dense function; None if it will.
         without_effect: fields of the sources' config.json that neither this package nor the sources' own models read.
+        left_out: names of the (first) source's nested configurations, such as vision_config, whose parts are left out.
     """
 
     config: MoEConfig
@@ -72,6 +80,7 @@ class UpcyclingPlan:
     groups: tuple[TensorGroup, ...]
     reason_not_exact: str | None
     without_effect: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def bytes_on_disk(self) -> int:
@@ -158,7 +167,8 @@ def make_plan(
     """Plans the upcycling of dense models.
 
     Args:
-        source: the dense model's configuration; its family must be one of `conversion.DENSE_FAMILIES`.
+        source: the dense model's configuration; its family must be one of `conversion.DENSE_FAMILIES`, or it wraps a text
+            model of one.
         options: how to upcycle.
         dtype: dtype of the result's weights.
         further: configurations of `options.sources`.
@@ -167,7 +177,8 @@ def make_plan(
         UserError: if a source is of another family, the sources differ in architecture, or no model can be made with
             these options.
     """
-    sources = (source, *further)
+    left_out = towers(source)
+    sources = (source, *further) = tuple(text_source(config) for config in (source, *further))
     for config in sources:
         if config.model_type not in DENSE_FAMILIES:
             sparse = config.model_type == MoEConfig.model_type or config.model_type in SPARSE_FAMILIES
@@ -191,4 +202,5 @@ def make_plan(
         groups=tensor_groups(config, dtype),
         reason_not_exact=reason_not_exact(options, config),
         without_effect={name: value for config in sources for name, value in fields_without_effect(config).items()},
+        left_out=tuple(left_out),
     )

@@ -11,8 +11,11 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -237,7 +240,7 @@ def load_model(
     *,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Loads a causal LM on the CPU, or split over processes.
+    """Loads a causal LM, or a multimodal model with a head for texts, on the CPU, or split over processes.
 
     Args:
         name_or_path: folder, name of an installed package that holds a model, path of a GGUF file, or Hub name. For a
@@ -262,7 +265,10 @@ def load_model(
     with one_line_for("the model", folder, trust_remote_code), _captured_report(folder):
         refuse_vast_model(config, _base_folder(folder), gguf_file)
         # transformers must ignore mismatched sizes, so that the error below can name the tensor
-        model, info = AutoModelForCausalLM.from_pretrained(
+        text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        multimodal = not text_only and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        auto_class = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        model, info = auto_class.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
         for name, found, expected in sorted(info["mismatched_keys"]):

@@ -72,7 +72,7 @@ report(written, peak() - before, write_time)
 
 # writes a random checkpoint with the fields of GLM-4.5-Air, but with a smaller width and fewer layers and experts
 GLM = """
-import sys
+import os, sys
 from pathlib import Path
 
 import torch
@@ -99,6 +99,9 @@ with open(source / "model.safetensors", "wb") as file:
         while left:
             left -= file.write(noise[start : start + left])
             start = 0
+    # the time of writing the result would contain the time of writing the source otherwise
+    file.flush()
+    os.fsync(file.fileno())
 """
 
 IMPORTED = (

@@ -189,7 +189,7 @@ def test_unwritable_results_are_refused(arguments, message, tmp_path):
 
 
 def test_unknown_sources(tmp_path):
-    with pytest.raises(UserError, match="model_type 'bloom' has no conversion: it must be one of deepseek, "):
+    with pytest.raises(UserError, match="model_type 'bloom' has no conversion: it must be one of aria, aria_text, deepseek, "):
         moe_config(BloomConfig())
     (tmp_path / "source").mkdir()
     with pytest.raises(UserError, match=r"has no model\.safetensors"):

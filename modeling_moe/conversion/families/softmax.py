@@ -56,8 +56,6 @@ def _flex_olmo(fields: SourceFields) -> dict[str, Any]:
 
 
 def _mellum(fields: SourceFields) -> dict[str, Any]:
-    # the layers that predict further tokens are not converted
-    fields.same("num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types")
     layers = fields.same("attention_bias", "sliding_window", "layer_types", "mlp_layer_types")
     values = standard(fields) | layers | fields.same("moe_intermediate_size", "norm_topk_prob") | {"qk_norm": "head"}
     rope = fields.take("rope_parameters") or {}
@@ -110,9 +108,6 @@ def _ernie4_5_tensors(state: State, config: MoEConfig) -> State:
     """Reorders the rows of queries and keys from interleaved pairs to halves, and takes the selection bias out of a row."""
     tensors, halves = {}, pairs_to_halves(config.head_dim, 0)
     for name, tensor in state.items():
-        # the layers that predict further tokens are not converted
-        if name.startswith(("mtp", "model.mtp")):
-            continue
         if name.endswith((".q_proj.weight", ".k_proj.weight")):
             tensor = tensor.map(halves)
         if ".moe_statics." in name:
@@ -122,18 +117,13 @@ def _ernie4_5_tensors(state: State, config: MoEConfig) -> State:
     return moe_tensors(tensors, config)
 
 
-def _without_prediction(state: State, config: MoEConfig) -> State:
-    """Applies [`moe_tensors`] after dropping the layers that predict further tokens."""
-    return moe_tensors({name: tensor for name, tensor in state.items() if not name.startswith("mtp.")}, config)
-
-
 SOFTMAX_FAMILIES: dict[str, Family] = {
     "mixtral": Family(_mixtral, moe_tensors, sparse=True),
     "qwen2_moe": Family(_qwen2_moe, moe_tensors, sparse=True),
     "qwen3_moe": Family(_qwen3_moe, moe_tensors, sparse=True),
     "olmoe": Family(_olmoe, moe_tensors, sparse=True),
     "flex_olmo": Family(_flex_olmo, moe_tensors, sparse=True),
-    "mellum": Family(_mellum, _without_prediction, sparse=True),
+    "mellum": Family(_mellum, moe_tensors, sparse=True),
     "flint": Family(_flint, _flint_tensors, sparse=True),
     "ernie4_5_moe": Family(_ernie4_5_moe, _ernie4_5_tensors, sparse=True),
 }
