@@ -94,6 +94,10 @@ PLAIN = {
 }
 
 
+# transformers 4.57 has no class for this family
+NEWER = {"minimax_m2"}
+
+
 def test_every_target_is_tested():
     assert set(READ_BY_OLDER) == set(PLAIN) == set(TARGETS)
 
@@ -164,8 +168,13 @@ def read_by_older(site: Path, folder: Path) -> dict[str, dict]:
 
 def exports() -> dict[str, tuple[str, dict]]:
     """Returns targets and fields without windows in some layers, which transformers 4.57 applies in all layers."""
-    cases = {name: case for name, case in EXPRESSIBLE.items() if case[1].get("layer_types") != WINDOWS}
-    for target, fields in PLAIN.items():
+    cases = {
+        name: case
+        for name, case in EXPRESSIBLE.items()
+        if case[1].get("layer_types") != WINDOWS and case[0] not in NEWER
+    }
+    for target in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
+        fields = PLAIN[target]
         cases |= {f"{target}-{kind}": (target, fields | {"rope_parameters": rope}) for kind, rope in ROPES.items()}
     return cases | {"qwen2_moe-all-windows": ("qwen2_moe", {"qkv_bias": True, "sliding_window": 4})}
 
@@ -188,7 +197,7 @@ def test_transformers_4_computes_what_the_exported_model_computes(older_transfor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [target for target in TARGETS if target not in NEWER])
 def test_transformers_4_loads_a_tokenizer_that_transformers_5_saved(target, older_transformers, tmp_path):
     from tests.builders import train_tokenizer
 
