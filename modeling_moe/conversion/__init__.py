@@ -3,6 +3,7 @@
 
 from .convert import (
     Checkpoint,
+    Conversion,
     ConversionPlan,
     convert_checkpoint,
     open_checkpoint,
@@ -12,22 +13,30 @@ from .convert import (
 )
 from .families.catalogue import FAMILIES, SPARSE_FAMILIES, fields_without_effect, moe_config
 from .families.dense import DENSE_FAMILIES
-from .families.export import TARGETS
+from .families.export import AUTO, TARGETS, choose_target, exact_targets
+from .families.servers import SILU, Server, Verdict, servers, verdicts
 from .families.wrappers import WRAPPERS, text_source, towers
 from .importing import import_state, load_state, tensors_on_disk, to_moe
 from .verification import Verification, verification_ids, verify
 
 
 __all__ = [
+    "AUTO",
     "Checkpoint",
+    "Conversion",
     "ConversionPlan",
     "DENSE_FAMILIES",
     "FAMILIES",
     "SPARSE_FAMILIES",
+    "SILU",
+    "Server",
     "TARGETS",
+    "Verdict",
     "Verification",
     "WRAPPERS",
+    "choose_target",
     "convert_checkpoint",
+    "exact_targets",
     "fields_without_effect",
     "import_state",
     "load_state",
@@ -36,10 +45,12 @@ __all__ = [
     "plan_conversion",
     "result_folder",
     "save_checkpoint",
+    "servers",
     "tensors_on_disk",
     "text_source",
     "to_moe",
     "towers",
+    "verdicts",
     "verification_ids",
     "verify",
 ]

@@ -25,10 +25,11 @@ from ..utils.limits import LAYERS
 from ..utils.lineage import lineage_of
 from ..utils.loading import load_tokenizer, parse_dtype
 from .families.catalogue import fields_without_effect, moe_config, source_config
-from .families.export import TARGETS, export_plan
+from .families.export import TARGETS, export_plan, resolved_target
 from .families.wrappers import left_out, text_values
 from .importing import import_state
 from .older_names import save_for_older_readers
+from .plain_transformers import PlainComparison, compare_in_plain_transformers
 from .prediction_layers import ENTRY, PredictionLayers, kept_prediction_layers, prediction_layers, restored
 from .tokenizer_files import keep_tokenizer
 from .verification import Verification, verification_ids, verify
@@ -307,17 +308,35 @@ def _check_target(checkpoint: Checkpoint, target: str, dtype: str) -> None:
         raise UserError(f"{checkpoint.source.folder} is in this format already: name another target")
 
 
+class Conversion(NamedTuple):
+    """What a conversion wrote.
+
+    Attributes:
+        config: the model's configuration as a `MoEConfig`.
+        verification: the comparison of source and result, or None if it was not asked for.
+        target: format of the result; never `auto`.
+        plain: the comparison of source and result in transformers without this package, or None if it was not asked for.
+    """
+
+    config: MoEConfig
+    verification: Verification | None
+    target: str
+    plain: PlainComparison | None
+
+
 class ConversionPlan(NamedTuple):
     """What a conversion would write.
 
     Attributes:
         config: the model's configuration as a `MoEConfig`.
         nbytes: size of the result's weights in bytes, before a target merges or adds tensors.
+        target: format of the result; never `auto`.
         notes: sentences on what the result leaves out, see [`Checkpoint.notes`].
     """
 
     config: MoEConfig
     nbytes: int
+    target: str
     notes: list[str]
 
 
@@ -335,8 +354,9 @@ def plan_conversion(
         UserError: as [`convert_checkpoint`].
     """
     checkpoint = open_checkpoint(name_or_path, gguf_file, dtype, trust_remote_code=trust_remote_code)
+    target = resolved_target(checkpoint.config, target)
     _check_target(checkpoint, target, dtype)
-    return ConversionPlan(checkpoint.config, _result_bytes(checkpoint, target), checkpoint.notes(target))
+    return ConversionPlan(checkpoint.config, _result_bytes(checkpoint, target), target, checkpoint.notes(target))
 
 
 def _result_bytes(checkpoint: Checkpoint, target: str) -> int:
@@ -354,39 +374,52 @@ def convert_checkpoint(
     check: bool = False,
     *,
     trust_remote_code: bool = False,
-) -> tuple[MoEConfig, Verification | None]:
+    check_plain: bool = False,
+) -> Conversion:
     """Converts a checkpoint of one family to the format of another, with equal logits.
 
     Args:
         name_or_path: folder or Hub name of a model of one of `FAMILIES` or of this package.
         output_dir: folder that is written whole or not at all; an interrupted run continues where it was.
-        target: format of the result: `moe`, or a key of `TARGETS`.
+        target: format of the result: `moe`, a key of `TARGETS`, or `auto`, see
+            [`~modeling_moe.conversion.choose_target`].
         gguf_file: name of the GGUF file in the folder, if the model is one.
         dtype: dtype of the result; `auto` keeps the source's.
         overwrite: whether to replace the result of an earlier run at `output_dir`.
         check: whether to run source and result on a short text before the result replaces `output_dir`.
         trust_remote_code: whether code that the source brings may run.
-
-    Returns:
-        The model's configuration as a `MoEConfig`; and the comparison of source and result, or None without `check`.
+        check_plain: whether to run the source here, and the result in transformers in a process without this package, on a
+            short text in fp32 before the result replaces `output_dir`.
 
     Raises:
-        UserError: if the source cannot be read or held, or the target cannot hold it.
+        UserError: if the source cannot be read or held, the target cannot hold it, or the result computes other logits in
+            transformers.
     """
     checkpoint = open_checkpoint(name_or_path, gguf_file, dtype, trust_remote_code=trust_remote_code)
+    target = resolved_target(checkpoint.config, target)
     _check_target(checkpoint, target, dtype)
-    if check:
+    if check_plain and target == "moe":
+        raise UserError("transformers alone does not know target moe: check another target, or verify this one")
+    if check or check_plain:
         # a missing tokenizer raises an error here, and not after hours of writing weights
-        verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
+        input_ids = verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
     folder = result_folder(output_dir, overwrite, [checkpoint], _result_bytes(checkpoint, target))
     for note in checkpoint.notes(target):
         logger.warning(note)
-    verification = None
+    verification = plain = None
 
     def compare(result: Path) -> dict[str, Any]:
-        nonlocal verification
-        verification = verify(name_or_path, result, gguf_file, dtype, trust_remote_code=trust_remote_code)
-        return asdict(verification)
+        nonlocal verification, plain
+        if check:
+            verification = verify(name_or_path, result, gguf_file, dtype, trust_remote_code=trust_remote_code)
+        if check_plain:
+            weights = checkpoint.state["model.embed_tokens.weight"].dtype
+            rounded = weights if TARGETS[target].rounds(checkpoint.config) else None
+            plain = compare_in_plain_transformers(
+                name_or_path, result, input_ids, gguf_file, rounded, trust_remote_code=trust_remote_code
+            )
+        measured = asdict(verification) if verification else {}
+        return measured | ({"in_plain_transformers": plain._asdict()} if plain else {})
 
     save_checkpoint(
         folder,
@@ -395,8 +428,8 @@ def convert_checkpoint(
         checkpoint,
         {"source": checkpoint.identity(), "target": target, "dtype": dtype},
         target,
-        check=compare if check else None,
+        check=compare if check or check_plain else None,
         trust_remote_code=trust_remote_code,
         same_weights=True,
     )
-    return checkpoint.config, verification
+    return Conversion(checkpoint.config, verification, target, plain)

@@ -79,6 +79,13 @@ def pairs_to_halves(width: int, plain: int) -> Callable[[torch.Tensor], torch.Te
     return lambda tensor: tensor.unflatten(0, (-1, width))[:, order].flatten(0, 1)
 
 
+def halves_to_pairs(width: int, plain: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the inverse of [`pairs_to_halves`]."""
+    half = (width - plain) // 2
+    order = [*range(plain), *(plain + row for i in range(half) for row in (i, half + i))]
+    return lambda tensor: tensor.unflatten(0, (-1, width))[:, order].flatten(0, 1)
+
+
 def _unfused(name: str, tensor: LazyTensor) -> State:
     """Splits fused experts: `experts.gate_up_proj` (E, 2I, H), gate first, or `experts.down_proj` (E, H, I)."""
     prefix, _, kind = name.rpartition(".")
