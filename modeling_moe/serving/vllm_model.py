@@ -3,10 +3,10 @@
 
 vLLM brings attention, linear layers and the head. The routers stay this package's Python code ("external routing" in vLLM's
 log), whatever `router_type` is. The experts run in vLLM's fused kernels if they compute what these compute (`silu(gate) * up`
-without biases), and else in this package's code, without torch.compile.
+without biases), and else in this package's code. Nothing is compiled by torch.compile.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,11 +37,8 @@ class VllmMoEForCausalLM(TransformersMoEForCausalLM):
             self.logits_processor.scale = 1.0 / scaling
             self.logits_processor.soft_cap = None if cap is None else cap * scaling
 
-    def _decorate_cls_for_torch_compile(self, cls: Any, enable_if: Callable[[Any], bool], **kwargs: Any) -> None:
-        def compiles(vllm_config: Any) -> bool:
-            return has_fused_experts(vllm_config.model_config.hf_config) and enable_if(vllm_config)
-
-        super()._decorate_cls_for_torch_compile(cls, enable_if=compiles, **kwargs)
+    def _decorate_for_torch_compile(self) -> None:
+        """Leaves the decoder without torch.compile, which fails on the keyword arguments of the decoder's forward."""
 
     def recursive_replace(self) -> None:
         """Replaces layers by vLLM's, and lets the experts run fused or as they are."""
