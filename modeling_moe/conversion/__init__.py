@@ -4,27 +4,36 @@
 from .convert import Checkpoint, convert_checkpoint, open_checkpoint, result_folder, save_checkpoint
 from .families.catalogue import FAMILIES, SPARSE_FAMILIES, moe_config
 from .families.dense import DENSE_FAMILIES
-from .families.export import TARGETS
+from .families.export import AUTO, TARGETS, choose_target, exact_targets
+from .families.servers import SILU, Server, Verdict, servers, verdicts
 from .importing import import_state, load_state, tensors_on_disk, to_moe
 from .verification import Verification, verification_ids, verify
 
 
 __all__ = [
+    "AUTO",
     "Checkpoint",
     "DENSE_FAMILIES",
     "FAMILIES",
     "SPARSE_FAMILIES",
+    "SILU",
+    "Server",
     "TARGETS",
+    "Verdict",
     "Verification",
+    "choose_target",
     "convert_checkpoint",
+    "exact_targets",
     "import_state",
     "load_state",
     "moe_config",
     "open_checkpoint",
     "result_folder",
     "save_checkpoint",
+    "servers",
     "tensors_on_disk",
     "to_moe",
+    "verdicts",
     "verification_ids",
     "verify",
 ]

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
@@ -24,9 +24,11 @@ from ..utils.limits import LAYERS
 from ..utils.lineage import lineage_of
 from ..utils.loading import load_tokenizer, parse_dtype
 from .families.catalogue import moe_config, source_config
-from .families.export import TARGETS, export_plan
+from .families.export import TARGETS, export_plan, resolved_target
+from .families.wrappers import left_out, text_values
 from .importing import import_state
 from .older_names import save_for_older_readers
+from .plain_transformers import PlainComparison, compare_in_plain_transformers
 from .tokenizer_files import keep_tokenizer
 from .verification import Verification, verification_ids, verify
 
@@ -47,6 +49,11 @@ class Checkpoint:
     source: Source
     source_config: PreTrainedConfig
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Parameters of the parts of a multimodal source that are not its text model, such as model.visual; else empty."""
+        return left_out(self.source.state, self.source_config)
+
     def identity(self) -> dict[str, Any]:
         """Returns name, file hashes and configuration of the source, for a result's recipe; reads all weights.
 
@@ -54,7 +61,8 @@ class Checkpoint:
             UserError: if a file differs from the hash beside it.
         """
         files = fingerprint(self.source.folder, self.source.files)
-        return {"name": self.source.folder.name, "files": files, "config": self.source_config.to_diff_dict()}
+        identity = {"name": self.source.folder.name, "files": files, "config": self.source_config.to_diff_dict()}
+        return identity | ({"left_out": self.left_out} if self.left_out else {})
 
 
 def cast(state: State, config: MoEConfig, dtype: torch.dtype) -> State:
@@ -78,7 +86,7 @@ def _refuse_more_layers(source: Source) -> None:
     """Refuses a config.json with more layers than tensors, before a model with that many layers is built."""
     if source.gguf_file or not (source.folder / "config.json").is_file():
         return
-    values = read_json(source.folder / "config.json")
+    values = text_values(read_json(source.folder / "config.json"))
     for name in LAYERS:
         if isinstance(values.get(name), int | float) and values[name] > len(source.state):
             raise UserError(
@@ -244,6 +252,22 @@ def _check_target(checkpoint: Checkpoint, target: str, dtype: str) -> None:
         raise UserError(f"{checkpoint.source.folder} is in this format already: name another target")
 
 
+class Conversion(NamedTuple):
+    """What a conversion wrote.
+
+    Attributes:
+        config: the model's configuration as a `MoEConfig`.
+        verification: the comparison of source and result, or None if it was not asked for.
+        target: format of the result; never `auto`.
+        plain: the comparison of source and result in transformers without this package, or None if it was not asked for.
+    """
+
+    config: MoEConfig
+    verification: Verification | None
+    target: str
+    plain: PlainComparison | None
+
+
 def convert_checkpoint(
     name_or_path: str,
     output_dir: str | Path,
@@ -254,38 +278,50 @@ def convert_checkpoint(
     check: bool = False,
     *,
     trust_remote_code: bool = False,
-) -> tuple[MoEConfig, Verification | None]:
+    check_plain: bool = False,
+) -> Conversion:
     """Converts a checkpoint of one family to the format of another, with equal logits.
 
     Args:
         name_or_path: folder or Hub name of a model of one of `FAMILIES` or of this package.
         output_dir: folder that is written whole or not at all; an interrupted run continues where it was.
-        target: format of the result: `moe`, or a key of `TARGETS`.
+        target: format of the result: `moe`, a key of `TARGETS`, or `auto`, see
+            [`~modeling_moe.conversion.choose_target`].
         gguf_file: name of the GGUF file in the folder, if the model is one.
         dtype: dtype of the result; `auto` keeps the source's.
         overwrite: whether to replace the result of an earlier run at `output_dir`.
         check: whether to run source and result on a short text before the result replaces `output_dir`.
         trust_remote_code: whether code that the source brings may run.
-
-    Returns:
-        The model's configuration as a `MoEConfig`; and the comparison of source and result, or None without `check`.
+        check_plain: whether to run the source here, and the result in transformers in a process without this package, on a
+            short text in fp32 before the result replaces `output_dir`.
 
     Raises:
-        UserError: if the source cannot be read or held, or the target cannot hold it.
+        UserError: if the source cannot be read or held, the target cannot hold it, or the result computes other logits in
+            transformers.
     """
     checkpoint = open_checkpoint(name_or_path, gguf_file, dtype, trust_remote_code=trust_remote_code)
+    target = resolved_target(checkpoint.config, target)
     _check_target(checkpoint, target, dtype)
-    if check:
+    if check_plain and target == "moe":
+        raise UserError("transformers alone does not know target moe: check another target, or verify this one")
+    if check or check_plain:
         # a missing tokenizer raises an error here, and not after hours of writing weights
-        verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
+        input_ids = verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
     nbytes = sum(tensor.nbytes for tensor in checkpoint.state.values())
     folder = result_folder(output_dir, overwrite, [checkpoint], nbytes)
-    verification = None
+    verification = plain = None
 
     def compare(result: Path) -> dict[str, Any]:
-        nonlocal verification
-        verification = verify(name_or_path, result, gguf_file, dtype, trust_remote_code=trust_remote_code)
-        return asdict(verification)
+        nonlocal verification, plain
+        if check:
+            verification = verify(name_or_path, result, gguf_file, dtype, trust_remote_code=trust_remote_code)
+        if check_plain:
+            rounded = checkpoint.config.dtype if TARGETS[target].rounds(checkpoint.config) else None
+            plain = compare_in_plain_transformers(
+                name_or_path, result, input_ids, gguf_file, rounded, trust_remote_code=trust_remote_code
+            )
+        measured = asdict(verification) if verification else {}
+        return measured | ({"in_plain_transformers": plain._asdict()} if plain else {})
 
     save_checkpoint(
         folder,
@@ -294,7 +330,7 @@ def convert_checkpoint(
         checkpoint,
         {"source": checkpoint.identity(), "target": target, "dtype": dtype},
         target,
-        check=compare if check else None,
+        check=compare if check or check_plain else None,
         trust_remote_code=trust_remote_code,
     )
-    return checkpoint.config, verification
+    return Conversion(checkpoint.config, verification, target, plain)

@@ -12,6 +12,7 @@ from ..model_embeddings import RotaryEmbeddings
 from ..modeling_moe import MoEForCausalLM
 from ..utils.errors import UserError
 from .families.catalogue import family_of, moe_config
+from .families.wrappers import text_tensors
 
 
 # fields whose value alone is the size of a dimension of some tensor
@@ -58,7 +59,7 @@ def import_state(state: State, source: PreTrainedConfig, config: MoEConfig) -> S
             quantised.
     """
     if source.model_type != MoEConfig.model_type:
-        state = family_of(source).tensors(state, config)
+        state = family_of(source).tensors(text_tensors(state, source), config)
     expected = _on_disk(config)
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_moe import MoEConfig
+from ..conversion import Server, Verdict
 from ..modeling_moe import MODELS, MoEForCausalLM, MoEPreTrainedModel
 from ..monitoring import SparseLayer, UnreachableRouting, experts_per_token, sparse_layers
 from ..utils.errors import UserError
@@ -19,7 +20,7 @@ from ..utils.json_files import read_json
 from ..utils.loading import load_config
 from .parameters import count_parameters
 from .router_facts import router_rows
-from .serving import Server, exports, servers
+from .serving import exports, servers, unfit_servers
 from .wording import markdown_text
 
 
@@ -54,6 +55,7 @@ class ModelFacts:
         is_adapter: whether it is a LoRA adapter.
         base_model_type: model type of an adapter's base model, if its folder is there.
         servers: the servers that compute the model as it is.
+        unfit_servers: the servers that were tried with the model's format and do not compute the model, with the reasons.
         exports: formats to which the model can be exported, and the servers of each.
     """
 
@@ -69,6 +71,7 @@ class ModelFacts:
     is_adapter: bool = False
     base_model_type: str | None = None
     servers: list[Server] = field(default_factory=list)
+    unfit_servers: list[Verdict] = field(default_factory=list)
     exports: dict[str, list[Server]] = field(default_factory=dict)
 
 
@@ -119,6 +122,7 @@ def _facts(config: PreTrainedConfig, model: PreTrainedModel) -> ModelFacts:
         is_sparse=is_sparse,
         model_type=None if own else config.model_type,
         servers=servers(config) if generates else [],
+        unfit_servers=unfit_servers(config) if generates else [],
         exports=exports(config) if generates else {},
     )
 

@@ -2,9 +2,6 @@
 """This module uploads a saved model or adapter to the Hub after checking that it loads, here and without this package."""
 
 import inspect
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from safetensors import safe_open
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..configuration_moe import MoEConfig
+from ..utils.clean_process import tensor_from_clean_process
 from ..utils.errors import UserError
 from ..utils.json_files import json_text, read_json
 from ..utils.lineage import CONVERSION, FINETUNING
@@ -50,10 +48,7 @@ def first_logits(model: PreTrainedModel) -> torch.Tensor:
 
 # transformers and PEFT write paths of this machine into these files
 FILES_WITH_PATHS = ("config.json", "tokenizer_config.json", "adapter_config.json")
-# None in sys.modules makes the import fail, as if the package were not installed
 CLEAN_PROCESS = f"""
-import sys
-sys.modules["modeling_moe"] = None
 import torch
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 {inspect.getsource(first_logits)}
@@ -106,17 +101,11 @@ def check_without_package(folder: str | Path, *, trust_remote_code: bool = False
     refuse_foreign_code(folder, trust_remote_code)
     model = load_model(str(folder)).eval()
     _refuse_not_finite(model.state_dict(), folder)
-    with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary) / "logits.pt"
-        command = [sys.executable, "-c", CLEAN_PROCESS, str(Path(folder).resolve()), str(output)]
-        # with an empty standard input, no question about remote code can be answered
-        result = subprocess.run(command, cwd=temporary, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if result.returncode != 0:
-            cause = (result.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(
-                f"{folder} does not load without this package: {cause}. Save it again with save_pretrained"
-            )
-        got = torch.load(output)
+    got = tensor_from_clean_process(
+        CLEAN_PROCESS,
+        Path(folder).resolve(),
+        failure=f"{folder} does not load without this package: {{cause}}. Save it again with save_pretrained",
+    )
     # the other process only has transformers' experts functions, so this one uses them too
     model.set_experts_implementation("grouped_mm")
     return (got.float() - first_logits(model).float()).abs().max().item()

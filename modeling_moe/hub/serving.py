@@ -1,40 +1,18 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module says which servers compute a checkpoint correctly, so that a card names no other.
 
-A server often answers fluently and wrongly where a format or a field is not supported. The conditions below come from runs in
-which the server's log-probabilities were compared with transformers'.
+For transformers' own families, `modeling_moe.conversion.families.servers` holds what is known of each server.
 """
 
-import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..configuration_moe import MoEConfig
-from ..conversion import TARGETS
+from ..conversion import SILU, Server, Verdict, exact_targets, verdicts
+from ..conversion import servers as servers_of
 
 
-class Server(NamedTuple):
-    """A way to serve a checkpoint.
-
-    Attributes:
-        name: the server.
-        commands: shell commands, in which `{name}` stands for the quoted name of the checkpoint.
-    """
-
-    name: str
-    commands: str
-
-
-VLLM = Server("vLLM", "vllm serve {name}")
-VLLM_BY_CODE = Server("vLLM, by its Transformers back end", "vllm serve {name} --model-impl transformers")
-LLAMA_CPP = Server(
-    "llama.cpp",
-    "python convert_hf_to_gguf.py {name} --outfile model.gguf  # from llama.cpp's repository, with a local folder\n"
-    "llama-server -m model.gguf",
-)
-TRANSFORMERS = Server("transformers", "transformers serve {name}")
 OWN_CODE = (
     Server("vLLM, by its Transformers back end", "vllm serve {name} --trust-remote-code --model-impl transformers"),
     Server(
@@ -44,68 +22,16 @@ OWN_CODE = (
 )
 
 
-def _is_silu(config: Any) -> bool:
-    return getattr(config, "hidden_act", None) in ("silu", "swish")
-
-
-def _has_no_bias(config: Any) -> bool:
-    return not getattr(config, "attention_bias", False)
-
-
-def _has_no_window(config: Any) -> bool:
-    return getattr(config, "sliding_window", None) is None
-
-
-def _is_sparse_throughout(config: Any) -> bool:
-    return not getattr(config, "mlp_only_layers", None) and getattr(config, "decoder_sparse_step", 1) == 1
-
-
-def _has_usual_heads(config: Any) -> bool:
-    return getattr(config, "head_dim", None) in (None, config.hidden_size // config.num_attention_heads)
-
-
-GRANITE: dict[Server, Callable[[Any], bool]] = {
-    VLLM: lambda config: _is_silu(config) and _has_no_bias(config),
-    LLAMA_CPP: lambda config: _is_silu(config) and _has_usual_heads(config),
-}
-# model_type -> server -> condition under which the server was exact
-NATIVE: dict[str, dict[Server, Callable[[Any], bool]]] = {
-    "mixtral": {VLLM: _is_silu, LLAMA_CPP: lambda config: _is_silu(config) and _has_no_window(config)},
-    "granitemoe": GRANITE,
-    "granitemoeshared": GRANITE,
-    "qwen3_moe": {
-        VLLM: lambda config: _is_silu(config) and _has_no_bias(config),
-        LLAMA_CPP: lambda config: (
-            _is_silu(config)
-            and _has_no_bias(config)
-            and _has_no_window(config)
-            and config.norm_topk_prob
-            and _is_sparse_throughout(config)
-        ),
-    },
-    "qwen2_moe": {
-        VLLM: lambda config: _is_silu(config) and getattr(config, "qkv_bias", True),
-        LLAMA_CPP: lambda config: (
-            _is_silu(config) and _has_no_window(config) and not config.norm_topk_prob and _is_sparse_throughout(config)
-        ),
-    },
-    "olmoe": dict.fromkeys(
-        (VLLM, LLAMA_CPP), lambda config: _is_silu(config) and _has_no_bias(config) and not config.norm_topk_prob
-    ),
-    "deepseek_v3": {
-        VLLM_BY_CODE: _is_silu,
-        LLAMA_CPP: lambda config: _is_silu(config) and getattr(config, "scoring_func", None) == "sigmoid",
-    },
-    "glm4_moe": {VLLM: _is_silu},
-}
-
-
 def servers(config: PreTrainedConfig) -> list[Server]:
-    """Returns the servers that compute a checkpoint as it is."""
+    """Returns the servers that compute a checkpoint, of this package or of transformers' own families, as it is."""
     if config.model_type == MoEConfig.model_type:
         return list(OWN_CODE) if _is_servable_by_code(config) else []
-    found = [server for server, holds in NATIVE.get(config.model_type, {}).items() if holds(config)]
-    return [*found, TRANSFORMERS] if config.model_type in CONFIG_MAPPING else found
+    return servers_of(config)
+
+
+def unfit_servers(config: PreTrainedConfig) -> list[Verdict]:
+    """Returns the servers that were tried with the format of a checkpoint and do not compute it, with the reasons."""
+    return [verdict for verdict in verdicts(config) if verdict.faults]
 
 
 def _is_servable_by_code(config: Any) -> bool:
@@ -122,18 +48,16 @@ def _is_servable_by_code(config: Any) -> bool:
         *(config.attention_sinks, config.attn_logit_softcapping, config.final_logit_softcapping),
         *(config.logits_scaling != 1, config.position_embedding_type != "rope"),
     )
-    return plain_router and _is_silu(config) and config.norm_type == "rms" and not any(special)
+    return plain_router and SILU.holds(config) and config.norm_type == "rms" and not any(special)
 
 
 def exports(config: PreTrainedConfig) -> dict[str, list[Server]]:
-    """Returns the formats to which `moe convert` exports a checkpoint of this package exactly, and the servers of each."""
+    """Returns the formats to which `moe convert` exports a checkpoint of this package exactly, and the servers of each.
+
+    The first one is the one that `--target auto` writes.
+    """
     if not isinstance(config, MoEConfig):
         return {}
-    # the configurations of other formats are tried, and what they would warn of does not concern this model
-    warns = logging.getLogger(MoEConfig.__module__)
-    disabled, warns.disabled = warns.disabled, True
-    try:
-        able = [target for target in TARGETS.values() if not target.reasons(config)]
-    finally:
-        warns.disabled = disabled
-    return {target.model_type: servers(target.config(config)) for target in able}
+    found = exact_targets(config)
+    # of several formats with equally many servers, sorting keeps the order
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))

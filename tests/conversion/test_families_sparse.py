@@ -4,44 +4,21 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models import deepseek_v2, deepseek_v3, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
-from modeling_moe import MoEConfig, MoEForCausalLM
-from modeling_moe.checkpoint_layout import fuse_experts
-from modeling_moe.checkpoints import LazyTensor, State
-from modeling_moe.conversion.families.base import SourceFields
+from modeling_moe import MoEConfig
 from modeling_moe.conversion.families.catalogue import SPARSE_FAMILIES
 from modeling_moe.utils.errors import UserError
-from tests import builders
+from tests.conversion import harness
+from tests.conversion.harness import LATENT, SIZE, YARN, imported, lazy, moe_config
 
 
-SIZE = builders.SIZE | {"num_hidden_layers": 3}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3}
 QWEN = SIZE | EXPERTS | {"moe_intermediate_size": 24}
-LATENT = SIZE | {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 10,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 5,
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "first_k_dense_replace": 1,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 100.0,
-    "factor": 8.0,
-    "beta_fast": 4.0,
-    "beta_slow": 1.0,
-    "original_max_position_embeddings": 8,
-}
 # DeepSeek-MoE-16B has these fields in config.json; transformers has no class for it
 DEEPSEEK = SIZE | {
     "model_type": "deepseek",
@@ -153,98 +130,37 @@ def deepseek_model(config) -> LlamaForCausalLM:
 
 
 def random_source(name: str):
-    """Returns a source model in which every parameter and each router's correction bias is random."""
+    """Returns a source model in which every parameter and each router's correction bias is random, and a configuration."""
     config = copy.deepcopy(CONFIGS[name])
-    model = deepseek_model(config) if config.model_type == "deepseek" else AutoModelForCausalLM.from_config(config)
+    model = (
+        harness.randomised(deepseek_model(config))
+        if config.model_type == "deepseek"
+        else harness.random_source(config)
+    )
     for module in model.modules():
         if type(module).__name__ == "GptOssExperts":
             # older releases of transformers have constants instead of these fields
             module.limit = getattr(config, "swiglu_limit", module.limit)
             module.alpha = getattr(config, "swiglu_alpha", module.alpha)
-    with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            if any(word in key for word in ("norm", "bias", "sinks")):
-                tensor.add_(0.3 * torch.randn_like(tensor))
-    return model.eval(), config
-
-
-def padded_batch(side: str) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 99, (3, 9))
-    mask = torch.ones_like(ids)
-    for row, padding in enumerate((0, 2, 5)):
-        columns = slice(0, padding) if side == "left" else slice(9 - padding, 9)
-        ids[row, columns], mask[row, columns] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def lazy(tensors: dict[str, torch.Tensor]) -> State:
-    return {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
-
-
-def moe_config(config) -> MoEConfig:
-    fields = SourceFields(config)
-    values = SPARSE_FAMILIES[config.model_type].fields(fields)
-    fields.refuse_unread()
-    return MoEConfig(**values)
-
-
-def mapped(config, state: State) -> tuple[MoEConfig, dict[str, torch.Tensor]]:
-    """Returns a source's MoE configuration and weights, and asserts that each tensor has the announced shape and dtype."""
-    target = moe_config(config)
-    tensors = {}
-    for name, tensor in SPARSE_FAMILIES[config.model_type].tensors(state, target).items():
-        tensors[name] = tensor.read()
-        assert (tensors[name].shape, tensors[name].dtype) == (tensor.shape, tensor.dtype), name
-    for layer in range(target.num_hidden_layers):
-        fuse_experts(tensors, f"model.layers.{layer}.mlp.experts.", target.num_experts)
-    if target.tie_word_embeddings:
-        assert "lm_head.weight" not in tensors
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    return target, tensors
-
-
-def imported(config, state: State) -> MoEForCausalLM:
-    target, tensors = mapped(config, state)
-    model = MoEForCausalLM(target)
-    model.load_state_dict(tensors)
-    return model.eval()
+    return model, config
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_logits(name, side):
-    source, config = random_source(name)
-    model = imported(config, lazy(source.state_dict()))
-    batch = padded_batch(side)
-    expected, got = (net(**batch, output_router_logits=True) for net in (source, model))
-    real = batch["attention_mask"].bool()
-    torch.testing.assert_close(got.logits[real], expected.logits[real], atol=1e-5, rtol=1e-5)
-    assert len(got.router_logits) == model.config.mlp_layer_types.count("sparse") > 0
-    # Llama's class records no router logits, and DeepSeek's classes do only in newer releases of transformers
-    assert "router_logits" in expected or config.model_type.startswith("deepseek")
-    for mine, theirs in zip(got.router_logits, expected.get("router_logits", got.router_logits), strict=True):
-        torch.testing.assert_close(mine[real.flatten()], theirs[real.flatten()], atol=1e-5, rtol=1e-5)
+    harness.check_logits(*random_source(name), side)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_text_and_cached_decode(name):
-    source, config = random_source(name)
-    model = imported(config, lazy(source.state_dict()))
-    batch = padded_batch("left")
-    arguments = {"max_new_tokens": 12, "do_sample": False, "min_new_tokens": 12}
-    expected = source.generate(**batch, **arguments)
-    assert torch.equal(model.generate(**batch, **arguments), expected)
+    harness.check_text(*random_source(name))
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("deepseek-")])
 def test_from_disk(name, tmp_path):
     source, config = random_source(name)
-    source.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = harness.check_disk(source, config, tmp_path)
     assert any(".experts.0." in key for key in tensors) != (config.model_type in ("gpt_oss", "deepseek"))
-    model = imported(config, lazy(tensors))
-    ids = torch.randint(3, 99, (2, 9))
-    torch.testing.assert_close(model(ids).logits, source(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_deepseek_from_disk():
@@ -266,19 +182,7 @@ def test_deepseek_from_disk():
 )
 def test_bf16_is_bitwise(name, tmp_path):
     # DeepSeek-V2 is left out because it rotates with complex numbers in fp32
-    # the source goes through a file, because `.to(bfloat16)` would round the rotary frequencies
-    random_source(name)[0].save_pretrained(tmp_path)
-    arguments = {"dtype": torch.bfloat16, "attn_implementation": "eager", "experts_implementation": "eager"}
-    source = AutoModelForCausalLM.from_pretrained(tmp_path, **arguments)
-    for module_name, module in source.named_modules():
-        if module_name.endswith((".mlp.gate", ".mlp.router")):
-            # routers of a MoE are always fp32
-            module.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-    target, tensors = mapped(source.config, lazy(source.state_dict()))
-    model = AutoModelForCausalLM.from_config(target, **arguments).eval()
-    model.load_state_dict(tensors)
-    ids = torch.randint(3, 99, (2, 9))
-    got, expected = (net(ids, output_router_logits=True) for net in (model, source))
+    got, expected = harness.bf16_outputs(random_source(name)[0], tmp_path)
     if name == "gpt_oss":
         # transformers' gpt-oss rounds a product before it adds the bias, so only layers before the first experts are equal
         assert torch.equal(got.router_logits[0], expected.router_logits[0])
@@ -377,22 +281,7 @@ def test_mxfp4_experts():
     "name", ["mixtral-tied", "qwen2_moe", "deepseek", "deepseek_v2-groups", "deepseek_v3", "gpt_oss"]
 )
 def test_nothing_is_read_before_it_is_asked_for(name):
-    source, config = random_source(name)
-    read = []
-
-    def recorded(key: str, tensor: torch.Tensor) -> LazyTensor:
-        def load(index):
-            read.append(key)
-            return tensor[index]
-
-        return LazyTensor(tuple(tensor.shape), tensor.dtype, load)
-
-    state = {key: recorded(key, tensor) for key, tensor in source.state_dict().items()}
-    ours = SPARSE_FAMILIES[config.model_type].tensors(state, moe_config(config))
-    assert read == []
-    # reading one expert reads only the expert's part of a tensor
-    ours["model.layers.1.mlp.experts.2.up_proj.weight"].read()
-    assert read == ["model.layers.1.mlp.experts.gate_up_proj"]
+    harness.check_reading(*random_source(name))
 
 
 # fields in config.json files on the Hub that transformers' classes do not declare

@@ -12,37 +12,43 @@ from ...utils.errors import UserError
 from ...utils.json_files import read_json
 from ...utils.loading import load_config
 from .base import Family, SourceFields
+from .bias_routed import BIAS_ROUTED_FAMILIES
 from .deepseek import DEEPSEEK_FAMILIES
 from .dense import DENSE_FAMILIES
 from .gpt_oss import GPT_OSS_FAMILIES
+from .granite import GRANITE_FAMILIES
 from .softmax import SOFTMAX_FAMILIES
+from .text_towers import TEXT_FAMILIES
+from .unread import unread_family
+from .wrappers import text_source
 
 
-SPARSE_FAMILIES: dict[str, Family] = SOFTMAX_FAMILIES | DEEPSEEK_FAMILIES | GPT_OSS_FAMILIES
+SPARSE_FAMILIES: dict[str, Family] = (
+    SOFTMAX_FAMILIES | GRANITE_FAMILIES | DEEPSEEK_FAMILIES | BIAS_ROUTED_FAMILIES | GPT_OSS_FAMILIES | TEXT_FAMILIES
+)
 FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
 # fields that nothing reads in a model without sparse layers
 SPARSE_ONLY = sparse_only(MoEConfig)
 
 
 def family_of(source: PreTrainedConfig) -> Family:
-    """Returns the conversion of the configuration's family.
+    """Returns the conversion of the configuration's family; for a wrapper, of the text model's family.
 
     Raises:
         UserError: if the family has no conversion.
     """
-    if source.model_type not in FAMILIES:
-        raise UserError(
-            f"model_type {source.model_type!r} has no conversion: it must be one of {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[source.model_type]
+    text = text_source(source)
+    if text.model_type not in FAMILIES:
+        raise unread_family(source, text, FAMILIES)
+    return FAMILIES[text.model_type]
 
 
 def moe_config(source: PreTrainedConfig) -> MoEConfig:
     """Returns the configuration under which a [`MoEForCausalLM`] computes what the source model computes.
 
     Args:
-        source: configuration of one of `FAMILIES`; a dense model becomes a MoE whose layers are all dense. A `MoEConfig`
-            is returned unchanged.
+        source: configuration of one of `FAMILIES`, or of a wrapper of one; a dense model becomes a MoE whose layers are all
+            dense. A `MoEConfig` is returned unchanged.
 
     Raises:
         UserError: if the family is unknown, or the source has a field value that a MoE or any model cannot have.
@@ -52,8 +58,9 @@ def moe_config(source: PreTrainedConfig) -> MoEConfig:
     if source.model_type == MoEConfig.model_type:
         # this configuration's class comes from code that a checkpoint carries
         return MoEConfig.from_dict(source.to_dict())
+    family, source = family_of(source), text_source(source)
     fields = SourceFields(source)
-    values = family_of(source).fields(fields)
+    values = family.fields(fields)
     fields.refuse_unread()
     if "sliding_attention" not in (values.get("layer_types") or ["sliding_attention"]):
         values["sliding_window"] = None  # no layer uses the window

@@ -11,15 +11,21 @@ from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from .base import Family, SourceFields
 from .quantized import FP8_BLOCK, from_fp8, require_quantization
-from .sparse_parts import moe_tensors, pairs_to_halves, sparse
+from .sparse_parts import moe_tensors, pairs_to_halves, sigmoid_routed, sparse
 
 
-def _deepseek_sparse(fields: SourceFields) -> dict[str, Any]:
-    """Reads the fields that DeepSeek's three generations share."""
+def deepseek_sparse(fields: SourceFields, partial: bool = False) -> dict[str, Any]:
+    """Reads the fields that DeepSeek's three generations share.
+
+    Args:
+        fields: fields of the source.
+        partial: whether the family allows heads that rotate only in part.
+    """
     dense, every = fields.take("first_k_dense_replace", 0), fields.take("moe_layer_freq", 1)
     layers = range(fields.take("num_hidden_layers"))
-    fields.take("ep_size")
-    return sparse(fields) | {
+    # the layers that predict further tokens are not converted
+    fields.same("ep_size", "num_nextn_predict_layers", "num_mtp_layers")
+    return sparse(fields, partial) | {
         "attention_bias": fields.take("attention_bias", False),
         "moe_intermediate_size": fields.take("moe_intermediate_size"),
         "mlp_layer_types": ["sparse" if i >= dense and i % every == 0 else "dense" for i in layers],
@@ -43,7 +49,7 @@ def _deepseek_balance(fields: SourceFields) -> dict[str, Any]:
 
 def _deepseek(fields: SourceFields) -> dict[str, Any]:
     fields.require("scoring_func", "softmax")
-    values = _deepseek_sparse(fields) | _deepseek_balance(fields)
+    values = deepseek_sparse(fields) | _deepseek_balance(fields)
     # transformers has no class for this model, so rope_theta is still outside rope_parameters
     rope = {"rope_theta": fields.take("rope_theta", 10000.0)} | (fields.take("rope_parameters") or {})
     # the model's own code does not renormalise the weight of a single expert
@@ -65,10 +71,10 @@ def latent_attention(fields: SourceFields) -> dict[str, Any]:
     return widths | {"attention_multiplier": scale}
 
 
-def _deepseek_v2(fields: SourceFields) -> dict[str, Any]:
+def deepseek_v2_router(fields: SourceFields) -> dict[str, Any]:
+    """Reads the fields of DeepSeek-V2's router, which does not renormalise and may be limited to groups of experts."""
     fields.require("scoring_func", "softmax")
     fields.require("topk_method", "greedy", "group_limited_greedy")
-    fields.require("mlp_bias", False)
     # if it is true, DeepSeek's code renormalises and transformers does not
     fields.require("norm_topk_prob", False, None)
     groups: dict[str, Any] = fields.same("n_group", "topk_group")
@@ -76,8 +82,13 @@ def _deepseek_v2(fields: SourceFields) -> dict[str, Any]:
         groups = {"n_group": 1, "topk_group": 1}
     if isinstance(groups["n_group"], int) and groups["n_group"] > 1:
         groups["group_score"] = "max"
-    router = groups | {"norm_topk_prob": False} | fields.same("routed_scaling_factor")
-    return _deepseek_sparse(fields) | _deepseek_balance(fields) | latent_attention(fields) | router
+    return groups | {"norm_topk_prob": False} | fields.same("routed_scaling_factor")
+
+
+def _deepseek_v2(fields: SourceFields) -> dict[str, Any]:
+    fields.require("mlp_bias", False)
+    router = deepseek_v2_router(fields)
+    return deepseek_sparse(fields) | _deepseek_balance(fields) | latent_attention(fields) | router
 
 
 def _deepseek_v3(fields: SourceFields) -> dict[str, Any]:
@@ -86,19 +97,8 @@ def _deepseek_v3(fields: SourceFields) -> dict[str, Any]:
     fields.require("rope_interleave", True)
     fields.require("seq_aux", True)
     require_quantization(fields, "fp8", weight_block_size=[FP8_BLOCK, FP8_BLOCK])
-    # the layers that predict further tokens are not converted
-    fields.same("num_nextn_predict_layers", "num_mtp_layers")
-    router = fields.same("n_group", "topk_group", "routed_scaling_factor")
-    router |= {
-        # the family treats null as false
-        "norm_topk_prob": bool(fields.take("norm_topk_prob")),
-        "scoring_func": "sigmoid",
-        "group_score": "top2sum",
-        "router_selection_bias": True,
-        "router_aux_loss_coef": 0.0,
-        "router_seq_aux_loss_coef": fields.take("aux_loss_alpha", 0.0),
-    }
-    return _deepseek_sparse(fields) | latent_attention(fields) | router
+    router = sigmoid_routed(fields) | {"router_seq_aux_loss_coef": fields.take("aux_loss_alpha", 0.0)}
+    return deepseek_sparse(fields) | latent_attention(fields) | router
 
 
 def latent_tensors(state: State, config: MoEConfig) -> State:
@@ -129,7 +129,7 @@ def _deepseek_v3_tensors(state: State, config: MoEConfig) -> State:
             continue
         if (scale := f"{name}_scale_inv") in state:
             tensor = LazyTensor.combine(from_fp8, tensor, state[scale], dtype=torch.bfloat16)
-        kept[name] = tensor.to(torch.float32) if name.endswith("e_score_correction_bias") else tensor
+        kept[name] = tensor
     return latent_tensors(kept, config)
 
 

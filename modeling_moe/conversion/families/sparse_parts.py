@@ -21,13 +21,24 @@ RENAMED = {
     ".w3.": ".up_proj.",
     ".w2.": ".down_proj.",
     ".shared_expert.": ".shared_experts.",
+    ".mlp.router.gate.": ".mlp.gate.",
     ".mlp.router.": ".mlp.gate.",
+    ".mlp.expert_bias": ".mlp.gate.e_score_correction_bias",
+    ".mlp.gate.expert_bias": ".mlp.gate.e_score_correction_bias",
+    ".mlp.e_score_correction_bias": ".mlp.gate.e_score_correction_bias",
+    ".mlp.shared_mlp.": ".mlp.shared_experts.",
 }
 
 
-def sparse(fields: SourceFields) -> dict[str, Any]:
-    """Reads the fields that all sparse families share: the given ones of `COMMON`, and the number of experts."""
-    fields.refuse_partial_rotation()
+def sparse(fields: SourceFields, partial: bool = False) -> dict[str, Any]:
+    """Reads the fields that all sparse families share: the given ones of `COMMON`, and the number of experts.
+
+    Args:
+        fields: fields of the source.
+        partial: whether the family allows heads that rotate only in part.
+    """
+    if not partial:
+        fields.refuse_partial_rotation()
     common = {name: value for name, value in fields.same(*COMMON).items() if value is not None}
     # configurations of one family use either the family's name for the number or transformers' standard name
     counts = [fields.take(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")]
@@ -44,9 +55,28 @@ def standard(fields: SourceFields) -> dict[str, Any]:
     return sparse(fields) | fields.same("head_dim", "router_aux_loss_coef")
 
 
+def sigmoid_routed(fields: SourceFields) -> dict[str, Any]:
+    """Reads the fields of DeepSeek-V3's router: sigmoid scores, experts chosen with a correction bias, groups of experts."""
+    return fields.same("n_group", "topk_group", "routed_scaling_factor") | {
+        # null is false in transformers' models
+        "norm_topk_prob": bool(fields.take("norm_topk_prob")),
+        "scoring_func": "sigmoid",
+        "group_score": "top2sum",
+        "router_selection_bias": True,
+        "router_aux_loss_coef": 0.0,
+    }
+
+
 def pairs_to_halves(width: int, plain: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns a function that reorders the last `width - plain` rows of each head from interleaved pairs to halves."""
     order = [*range(plain), *range(plain, width, 2), *range(plain + 1, width, 2)]
+    return lambda tensor: tensor.unflatten(0, (-1, width))[:, order].flatten(0, 1)
+
+
+def halves_to_pairs(width: int, plain: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the inverse of [`pairs_to_halves`]."""
+    half = (width - plain) // 2
+    order = [*range(plain), *(plain + row for i in range(half) for row in (i, half + i))]
     return lambda tensor: tensor.unflatten(0, (-1, width))[:, order].flatten(0, 1)
 
 
@@ -63,11 +93,13 @@ def _unfused(name: str, tensor: LazyTensor) -> State:
 
 
 def moe_tensors(state: State, config: MoEConfig) -> State:
-    """Renames the tensors of all families except gpt-oss and splits fused experts."""
+    """Renames the tensors of all families except gpt-oss, splits fused experts and casts correction biases to fp32."""
     tensors = {}
     for name, tensor in parameters(state, config).items():
         for old, new in RENAMED.items():
             name = name.replace(old, new)
+        if name.endswith(".e_score_correction_bias"):
+            tensor = tensor.to(torch.float32)
         fused = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
         tensors |= _unfused(name, tensor) if fused else {name: tensor}
     return tensors
