@@ -31,6 +31,13 @@ LATENT = {
     "num_key_value_heads": 2,
 }
 
+SIGMOID = {
+    "scoring_func": "sigmoid",
+    "router_selection_bias": True,
+    "routed_scaling_factor": 2.5,
+    "shared_expert_intermediate_size": 64,
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -41,14 +48,12 @@ class Case:
         fields: fields of `MoEConfig` that differ from `SIZE`; options of the upcycling if `upcycled`.
         target: family to which the model is exported; None for a model that only this package's code computes.
         upcycled: whether the model is SmolLM2-135M, upcycled.
-        own_code: whether vLLM is asked to run this package's code.
     """
 
     name: str
     fields: dict[str, Any] = field(default_factory=dict)
     target: str | None = None
     upcycled: bool = False
-    own_code: bool = True
 
     @property
     def folder(self) -> str:
@@ -73,26 +78,45 @@ EXPORTS = [
     Case(
         "olmoe", {"rms_norm_eps": 1e-5, "qk_norm": "full", "norm_topk_prob": False, "num_key_value_heads": 2}, "olmoe"
     ),
+    Case("granitemoeshared", {"shared_expert_intermediate_size": 64}, "granitemoeshared"),
+    Case(
+        "deepseek_v3",
+        SIGMOID | LATENT | {"mlp_layer_types": ["dense", "sparse"], "n_group": 2, "topk_group": 1},
+        "deepseek_v3",
+    ),
+    Case("glm4_moe", SIGMOID | {"mlp_layer_types": ["dense", "sparse"]}, "glm4_moe"),
+    Case("minimax_m2", {"scoring_func": "sigmoid", "router_selection_bias": True, "qk_norm": "full"}, "minimax_m2"),
+    Case(
+        "gpt_oss",
+        {
+            "swiglu_limit": 7.0,
+            "attention_sinks": True,
+            "mlp_bias": True,
+            "attention_bias": True,
+            "router_bias": True,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "gpt_oss",
+    ),
     Case("SmolLM2 as mixtral", {"num_experts": 4, "num_experts_per_tok": 2, "noise": 0.1}, "mixtral", upcycled=True),
 ]
 # the servers compute these wrongly without a word: convert must refuse them, or hub.serving must not name the server
 SILENT = [
-    Case("mixtral, sliding window", {"sliding_window": 8}, "mixtral", own_code=False),
-    Case("mixtral, GELU", {"hidden_act": "gelu"}, "mixtral", own_code=False),
-    Case("qwen3_moe, not renormalised", {"qk_norm": "head", "norm_topk_prob": False}, "qwen3_moe", own_code=False),
-    Case("qwen3_moe, attention bias", {"qk_norm": "head", "attention_bias": True}, "qwen3_moe", own_code=False),
-    Case("qwen2_moe, renormalised", {"qkv_bias": True, "norm_topk_prob": True}, "qwen2_moe", own_code=False),
+    Case("mixtral, sliding window", {"sliding_window": 8}, "mixtral"),
+    Case("mixtral, GELU", {"hidden_act": "gelu"}, "mixtral"),
+    Case("qwen3_moe, not renormalised", {"qk_norm": "head", "norm_topk_prob": False}, "qwen3_moe"),
+    Case("qwen3_moe, attention bias", {"qk_norm": "head", "attention_bias": True}, "qwen3_moe"),
+    Case("qwen2_moe, renormalised", {"qkv_bias": True, "norm_topk_prob": True}, "qwen2_moe"),
     Case(
         "olmoe, epsilon",
         {"qk_norm": "full", "norm_topk_prob": False, "num_key_value_heads": 2},
         "olmoe",
-        own_code=False,
     ),
     Case(
         "olmoe, renormalised",
         {"rms_norm_eps": 1e-5, "qk_norm": "full", "norm_topk_prob": True, "num_key_value_heads": 2},
         "olmoe",
-        own_code=False,
     ),
 ]
 OWN_CODE = [

@@ -3,6 +3,7 @@
 python -m serving_check.make FOLDER SMOLLM2 [CASE ...]    in this package's environment; SMOLLM2 is a folder with its GGUF file
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.conversion import convert_checkpoint
 from modeling_moe.upcycling import UpcyclingOptions, upcycle_checkpoint
+from modeling_moe.utils.errors import UserError
 
 from .answers import NEW_TOKENS, PROMPTS, Answers
 from .cases import CASES, SIZE, Case
@@ -65,6 +67,17 @@ def make_upcycled(case: Case, folder: Path, smollm2: Path) -> None:
     upcycle_checkpoint(str(smollm2), folder, options, gguf_file=GGUF, dtype="float32", overwrite=True)
 
 
+def export(target: str, folder: Path) -> None:
+    """Exports a case's model, or writes why the package refuses to."""
+    refused = folder / "refused.txt"
+    refused.unlink(missing_ok=True)
+    try:
+        convert_checkpoint(str(folder / "moe"), folder / "export", target=target, overwrite=True)
+    except UserError as error:
+        shutil.rmtree(folder / "export", ignore_errors=True)
+        refused.write_text(str(error), encoding="utf-8")
+
+
 def main() -> None:
     """Makes the cases that the command line names, or all."""
     root, smollm2, chosen = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
@@ -80,7 +93,7 @@ def main() -> None:
             make_random(case, folder / "moe", tokenizer)
         answers(folder / "moe").save(folder / "transformers.json")
         if case.target is not None:
-            convert_checkpoint(str(folder / "moe"), folder / "export", target=case.target, overwrite=True)
+            export(case.target, folder)
         print(f"=== {case.name}", flush=True)
 
 

@@ -3,6 +3,8 @@
 
 from typing import Any
 
+import torch
+
 from ...checkpoints import LazyTensor, State
 from ...configuration_moe import MoEConfig
 from .target import Target
@@ -41,16 +43,20 @@ def _granitemoeshared(config: MoEConfig) -> dict[str, Any]:
     multiplier = config.attention_multiplier
     # the family's class declares no head_dim, but its attention reads one
     usual = config.head_dim == config.hidden_size // config.num_attention_heads
-    return balance(config) | ({} if usual else {"head_dim": config.head_dim}) | {
-        "num_local_experts": config.num_experts,
-        "intermediate_size": config.moe_intermediate_size,
-        "shared_intermediate_size": config.shared_expert_intermediate_size,
-        "attention_bias": config.attention_bias,
-        "attention_multiplier": config.head_dim**-0.5 if multiplier is None else multiplier,
-        "embedding_multiplier": config.embedding_multiplier,
-        "residual_multiplier": config.residual_multiplier,
-        "logits_scaling": config.logits_scaling,
-    }
+    return (
+        balance(config)
+        | ({} if usual else {"head_dim": config.head_dim})
+        | {
+            "num_local_experts": config.num_experts,
+            "intermediate_size": config.moe_intermediate_size,
+            "shared_intermediate_size": config.shared_expert_intermediate_size,
+            "attention_bias": config.attention_bias,
+            "attention_multiplier": config.head_dim**-0.5 if multiplier is None else multiplier,
+            "embedding_multiplier": config.embedding_multiplier,
+            "residual_multiplier": config.residual_multiplier,
+            "logits_scaling": config.logits_scaling,
+        }
+    )
 
 
 def _granitemoeshared_tensors(state: State, config: MoEConfig) -> State:
@@ -111,14 +117,17 @@ def _qwen2_moe_tensors(state: State, config: MoEConfig) -> State:
     """Adds zeros for each part that Qwen2-MoE always has and the model lacks.
 
     These parts are: biases of query, key and value, which vLLM does not make optional; the shared expert; and the shared
-    expert's gate. A gate of zeros has the sigmoid 1/2, so the output of an ungated shared expert is doubled.
+    expert's gate. A gate of tiny numbers has the sigmoid 1/2, so the output of an ungated shared expert is doubled; for
+    a gate of zeros llama.cpp, which computes the sigmoid as silu(x) / x, answers NaN.
     """
     result = with_attention_biases(scaled(state, config), config, "qkv")
     if not (config.has_shared_experts and config.shared_expert_gate):
         for layer in sparse_layers(config):
             mlp = f"model.layers.{layer}.mlp."
             dtype = state[f"model.layers.{layer}.self_attn.q_proj.weight"].dtype
-            result[f"{mlp}shared_expert_gate.weight"] = filled(1, config.hidden_size, dtype=dtype)
+            result[f"{mlp}shared_expert_gate.weight"] = filled(
+                1, config.hidden_size, dtype=dtype, value=2.0**-24 if dtype == torch.float16 else 2.0**-64
+            )
             if config.has_shared_experts:
                 down = f"{mlp}shared_experts.down_proj.weight"
                 result[down] = result[down].map(lambda weight: 2 * weight)
