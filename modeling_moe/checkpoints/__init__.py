@@ -4,6 +4,7 @@
 from .damage import UnusableError
 from .fingerprint import check_hashes, fingerprint
 from .lazy_tensor import LazyTensor, State
+from .safetensors_format import read_tensors
 from .sources import Source, open_source, refuse_quantised
 from .writer import refuse_full_disk, write_checkpoint
 
@@ -16,6 +17,7 @@ __all__ = [
     "check_hashes",
     "fingerprint",
     "open_source",
+    "read_tensors",
     "refuse_full_disk",
     "refuse_quantised",
     "write_checkpoint",

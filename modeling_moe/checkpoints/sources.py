@@ -11,6 +11,7 @@ from ..utils.companions import COMPANIONS
 from ..utils.errors import UserError
 from ..utils.json_files import read_json
 from ..utils.locations import folder_and_gguf, refuse_outside
+from ..utils.prediction_files import PATTERN
 from .gguf import read_gguf
 from .lazy_tensor import State
 from .safetensors_format import read_tensors
@@ -98,7 +99,7 @@ def _read_shards(folder: Path, weight_map: dict[str, str]) -> State:
 def _download(name: str, gguf_file: str | None) -> Path:
     """Downloads description, tokenizer and weights of a Hub model and returns the local folder."""
     # the model card gives the license
-    described = ["README.md", *([gguf_file] if gguf_file else ["*.json", *COMPANIONS])]
+    described = ["README.md", *([gguf_file] if gguf_file else ["*.json", PATTERN, *COMPANIONS])]
     try:
         folder = Path(snapshot_download(name, allow_patterns=described))
         if gguf_file:

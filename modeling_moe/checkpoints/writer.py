@@ -20,6 +20,7 @@ from ..utils.folders import RECORD_NAME, STAGE_NAME, ResultFolder, record_text
 from ..utils.hashes import hash_file, read_sums, write_sums
 from ..utils.json_files import read_json, write_json
 from ..utils.lineage import VERIFICATION
+from ..utils.prediction_files import STEM
 from ..utils.progress import byte_progress
 from ..utils.sizes import size_text
 from .damage import UnusableError, refuse_not_finite
@@ -68,6 +69,7 @@ def write_checkpoint(
     progress: bool = True,
     sources: Sequence[str | Path] = (),
     check: Callable[[Path], Mapping[str, Any] | None] | None = None,
+    beside: State | None = None,
 ) -> None:
     """Writes a checkpoint that transformers loads; memory holds about one tensor at a time.
 
@@ -87,6 +89,8 @@ def write_checkpoint(
         sources: folders that are read; none may equal, contain or lie in `output_dir`.
         check: receives the complete folder before it replaces `output_dir`, and raises if the result is not usable. What
             it measures and returns is added to `conversion.json` as `verification`.
+        beside: tensors that no model loads, in files of their own, see [`modeling_moe.utils.prediction_files`]; an index is
+            written then even for a single file of the model.
 
     Raises:
         UserError: if `output_dir` may not be written, an interrupted run had another recipe, the disk is or becomes full,
@@ -95,7 +99,9 @@ def write_checkpoint(
         Interrupted: on Ctrl-C; complete shards are kept.
     """
     folder = output_dir if isinstance(output_dir, ResultFolder) else ResultFolder(output_dir, overwrite, sources)
-    shards, index = _plan_shards(state, max_shard_size)
+    shards, index = _plan_shards(state, max_shard_size, indexed=bool(beside))
+    if beside:
+        shards += _plan_shards(beside, max_shard_size, stem=STEM)[0]
     layout = hashlib.sha256(b"".join(shard.name.encode() + shard.header for shard in shards)).hexdigest()
     description = record_text(recipe, layout=layout)
     refuse_full_disk(folder, sum(shard.nbytes for shard in shards))
@@ -179,13 +185,15 @@ def _keep_complete_shards(
         ) from error
 
 
-def _plan_shards(state: State, max_shard_size: int | str) -> tuple[list[_Shard], str | None]:
-    """Returns the files of the checkpoint and the text of the index, or None for a single file."""
+def _plan_shards(
+    state: State, max_shard_size: int | str, stem: str = "model", indexed: bool = False
+) -> tuple[list[_Shard], str | None]:
+    """Returns files whose names begin with `stem`, and the text of the index; None for a single file if not `indexed`."""
     try:
         split = split_state_dict_into_shards_factory(
             state,
             get_storage_size=lambda tensor: tensor.nbytes,
-            filename_pattern="model{suffix}.safetensors",
+            filename_pattern=stem + "{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
@@ -195,7 +203,7 @@ def _plan_shards(state: State, max_shard_size: int | str) -> tuple[list[_Shard],
         # larger elements come first, so that each tensor is aligned to the size of an element
         tensors = {name: state[name] for name in sorted(names, key=lambda name: -state[name].dtype.itemsize)}
         shards.append(_Shard(file, tensors, make_header(tensors)))
-    if not split.is_sharded:
+    if not split.is_sharded and not indexed:
         return shards, None
     metadata = {"total_parameters": sum(tensor.numel for tensor in state.values()), **split.metadata}
     index = {"metadata": metadata, "weight_map": split.tensor_to_filename}

@@ -3,23 +3,37 @@
 
     moe convert --model_name_or_path mistralai/Mixtral-8x7B-v0.1 --output_dir outputs/mixtral --target moe
     moe convert --model_name_or_path ./OLMoE-1B-7B --output_dir outputs/olmoe --dtype bfloat16 --verify
-    moe convert --model_name_or_path outputs/moe --output_dir outputs/served --target qwen3_moe
+    moe convert --model_name_or_path outputs/moe --output_dir outputs/served --target auto --check transformers
+    moe convert --model_name_or_path ./GLM-4.5-Air --output_dir outputs/glm --dry_run
 
 Sources: this package's checkpoints; Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-MoE, -V2 and -V3, gpt-oss; and, as a
 model whose layers are all dense, Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo2, OLMo3, Phi-3, Gemma 2 and 3, Granite, GPT-2
-and GPT-NeoX. Targets: moe (this package), mixtral, qwen2_moe, qwen3_moe, olmoe.
+and GPT-NeoX. Targets: moe (this package), mixtral, granitemoeshared, qwen3_moe,
+qwen2_moe, deepseek_v3, glm4_moe, minimax_m2, gpt_oss, olmoe; auto takes the one that most servers run.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from ..configuration_moe import MoEConfig
-from ..conversion import TARGETS, Verification, convert_checkpoint
+from ..conversion import (
+    AUTO,
+    TARGETS,
+    Conversion,
+    ConversionPlan,
+    choose_target,
+    convert_checkpoint,
+    plan_conversion,
+    verdicts,
+)
 from ..utils.command_line import parse
+from ..utils.errors import UserError
 from ..utils.loading import DtypeName
+from ..utils.sizes import size_text
 
 
 @dataclass
@@ -30,19 +44,34 @@ class ConvertArguments:
     output_dir: str = field(
         metadata={"help": "folder to write, whole or not at all; the same command continues an interrupted run"}
     )
-    target: str = field(default="moe", metadata={"help": "format to write", "choices": ("moe", *TARGETS)})
+    target: str = field(
+        default="moe",
+        metadata={
+            "help": "format to write; auto: the one that holds the model exactly and that most servers run",
+            "choices": ("moe", AUTO, *TARGETS),
+        },
+    )
     gguf_file: str | None = field(default=None, metadata={"help": "name of the GGUF file in the source's folder"})
     dtype: DtypeName = field(default="auto", metadata={"help": "dtype of the result; auto: the source's dtype"})
     overwrite: bool = field(default=False, metadata={"help": "replace what an earlier run wrote to output_dir"})
+    dry_run: bool = field(default=False, metadata={"help": "print the plan, read no weights, write nothing"})
     verify: bool = field(default=False, metadata={"help": "run source and result on a text and compare the logits"})
+    check: Literal["transformers"] | None = field(
+        default=None,
+        metadata={
+            "help": "transformers: load the result in transformers without this package, in fp32, and refuse a result with "
+            "other logits than the source's"
+        },
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the checkpoint brings"})
 
+    def __post_init__(self):
+        if self.dry_run and (self.verify or self.check):
+            raise UserError("verify and check compare the result, and dry_run makes none: leave them or dry_run out")
 
-def convert(args: ConvertArguments) -> tuple[MoEConfig, Verification | None]:
+
+def convert(args: ConvertArguments) -> Conversion:
     """Converts a checkpoint.
-
-    Returns:
-        The model's configuration, and the comparison with the source if `args.verify` is set.
 
     Raises:
         UserError: see [`~modeling_moe.conversion.convert_checkpoint`].
@@ -56,13 +85,44 @@ def convert(args: ConvertArguments) -> tuple[MoEConfig, Verification | None]:
         args.overwrite,
         args.verify,
         trust_remote_code=args.trust_remote_code,
+        check_plain=args.check == "transformers",
+    )
+
+
+def plan(args: ConvertArguments) -> ConversionPlan:
+    """Checks from the headers of the files whether the conversion can be made.
+
+    Raises:
+        UserError: see [`~modeling_moe.conversion.plan_conversion`].
+    """
+    return plan_conversion(
+        args.model_name_or_path,
+        args.target,
+        args.gguf_file,
+        args.dtype,
+        trust_remote_code=args.trust_remote_code,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Converts, and prints the size of the result."""
+    """Converts, or only plans with `dry_run`, and prints the size of the result."""
     (args,) = parse([ConvertArguments], __doc__, argv)
-    config, verification = convert(args)
+    if args.dry_run:
+        planned = plan(args)
+        more = [("weights on disk", size_text(planned.nbytes)), *(("note", note) for note in planned.notes)]
+        print_model(planned.config, "plan, nothing written", more)
+        print_servers(args.target, planned.target, planned.config)
+        return
+    done = convert(args)
+    more = done.verification.rows() if done.verification else []
+    if done.plain:
+        more = [*more, ("in plain transformers", f"{done.plain.largest_difference:.1e}")]
+    print_model(done.config, args.output_dir, more)
+    print_servers(args.target, done.target, done.config)
+
+
+def print_model(config: MoEConfig, title: str, more: Sequence[tuple[str, str]]) -> None:
+    """Prints the size of a model, and the rows `more` under it."""
     layers, dense_layers = config.num_hidden_layers, len(config.mlp_only_layers)
     rows = [
         ("parameters", f"{config.num_params():,}"),
@@ -70,9 +130,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("sparse layers", f"{layers - dense_layers} of {layers}"),
         ("experts, per token", f"{config.num_experts}, {config.num_experts_per_tok}"),
         ("dtype", str(config.dtype).removeprefix("torch.")),
-        *(verification.rows() if verification else []),
+        *more,
     ]
-    table = Table("", args.output_dir)
+    table = Table("", title)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def print_servers(asked: str, target: str, config: MoEConfig) -> None:
+    """Prints why `auto` takes its target, which servers run it, and which do not and why.
+
+    Args:
+        asked: target that the user named.
+        target: target of the result.
+        config: configuration of the model.
+    """
+    if target not in TARGETS:
+        return
+    found = verdicts(TARGETS[target].config(config))
+    told = [choose_target(config).reason] if asked == AUTO else []
+    told.append(f"Served by {', '.join(verdict.server.name for verdict in found if not verdict.faults)}.")
+    told += [f"Not by {server.name}: it {'; it '.join(faults)}." for server, faults in found if faults]
+    for sentence in told:
+        Console().print(sentence, highlight=False, soft_wrap=True)

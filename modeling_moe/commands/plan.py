@@ -69,6 +69,7 @@ def print_plan(plan: UpcyclingPlan, title: str, verification: Verification | Non
         ("memory to train", f"{size_text(plan.bytes_to_train)} and activations (AdamW, all weights)"),
         ("memory to serve", f"{weights} and {cache} for each 1000 tokens of a text"),
         ("computes the dense function", f"no: {plan.reason_not_exact}" if plan.reason_not_exact else "yes"),
+        *((("fields of config.json without effect", ", ".join(plan.without_effect)),) if plan.without_effect else ()),
         *(verification.rows() if verification else []),
     ]
     table = Table("", title)

@@ -1,8 +1,17 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This package converts transformers' dense and sparse checkpoints to MoE checkpoints with equal logits, and back."""
 
-from .convert import Checkpoint, convert_checkpoint, open_checkpoint, result_folder, save_checkpoint
-from .families.catalogue import FAMILIES, SPARSE_FAMILIES, moe_config
+from .convert import (
+    Checkpoint,
+    Conversion,
+    ConversionPlan,
+    convert_checkpoint,
+    open_checkpoint,
+    plan_conversion,
+    result_folder,
+    save_checkpoint,
+)
+from .families.catalogue import FAMILIES, SPARSE_FAMILIES, fields_without_effect, moe_config
 from .families.dense import DENSE_FAMILIES
 from .families.export import AUTO, TARGETS, choose_target, exact_targets
 from .families.servers import SILU, Server, Verdict, servers, verdicts
@@ -13,6 +22,8 @@ from .verification import Verification, verification_ids, verify
 __all__ = [
     "AUTO",
     "Checkpoint",
+    "Conversion",
+    "ConversionPlan",
     "DENSE_FAMILIES",
     "FAMILIES",
     "SPARSE_FAMILIES",
@@ -24,10 +35,12 @@ __all__ = [
     "choose_target",
     "convert_checkpoint",
     "exact_targets",
+    "fields_without_effect",
     "import_state",
     "load_state",
     "moe_config",
     "open_checkpoint",
+    "plan_conversion",
     "result_folder",
     "save_checkpoint",
     "servers",

@@ -3,13 +3,14 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
 
 from ..checkpoints import Source, State, fingerprint, open_source, write_checkpoint
 from ..checkpoints.writer import refuse_full_disk
@@ -23,14 +24,18 @@ from ..utils.json_files import read_json
 from ..utils.limits import LAYERS
 from ..utils.lineage import lineage_of
 from ..utils.loading import load_tokenizer, parse_dtype
-from .families.catalogue import moe_config, source_config
+from .families.catalogue import fields_without_effect, moe_config, source_config
 from .families.export import TARGETS, export_plan, resolved_target
 from .families.wrappers import left_out, text_values
 from .importing import import_state
 from .older_names import save_for_older_readers
 from .plain_transformers import PlainComparison, compare_in_plain_transformers
+from .prediction_layers import ENTRY, PredictionLayers, kept_prediction_layers, prediction_layers, restored
 from .tokenizer_files import keep_tokenizer
 from .verification import Verification, verification_ids, verify
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,16 @@ class Checkpoint:
         state: tensors with names and layout of a MoE checkpoint on disk.
         source: the files that hold the tensors.
         source_config: configuration as the source's config.json gives it.
+        prediction: layers that predict further tokens, which no model of this package computes; None if there are none.
+        without_effect: fields of config.json that neither this package nor the source's own model reads.
     """
 
     config: MoEConfig
     state: State
     source: Source
     source_config: PreTrainedConfig
+    prediction: PredictionLayers | None = None
+    without_effect: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -60,13 +69,37 @@ class Checkpoint:
         Raises:
             UserError: if a file differs from the hash beside it.
         """
-        files = fingerprint(self.source.folder, self.source.files)
+        beside = self.prediction.files if self.prediction else ()
+        files = fingerprint(self.source.folder, (*self.source.files, *beside))
         identity = {"name": self.source.folder.name, "files": files, "config": self.source_config.to_diff_dict()}
         return identity | ({"left_out": self.left_out} if self.left_out else {})
 
+    def prediction_for(self, target: str) -> PredictionLayers | None:
+        """Returns the layers that predict further tokens if a format can hold them: this package's, or their own family's."""
+        held = self.prediction is not None and target in ("moe", self.prediction.model_type)
+        return self.prediction if held else None
+
+    def notes(self, target: str) -> list[str]:
+        """Returns a sentence for each thing that a conversion to `target` leaves out or does not read."""
+        notes = []
+        if self.left_out:
+            shown = ", ".join(f"{name} ({count:,} parameters)" for name, count in self.left_out.items())
+            notes.append(f"Only the text model is converted; these parts of the source are left out: {shown}.")
+        if self.without_effect:
+            shown = ", ".join(f"{name} ({value!r:.60})" for name, value in self.without_effect.items())
+            notes.append(
+                f"The source's model does not read these fields of config.json, which are kept only in conversion.json: {shown}."
+            )
+        if self.prediction is not None and self.prediction_for(target) is None:
+            notes.append(
+                f"The layers that predict further tokens ({len(self.prediction.state)} tensors) are left out: target {target} "
+                f"cannot hold them; moe and {self.prediction.model_type or 'the family that published them'} can."
+            )
+        return notes
+
 
 def cast(state: State, config: MoEConfig, dtype: torch.dtype) -> State:
-    """Casts floating tensors to `dtype`, except those that routers keep in fp32."""
+    """Casts floating tensors to `dtype`, except those that routers of this package keep in fp32."""
     with torch.device("meta"):
         kept = MoEForCausalLM(config)._keep_in_fp32_modules_strict or set()
 
@@ -125,6 +158,7 @@ def open_checkpoint(
     described = source_config(source.folder, source.gguf_file, trust_remote_code=trust_remote_code)
     try:
         config = moe_config(described)
+        without_effect = fields_without_effect(described)
     except (TypeError, AttributeError, ArithmeticError, LookupError, RecursionError) as error:
         # a field of a wrong type can make the family's code raise any of these
         raise UserError(
@@ -132,11 +166,17 @@ def open_checkpoint(
         ) from error
     _refuse_other_size(config, source)
     state = import_state(source.state, described, config)
+    if described.model_type == MoEConfig.model_type:
+        prediction = kept_prediction_layers(source.folder)
+    else:
+        prediction = prediction_layers(source.state, described)
     wanted = parse_dtype(dtype)
     if wanted is not None:
         state = cast(state, config, wanted)
+        if prediction is not None:
+            prediction = replace(prediction, state=cast(prediction.state, config, wanted))
     config.dtype = state["model.embed_tokens.weight"].dtype
-    return Checkpoint(config, state, source, described)
+    return Checkpoint(config, state, source, described, prediction, without_effect)
 
 
 def result_folder(
@@ -180,6 +220,7 @@ def save_checkpoint(
     check: Callable[[Path], Mapping[str, Any] | None] | None = None,
     *,
     trust_remote_code: bool = False,
+    same_weights: bool = False,
 ) -> None:
     """Writes a checkpoint with tokenizer, chat template, generation config and code.
 
@@ -196,14 +237,24 @@ def save_checkpoint(
         check: receives the complete folder before it replaces `output_dir`, raises if the result is not usable, and
             returns what it measured, for conversion.json.
         trust_remote_code: whether code that the source's tokenizer brings may run.
+        same_weights: whether `state` holds the weights of `origin`, so that the origin's layers which predict further tokens
+            still belong to them. Otherwise these layers are left out, and a warning says so.
 
     Raises:
         UserError: if the target cannot hold the model, or `output_dir` cannot be written.
     """
     written_config: PreTrainedConfig = config
+    prediction = origin.prediction_for(target) if same_weights else None
     if target != "moe":
-        written_config = export_plan(config, target)
-        state = TARGETS[target].tensors(state, config)
+        written_config, further = restored(export_plan(config, target), prediction)
+        state = TARGETS[target].tensors(state, config) | further
+    elif prediction is not None:
+        recipe = recipe | {ENTRY: prediction.record()}
+    if origin.prediction is not None and not same_weights:
+        logger.warning(
+            f"The layers that predict further tokens ({len(origin.prediction.state)} tensors of {origin.source.folder}) are "
+            "left out: they were trained for the unchanged weights."
+        )
 
     write_tokenizer = _tokenizer_writer(origin.source, target != "moe", trust_remote_code)
 
@@ -216,9 +267,14 @@ def save_checkpoint(
         if not (folder / "generation_config.json").exists():
             GenerationConfig.from_model_config(written_config).save_pretrained(folder)
 
+    if origin.without_effect:
+        recipe = recipe | {"fields_without_effect": dict(origin.without_effect)}
     recipe = json.loads(json.dumps(recipe | {"lineage": lineage_of(origin.source.folder)}, default=str))
     sources = (origin.source.folder,)
-    write_checkpoint(output_dir, state, recipe, finish, overwrite, max_shard_size, sources=sources, check=check)
+    beside = prediction.state if prediction is not None and target == "moe" else None
+    write_checkpoint(
+        output_dir, state, recipe, finish, overwrite, max_shard_size, sources=sources, check=check, beside=beside
+    )
 
 
 def _tokenizer_writer(source: Source, older_readers: bool, trust_remote_code: bool) -> Callable[[Path], None]:
@@ -268,6 +324,46 @@ class Conversion(NamedTuple):
     plain: PlainComparison | None
 
 
+class ConversionPlan(NamedTuple):
+    """What a conversion would write.
+
+    Attributes:
+        config: the model's configuration as a `MoEConfig`.
+        nbytes: size of the result's weights in bytes, before a target merges or adds tensors.
+        target: format of the result; never `auto`.
+        notes: sentences on what the result leaves out, see [`Checkpoint.notes`].
+    """
+
+    config: MoEConfig
+    nbytes: int
+    target: str
+    notes: list[str]
+
+
+def plan_conversion(
+    name_or_path: str,
+    target: str = "moe",
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+) -> ConversionPlan:
+    """Checks whether [`convert_checkpoint`] can convert a checkpoint, from the headers of the files alone.
+
+    Raises:
+        UserError: as [`convert_checkpoint`].
+    """
+    checkpoint = open_checkpoint(name_or_path, gguf_file, dtype, trust_remote_code=trust_remote_code)
+    target = resolved_target(checkpoint.config, target)
+    _check_target(checkpoint, target, dtype)
+    return ConversionPlan(checkpoint.config, _result_bytes(checkpoint, target), target, checkpoint.notes(target))
+
+
+def _result_bytes(checkpoint: Checkpoint, target: str) -> int:
+    prediction = checkpoint.prediction_for(target)
+    return sum(tensor.nbytes for tensor in checkpoint.state.values()) + (prediction.nbytes if prediction else 0)
+
+
 def convert_checkpoint(
     name_or_path: str,
     output_dir: str | Path,
@@ -307,8 +403,9 @@ def convert_checkpoint(
     if check or check_plain:
         # a missing tokenizer raises an error here, and not after hours of writing weights
         input_ids = verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
-    nbytes = sum(tensor.nbytes for tensor in checkpoint.state.values())
-    folder = result_folder(output_dir, overwrite, [checkpoint], nbytes)
+    folder = result_folder(output_dir, overwrite, [checkpoint], _result_bytes(checkpoint, target))
+    for note in checkpoint.notes(target):
+        logger.warning(note)
     verification = plain = None
 
     def compare(result: Path) -> dict[str, Any]:
@@ -332,5 +429,6 @@ def convert_checkpoint(
         target,
         check=compare if check or check_plain else None,
         trust_remote_code=trust_remote_code,
+        same_weights=True,
     )
     return Conversion(checkpoint.config, verification, target, plain)

@@ -12,7 +12,9 @@ from ..model_embeddings import RotaryEmbeddings
 from ..modeling_moe import MoEForCausalLM
 from ..utils.errors import UserError
 from .families.catalogue import family_of, moe_config
-from .families.wrappers import text_tensors
+from .families.quantized import dequantised
+from .families.wrappers import text_source, text_tensors
+from .prediction_layers import split_prediction
 
 
 # fields whose value alone is the size of a dimension of some tensor
@@ -50,7 +52,8 @@ def import_state(state: State, source: PreTrainedConfig, config: MoEConfig) -> S
     """Returns the tensors of a checkpoint under our names, in the order of the model; nothing is read.
 
     Args:
-        state: as on disk, or as transformers holds it in memory.
+        state: as on disk, or as transformers holds it in memory. Quantised weights are dequantised to bf16, and layers that
+            predict further tokens are left out.
         source: its configuration.
         config: the same in our words, see [`moe_config`].
 
@@ -59,7 +62,10 @@ def import_state(state: State, source: PreTrainedConfig, config: MoEConfig) -> S
             quantised.
     """
     if source.model_type != MoEConfig.model_type:
-        state = family_of(source).tensors(text_tensors(state, source), config)
+        text = text_source(source)
+        state, _ = split_prediction(text_tensors(state, source), text)
+        state = dequantised(state, getattr(text, "quantization_config", None))
+        state = family_of(source).tensors(state, config)
     expected = _on_disk(config)
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}

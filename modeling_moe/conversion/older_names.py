@@ -36,6 +36,8 @@ def older_names(config: PreTrainedConfig) -> dict[str, Any]:
         # transformers before 4.43 reads this key
         scaling["type"] = rope["rope_type"]
     fields = {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    if "partial_rotary_factor" in rope:
+        fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if rope["rope_type"] == "longrope":
         fields["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     if config.dtype is not None:

@@ -83,9 +83,7 @@ def compare_in_plain_transformers(
             failure=f"{result} does not load in transformers without this package: {{cause}}",
         )
     share = TOLERANCE if rounded_dtype is None else max(TOLERANCE, ROUNDED_STEPS * torch.finfo(rounded_dtype).eps)
-    compared = PlainComparison(
-        (got - expected).abs().max().item(), share * max(1.0, expected.abs().max().item())
-    )
+    compared = PlainComparison((got - expected).abs().max().item(), share * max(1.0, expected.abs().max().item()))
     # a NaN is not below the tolerance either
     if not compared.largest_difference <= compared.tolerance:
         raise UserError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..utils.errors import UserError
 from ..utils.json_files import read_json
 from ..utils.locations import leads_outside
+from ..utils.prediction_files import prediction_files
 from ..utils.trust import code_files
 
 
@@ -34,20 +35,26 @@ PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 
 
 def _weights(folder: Path) -> list[str]:
-    """Returns the names of the files of weights, an index included.
+    """Returns the names of the files of weights, an index and layers that predict further tokens included.
 
     Raises:
         UserError: if an index names a file that is not a file of weights.
     """
     kind = "model" if (folder / "config.json").is_file() else "adapter"
     first = next((name for name in WEIGHTS[kind] if (folder / name).is_file()), None)
+    further = prediction_files(folder) if kind == "model" else []
+    if further and first == "model.safetensors":
+        # without an index, vLLM and SGLang would read the further files too
+        first = f"{first}.index.json"
     if first is None or not first.endswith(".index.json"):
-        return [first] if first else []
+        return [first, *further] if first else []
+    if not (folder / first).is_file():
+        raise UserError(f"{folder} lacks {first}, without which servers load {further[0]} too: restore it")
     shards = sorted(set(read_json(folder / first)["weight_map"].values()))
     ending = first.removesuffix(".index.json").rpartition(".")[2]
     if strange := [name for name in shards if not name.endswith(f".{ending}")]:
         raise UserError(f"{folder / first} names {strange[0]}, which is no file of weights: download both again")
-    return [first, *shards]
+    return [first, *shards, *further]
 
 
 def _pictures(card: str) -> list[str]:

@@ -2,14 +2,15 @@
 """This module plans an upcycling: it computes the result's configuration and size before any weight is read."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from ..configuration_moe import MoEConfig
-from ..conversion import DENSE_FAMILIES, SPARSE_FAMILIES, moe_config
+from ..conversion import DENSE_FAMILIES, SPARSE_FAMILIES, fields_without_effect, moe_config
 from ..modeling_moe import MoEForCausalLM
 from ..utils.errors import UserError
 from ..utils.limits import refuse_vast_result
@@ -60,6 +61,7 @@ class UpcyclingPlan:
         active_params: number of parameters of the result that a token uses.
         groups: the parameters by kind.
         reason_not_exact: why the result will not compute the dense function; None if it will.
+        without_effect: fields of the sources' config.json that neither this package nor the sources' own models read.
     """
 
     config: MoEConfig
@@ -69,6 +71,7 @@ class UpcyclingPlan:
     active_params: int
     groups: tuple[TensorGroup, ...]
     reason_not_exact: str | None
+    without_effect: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bytes_on_disk(self) -> int:
@@ -164,7 +167,8 @@ def make_plan(
         UserError: if a source is of another family, the sources differ in architecture, or no model can be made with
             these options.
     """
-    for config in (source, *further):
+    sources = (source, *further)
+    for config in sources:
         if config.model_type not in DENSE_FAMILIES:
             sparse = config.model_type == MoEConfig.model_type or config.model_type in SPARSE_FAMILIES
             more = (
@@ -174,7 +178,7 @@ def make_plan(
                 f"model_type {config.model_type!r} cannot be upcycled: it must be one of "
                 f"{', '.join(sorted(DENSE_FAMILIES))}{more * sparse}"
             )
-    dense, *others = (moe_config(config) for config in (source, *further))
+    dense, *others = (moe_config(config) for config in sources)
     refuse_mismatch([dense, *others], ["the first source", *(options.sources or [])])
     config = sparse_config(dense, options, dtype)
     refuse_vast_result(config, dtype)
@@ -186,4 +190,5 @@ def make_plan(
         active_params=config.num_active_params(),
         groups=tensor_groups(config, dtype),
         reason_not_exact=reason_not_exact(options, config),
+        without_effect={name: value for config in sources for name, value in fields_without_effect(config).items()},
     )

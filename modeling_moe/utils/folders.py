@@ -31,7 +31,7 @@ RECORD_NAME = "conversion.json"
 STAGE_NAME = ".stage"
 # an interrupted run leaves these files in the partial folder, beside the files that SHA256SUMS lists there
 TRANSIENT = re.compile(
-    r"\.lock|\.stage|(model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|conversion\.json|SHA256SUMS)(\.\d+\.part)?"
+    r"\.lock|\.stage|((model|mtp)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|conversion\.json|SHA256SUMS)(\.\d+\.part)?"
 )
 # after these errors of a rename the files are moved one by one: the folder is a mount point, lies on another file system,
 # or its parent is not writable

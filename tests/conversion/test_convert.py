@@ -40,7 +40,7 @@ def test_converted_folder(name, tmp_path):
     (tmp_path / "source" / "generation_config.json").write_text(generation)
     (tmp_path / "source" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "source" / "tokenizer_config.json").write_text('{"any":  "thing"}')
-    config, _ = convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
+    config = convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe").config
     assert (tmp_path / "moe" / "generation_config.json").read_text() == generation
     assert (tmp_path / "moe" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (tmp_path / "moe" / "tokenizer_config.json").read_text() == '{"any":  "thing"}'
@@ -56,7 +56,7 @@ def test_converted_folder(name, tmp_path):
 def test_there_and_back(tmp_path):
     source = save_source("qwen3_moe", tmp_path / "source")
     convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
-    _, verification = convert_checkpoint(str(tmp_path / "moe"), tmp_path / "back", target="qwen3_moe", check=False)
+    verification = convert_checkpoint(str(tmp_path / "moe"), tmp_path / "back", target="qwen3_moe").verification
     assert verification is None
     first, back = (load_file(tmp_path / folder / "model.safetensors") for folder in ("source", "back"))
     assert first.keys() == back.keys()
@@ -107,7 +107,7 @@ def test_verify_reports_the_difference_of_source_and_result(tmp_path):
     source = AutoModelForCausalLM.from_config(config)
     source.save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")
-    _, verification = convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe", check=True)
+    verification = convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe", check=True).verification
     assert verification.largest_difference < 1e-5
     assert verification.source_loss == pytest.approx(verification.result_loss, abs=1e-5)
     least, most = verification.router_spread
@@ -176,7 +176,7 @@ def test_changed_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": "gguf"}, "target 'gguf' is unknown: it must be moe or one of mixtral"),
+        ({"target": "gguf"}, "target 'gguf' is unknown: it must be moe, auto or one of mixtral"),
         ({"target": "mixtral"}, "target mixtral cannot hold this model"),
         ({"dtype": "int3"}, "dtype 'int3' is unknown"),
     ],

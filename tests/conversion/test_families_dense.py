@@ -203,12 +203,6 @@ def test_no_tensor_is_read(name):
     assert {key: tensor.shape for key, tensor in mapped.items()} == {key: (*t.shape,) for key, t in wanted.items()}
 
 
-@pytest.mark.parametrize("name", DENSE_FAMILIES)
-def test_unknown_field_is_refused(name):
-    with pytest.raises(UserError, match=rf"mystery_scale \(2.0\) in the config.json of this {name} model is unknown"):
-        moe_config(source_config(name, mystery_scale=2.0))
-
-
 @pytest.mark.parametrize(
     ("name", "field", "value"),
     [

@@ -1,18 +1,37 @@
 """Exports to transformers' own families have equal logits and classic names, or are refused with the field's name."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.models import llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe
+from transformers.models import (
+    deepseek_v3,
+    glm4_moe,
+    gpt_oss,
+    granite,
+    granitemoeshared,
+    llama,
+    minimax_m2,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.checkpoints import LazyTensor
 from modeling_moe.configuration_fields import settings_of
 from modeling_moe.conversion import convert_checkpoint, moe_config
-from modeling_moe.conversion.families.export import COMPARED_IF, DETAILS, TARGETS, TRAINING, export_plan
+from modeling_moe.conversion.families.export import TARGETS, choose_target, export_plan
+from modeling_moe.conversion.families.target import COMPARED_AS, COMPARED_IF, REPEATED, TRAINING
 from modeling_moe.conversion.older_names import save_for_older_readers
 from modeling_moe.utils.errors import UserError
+from modeling_moe.utils.json_files import read_json
 from tests.builders import LLAMA3_ROPE
 
 
@@ -37,6 +56,33 @@ MOE = SIZE | {
 }
 MIXED = ["dense", "sparse", "sparse"]
 WINDOWS = ["full_attention", "sliding_attention", "full_attention"]
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8,
+    "mscale_all_dim": 0.7,
+}
+PARTIAL = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+}
+SIGMOID = {"scoring_func": "sigmoid", "router_selection_bias": True}
+GROUPS = SIGMOID | {"num_experts": 6, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
+CLAMPED = {"swiglu_limit": 1.5, "swiglu_alpha": 1.3, "norm_type": "rms_fp32"}
+BIASED = {"attention_bias": True, "mlp_bias": True, "router_bias": True, "attention_sinks": True}
 EXPRESSIBLE = {
     "mixtral": ("mixtral", {}),
     "mixtral-head_dim-gelu": ("mixtral", {"head_dim": 12, "hidden_act": "gelu"}),
@@ -60,6 +106,38 @@ EXPRESSIBLE = {
         {"qk_norm": "head", "sliding_window": 4, "attention_bias": True, "routed_scaling_factor": 2},
     ),
     "olmoe": ("olmoe", {"qk_norm": "full", "clip_qkv": 0.5, "norm_topk_prob": False}),
+    "granitemoeshared": ("granitemoeshared", {"num_shared_experts": 1, "shared_expert_intermediate_size": 20}),
+    "granitemoeshared-multipliers": (
+        "granitemoeshared",
+        MULTIPLIERS | {"attention_bias": True, "tie_word_embeddings": True, "routed_scaling_factor": 2.5},
+    ),
+    "granitemoeshared-head_dim": ("granitemoeshared", {"head_dim": 12, "num_shared_experts": 2}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        LATENT
+        | GROUPS
+        | {"mlp_layer_types": MIXED, "num_shared_experts": 2, "rope_parameters": YARN}
+        | {"attention_multiplier": 10**-0.5 * (0.07 * math.log(8.0) + 1.0) ** 2},
+    ),
+    "deepseek_v3-bare": (
+        "deepseek_v3",
+        LATENT | {"scoring_func": "sigmoid", "norm_topk_prob": False, "q_lora_rank": None},
+    ),
+    "deepseek_v3-padded": (
+        "deepseek_v3",
+        LATENT | SIGMOID | {"num_shared_experts": 1, "shared_expert_intermediate_size": 30, "attention_bias": True},
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        GROUPS | {"mlp_layer_types": MIXED, "num_shared_experts": 1, "qkv_bias": True, "rope_parameters": PARTIAL},
+    ),
+    "glm4_moe-bare": ("glm4_moe", {"scoring_func": "sigmoid", "head_dim": 12, "norm_topk_prob": False}),
+    "glm4_moe-norm": ("glm4_moe", SIGMOID | {"qk_norm": "head", "tie_word_embeddings": True}),
+    "minimax_m2": ("minimax_m2", SIGMOID | {"qk_norm": "full", "head_dim": 12, "rope_parameters": PARTIAL}),
+    "minimax_m2-bare": ("minimax_m2", {"scoring_func": "sigmoid", "qk_norm": "full", "routed_scaling_factor": 2.5}),
+    "gpt_oss": ("gpt_oss", CLAMPED | BIASED | {"head_dim": 12, "sliding_window": 4, "layer_types": ALTERNATING}),
+    "gpt_oss-bare": ("gpt_oss", CLAMPED | {"rope_parameters": YARN | {"mscale_all_dim": 0.0}}),
+    "gpt_oss-scaled": ("gpt_oss", CLAMPED | BIASED | {"routed_scaling_factor": 2.5, "hidden_act": "gelu"}),
     "olmoe-bias": ("olmoe", {"qk_norm": "full", "attention_bias": True, "routed_scaling_factor": 2.5}),
 }
 HF_EXPERTS = SIZE | {"num_experts": 5, "num_experts_per_tok": 3}
@@ -70,6 +148,45 @@ SOURCES = {
     ),
     "qwen2_moe": qwen2_moe.Qwen2MoeConfig(**QWEN_EXPERTS, shared_expert_intermediate_size=20, mlp_only_layers=[1]),
     "qwen3_moe": qwen3_moe.Qwen3MoeConfig(**QWEN_EXPERTS, head_dim=12, tie_word_embeddings=True),
+    "granitemoeshared": granitemoeshared.GraniteMoeSharedConfig(
+        **SIZE,
+        **MULTIPLIERS,
+        intermediate_size=24,
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        shared_intermediate_size=20,
+    ),
+    "deepseek_v3": deepseek_v3.DeepseekV3Config(
+        **SIZE | LATENT,
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        n_routed_experts=6,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        n_group=3,
+        topk_group=2,
+        first_k_dense_replace=1,
+        rope_parameters=YARN,
+        num_nextn_predict_layers=0,
+    ),
+    "glm4_moe": glm4_moe.Glm4MoeConfig(
+        **SIZE,
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        n_routed_experts=6,
+        num_experts_per_tok=3,
+        head_dim=12,
+        attention_bias=True,
+        use_qk_norm=True,
+        routed_scaling_factor=2.5,
+        num_nextn_predict_layers=0,
+    ),
+    "minimax_m2": minimax_m2.MiniMaxM2Config(
+        **SIZE, intermediate_size=24, num_local_experts=5, num_experts_per_tok=3, head_dim=12, rotary_dim=6
+    ),
+    "gpt_oss": gpt_oss.GptOssConfig(
+        **SIZE, intermediate_size=24, num_local_experts=5, num_experts_per_tok=3, head_dim=12, sliding_window=4
+    ),
     "olmoe": olmoe.OlmoeConfig(**HF_EXPERTS, intermediate_size=24, clip_qkv=0.5, router_aux_loss_coef=0.02),
 }
 
@@ -77,8 +194,11 @@ SOURCES = {
 def randomised(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:
+            if "norm" in name or "bias" in name or "sinks" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.3 * torch.randn_like(buffer))
     return model.eval()
 
 
@@ -118,7 +238,7 @@ def test_same_logits(name, tmp_path):
     assert theirs.config.model_type == target
     assert theirs.config.architectures == [type(theirs).__name__]
     assert theirs.config.eos_token_id == [2, 3]
-    assert theirs.config.router_aux_loss_coef == 0
+    assert getattr(theirs.config, "router_aux_loss_coef", 0) == 0
     ids = torch.randint(3, 99, (2, 9))
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
@@ -160,9 +280,23 @@ def test_round_trip_is_bitwise(target, tmp_path):
         assert getattr(back, name) == getattr(source, name), name
 
 
+@pytest.mark.parametrize("name", [name for name in EXPRESSIBLE if name.endswith("-bare") or "-" not in name])
+def test_names_on_disk_are_those_that_transformers_writes(name, tmp_path):
+    target, fields = EXPRESSIBLE[name]
+    MoEForCausalLM(MoEConfig(**MOE | fields)).save_pretrained(tmp_path / "moe")
+    tensors = export(tmp_path / "moe", target, tmp_path / "export")
+    load_whole(tmp_path / "export").save_pretrained(tmp_path / "again")
+    again = read_folder(tmp_path / "again")
+    assert {key: tensor.shape for key, tensor in tensors.items()} == {
+        key: tensor.shape for key, tensor in again.items()
+    }
+    assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items())
+
+
 DENSE = SIZE | {"intermediate_size": 40}
 UPCYCLED = {
     "llama": ("mixtral", llama.LlamaConfig(**DENSE, head_dim=12, rope_parameters=LLAMA3_ROPE)),
+    "granite": ("granitemoeshared", granite.GraniteConfig(**DENSE, **MULTIPLIERS)),
     "mistral": ("mixtral", mistral.MistralConfig(**DENSE, sliding_window=4)),
     "qwen2": ("qwen2_moe", qwen2.Qwen2Config(**DENSE, use_sliding_window=True, sliding_window=4, max_window_layers=1)),
     "qwen3": ("qwen3_moe", qwen3.Qwen3Config(**DENSE, head_dim=12, tie_word_embeddings=True)),
@@ -210,12 +344,20 @@ REFUSED = [
     ("mixtral", HEAD | {"head_dim": 12}, r"qk_norm='head' \(mixtral has None\); qwen3_moe can$"),
     ("mixtral", {"qkv_bias": True}, r"qkv_bias=True \(mixtral has False\); qwen2_moe can$"),
     ("mixtral", {"qk_norm": "full", "clip_qkv": 2.0}, r"qk_norm='full' .*, clip_qkv=2.0 .*; olmoe can$"),
-    ("mixtral", {"num_shared_experts": 1}, r"shared_expert_intermediate_size=24 \(mixtral has 0\); qwen2_moe can$"),
+    (
+        "mixtral",
+        {"num_shared_experts": 1},
+        r"shared_expert_intermediate_size=24 .*; granitemoeshared or qwen2_moe can$",
+    ),
     ("mixtral", {"sliding_window": 4, "layer_types": WINDOWS}, r"layer_types\[0\]='full_attention' .*qwen2_moe can$"),
-    ("olmoe", {}, r"qk_norm=None \(olmoe has 'full'\); mixtral or qwen2_moe can$"),
+    ("olmoe", {}, r"qk_norm=None .*; mixtral or granitemoeshared or qwen2_moe can$"),
     ("olmoe", HEAD | {"sliding_window": 4}, r"sliding_window=4 \(olmoe has None\), .*; qwen3_moe can$"),
-    ("qwen2_moe", {"head_dim": 12}, r"head_dim=12 \(qwen2_moe has 8\); mixtral can$"),
-    ("olmoe", {"hidden_size": 36, "head_dim": 8}, r"head_dim=8 \(olmoe has 9\), qk_norm=None .*; mixtral can$"),
+    ("qwen2_moe", {"head_dim": 12}, r"head_dim=12 \(qwen2_moe has 8\); mixtral or granite\w+ can$"),
+    (
+        "olmoe",
+        {"hidden_size": 36, "head_dim": 8},
+        r"head_dim=8 \(olmoe has 9\), qk_norm=None .*; mixtral or granite\w+ can$",
+    ),
     ("qwen3_moe", HEAD | {"num_null_experts": 1}, r"num_null_experts=1 \(qwen3_moe has 0\); no other target"),
     (
         "mixtral",
@@ -250,7 +392,7 @@ REFUSED = [
     (
         "qwen2_moe",
         {"attention_multiplier": 0.5},
-        r"attention_multiplier=0.5 \(qwen2_moe has None\); no other target comes nearer$",
+        r"attention_multiplier=0.5 \(qwen2_moe has None\); granitemoeshared can$",
     ),
     ("qwen2_moe", {"final_logit_softcapping": 30.0}, r"final_logit_softcapping=30.0 \(qwen2_moe has None\)"),
     ("mixtral", {"attention_sinks": True}, "attention_sinks=True"),
@@ -285,6 +427,59 @@ REFUSED = [
         "rope_parameters=.*sliding_attention",
     ),
     (
+        "granitemoeshared",
+        {"norm_topk_prob": False},
+        r"norm_topk_prob=False \(granitemoeshared has True\); qwen2_moe can$",
+    ),
+    ("granitemoeshared", {"qkv_bias": True}, r"for qkv_bias=True \(granitemoeshared has False\); qwen2_moe can$"),
+    ("granitemoeshared", {"sliding_window": 4}, r"sliding_window=4 .*; mixtral or qwen2_moe can$"),
+    (
+        "granitemoeshared",
+        {"num_shared_experts": 1, "shared_expert_gate": True},
+        r"for shared_expert_gate=True \(granitemoeshared has False\); qwen2_moe can$",
+    ),
+    ("deepseek_v3", {"scoring_func": "sigmoid"}, r"for kv_lora_rank=None \(deepseek_v3 has 512\); glm4_moe can$"),
+    (
+        "deepseek_v3",
+        LATENT,
+        r"for scoring_func='softmax' \(deepseek_v3 has 'sigmoid'\); no other target comes nearer$",
+    ),
+    (
+        "deepseek_v3",
+        LATENT | SIGMOID | {"attention_multiplier": 0.5},
+        r"for attention_multiplier=0.5 \(deepseek_v3 has None",
+    ),
+    ("deepseek_v3", LATENT | GROUPS | {"group_score": "max"}, r"for group_score='max' \(deepseek_v3 has 'top2sum'\);"),
+    (
+        "deepseek_v3",
+        LATENT | SIGMOID | {"mlp_layer_types": MIXED[::-1]},
+        r"for mlp_layer_types\[2\]='dense' \(deepseek_v3 has 'sparse'\);",
+    ),
+    (
+        "glm4_moe",
+        SIGMOID | {"num_shared_experts": 1, "shared_expert_gate": True},
+        r"for shared_expert_gate=True \(glm4_moe has False\);",
+    ),
+    ("glm4_moe", SIGMOID | {"attention_bias": True}, r"for attention_bias=True \(glm4_moe has False\);"),
+    ("glm4_moe", SIGMOID | {"sliding_window": 4}, r"for sliding_window=4 \(glm4_moe has None\), layer_types"),
+    ("glm4_moe", SIGMOID | {"qk_norm": "full"}, r"for qk_norm='full' \(glm4_moe has None\); minimax_m2 can$"),
+    ("glm4_moe", LATENT | SIGMOID, r"for kv_lora_rank=16 \(glm4_moe has None\); deepseek_v3 can$"),
+    ("glm4_moe", {"scoring_func": "sqrtsoftplus"}, r"for scoring_func='sqrtsoftplus' \(glm4_moe has 'sigmoid'\);"),
+    ("minimax_m2", SIGMOID, r"for qk_norm=None \(minimax_m2 has 'full'\); glm4_moe can$"),
+    (
+        "minimax_m2",
+        GROUPS | {"qk_norm": "full", "num_shared_experts": 1},
+        r"shared_expert_intermediate_size=24 \(minimax_m2 has 0\), n_group=3|n_group=3 \(minimax_m2 has 1\), topk_group=2",
+    ),
+    ("gpt_oss", {"norm_type": "rms_fp32"}, r"for swiglu_limit=None \(gpt_oss has 7.0\);"),
+    ("gpt_oss", CLAMPED | {"num_shared_experts": 1}, r"for shared_expert_intermediate_size=24 \(gpt_oss has 0\);"),
+    ("gpt_oss", CLAMPED | {"norm_topk_prob": False}, r"for norm_topk_prob=False \(gpt_oss has True\);"),
+    (
+        "gpt_oss",
+        CLAMPED | SIGMOID,
+        r"for router_selection_bias=True .*, scoring_func='sigmoid' \(gpt_oss has 'softmax'\);",
+    ),
+    (
         "mixtral",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
         "rope_parameters=.*partial_rotary_factor",
@@ -298,8 +493,66 @@ def test_refusal_names_field_and_nearest_target(target, fields, message):
         export_plan(MoEConfig(**MOE | fields), target)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [(name, case[0]) for name, case in EXPRESSIBLE.items() if case[0] not in ("qwen2_moe", "granitemoeshared")]
+    + [
+        ("qwen2_moe", "qwen2_moe"),
+        ("granitemoeshared", "granitemoeshared"),
+        ("granitemoeshared-multipliers", "granitemoeshared"),
+        # vLLM and llama.cpp do not read Granite's head_dim, so that one server runs each target
+        ("granitemoeshared-head_dim", "granitemoeshared"),
+        ("qwen2_moe-ungated", "qwen2_moe"),
+    ],
+)
+def test_auto_takes_the_target_that_most_servers_run(name, expected):
+    choice = choose_target(MoEConfig(**MOE | EXPRESSIBLE[name][1]))
+    assert choice.target == expected
+    assert choice.reason.startswith(f"{expected} holds this model exactly for ")
+
+
+def test_auto_names_the_other_targets_and_their_servers():
+    choice = choose_target(MoEConfig(**MOE | {"sliding_window": 4}))
+    assert choice.reason == (
+        "mixtral holds this model exactly for vLLM, transformers; qwen2_moe (vLLM, transformers) can hold it too."
+    )
+
+
+def test_auto_lists_the_reasons_of_all_targets_if_none_can():
+    with pytest.raises(
+        UserError, match=r"no target holds this model, .*mixtral: num_null_experts=1 .*; gpt_oss: .*olmoe: "
+    ):
+        choose_target(MoEConfig(**MOE | {"num_null_experts": 1}))
+
+
+def test_rounding_is_told_from_an_exact_factor():
+    for target, factor, rounds in (("mixtral", 4, False), ("mixtral", 0.5, False), ("mixtral", 2.5, True)):
+        assert TARGETS[target].rounds(MoEConfig(**MOE | {"routed_scaling_factor": factor})) is rounds
+    assert not TARGETS["glm4_moe"].rounds(MoEConfig(**MOE | GROUPS))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("deepseek_v3", {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": 0}),
+        ("glm4_moe", {"partial_rotary_factor": 0.5, "head_dim": 8, "num_nextn_predict_layers": 0}),
+        ("glm4_moe-bare", {"partial_rotary_factor": 1.0, "n_shared_experts": 1}),
+        ("minimax_m2", {"rotary_dim": 6, "scoring_func": "sigmoid", "use_routing_bias": True}),
+        ("gpt_oss-bare", {"attention_bias": True, "sliding_window": 128}),
+        ("granitemoeshared", {"attention_multiplier": 8**-0.5, "embedding_multiplier": 1.0, "logits_scaling": 1.0}),
+    ],
+)
+def test_config_json_has_what_servers_read(name, expected, tmp_path):
+    target, fields = EXPRESSIBLE[name]
+    save_for_older_readers(export_plan(MoEConfig(**MOE | fields), target), tmp_path)
+    written = read_json(tmp_path / "config.json")
+    assert written | expected == written
+
+
 def test_unknown_target_is_refused():
-    with pytest.raises(UserError, match="target 'grok' is unknown: it must be moe or one of mixtral, qwen2_moe"):
+    with pytest.raises(
+        UserError, match="target 'grok' is unknown: it must be moe, auto or one of mixtral, granitemoeshared"
+    ):
         export_plan(MoEConfig(**MOE), "grok")
 
 
@@ -314,8 +567,8 @@ def test_field_that_no_table_names_is_compared(monkeypatch):
 
 
 def test_tables_name_fields_that_exist_once():
-    assert {*TRAINING, *DETAILS, *COMPARED_IF} <= set(settings_of(MoEConfig))
-    assert len({*TRAINING, *DETAILS, *COMPARED_IF}) == len(TRAINING) + len(DETAILS) + len(COMPARED_IF)
+    assert {*TRAINING, *REPEATED, *COMPARED_IF, *COMPARED_AS} <= set(settings_of(MoEConfig))
+    assert len({*TRAINING, *REPEATED, *COMPARED_IF}) == len(TRAINING) + len(REPEATED) + len(COMPARED_IF)
 
 
 CHANGED = {

@@ -224,33 +224,6 @@ def test_correction_bias_stays_fp32():
     assert bias.dtype == bias.read().dtype == torch.float32
 
 
-def test_prediction_layers_are_left_out():
-    source, config = random_source("deepseek_v3")
-    tensors = source.state_dict()
-    ids = torch.randint(3, 99, (2, 9))
-    expected = source(ids).logits
-    extra = {name.replace("layers.2.", "layers.3."): t for name, t in tensors.items() if "layers.2." in name}
-    assert extra
-    config.num_nextn_predict_layers = 1
-    got = imported(config, lazy(tensors | extra | {"model.layers.3.eh_proj.weight": torch.zeros(32, 64)}))(ids).logits
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_fp8_blocks():
-    """Blocks of 128 by 128 do not divide the matrix evenly, as in DeepSeek-V3's kv_a_proj_with_mqa."""
-    weight = torch.randn(192, 300).to(torch.float8_e4m3fn)
-    scale = torch.rand(2, 3)
-    name = "model.layers.0.mlp.down_proj.weight"
-    config = moe_config(CONFIGS["deepseek_v3"])
-    state = SPARSE_FAMILIES["deepseek_v3"].tensors(lazy({name: weight, f"{name}_scale_inv": scale}), config)
-    assert list(state) == [name]
-    got = state[name].read()
-    assert got.dtype == state[name].dtype == torch.bfloat16
-    for row, column in ((0, 0), (127, 128), (128, 127), (191, 299)):
-        value = weight[row, column].float() * scale[row // 128, column // 128]
-        assert got[row, column] == value.to(torch.bfloat16)
-
-
 def test_mxfp4_experts():
     """Experts dequantised one by one equal transformers' dequantisation of all, and the model has these experts."""
     config = gpt_oss.GptOssConfig(
@@ -326,11 +299,10 @@ def test_fields_of_published_checkpoints(name):
     assert moe_config(config).num_params() == AutoModelForCausalLM.from_config(CONFIGS[name]).num_parameters()
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "-" not in name])
-def test_unknown_field_is_refused(name):
-    config = copy.deepcopy(CONFIGS[name])
+def test_unknown_field_is_refused_where_transformers_has_no_class():
+    config = copy.deepcopy(CONFIGS["deepseek"])
     config.secret_gate = 0.5
-    with pytest.raises(UserError, match=f"secret_gate .* of this {config.model_type} model is unknown"):
+    with pytest.raises(UserError, match=r"secret_gate .* of this deepseek model is unknown"):
         moe_config(config)
 
 
@@ -347,7 +319,7 @@ def test_unknown_field_is_refused(name):
         ("deepseek_v3", "topk_method", "greedy"),
         ("deepseek_v3", "rope_interleave", False),
         ("deepseek_v3", "seq_aux", False),
-        ("deepseek_v3", "quantization_config", {"quant_method": "fp8", "weight_block_size": [64, 64]}),
+        ("deepseek_v3", "quantization_config", {"quant_method": "mxfp4"}),
         ("gpt_oss", "quantization_config", {"quant_method": "fp8"}),
         ("gpt_oss", "hidden_act", "gelu"),
         ("gpt_oss", "experts_per_token", 2),

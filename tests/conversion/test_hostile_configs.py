@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from modeling_moe.conversion import load_state, open_checkpoint
 from modeling_moe.utils.errors import UserError
+from tests.conversion import test_families_bias_routed as bias_routed
 from tests.conversion import test_families_dense as dense
 from tests.conversion import test_families_sparse as sparse
 
 
-# transformers has no class for this family
+# transformers has no class for DeepSeek's first family
 SPARSE = [name for name in sparse.CONFIGS if name.partition("-")[0] != "deepseek"]
-VARIANTS = [*dense.SOURCES, *SPARSE]
+VARIANTS = [*dense.SOURCES, *SPARSE, *bias_routed.CONFIGS]
 IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
 JUNK = [None, "x", [], {}, True, math.nan, math.inf, 1e30, -1, 0, 0.5, 10**5, [1], "1"]
 NAMES = ["x", "gelu", "silu", "relu", "default", "yarn", "linear", "full_attention", None, 3]
@@ -100,7 +101,7 @@ def save_source(variant: str, folder) -> str:
     if variant in dense.SOURCES:
         model = dense.random_source(dense.source_config(variant))
     else:
-        model, _ = sparse.random_source(variant)
+        model, _ = (sparse if variant in sparse.CONFIGS else bias_routed).random_source(variant)
     model.save_pretrained(folder)
     return "eager" if variant.startswith(("gemma2", "gpt_oss")) else "sdpa"
 

@@ -15,15 +15,38 @@ from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.conversion import convert_checkpoint
 from modeling_moe.conversion.families.export import TARGETS, export_plan
 from modeling_moe.conversion.older_names import logger, older_names, save_for_older_readers
-from tests.conversion.test_families_export import EXPRESSIBLE, LLAMA3_ROPE, MOE, WINDOWS, export, randomised
+from tests.conversion.test_families_export import (
+    CLAMPED,
+    EXPRESSIBLE,
+    LATENT,
+    LLAMA3_ROPE,
+    MOE,
+    MULTIPLIERS,
+    SIGMOID,
+    WINDOWS,
+    export,
+    randomised,
+)
 
 
 OLDER = ["transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"]
 ATTENTION = ["attention_dropout", "num_attention_heads", "num_key_value_heads", "rope_theta", "sliding_window"]
-SHARED = [
+BASIC = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "max_position_embeddings"),
     *("initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings", "num_experts_per_tok", "torch_dtype"),
-    *("output_router_logits", "router_aux_loss_coef", "pad_token_id", "bos_token_id", "eos_token_id", "rope_scaling"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "rope_scaling"),
+]
+SHARED = [*BASIC, "output_router_logits", "router_aux_loss_coef"]
+DEEPSEEK = [
+    *(
+        *BASIC,
+        *ATTENTION[:-1],
+        "moe_intermediate_size",
+        "n_shared_experts",
+        "n_routed_experts",
+        "routed_scaling_factor",
+    ),
+    *("n_group", "topk_group", "first_k_dense_replace", "norm_topk_prob", "attention_bias"),
 ]
 QWEN = ["num_experts", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"]
 # arguments of the configuration classes of transformers 4.57, and head_dim, which its models read
@@ -34,6 +57,13 @@ READ_BY_OLDER = {
         *("shared_expert_intermediate_size", "qkv_bias"),
     ],
     "qwen3_moe": [*SHARED, *ATTENTION, *QWEN, "use_sliding_window", "head_dim", "attention_bias"],
+    "granitemoeshared": [
+        *(*SHARED, *ATTENTION[:-1], *MULTIPLIERS, "num_local_experts", "attention_bias", "shared_intermediate_size"),
+    ],
+    "deepseek_v3": [*DEEPSEEK, *LATENT, "rope_interleave"],
+    "glm4_moe": [*DEEPSEEK, "use_qk_norm", "partial_rotary_factor", "head_dim"],
+    "minimax_m2": [*SHARED, *ATTENTION[:-1], "num_local_experts", "head_dim", "router_jitter_noise", "rotary_dim"],
+    "gpt_oss": [*SHARED, *ATTENTION, "num_local_experts", "head_dim", "layer_types", "attention_bias"],
     "olmoe": [*SHARED, *ATTENTION[:-1], "num_experts", "attention_bias", "clip_qkv", "norm_topk_prob"],
 }
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8}
@@ -55,6 +85,11 @@ PLAIN = {
     "mixtral": {},
     "qwen2_moe": {"qkv_bias": True},
     "qwen3_moe": {"qk_norm": "head"},
+    "granitemoeshared": {"num_shared_experts": 1},
+    "deepseek_v3": LATENT | SIGMOID,
+    "glm4_moe": SIGMOID,
+    "minimax_m2": SIGMOID | {"qk_norm": "full"},
+    "gpt_oss": CLAMPED,
     "olmoe": {"qk_norm": "full"},
 }
 

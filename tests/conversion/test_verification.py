@@ -44,7 +44,7 @@ def save_source(config, folder):
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_router_loss_in_transformers_loss_is_no_difference(name, tmp_path):
     model = save_source(SOURCES[name], tmp_path / "source")
-    _, verification = convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe", check=True)
+    verification = convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe", check=True).verification
     ids = verification_ids(tmp_path / "source")
     with torch.no_grad():
         output = model(ids, labels=ids)

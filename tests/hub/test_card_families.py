@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     GptOssConfig,
+    GraniteMoeSharedConfig,
     LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -21,8 +22,9 @@ from transformers import (
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.conversion import TARGETS
+from modeling_moe.conversion.families.servers import SERVED
 from modeling_moe.hub import write_model_card
-from modeling_moe.hub.serving import NATIVE, exports, servers
+from modeling_moe.hub.serving import exports, servers, unfit_servers
 from tests.builders import tiny_config, train_tokenizer
 
 
@@ -118,7 +120,8 @@ def test_a_family_without_a_conversion_is_described_by_shared_names(tmp_path):
     assert told["Factor on the weights"] == "2.5"
     assert told["Layers"] == "2, of which 1 sparse"
     assert "vllm serve" in card.text
-    assert "llama.cpp" not in card.text
+    assert "- llama.cpp converts only checkpoints with GLM's own tokenizer." in card.text
+    assert "llama-server" not in card.text
 
 
 def test_a_dense_model_of_transformers_is_no_moe(tmp_path):
@@ -146,6 +149,11 @@ def names(found) -> list[str]:
         (OlmoeConfig(norm_topk_prob=True), ["transformers"]),
         (OlmoeConfig(norm_topk_prob=False), ["vLLM", "llama.cpp", "transformers"]),
         (GptOssConfig(), ["transformers"]),
+        (GraniteMoeSharedConfig(), ["vLLM", "llama.cpp", "transformers"]),
+        (GraniteMoeSharedConfig(attention_bias=True), ["llama.cpp", "transformers"]),
+        (GraniteMoeSharedConfig(head_dim=64), ["transformers"]),
+        (DeepseekV3Config(), ["vLLM, by its Transformers back end", "transformers"]),
+        (DeepseekV3Config(scoring_func="sigmoid"), ["vLLM, by its Transformers back end", "llama.cpp", "transformers"]),
     ],
 )
 def test_servers_of_native_formats(config, expected):
@@ -153,8 +161,22 @@ def test_servers_of_native_formats(config, expected):
     assert names(servers(config)) == expected
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (MixtralConfig(), {}),
+        (MixtralConfig(sliding_window=64, hidden_act="gelu"), {"vLLM": 1, "llama.cpp": 2}),
+        (Qwen3MoeConfig(norm_topk_prob=False, mlp_only_layers=[0]), {"llama.cpp": 2}),
+        (GptOssConfig(), {"vLLM": 1, "llama.cpp": 1}),
+        (GptOssConfig(layer_types=["full_attention"] * 36), {"vLLM": 2, "llama.cpp": 2}),
+    ],
+)
+def test_a_card_says_which_servers_do_not_compute_the_model(config, expected):
+    assert {verdict.server.name: len(verdict.faults) for verdict in unfit_servers(config)} == expected
+
+
 def test_every_export_is_among_the_measured_formats():
-    assert set(TARGETS) <= set(NATIVE)
+    assert set(TARGETS) <= set(SERVED)
 
 
 OWN = ["vLLM, by its Transformers back end", "SGLang, by its Transformers back end"]
@@ -165,6 +187,7 @@ OWN = ["vLLM, by its Transformers back end", "SGLang, by its Transformers back e
     [
         ({"mlp_layer_types": ["sparse"] * 3, "norm_topk_prob": True}, OWN, ["mixtral"]),
         ({"scoring_func": "sigmoid"}, OWN, []),
+        ({"scoring_func": "sigmoid", "mlp_layer_types": ["sparse"] * 3}, OWN, ["glm4_moe"]),
         ({"hidden_act": "gelu"}, [], []),
         ({"capacity_factor": 1.0, "eval_capacity_factor": 1.0}, [], []),
         ({"router_type": "expert_choice", "allow_noncausal": True}, [], []),

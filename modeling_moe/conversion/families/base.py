@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """A model family is described by a function that maps its configuration and a function that maps its tensors."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from transformers import PreTrainedConfig
 from ...checkpoints import LazyTensor, State
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
+from .quantized import refuse_unreadable
+from .reading import reads
 
 
 # fields that do not change what a model computes: those of every configuration, and bookkeeping of the tools that wrote it
@@ -25,6 +28,7 @@ IGNORED = {
     "_attn_implementation_autoset",
     "_model_name_or_path",
     "cache_implementation",
+    "gradient_checkpointing",
     "pretraining_tp",
     "task_specific_params",
     "torch_dtype",
@@ -52,6 +56,10 @@ COMMON = (
     "bos_token_id",
     "eos_token_id",
 )
+
+# fields of the layers that predict further tokens, which add nothing to the logits: num_nextn_predict_layers, num_mtp_layers,
+# mtp_layer_types and others
+PREDICTION = re.compile(r"(^|_)(mtp|nextn)(_|$)")
 
 # old checkpoints contain buffers that are computed now: the causal mask, its fill value, the rotary frequencies
 BUFFERS = (
@@ -115,23 +123,41 @@ class SourceFields:
                     "rotates whole heads: remove it."
                 )
 
-    def refuse_unread(self) -> None:
-        """Refuses a field that was not read, because its effect on the model is not known.
+    def require_quantization(self, method: str) -> None:
+        """Refuses a source that is quantised by another method than the one that only this family can read.
+
+        Raises:
+            UserError: names the method.
+        """
+        if (settings := self.take("quantization_config")) and settings.get("quant_method") != method:
+            raise UserError(
+                f"quantization_config is {settings!r} in the config.json of this {self.model_type} model, which cannot be "
+                f"read: only the quant_method {method!r} can."
+            )
+
+    def refuse_unread(self) -> dict[str, Any]:
+        """Refuses a field that nothing here has read, if the source's model may read it.
+
+        Returns:
+            The fields, with their values, that the source's model does not read either, see [`reads`].
 
         Raises:
             UserError: names the field.
         """
-        if self._values.get("quantization_config") is not None and "quantization_config" not in self._read:
-            raise UserError(
-                f"quantization_config is set in the config.json of this {self.model_type} model: dequantise the source first"
-            )
+        if (settings := self._values.get("quantization_config")) and "quantization_config" not in self._read:
+            refuse_unreadable(settings, self.model_type)
+        without_effect = {}
         for name, value in self._values.items():
-            known = name.endswith("_token_id") or name in self._read
-            if not known and value is not None:
+            known = name in self._read or name == "quantization_config" or name.endswith("_token_id")
+            if known or value is None or PREDICTION.search(name):
+                continue
+            if reads(self._config, name):
                 raise UserError(
                     f"{name} ({value!r}) in the config.json of this {self.model_type} model is unknown, so equal logits "
                     "cannot be promised: remove the field if the model does not compute with it."
                 )
+            without_effect[name] = value
+        return without_effect
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from ...checkpoints import State
 from ...configuration_moe import MoEConfig
 from .base import Family, SourceFields
 from .deepseek import deepseek_sparse, latent_attention, latent_tensors
-from .sparse_parts import moe_tensors, sigmoid_routed, sparse
+from .sparse_parts import moe_tensors, sigmoid_routed, sigmoid_scores, sparse
 
 
 # part of a tensor's name in Sarvam's checkpoints -> part of the name in a MoE
@@ -34,8 +34,9 @@ def _glm4_moe(fields: SourceFields) -> dict[str, Any]:
 
 
 def _solar_open(fields: SourceFields) -> dict[str, Any]:
-    # the family's first checkpoint names features that transformers' model does not have
+    # transformers' model does not have these features, which a config.json can name
     fields.require("use_qk_norm", False)
+    fields.require("first_k_dense_replace", 0)
     values = deepseek_sparse(fields) | sigmoid_routed(fields) | fields.same("head_dim")
     return values | {"qkv_bias": values.pop("attention_bias")}
 
@@ -45,8 +46,15 @@ def _latent(fields: SourceFields) -> dict[str, Any]:
     return deepseek_sparse(fields) | latent_attention(fields) | sigmoid_routed(fields)
 
 
+def _kinds_of_layers(fields: SourceFields) -> dict[str, Any]:
+    """Reads `mlp_layer_types`, beside which transformers' model ignores the number of dense layers at the start."""
+    kinds = fields.take("mlp_layer_types")
+    fields.require("first_k_dense_replace", next((i for i, kind in enumerate(kinds) if kind != "dense"), len(kinds)))
+    return {"mlp_layer_types": kinds}
+
+
 def _glm4_moe_lite(fields: SourceFields) -> dict[str, Any]:
-    return _latent(fields) | fields.same("mlp_layer_types")
+    return _latent(fields) | _kinds_of_layers(fields)
 
 
 def _exaone_moe(fields: SourceFields) -> dict[str, Any]:
@@ -64,29 +72,20 @@ def _hy_v3(fields: SourceFields) -> dict[str, Any]:
     fields.require("mlp_bias", False)
     # a sum in fp32 that is rounded once equals a sum in half precision
     fields.take("enable_moe_fp32_combine")
-    same = fields.same("head_dim", "moe_intermediate_size", "num_shared_experts", "mlp_layer_types", "attention_bias")
-    return sparse(fields) | same | _without_groups(fields.take("router_scaling_factor")) | {"qk_norm": "head"}
+    same = fields.same("head_dim", "moe_intermediate_size", "num_shared_experts", "attention_bias")
+    router = {"norm_topk_prob": True, "routed_scaling_factor": fields.take("router_scaling_factor")}
+    values = sparse(fields) | same | _kinds_of_layers(fields) | sigmoid_scores(fields)
+    return values | router | {"qk_norm": "head"}
 
 
 def _minimax_m2(fields: SourceFields) -> dict[str, Any]:
-    values = sparse(fields, partial=True) | _without_groups(1.0) | {"qk_norm": "full"}
-    same = fields.same("head_dim", "router_aux_loss_coef", "router_jitter_noise")
-    # transformers before 5.18 ignores the name that the published checkpoints give to the number of rotated features
+    values = sparse(fields, partial=True) | sigmoid_scores(fields) | {"norm_topk_prob": True, "qk_norm": "full"}
+    values |= fields.same("head_dim", "router_aux_loss_coef", "router_jitter_noise")
+    # transformers 5.17 ignores the name that the published checkpoints give to the number of rotated features
     if (rotated := fields.take("rotary_dim")) is not None:
-        head = same["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
-        values["rope_parameters"] = {"partial_rotary_factor": rotated / head} | values["rope_parameters"]
-    return values | same
-
-
-def _without_groups(scale: float) -> dict[str, Any]:
-    """Returns the fields of DeepSeek-V3's router for a family that has no groups and always renormalises weights."""
-    return {
-        "scoring_func": "sigmoid",
-        "router_selection_bias": True,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": scale,
-        "router_aux_loss_coef": 0.0,
-    }
+        factor = rotated / values["head_dim"]
+        values["rope_parameters"] = {"partial_rotary_factor": factor} | values["rope_parameters"]
+    return values
 
 
 def _sarvam_moe_tensors(state: State, config: MoEConfig) -> State:
@@ -97,12 +96,10 @@ def _sarvam_moe_tensors(state: State, config: MoEConfig) -> State:
     for name, tensor in state.items():
         for old, new in SARVAM_NAMES.items():
             name = name.replace(old, new)
-        fused = ".query_key_value." in name
-        tensors |= (
-            {name.replace("query_key_value", part): tensor[places] for part, places in rows.items()}
-            if fused
-            else {name: tensor}
-        )
+        if ".query_key_value." in name:
+            tensors |= {name.replace("query_key_value", part): tensor[places] for part, places in rows.items()}
+        else:
+            tensors[name] = tensor
     return moe_tensors(tensors, config)
 
 

@@ -2,6 +2,7 @@
 """This module maps the configuration of any dense or sparse family to a `MoEConfig`."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -27,6 +28,7 @@ SPARSE_FAMILIES: dict[str, Family] = (
     SOFTMAX_FAMILIES | GRANITE_FAMILIES | DEEPSEEK_FAMILIES | BIAS_ROUTED_FAMILIES | GPT_OSS_FAMILIES | TEXT_FAMILIES
 )
 FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
+MODELOPT = "hf_quant_config.json"
 # fields that nothing reads in a model without sparse layers
 SPARSE_ONLY = sparse_only(MoEConfig)
 
@@ -72,8 +74,23 @@ def moe_config(source: PreTrainedConfig) -> MoEConfig:
         raise UserError(f"the config.json of this {source.model_type} model describes no model: {error}") from error
 
 
+def fields_without_effect(source: PreTrainedConfig) -> dict[str, Any]:
+    """Returns the fields of config.json that neither this package nor the source's own model reads, with their values.
+
+    Args:
+        source: configuration that [`moe_config`] accepts; of a wrapper, the text model's fields are judged.
+    """
+    if source.model_type == MoEConfig.model_type:
+        return {}
+    fields = SourceFields(text_source(source))
+    family_of(source).fields(fields)
+    return fields.refuse_unread()
+
+
 def source_config(folder: Path, gguf_file: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Returns the configuration of a checkpoint in a folder, also for a family for which transformers has no class.
+
+    Earlier versions of NVIDIA ModelOpt describe the quantisation only in hf_quant_config.json; it is read from there.
 
     Raises:
         UserError: if there is no configuration, it cannot be read, or it needs code that may not run.
@@ -88,5 +105,11 @@ def source_config(folder: Path, gguf_file: str | None = None, *, trust_remote_co
     if not isinstance(model_type, str):
         raise UserError(f"model_type is {model_type!r} in {file}: it must be the name of a family, such as llama")
     if model_type in FAMILIES and model_type not in CONFIG_MAPPING:
-        return type("SourceConfig", (PreTrainedConfig,), {"model_type": model_type})(**values)
-    return load_config(str(folder), trust_remote_code=trust_remote_code)
+        trusted = folder if trust_remote_code else None
+        made = type("SourceConfig", (PreTrainedConfig,), {"model_type": model_type, "trusted_code": trusted})
+        config = made(**values)
+    else:
+        config = load_config(str(folder), trust_remote_code=trust_remote_code)
+    if (beside := folder / MODELOPT).is_file() and getattr(config, "quantization_config", None) is None:
+        config.quantization_config = {"quant_method": "modelopt"} | (read_json(beside).get("quantization") or {})
+    return config

@@ -4,13 +4,10 @@
 import math
 from typing import Any
 
-import torch
-
-from ...checkpoints import LazyTensor, State
+from ...checkpoints import State
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from .base import Family, SourceFields
-from .quantized import FP8_BLOCK, from_fp8, require_quantization
 from .sparse_parts import moe_tensors, pairs_to_halves, sigmoid_routed, sparse
 
 
@@ -23,8 +20,7 @@ def deepseek_sparse(fields: SourceFields, partial: bool = False) -> dict[str, An
     """
     dense, every = fields.take("first_k_dense_replace", 0), fields.take("moe_layer_freq", 1)
     layers = range(fields.take("num_hidden_layers"))
-    # the layers that predict further tokens are not converted
-    fields.same("ep_size", "num_nextn_predict_layers", "num_mtp_layers")
+    fields.take("ep_size")
     return sparse(fields, partial) | {
         "attention_bias": fields.take("attention_bias", False),
         "moe_intermediate_size": fields.take("moe_intermediate_size"),
@@ -92,11 +88,8 @@ def _deepseek_v2(fields: SourceFields) -> dict[str, Any]:
 
 
 def _deepseek_v3(fields: SourceFields) -> dict[str, Any]:
-    fields.require("scoring_func", "sigmoid")
-    fields.require("topk_method", "noaux_tc")
     fields.require("rope_interleave", True)
     fields.require("seq_aux", True)
-    require_quantization(fields, "fp8", weight_block_size=[FP8_BLOCK, FP8_BLOCK])
     router = sigmoid_routed(fields) | {"router_seq_aux_loss_coef": fields.take("aux_loss_alpha", 0.0)}
     return deepseek_sparse(fields) | latent_attention(fields) | router
 
@@ -119,22 +112,8 @@ def latent_tensors(state: State, config: MoEConfig) -> State:
     return tensors
 
 
-def _deepseek_v3_tensors(state: State, config: MoEConfig) -> State:
-    """Applies [`latent_tensors`] after dropping the layers that predict further tokens and dequantising fp8 to bf16."""
-    kept = {}
-    for name, tensor in state.items():
-        if name.startswith("model.layers.") and int(name.split(".")[2]) >= config.num_hidden_layers:
-            continue
-        if name.endswith("weight_scale_inv"):
-            continue
-        if (scale := f"{name}_scale_inv") in state:
-            tensor = LazyTensor.combine(from_fp8, tensor, state[scale], dtype=torch.bfloat16)
-        kept[name] = tensor
-    return latent_tensors(kept, config)
-
-
 DEEPSEEK_FAMILIES: dict[str, Family] = {
     "deepseek": Family(_deepseek, moe_tensors, sparse=True),
     "deepseek_v2": Family(_deepseek_v2, latent_tensors, sparse=True),
-    "deepseek_v3": Family(_deepseek_v3, _deepseek_v3_tensors, sparse=True),
+    "deepseek_v3": Family(_deepseek_v3, latent_tensors, sparse=True),
 }

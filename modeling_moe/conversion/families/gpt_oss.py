@@ -8,13 +8,13 @@ import torch
 from ...checkpoints import LazyTensor, State
 from ...configuration_moe import MoEConfig
 from .base import Family, SourceFields
-from .quantized import from_mxfp4, require_quantization
+from .quantized import from_mxfp4
 from .sparse_parts import moe_tensors, standard
 
 
 def _gpt_oss(fields: SourceFields) -> dict[str, Any]:
     fields.require("hidden_act", "silu")
-    require_quantization(fields, "mxfp4")
+    fields.require_quantization("mxfp4")
     # these repeat num_experts_per_tok and a number in rope_parameters
     fields.require("experts_per_token", None, fields.take("num_experts_per_tok"))
     fields.take("initial_context_length")

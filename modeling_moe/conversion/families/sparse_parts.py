@@ -39,6 +39,8 @@ def sparse(fields: SourceFields, partial: bool = False) -> dict[str, Any]:
     """
     if not partial:
         fields.refuse_partial_rotation()
+    # rope_parameters contains this field, which older releases of transformers keep outside too
+    fields.take("partial_rotary_factor")
     common = {name: value for name, value in fields.same(*COMMON).items() if value is not None}
     # configurations of one family use either the family's name for the number or transformers' standard name
     counts = [fields.take(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")]
@@ -55,16 +57,20 @@ def standard(fields: SourceFields) -> dict[str, Any]:
     return sparse(fields) | fields.same("head_dim", "router_aux_loss_coef")
 
 
+def sigmoid_scores(fields: SourceFields) -> dict[str, Any]:
+    """Reads the fields of a router with sigmoid scores and a bias that is added only to choose experts."""
+    # dots.llm1 names the choice of experts where others name the scores
+    fields.require("scoring_func", "sigmoid", "noaux_tc")
+    fields.require("topk_method", "noaux_tc")
+    # transformers' models have no balance loss for it
+    return {"scoring_func": "sigmoid", "router_selection_bias": True, "router_aux_loss_coef": 0.0}
+
+
 def sigmoid_routed(fields: SourceFields) -> dict[str, Any]:
-    """Reads the fields of DeepSeek-V3's router: sigmoid scores, experts chosen with a correction bias, groups of experts."""
-    return fields.same("n_group", "topk_group", "routed_scaling_factor") | {
-        # null is false in transformers' models
-        "norm_topk_prob": bool(fields.take("norm_topk_prob")),
-        "scoring_func": "sigmoid",
-        "group_score": "top2sum",
-        "router_selection_bias": True,
-        "router_aux_loss_coef": 0.0,
-    }
+    """Reads the fields of DeepSeek-V3's router, which chooses groups of experts first."""
+    groups = fields.same("n_group", "topk_group", "routed_scaling_factor") | {"group_score": "top2sum"}
+    # null is false in transformers' models
+    return sigmoid_scores(fields) | groups | {"norm_topk_prob": bool(fields.take("norm_topk_prob"))}
 
 
 def pairs_to_halves(width: int, plain: int) -> Callable[[torch.Tensor], torch.Tensor]:

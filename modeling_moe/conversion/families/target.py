@@ -127,8 +127,8 @@ class Target:
 def _is_compared(name: str, declared: Setting, config: MoEConfig, held: MoEConfig) -> bool:
     """Returns whether a field of a model must have the same value in the target.
 
-    A field that needs another one, such as swiglu_limit for swiglu_alpha, is compared if both configurations have that one;
-    otherwise that one is reported.
+    A detail of a feature, such as swiglu_alpha of swiglu_limit, is compared if both configurations have the feature;
+    otherwise the field of the feature is reported. Fields of plain and of latent attention are treated likewise.
     """
     if declared.effect == "training" or name in REPEATED:
         return False
@@ -138,6 +138,9 @@ def _is_compared(name: str, declared: Setting, config: MoEConfig, held: MoEConfi
         return COMPARED_IF[name](config)
     if declared.effect == "detail" and not declared.conditions:
         return False  # it belongs to a kind of router, and router_type is compared
+    other_attention = (config.kv_lora_rank is None) != (held.kv_lora_rank is None)
+    if declared.effect != "detail" and not other_attention:
+        return True
     return all(condition.holds(c) for condition in declared.conditions for c in (config, held))
 
 

@@ -17,21 +17,27 @@ from .target_parts import balance, filled, scaled, sparse_layers, window, with_a
 
 # exp(SINK - logit) is 0 in every float dtype, and SINK itself is finite in all of them
 SINK = -10_000.0
+# transformers' class cannot be without a window; gpt-oss's own is written where no layer has one
+UNUSED_WINDOW = 128
 
 
 def _gpt_oss(config: MoEConfig) -> dict[str, Any]:
     # a model with other experts gets the family's default, which the comparison names
     clamp = {} if config.swiglu_limit is None else {"swiglu_limit": config.swiglu_limit}
-    return balance(config) | clamp | {
-        "hidden_act": "silu",  # the family's experts do not read it
-        "swiglu_alpha": config.swiglu_alpha,
-        "num_local_experts": config.num_experts,
-        "intermediate_size": config.moe_intermediate_size,
-        "head_dim": config.head_dim,
-        "attention_bias": True,
-        "layer_types": config.layer_types,
-        "sliding_window": window(config),
-    }
+    return (
+        balance(config)
+        | clamp
+        | {
+            "hidden_act": "silu",  # the family's experts do not read it
+            "swiglu_alpha": config.swiglu_alpha,
+            "num_local_experts": config.num_experts,
+            "intermediate_size": config.moe_intermediate_size,
+            "head_dim": config.head_dim,
+            "attention_bias": True,
+            "layer_types": config.layer_types,
+            "sliding_window": window(config) or UNUSED_WINDOW,
+        }
+    )
 
 
 def _gpt_oss_absorbed(config: MoEConfig) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def _deepseek_sparse(config: MoEConfig) -> dict[str, Any]:
         "moe_intermediate_size": config.moe_intermediate_size,
         "first_k_dense_replace": config.first_k_dense_replace,
         "norm_topk_prob": config.norm_topk_prob,
-        "routed_scaling_factor": config.routed_scaling_factor,
+        "routed_scaling_factor": float(config.routed_scaling_factor),
         "n_group": config.n_group,
         "topk_group": config.topk_group,
         # the families' classes have a layer that predicts further tokens unless they are told otherwise
@@ -57,14 +57,19 @@ def _deepseek_v3(config: MoEConfig) -> dict[str, Any]:
     # a model without latent attention gets the family's default, which the comparison names
     widths = {} if config.kv_lora_rank is None else {name: getattr(config, name) for name in latent}
     loss = {"aux_loss_alpha": config.router_seq_aux_loss_coef} if config.router_seq_aux_loss_coef else {}
-    return _deepseek_sparse(config) | widths | loss | {
-        "num_key_value_heads": config.num_attention_heads,
-        "attention_bias": config.attention_bias,
-        # transformers' class does not know these two: llama.cpp takes softmax without the first, and vLLM does not load a
-        # checkpoint without the second
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-    }
+    return (
+        _deepseek_sparse(config)
+        | widths
+        | loss
+        | {
+            "num_key_value_heads": config.num_attention_heads,
+            "attention_bias": config.attention_bias,
+            # transformers' class does not know these two: llama.cpp takes softmax without the first, and vLLM does not load a
+            # checkpoint without the second
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        }
+    )
 
 
 def _deepseek_tensors(state: State, config: MoEConfig) -> State:
@@ -117,7 +122,9 @@ def _minimax_m2_absorbed(config: MoEConfig) -> dict[str, Any]:
 
 def _minimax_m2_tensors(state: State, config: MoEConfig) -> State:
     tensors = mixtral_names(with_selection_bias(scaled(state, config), config))
-    return {name.replace(".gate.e_score_correction_bias", ".e_score_correction_bias"): t for name, t in tensors.items()}
+    return {
+        name.replace(".gate.e_score_correction_bias", ".e_score_correction_bias"): t for name, t in tensors.items()
+    }
 
 
 DEEPSEEK_V3 = Target("deepseek_v3", _deepseek_v3, _deepseek_v3_tensors, _deepseek_absorbed)
