@@ -6,13 +6,14 @@ log), whatever `router_type` is. The experts run in vLLM's fused kernels if they
 without biases), and else in this package's code. Nothing is compiled by torch.compile.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.models.transformers import TransformersMoEForCausalLM  # pyrefly: ignore[missing-import]
-from vllm.model_executor.models.transformers.moe import MoEMixin, TransformersMoERunner  # pyrefly: ignore[missing-import]
+from vllm.model_executor.models.transformers import TransformersMoEForCausalLM
+from vllm.model_executor.models.transformers.moe import MoEMixin, TransformersMoERunner
 
 from ..checkpoint_layout import fill_experts
 from ..modeling_moe import MoEBlock
@@ -59,14 +60,15 @@ class VllmMoEForCausalLM(TransformersMoEForCausalLM):
         self.num_expert_groups, self.num_shared_experts, self.num_redundant_experts = 1, 0, 0
         super(MoEMixin, self).recursive_replace()
         for block in self._sparse_blocks():
-            experts = block.experts
-            experts.load_weights = lambda weights, experts=experts: _load_experts(experts, weights)
+            experts: Any = block.experts
+            # vLLM's loader calls it, where it cannot fuse the tensors of single experts itself
+            experts.load_weights = functools.partial(_load_experts, experts)
 
     def _sparse_blocks(self) -> list[MoEBlock]:
         return [module for module in self.model.modules() if isinstance(module, MoEBlock)]
 
 
-def _fill_empty_assignments(experts: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _fill_empty_assignments(experts: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Gives expert 0 with weight 0 to each empty assignment: vLLM's kernels read the weights of every id."""
     hidden_states, index, weight = args
     real = index < experts.moe_config.num_experts

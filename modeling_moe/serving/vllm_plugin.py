@@ -15,7 +15,7 @@ def register() -> None:
         ImportError: if vLLM is not installed; only vLLM calls this function.
     """
     # not at the top: vLLM is no dependency of this package
-    from vllm import ModelRegistry  # pyrefly: ignore[missing-import]
+    from vllm import ModelRegistry
 
     # the import of the package registers the auto classes
     import modeling_moe
