@@ -89,6 +89,7 @@ EXPORTS = [
     Case(
         "gpt_oss",
         {
+            "norm_type": "rms_fp32",
             "swiglu_limit": 7.0,
             "attention_sinks": True,
             "mlp_bias": True,

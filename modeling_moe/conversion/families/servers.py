@@ -72,7 +72,10 @@ SILU = Condition(
 NO_BIAS = Condition(
     lambda config: not getattr(config, "attention_bias", False), "computes attention_bias wrongly, or refuses it"
 )
-NO_WINDOW = Condition(lambda config: getattr(config, "sliding_window", None) is None, "ignores sliding_window")
+NO_WINDOW = Condition(
+    lambda config: getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True),
+    "ignores sliding_window",
+)
 USUAL_HEADS = Condition(_usual_heads, "takes head_dim to be hidden_size / num_attention_heads")
 SPARSE_THROUGHOUT = Condition(_sparse_throughout, "refuses dense layers")
 RENORMALISED = Condition(lambda config: config.norm_topk_prob, "renormalises, whatever norm_topk_prob is")
@@ -106,7 +109,7 @@ SERVED: dict[str, dict[Server, tuple[Condition, ...]]] = {
     },
     "deepseek_v3": {VLLM: (DISAGREED,), VLLM_BY_CODE: (SILU,), LLAMA_CPP: (SILU, SIGMOID)},
     "glm4_moe": {VLLM: (SILU,), LLAMA_CPP: (GLM_TOKENIZER,)},
-    "minimax_m2": {VLLM: (NOT_SEEN_EXACT,), LLAMA_CPP: (NOT_SEEN_EXACT,)},
+    "minimax_m2": {VLLM: (NOT_SEEN_EXACT,), LLAMA_CPP: (SILU,)},
     "gpt_oss": {VLLM: (ALTERNATING, NOT_SEEN_EXACT), LLAMA_CPP: (ALTERNATING, NOT_SEEN_EXACT)},
     "olmoe": dict.fromkeys((VLLM, LLAMA_CPP), (SILU, NO_BIAS, NOT_RENORMALISED, EPSILON)),
 }
