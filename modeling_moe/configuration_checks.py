@@ -205,6 +205,23 @@ def check_size(config: Any) -> None:
         )
 
 
+def row_dependence(config: Any, training: bool) -> str | None:
+    """Returns why a token's output depends on other sequences in its row, as a clause that names the field; else None."""
+    router = router_class(config)
+    sparse = "sparse" in config.mlp_layer_types
+    factor = "capacity_factor" if training else "eval_capacity_factor"
+    capacity = next((name for name in ("expert_capacity", factor) if getattr(config, name) is not None), None)
+    if not (router.per_token and (router.causal or not training)) and sparse:
+        return f"router_type={config.router_type!r} mixes the tokens of a row"
+    if router.required_input is not None and sparse:
+        return f"router_type={config.router_type!r} asks for {router.required_input}, which a request cannot give"
+    if capacity is not None:
+        return f"{capacity} counts the tokens of a row"
+    if dynamic := _rope_types(config).intersection(("dynamic", "longrope")):
+        return f"rope_parameters has rope_type={dynamic.pop()!r}, which follows the longest sequence of a row"
+    return None
+
+
 def refuse_continuous_batching(config: Any, training: bool) -> None:
     """Refuses continuous batching for a configuration in which it would change the output of a token.
 
@@ -213,22 +230,14 @@ def refuse_continuous_batching(config: Any, training: bool) -> None:
     Raises:
         ValueError: names the field by which tokens depend on their neighbours in the row, or that pages cannot serve.
     """
-    router = router_class(config)
-    sparse = "sparse" in config.mlp_layer_types
-    factor = "capacity_factor" if training else "eval_capacity_factor"
-    capacity = next((name for name in ("expert_capacity", factor) if getattr(config, name) is not None), None)
-    reason = None
+    reason = row_dependence(config, training)
     if config.kv_lora_rank is not None:
         reason = "kv_lora_rank is set, and the pages have no room for latents"
-    elif not (router.per_token and (router.causal or not training)) and sparse:
-        reason = f"router_type={config.router_type!r} mixes the tokens of a row"
-    elif router.required_input is not None and sparse:
-        reason = f"router_type={config.router_type!r} asks for {router.required_input}, which a request cannot give"
-    elif capacity is not None:
-        reason = f"{capacity} counts the tokens of a row"
-    elif dynamic := _rope_types(config).intersection(("dynamic", "longrope")):
-        reason = f"rope_parameters has rope_type={dynamic.pop()!r}, which follows the longest sequence of a row"
-    elif config.attn_logit_softcapping is not None and "flash" not in (config._attn_implementation or ""):
+    elif (
+        reason is None
+        and config.attn_logit_softcapping is not None
+        and "flash" not in (config._attn_implementation or "")
+    ):
         reason = "attn_logit_softcapping is set, which only flash attention applies to pages"
     if reason is not None:
         raise ValueError(f"continuous batching would change the text, because {reason}: call `generate` instead.")

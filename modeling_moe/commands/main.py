@@ -43,6 +43,7 @@ COMMANDS = {
     "eval": Command("evaluate", "measure loss, perplexity, bits per byte and balance on texts"),
     "report": Command("report", "show the routing of any MoE by layer and domain, as a table and a page"),
     "generate": Command("generate", "continue texts, or chat"),
+    "serve": Command("serve", "answer clients of the OpenAI API", "start the command again; it keeps nothing"),
     "push": Command(
         "push",
         "check a saved model or adapter and upload it to the Hub",

@@ -151,4 +151,5 @@ PROGRAMS = {
     "git": Shell.files,
     "hf": Shell.files,
     "sha256sum": Shell.files,
+    "vllm": Shell.files,
 }

@@ -72,7 +72,10 @@ SILU = Condition(
 NO_BIAS = Condition(
     lambda config: not getattr(config, "attention_bias", False), "computes attention_bias wrongly, or refuses it"
 )
-NO_WINDOW = Condition(lambda config: getattr(config, "sliding_window", None) is None, "ignores sliding_window")
+NO_WINDOW = Condition(
+    lambda config: getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True),
+    "ignores sliding_window",
+)
 USUAL_HEADS = Condition(_usual_heads, "takes head_dim to be hidden_size / num_attention_heads")
 SPARSE_THROUGHOUT = Condition(_sparse_throughout, "refuses dense layers")
 RENORMALISED = Condition(lambda config: config.norm_topk_prob, "renormalises, whatever norm_topk_prob is")
@@ -85,6 +88,7 @@ SIGMOID = Condition(
     'takes softmax scores unless config.json says "scoring_func": "sigmoid"',
 )
 ALTERNATING = Condition(_alternates, "gives every other layer a sliding window, whatever layer_types is")
+EPSILON = Condition(lambda config: config.rms_norm_eps == 1e-5, "takes rms_norm_eps to be 1e-5, whatever it is")
 NOT_SEEN_EXACT = Condition(_never, "has not been seen to compute this format exactly")
 DISAGREED = Condition(_never, "disagreed with transformers; its Transformers back end did not")
 GLM_TOKENIZER = Condition(_never, "converts only checkpoints with GLM's own tokenizer")
@@ -105,9 +109,9 @@ SERVED: dict[str, dict[Server, tuple[Condition, ...]]] = {
     },
     "deepseek_v3": {VLLM: (DISAGREED,), VLLM_BY_CODE: (SILU,), LLAMA_CPP: (SILU, SIGMOID)},
     "glm4_moe": {VLLM: (SILU,), LLAMA_CPP: (GLM_TOKENIZER,)},
-    "minimax_m2": {VLLM: (NOT_SEEN_EXACT,), LLAMA_CPP: (NOT_SEEN_EXACT,)},
+    "minimax_m2": {VLLM: (NOT_SEEN_EXACT,), LLAMA_CPP: (SILU,)},
     "gpt_oss": {VLLM: (ALTERNATING, NOT_SEEN_EXACT), LLAMA_CPP: (ALTERNATING, NOT_SEEN_EXACT)},
-    "olmoe": {VLLM: (SILU, NO_BIAS, NOT_RENORMALISED), LLAMA_CPP: (SILU, NO_BIAS, NOT_RENORMALISED)},
+    "olmoe": dict.fromkeys((VLLM, LLAMA_CPP), (SILU, NO_BIAS, NOT_RENORMALISED, EPSILON)),
 }
 
 

@@ -3,6 +3,8 @@
 
 from typing import Any
 
+import torch
+
 from ...checkpoints import LazyTensor, State
 from ...configuration_moe import MoEConfig
 from .target import Target
@@ -115,14 +117,17 @@ def _qwen2_moe_tensors(state: State, config: MoEConfig) -> State:
     """Adds zeros for each part that Qwen2-MoE always has and the model lacks.
 
     These parts are: biases of query, key and value, which vLLM does not make optional; the shared expert; and the shared
-    expert's gate. A gate of zeros has the sigmoid 1/2, so the output of an ungated shared expert is doubled.
+    expert's gate. A gate of tiny numbers has the sigmoid 1/2, so the output of an ungated shared expert is doubled; for
+    a gate of zeros llama.cpp, which computes the sigmoid as silu(x) / x, answers NaN.
     """
     result = with_attention_biases(scaled(state, config), config, "qkv")
     if not (config.has_shared_experts and config.shared_expert_gate):
         for layer in sparse_layers(config):
             mlp = f"model.layers.{layer}.mlp."
             dtype = state[f"model.layers.{layer}.self_attn.q_proj.weight"].dtype
-            result[f"{mlp}shared_expert_gate.weight"] = filled(1, config.hidden_size, dtype=dtype)
+            result[f"{mlp}shared_expert_gate.weight"] = filled(
+                1, config.hidden_size, dtype=dtype, value=2.0**-24 if dtype == torch.float16 else 2.0**-64
+            )
             if config.has_shared_experts:
                 down = f"{mlp}shared_experts.down_proj.weight"
                 result[down] = result[down].map(lambda weight: 2 * weight)

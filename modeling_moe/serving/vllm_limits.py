@@ -1,0 +1,26 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module says which configurations vLLM computes exactly by this package's code, and whose experts it fuses."""
+
+from typing import Any
+
+from ..configuration_checks import row_dependence
+
+
+def has_fused_experts(config: Any) -> bool:
+    """Returns whether vLLM's fused kernels compute the experts: `silu(gate) * up` without biases, clamp or merging."""
+    plain = config.gated_experts and not config.mlp_bias and config.swiglu_limit is None
+    return plain and config.hidden_act in ("silu", "swish")
+
+
+def refuse_vllm(config: Any) -> None:
+    """Refuses a model whose text would be wrong in vLLM.
+
+    Raises:
+        ValueError: names the field by which a token's output depends on its neighbours in vLLM's batch, or that vLLM
+            cannot compute, and the remedy.
+    """
+    reason = row_dependence(config, training=False)
+    if reason is None and config.attention_sinks:
+        reason = "attention_sinks is set, which vLLM does not find in this package's attention"
+    if reason is not None:
+        raise ValueError(f"vLLM would change the text, because {reason}: call `generate` of transformers instead.")
