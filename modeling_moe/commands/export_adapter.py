@@ -2,7 +2,7 @@
 """This command writes a saved LoRA adapter for a server, and checks by logits that the adapter still changes the model.
 
     moe export_adapter --model_name_or_path outputs/adapter --output_dir outputs/served_adapter --server vllm
-    moe export_adapter --model_name_or_path outputs/adapter --served_model outputs/mixtral --output_dir outputs/gguf_adapter \
+    moe export_adapter --model_name_or_path outputs/adapter --served_model outputs/mixtral --output_dir outputs/gguf_adapter \\
         --server llama.cpp
     moe export_adapter --model_name_or_path outputs/adapter --output_dir outputs/merged --merged true
 
