@@ -132,10 +132,11 @@ def _refuse_for_server(job: _Job, server: str) -> None:
         UserError: names the part, and a way that works.
     """
     remedy = "write a merged model with --merged true, or with moe merge_adapter"
-    if job.config.model_type == MoEConfig.model_type and server != "vllm":
+    if job.config.model_type == MoEConfig.model_type:
+        # vLLM runs the model, but finds no factors of experts behind the names of its backend for other packages' models
         raise UserError(
-            f"{server} does not run a model of the type {MoEConfig.model_type}: convert the base model with moe convert "
-            "--target, and pass the result as --served_model"
+            f"{server} has no adapters on a model of the type {MoEConfig.model_type}: convert the base model with moe convert "
+            "--target, and pass the result as --served_model; or write a merged model with --merged true"
         )
     for name, update in job.updates.items():
         layer = name.removesuffix(".weight").rpartition(".")[2]

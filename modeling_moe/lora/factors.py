@@ -162,7 +162,7 @@ def read_factors(folder: Path, base: PreTrainedConfig, trust_remote_code: bool =
         raise UserError(f"{folder} has no adapter_model.safetensors: save the adapter with save_pretrained")
     saved = read_tensors(file)
     if held := next((name for name in saved if name.endswith(".base_layer.weight")), None):
-        _refuse(folder, f"{held.removeprefix(PREFIX).removesuffix('.base_layer.weight')}, the head or the embedding,")
+        _refuse(folder, f"the embedding or head {held.removeprefix(PREFIX).removesuffix('.base_layer.weight')}")
     layers = _layers(meta_model(base, trust_remote_code), config, folder)
     asked = {
         f"{name}.lora_{part}.weight": tuple(getattr(layer, f"lora_{part}")["default"].weight.shape)

@@ -139,7 +139,8 @@ def renamed(updates: Updates, state: State, base: PreTrainedConfig, target: str)
         raise UserError(
             f"the base model on disk has no tensor {absent}: dequantise it first, and name that --base_model"
         )
-    kept = {name: tensor for name, tensor in state.items() if name in updates or name != "lm_head.weight"}
+    # a conversion compares the values of a tied head with those of the embedding, and probes have none
+    kept = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     factors = {name: updates[name].b if name in updates else tensor for name, tensor in kept.items()}
     probes = {name: probe(name, tensor.shape, tensor.dtype) for name, tensor in factors.items()}
     real, result = _convert(factors, base, config, target), {}

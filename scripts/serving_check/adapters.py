@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,8 @@ def _plain_experts(
 
 
 def _asked(engine: Any, adapter: Path | None) -> Answers:
-    import vllm
-    from vllm.lora.request import LoRARequest
-
-    request = LoRARequest("adapter", 1, str(adapter)) if adapter else None
+    vllm = import_module("vllm")
+    request = import_module("vllm.lora.request").LoRARequest("adapter", 1, str(adapter)) if adapter else None
     sampling = vllm.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=0, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
     outputs = [output.outputs[0] for output in engine.generate(prompts, sampling, lora_request=request)]
@@ -129,10 +128,7 @@ def _asked(engine: Any, adapter: Path | None) -> Answers:
 
 def _with_engine(folder: Path, ask: Callable[[Any], Answers], **options: Any) -> Answers:
     """Returns what `ask` returns for an engine; an exception becomes the error, since a refusal is a result here."""
-    import vllm
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    engine = None
+    vllm, engine = import_module("vllm"), None
     common = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4}
     try:
         engine = vllm.LLM(str(folder), skip_tokenizer_init=True, enable_prefix_caching=False, **common, **options)
@@ -142,31 +138,31 @@ def _with_engine(folder: Path, ask: Callable[[Any], Answers], **options: Any) ->
     finally:
         del engine
         with contextlib.suppress(Exception):  # nothing was built
-            cleanup_dist_env_and_memory()
+            import_module("vllm.distributed").cleanup_dist_env_and_memory()
 
 
 def ask_vllm(root: Path) -> None:
     """Asks vLLM about adapters, base models, merged models and the files that PEFT itself has saved."""
-    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-
-    kernel = TritonExperts.apply
+    module = "vllm.model_executor.layers.fused_moe.experts.triton_moe"
+    experts = import_module(module).TritonExperts
+    kernel = experts.apply
     for target in CASES:
         folder, lora = root / target, {"enable_lora": True, "max_lora_rank": RANK}
         _with_engine(folder / "base", lambda engine, at=folder: _asked(engine, at / "vllm"), **lora).save(
             folder / "kernel.json"
         )
-        TritonExperts.apply = _plain_experts
+        experts.apply = _plain_experts
         for name, adapter in (("vllm", "vllm"), ("vllm_base", None), ("vllm_peft", "trained")):
             place = folder / adapter if adapter else None
             answers = _with_engine(folder / "base", lambda engine, at=place: _asked(engine, at), **lora)
             answers.save(folder / f"{name}.json")
-        TritonExperts.apply = kernel
+        experts.apply = kernel
         _with_engine(folder / "merged", lambda engine: _asked(engine, None)).save(folder / "vllm_merged.json")
 
 
 def _asked_llama(model: Path, adapter: Path | None) -> Answers:
-    import xllamacpp
-
+    # a checker of types does not find the servers' packages, which are in other environments
+    xllamacpp = import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(model), 512, 1, False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

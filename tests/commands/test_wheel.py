@@ -152,7 +152,7 @@ RUNS = {
     "resize": (["--model_name_or_path", "moe", "--output_dir", "larger", "--method", "grow"], "same function"),
     "finetune": (["sft_lora", "--model_name_or_path", "moe", "--output_dir", "tuned", *TRAINING], "training loss"),
     "merge_adapter": (["--model_name_or_path", "adapter", "--output_dir", "merged"], "parameters"),
-    "export_adapter": (["--model_name_or_path", "adapter", "--output_dir", "served"], "when served"),
+    "export_adapter": (["--model_name_or_path", "adapter", "--output_dir", "served", "--merged"], "when served"),
     "eval": (["--model_name_or_path", "moe", *TEXT], "bits per byte"),
     "report": (["--model_name_or_path", "moe", *TEXT, "--output_json", "load.json"], "experts in use"),
     "generate": (["--model_name_or_path", "moe", "--prompt", "the old", "--max_new_tokens", "2"], "> the old"),

@@ -85,7 +85,14 @@ def by_hand(served: Path, adapter: Path) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "moe", "deepseek_v3"])
+def assert_merged(folder: Path) -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(folder / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(IDS).logits, trained_logits(folder), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
 def test_factors_by_expert_add_up_to_the_trained_model(kind, tmp_path):
     model = deepseek() if kind == "deepseek_v3" else None
     targets = ["q_a_proj", "q_b_proj", "o_proj"] if model else ALL
@@ -169,19 +176,27 @@ def test_an_adapter_on_gpt_oss_follows_it_to_this_packages_model(tmp_path):
     fill(model, 0.3)
     save_adapter(tmp_path, "gpt_oss", model=model)
     convert_checkpoint(str(tmp_path / "base"), tmp_path / "served", "moe")
-    export(tmp_path, served_model=str(tmp_path / "served"))
-    got = by_hand(tmp_path / "served", tmp_path / "out")
-    torch.testing.assert_close(got, trained_logits(tmp_path), atol=2e-5, rtol=1e-5)
+    export(tmp_path, served_model=str(tmp_path / "served"), merged=True)
+    assert_merged(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_the_served_model_can_be_written_with_the_adapter_merged(kind, tmp_path):
     save_adapter(tmp_path, kind)
     export(tmp_path, merged=True, server="llama.cpp")
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info.values()), info
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(IDS).logits, trained_logits(tmp_path), atol=2e-5, rtol=1e-5)
+    assert_merged(tmp_path)
+
+
+def test_a_merged_model_in_16_bits_is_rounded_once(tmp_path):
+    save_adapter(tmp_path, "qwen3_moe", dtype=torch.bfloat16)
+    found = export(tmp_path, merged=True)
+    assert 0 < found.error < 0.5 * found.change
+    merged = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.experts.1.down_proj.weight"]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    exact = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    expected = exact.model.layers[0].mlp.experts.down_proj[1]
+    assert merged.dtype == torch.bfloat16
+    torch.testing.assert_close(merged, expected.bfloat16())
 
 
 def test_an_untrained_adapter_is_refused(tmp_path):
@@ -224,8 +239,8 @@ REFUSED = {
         {"target_parameters": [*TARGETS, "mlp.gate.weight"]},
         r"vllm has no adapter on .*mlp.gate.weight",
     ),
-    "head": ({"target_modules": ["lm_head"]}, r"trains lm_head, the head or the embedding"),
-    "embedding": ({"target_modules": ["embed_tokens"]}, r"trains the embedding model.embed_tokens"),
+    "head": ({"target_modules": ["lm_head"]}, r"trains the embedding or head lm_head"),
+    "embedding": ({"target_modules": ["embed_tokens"]}, r"trains the embedding or head model.embed_tokens"),
     "dora": ({"target_parameters": None, "use_dora": True}, r"trains the magnitudes of DoRA"),
     "bias": ({"bias": "lora_only"}, r"trains biases \(bias: lora_only\)"),
     "rank": ({"r": 513, "target_parameters": None}, r"rank 513 .* is above 512"),
@@ -244,6 +259,7 @@ def test_what_no_server_loads_is_refused_by_name(name, tmp_path):
 
 def test_our_recipe_with_routers_names_the_remedy_and_without_them_is_exported(tmp_path):
     our_model().save_pretrained(tmp_path / "base")
+    convert_checkpoint(str(tmp_path / "base"), tmp_path / "served", "mixtral")
     for router in (True, False):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         adapted = get_peft_model(base, moe_lora_config(base, r=6, router=router, rank_per="token"))
@@ -251,17 +267,16 @@ def test_our_recipe_with_routers_names_the_remedy_and_without_them_is_exported(t
         adapted.save_pretrained(tmp_path / "adapter")
         if router:
             with pytest.raises(UserError, match=r"modules_to_save: mlp.gate.*moe merge_adapter"):
-                export(tmp_path)
-    export(tmp_path)
-    torch.testing.assert_close(
-        by_hand(tmp_path / "base", tmp_path / "out"), trained_logits(tmp_path), atol=2e-5, rtol=1e-5
-    )
+                export(tmp_path, served_model=str(tmp_path / "served"))
+    export(tmp_path, served_model=str(tmp_path / "served"))
+    got = by_hand(tmp_path / "served", tmp_path / "out")
+    torch.testing.assert_close(got, trained_logits(tmp_path), atol=3e-5, rtol=1e-5)
 
 
 def test_models_that_do_not_belong_together_are_refused(tmp_path):
     save_adapter(tmp_path, "moe", model=our_model())
-    with pytest.raises(UserError, match=r"llama.cpp does not run a model of the type"):
-        export(tmp_path, server="llama.cpp")
+    with pytest.raises(UserError, match=r"vllm has no adapters on a model of the type moe: convert .* --merged true"):
+        export(tmp_path)
     build("qwen3").save_pretrained(tmp_path / "dense")
     with pytest.raises(UserError, match="served_model is a qwen3, to which no model can be converted"):
         export(tmp_path, served_model=str(tmp_path / "dense"))
