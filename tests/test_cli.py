@@ -143,7 +143,9 @@ def test_a_mistake_is_one_line(monkeypatch, capsys):
         run(lambda: print(1 / 0))
 
 
-@pytest.mark.parametrize("name", ["convert", "generate", "merge_adapter", "push_to_hub", "resize", "upcycle"])
+@pytest.mark.parametrize(
+    "name", ["convert", "export_adapter", "generate", "merge_adapter", "push_to_hub", "resize", "upcycle"]
+)
 def test_a_typo_in_a_script_is_one_line_and_exit_code_2(name, monkeypatch, capsys):
     """A typo prints one line, without a traceback, and ends with exit code 2."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--chot"])

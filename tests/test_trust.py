@@ -54,6 +54,7 @@ COMMANDS = {
     "plan": ["--num_experts", "2"],
     "router_report": ["--data", "text=TEXT", "--max_length", "16"],
     "merge_adapter": [*OUTPUT],
+    "export_adapter": [*OUTPUT],
     "push_to_hub": ["--repo_id", "you/evil", "--dry_run", "true", "--license", "mit"],
     "upcycling_table": ["--data", "text=TEXT"],
     "upcycling_experiment": [
@@ -110,7 +111,7 @@ def checkpoint(request, llama, tmp_path, monkeypatch):
 def run_script(monkeypatch, name: str, folder: Path) -> int:
     text = folder.parent / "text.txt"
     text.write_text("a text of some words, more words than a block has.\n" * 4000)
-    if name == "merge_adapter":
+    if name in ("merge_adapter", "export_adapter"):
         (folder.parent / "adapter").mkdir()
         known = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
         edit_json(folder.parent / "adapter" / "adapter_config.json", base_model_name_or_path=str(folder), **known)
@@ -170,8 +171,10 @@ def test_no_command_runs_code_without_the_flag(name, checkpoint, monkeypatch, ca
     assert not marker.exists()
     if code == 2:
         assert len(errors) == 1
-    # merge_adapter copies the tokenizer without loading it, plan needs none, and resize refuses a dense model first
-    if kind not in NEEDLESS and not (kind.startswith("tokenizer") and name in ("merge_adapter", "plan", "resize")):
+    # merge_adapter copies the tokenizer without loading it, export_adapter and plan need none, and resize refuses a dense
+    # model first
+    without = ("merge_adapter", "export_adapter", "plan", "resize")
+    if kind not in NEEDLESS and not (kind.startswith("tokenizer") and name in without):
         assert code == 2
         assert "--trust_remote_code true" in errors[0]
 

@@ -40,6 +40,7 @@ COMMANDS = {
         "the same flags with --resume_from_checkpoint true go on after the last checkpoint, if there is one",
     ),
     "merge_adapter": Command("merge_adapter", "merge a LoRA adapter into its base model"),
+    "export_adapter": Command("export_adapter", "write a LoRA adapter for vLLM, SGLang or llama.cpp"),
     "eval": Command("evaluate", "measure loss, perplexity, bits per byte and balance on texts"),
     "report": Command("report", "show the routing of any MoE by layer and domain, as a table and a page"),
     "generate": Command("generate", "continue texts, or chat"),

@@ -29,17 +29,22 @@ PEFT knows no default target modules for this package's model, so its other meth
 
 from .config import MoELoraConfig, moe_lora_config, trainable_parameters
 from .enabling import disable, enable, is_enabled, peft_alone
+from .export_check import Comparison
+from .exporting import ExportAdapterArguments, export_adapter
 from .merging import MergeArguments, apply_adapter, merge_adapter
 from .quantization import quantize_experts
 from .sharding import full_shape, synchronize_adapters
 
 
 __all__ = [
+    "Comparison",
+    "ExportAdapterArguments",
     "MergeArguments",
     "MoELoraConfig",
     "apply_adapter",
     "disable",
     "enable",
+    "export_adapter",
     "full_shape",
     "is_enabled",
     "merge_adapter",

@@ -42,7 +42,7 @@ class MergeArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the checkpoint brings"})
 
 
-def _adapter_folder(name: str) -> Path:
+def adapter_folder(name: str) -> Path:
     """Returns the folder of an adapter, which is downloaded if it is not a local folder."""
     folder = local_folder(name)
     if not Path(folder).is_dir():
@@ -124,9 +124,9 @@ def merge_adapter(args: MergeArguments) -> PreTrainedModel:
         UserError: if the adapter or the base model cannot be loaded, they do not fit each other or cannot be merged,
             or `output_dir` cannot be written.
     """
-    folder = _adapter_folder(args.model_name_or_path)
+    folder = adapter_folder(args.model_name_or_path)
     named = args.base_model or adapter_base(folder)
-    if named is None:  # `_adapter_folder` has found an adapter_config.json
+    if named is None:  # `adapter_folder` has found an adapter_config.json
         raise UserError(f"{folder} names no base model: pass --base_model")
     base = local_folder(named)
     if (Path(base) / "adapter_config.json").is_file():

@@ -122,7 +122,9 @@ def test_help_of_a_script_has_examples_of_the_script(script, capsys, monkeypatch
 def test_scripts_of_commands_are_these():
     assert {
         f"{name}.py": name
-        for name in sorted({"benchmark", "convert", "finetune", "generate", "merge_adapter", "resize", "upcycle"})
+        for name in sorted(
+            {"benchmark", "convert", "export_adapter", "finetune", "generate", "merge_adapter", "resize", "upcycle"}
+        )
     } | {"eval_lm.py": "eval", "push_to_hub.py": "push", "router_report.py": "report"} == WRAPPERS
 
 

@@ -82,7 +82,9 @@ def place(tmp_path_factory) -> Path:
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=300, **size)).save_pretrained(folder / "dense")
     MoEForCausalLM(tiny_config(vocab_size=300)).save_pretrained(folder / "moe")
-    adapted = get_peft_model(MoEForCausalLM.from_pretrained(folder / "moe"), LoraConfig(target_modules=["q_proj"]))
+    # a new adapter has factors of zero, which export_adapter refuses
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(MoEForCausalLM.from_pretrained(folder / "moe"), config)
     adapted.save_pretrained(folder / "adapter")
     for name in ("dense", "moe", "adapter"):
         tokenizer.save_pretrained(folder / name)
@@ -150,6 +152,7 @@ RUNS = {
     "resize": (["--model_name_or_path", "moe", "--output_dir", "larger", "--method", "grow"], "same function"),
     "finetune": (["sft_lora", "--model_name_or_path", "moe", "--output_dir", "tuned", *TRAINING], "training loss"),
     "merge_adapter": (["--model_name_or_path", "adapter", "--output_dir", "merged"], "parameters"),
+    "export_adapter": (["--model_name_or_path", "adapter", "--output_dir", "served", "--merged"], "when served"),
     "eval": (["--model_name_or_path", "moe", *TEXT], "bits per byte"),
     "report": (["--model_name_or_path", "moe", *TEXT, "--output_json", "load.json"], "experts in use"),
     "generate": (["--model_name_or_path", "moe", "--prompt", "the old", "--max_new_tokens", "2"], "> the old"),

@@ -20,6 +20,8 @@ from tests.docs.test_links import CURRENT, inline_code
 CONFIGURATION = ROOT / "configuration"
 # flags of other programs that the pages mention
 OTHER_FLAGS = {"--continuous-batching", "--config_file"}
+# of vLLM, and of llama.cpp's converter of adapters
+OTHER_FLAGS |= {"--enable-lora", "--max-lora-rank", "--lora-modules", "--base"}
 
 
 def rows(page: str, first: str) -> list[list[str]]:
