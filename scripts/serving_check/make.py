@@ -6,6 +6,7 @@ python -m serving_check.make FOLDER SMOLLM2 [CASE ...]    in this package's envi
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -47,7 +48,8 @@ def answers(folder: Path) -> Answers:
 def make_random(case: Case, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Saves a random model in which experts differ in size and each buffer of a router differs from the initial value."""
     torch.manual_seed(0)
-    model = MoEForCausalLM(MoEConfig(**(SIZE | case.fields)))
+    fields: dict[str, Any] = SIZE | case.fields
+    model = MoEForCausalLM(MoEConfig(**fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
@@ -81,7 +83,7 @@ def export(target: str, folder: Path) -> None:
 def main() -> None:
     """Makes the cases that the command line names, or all."""
     root, smollm2, chosen = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    tokenizer = AutoTokenizer.from_pretrained(smollm2, gguf_file=GGUF)
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2, gguf_file=GGUF)
     for case in CASES:
         if chosen and case.folder not in chosen:
             continue

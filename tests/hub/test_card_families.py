@@ -167,7 +167,10 @@ def names(found) -> list[str]:
         (GraniteMoeSharedConfig(attention_bias=True), ["llama.cpp", "transformers"]),
         (GraniteMoeSharedConfig(head_dim=64), ["transformers"]),
         (DeepseekV3Config(), ["vLLM, by its Transformers back end", "transformers"]),
-        (DeepseekV3Config(scoring_func="sigmoid"), ["vLLM, by its Transformers back end", "llama.cpp", "transformers"]),
+        (
+            DeepseekV3Config(scoring_func="sigmoid"),
+            ["vLLM, by its Transformers back end", "llama.cpp", "transformers"],
+        ),
     ],
 )
 def test_servers_of_native_formats(config, expected):
