@@ -170,9 +170,14 @@ def scale_by_position(query: torch.Tensor, config: Any, kwargs: Any) -> torch.Te
         query: (B, heads, S, D).
         config: the model's configuration; `llama_4_scaling_beta` is beta, and L stands in `rope_parameters`.
         kwargs: keyword arguments of attention, with `position_ids` (B, S) or (1, S).
+
+    Raises:
+        ValueError: if the configuration asks for the factor and there are no `position_ids`, which the model always gives.
     """
     if (beta := config.llama_4_scaling_beta) is None:
         return query
+    if (positions := kwargs.get("position_ids")) is None:
+        raise ValueError("llama_4_scaling_beta scales queries by their positions: give the layer position_ids.")
     length = config.rope_parameters["original_max_position_embeddings"]
-    factor = 1 + beta * torch.log(1 + torch.floor(kwargs["position_ids"] / length))
+    factor = 1 + beta * torch.log(1 + torch.floor(positions / length))
     return query * factor[:, None, :, None].to(query.dtype)
