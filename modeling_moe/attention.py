@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
@@ -163,6 +164,11 @@ class MoEAttention(nn.Module):
             self.extras["softcap"] = config.attn_logit_softcapping
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None
         self.eager = eager_attention_with_sinks if config.attention_sinks else eager_attention_forward
+
+    def init_weights(self, std: float) -> None:
+        """Fills the sinks of a new model; transformers fills the projections."""
+        if self.sinks is not None:
+            init.normal_(self.sinks, mean=0.0, std=std)
 
     @takes_cache
     def forward(

@@ -9,12 +9,14 @@ MoEBlock:       routing = capacity(gate(tokens));  y = experts(tokens, routing.i
 training:       loss = cross entropy + sum of (coefficient * router loss), the mean over sparse layers
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -29,14 +31,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import MoEAttention
 from .attention_latent import MoELatentAttention
-from .checkpoint_layout import register_expert_layout
+from .checkpoint_layout import fill_experts, register_expert_layout
 from .compatibility import CACHE_NAMES, cache_keyword, is_paged, refuse_unknown, takes_cache
 from .configuration_moe import MoEConfig
 from .model_checkpoints import CheckpointModel
 from .model_embeddings import RotaryEmbeddings, ScaledEmbedding
-from .model_experts import ExpertsBase, MoEExperts
+from .model_experts import ExpertParameters, detached_parameters, init_experts, merged_parameters
 from .model_generation import MoEGenerationMixin
-from .model_inputs import loss_weights, prepare_inputs, refuse_nan
+from .model_inputs import loss_weights, prepare_inputs, token_embeddings
 from .model_layer import MoEDecoderLayer
 from .model_mlp import MoEMLP
 from .model_norms import init_norm, make_norm
@@ -47,6 +49,138 @@ from .router_capacity import Capacity
 from .router_catalogue import router_class
 from .router_losses import COEFFICIENTS, AttachLoss, TokenWeights, loss_share, predicts_label
 from .router_statistics import RouterStatistics, layer_statistics, model_statistics, unpack
+
+
+# transformers looks for this decorator in the text of the file that defines the models
+@use_experts_implementation
+class ExpertsBase(nn.Module):
+    """Routed experts in plain PyTorch, by which every other implementation is tested.
+
+    Experts with a gate have `gate_up_proj` (E, 2I, H), gate first, and `down_proj` (E, H, I); experts without a gate have
+    `up_proj` (E, I, H) and `down_proj`. With biases there are `gate_up_proj_bias` (E, 2I) or `up_proj_bias` (E, I), and
+    `down_proj_bias` (E, H). H is `moe_latent_size` if that is set, else `hidden_size`.
+    """
+
+    if TYPE_CHECKING:
+
+        def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+            """The decorator of transformers adds this method."""
+            raise NotImplementedError
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        hidden, width = config.moe_latent_size or config.hidden_size, config.moe_intermediate_size
+        self.up_name, rows = ("gate_up_proj", 2 * width) if config.gated_experts else ("up_proj", width)
+        self.register_parameter(self.up_name, nn.Parameter(torch.empty(self.num_experts, rows, hidden)))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
+        if config.mlp_bias:
+            self.register_parameter(f"{self.up_name}_bias", nn.Parameter(torch.empty(self.num_experts, rows)))
+            self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, hidden))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        # `Trainer` resumes by `load_state_dict`, which does not convert the layout on disk
+        missing, errors = fill_experts(self, state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing_keys.extend(missing)
+        error_msgs.extend(errors)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Computes the weighted sum of the chosen experts' outputs.
+
+        Args:
+            hidden_states: (T, H).
+            top_k_index: (T, K) integers, expert ids; `num_experts` and above mark an empty assignment.
+            top_k_weights: (T, K) factors on the experts' outputs.
+
+        Returns:
+            (T, H) in the dtype of `hidden_states`.
+        """
+        # one unbind: with an index per expert, each backward would fill a gradient of the whole tensor
+        up, down = getattr(self, self.up_name).unbind(0), self.down_proj.unbind(0)
+        output, top_k_index = torch.zeros_like(hidden_states), top_k_index.long()
+        for expert in range(self.num_experts):
+            token, choice = torch.where(top_k_index == expert)
+            if len(token) == 0:
+                continue
+            up_bias = getattr(self, f"{self.up_name}_bias")[expert] if self.has_bias else None
+            down_bias = self.down_proj_bias[expert] if self.has_bias else None
+            states = nn.functional.linear(hidden_states[token], up[expert], up_bias)
+            states = self._apply_gate(states) if self.has_gate else self.act_fn(states)
+            states = nn.functional.linear(states, down[expert], down_bias)
+            states = states * top_k_weights[token, choice, None]
+            output = output.index_add(0, token, states.to(output.dtype))
+        return output
+
+
+class MoEExperts(ExpertsBase):
+    """Routed experts, computed by the implementation that `config._experts_implementation` names."""
+
+    def __init__(self, config: MoEConfig):
+        super().__init__(config)
+        # transformers' decorator sets these two for the class; here they follow the configuration
+        self.has_gate, self.has_bias = config.gated_experts, config.mlp_bias
+        self.gate_clamp = None
+        if config.swiglu_limit is not None:
+            alpha = config.swiglu_alpha
+            self.gate_clamp = (None if alpha is None else float(alpha), float(config.swiglu_limit))
+        # transformers' experts functions skip out-of-range ids only if this flag is set, and the flag costs a masking pass
+        self._is_expert_parallel = config.has_empty_slots
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        gates: torch.Tensor | None = None,
+        frozen: bool = False,
+    ) -> torch.Tensor:
+        """Computes the weighted sum of the chosen experts' outputs.
+
+        Args:
+            hidden_states: (T, H).
+            top_k_index: (T, K) integers, expert ids; `num_experts` and above mark an empty assignment.
+            top_k_weights: (T, K) factors on the experts' outputs.
+            gates: (G, E) weights by which the E experts are merged into G experts, of which the ids are then; None without.
+            frozen: whether the experts' weights get no gradient.
+
+        Returns:
+            (T, H) in the dtype of `hidden_states`.
+
+        Raises:
+            ValueError: for `gates` with LoRA on the experts and dropout, which a merged weight cannot have.
+        """
+        experts = self
+        if gates is not None:
+            experts = self._with(merged_parameters(self, gates), len(gates))
+        elif frozen:
+            experts = self._with(detached_parameters(self), self.num_experts)
+        return ExpertsBase.forward(experts, hidden_states, top_k_index, top_k_weights)
+
+    def _with(self, parameters: ExpertParameters, num_experts: int) -> "MoEExperts":
+        """Returns experts that compute with other parameters, tensors through which gradients flow."""
+        experts = MoEExperts.__new__(MoEExperts)
+        experts.__dict__.update(self.__dict__, _parameters=parameters.weights, low_rank=parameters.low_rank)
+        experts.num_experts = num_experts
+        return experts
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Maps (R, 2I), gate first, to (R, I): `act(gate) * up`, clamped with `swiglu_limit`, or gpt-oss's clamped gate."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        if self.gate_clamp is None:
+            return self.act_fn(gate) * up
+        alpha, limit = self.gate_clamp
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        if alpha is None:
+            return self.act_fn(gate) * up
+        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
 class MoEBlock(nn.Module):
@@ -151,17 +285,10 @@ class MoEPreTrainedModel(CheckpointModel):
         if init_norm(module):
             return
         super()._init_weights(module)
-        std = self.config.initializer_range
         if isinstance(module, ExpertsBase):
-            for name, parameter in module.named_parameters(recurse=False):
-                if name.endswith("bias"):
-                    init.zeros_(parameter)
-                else:
-                    init.normal_(parameter, mean=0.0, std=std)
-        elif isinstance(module, Router):
-            module.init_weights(std)
-        elif isinstance(module, MoEAttention) and module.sinks is not None:
-            init.normal_(module.sinks, mean=0.0, std=std)
+            init_experts(module, self.config.initializer_range)
+        elif isinstance(module, (Router, MoEAttention)):
+            module.init_weights(self.config.initializer_range)
         elif isinstance(module, RouterTotals):
             for buffer in module.buffers():
                 init.zeros_(buffer)
@@ -264,7 +391,7 @@ class MoEModel(MoEPreTrainedModel):
         refuse_unknown(self, kwargs)
         if is_paged(cache):
             self.config.refuse_continuous_batching(self.training)
-        embeds = self._embeddings(input_ids, inputs_embeds)
+        embeds = token_embeddings(self.embed_tokens, input_ids, inputs_embeds, self.training)
         inputs = prepare_inputs(
             self.config,
             embeds,
@@ -307,15 +434,6 @@ class MoEModel(MoEPreTrainedModel):
             hidden_states = AttachLoss.apply(hidden_states, self.router_loss_scale * routers.router_loss)
             routers = routers._replace(router_loss=None)
         return MoEModelOutput(last_hidden_state=hidden_states, **cache_keyword(inputs.cache), **routers._asdict())
-
-    def _embeddings(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Returns the embeddings (B, S, H) of the tokens, given or looked up."""
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            return self.embed_tokens(input_ids)
-        refuse_nan(inputs_embeds, self.training)
-        return inputs_embeds
 
     def _embed(self, states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Returns the input (B, S, H) of the first layer: the embeddings, scaled, with positions and dropout."""

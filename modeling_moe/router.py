@@ -465,7 +465,7 @@ class Router(nn.Module):
         The method is static: it reads nothing of the router but the routing.
 
         Args:
-            experts: module that is called as [`~modeling_moe.model_experts.MoEExperts`] is, and not used otherwise.
+            experts: module that is called as [`~modeling_moe.modeling_moe.MoEExperts`] is, and not used otherwise.
             hidden_states: (T, H).
             routing: routing of the tokens, after capacity.
             context: context of the tokens.

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from modeling_moe.model_experts import MoEExperts
+from modeling_moe.modeling_moe import MoEExperts
 from tests.builders import tiny_config
 
 

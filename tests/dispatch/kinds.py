@@ -15,7 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from modeling_moe.dispatch import backend_of, backends
 from modeling_moe.dispatch.backends.native.structures import NATIVE_ACTIVATIONS
 from modeling_moe.dispatch.interface import activation_of
-from modeling_moe.model_experts import MoEExperts
+from modeling_moe.modeling_moe import MoEExperts
 from tests.builders import tiny_config
 from tests.conftest import NEEDS_TRITON
 

@@ -14,7 +14,7 @@ from modeling_moe.dispatch import backend_of, backends, operator
 from modeling_moe.dispatch.expert_order import order_by_expert
 from modeling_moe.dispatch.low_rank import LowRank
 from modeling_moe.dispatch.problem import ExpertsProblem, Needs
-from modeling_moe.model_experts import MoEExperts
+from modeling_moe.modeling_moe import MoEExperts
 from tests.builders import tiny_config
 from tests.conftest import NEEDS_GPU, NEEDS_TRITON
 from tests.dispatch.kinds import (
