@@ -145,6 +145,7 @@ class MoEAttention(nn.Module):
         self.is_causal = True
         self.rotates = config.rotates(layer_idx)
         self.clip_qkv = config.clip_qkv
+        self.scales_queries = config.llama_4_scaling_beta is not None
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         qkv_bias = config.attention_bias or config.qkv_bias
@@ -208,7 +209,8 @@ class MoEAttention(nn.Module):
             query, key = (x.to(value.dtype) for x in rotate(query, key, *position_embeddings))
         if self.norm_after_rope:
             query, key = self.q_norm(query), self.k_norm(key)
-        query = scale_by_position(query, self.config, kwargs)
+        if self.scales_queries:
+            query = scale_by_position(query, self.config, kwargs)
         if cache is not None:
             key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
