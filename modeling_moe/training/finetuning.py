@@ -97,7 +97,7 @@ class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer)
         return round(super().floating_point_ops(inputs) * active_share(self.model))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Returns the parameters that weight decay shrinks: matrices, neither norms and biases nor learned factors of one dimension.
+        """Returns the parameters that weight decay shrinks: neither norms, biases nor other parameters of one dimension.
 
         transformers finds norms and biases by their names, which learned factors such as a router's `expert_scale` lack.
         """
