@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
@@ -144,6 +145,7 @@ class MoEAttention(nn.Module):
         self.is_causal = True
         self.rotates = config.rotates(layer_idx)
         self.clip_qkv = config.clip_qkv
+        self.scales_queries = config.llama_4_scaling_beta is not None
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         qkv_bias = config.attention_bias or config.qkv_bias
@@ -163,6 +165,11 @@ class MoEAttention(nn.Module):
             self.extras["softcap"] = config.attn_logit_softcapping
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None
         self.eager = eager_attention_with_sinks if config.attention_sinks else eager_attention_forward
+
+    def init_weights(self, std: float) -> None:
+        """Fills the sinks of a new model; transformers fills the projections."""
+        if self.sinks is not None:
+            init.normal_(self.sinks, mean=0.0, std=std)
 
     @takes_cache
     def forward(
@@ -202,7 +209,8 @@ class MoEAttention(nn.Module):
             query, key = (x.to(value.dtype) for x in rotate(query, key, *position_embeddings))
         if self.norm_after_rope:
             query, key = self.q_norm(query), self.k_norm(key)
-        query = scale_by_position(query, self.config, kwargs)
+        if self.scales_queries:
+            query = scale_by_position(query, self.config, kwargs)
         if cache is not None:
             key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 

@@ -78,6 +78,7 @@ class MoELatentAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.scales_queries = config.llama_4_scaling_beta is not None
         self.kv_lora_rank = config.kv_lora_rank
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.qk_rope_head_dim = config.qk_rope_head_dim
@@ -148,7 +149,9 @@ class MoELatentAttention(nn.Module):
         latent, key_rot = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split([self.kv_lora_rank, rope], dim=-1)
         latent = self.kv_a_layernorm(latent)
         query_rot, key_rot = apply_rotary_pos_emb(query_rot, key_rot, *position_embeddings)
-        query = scale_by_position(torch.cat((query, query_rot), dim=-1), self.config, kwargs)
+        query = torch.cat((query, query_rot), dim=-1)
+        if self.scales_queries:
+            query = scale_by_position(query, self.config, kwargs)
         if cache is not None:
             latent, key_rot = update_cache(cache, latent, key_rot, self.layer_idx, kwargs)
         key, value = self._keys_and_values(latent, key_rot)

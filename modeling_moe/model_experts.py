@@ -1,9 +1,11 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module derives parameters from those of the routed experts: without gradient, or merged by a router."""
+"""This module fills the parameters of new routed experts, and derives others from them: without gradient, or merged."""
 
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from transformers import initialization as init
 
 
 class ExpertParameters(NamedTuple):
@@ -45,3 +47,12 @@ def merged_parameters(experts: Any, gates: torch.Tensor) -> ExpertParameters:
             raise ValueError("router_type='lory' merges the experts' weights: set lora_dropout to 0.")
         weights[name] = weights[name] + update.scaling * (update.b @ update.a).to(weights[name].dtype)
     return ExpertParameters({name: torch.tensordot(gates.to(w.dtype), w, dims=1) for name, w in weights.items()}, {})
+
+
+def init_experts(experts: nn.Module, std: float) -> None:
+    """Fills the parameters of new experts: biases with 0, weights with normal numbers of deviation `std`."""
+    for name, parameter in experts.named_parameters(recurse=False):
+        if name.endswith("bias"):
+            init.zeros_(parameter)
+        else:
+            init.normal_(parameter, mean=0.0, std=std)

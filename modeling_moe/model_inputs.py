@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module prepares what all decoder layers of one pass read: positions, masks, and the context of the routers.
+"""This module prepares what all decoder layers of one pass read: embeddings, positions, masks, and the context of the routers.
 
 # B rows, S tokens per row, T = B*S tokens, H hidden
 """
@@ -7,6 +7,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.import_utils import is_tracing
@@ -129,6 +130,22 @@ def loss_weights(
     if context.token_mask is not None:
         mask = context.token_mask.view(mask.shape).to(mask)
     return weigh_tokens(mask, context.by_row(context.begins), label_mask)
+
+
+def token_embeddings(
+    table: nn.Module, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, training: bool
+) -> torch.Tensor:
+    """Returns the embeddings (B, S, H) of the tokens, given or looked up in `table`.
+
+    Raises:
+        ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or for embeddings with a NaN.
+    """
+    if (input_ids is None) ^ (inputs_embeds is not None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if inputs_embeds is None:
+        return table(input_ids)
+    refuse_nan(inputs_embeds, training)
+    return inputs_embeds
 
 
 def refuse_nan(inputs_embeds: torch.Tensor, training: bool) -> None:

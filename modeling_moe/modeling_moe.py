@@ -36,9 +36,9 @@ from .compatibility import CACHE_NAMES, cache_keyword, is_paged, refuse_unknown,
 from .configuration_moe import MoEConfig
 from .model_checkpoints import CheckpointModel
 from .model_embeddings import RotaryEmbeddings, ScaledEmbedding
-from .model_experts import ExpertParameters, detached_parameters, merged_parameters
+from .model_experts import ExpertParameters, detached_parameters, init_experts, merged_parameters
 from .model_generation import MoEGenerationMixin
-from .model_inputs import loss_weights, prepare_inputs, refuse_nan
+from .model_inputs import loss_weights, prepare_inputs, token_embeddings
 from .model_layer import MoEDecoderLayer
 from .model_mlp import MoEMLP
 from .model_norms import init_norm, make_norm
@@ -51,13 +51,14 @@ from .router_losses import COEFFICIENTS, AttachLoss, TokenWeights, loss_share, p
 from .router_statistics import RouterStatistics, layer_statistics, model_statistics, unpack
 
 
+# transformers looks for this decorator in the text of the file that defines the models
 @use_experts_implementation
 class ExpertsBase(nn.Module):
     """Routed experts in plain PyTorch, by which every other implementation is tested.
 
     Experts with a gate have `gate_up_proj` (E, 2I, H), gate first, and `down_proj` (E, H, I); experts without a gate have
-    `up_proj` (E, I, H) and `down_proj`; H is `moe_latent_size` if that is set. With biases there are `gate_up_proj_bias` (E, 2I) or `up_proj_bias` (E, I), and
-    `down_proj_bias` (E, H).
+    `up_proj` (E, I, H) and `down_proj`. With biases there are `gate_up_proj_bias` (E, 2I) or `up_proj_bias` (E, I), and
+    `down_proj_bias` (E, H). H is `moe_latent_size` if that is set, else `hidden_size`.
     """
 
     if TYPE_CHECKING:
@@ -284,17 +285,10 @@ class MoEPreTrainedModel(CheckpointModel):
         if init_norm(module):
             return
         super()._init_weights(module)
-        std = self.config.initializer_range
         if isinstance(module, ExpertsBase):
-            for name, parameter in module.named_parameters(recurse=False):
-                if name.endswith("bias"):
-                    init.zeros_(parameter)
-                else:
-                    init.normal_(parameter, mean=0.0, std=std)
-        elif isinstance(module, Router):
-            module.init_weights(std)
-        elif isinstance(module, MoEAttention) and module.sinks is not None:
-            init.normal_(module.sinks, mean=0.0, std=std)
+            init_experts(module, self.config.initializer_range)
+        elif isinstance(module, (Router, MoEAttention)):
+            module.init_weights(self.config.initializer_range)
         elif isinstance(module, RouterTotals):
             for buffer in module.buffers():
                 init.zeros_(buffer)
@@ -397,7 +391,7 @@ class MoEModel(MoEPreTrainedModel):
         refuse_unknown(self, kwargs)
         if is_paged(cache):
             self.config.refuse_continuous_batching(self.training)
-        embeds = self._embeddings(input_ids, inputs_embeds)
+        embeds = token_embeddings(self.embed_tokens, input_ids, inputs_embeds, self.training)
         inputs = prepare_inputs(
             self.config,
             embeds,
@@ -440,15 +434,6 @@ class MoEModel(MoEPreTrainedModel):
             hidden_states = AttachLoss.apply(hidden_states, self.router_loss_scale * routers.router_loss)
             routers = routers._replace(router_loss=None)
         return MoEModelOutput(last_hidden_state=hidden_states, **cache_keyword(inputs.cache), **routers._asdict())
-
-    def _embeddings(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Returns the embeddings (B, S, H) of the tokens, given or looked up."""
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            return self.embed_tokens(input_ids)
-        refuse_nan(inputs_embeds, self.training)
-        return inputs_embeds
 
     def _embed(self, states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Returns the input (B, S, H) of the first layer: the embeddings, scaled, with positions and dropout."""

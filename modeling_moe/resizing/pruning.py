@@ -4,7 +4,7 @@
 # E experts, K experts per token, G groups
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -140,8 +140,8 @@ def merge(state: State, config: MoEConfig, usage: Usage, options: PruningOptions
     """Merges the experts that [`prune`] would drop into those that it would keep.
 
     A dropped expert is merged into the kept expert of its group whose router row has the highest cosine with its own.
-    A kept expert becomes the mean of itself and the experts merged into it, weighted by load and computed in fp32; its
-    router row is unchanged. Neurons are averaged in their order: experts that began as copies of one dense network are
+    A kept expert becomes the mean of itself and the experts merged into it, weighted by load and computed in fp32, with the
+    learned factor on its output (`router_expert_scale`); its router row, by which it is chosen, is unchanged. Neurons are averaged in their order: experts that began as copies of one dense network are
     aligned; other experts may have permuted their neurons, and should be pruned.
 
     Arguments, results and errors are those of [`prune`]. Only the router's weights are read.
@@ -149,20 +149,26 @@ def merge(state: State, config: MoEConfig, usage: Usage, options: PruningOptions
     kept = kept_experts(config, usage, options)
     clusters = {layer: _clusters(state, config, layer, experts) for layer, experts in kept.items()}
 
+    def shares(layer: int, new: int) -> list[float]:
+        load = usage.of(layer).load[clusters[layer][new]]
+        # if no member was used, the kept expert, which is the first, is unchanged
+        load[0].clamp_(min=1e-20)
+        return (load / load.sum()).tolist()
+
     def expert(layer: int, new: int, part: str, old: list[LazyTensor]) -> LazyTensor:
         members = clusters[layer][new]
         if len(members) == 1:
             return old[members[0]]
-        load = usage.of(layer).load[members]
-        # if no member was used, the kept expert, which is the first, is unchanged
-        load[0].clamp_(min=1e-20)
-        shares = (load / load.sum()).tolist()
-        return LazyTensor.combine(lambda *tensors: _mean(tensors, shares), *(old[i] for i in members))
+        return LazyTensor.combine(lambda *tensors: _mean(tensors, shares(layer, new)), *(old[i] for i in members))
 
-    return _with_experts(state, config, kept, expert)
+    def scale(layer: int, old: torch.Tensor) -> torch.Tensor:
+        means = [_mean(old[members], shares(layer, new)) for new, members in enumerate(clusters[layer])]
+        return torch.cat([torch.stack(means).to(old.dtype), old[config.num_experts :]])
+
+    return _with_experts(state, config, kept, expert, scale)
 
 
-def _mean(tensors: Sequence[torch.Tensor], shares: list[float]) -> torch.Tensor:
+def _mean(tensors: Sequence[torch.Tensor] | torch.Tensor, shares: list[float]) -> torch.Tensor:
     """Returns the sum of the tensors, weighted by `shares`, in fp32 or wider."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     total = torch.zeros_like(tensors[0], dtype=dtype)
@@ -185,9 +191,16 @@ def _clusters(state: State, config: MoEConfig, layer: int, kept: list[int]) -> l
 
 
 def _with_experts(
-    state: State, config: MoEConfig, kept: dict[int, list[int]], expert: MakeExpert
+    state: State,
+    config: MoEConfig,
+    kept: dict[int, list[int]],
+    expert: MakeExpert,
+    scale: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[State, MoEConfig]:
-    """Returns the checkpoint with new experts and the kept experts' router rows, and its configuration."""
+    """Returns the checkpoint with new experts and the kept experts' router rows, and its configuration.
+
+    `scale` makes the factors on the new experts' outputs from a layer's index and factors; without it the kept are taken.
+    """
     count = len(next(iter(kept.values())))
     idle = list(range(config.num_experts, config.num_router_outputs))
 
@@ -195,6 +208,8 @@ def _with_experts(
         if part not in ROUTER_ROWS:
             return tensor
         rows = kept[layer] + idle
+        if part == "expert_scale" and scale is not None:
+            return tensor.map(lambda old: scale(layer, old), shape=(len(rows),))
         return tensor.map(lambda old: old[rows], shape=(len(rows), *tensor.shape[1:]))
 
     eligible = config.topk_group * (count // config.n_group) + len(idle)

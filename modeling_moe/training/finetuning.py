@@ -96,6 +96,14 @@ class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer)
         """Counts the experts that a token is sent to; transformers counts all experts."""
         return round(super().floating_point_ops(inputs) * active_share(self.model))
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Returns the parameters that weight decay shrinks: neither norms, biases nor other parameters of one dimension.
+
+        transformers finds norms and biases by their names, which learned factors such as a router's `expert_scale` lack.
+        """
+        vectors = {name for name, parameter in model.named_parameters() if len(full_shape(parameter)) < 2}
+        return [name for name in super().get_decay_parameter_names(model) if name not in vectors]
+
     def create_optimizer(self, *args, **kwargs):
         """Makes the optimizer, and raises UserError if that fails."""
         try:

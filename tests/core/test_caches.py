@@ -117,6 +117,12 @@ def test_continuous_batching_gives_the_same_text(name):
     assert continuously(model, PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("name", ["gated", "scaled"])
+def test_continuous_batching_knows_positions_and_gates(name):
+    model = MoEForCausalLM(tiny_config(**ATTENTION[name], eos_token_id=None)).eval()
+    assert continuously(model, PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name not in ("softcap", "latent")])
 def test_continuous_batching_with_each_attention(name):
     model = MoEForCausalLM(tiny_config(**ATTENTION[name], eos_token_id=None)).eval()

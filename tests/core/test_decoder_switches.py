@@ -112,6 +112,14 @@ def test_attention_computes_its_formula(name):
     torch.testing.assert_close(got, attention.o_proj(output), atol=1e-6, rtol=1e-6)
 
 
+def test_the_query_scale_asks_for_positions():
+    layer, states = model_of("query scale").model.layers[0], torch.randn(1, 5, 32)
+    angles = (torch.ones(1, 5, 12), torch.zeros(1, 5, 12))
+    for keywords in ({}, {"position_ids": None}):
+        with pytest.raises(ValueError, match=r"llama_4_scaling_beta .*give the layer position_ids"):
+            layer(states, position_embeddings=angles, **keywords)
+
+
 def test_one_norm_feeds_attention_and_network():
     layer = model_of("one norm").model.layers[1]
     assert [name for name, module in layer.named_children() if "norm" in name] == ["input_layernorm"]

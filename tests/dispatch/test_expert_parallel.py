@@ -22,7 +22,15 @@ OURS = {
     # null experts give empty assignments, copy experts need no exchange
     "moe_with_empty_assignments": {"num_null_experts": 2, "num_copy_experts": 1},
     "moe_with_latent_experts": {"moe_latent_size": 12, "router_input_norm": True, "router_expert_scale": True},
+    "moe_with_gated_attention": {
+        "attn_output_gate": True,
+        "qk_norm": "head",
+        "qk_norm_after_rope": True,
+        "lm_head_bias": True,
+        "norm_placement": "parallel_shared",
+    },
 }
+KINDS = [*OURS, "mixtral"]
 
 
 def build(kind: str, num_experts: int = 6):
@@ -52,31 +60,43 @@ def logits_and_gradients(model) -> dict[str, torch.Tensor]:
 def rank_main(rank: int, folder: str, implementation: str | None) -> None:
     chosen = {"ep_implementation": implementation} if CHOOSES else {}
     plan = DistributedConfig(tp_size=RANKS, ep_size=RANKS, **chosen)
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan, experts_implementation="moe")
-    calls = []
     operator = interface.experts
+    for kind in KINDS:
+        model = AutoModelForCausalLM.from_pretrained(
+            f"{folder}/{kind}", distributed_config=plan, experts_implementation="moe"
+        )
+        calls = []
 
-    def spy(*arguments):
-        tensors, layout = arguments[:2]
-        calls.append(len(tensors[layout.split().index("up")]))
-        return operator(*arguments)
+        def spy(*arguments, calls=calls):
+            tensors, layout = arguments[:2]
+            calls.append(len(tensors[layout.split().index("up")]))
+            return operator(*arguments)
 
-    interface.experts = spy
-    result = logits_and_gradients(model)
-    # the operator ran, on this rank's half of the experts
-    assert calls
-    assert set(calls) == {3}, calls
-    torch.save(result, f"{folder}/{rank}.pt")
+        interface.experts = spy
+        result = logits_and_gradients(model)
+        # the operator ran, on this rank's half of the experts
+        assert calls
+        assert set(calls) == {3}, calls
+        torch.save(result, f"{folder}/{kind}{rank}.pt")
 
 
-@pytest.mark.parametrize("implementation", ["all_reduce", "all_to_all"] if CHOOSES else [None])
-@pytest.mark.parametrize("kind", [*OURS, "mixtral"])
-def test_two_ranks_equal_one(kind, implementation, tmp_path):
-    build(kind).save_pretrained(tmp_path)
-    run_ranks(rank_main, RANKS, str(tmp_path), implementation)
-    expected = logits_and_gradients(AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager"))
+@pytest.fixture(scope="module", params=["all_reduce", "all_to_all"] if CHOOSES else [None])
+def folder(request, tmp_path_factory):
+    """Returns a folder with a model of each kind, and each rank's results under one exchange."""
+    folder = tmp_path_factory.mktemp("experts")
+    for kind in KINDS:
+        build(kind).save_pretrained(folder / kind)
+    run_ranks(rank_main, RANKS, str(folder), request.param)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_equal_one(kind, folder):
+    expected = logits_and_gradients(
+        AutoModelForCausalLM.from_pretrained(folder / kind, experts_implementation="eager")
+    )
     for rank in range(RANKS):
-        got = torch.load(tmp_path / f"{rank}.pt")
+        got = torch.load(folder / f"{kind}{rank}.pt")
         assert got.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(got[name], tensor, atol=1e-5, rtol=1e-4, msg=name)

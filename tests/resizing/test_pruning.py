@@ -158,6 +158,28 @@ def test_merged_weights_are_means_by_load(dtype):
             assert torch.equal(got[2], tensor[5])
 
 
+def test_a_merged_expert_has_the_mean_factor_of_its_members():
+    """Experts 0 and 1 differ in their factors alone: the merged expert's output is the mean of theirs."""
+    model = source_model(router_expert_scale=True, num_null_experts=1)
+    scales = [1.0, 2.0, 1.5, 3.0, 6.0, 0.5, 9.0]
+    with torch.no_grad():
+        for block in model.model.sparse_blocks():
+            block.gate.weight.copy_(torch.eye(7, 32))
+            block.gate.weight[0, 1] = 5.0
+            block.gate.expert_scale.copy_(torch.tensor(scales))
+            for tensor in block.experts.parameters():
+                tensor[0] = tensor[1]
+    load = torch.tensor([0.1, 0.6, 0.2, 0.9, 0.2, 0.7], dtype=torch.float64)
+    pruned, merged = (shrunk(function, model, usage_of(load), keep=5) for function in (prune, merge))
+    for layer in (0, 2):
+        old, new = model.model.layers[layer].mlp, merged.model.layers[layer].mlp
+        assert torch.equal(new.gate.weight, old.gate.weight[1:])
+        torch.testing.assert_close(new.experts.down_proj[0], old.experts.down_proj[1])
+        assert pruned.model.layers[layer].mlp.gate.expert_scale.tolist() == scales[1:]
+        expected = torch.tensor([(0.6 * 2 + 0.1 * 1) / 0.7, *scales[2:]], dtype=torch.float64)
+        torch.testing.assert_close(new.gate.expert_scale.detach(), expected)
+
+
 def test_unused_experts_merge_into_the_kept_one_as_it_is():
     model = source_model()
     small = shrunk(merge, model, usage_of(torch.zeros(6)), keep=1, score="load")
