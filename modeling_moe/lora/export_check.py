@@ -87,6 +87,7 @@ def _add_stacked(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling
 
 def _read(state: State) -> dict[str, torch.Tensor]:
     """Reads all tensors, floating ones in fp32."""
+    gc.collect()  # a model refers to itself, so the one before may still lie in memory
     weights = {name: tensor.read() for name, tensor in state.items()}
     return {name: weight.float() if weight.is_floating_point() else weight for name, weight in weights.items()}
 
@@ -120,6 +121,7 @@ def adapted_state(state: State, folder: Path) -> dict[str, torch.Tensor]:
 
 def _logits_of(name: str, ids: torch.Tensor, trust_remote_code: bool) -> torch.Tensor:
     """Returns the logits of a saved model in fp32."""
+    gc.collect()
     return _logits(load_model(name, dtype="float32", trust_remote_code=trust_remote_code), ids)
 
 
@@ -168,7 +170,6 @@ def compare(
     plain = _logits(model, ids)
     trained = _logits(apply_adapter(model, adapter), ids)
     del model
-    gc.collect()
     served_plain = _logits_of(served, ids, trust_remote_code)
     if exact is None:
         weights = adapted_state(open_source(served).state, result)

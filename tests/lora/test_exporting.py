@@ -314,7 +314,7 @@ def test_only_an_earlier_result_is_replaced(merged, tmp_path, monkeypatch):
     assert files() == before
     export(tmp_path, merged=merged, verify=False, overwrite=True)
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="notes.txt"):
+    with pytest.raises(UserError, match=r"notes\.txt"):
         export(tmp_path, merged=merged, verify=False, overwrite=True)
     for source in ("base", "adapter"):
         with pytest.raises(UserError, match="contain each other"):
