@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.add_row("change of the logits when trained", f"{comparison.change:.2e}")
         table.add_row("change of the logits when served", f"{comparison.served_change:.2e}")
         table.add_row("largest difference of the two", f"{comparison.error:.1e}")
+        if args.merged:
+            table.add_row("change of the logits by rounding the weights", f"{comparison.rounding:.1e}")
     if args.server == "llama.cpp" and not args.merged:
         served = args.served_model or args.base_model or "BASE_MODEL"
         table.add_row("next", f"python convert_lora_to_gguf.py --base {served} {args.output_dir}")

@@ -24,13 +24,14 @@ from ..utils.json_files import read_json
 from ..utils.limits import LAYERS
 from ..utils.lineage import lineage_of
 from ..utils.loading import load_tokenizer, parse_dtype
+from ..utils.prediction_files import ENTRY
 from .families.catalogue import fields_without_effect, moe_config, source_config
 from .families.export import TARGETS, export_plan, resolved_target
 from .families.wrappers import left_out, text_values
 from .importing import import_state
 from .older_names import save_for_older_readers
 from .plain_transformers import PlainComparison, compare_in_plain_transformers
-from .prediction_layers import ENTRY, PredictionLayers, kept_prediction_layers, prediction_layers, restored
+from .prediction_layers import PredictionLayers, kept_prediction_layers, prediction_layers, restored
 from .tokenizer_files import keep_tokenizer
 from .verification import Verification, verification_ids, verify
 

@@ -17,17 +17,14 @@ from ..checkpoints import State, read_tensors
 from ..utils.errors import UserError
 from ..utils.json_files import read_json
 from ..utils.lineage import CONVERSION
-from ..utils.prediction_files import PATTERN, prediction_files
+from ..utils.prediction_files import COUNTS, ENTRY, PATTERN, prediction_files
 from .families.base import PREDICTION
 from .families.quantized import dequantised
 from .families.wrappers import text_source, text_tensors
 
 
-# entry of a recipe in conversion.json
-ENTRY = "prediction_layers"
 NAMED = re.compile(r"(^|\.)mtp(_\w+)?\.")
 NUMBERED = re.compile(r"(^|\.)layers\.(\d+)\.")
-COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
 @dataclass(frozen=True)
@@ -103,14 +100,18 @@ def kept_prediction_layers(folder: Path) -> PredictionLayers | None:
     Raises:
         UserError: if a file is missing or damaged, or conversion.json does not describe the layers as a run wrote them.
     """
+    file = folder / CONVERSION
+    recipe = read_json(file).get("recipe") if file.is_file() else None
+    entry = recipe.get(ENTRY) if isinstance(recipe, dict) else None
     if not (files := prediction_files(folder)):
+        if entry is not None:
+            raise UserError(
+                f"{folder} lacks {PATTERN}, which its {CONVERSION} tells of: download it, or remove {ENTRY} from {CONVERSION}"
+            )
         return None
     state: State = {}
     for name in files:
         state |= read_tensors(folder / name)
-    file = folder / CONVERSION
-    recipe = read_json(file).get("recipe") if file.is_file() else None
-    entry = recipe.get(ENTRY) if isinstance(recipe, dict) else None
     if entry is None:
         return PredictionLayers(None, state, {}, tuple(files))
     model_type, fields = (entry.get("model_type"), entry.get("fields")) if isinstance(entry, dict) else (None, None)

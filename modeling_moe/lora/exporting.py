@@ -16,17 +16,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..checkpoints import LazyTensor, State, open_source, refuse_quantised, write_checkpoint
+from ..checkpoints import LazyTensor, Source, State, fingerprint, open_source, refuse_quantised, write_checkpoint
 from ..checkpoints.damage import refuse_not_finite
 from ..checkpoints.safetensors_format import make_header
 from ..configuration_moe import MoEConfig
+from ..conversion.tokenizer_files import keep_tokenizer
 from ..utils.companions import copy_companions
 from ..utils.errors import UserError
 from ..utils.folder_checks import refuse_overlap
 from ..utils.folders import ResultFolder, whole_folder
 from ..utils.json_files import write_json
-from ..utils.lineage import lineage_of
-from ..utils.loading import adapter_base, load_config
+from ..utils.lineage import FINETUNING, lineage_of
+from ..utils.loading import adapter_base, has_tokenizer, load_config
+from ..utils.locations import local_folder
+from ..utils.prediction_files import warn_of_left_out
 from .export_check import Comparison, compare
 from .factors import PREFIX, Factors, read_factors
 from .merging import adapter_folder
@@ -46,6 +49,7 @@ GROUPS = (
     {"gate_proj", "up_proj", "down_proj"},
     {"w1", "w2", "w3"},
 )
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # the largest value of --max-lora-rank
 VLLM_RANK = 512
 
@@ -81,23 +85,28 @@ class ExportAdapterArguments:
 
 @dataclass(frozen=True)
 class _Job:
-    """What an export reads: folders or Hub names, configurations, and the updates of the served model's tensors."""
+    """What an export reads: folders or Hub names, the served model's configuration, updates and tensors on disk."""
 
     adapter: Path
     base: str
     served: str
     config: PreTrainedConfig
     updates: Updates
-    state: State
+    source: Source
+
+    @property
+    def state(self) -> State:
+        """The served model's tensors, unread."""
+        return self.source.state
 
 
 def _open(args: ExportAdapterArguments) -> _Job:
     """Reads names and shapes of the adapter, its base model and the served model."""
     folder = adapter_folder(args.model_name_or_path)
-    base = args.base_model or adapter_base(folder)
+    base = local_folder(args.base_model) if args.base_model else adapter_base(folder)
     if base is None:  # `adapter_folder` has found an adapter_config.json
         raise UserError(f"{folder} names no base model: pass --base_model")
-    served = args.served_model or base
+    served = local_folder(args.served_model) if args.served_model else base
     for name, source in (("model_name_or_path", folder), ("base_model", base), ("served_model", served)):
         refuse_overlap(args.output_dir, source, name)
     config = load_config(base, trust_remote_code=args.trust_remote_code)
@@ -105,17 +114,24 @@ def _open(args: ExportAdapterArguments) -> _Job:
     factors = read_factors(folder, config, args.trust_remote_code)
     _refuse_untrained(factors, folder)
     updates = on_disk(factors, config, args.trust_remote_code)
-    state = open_source(base).state
     if target.model_type != config.model_type:
-        updates = renamed(updates, state, config, target.model_type)
-        state = open_source(served).state
-    refuse_quantised(state)
-    if absent := next((name for name in updates if name not in state), None):
-        raise UserError(
-            f"{served} has no tensor {absent}, which the adapter updates: give the model that the adapter was trained on, or an "
-            "export of that model"
-        )
-    return _Job(folder, base, served, target, updates, state)
+        updates = renamed(updates, open_source(base).state, config, target.model_type)
+    source = open_source(served)
+    refuse_quantised(source.state)
+    _refuse_other_model(updates, source.state, served)
+    return _Job(folder, base, served, target, updates, source)
+
+
+def _refuse_other_model(updates: Updates, state: State, served: str) -> None:
+    """Refuses a served model that lacks a tensor which the adapter updates, or has the tensor in another shape."""
+    remedy = "give the model that the adapter was trained on, or an export of that model"
+    for name, update in updates.items():
+        if name not in state:
+            raise UserError(f"{served} has no tensor {name}, which the adapter updates: {remedy}")
+        if state[name].shape != update.shape:
+            raise UserError(
+                f"{served} has {name} with the shape {state[name].shape}, and the adapter updates one with {update.shape}: {remedy}"
+            )
 
 
 def _refuse_untrained(factors: list[Factors], folder: Path) -> None:
@@ -248,7 +264,7 @@ def _write_adapter(job: _Job, folder: Path) -> None:
 
 
 def _merged(update: Update, weight: LazyTensor) -> LazyTensor:
-    """Returns the tensor plus its update, summed in fp32."""
+    """Returns the tensor plus its update in fp32."""
 
     def add(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a, b = a.float(), b.float()
@@ -259,29 +275,48 @@ def _merged(update: Update, weight: LazyTensor) -> LazyTensor:
             delta = b @ a
         return w.float() + update.scaling * delta
 
-    return LazyTensor.combine(add, weight, update.a, update.b)
+    return LazyTensor.combine(add, weight, update.a, update.b, dtype=torch.float32)
+
+
+def _bring_along(job: _Job, folder: Path, trust_remote_code: bool) -> None:
+    """Copies the served model's configuration and code, the adapter's tokenizer if it has one, and its record."""
+    source = job.source.folder
+    for file in [source / "config.json", *source.glob("*.py"), *source.glob("generation_config.json")]:
+        shutil.copyfile(file, folder / file.name)
+    if (job.adapter / FINETUNING).is_file():
+        shutil.copyfile(job.adapter / FINETUNING, folder / FINETUNING)
+    if not has_tokenizer(str(job.adapter)):
+        copy_companions(source, folder)
+        return
+    copy_companions(job.adapter, folder)
+    older_readers = job.config.model_type != MoEConfig.model_type
+    keep_tokenizer(job.adapter, folder, older_readers=older_readers, trust_remote_code=trust_remote_code)
 
 
 def _write_merged(job: _Job, args: ExportAdapterArguments, recipe: dict[str, Any]) -> Comparison | None:
     """Writes the served model with the adapter's updates added, tensor by tensor."""
-    state = {
+    exact = {
         name: _merged(job.updates[name], tensor) if name in job.updates else tensor
         for name, tensor in job.state.items()
     }
-    source, comparison = open_source(job.served).folder, None
-
-    def finish(folder: Path) -> None:
-        copy_companions(source, folder)
-        for file in [source / "config.json", *source.glob("*.py")]:
-            shutil.copyfile(file, folder / file.name)
+    state = {name: tensor.to(job.state[name].dtype) for name, tensor in exact.items()}
+    comparison = None
 
     def check(folder: Path) -> dict[str, Any]:
         nonlocal comparison
-        comparison = compare(job.adapter, job.base, job.served, None, folder, args.trust_remote_code)
+        comparison = compare(job.adapter, job.base, job.served, folder, args.trust_remote_code, exact=exact)
         return comparison.figures()
 
-    target = ResultFolder(args.output_dir, args.overwrite, [source, job.adapter])
-    write_checkpoint(target, state, recipe, finish, check=check if args.verify else None)
+    target = ResultFolder(args.output_dir, args.overwrite, [job.source.folder, job.adapter])
+    recipe = recipe | {"served_files": fingerprint(job.source.folder, job.source.files)}
+    write_checkpoint(
+        target,
+        state,
+        recipe,
+        lambda folder: _bring_along(job, folder, args.trust_remote_code),
+        check=check if args.verify else None,
+    )
+    warn_of_left_out(job.source.folder, "The merged model")
     return comparison
 
 
@@ -306,6 +341,7 @@ def export_adapter(args: ExportAdapterArguments) -> Comparison | None:
     recipe = {
         "method": "export_adapter",
         "adapter": str(job.adapter),
+        "adapter_files": fingerprint(job.adapter, ADAPTER_FILES, progress=False),
         "base_model": job.base,
         "served_model": job.served,
     }
@@ -319,4 +355,4 @@ def export_adapter(args: ExportAdapterArguments) -> Comparison | None:
         _write_adapter(job, partial)
         if not args.verify:
             return None
-        return compare(job.adapter, job.base, job.served, partial, None, args.trust_remote_code)
+        return compare(job.adapter, job.base, job.served, partial, args.trust_remote_code)

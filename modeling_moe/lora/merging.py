@@ -22,7 +22,7 @@ from ..utils.limits import refuse_vast_adapter
 from ..utils.lineage import FINETUNING, lineage_of
 from ..utils.loading import adapter_base, has_tokenizer, load_model, load_tokenizer, one_line_for
 from ..utils.locations import local_folder, refuse_outside
-from ..utils.prediction_files import warn_of_left_out
+from ..utils.prediction_files import leave_out_prediction
 from .enabling import enable
 
 
@@ -143,9 +143,9 @@ def merge_adapter(args: MergeArguments) -> PreTrainedModel:
                 f"the adapter in {folder} is a {kind}, which cannot be merged into weights: only LoRA and its kin can"
             )
         merged = adapted.merge_and_unload(safe_merge=True)
+        leave_out_prediction(merged, base, "The merged model")
         merged.save_pretrained(partial)
         _bring_along(folder, base, partial, args.trust_remote_code)
-        warn_of_left_out(base, "The merged model")
     return merged
 
 

@@ -47,6 +47,15 @@ class Update:
     source: Factors
     stacked: bool
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        columns = self.a.shape[1]
+        if not self.stacked:
+            return (self.b.shape[0], columns)
+        experts, rows, ranks = self.b.shape
+        return (experts, columns, ranks) if self.source.transposed else (experts, rows, columns)
+
 
 Updates = dict[str, Update]
 """The updates by the names of the checkpoint's tensors."""
@@ -151,7 +160,8 @@ def renamed(updates: Updates, state: State, base: PreTrainedConfig, target: str)
             continue
         if len(seen) > 1:
             raise UserError(
-                f"{name} of the served model is made of {', '.join(sorted(seen))}: merge the adapter with moe merge_adapter"
+                f"{name} of the served model is made of {len(seen)} tensors of the base model, such as {min(seen)}, so the adapter "
+                "has no factors of it: merge the adapter with moe merge_adapter, and convert the merged model"
             )
         result[name] = _update(updates[sources.pop()].source, name, real[name])
     return result

@@ -31,7 +31,7 @@ from ..lora import full_shape
 from ..monitoring import UnreachableRouting, active_share, sparse_layers
 from ..utils.errors import UserError
 from ..utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
-from ..utils.prediction_files import warn_of_left_out
+from ..utils.prediction_files import leave_out_prediction
 from .arguments import BalanceArguments, LoraArguments, ModelArguments
 from .balance import Balance, BalanceSettings, balance
 from .callbacks import CastOnceCallback, MoECallback, is_enabled
@@ -351,9 +351,9 @@ def _save(
     config: Any = read_config(source, trust_remote_code=model_args.trust_remote_code)
     model: Any = trainer.model
     model.config.use_cache = getattr(config, "use_cache", True)
+    if not is_preset(source) and trainer.is_world_process_zero() and (merge or model_args.method != "lora"):
+        leave_out_prediction(model, source, "The fine-tuned model")
     save_result(trainer, tokenizer, merge)
-    if trainer.is_world_process_zero() and (merge or model_args.method != "lora"):
-        warn_of_left_out(source, "The fine-tuned model")
 
 
 def _result(trainer: Trainer, trained: int, eval_loss: dict[str, float], max_length: int, metrics) -> FinetuneResult:

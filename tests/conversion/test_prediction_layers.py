@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, modeling_layers
 from transformers.models.deepseek_v3 import DeepseekV3Config
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
@@ -22,7 +22,7 @@ from modeling_moe.hub.files import published_files
 from modeling_moe.lora.merging import MergeArguments, merge_adapter
 from modeling_moe.resizing import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
 from modeling_moe.utils.errors import UserError
-from modeling_moe.utils.prediction_files import prediction_files
+from modeling_moe.utils.prediction_files import prediction_files, warn_of_left_out
 from tests import builders
 
 
@@ -222,6 +222,95 @@ def test_layers_that_config_json_does_not_announce_are_refused(count, tmp_path):
         UserError, match=rf"a tensor model\.layers\.{2 + count}\..* that its config.json does not account"
     ):
         open_checkpoint(str(tmp_path / "source"))
+
+
+def whole_layer(folder, config) -> None:
+    """Saves a model with weights that decide its tokens, and one layer that predicts a further token, as its family names it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    add_layer(folder, "model.layers.2.")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    more = {name: torch.ones(32) for name in ("hnorm.weight", "shared_head.norm.weight")}
+    more |= {
+        "embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
+        "shared_head.head.weight": tensors["lm_head.weight"].clone(),
+    }
+    save_file(tensors | {f"model.layers.2.{name}": value for name, value in more.items()}, file, {"format": "pt"})
+
+
+GLM = SIZE | {"head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+GLM |= {"moe_intermediate_size": 16, "first_k_dense_replace": 1}
+
+
+@pytest.mark.skipif(
+    not hasattr(modeling_layers, "MtpModel"), reason="this version of transformers drafts with no such layer"
+)
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_transformers_drafts_with_the_layers_that_came_back(kind, tmp_path, monkeypatch):
+    config = AutoConfig.for_model(kind, **(LATENT if kind == "deepseek_v3" else GLM), num_mtp_layers=1)
+    whole_layer(tmp_path / "source", config)
+    # transformers finds the layers by the numbers that the published models have
+    names = "_keys_to_ignore_on_load_unexpected"
+    monkeypatch.setattr(type(AutoModelForCausalLM.from_config(config)), names, [r"model\.layers\.2.*"])
+    convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
+    convert_checkpoint(str(tmp_path / "moe"), tmp_path / "half", dtype="bfloat16")
+    convert_checkpoint(str(tmp_path / "moe"), tmp_path / "back", target=kind)
+    convert_checkpoint(str(tmp_path / "half"), tmp_path / "half_back", target=kind)
+    assert_equal(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "source"))
+    drafted = []
+    forward = modeling_layers.MtpModel.forward
+    monkeypatch.setattr(
+        modeling_layers.MtpModel,
+        "forward",
+        lambda *args, **more: drafted.append(forward(*args, **more)) or drafted[-1],
+    )
+    seen = {}
+    for name in ("source", "back", "half_back"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+        options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+        plain = model.generate(IDS, **options)
+        drafted.clear()
+        assert torch.equal(model.generate(IDS, **options, use_mtp=True), plain)
+        seen[name] = [draft[0] for draft in drafted]
+        assert seen[name]
+    assert [ids.tolist() for ids in seen["back"]] == [ids.tolist() for ids in seen["source"]]
+
+
+def test_a_lost_file_is_refused(tmp_path):
+    qwen_source(tmp_path / "source")
+    convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
+    (tmp_path / "moe" / "mtp.safetensors").unlink()
+    with pytest.raises(UserError, match=r"lacks mtp\*.safetensors, which its conversion.json tells of: download it"):
+        convert_checkpoint(str(tmp_path / "moe"), tmp_path / "back", target="qwen3_moe")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+
+
+def test_a_merged_model_of_transformers_announces_no_layer_that_it_lacks(tmp_path, warnings):
+    """transformers drops the layers and keeps their number, and servers then look for the tensors."""
+    deepseek_source(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    get_peft_model(model, LoraConfig(target_modules=["o_proj"])).save_pretrained(tmp_path / "adapter")
+    merge_adapter(MergeArguments(str(tmp_path / "adapter"), str(tmp_path / "merged")))
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert "The merged model gets no layers that predict further tokens" in warnings()
+
+
+def test_a_model_on_the_hub_tells_of_its_layers_by_its_record(tmp_path, warnings, monkeypatch):
+    repository = tmp_path / "models--owner--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0a1b")
+    (repository / "snapshots" / "0a1b").mkdir(parents=True)
+    record = {"modeling_moe_version": "1", "recipe": {"prediction_layers": {"model_type": "glm4_moe", "fields": {}}}}
+    (repository / "snapshots" / "0a1b" / "conversion.json").write_text(json.dumps(record))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    warn_of_left_out("owner/other", "The merged model")
+    assert not warnings()
+    warn_of_left_out("owner/model", "The merged model")
+    assert "The merged model gets no layers that predict further tokens, as owner/model has them" in warnings()
 
 
 def damage_record(folder, **entry) -> None:

@@ -1,8 +1,10 @@
 """These tests export saved adapters for servers, and compare the exported files with the trained model by plain arithmetic."""
 
 import json
+import logging
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GptOssConfig,
@@ -19,8 +22,9 @@ from transformers import (
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.conversion import convert_checkpoint
-from modeling_moe.lora import ExportAdapterArguments, export_adapter, moe_lora_config
-from modeling_moe.utils.errors import UserError
+from modeling_moe.lora import Comparison, ExportAdapterArguments, export_adapter, moe_lora_config
+from modeling_moe.lora.export_check import _refuse_other
+from modeling_moe.utils.errors import Interrupted, UserError
 from tests.builders import tiny_config
 from tests.lora.checkpoints import IDS, TARGETS, build, fill
 
@@ -190,13 +194,152 @@ def test_the_served_model_can_be_written_with_the_adapter_merged(kind, tmp_path)
 def test_a_merged_model_in_16_bits_is_rounded_once(tmp_path):
     save_adapter(tmp_path, "qwen3_moe", dtype=torch.bfloat16)
     found = export(tmp_path, merged=True)
-    assert 0 < found.error < 0.5 * found.change
+    assert found.error < 1e-5 * found.change
+    assert 0 < found.rounding < found.change
     merged = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.experts.1.down_proj.weight"]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     exact = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
     expected = exact.model.layers[0].mlp.experts.down_proj[1]
     assert merged.dtype == torch.bfloat16
     torch.testing.assert_close(merged, expected.bfloat16())
+
+
+@pytest.mark.parametrize("fault", ["scaled", "written"])
+def test_a_merge_in_16_bits_that_is_a_little_wrong_is_refused(fault, tmp_path, monkeypatch):
+    """Rounding to 16 bits changes the logits by more than either fault does, so no bound on the logits alone finds them."""
+    from modeling_moe.lora import exporting
+
+    save_adapter(tmp_path, "qwen3_moe", dtype=torch.bfloat16, target_modules=[])
+    merged, write = exporting._merged, exporting.write_checkpoint
+    if fault == "scaled":
+        monkeypatch.setattr(exporting, "_merged", lambda update, w: merged(replace(update, scaling=1.6), w))
+    else:
+
+        def faulty(folder, state, *args, **kwargs):
+            name = "model.layers.1.mlp.experts.2.up_proj.weight"
+            write(folder, state | {name: state[name].map(lambda w: w + 0.004 * (w == w.max()))}, *args, **kwargs)
+
+        monkeypatch.setattr(exporting, "write_checkpoint", faulty)
+    message = "the result differs by" if fault == "scaled" else "experts.2.up_proj.weight of the merged model is not"
+    with pytest.raises(UserError, match=message):
+        export(tmp_path, merged=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_rounding_hides_is_not_merged(tmp_path):
+    save_adapter(tmp_path, "qwen3_moe", dtype=torch.bfloat16, lora_alpha=0.002)
+    with pytest.raises(UserError, match=r"rounding the merged weights .*: serve the adapter without merging it"):
+        export(tmp_path, merged=True)
+    assert not (tmp_path / "out").exists()
+    assert export(tmp_path).error < 0.02 * export(tmp_path, overwrite=True).change
+
+
+def test_logits_that_are_not_finite_are_refused():
+    with pytest.raises(UserError, match="are not finite"):
+        _refuse_other(Comparison(float("nan"), 1.0, 0.0, 0.0), 1.0, "adapter")
+
+
+def test_a_merged_model_has_the_weights_of_the_served_model_and_not_of_the_base_model(tmp_path):
+    save_adapter(tmp_path, "qwen3_moe")
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    served.save_pretrained(tmp_path / "served")
+    export(tmp_path, merged=True, served_model=str(tmp_path / "served"), verify=False)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    exact = load_file(tmp_path / "base" / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(weights["model.norm.weight"], exact.bfloat16())
+
+
+def test_a_served_model_of_another_size_is_refused_without_a_comparison(tmp_path):
+    save_adapter(tmp_path, "qwen3_moe")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "base").config
+    config.moe_intermediate_size = 12
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
+    for merged in (True, False):
+        with pytest.raises(
+            UserError, match=r"has .*experts.0.* with the shape .*12.*, and the adapter updates one with .*8"
+        ):
+            export(tmp_path, served_model=str(tmp_path / "wide"), verify=False, merged=merged)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_gets_the_tokenizer_and_the_record_of_the_adapter(tmp_path, tokenizer):
+    save_adapter(tmp_path, "qwen3_moe")
+    for name, template in (("base", "old"), ("adapter", "new")):
+        tokenizer.save_pretrained(tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(template)
+    (tmp_path / "adapter" / "finetuning.json").write_text("{}")
+    export(tmp_path, merged=True, verify=False)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "new"
+    assert (tmp_path / "out" / "finetuning.json").read_text() == "{}"
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(
+        AutoTokenizer.from_pretrained(tmp_path / "base")
+    )
+
+
+def test_an_interrupted_merge_does_not_go_on_with_another_adapter(tmp_path, monkeypatch):
+    from modeling_moe.lora import exporting
+
+    save_adapter(tmp_path, "qwen3_moe")
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "_bring_along", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(Interrupted):
+            export(tmp_path, merged=True, verify=False)
+    assert not (tmp_path / "out").exists()
+    save_adapter(tmp_path, "qwen3_moe", lora_alpha=7)
+    with pytest.raises(UserError, match="overwrite"):
+        export(tmp_path, merged=True, verify=False)
+    export(tmp_path, merged=True, verify=False, overwrite=True)
+    assert_merged(tmp_path)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_only_an_earlier_result_is_replaced(merged, tmp_path, monkeypatch):
+    from modeling_moe.lora import exporting
+
+    save_adapter(tmp_path, "qwen3_moe")
+    export(tmp_path, merged=merged, verify=False)
+    with pytest.raises(UserError, match=r"output_dir .* is not empty: .* pass --overwrite"):
+        export(tmp_path, merged=merged, verify=False)
+
+    def files():
+        return {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+    before = files()
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "compare", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises((Interrupted, KeyboardInterrupt)):
+            export(tmp_path, merged=merged, overwrite=True)
+    assert files() == before
+    export(tmp_path, merged=merged, verify=False, overwrite=True)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        export(tmp_path, merged=merged, verify=False, overwrite=True)
+    for source in ("base", "adapter"):
+        with pytest.raises(UserError, match="contain each other"):
+            export(tmp_path, merged=merged, overwrite=True, output_dir=str(tmp_path / source / "out"))
+
+
+def test_a_merged_model_leaves_out_the_layers_that_predict_further_tokens_with_one_sentence(tmp_path, caplog):
+    save_adapter(tmp_path, "moe")
+    save_file({"mtp.norm.weight": torch.ones(3)}, tmp_path / "base" / "mtp.safetensors")
+    ours = logging.getLogger("modeling_moe")
+    ours.addHandler(caplog.handler)
+    export(tmp_path, merged=True, verify=False)
+    ours.removeHandler(caplog.handler)
+    assert "The merged model gets no layers that predict further tokens" in caplog.text
+    assert not (tmp_path / "out" / "mtp.safetensors").exists()
+
+
+def test_a_family_that_stores_all_experts_in_one_tensor_gets_a_short_sentence(tmp_path):
+    save_adapter(tmp_path, "moe")
+    convert_checkpoint(str(tmp_path / "base"), tmp_path / "served", "granitemoeshared")
+    with pytest.raises(
+        UserError, match=r"input_linear.weight of the served model is made of \d+ tensors .*convert"
+    ) as caught:
+        export(tmp_path, served_model=str(tmp_path / "served"), merged=True)
+    assert len(str(caught.value)) < 400
 
 
 def test_an_untrained_adapter_is_refused(tmp_path):

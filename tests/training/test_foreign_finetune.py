@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from modeling_moe.training import (
@@ -76,6 +76,30 @@ def test_the_loss_is_on_by_default_and_the_flag_switches_it_off(run):
     gate = "model.layers.0.mlp.gate.weight"
     assert not torch.equal(saved.get_parameter(gate), other.get_parameter(gate))
     assert run(random_model("deepseek_v3", vocab_size=300))[0].settings is None  # its configuration has no coefficient
+
+
+@pytest.mark.parametrize(("method", "warned"), [("full", True), ("merged", True), ("adapter", False)])
+def test_a_fine_tuned_model_announces_no_layer_that_predicts_further_tokens(method, warned, run, tmp_path, caplog):
+    """transformers drops these layers and keeps their number in config.json."""
+    ours = logging.getLogger("modeling_moe")
+    ours.addHandler(caplog.handler)
+    lora = None if method == "full" else LoraArguments(merge_lora=method == "merged")
+    run(random_model("deepseek_v3", vocab_size=300, num_mtp_layers=1), lora=lora)
+    ours.removeHandler(caplog.handler)
+    assert ("The fine-tuned model gets no layers that predict further tokens" in caplog.text) == warned
+    config = tmp_path / "out" / "config.json"
+    assert not config.exists() or json.loads(config.read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_a_fine_tuned_model_of_this_package_gets_no_layers_that_predict_further_tokens(run, tmp_path, caplog):
+    ours = logging.getLogger("modeling_moe")
+    ours.addHandler(caplog.handler)
+    (tmp_path / "source").mkdir()
+    save_file({"mtp.norm.weight": torch.ones(3)}, tmp_path / "source" / "mtp.safetensors")
+    run(tiny_model())
+    ours.removeHandler(caplog.handler)
+    assert "The fine-tuned model gets no layers that predict further tokens" in caplog.text
+    assert not list((tmp_path / "out").glob("mtp*"))
 
 
 def test_the_bias_moves_and_is_saved(run):
