@@ -436,7 +436,8 @@ def convert_checkpoint(
         if check:
             verification = verify(name_or_path, result, gguf_file, dtype, trust_remote_code=trust_remote_code)
         if check_plain:
-            rounded = checkpoint.config.dtype if _rounds(checkpoint, target, dtype) else None
+            weights = checkpoint.state["model.embed_tokens.weight"].dtype
+            rounded = weights if _rounds(checkpoint, target, dtype) else None
             plain = compare_in_plain_transformers(
                 name_or_path, result, input_ids, gguf_file, rounded, trust_remote_code=trust_remote_code
             )

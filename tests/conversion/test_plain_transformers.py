@@ -60,7 +60,7 @@ def test_another_dtype_is_rounding_and_no_fault(source, tmp_path):
 def test_a_tokenizer_of_another_model_is_named(source, tmp_path):
     config = MoEConfig.from_pretrained(source).replace(vocab_size=8)
     randomised(MoEForCausalLM(config)).save_pretrained(source)
-    with pytest.raises(UserError, match="the tokenizer has a token .* they do not belong together"):
+    with pytest.raises(UserError, match=r"the tokenizer has a token .* they do not belong together"):
         convert_checkpoint(str(source), tmp_path / "result", "glm4_moe", check_plain=True)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

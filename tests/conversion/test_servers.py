@@ -140,7 +140,5 @@ def test_a_server_needs_an_export_and_a_known_name(tmp_path):
     MoEForCausalLM(MoEConfig(**MOE)).save_pretrained(tmp_path / "moe")
     with pytest.raises(UserError, match="server vllm needs an export: set target to auto or to a family"):
         convert_checkpoint(str(tmp_path / "moe"), tmp_path / "out", server="vllm")
-    with pytest.raises(
-        UserError, match="server 'ollama' is unknown: it must be one of vllm, vllm-transformers, llama.cpp"
-    ):
+    with pytest.raises(UserError, match="server 'ollama' is unknown: it must be one of vllm, vllm-transformers"):
         convert_checkpoint(str(tmp_path / "moe"), tmp_path / "out", "auto", server="ollama")
