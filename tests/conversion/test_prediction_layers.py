@@ -163,7 +163,7 @@ def test_numbered_layers_come_back_in_the_target_of_their_family(config, count, 
     file.write_text(json.dumps(values | {key: count}))
     convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
     target = config.model_type
-    convert_checkpoint(str(tmp_path / "moe"), tmp_path / "back", target, dtype)
+    convert_checkpoint(str(tmp_path / "moe"), tmp_path / "back", target, dtype=dtype)
     source, back = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "back")
     if dtype == "auto":
         assert_equal(back, source)
