@@ -4,6 +4,7 @@
     moe convert --model_name_or_path mistralai/Mixtral-8x7B-v0.1 --output_dir outputs/mixtral --target moe
     moe convert --model_name_or_path ./OLMoE-1B-7B --output_dir outputs/olmoe --dtype bfloat16 --verify
     moe convert --model_name_or_path outputs/moe --output_dir outputs/served --target auto --check transformers
+    moe convert --model_name_or_path outputs/moe --output_dir outputs/local --target auto --server llama.cpp
     moe convert --model_name_or_path ./GLM-4.5-Air --output_dir outputs/glm --dry_run
 
 Sources: this package's checkpoints; the sparse families of docs/source-families.md, such as Mixtral, Qwen3-MoE, DeepSeek-V3,
@@ -23,6 +24,7 @@ from rich.table import Table
 from ..configuration_moe import MoEConfig
 from ..conversion import (
     AUTO,
+    SERVERS,
     TARGETS,
     Conversion,
     ConversionPlan,
@@ -50,6 +52,14 @@ class ConvertArguments:
         metadata={
             "help": "format to write; auto: the one that holds the model exactly and that most servers run",
             "choices": ("moe", AUTO, *TARGETS),
+        },
+    )
+    server: str | None = field(
+        default=None,
+        metadata={
+            "help": "server that will run the export: a target which it computes wrongly is refused, and target auto takes one "
+            "that it computes exactly",
+            "choices": tuple(SERVERS),
         },
     )
     gguf_file: str | None = field(default=None, metadata={"help": "name of the GGUF file in the source's folder"})
@@ -87,6 +97,7 @@ def convert(args: ConvertArguments) -> Conversion:
         args.verify,
         trust_remote_code=args.trust_remote_code,
         check_plain=args.check == "transformers",
+        server=args.server,
     )
 
 
@@ -102,6 +113,7 @@ def plan(args: ConvertArguments) -> ConversionPlan:
         args.gguf_file,
         args.dtype,
         trust_remote_code=args.trust_remote_code,
+        server=args.server,
     )
 
 
@@ -112,14 +124,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         planned = plan(args)
         more = [("weights on disk", size_text(planned.nbytes)), *(("note", note) for note in planned.notes)]
         print_model(planned.config, "plan, nothing written", more)
-        print_servers(args.target, planned.target, planned.config)
+        print_servers(args, planned.target, planned.config)
         return
     done = convert(args)
     more = done.verification.rows() if done.verification else []
     if done.plain:
         more = [*more, ("in plain transformers", f"{done.plain.largest_difference:.1e}")]
     print_model(done.config, args.output_dir, more)
-    print_servers(args.target, done.target, done.config)
+    print_servers(args, done.target, done.config)
 
 
 def print_model(config: MoEConfig, title: str, more: Sequence[tuple[str, str]]) -> None:
@@ -139,18 +151,18 @@ def print_model(config: MoEConfig, title: str, more: Sequence[tuple[str, str]]) 
     Console().print(table)
 
 
-def print_servers(asked: str, target: str, config: MoEConfig) -> None:
+def print_servers(args: ConvertArguments, target: str, config: MoEConfig) -> None:
     """Prints why `auto` takes its target, which servers run it, and which do not and why.
 
     Args:
-        asked: target that the user named.
+        args: what the user asked for.
         target: target of the result.
         config: configuration of the model.
     """
     if target not in TARGETS:
         return
     found = verdicts(TARGETS[target].config(config))
-    told = [choose_target(config).reason] if asked == AUTO else []
+    told = [choose_target(config, args.server).reason] if args.target == AUTO else []
     told.append(f"Served by {', '.join(verdict.server.name for verdict in found if not verdict.faults)}.")
     told += [f"Not by {server.name}: it {'; it '.join(faults)}." for server, faults in found if faults]
     for sentence in told:

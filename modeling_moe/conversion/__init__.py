@@ -14,7 +14,7 @@ from .convert import (
 from .families.catalogue import FAMILIES, SPARSE_FAMILIES, fields_without_effect, moe_config
 from .families.dense import DENSE_FAMILIES
 from .families.export import AUTO, TARGETS, choose_target, exact_targets
-from .families.servers import SILU, Server, Verdict, servers, verdicts
+from .families.servers import SERVERS, SILU, Server, Verdict, servers, verdicts
 from .families.wrappers import WRAPPERS, text_source, towers
 from .importing import import_state, load_state, tensors_on_disk, to_moe
 from .verification import Verification, verification_ids, verify
@@ -28,6 +28,7 @@ __all__ = [
     "DENSE_FAMILIES",
     "FAMILIES",
     "SPARSE_FAMILIES",
+    "SERVERS",
     "SILU",
     "Server",
     "TARGETS",

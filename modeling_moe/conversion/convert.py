@@ -26,8 +26,8 @@ from ..utils.lineage import lineage_of
 from ..utils.loading import load_tokenizer, parse_dtype
 from ..utils.prediction_files import ENTRY
 from .families.catalogue import fields_without_effect, moe_config, source_config
-from .families.export import TARGETS, export_plan, resolved_target
-from .families.wrappers import left_out, text_values
+from .families.export import AUTO, TARGETS, choose_target, export_plan, refuse_server
+from .families.wrappers import left_out, text_source, text_values
 from .importing import import_state
 from .older_names import save_for_older_readers
 from .plain_transformers import PlainComparison, compare_in_plain_transformers
@@ -301,12 +301,27 @@ def _tokenizer_writer(source: Source, older_readers: bool, trust_remote_code: bo
     return write
 
 
-def _check_target(checkpoint: Checkpoint, target: str, dtype: str) -> None:
-    """Refuses a target that cannot hold the model, or that is the format and dtype that the source already has."""
+def _resolved_target(checkpoint: Checkpoint, target: str, dtype: str, server: str | None) -> str:
+    """Returns the name of a target; of `auto`, the target that [`choose_target`] chooses.
+
+    Raises:
+        UserError: if the target cannot hold the model or is the format and dtype that the source already has, or if the
+            server is not known to compute the target exactly.
+    """
+    if target == AUTO:
+        return choose_target(checkpoint.config, server).target
     if target != "moe":
         export_plan(checkpoint.config, target)
+        if server is not None:
+            refuse_server(checkpoint.config, target, server)
+    elif server is not None:
+        raise UserError(
+            f"server {server} needs an export: set target to {AUTO} or to a family; target moe is served by `moe serve`, "
+            "and by vLLM where this package is installed"
+        )
     elif checkpoint.source_config.model_type == MoEConfig.model_type and dtype == "auto":
         raise UserError(f"{checkpoint.source.folder} is in this format already: name another target")
+    return target
 
 
 class Conversion(NamedTuple):
@@ -348,6 +363,7 @@ def plan_conversion(
     dtype: str = "auto",
     *,
     trust_remote_code: bool = False,
+    server: str | None = None,
 ) -> ConversionPlan:
     """Checks whether [`convert_checkpoint`] can convert a checkpoint, from the headers of the files alone.
 
@@ -355,9 +371,14 @@ def plan_conversion(
         UserError: as [`convert_checkpoint`].
     """
     checkpoint = open_checkpoint(name_or_path, gguf_file, dtype, trust_remote_code=trust_remote_code)
-    target = resolved_target(checkpoint.config, target)
-    _check_target(checkpoint, target, dtype)
+    target = _resolved_target(checkpoint, target, dtype, server)
     return ConversionPlan(checkpoint.config, _result_bytes(checkpoint, target), target, checkpoint.notes(target))
+
+
+def _rounds(checkpoint: Checkpoint, target: str, dtype: str) -> bool:
+    """Returns whether a conversion rounds weights: by a factor that it multiplies in, by `dtype`, or by dequantising."""
+    quantised = getattr(text_source(checkpoint.source_config), "quantization_config", None) is not None
+    return TARGETS[target].rounds(checkpoint.config) or dtype != "auto" or quantised
 
 
 def _result_bytes(checkpoint: Checkpoint, target: str) -> int:
@@ -376,6 +397,7 @@ def convert_checkpoint(
     *,
     trust_remote_code: bool = False,
     check_plain: bool = False,
+    server: str | None = None,
 ) -> Conversion:
     """Converts a checkpoint of one family to the format of another, with equal logits.
 
@@ -391,14 +413,15 @@ def convert_checkpoint(
         trust_remote_code: whether code that the source brings may run.
         check_plain: whether to run the source here, and the result in transformers in a process without this package, on a
             short text in fp32 before the result replaces `output_dir`.
+        server: key of `SERVERS` of the server that will run the export. A target that the server is not known to compute
+            exactly is refused, and `auto` takes one of those that it is.
 
     Raises:
-        UserError: if the source cannot be read or held, the target cannot hold it, or the result computes other logits in
-            transformers.
+        UserError: if the source cannot be read or held, the target cannot hold it, `server` does not compute the target
+            exactly, or the result computes other logits in transformers.
     """
     checkpoint = open_checkpoint(name_or_path, gguf_file, dtype, trust_remote_code=trust_remote_code)
-    target = resolved_target(checkpoint.config, target)
-    _check_target(checkpoint, target, dtype)
+    target = _resolved_target(checkpoint, target, dtype, server)
     if check_plain and target == "moe":
         raise UserError("transformers alone does not know target moe: check another target, or verify this one")
     if check or check_plain:
@@ -415,7 +438,7 @@ def convert_checkpoint(
             verification = verify(name_or_path, result, gguf_file, dtype, trust_remote_code=trust_remote_code)
         if check_plain:
             weights = checkpoint.state["model.embed_tokens.weight"].dtype
-            rounded = weights if TARGETS[target].rounds(checkpoint.config) else None
+            rounded = weights if _rounds(checkpoint, target, dtype) else None
             plain = compare_in_plain_transformers(
                 name_or_path, result, input_ids, gguf_file, rounded, trust_remote_code=trust_remote_code
             )

@@ -19,6 +19,9 @@ logger = logging.get_logger(__name__)
 # transformers 4 stores these beside `rope_scaling` rather than in it
 BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
 
+# constants of gpt-oss's experts in transformers 4 and in early releases of transformers 5
+OLDER_CLAMP = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
+
 
 def older_names(config: PreTrainedConfig) -> dict[str, Any]:
     """Returns the fields of config.json under the names that transformers 4 reads.
@@ -63,10 +66,17 @@ def save_for_older_readers(config: PreTrainedConfig, folder: Path) -> None:
         folder: folder of the file.
     """
     config.save_pretrained(folder)
-    if len(set(getattr(config, "layer_types", None) or [])) > 1:
+    # of the targets, transformers 4 reads layer_types in gpt-oss alone
+    if config.model_type != "gpt_oss" and len(set(getattr(config, "layer_types", None) or [])) > 1:
         logger.warning(
             f"This {config.model_type} model has a sliding window in some layers, and transformers 4 applies it in all "
             "layers: serve the model with transformers 5."
+        )
+    clamp = {name: getattr(config, name, value) for name, value in OLDER_CLAMP.items()}
+    if config.model_type == "gpt_oss" and clamp != OLDER_CLAMP:
+        logger.warning(
+            f"This gpt_oss model has {clamp}; older releases of transformers compute {OLDER_CLAMP} whatever config.json says: "
+            "serve the model with a release whose GptOssConfig declares swiglu_limit."
         )
     file = folder / "config.json"
     write_json(file, read_json(file) | older_names(config), sort_keys=True)

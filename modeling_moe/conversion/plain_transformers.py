@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from ..utils.clean_process import tensor_from_clean_process
 from ..utils.errors import UserError
 from ..utils.loading import load_model
-from .verification import damaged_weight
+from .verification import refuse_unusable
 
 
 # largest difference of logits in fp32, as a share of the largest logit (or of 1), that the order of sums can explain
 TOLERANCE = 1e-3
-# the same where weights were rounded after the multiplication by routed_scaling_factor: several steps of their dtype
+# largest share where the conversion rounded weights, in steps of their dtype
 ROUNDED_STEPS = 16
 PLAIN_TRANSFORMERS = """
 import torch
@@ -61,7 +61,7 @@ def compare_in_plain_transformers(
         result: folder of the export.
         input_ids: token ids, int64 of shape (1, S).
         gguf_file: name of the GGUF file in the source's folder, if it is one.
-        rounded_dtype: dtype of the export's weights if `routed_scaling_factor` was multiplied into them and rounded.
+        rounded_dtype: dtype of the export's weights if the conversion rounded them; None if it rounded nothing.
         trust_remote_code: whether code that the source brings may run.
 
     Raises:
@@ -69,8 +69,7 @@ def compare_in_plain_transformers(
             by more than rounding explains.
     """
     model = load_model(str(source), gguf_file, "float32", trust_remote_code=trust_remote_code).eval()
-    if (damaged := damaged_weight(model)) is not None:
-        raise UserError(f"{damaged} of {source} holds NaN or infinity: download it again")
+    refuse_unusable(model, input_ids, source)
     expected = model(input_ids).logits.float()
     del model
     with tempfile.TemporaryDirectory() as temporary:

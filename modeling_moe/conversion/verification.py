@@ -81,6 +81,22 @@ def damaged_weight(model: PreTrainedModel) -> str | None:
     return next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
 
 
+def refuse_unusable(model: PreTrainedModel, input_ids: torch.Tensor, name: str | Path) -> None:
+    """Refuses a model that cannot compute a text of token ids (1, S).
+
+    Raises:
+        UserError: if a weight is not finite, or a token id has no embedding.
+    """
+    if (damaged := damaged_weight(model)) is not None:
+        raise UserError(
+            f"{damaged} of {name} holds NaN or infinity, so that nothing can be verified: download it again"
+        )
+    if (largest := input_ids.max().item()) >= (rows := embedding_rows(model)):
+        raise UserError(
+            f"the tokenizer has a token {largest} and {name} an embedding of {rows}: they do not belong together"
+        )
+
+
 class _ForwardPass(NamedTuple):
     """Cross entropy in nats per token, logits (1, S, V) in fp32, and `router_spread` of [`Verification`]."""
 
@@ -96,14 +112,7 @@ def _run(model: PreTrainedModel, input_ids: torch.Tensor, name: str | Path) -> _
     Raises:
         UserError: if a weight or a logit is not finite, or a token id has no embedding.
     """
-    if (damaged := damaged_weight(model)) is not None:
-        raise UserError(
-            f"{damaged} of {name} holds NaN or infinity, so that nothing can be verified: download it again"
-        )
-    if (largest := input_ids.max().item()) >= (rows := embedding_rows(model)):
-        raise UserError(
-            f"the tokenizer has a token {largest} and {name} an embedding of {rows}: they do not belong together"
-        )
+    refuse_unusable(model, input_ids, name)
     wanted = {"output_router_logits": True} if hasattr(model, "update_routers") else {}
     # the model's own loss is not used because it contains the router losses too
     output = model.eval()(input_ids, **wanted)

@@ -11,21 +11,25 @@ from transformers import PreTrainedConfig
 from ..configuration_moe import MoEConfig
 from ..conversion import SILU, Server, Verdict, exact_targets, verdicts
 from ..conversion import servers as servers_of
+from ..serving import refuse_vllm
 
 
-OWN_CODE = (
-    Server("vLLM, by its Transformers back end", "vllm serve {name} --trust-remote-code --model-impl transformers"),
-    Server(
-        "SGLang, by its Transformers back end",
-        "python -m sglang.launch_server --model-path {name} --trust-remote-code --model-impl transformers",
-    ),
+# the package's plugin needs no flag; --model-impl transformers would bypass it
+VLLM_BY_PLUGIN = Server(
+    "vLLM, with this package beside it",
+    "pip install --no-deps modeling-moe  # in vLLM's environment\nvllm serve {name}",
+)
+SGLANG_BY_CODE = Server(
+    "SGLang, by its Transformers back end",
+    "python -m sglang.launch_server --model-path {name} --trust-remote-code --model-impl transformers",
 )
 
 
 def servers(config: PreTrainedConfig) -> list[Server]:
     """Returns the servers that compute a checkpoint, of this package or of transformers' own families, as it is."""
     if config.model_type == MoEConfig.model_type:
-        return list(OWN_CODE) if _is_servable_by_code(config) else []
+        fit = {VLLM_BY_PLUGIN: _is_servable_by_plugin(config), SGLANG_BY_CODE: _is_servable_by_code(config)}
+        return [server for server, is_fit in fit.items() if is_fit]
     return servers_of(config)
 
 
@@ -34,10 +38,19 @@ def unfit_servers(config: PreTrainedConfig) -> list[Verdict]:
     return [verdict for verdict in verdicts(config) if verdict.faults]
 
 
-def _is_servable_by_code(config: Any) -> bool:
-    """Returns whether the servers' Transformers back ends compute this package's model by the code beside the weights.
+def _is_servable_by_plugin(config: Any) -> bool:
+    """Returns whether this package's plugin computes its model in vLLM, which was run for every kind of part but these."""
+    try:
+        refuse_vllm(config)
+    except ValueError:
+        return False
+    return not (config.qk_norm_after_rope or config.moe_latent_size or config.lm_head_bias)
 
-    They replace the experts by kernels of their own, with SiLU, the norms and the head, and may replace a plain router of
+
+def _is_servable_by_code(config: Any) -> bool:
+    """Returns whether SGLang's Transformers back end computes this package's model by the code beside the weights.
+
+    It replaces the experts by kernels of its own, with SiLU, the norms and the head, and may replace a plain router of
     softmax or sigmoid scores; what these parts do beyond that would be lost.
     """
     plain_router = config.router_type == "topk" and config.scoring_func in ("softmax", "sigmoid")
@@ -49,7 +62,7 @@ def _is_servable_by_code(config: Any) -> bool:
         *(config.mlp_bias, config.router_gradient == "sparsemixer", not config.gated_experts),
         *(config.attention_sinks, config.attn_logit_softcapping, config.final_logit_softcapping),
         *(config.logits_scaling != 1, config.lm_head_bias, config.position_embedding_type != "rope"),
-        # the servers' kernels of norms were never run on heads that are transposed for the rotation
+        # the server's kernels of norms were never run on heads that are transposed for the rotation
         config.qk_norm_after_rope,
     )
     return plain_router and SILU.holds(config) and config.norm_type == "rms" and not any(special)

@@ -41,6 +41,46 @@ def test_the_command_writes_what_most_servers_run_and_checks_it(source, tmp_path
     assert float(found) < 1e-4
 
 
+def test_another_dtype_is_rounding_and_no_fault(source, tmp_path):
+    """bf16 weights of an fp32 source change its logits by far more than the order of sums does."""
+    tokenizer_files = [file for file in source.iterdir() if file.name.startswith(("token", "special"))]
+    folder = tmp_path / "fp32"
+    config = MoEConfig.from_pretrained(source)
+    randomised(MoEForCausalLM(config)).float().save_pretrained(folder)
+    for file in tokenizer_files:
+        (folder / file.name).write_bytes(file.read_bytes())
+    done = convert_checkpoint(str(folder), tmp_path / "result", "glm4_moe", dtype="bfloat16", check_plain=True)
+    assert done.plain is not None
+    assert 1e-3 < done.plain.largest_difference <= done.plain.tolerance
+    exact = convert_checkpoint(str(folder), tmp_path / "exact", "glm4_moe", dtype="float32", check_plain=True)
+    assert exact.plain is not None
+    assert exact.plain.largest_difference < 1e-4
+
+
+def test_a_tokenizer_of_another_model_is_named(source, tmp_path):
+    config = MoEConfig.from_pretrained(source).replace(vocab_size=8)
+    randomised(MoEForCausalLM(config)).save_pretrained(source)
+    with pytest.raises(UserError, match=r"the tokenizer has a token .* they do not belong together"):
+        convert_checkpoint(str(source), tmp_path / "result", "glm4_moe", check_plain=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_shards_and_verify_go_with_the_check(source, tmp_path, monkeypatch):
+    import modeling_moe.conversion.convert as module
+
+    write = module.write_checkpoint
+
+    def small(output_dir, state, recipe, finish, overwrite, _, **more):
+        write(output_dir, state, recipe, finish, overwrite, "20KB", **more)
+
+    monkeypatch.setattr(module, "write_checkpoint", small)
+    done = convert_checkpoint(str(source), tmp_path / "result", "glm4_moe", check=True, check_plain=True)
+    assert len(list((tmp_path / "result").glob("*.safetensors"))) > 1
+    assert done.verification is not None
+    assert done.plain is not None
+    assert done.plain.largest_difference < 1e-4
+
+
 def test_an_export_with_other_logits_is_not_written(source, tmp_path, monkeypatch):
     target = TARGETS["glm4_moe"]
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, modeling_layers
 from transformers.models.deepseek_v3 import DeepseekV3Config
+from transformers.models.glm4_moe import Glm4MoeConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from modeling_moe.checkpoints import check_hashes
@@ -131,6 +132,61 @@ def test_deepseek_keeps_its_layer_and_its_count(tmp_path, monkeypatch):
     assert (restored.num_mtp_layers, set(tensors)) == (1, set(layer))
     bare, tensors = module.restored(AutoConfig.for_model("deepseek_v3"), None)
     assert (bare.num_mtp_layers, tensors) == (0, {})
+
+
+GLM4 = SIZE | {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    "config", [DeepseekV3Config(**LATENT), Glm4MoeConfig(**GLM4)], ids=["deepseek_v3", "glm4_moe"]
+)
+def test_numbered_layers_come_back_in_the_target_of_their_family(config, count, dtype, tmp_path):
+    """The target reorders rotated rows and adds parts to the model's own layers, and leaves the further layers as they are."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "source")
+    layers: dict[str, torch.Tensor] = {}
+    for further in range(count):
+        layers |= add_layer(tmp_path / "source", f"model.layers.{2 + further}.")
+    file = tmp_path / "source" / "config.json"
+    values = json.loads(file.read_text())
+    (key,) = {"num_nextn_predict_layers", "num_mtp_layers"} & set(values)
+    file.write_text(json.dumps(values | {key: count}))
+    convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
+    target = config.model_type
+    convert_checkpoint(str(tmp_path / "moe"), tmp_path / "back", target, dtype=dtype)
+    source, back = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "back")
+    if dtype == "auto":
+        assert_equal(back, source)
+    else:
+        assert back.keys() == source.keys()
+        assert_equal({name: back[name] for name in layers}, {name: t.to(torch.bfloat16) for name, t in layers.items()})
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written[key] == count
+    assert not list((tmp_path / "back").glob("mtp*"))
+    # a second time through this package changes nothing either
+    convert_checkpoint(str(tmp_path / "back"), tmp_path / "moe2")
+    again, first = tensors_of(tmp_path / "moe2", "mtp*.safetensors"), tensors_of(tmp_path / "moe", "mtp*.safetensors")
+    assert again.keys() == first.keys() == layers.keys()
+
+
+def test_an_export_without_further_layers_says_so(tmp_path):
+    AutoModelForCausalLM.from_config(Glm4MoeConfig(**GLM4)).save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    values = json.loads(file.read_text())
+    (key,) = {"num_nextn_predict_layers", "num_mtp_layers"} & set(values)
+    convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
+    convert_checkpoint(str(tmp_path / "moe"), tmp_path / "back", "glm4_moe")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())[key] == 0
 
 
 def test_the_result_loads_without_a_warning(tmp_path, warnings):

@@ -192,11 +192,21 @@ def test_a_card_says_which_servers_do_not_compute_the_model(config, expected):
     assert {verdict.server.name: len(verdict.faults) for verdict in unfit_servers(config)} == expected
 
 
+def test_a_card_needs_no_flag_where_the_plugin_serves(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    text = write_model_card(tmp_path).text
+    (block,) = re.findall(r"```bash\n([^`]*vllm serve[^`]*)```", text.partition("`moe convert`")[0])
+    assert "pip install --no-deps modeling-moe" in block
+    assert "--trust-remote-code" not in block
+    assert "--model-impl" not in block
+
+
 def test_every_export_is_among_the_measured_formats():
     assert set(TARGETS) <= set(SERVED)
 
 
-OWN = ["vLLM, by its Transformers back end", "SGLang, by its Transformers back end"]
+PLUGIN = "vLLM, with this package beside it"
+OWN = [PLUGIN, "SGLang, by its Transformers back end"]
 
 
 @pytest.mark.parametrize(
@@ -205,14 +215,16 @@ OWN = ["vLLM, by its Transformers back end", "SGLang, by its Transformers back e
         ({"mlp_layer_types": ["sparse"] * 3, "norm_topk_prob": True}, OWN, ["mixtral"]),
         ({"scoring_func": "sigmoid"}, OWN, []),
         ({"scoring_func": "sigmoid", "mlp_layer_types": ["sparse"] * 3}, OWN, ["glm4_moe"]),
-        ({"hidden_act": "gelu"}, [], []),
+        ({"hidden_act": "gelu"}, [PLUGIN], []),
         ({"capacity_factor": 1.0, "eval_capacity_factor": 1.0}, [], []),
         ({"router_type": "expert_choice", "allow_noncausal": True}, [], []),
-        ({"num_null_experts": 2}, [], []),
+        ({"num_null_experts": 2}, [PLUGIN], []),
+        ({"attention_sinks": True}, [], []),
+        ({"moe_latent_size": 16}, [], []),
     ],
 )
 def test_servers_of_this_packages_model(fields, by_code, formats):
-    """The servers' back ends compute SiLU and plain routers only; exports are those that `moe convert` can write."""
+    """SGLang computes SiLU and plain routers only, vLLM all that the plugin serves; exports are those of `moe convert`."""
     config = tiny_config(**fields)
     assert names(servers(config)) == by_code
     assert set(formats) <= set(exports(config))

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
-from .servers import Server, servers
+from .servers import SERVERS, Server, faults, servers
 from .target import Target
 from .targets_gpt_oss import GPT_OSS
 from .targets_sigmoid import DEEPSEEK_V3, GLM4_MOE, MINIMAX_M2
@@ -36,6 +36,7 @@ TARGETS: dict[str, Target] = {
     )
 }
 AUTO = "auto"
+REMEDY = "keep the model in this package's format, which `moe serve` runs"
 
 
 def reasons_of_targets(config: MoEConfig) -> dict[str, list[str]]:
@@ -94,22 +95,60 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_target(config: MoEConfig) -> Choice:
+def choose_target(config: MoEConfig, server: str | None = None) -> Choice:
     """Chooses the target that holds a model and that most servers run; of several, the first in the order of `TARGETS`.
 
+    Args:
+        config: configuration of the MoE model.
+        server: key of `SERVERS`; only targets that this server is known to compute exactly are chosen then.
+
     Raises:
-        UserError: if no target holds the model. The message names for each target the fields that prevent it.
+        UserError: if no target holds the model, or the server computes none of them exactly. The message names for each
+            target the fields that prevent it.
     """
     able = exact_targets(config)
     if not able:
         reasons = "; ".join(f"{name}: {', '.join(found)}" for name, found in reasons_of_targets(config).items())
         raise UserError(f"no target holds this model, so keep target moe, which this package serves ({reasons})")
-    target = max(able, key=lambda name: len(able[name]))
+    named = None if server is None else server_named(server)
+    if named is not None and not any(named in found for found in able.values()):
+        told = "; ".join(f"{name}: it {_faults_of(config, name, named)}" for name in able)
+        raise UserError(f"{named.name} computes no target of this model exactly ({told}); {REMEDY}")
+    target = max(able, key=lambda name: (named is None or named in able[name], len(able[name])))
     told = [f"{name} ({', '.join(server.name for server in found)})" for name, found in able.items() if name != target]
     others = f"; {' and '.join(told)} can hold it too" if told else ", and no other target holds it"
     return Choice(target, f"{target} holds this model exactly for {', '.join(s.name for s in able[target])}{others}.")
 
 
-def resolved_target(config: MoEConfig, target: str) -> str:
-    """Returns the name of a target; of `auto`, the target that [`choose_target`] chooses."""
-    return choose_target(config).target if target == AUTO else target
+def server_named(name: str) -> Server:
+    """Returns the server of a key of `SERVERS`.
+
+    Raises:
+        UserError: if the key is unknown.
+    """
+    if name not in SERVERS:
+        raise UserError(f"server {name!r} is unknown: it must be one of {', '.join(SERVERS)}")
+    return SERVERS[name]
+
+
+def _faults_of(config: MoEConfig, target: str, server: Server) -> str:
+    return "; it ".join(faults(TARGETS[target].config(config), server))
+
+
+def refuse_server(config: MoEConfig, target: str, server: str) -> None:
+    """Refuses a target that a server is not known to compute exactly.
+
+    Args:
+        config: configuration of the MoE model, which the target holds.
+        target: key of `TARGETS`.
+        server: key of `SERVERS`.
+
+    Raises:
+        UserError: names the server, what it does with which field, and the targets of this model that it does run.
+    """
+    named = server_named(server)
+    if not (found := _faults_of(config, target, named)):
+        return
+    able = [name for name, exact in exact_targets(config).items() if named in exact]
+    remedy = f"it computes target {' or '.join(able)} exactly" if able else REMEDY
+    raise UserError(f"{named.name} does not compute target {target} of this model exactly: it {found}; {remedy}")

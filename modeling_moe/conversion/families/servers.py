@@ -32,6 +32,8 @@ LLAMA_CPP = Server(
     "llama-server -m model.gguf",
 )
 TRANSFORMERS = Server("transformers", "transformers serve {name}")
+# names that a command takes -> servers
+SERVERS = {"vllm": VLLM, "vllm-transformers": VLLM_BY_CODE, "llama.cpp": LLAMA_CPP, "transformers": TRANSFORMERS}
 
 
 class Condition(NamedTuple):
@@ -77,7 +79,7 @@ NO_WINDOW = Condition(
     "ignores sliding_window",
 )
 USUAL_HEADS = Condition(_usual_heads, "takes head_dim to be hidden_size / num_attention_heads")
-SPARSE_THROUGHOUT = Condition(_sparse_throughout, "refuses dense layers")
+SPARSE_THROUGHOUT = Condition(_sparse_throughout, "refuses dense layers (mlp_only_layers)")
 RENORMALISED = Condition(lambda config: config.norm_topk_prob, "renormalises, whatever norm_topk_prob is")
 NOT_RENORMALISED = Condition(
     lambda config: not config.norm_topk_prob, "never renormalises, whatever norm_topk_prob is"
@@ -89,6 +91,15 @@ SIGMOID = Condition(
 )
 ALTERNATING = Condition(_alternates, "gives every other layer a sliding window, whatever layer_types is")
 EPSILON = Condition(lambda config: config.rms_norm_eps == 1e-5, "takes rms_norm_eps to be 1e-5, whatever it is")
+QUERY_RANK = Condition(
+    lambda config: (config.q_lora_rank is None) == (config.num_hidden_layers in (26, 27)),
+    "takes q_lora_rank to be null in models of 26 or 27 layers and set in all others, and refuses the rest",
+)
+TIED = Condition(
+    lambda config: not config.tie_word_embeddings,
+    "does not load this format where tie_word_embeddings is true",
+)
+UNCLIPPED = Condition(lambda config: getattr(config, "clip_qkv", None) is None, "ignores clip_qkv")
 NOT_SEEN_EXACT = Condition(_never, "has not been seen to compute this format exactly")
 DISAGREED = Condition(_never, "disagreed with transformers; its Transformers back end did not")
 GLM_TOKENIZER = Condition(_never, "converts only checkpoints with GLM's own tokenizer")
@@ -105,13 +116,13 @@ SERVED: dict[str, dict[Server, tuple[Condition, ...]]] = {
     },
     "qwen2_moe": {
         VLLM: (SILU, QKV_BIAS),
-        LLAMA_CPP: (SILU, NO_WINDOW, NOT_RENORMALISED, SPARSE_THROUGHOUT),
+        LLAMA_CPP: (SILU, NO_WINDOW, NOT_RENORMALISED, SPARSE_THROUGHOUT, TIED),
     },
-    "deepseek_v3": {VLLM: (DISAGREED,), VLLM_BY_CODE: (SILU,), LLAMA_CPP: (SILU, SIGMOID)},
-    "glm4_moe": {VLLM: (SILU,), LLAMA_CPP: (GLM_TOKENIZER,)},
-    "minimax_m2": {VLLM: (NOT_SEEN_EXACT,), LLAMA_CPP: (SILU,)},
+    "deepseek_v3": {VLLM: (DISAGREED,), VLLM_BY_CODE: (SILU,), LLAMA_CPP: (SILU, SIGMOID, NO_BIAS, QUERY_RANK)},
+    "glm4_moe": {VLLM: (SILU, TIED), LLAMA_CPP: (GLM_TOKENIZER,)},
+    "minimax_m2": {VLLM: (NOT_SEEN_EXACT,), LLAMA_CPP: (SILU, TIED)},
     "gpt_oss": {VLLM: (ALTERNATING, NOT_SEEN_EXACT), LLAMA_CPP: (ALTERNATING, NOT_SEEN_EXACT)},
-    "olmoe": dict.fromkeys((VLLM, LLAMA_CPP), (SILU, NO_BIAS, NOT_RENORMALISED, EPSILON)),
+    "olmoe": dict.fromkeys((VLLM, LLAMA_CPP), (SILU, NO_BIAS, NOT_RENORMALISED, EPSILON, UNCLIPPED, TIED)),
 }
 
 
@@ -143,3 +154,12 @@ def verdicts(config: PreTrainedConfig) -> list[Verdict]:
 def servers(config: PreTrainedConfig) -> list[Server]:
     """Returns the servers that are known to compute a checkpoint of transformers' own families exactly."""
     return [verdict.server for verdict in verdicts(config) if not verdict.faults]
+
+
+def faults(config: PreTrainedConfig, server: Server) -> tuple[str, ...]:
+    """Returns what a server does otherwise than transformers with a checkpoint; empty if it computes the checkpoint exactly.
+
+    A server that was never tried with the format has one fault: it has not been seen to be exact.
+    """
+    found = {verdict.server: verdict.faults for verdict in verdicts(config)}
+    return found.get(server, (NOT_SEEN_EXACT.otherwise,))
