@@ -118,7 +118,9 @@ def convert_checkpoint(
     target = resolved_target(checkpoint.config, target)
     _check_target(checkpoint, target, dtype)
     if check_plain and target == "moe":
-        raise UserError("transformers alone does not know target moe: check another target, or verify this one")
+        raise UserError(
+            "transformers alone does not know target moe: name another --target, or compare this one with --verify"
+        )
     if check or check_plain:
         # a missing tokenizer raises an error here, and not after hours of writing weights
         input_ids = verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)

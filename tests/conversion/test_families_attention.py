@@ -283,7 +283,7 @@ def test_mistral4_is_read_as_the_text_model_of_mistral3(tmp_path):
     )
     source = harness.randomised(Mistral3ForConditionalGeneration(config))
     source.save_pretrained(tmp_path / "source")
-    target, _ = convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
+    target = convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe").config
     assert (target.llama_4_scaling_beta, target.kv_lora_rank) == (0.4, 10)
     ids = torch.randint(11, 99, (2, 9))
     got = MoEForCausalLM.from_pretrained(tmp_path / "moe").eval()(ids).logits

@@ -98,11 +98,13 @@ def choose_target(config: MoEConfig) -> Choice:
     """Chooses the target that holds a model and that most servers run; of several, the first in the order of `TARGETS`.
 
     Raises:
-        UserError: if no target holds the model. The message names for each target the fields that prevent it.
+        UserError: if no target holds the model. The message names the nearest target and the fields that prevent it.
     """
     able = exact_targets(config)
     if not able:
-        reasons = "; ".join(f"{name}: {', '.join(found)}" for name, found in reasons_of_targets(config).items())
+        found = reasons_of_targets(config)
+        nearest = min(found, key=lambda name: len(found[name]))
+        reasons = f"the nearest target, {nearest}, fails for {', '.join(found[nearest])}"
         raise UserError(f"no target holds this model, so keep target moe, which this package serves ({reasons})")
     target = max(able, key=lambda name: len(able[name]))
     told = [f"{name} ({', '.join(server.name for server in found)})" for name, found in able.items() if name != target]
