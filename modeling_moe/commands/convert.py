@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     done = convert(args)
     more = done.verification.rows() if done.verification else []
     if done.plain:
-        more = [*more, ("in plain transformers", f"{done.plain.largest_difference:.1e}")]
+        more = [*more, ("largest logit difference in transformers", f"{done.plain.largest_difference:.1e}")]
     print_model(done.config, args.output_dir, more)
     print_servers(args, done.target, done.config)
 

@@ -1,22 +1,15 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This package converts transformers' dense and sparse checkpoints to MoE checkpoints with equal logits, and back."""
 
-from .convert import (
-    Checkpoint,
-    Conversion,
-    ConversionPlan,
-    convert_checkpoint,
-    open_checkpoint,
-    plan_conversion,
-    result_folder,
-    save_checkpoint,
-)
+from .convert import Conversion, ConversionPlan, convert_checkpoint, plan_conversion
 from .families.catalogue import FAMILIES, SPARSE_FAMILIES, fields_without_effect, moe_config
 from .families.dense import DENSE_FAMILIES
 from .families.export import AUTO, TARGETS, choose_target, exact_targets
 from .families.servers import SERVERS, SILU, Server, Verdict, servers, verdicts
 from .families.wrappers import WRAPPERS, text_source, towers
 from .importing import import_state, load_state, tensors_on_disk, to_moe
+from .opening import Checkpoint, open_checkpoint
+from .saving import result_folder, save_checkpoint
 from .verification import Verification, verification_ids, verify
 
 

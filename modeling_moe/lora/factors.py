@@ -87,7 +87,7 @@ class Factors:
 def _refuse(folder: Path, part: str) -> NoReturn:
     raise UserError(
         f"the adapter in {folder} trains {part}, which no server loads from an adapter: merge it with moe merge_adapter, "
-        "and serve the merged model"
+        "and serve the merged model, or train without that part (routers: moe finetune --lora_router false)"
     )
 
 

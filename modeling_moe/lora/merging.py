@@ -53,6 +53,11 @@ def adapter_folder(name: str) -> Path:
                 f"model_name_or_path {name} is neither a folder nor an adapter that the Hub gives: {error}"
             ) from error
     if not (Path(folder) / "adapter_config.json").is_file():
+        if (Path(folder) / "config.json").is_file():
+            raise UserError(
+                f"{folder} holds a whole model and no adapter: use it as it is, or train with `moe finetune --merge_lora false`, "
+                "which saves the adapter"
+            )
         raise UserError(f"{folder} holds no adapter_config.json: give the folder of a LoRA adapter")
     refuse_outside(folder)
     refuse_vast_adapter(folder)

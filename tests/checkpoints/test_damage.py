@@ -122,7 +122,7 @@ def test_damage_after_complete_shards_leaves_nothing(tmp_path):
 
 def test_a_source_whose_bytes_change_between_kill_and_resume_is_noticed(source, tmp_path):
     """A changed source with equal size and time would give a mixture of two sources."""
-    from modeling_moe.conversion import convert as module
+    from modeling_moe.conversion import saving
 
     opened = open_checkpoint(str(source))
     last = list(opened.state)[-1]
@@ -133,7 +133,7 @@ def test_a_source_whose_bytes_change_between_kill_and_resume_is_noticed(source, 
 
     def convert(state):
         recipe = {"source": opened.identity()}
-        module.save_checkpoint(tmp_path / "out", opened.config, state, opened, recipe, max_shard_size="2KB")
+        saving.save_checkpoint(tmp_path / "out", opened.config, state, opened, recipe, max_shard_size="2KB")
 
     with pytest.raises(KeyboardInterrupt, match="the same command again, it goes on after shard"):
         convert(opened.state | {last: LazyTensor(real.shape, real.dtype, stop)})

@@ -107,7 +107,7 @@ with open(source / "model.safetensors", "wb") as file:
 IMPORTED = (
     MEASURE
     + """
-from modeling_moe.conversion.convert import open_checkpoint, save_checkpoint
+from modeling_moe.conversion import open_checkpoint, save_checkpoint
 
 before = peak()
 start = time.monotonic()

@@ -536,11 +536,13 @@ def test_auto_names_the_other_targets_and_their_servers():
     )
 
 
-def test_auto_lists_the_reasons_of_all_targets_if_none_can():
-    with pytest.raises(
-        UserError, match=r"no target holds this model, .*mixtral: num_null_experts=1 .*; gpt_oss: .*olmoe: "
-    ):
+def test_auto_names_only_the_nearest_target_and_its_reasons_if_none_can():
+    with pytest.raises(UserError, match=r"no target holds this model, .*nearest target, mixtral, ") as raised:
         choose_target(MoEConfig(**MOE | {"num_null_experts": 1}))
+    told = str(raised.value)
+    assert "num_null_experts=1" in told
+    assert "gpt_oss" not in told
+    assert len(told) < 250
 
 
 def test_rounding_is_told_from_an_exact_factor():

@@ -17,8 +17,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from modeling_moe.checkpoints import check_hashes
 from modeling_moe.commands import convert as command
-from modeling_moe.conversion import convert as module
-from modeling_moe.conversion import convert_checkpoint, open_checkpoint, plan_conversion
+from modeling_moe.conversion import convert_checkpoint, open_checkpoint, plan_conversion, prediction_layers, saving
 from modeling_moe.hub.files import published_files
 from modeling_moe.lora.merging import MergeArguments, merge_adapter
 from modeling_moe.resizing import GrowthOptions, PruningOptions, ResizeOptions, resize_checkpoint
@@ -99,12 +98,12 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.parametrize("named", [True, False])
 def test_round_trip(named, max_shard_size, tmp_path, monkeypatch):
     layer = qwen_source(tmp_path / "source", named)
-    write = module.write_checkpoint
+    write = saving.write_checkpoint
 
     def small(output_dir, state, recipe, finish, overwrite, _, **more):
         write(output_dir, state, recipe, finish, overwrite, max_shard_size, **more)
 
-    monkeypatch.setattr(module, "write_checkpoint", small)
+    monkeypatch.setattr(saving, "write_checkpoint", small)
     convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
     assert_equal(tensors_of(tmp_path / "moe", "mtp*.safetensors"), layer)
     assert (len(prediction_files(tmp_path / "moe")) > 1) == (max_shard_size == "8KB")
@@ -128,9 +127,11 @@ def test_deepseek_keeps_its_layer_and_its_count(tmp_path, monkeypatch):
         1,
     )
     assert_equal({name: tensor.read() for name, tensor in checkpoint.prediction.state.items()}, layer)
-    restored, tensors = module.restored(AutoConfig.for_model("deepseek_v3", num_mtp_layers=3), checkpoint.prediction)
+    restored, tensors = prediction_layers.restored(
+        AutoConfig.for_model("deepseek_v3", num_mtp_layers=3), checkpoint.prediction
+    )
     assert (restored.num_mtp_layers, set(tensors)) == (1, set(layer))
-    bare, tensors = module.restored(AutoConfig.for_model("deepseek_v3"), None)
+    bare, tensors = prediction_layers.restored(AutoConfig.for_model("deepseek_v3"), None)
     assert (bare.num_mtp_layers, tensors) == (0, {})
 
 
@@ -398,9 +399,9 @@ import os, signal, sys
 from pathlib import Path
 
 from modeling_moe.checkpoints import writer
-from modeling_moe.conversion import convert as module
+from modeling_moe.conversion import convert_checkpoint, saving
 
-root, write_shard, write, written = Path(sys.argv[1]), writer._write_shard, module.write_checkpoint, []
+root, write_shard, write, written = Path(sys.argv[1]), writer._write_shard, saving.write_checkpoint, []
 
 
 def counted(kill, file, shard, advance):
@@ -416,10 +417,10 @@ def small(output_dir, state, recipe, finish, overwrite, _, **more):
 
 def convert(name, kill):
     writer._write_shard = lambda *arguments: counted(kill, *arguments)
-    module.convert_checkpoint(str(root / "source"), root / name)
+    convert_checkpoint(str(root / "source"), root / name)
 
 
-module.write_checkpoint = small
+saving.write_checkpoint = small
 child = os.fork()
 if not child:
     convert("moe", True)

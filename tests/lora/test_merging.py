@@ -246,7 +246,10 @@ def test_convert_names_the_command_that_merges_an_adapter(tmp_path):
     ("flags", "message"),
     [
         (["--model_name_or_path", "/nowhere"], "there is no such folder"),
-        (["--model_name_or_path", "{}/base"], "holds no adapter_config.json: give the folder of a LoRA adapter"),
+        (
+            ["--model_name_or_path", "{}/base"],
+            "holds a whole model and no adapter: use it as it is, or train with `moe finetune --merge_lora false`",
+        ),
         (["--model_name_or_path", "{}/adapter", "--base_model", "/nowhere"], "there is no such folder"),
         (["--model_name_or_path", "{}/adapter", "--output_dir", "{}/base/x"], "contain each other"),
     ],

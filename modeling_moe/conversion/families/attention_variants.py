@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module maps families whose attention, or the norms around it, have one feature that no earlier family has."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from .base import Family, SourceFields
 from .deepseek import DEEPSEEK_FAMILIES, deepseek_sparse, latent_attention, latent_tensors
-from .sparse_parts import moe_tensors, sparse
+from .sparse_parts import renamed_tensors, sparse
 
 
 # part of a tensor's name in a family -> part of the name in a MoE
@@ -123,23 +122,9 @@ def _afmoe(fields: SourceFields) -> dict[str, Any]:
     }
 
 
-def _renamed(names: dict[str, str]) -> Callable[[State, MoEConfig], State]:
-    """Returns the function that renames parts of tensors' names and applies [`moe_tensors`]."""
-
-    def tensors(state: State, config: MoEConfig) -> State:
-        renamed: State = {}
-        for name, tensor in state.items():
-            for old, new in names.items():
-                name = name.replace(old, new)
-            renamed[name] = tensor
-        return moe_tensors(renamed, config)
-
-    return tensors
-
-
 ATTENTION_FAMILIES: dict[str, Family] = {
     "axk1": Family(_axk1, _axk1_tensors, sparse=True),
     "mistral4": Family(_mistral4, latent_tensors, sparse=True),
-    "hunyuan_v1_moe": Family(_hunyuan, _renamed(HUNYUAN_NAMES), sparse=True),
-    "afmoe": Family(_afmoe, _renamed(AFMOE_NAMES), sparse=True),
+    "hunyuan_v1_moe": Family(_hunyuan, renamed_tensors(HUNYUAN_NAMES), sparse=True),
+    "afmoe": Family(_afmoe, renamed_tensors(AFMOE_NAMES), sparse=True),
 }

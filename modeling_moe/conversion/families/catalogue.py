@@ -23,7 +23,7 @@ from .granite import GRANITE_FAMILIES
 from .kolibri import KOLIBRI_FAMILIES
 from .phimoe import PHIMOE_FAMILIES
 from .softmax import SOFTMAX_FAMILIES
-from .text_towers import TEXT_FAMILIES
+from .text_models import TEXT_FAMILIES
 from .unread import unread_family
 from .wrappers import WRAPPERS, text_source
 

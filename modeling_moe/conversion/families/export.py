@@ -103,13 +103,15 @@ def choose_target(config: MoEConfig, server: str | None = None) -> Choice:
         server: key of `SERVERS`; only targets that this server is known to compute exactly are chosen then.
 
     Raises:
-        UserError: if no target holds the model, or the server computes none of them exactly. The message names for each
-            target the fields that prevent it.
+        UserError: if no target holds the model, or the server computes none of them exactly. The message names the nearest
+            target and the fields that prevent it, or what the server does with each target.
     """
     able = exact_targets(config)
     if not able:
-        reasons = "; ".join(f"{name}: {', '.join(found)}" for name, found in reasons_of_targets(config).items())
-        raise UserError(f"no target holds this model, so keep target moe, which this package serves ({reasons})")
+        reasons = reasons_of_targets(config)
+        nearest = min(reasons, key=lambda name: len(reasons[name]))
+        told = f"the nearest target, {nearest}, fails for {', '.join(reasons[nearest])}"
+        raise UserError(f"no target holds this model, so keep target moe, which this package serves ({told})")
     named = None if server is None else server_named(server)
     if named is not None and not any(named in found for found in able.values()):
         told = "; ".join(f"{name}: it {_faults_of(config, name, named)}" for name in able)

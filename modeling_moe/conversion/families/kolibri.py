@@ -3,10 +3,8 @@
 
 from typing import Any
 
-from ...checkpoints import State
-from ...configuration_moe import MoEConfig
 from .base import Family, SourceFields
-from .sparse_parts import moe_tensors, sparse
+from .sparse_parts import renamed_tensors, sparse
 
 
 # part of a tensor's name, on disk or in memory -> part of the name in a MoE, applied in this order
@@ -36,13 +34,4 @@ def _kolibri1(fields: SourceFields) -> dict[str, Any]:
     }
 
 
-def _kolibri1_tensors(state: State, config: MoEConfig) -> State:
-    tensors = {}
-    for name, tensor in state.items():
-        for old, new in NAMES.items():
-            name = name.replace(old, new)
-        tensors[name] = tensor
-    return moe_tensors(tensors, config)
-
-
-KOLIBRI_FAMILIES: dict[str, Family] = {"kolibri1": Family(_kolibri1, _kolibri1_tensors, sparse=True)}
+KOLIBRI_FAMILIES: dict[str, Family] = {"kolibri1": Family(_kolibri1, renamed_tensors(NAMES), sparse=True)}

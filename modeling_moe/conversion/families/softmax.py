@@ -9,7 +9,7 @@ from ...checkpoints import State
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from .base import Family, SourceFields
-from .sparse_parts import moe_tensors, pairs_to_halves, standard
+from .sparse_parts import moe_tensors, pairs_to_halves, renamed_tensors, standard
 
 
 def _mixtral(fields: SourceFields) -> dict[str, Any]:
@@ -82,10 +82,6 @@ def _flint(fields: SourceFields) -> dict[str, Any]:
     )
 
 
-def _flint_tensors(state: State, config: MoEConfig) -> State:
-    return moe_tensors({name.replace(".softmax_offset", ".sinks"): tensor for name, tensor in state.items()}, config)
-
-
 def _ernie4_5_moe(fields: SourceFields) -> dict[str, Any]:
     # the routed experts have no biases, which a MoE gives to all its networks or to none
     fields.require("use_bias", False, None)
@@ -124,6 +120,6 @@ SOFTMAX_FAMILIES: dict[str, Family] = {
     "olmoe": Family(_olmoe, moe_tensors, sparse=True),
     "flex_olmo": Family(_flex_olmo, moe_tensors, sparse=True),
     "mellum": Family(_mellum, moe_tensors, sparse=True),
-    "flint": Family(_flint, _flint_tensors, sparse=True),
+    "flint": Family(_flint, renamed_tensors({".softmax_offset": ".sinks"}), sparse=True),
     "ernie4_5_moe": Family(_ernie4_5_moe, _ernie4_5_tensors, sparse=True),
 }

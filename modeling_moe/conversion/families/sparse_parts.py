@@ -4,7 +4,7 @@
 Two layouts of experts are accepted: one tensor for each expert, as on disk, and transformers' fused tensors in memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -86,15 +86,23 @@ def halves_to_pairs(width: int, plain: int) -> Callable[[torch.Tensor], torch.Te
     return lambda tensor: tensor.unflatten(0, (-1, width))[:, order].flatten(0, 1)
 
 
-def _unfused(name: str, tensor: LazyTensor) -> State:
-    """Splits fused experts: `experts.gate_up_proj` (E, 2I, H), gate first, or `experts.down_proj` (E, H, I)."""
+def unfused(name: str, tensor: LazyTensor, transposed: bool = False) -> State:
+    """Splits fused experts: `experts.gate_up_proj` (E, 2I, H), gate first, or `experts.down_proj` (E, H, I).
+
+    Args:
+        name: the tensor's name.
+        tensor: the experts of a layer.
+        transposed: whether the tensor has the shape (E, H, 2I), or (E, I, H).
+    """
     prefix, _, kind = name.rpartition(".")
-    width = tensor.shape[1] // 2
+    width = tensor.shape[2 if transposed else 1] // 2
     parts = {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
     if kind == "down_proj":
         parts = {kind: slice(None)}
     return {
-        f"{prefix}.{e}.{part}.weight": tensor[e, rows] for e in range(tensor.shape[0]) for part, rows in parts.items()
+        f"{prefix}.{e}.{part}.weight": tensor[e, :, rows].transpose() if transposed else tensor[e, rows]
+        for e in range(tensor.shape[0])
+        for part, rows in parts.items()
     }
 
 
@@ -107,5 +115,19 @@ def moe_tensors(state: State, config: MoEConfig) -> State:
         if name.endswith(".e_score_correction_bias"):
             tensor = tensor.to(torch.float32)
         fused = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
-        tensors |= _unfused(name, tensor) if fused else {name: tensor}
+        tensors |= unfused(name, tensor) if fused else {name: tensor}
+    return tensors
+
+
+def renamed_tensors(names: Mapping[str, str]) -> Callable[[State, MoEConfig], State]:
+    """Returns a function that replaces parts of tensors' names, in the order of `names`, and applies [`moe_tensors`]."""
+
+    def tensors(state: State, config: MoEConfig) -> State:
+        renamed: State = {}
+        for name, tensor in state.items():
+            for old, new in names.items():
+                name = name.replace(old, new)
+            renamed[name] = tensor
+        return moe_tensors(renamed, config)
+
     return tensors

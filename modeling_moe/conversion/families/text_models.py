@@ -3,12 +3,12 @@
 
 from typing import Any
 
-from ...checkpoints import LazyTensor, State
+from ...checkpoints import State
 from ...configuration_moe import MoEConfig
 from .base import Family, SourceFields
 from .deepseek import deepseek_sparse, deepseek_v2_router
 from .softmax import qwen_layers
-from .sparse_parts import moe_tensors, sigmoid_routed, standard
+from .sparse_parts import moe_tensors, sigmoid_routed, standard, unfused
 
 
 # fields of rope_parameters that say which frequencies belong to which dimension of an image's positions
@@ -36,27 +36,13 @@ def _aria_text(fields: SourceFields) -> dict[str, Any]:
     }
 
 
-def _by_expert(name: str, tensor: LazyTensor) -> State:
-    """Splits fused experts (E, in, out), whose gate columns stand before the up columns, into matrices (out, in)."""
-    prefix, _, kind = name.rpartition(".")
-    width = tensor.shape[2] // 2
-    parts = {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
-    if kind == "down_proj":
-        parts = {kind: slice(None)}
-    return {
-        f"{prefix}.{e}.{part}.weight": tensor[e, :, columns].transpose()
-        for e in range(tensor.shape[0])
-        for part, columns in parts.items()
-    }
-
-
 def _aria_tensors(state: State, config: MoEConfig) -> State:
     """Splits fused experts, which are transposed and have other names in checkpoints of older releases."""
     tensors: State = {}
     for name, tensor in state.items():
         name = name.replace(".fc1.weight", ".gate_up_proj").replace(".fc2.weight", ".down_proj")
         fused = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
-        tensors |= _by_expert(name, tensor) if fused else {name: tensor}
+        tensors |= unfused(name, tensor, transposed=True) if fused else {name: tensor}
     return moe_tensors(tensors, config)
 
 
@@ -86,7 +72,7 @@ def _qwen3_vl_moe_tensors(state: State, config: MoEConfig) -> State:
     for name, tensor in state.items():
         expected = shapes.get(name.rpartition(".experts.")[2])
         transposed = expected is not None and tensor.shape[1:] != expected
-        tensors |= _by_expert(name, tensor) if transposed else {name: tensor}
+        tensors |= unfused(name, tensor, transposed=True) if transposed else {name: tensor}
     return moe_tensors(tensors, config)
 
 
