@@ -242,6 +242,19 @@ def test_unsupported_values_are_refused(name, field, value):
         moe_config(config)
 
 
+def test_dbrx_is_refused_where_its_theta_is_not_that_of_transformers_until_both_are_equal():
+    """The published file has 500000 in attn_config, where transformers' model, which rotates by 10000, ignores it."""
+    values = DBRX | {"attn_config": {"kv_n_heads": 2, "rope_theta": 500000}, "ffn_config": {"ffn_hidden_size": 24}}
+    del values["rope_parameters"]
+    with pytest.raises(
+        UserError, match=r"transformers' model ignores it and rotates by 10000.0: set rope_parameters to {"
+    ):
+        moe_config(CONFIG_MAPPING["dbrx"](**copy.deepcopy(values)))
+    rope = {"rope_type": "default", "rope_theta": 500000}
+    config = CONFIG_MAPPING["dbrx"](**copy.deepcopy(values), rope_parameters=rope)
+    harness.check_logits(harness.random_source(config), config, "left")
+
+
 def test_fields_of_a_part_are_read():
     config = copy.deepcopy(CONFIGS["dbrx"])
     # the published checkpoint has this field, and no code of transformers reads it
@@ -283,7 +296,7 @@ def test_mistral4_is_read_as_the_text_model_of_mistral3(tmp_path):
     )
     source = harness.randomised(Mistral3ForConditionalGeneration(config))
     source.save_pretrained(tmp_path / "source")
-    target, _ = convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
+    target = convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe").config
     assert (target.llama_4_scaling_beta, target.kv_lora_rank) == (0.4, 10)
     ids = torch.randint(11, 99, (2, 9))
     got = MoEForCausalLM.from_pretrained(tmp_path / "moe").eval()(ids).logits
