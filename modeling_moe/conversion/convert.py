@@ -24,7 +24,7 @@ from ..utils.json_files import read_json
 from ..utils.limits import LAYERS
 from ..utils.lineage import lineage_of
 from ..utils.loading import load_tokenizer, parse_dtype
-from .families.catalogue import fields_without_effect, moe_config, source_config
+from .families.catalogue import fields_without_effect, moe_config, refuse_to_run, source_config
 from .families.export import TARGETS, export_plan, resolved_target
 from .families.wrappers import left_out, text_values
 from .importing import import_state
@@ -401,7 +401,8 @@ def convert_checkpoint(
     if check_plain and target == "moe":
         raise UserError("transformers alone does not know target moe: check another target, or verify this one")
     if check or check_plain:
-        # a missing tokenizer raises an error here, and not after hours of writing weights
+        # a source that cannot run and a missing tokenizer raise errors here, and not after hours of writing weights
+        refuse_to_run(checkpoint.source_config, checkpoint.source.folder)
         input_ids = verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
     folder = result_folder(output_dir, overwrite, [checkpoint], _result_bytes(checkpoint, target))
     for note in checkpoint.notes(target):

@@ -244,8 +244,10 @@ def test_unsupported_values_are_refused(name, field, value):
 
 def test_dbrx_is_refused_where_its_theta_is_not_that_of_transformers_until_both_are_equal():
     """The published file has 500000 in attn_config, where transformers' model, which rotates by 10000, ignores it."""
-    values = DBRX | {"attn_config": {"kv_n_heads": 2, "rope_theta": 500000}, "ffn_config": {"ffn_hidden_size": 24}}
-    del values["rope_parameters"]
+    values = DBRX | {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 500000},
+        "ffn_config": {"ffn_hidden_size": 24},
+    }
     with pytest.raises(
         UserError, match=r"transformers' model ignores it and rotates by 10000.0: set rope_parameters to {"
     ):

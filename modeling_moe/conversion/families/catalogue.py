@@ -133,3 +133,27 @@ def source_config(folder: Path, gguf_file: str | None = None, *, trust_remote_co
     if (beside := folder / MODELOPT).is_file() and getattr(config, "quantization_config", None) is None:
         config.quantization_config = {"quant_method": "modelopt"} | (read_json(beside).get("quantization") or {})
     return config
+
+
+def refuse_to_run(source: PreTrainedConfig, folder: Path) -> None:
+    """Refuses to compare logits with a source that transformers does not load as a causal LM.
+
+    Args:
+        source: configuration that [`source_config`] returned.
+        folder: folder of the source.
+
+    Raises:
+        UserError: says what can be compared.
+    """
+    if len(WRAPPERS.get(source.model_type, ())) > 1:
+        raise UserError(
+            f"transformers computes no logits with a whole {source.model_type} model: convert it without a check, or save "
+            f"its {WRAPPERS[source.model_type][0].removesuffix('_config')} alone and convert that"
+        )
+    file = folder / "config.json"
+    published = read_json(file).get("model_type") if file.is_file() else None
+    if published in TWINS and published not in CONFIG_MAPPING:
+        raise UserError(
+            f"transformers does not load model_type {published!r}: convert it without a check, or write "
+            f"{TWINS[published]!r} into {file}, which is the name of the family"
+        )
