@@ -112,8 +112,6 @@ def test_long_texts_of_phimoe_are_rotated_as_transformers_rotates_them():
     model = imported(config, lazy(source.state_dict()))
     ids = torch.randint(3, 99, (1, 40))
     torch.testing.assert_close(model(ids).logits, source(ids).logits, **TOLERANCE)
-    arguments = {"max_new_tokens": 8, "do_sample": False, "min_new_tokens": 8}
-    assert torch.equal(model.generate(ids[:, :28], **arguments), source.generate(ids[:, :28], **arguments))
 
 
 # a switch -> the value that changes it, with what it needs
