@@ -242,6 +242,21 @@ def test_unsupported_values_are_refused(name, field, value):
         moe_config(config)
 
 
+def test_dbrx_is_refused_where_its_theta_is_not_that_of_transformers_until_both_are_equal():
+    """The published file has 500000 in attn_config, where transformers' model, which rotates by 10000, ignores it."""
+    values = DBRX | {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 500000},
+        "ffn_config": {"ffn_hidden_size": 24},
+    }
+    with pytest.raises(
+        UserError, match=r"transformers' model ignores it and rotates by 10000.0: set rope_parameters to {"
+    ):
+        moe_config(CONFIG_MAPPING["dbrx"](**copy.deepcopy(values)))
+    rope = {"rope_type": "default", "rope_theta": 500000}
+    config = CONFIG_MAPPING["dbrx"](**copy.deepcopy(values), rope_parameters=rope)
+    harness.check_logits(harness.random_source(config), config, "left")
+
+
 def test_fields_of_a_part_are_read():
     config = copy.deepcopy(CONFIGS["dbrx"])
     # the published checkpoint has this field, and no code of transformers reads it

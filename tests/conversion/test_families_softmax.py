@@ -142,6 +142,7 @@ def test_nothing_is_read_before_it_is_asked_for(name):
         ("ernie4_5_moe", "use_bias", True),
         ("ernie4_5_moe", "moe_norm_min", 0.5),
         ("granitemoe_swa", "layer_rope_theta", [100.0, 0, 200.0]),
+        ("granitemoe_swa", "layer_rope_theta", [100.0, 0]),
         ("mellum-full", "rope_parameters", {"full_attention": ROPE | {"partial_rotary_factor": 0.5}}),
         ("flex_olmo", "quantization_config", {"quant_method": "awq"}),
         # transformers' code reads these names, so that they are refused where the conversion does not

@@ -8,21 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from modeling_moe.conversion import load_state, open_checkpoint
 from modeling_moe.utils.errors import UserError
 from tests.conversion import test_families_attention as attention_variants
 from tests.conversion import test_families_bias_routed as bias_routed
 from tests.conversion import test_families_dense as dense
+from tests.conversion import test_families_router as router
+from tests.conversion import test_families_softmax as softmax
 from tests.conversion import test_families_sparse as sparse
+from tests.conversion import test_wrappers as wrappers
+from tests.conversion.harness import random_source
 
 
 # transformers has no class for DeepSeek's first family
 SPARSE = [name for name in sparse.CONFIGS if name.partition("-")[0] != "deepseek"]
 # the auto class knows Mistral 4 as the text model of a wrapper only
 ATTENTION = [name for name in attention_variants.CONFIGS if name.partition("-")[0] != "mistral4"]
-VARIANTS = [*dense.SOURCES, *SPARSE, *bias_routed.CONFIGS, *ATTENTION]
+# the auto class knows the text model of Qwen3-Omni's thinker in newer releases of transformers only
+WRAPPERS = [name for name in wrappers.SOURCES if "thinker" not in name]
+VARIANTS = [*dense.SOURCES, *SPARSE, *bias_routed.CONFIGS, *ATTENTION, *softmax.CONFIGS, *router.NAMES, *WRAPPERS]
 IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
 JUNK = [None, "x", [], {}, True, math.nan, math.inf, 1e30, -1, 0, 0.5, 10**5, [1], "1"]
 NAMES = ["x", "gelu", "silu", "relu", "default", "yarn", "linear", "full_attention", None, 3]
@@ -103,19 +109,25 @@ def save_source(variant: str, folder) -> str:
     torch.manual_seed(0)
     if variant in dense.SOURCES:
         model = dense.random_source(dense.source_config(variant))
+    elif variant in WRAPPERS:
+        model = wrappers.wrapper(variant)
+    elif variant in router.NAMES:
+        model = random_source(router.config_of(variant))
+    elif variant in softmax.CONFIGS:
+        model = random_source(softmax.CONFIGS[variant])
     else:
         families = next(tests for tests in (sparse, bias_routed, attention_variants) if variant in tests.CONFIGS)
         model, _ = families.random_source(variant)
     model.save_pretrained(folder)
-    return "eager" if variant.startswith(("gemma2", "gpt_oss")) else "sdpa"
+    return "eager" if variant.startswith(("gemma2", "gpt_oss", "flint", "granitemoe_swa")) else "sdpa"
 
 
 def theirs(folder, attention: str) -> torch.Tensor | None:
     """Returns transformers' logits, or None if its model does not load completely or fails."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation=attention, output_loading_info=True
-        )
+        wrapped = "text_config" in json.loads((folder / "config.json").read_text())
+        auto = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+        model, info = auto.from_pretrained(folder, attn_implementation=attention, output_loading_info=True)
         if info["missing_keys"] or info["mismatched_keys"]:
             return None
         return model.eval()(IDS).logits
@@ -148,10 +160,11 @@ def run(variant: str, folder, cases: int) -> dict[str, int]:
     attention = save_source(variant, folder)
     file = folder / "config.json"
     written = json.loads(file.read_text())
+    text = written.get("text_config")
     choose, counts = random.Random(variant), {"refused": 0, "equal": 0, "not computed by transformers": 0}
     assert outcome(folder, attention) == "equal"
     for _ in range(cases):
-        values = mutated(choose, written)
+        values = mutated(choose, written) if text is None else written | {"text_config": mutated(choose, text)}
         file.write_text(json.dumps(values))
         try:
             counts[outcome(folder, attention)] += 1

@@ -2,19 +2,26 @@
 
 import json
 import textwrap
+from pathlib import Path
 
 import pytest
+import torch
 from transformers import CONFIG_MAPPING
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
+from modeling_moe import MoEForCausalLM
 from modeling_moe.commands import convert as command
 from modeling_moe.commands import plan as plan_command
 from modeling_moe.conversion import FAMILIES, convert_checkpoint, fields_without_effect, moe_config, open_checkpoint
-from modeling_moe.conversion.families.catalogue import source_config
+from modeling_moe.conversion.families.catalogue import refuse_to_run, source_config
 from modeling_moe.conversion.families.reading import reads
+from modeling_moe.conversion.families.wrappers import text_values
 from modeling_moe.utils.errors import UserError
+from modeling_moe.utils.json_files import read_json
 from tests import builders
-from tests.conversion.published_configs import DEEPSEEK, PUBLISHED
+from tests.conversion import harness
+from tests.conversion import test_families_sparse as sparse
+from tests.conversion.published_configs import DEEPSEEK, LLAMA, PUBLISHED
 from tests.conversion.test_families_sparse import DEEPSEEK as DEEPSEEK_MOE
 
 
@@ -40,6 +47,69 @@ def test_published_configs_are_planned(name, tmp_path):
     assert found <= without_effect
     assert not any(reads(source, field) for field in without_effect)
     assert found == without_effect or values["model_type"] == "minimax_m2"
+
+
+# a published configuration -> number of experts, experts of a token, and some fields that transformers does not read
+EXPERTS: dict[str, tuple[int, int, set[str]]] = {
+    "Kimi-K2-Instruct": (384, 8, set()),
+    "Phi-3.5-MoE-instruct": (16, 2, set()),
+    "Trinity-Nano": (128, 8, {"score_func", "route_norm", "use_grouped_mm"}),
+    "ERNIE-4.5-21B-A3B": (64, 6, {"moe_gate", "moe_use_aux_free"}),
+    "Hunyuan-A13B": (64, 8, {"use_cla", "moe_intermediate_size", "norm_type"}),
+    "dots.llm1": (128, 6, {"use_sliding_window"}),
+    "Granite-3.1-3B-A800M": (40, 8, set()),
+    "Qwen3-VL-30B-A3B": (128, 8, set()),
+    "Qwen3-Omni-30B-A3B": (128, 8, set()),
+    "GLM-4.7-Flash": (64, 4, set()),
+    "K-EXAONE-236B-A23B": (128, 8, {"is_moe_layer"}),
+}
+PUBLISHED_MOE = read_json(Path(__file__).with_name("published_moe.json"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED_MOE)
+def test_published_moe_configs_are_planned(name, tmp_path):
+    values, (experts, chosen, without_effect) = PUBLISHED_MOE[name], EXPERTS[name]
+    source = opened(tmp_path, values)
+    config = moe_config(source)
+    assert (config.num_experts, config.num_experts_per_tok) == (experts, chosen)
+    assert config.num_hidden_layers == text_values(values)["num_hidden_layers"]
+    assert without_effect <= set(fields_without_effect(source))
+
+
+def test_a_twin_of_a_family_under_another_name_is_that_family(tmp_path):
+    """Kimi-K2 is DeepSeek-V3 with a model type of its own, for which no trust in code is asked."""
+    values = PUBLISHED_MOE["Kimi-K2-Instruct"]
+    twin = moe_config(opened(tmp_path, values))
+    assert twin.to_dict() == moe_config(opened(tmp_path, values | {"model_type": "deepseek_v3"})).to_dict()
+    with pytest.raises(UserError, match="scoring_func"):
+        moe_config(opened(tmp_path, values | {"scoring_func": "softmax"}))
+    with pytest.raises(UserError, match="hidden_size"):
+        opened(tmp_path, values | {"hidden_size": "x"})
+
+
+def test_a_source_that_transformers_does_not_load_is_not_compared(tmp_path):
+    for name, message in (
+        ("Kimi-K2-Instruct", r"write 'deepseek_v3' into .*config\.json"),
+        ("Qwen3-Omni-30B-A3B", "save its thinker alone"),
+    ):
+        source = opened(tmp_path / name, PUBLISHED_MOE[name])
+        with pytest.raises(UserError, match=message):
+            refuse_to_run(source, tmp_path / name)
+    refuse_to_run(opened(tmp_path / "llama", LLAMA), tmp_path / "llama")
+
+
+def test_a_twin_is_converted_and_its_comparison_refused_before_anything_is_written(tmp_path):
+    source = harness.random_source(sparse.CONFIGS["deepseek_v3"])
+    source.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "kimi_k2"}))
+    with pytest.raises(UserError, match="model_type 'kimi_k2'"):
+        convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe", check=True)
+    assert not (tmp_path / "moe").exists()
+    convert_checkpoint(str(tmp_path / "source"), tmp_path / "moe")
+    ids = torch.randint(3, 99, (2, 9))
+    got = MoEForCausalLM.from_pretrained(tmp_path / "moe").eval()(ids).logits
+    torch.testing.assert_close(got, source(ids).logits, **harness.TOLERANCE)
 
 
 def test_old_spellings_of_rope_are_those_of_transformers(tmp_path):

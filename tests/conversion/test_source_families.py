@@ -73,5 +73,5 @@ def test_wrapper_that_nobody_compared_is_refused():
 
 
 def test_unknown_family_lists_the_known_ones():
-    with pytest.raises(UserError, match="'bert' has no conversion: it must be one of aria, aria_text, deepseek"):
+    with pytest.raises(UserError, match="'bert' has no conversion: it must be one of afmoe, aria, aria_text,"):
         moe_config(CONFIG_MAPPING["bert"]())

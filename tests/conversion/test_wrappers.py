@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedConfig
 
-from modeling_moe.commands import convert, plan
+from modeling_moe import MoEForCausalLM
+from modeling_moe.commands import convert, plan, upcycle
 from modeling_moe.conversion import (
     fields_without_effect,
     import_state,
@@ -385,6 +386,18 @@ def test_command_prints_and_keeps_what_is_left_out(name, tmp_path, capsys, monke
     assert record["verification"]["largest_difference"] < 1e-5
     assert parts
     assert all(part in printed for part in parts)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "mistral3"])
+def test_a_dense_text_model_is_upcycled(name, tmp_path):
+    source = wrapper(name, vocab_size=300)
+    source.save_pretrained(tmp_path / "source")
+    builders.train_tokenizer().save_pretrained(tmp_path / "source")
+    arguments = ["--model_name_or_path", str(tmp_path / "source"), "--output_dir", str(tmp_path / "moe")]
+    upcycle.main([*arguments, "--num_experts", "4", "--verify", "true"])
+    model, ids = MoEForCausalLM.from_pretrained(tmp_path / "moe").eval(), torch.randint(3, 90, (2, 9))
+    assert model.config.num_experts == 4
+    torch.testing.assert_close(model(ids).logits, source(ids).logits, **TOLERANCE)
 
 
 def test_plan_prints_what_is_left_out(tmp_path, capsys):

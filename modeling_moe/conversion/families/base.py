@@ -197,6 +197,20 @@ def _tied(embedding: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return embedding
 
 
+def split_qkv(name: str, fused: str, tensor: LazyTensor, config: MoEConfig) -> State:
+    """Splits a fused projection, whose rows are those of all queries, then keys, then values.
+
+    Args:
+        name: name of the tensor.
+        fused: part of the name in whose place the parts have q_proj, k_proj and v_proj.
+        tensor: weight or bias.
+        config: configuration of the result.
+    """
+    query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    rows = {"q_proj": slice(0, query), "k_proj": slice(query, query + key), "v_proj": slice(query + key, None)}
+    return {name.replace(fused, part): tensor[places] for part, places in rows.items()}
+
+
 def parameters(state: State, config: MoEConfig) -> State:
     """Removes buffers, and the second copy of a tied head, from a state with the names of a MoE checkpoint."""
     state = {name: tensor for name, tensor in state.items() if not name.endswith(BUFFERS)}

@@ -5,9 +5,9 @@ from typing import Any
 
 from ...checkpoints import State
 from ...configuration_moe import MoEConfig
-from .base import Family, SourceFields
+from .base import Family, SourceFields, split_qkv
 from .deepseek import deepseek_sparse, latent_attention, latent_tensors
-from .sparse_parts import moe_tensors, sigmoid_routed, sigmoid_scores, sparse
+from .sparse_parts import moe_tensors, shared_expert, sigmoid_routed, sigmoid_scores, sparse
 
 
 # part of a tensor's name in Sarvam's checkpoints -> part of the name in a MoE
@@ -76,6 +76,9 @@ def _hy_v3(fields: SourceFields) -> dict[str, Any]:
     fields.take("enable_moe_fp32_combine")
     same = fields.same("head_dim", "moe_intermediate_size", "num_shared_experts", "attention_bias")
     router = {"norm_topk_prob": True, "routed_scaling_factor": fields.take("router_scaling_factor")}
+    if same["num_shared_experts"] == 0:
+        # transformers' model then has one shared expert of the width of dense layers
+        same |= shared_expert(fields, "intermediate_size")
     values = sparse(fields) | same | _kinds_of_layers(fields) | sigmoid_scores(fields)
     return values | router | {"qk_norm": "head"}
 
@@ -92,14 +95,12 @@ def _minimax_m2(fields: SourceFields) -> dict[str, Any]:
 
 def _sarvam_moe_tensors(state: State, config: MoEConfig) -> State:
     """Splits the fused rows of queries, keys and values, and applies [`moe_tensors`]."""
-    query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    rows = {"q_proj": slice(0, query), "k_proj": slice(query, query + key), "v_proj": slice(query + key, None)}
-    tensors = {}
+    tensors: State = {}
     for name, tensor in state.items():
         for old, new in SARVAM_NAMES.items():
             name = name.replace(old, new)
         if ".query_key_value." in name:
-            tensors |= {name.replace("query_key_value", part): tensor[places] for part, places in rows.items()}
+            tensors |= split_qkv(name, "query_key_value", tensor, config)
         else:
             tensors[name] = tensor
     return moe_tensors(tensors, config)

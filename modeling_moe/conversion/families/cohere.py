@@ -6,7 +6,7 @@ from typing import Any
 from ...checkpoints import LazyTensor, State
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
-from .base import Family, SourceFields
+from .base import Family, SourceFields, split_qkv
 from .sparse_parts import moe_tensors, pairs_to_halves, sparse
 
 
@@ -83,8 +83,9 @@ def _dbrx(fields: SourceFields) -> dict[str, Any]:
     theta, held = attention.take("rope_theta"), values["rope_parameters"]["rope_theta"]
     if theta not in (None, held):
         raise UserError(
-            f"rope_theta is {theta!r} in attn_config of this dbrx model's config.json and {held!r} for transformers, which "
-            "reads it from rope_parameters alone: write the value that the model was trained with into both"
+            f"rope_theta is {theta!r} in attn_config of this dbrx model's config.json, where transformers' model ignores it and "
+            f"rotates by {held!r}: set rope_parameters to {{'rope_type': 'default', 'rope_theta': {theta!r}}}, or rope_theta to "
+            f"{held!r} in attn_config"
         )
     width = network.take("ffn_hidden_size")
     values |= fields.same("resid_pdrop") | {
@@ -120,14 +121,12 @@ def _dbrx_experts(name: str, tensor: LazyTensor, config: MoEConfig) -> State:
 
 def _dbrx_tensors(state: State, config: MoEConfig) -> State:
     """Renames tensors, splits the fused rows of queries, keys and values, and splits experts."""
-    query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    rows = {"q_proj": slice(0, query), "k_proj": slice(query, query + key), "v_proj": slice(query + key, None)}
     tensors: State = {}
     for name, tensor in state.items():
         for old, new in DBRX_NAMES.items():
             name = name.replace(old, new)
         if ".Wqkv." in name:
-            tensors |= {name.replace("Wqkv", part): tensor[places] for part, places in rows.items()}
+            tensors |= split_qkv(name, "Wqkv", tensor, config)
         elif ".mlp.experts." in name:
             tensors |= _dbrx_experts(name, tensor, config)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...checkpoints import LazyTensor, State
 from ...configuration_moe import MoEConfig
-from .base import COMMON, Family, SourceFields, parameters
+from .base import COMMON, Family, SourceFields, parameters, split_qkv
 
 
 GPT2_NAMES = {
@@ -210,7 +210,7 @@ def _phi3_tensors(state: State, config: MoEConfig) -> State:
     result: State = {}
     for name, tensor in state.items():
         if ".qkv_proj." in name:
-            result |= _named(name, "qkv_proj", "q_proj k_proj v_proj", _split(tensor, _qkv_sizes(config)))
+            result |= split_qkv(name, "qkv_proj", tensor, config)
         elif ".gate_up_proj." in name:
             result |= _named(name, "gate_up_proj", "gate_proj up_proj", _split(tensor, [config.intermediate_size]))
         else:

@@ -7,7 +7,7 @@ from ...checkpoints import State
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from .base import Family, SourceFields
-from .sparse_parts import moe_tensors, standard
+from .sparse_parts import moe_tensors, shared_expert, standard
 
 
 # part of a tensor's name in a published checkpoint or in transformers -> part of the name in transformers or in a MoE
@@ -27,18 +27,21 @@ def _granitemoe(fields: SourceFields) -> dict[str, Any]:
 
 
 def _granitemoeshared(fields: SourceFields) -> dict[str, Any]:
-    width = fields.take("shared_intermediate_size")
-    shared = {"num_shared_experts": 1, "shared_expert_intermediate_size": width} if width else {}
-    return _granitemoe(fields) | shared
+    return _granitemoe(fields) | shared_expert(fields, "shared_intermediate_size")
 
 
 def _layer_rotations(fields: SourceFields) -> dict[str, Any]:
     """Returns the rotation of layers whose theta the source gives in a list, where 0 stands for no rotation.
 
     Raises:
-        UserError: if layers of one attention type have different thetas.
+        UserError: if layers of one attention type have different thetas, or the list has no entry for each layer.
     """
     rope, kinds, thetas = (fields.take(name) for name in ("rope_parameters", "layer_types", "layer_rope_theta"))
+    if len(kinds) != len(thetas):
+        raise UserError(
+            f"layer_rope_theta has {len(thetas)} entries in the config.json of this {fields.model_type} model: write one for "
+            f"each of the {len(kinds)} layers"
+        )
     by_kind: dict[str, set[float]] = {}
     for kind, theta in zip(kinds, thetas, strict=True):
         by_kind.setdefault(kind, set()).update([theta] if theta else [])

@@ -4,7 +4,7 @@
 from typing import Any
 
 from .base import Family, SourceFields
-from .sparse_parts import renamed_tensors, sparse
+from .sparse_parts import renamed_tensors, shared_expert, sparse
 
 
 # part of a tensor's name, on disk or in memory -> part of the name in a MoE, applied in this order
@@ -19,14 +19,13 @@ NAMES = {
 
 
 def _kolibri1(fields: SourceFields) -> dict[str, Any]:
-    widths = fields.same("head_dim", "moe_intermediate_size", "shared_expert_intermediate_size")
+    widths = fields.same("head_dim", "moe_intermediate_size") | shared_expert(fields)
     values = sparse(fields) | widths | fields.same("layer_types", "sliding_window", "norm_topk_prob")
     return values | {
         # full attention rotates nothing
         "no_rope_layers": [int(kind == "sliding_attention") for kind in values["layer_types"]],
         "qk_norm": "head",
         "norm_placement": "sandwich",
-        "num_shared_experts": 1,
         "scoring_func": "sigmoid",
         "router_selection_bias": True,
         "router_selection_bias_on": "logits",

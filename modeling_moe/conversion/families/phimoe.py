@@ -11,8 +11,8 @@ from .sparse_parts import moe_tensors, standard
 def _rope(fields: SourceFields) -> dict[str, Any]:
     """Returns the rotary embedding, with PhiMoE's two scales of cosine and sine in the place of `attention_factor`.
 
-    A text longer than `original_max_position_embeddings` is rotated by `long_factor`, as in the code that Microsoft published
-    with the weights. transformers' class computes with `short_factor` there too.
+    transformers' class rotates texts of every length by `short_factor`, and the result does so too. The code that Microsoft
+    published with the weights rotates a text longer than `original_max_position_embeddings` by `long_factor`.
 
     Raises:
         UserError: for scales that depend on the length, or another rotary embedding than the default and longrope.
@@ -29,12 +29,15 @@ def _rope(fields: SourceFields) -> dict[str, Any]:
         )
     # transformers writes this number beside the one in rope_parameters
     fields.require("original_max_position_embeddings", None, rope.get("original_max_position_embeddings"))
-    return rope | {"attention_factor": short}
+    return rope | {"attention_factor": short, "long_factor": rope.get("short_factor")}
 
 
 def _phimoe(fields: SourceFields) -> dict[str, Any]:
     fields.require("num_experts_per_tok", 2)  # transformers' router chooses two, whatever the field says
-    fields.require("input_jitter_noise", 0.0)
+    # this noise on the input of a sparse block, in training only, has no counterpart in a MoE
+    fields.take("input_jitter_noise")
+    # transformers reads this dropout, which published configurations name, for the classification of tokens alone
+    fields.take("hidden_dropout")
     same = fields.same("attention_bias", "lm_head_bias", "sliding_window", "router_jitter_noise")
     return (
         standard(fields)

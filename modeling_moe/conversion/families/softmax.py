@@ -9,7 +9,7 @@ from ...checkpoints import State
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from .base import Family, SourceFields
-from .sparse_parts import moe_tensors, pairs_to_halves, renamed_tensors, standard
+from .sparse_parts import moe_tensors, pairs_to_halves, renamed_tensors, shared_expert, standard
 
 
 def _mixtral(fields: SourceFields) -> dict[str, Any]:
@@ -38,8 +38,15 @@ def _qwen(fields: SourceFields) -> dict[str, Any]:
 
 
 def _qwen2_moe(fields: SourceFields) -> dict[str, Any]:
-    same = fields.same("qkv_bias", "layer_types", "shared_expert_intermediate_size")
-    return _qwen(fields) | same | {"num_shared_experts": 1, "shared_expert_gate": True}
+    shared = shared_expert(fields)
+    return _qwen(fields) | fields.same("qkv_bias", "layer_types") | shared | {"shared_expert_gate": bool(shared)}
+
+
+def _qwen2_moe_tensors(state: State, config: MoEConfig) -> State:
+    """Leaves out the gates of shared experts of width 0."""
+    if config.num_shared_experts == 0:
+        state = {name: tensor for name, tensor in state.items() if not name.endswith(".shared_expert_gate.weight")}
+    return moe_tensors(state, config)
 
 
 def _qwen3_moe(fields: SourceFields) -> dict[str, Any]:
@@ -65,18 +72,17 @@ def _mellum(fields: SourceFields) -> dict[str, Any]:
 
 def _flint(fields: SourceFields) -> dict[str, Any]:
     kinds = fields.take("layer_types")
-    experts = ("moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob")
-    # transformers computes the balance loss from a softmax of the logits, and a MoE from the sigmoid scores
+    experts = ("moe_intermediate_size", "norm_topk_prob")
     return (
         standard(fields)
         | fields.same("attention_bias", "sliding_window", "layer_types", *experts)
+        | shared_expert(fields)
         | {
             "scoring_func": "sigmoid",
             "norm_type": "rms_fp32",
             "qk_norm": "head",
             "attention_sinks": True,
             "no_rope_layers": [int(kind == "sliding_attention") for kind in kinds],
-            "num_shared_experts": 1,
             "mlp_layer_types": qwen_layers(fields),
         }
     )
@@ -115,7 +121,7 @@ def _ernie4_5_tensors(state: State, config: MoEConfig) -> State:
 
 SOFTMAX_FAMILIES: dict[str, Family] = {
     "mixtral": Family(_mixtral, moe_tensors, sparse=True),
-    "qwen2_moe": Family(_qwen2_moe, moe_tensors, sparse=True),
+    "qwen2_moe": Family(_qwen2_moe, _qwen2_moe_tensors, sparse=True),
     "qwen3_moe": Family(_qwen3_moe, moe_tensors, sparse=True),
     "olmoe": Family(_olmoe, moe_tensors, sparse=True),
     "flex_olmo": Family(_flex_olmo, moe_tensors, sparse=True),

@@ -53,8 +53,23 @@ def sparse(fields: SourceFields, partial: bool = False) -> dict[str, Any]:
 
 
 def standard(fields: SourceFields) -> dict[str, Any]:
-    """Reads the fields of [`sparse`], head_dim and the coefficient of transformers' balance loss."""
+    """Reads the fields of [`sparse`], head_dim and the coefficient of transformers' balance loss.
+
+    A coefficient is kept wherever transformers' model computes the loss, also beside sigmoid scores: transformers takes a
+    softmax of the logits for the loss, a MoE the normalised scores, and both losses are K in balance.
+    """
     return sparse(fields) | fields.same("head_dim", "router_aux_loss_coef")
+
+
+def shared_expert(fields: SourceFields, width: str = "shared_expert_intermediate_size") -> dict[str, Any]:
+    """Reads the width of one shared expert; a source with the width 0 has none.
+
+    Args:
+        fields: fields of the source.
+        width: name of the width in the source.
+    """
+    value = fields.take(width)
+    return {"num_shared_experts": 1, "shared_expert_intermediate_size": value} if value else {}
 
 
 def sigmoid_scores(fields: SourceFields) -> dict[str, Any]:
@@ -114,6 +129,8 @@ def moe_tensors(state: State, config: MoEConfig) -> State:
             name = name.replace(old, new)
         if name.endswith(".e_score_correction_bias"):
             tensor = tensor.to(torch.float32)
+        if config.num_shared_experts == 0 and ".shared_experts." in name and tensor.numel == 0:
+            continue  # transformers builds shared experts of width 0
         fused = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
         tensors |= unfused(name, tensor) if fused else {name: tensor}
     return tensors

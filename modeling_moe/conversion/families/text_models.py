@@ -80,7 +80,6 @@ def _glm4v_moe_text(fields: SourceFields) -> dict[str, Any]:
     # rope_parameters contains this field, which releases of transformers before 5.24 keep beside it
     fields.take("partial_rotary_factor")
     values = deepseek_sparse(fields, partial=True) | sigmoid_routed(fields)
-    # transformers computes the balance loss from a softmax of the logits, and a MoE from the sigmoid scores
     same = fields.same("head_dim", "router_aux_loss_coef")
     return values | {"qkv_bias": values.pop("attention_bias")} | same | text_rotation(fields)
 
