@@ -72,7 +72,9 @@ def check(args: ServeArguments) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path {name}: {error}") from error
     if tokenizer.chat_template is None:
-        print("The tokenizer has no chat template, so the server answers /v1/completions alone, and a chat ends in an error.")
+        print(
+            "The tokenizer has no chat template, so the server answers /v1/completions alone, and a chat ends in an error."
+        )
 
 
 def _refuse_taken_port(args: ServeArguments) -> None:
@@ -84,7 +86,9 @@ def _refuse_taken_port(args: ServeArguments) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise UserError(f"host {args.host}, port {args.port}: {error.strerror}; choose another --host or --port") from error
+        raise UserError(
+            f"host {args.host}, port {args.port}: {error.strerror}; choose another --host or --port"
+        ) from error
 
 
 def serve(args: ServeArguments) -> None:

@@ -148,9 +148,7 @@ def ask_llama(root: Path, tree: str) -> None:
         folder = root / target
         files = {name: folder / f"{name}.gguf" for name in ("base", "merged", "llama", "trained")}
         errors = {
-            name: convert(
-                tree, str(folder / name), file, None if name in ("base", "merged") else str(folder / "base")
-            )
+            name: convert(tree, str(folder / name), file, None if name in ("base", "merged") else str(folder / "base"))
             for name, file in files.items()
         }
         asked = {"llama": ("base", "llama"), "llama_base": ("base", None), "llama_merged": ("merged", None)} | {
@@ -185,7 +183,9 @@ def table(root: Path) -> tuple[list[str], bool]:
             result = compare(expected[like], found)
             passed = passed and result.exact
             same = f"{result.same} of {result.tokens}"
-            lines.append(f"| {target} | {title} | {same if result.exact else f'**{same}**'} | {result.difference:.0e} |")
+            lines.append(
+                f"| {target} | {title} | {same if result.exact else f'**{same}**'} | {result.difference:.0e} |"
+            )
         for name, title in NOT_EXPECTED.items():
             # none of these may be taken for working: the kernel that vLLM lacks on CPU, and the file as PEFT saves it
             found = Answers.load(folder / f"{name}.json")

@@ -20,7 +20,16 @@ def convert(tree: str, folder: str, output: Path, base: str | None = None) -> st
         The converter's last line if the converter refuses the folder, else None.
     """
     script = ["convert_hf_to_gguf.py"] if base is None else ["convert_lora_to_gguf.py", "--base", base]
-    command = [sys.executable, f"{tree}/{script[0]}", folder, *script[1:], "--outtype", "f32", "--outfile", str(output)]
+    command = [
+        sys.executable,
+        f"{tree}/{script[0]}",
+        folder,
+        *script[1:],
+        "--outtype",
+        "f32",
+        "--outfile",
+        str(output),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     return (run.stderr.strip().splitlines() or ["no message"])[-1] if run.returncode else None
 

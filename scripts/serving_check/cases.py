@@ -184,7 +184,11 @@ OWN_CODE = [
         {"shared_expert_intermediate_size": 64, "num_null_experts": 2},
         vllm={"enforce_eager": False},
     ),
-    Case("model_impl transformers", {"hidden_act": "gelu"}, vllm={"model_impl": "transformers"}),
+    Case(
+        "model_impl transformers",
+        {"hidden_act": "gelu"},
+        vllm={"model_impl": "transformers", "trust_remote_code": True},
+    ),
 ]
 # vLLM's plugin refuses these
 REFUSED = [

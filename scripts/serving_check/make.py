@@ -95,7 +95,9 @@ def main() -> None:
     """Makes the cases that the command line names, or all."""
     root, smollm2, chosen = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     if unknown := set(chosen).difference(case.folder for case in CASES):
-        sys.exit(f"unknown cases: {', '.join(sorted(unknown))}; the cases are {', '.join(case.folder for case in CASES)}")
+        sys.exit(
+            f"unknown cases: {', '.join(sorted(unknown))}; the cases are {', '.join(case.folder for case in CASES)}"
+        )
     tokenizer: Any = AutoTokenizer.from_pretrained(smollm2, gguf_file=GGUF)
     for case in CASES:
         if chosen and case.folder not in chosen:
