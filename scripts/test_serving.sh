@@ -2,8 +2,8 @@
 # This compares what vLLM and llama.cpp answer with what transformers answers, and writes the tables of docs/serving.md.
 #   bash scripts/test_serving.sh                 all models and the exported adapters; writes the page
 #   bash scripts/test_serving.sh [CASE ...]      only these (scripts/serving_check/cases.py, or `adapters`); prints the tables
-# It makes two environments in .cache/serving (5 GB, five minutes) beside this package's and runs on the CPU, about fifteen
-# minutes on two cores. It fails for a model that a server computes wrongly or not at all although this package names the server.
+# It makes two environments in .cache/serving (5 GB, five minutes) beside this package's and runs on the CPU, about
+# half a minute for each start of vLLM and some seconds for each model. It fails for a model that a server computes wrongly or not at all although this package names the server.
 # --venv V uses an existing environment of the package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
