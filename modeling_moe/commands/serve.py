@@ -11,6 +11,8 @@ tokenizer with a chat template. Ctrl-C stops the server. A MoE checkpoint runs b
 beside the weights.
 """
 
+import contextlib
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,21 +55,40 @@ def check(args: ServeArguments) -> None:
     """Refuses what would fail at the first request, or answer wrongly.
 
     Raises:
-        UserError: if packages of the server are missing, the folder holds no model and tokenizer of transformers, or a
-            token's output would depend on other requests in the batch.
+        UserError: if packages of the server are missing, the folder holds no model and tokenizer of transformers, another
+            process listens on the port, or a token's output would depend on other requests in the batch.
     """
     if not is_serve_available():
         raise UserError("the server needs fastapi, uvicorn and openai: pip install 'modeling-moe[serving]'")
     name = args.model_name_or_path
     if (Path(name) / "adapter_config.json").is_file():
         raise UserError(f"{name} is an adapter: merge it first by moe merge_adapter")
-    load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    _refuse_taken_port(args)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         if args.continuous_batching and isinstance(config, MoEConfig):
             config.refuse_continuous_batching()
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path {name}: {error}") from error
+    if tokenizer.chat_template is None:
+        print(
+            "The tokenizer has no chat template, so the server answers /v1/completions alone, and a chat ends in an error."
+        )
+
+
+def _refuse_taken_port(args: ServeArguments) -> None:
+    """Refuses an address that cannot be listened on, which the server would notice only after it has loaded the model."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            # as the server does: a port that a stopped server has left a moment ago is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"host {args.host}, port {args.port}: {error.strerror}; choose another --host or --port"
+        ) from error
 
 
 def serve(args: ServeArguments) -> None:
@@ -85,16 +106,18 @@ def serve(args: ServeArguments) -> None:
     device = args.device
     if device == "auto" and not torch.accelerator.is_available():
         device = "cpu"
-    Serve(
-        force_model=args.model_name_or_path,
-        host=args.host,
-        port=args.port,
-        continuous_batching=args.continuous_batching,
-        dtype=args.dtype,
-        device=device,
-        attn_implementation=args.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-    )
+    # Ctrl-C is how a server ends; uvicorn raises it again after it has stopped
+    with contextlib.suppress(KeyboardInterrupt):
+        Serve(
+            force_model=args.model_name_or_path,
+            host=args.host,
+            port=args.port,
+            continuous_batching=args.continuous_batching,
+            dtype=args.dtype,
+            device=device,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

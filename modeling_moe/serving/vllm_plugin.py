@@ -16,6 +16,7 @@ def register() -> None:
     """
     # not at the top: vLLM is no dependency of this package
     from vllm import ModelRegistry
+    from vllm.model_executor.models import registry
 
     # the import of the package registers the auto classes
     import modeling_moe
@@ -23,3 +24,6 @@ def register() -> None:
     name = modeling_moe.MoEForCausalLM.__name__
     if name not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(name, SERVED_MODEL)
+    # with `--model-impl transformers` vLLM takes a class of its own, which knows neither other activations nor empty
+    # assignments, except for the architectures in this dictionary, whose registered class it takes
+    registry._TRANSFORMERS_BACKEND_MODELS[name] = tuple(SERVED_MODEL.split(":"))

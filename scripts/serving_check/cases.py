@@ -48,12 +48,14 @@ class Case:
         fields: fields of `MoEConfig` that differ from `SIZE`; options of the upcycling if `upcycled`.
         target: family to which the model is exported; None for a model that only this package's code computes.
         upcycled: whether the model is SmolLM2-135M, upcycled.
+        vllm: arguments of `vllm.LLM` that differ from the usual ones of `ask_vllm`.
     """
 
     name: str
     fields: dict[str, Any] = field(default_factory=dict)
     target: str | None = None
     upcycled: bool = False
+    vllm: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -97,6 +99,16 @@ EXPORTS = [
             "router_bias": True,
             "sliding_window": 8,
             "layer_types": ["sliding_attention", "full_attention"],
+            # as the published models; vLLM has no other rotation
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 2.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 128,
+            },
         },
         "gpt_oss",
     ),
@@ -167,7 +179,16 @@ OWN_CODE = [
         "layer norm, learned positions",
         {"norm_type": "layer", "norm_placement": "parallel", "position_embedding_type": "learned"},
     ),
-    Case("compiled", {"shared_expert_intermediate_size": 64, "num_null_experts": 2}),
+    Case(
+        "without enforce_eager",
+        {"shared_expert_intermediate_size": 64, "num_null_experts": 2},
+        vllm={"enforce_eager": False},
+    ),
+    Case(
+        "model_impl transformers",
+        {"hidden_act": "gelu"},
+        vllm={"model_impl": "transformers", "trust_remote_code": True},
+    ),
 ]
 # vLLM's plugin refuses these
 REFUSED = [

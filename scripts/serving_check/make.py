@@ -10,20 +10,33 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.conversion import convert_checkpoint
 from modeling_moe.upcycling import UpcyclingOptions, upcycle_checkpoint
 from modeling_moe.utils.errors import UserError
 
-from .answers import NEW_TOKENS, PROMPTS, Answers
+from .answers import NEW_TOKENS, PROMPTS, Answers, ends_inside_character
 from .cases import CASES, SIZE, Case
 
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def answers(folder: Path) -> Answers:
+def inside_characters(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """Returns for each token whether the text up to it ends inside a character."""
+    byte = {character: value for value, character in bytes_to_unicode().items()}
+    text, inside = b"", []
+    for token in ids:
+        # llama.cpp's server writes no text for a special token
+        if token not in tokenizer.added_tokens_decoder:
+            text += bytes(byte[character] for character in str(tokenizer.convert_ids_to_tokens(token)))
+        inside.append(ends_inside_character(text))
+    return inside
+
+
+def answers(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Answers:
     """Returns the greedy answers of the model in `folder`, computed by transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids, logprobs = [], []
@@ -42,7 +55,7 @@ def answers(folder: Path) -> Answers:
         ids.append(new.tolist())
         scores = torch.cat(output.logits).log_softmax(dim=-1)
         logprobs.append(scores.gather(1, new[:, None])[:, 0].tolist())
-    return Answers(ids, logprobs)
+    return Answers(ids, logprobs, inside=[inside_characters(each, tokenizer) for each in ids])
 
 
 def make_random(case: Case, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -71,29 +84,33 @@ def make_upcycled(case: Case, folder: Path, smollm2: Path) -> None:
 
 def export(target: str, folder: Path) -> None:
     """Exports a case's model, or writes why the package refuses to."""
-    refused = folder / "refused.txt"
-    refused.unlink(missing_ok=True)
     try:
         convert_checkpoint(str(folder / "moe"), folder / "export", target=target, overwrite=True)
     except UserError as error:
         shutil.rmtree(folder / "export", ignore_errors=True)
-        refused.write_text(str(error), encoding="utf-8")
+        (folder / "refused.txt").write_text(str(error), encoding="utf-8")
 
 
 def main() -> None:
     """Makes the cases that the command line names, or all."""
     root, smollm2, chosen = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    if unknown := set(chosen).difference(case.folder for case in CASES):
+        sys.exit(
+            f"unknown cases: {', '.join(sorted(unknown))}; the cases are {', '.join(case.folder for case in CASES)}"
+        )
     tokenizer: Any = AutoTokenizer.from_pretrained(smollm2, gguf_file=GGUF)
     for case in CASES:
         if chosen and case.folder not in chosen:
             continue
         folder = root / case.folder
-        folder.mkdir(parents=True, exist_ok=True)
+        # answers of an earlier run, perhaps by other releases, must not pass for answers of this one
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         if case.upcycled:
             make_upcycled(case, folder / "moe", smollm2)
         else:
             make_random(case, folder / "moe", tokenizer)
-        answers(folder / "moe").save(folder / "transformers.json")
+        answers(folder / "moe", tokenizer).save(folder / "transformers.json")
         if case.target is not None:
             export(case.target, folder)
         print(f"=== {case.name}", flush=True)

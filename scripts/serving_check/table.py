@@ -1,6 +1,7 @@
-"""This script writes the table of docs/serving.md from the answers that servers and transformers have given.
+"""This script prints what servers have answered beside transformers, and writes the table of docs/serving.md.
 
-python -m serving_check.table FOLDER PAGE [VERSION ...]    in this package's environment; exit code 1 if a row is silently wrong
+python -m serving_check.table FOLDER [CASE ...]             in this package's environment; exit code 1 for a fault of the package
+python -m serving_check.table FOLDER --page PAGE VERSION ...    of all cases, into the page
 """
 
 import sys
@@ -12,7 +13,8 @@ from modeling_moe import MoEConfig
 from modeling_moe.conversion import verdicts
 
 from .answers import Answers, compare
-from .cases import CASES, Case
+from .cases import CASES, EXPORTS, REFUSED, Case
+from .page import write_section
 
 
 # the name of an answers' file -> column, and the server's name in `modeling_moe.conversion.verdicts`
@@ -21,7 +23,6 @@ COLUMNS = {
     "vllm": ("vLLM, its own class", "vLLM"),
     "own": ("vLLM, our code", None),
 }
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def refusal(folder: Path, server: str | None) -> str | None:
@@ -33,21 +34,24 @@ def refusal(folder: Path, server: str | None) -> str | None:
     return "; ".join(found[0].faults) if found and found[0].faults else None
 
 
-def cell(folder: Path, column: str) -> tuple[str, bool]:
-    """Returns what a server did with a model, and whether the package would have let it answer wrongly."""
+def cell(case: Case, folder: Path, column: str) -> tuple[str, bool]:
+    """Returns what a server did with a model, and whether that is a fault of this package."""
     path = folder / f"{column}.json"
     refused = folder / "refused.txt"
     if column != "own" and refused.exists():
-        return "refused by us: " + refused.read_text(encoding="utf-8").split(";")[0], False
+        return "refused by us: " + refused.read_text(encoding="utf-8").split(";")[0], case in EXPORTS
     if not path.exists():
-        return "", False
+        return ("**not asked**", True) if column == "own" or case.target is not None else ("", False)
     answers = Answers.load(path)
     reason = refusal(folder, COLUMNS[column][1])
     if answers.error is not None:
         if "would change the text, because" in answers.error:
-            return "refused by us: " + answers.error.split("because ")[1].split(":")[0], False
-        return "refused by the server" + (", not named by us" if reason else ""), False
+            return "refused by us: " + answers.error.split("because ")[1].split(":")[0], case not in REFUSED
+        # a model card that names the server would be wrong, and so would the plugin be
+        return ("refused by the server, not named by us", False) if reason else ("**refused by the server**", True)
     found = compare(Answers.load(folder / "transformers.json"), answers)
+    if case in REFUSED:
+        return "**not refused**", True
     if found.exact:
         return f"exact, {found.difference:.0e}" + (f" (not named by us: {reason})" if reason else ""), False
     figures = f"{found.same} of {found.tokens} tokens, {found.difference:.0e}"
@@ -57,24 +61,25 @@ def cell(folder: Path, column: str) -> tuple[str, bool]:
 
 
 def row(root: Path, case: Case) -> tuple[str, bool]:
-    """Returns the line of a case, and whether it is silently wrong anywhere."""
-    cells = [cell(root / case.folder, column) for column in COLUMNS]
+    """Returns the line of a case, and whether it shows a fault of this package."""
+    cells = [cell(case, root / case.folder, column) for column in COLUMNS]
     line = f"| {case.name} | {' | '.join(text for text, _ in cells)} |".replace("  |", " |")
     return line, any(wrong for _, wrong in cells)
 
 
 def main() -> None:
-    """Writes the table between the page's markers, and fails for a row that is silently wrong."""
-    root, page, versions = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    """Prints the table of the chosen cases, or writes the page with all, and fails for a fault of this package."""
+    root, chosen = Path(sys.argv[1]), sys.argv[2:]
+    page, versions = None, []
+    if "--page" in chosen:
+        place = chosen.index("--page")
+        page, versions, chosen = Path(chosen[place + 1]), chosen[place + 2 :], chosen[:place]
     MoEConfig()  # registers the auto classes
-    rows = [row(root, case) for case in CASES if (root / case.folder / "transformers.json").exists()]
+    rows = [row(root, case) for case in CASES if not chosen or case.folder in chosen]
     heads = [title for title, _ in COLUMNS.values()]
     table = [f"| Model | {' | '.join(heads)} |", "|---|---|---|---|", *(line for line, _ in rows)]
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    measured = "\n".join([BEGIN, "", f"Measured with {', '.join(versions)}.", "", *table, "", END])
-    page.write_text(before + measured + after, encoding="utf-8")
+    if page is not None:
+        write_section(page, "measured", versions, table)
     print("\n".join(table))
     sys.exit(any(wrong for _, wrong in rows))
 

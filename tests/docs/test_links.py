@@ -160,6 +160,8 @@ def docstrings(module: ModuleType):
 def test_references_in_docstrings_resolve(name):
     if ".triton" in name:
         pytest.importorskip("triton")
+    if name == "modeling_moe.serving.vllm_model":
+        pytest.importorskip("vllm", reason="only vLLM imports this module")
     module = import_module(name)
     for text, owner in docstrings(module):
         for match in REFERENCE.finditer(text):

@@ -1,14 +1,17 @@
 """`moe serve` answers an OpenAI client as `generate` answers, in a real process."""
 
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 
+import openai
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.commands.serve import ServeArguments, serve
@@ -16,7 +19,6 @@ from modeling_moe.utils.errors import UserError
 from tests.builders import tiny_config, train_tokenizer
 
 
-openai = pytest.importorskip("openai", reason="the extra `serving` is not installed")
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>"
 QUESTION = [{"role": "user", "content": "to the old mill"}]
 NEW_TOKENS = 8
@@ -74,8 +76,11 @@ def server(folder, log, *flags):
             except openai.APIConnectionError:
                 time.sleep(0.2)
         yield client
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0, log.read_text()
+        assert "Traceback" not in log.read_text()
     finally:
-        process.terminate()
+        process.kill()
         process.wait(timeout=30)
 
 
@@ -104,6 +109,20 @@ def test_a_client_gets_what_generate_writes(tmp_path):
         check_answers(client, tmp_path / "moe", model, tokenizer)
 
 
+def test_another_family_is_served_in_bfloat16(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, eos_token_id=None, **sizes))
+    model.save_pretrained(tmp_path / "llama")
+    tokenizer = train_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "llama")
+    with server(tmp_path / "llama", tmp_path / "log", "--device", "cpu", "--dtype", "bfloat16") as client:
+        options = {"model": str(tmp_path / "llama"), "temperature": 0, "max_tokens": NEW_TOKENS}
+        whole = client.completions.create(prompt="the old mill", **options)
+    assert whole.choices[0].text == expected(model.bfloat16(), tokenizer, "the old mill")
+    assert "no chat template" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.slow
 def test_a_client_gets_what_generate_writes_with_continuous_batching(tmp_path):
     model, tokenizer = save_model(tmp_path / "moe")
@@ -127,3 +146,13 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path
 def test_a_port_that_no_socket_has_is_refused():
     with pytest.raises(UserError, match="port is 70000"):
         ServeArguments("moe", port=70000)
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(tmp_path):
+    save_model(tmp_path / "moe")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port}: .*choose another --host or --port"):
+            serve(ServeArguments(str(tmp_path / "moe"), host="127.0.0.1", port=port))

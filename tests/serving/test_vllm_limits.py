@@ -2,7 +2,9 @@
 
 import ast
 import inspect
+import sys
 import textwrap
+import types
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from modeling_moe.attention import MoEAttention
 from modeling_moe.attention_latent import MoELatentAttention
 from modeling_moe.modeling_moe import MoEBlock
-from modeling_moe.serving import has_fused_experts, refuse_vllm
+from modeling_moe.serving import has_fused_experts, refuse_vllm, vllm_plugin
 from tests.builders import tiny_config
 
 
@@ -70,3 +72,20 @@ def test_the_plugin_is_named_in_the_package(request):
     register = EntryPoint("modeling_moe", value, "vllm.general_plugins").load()
     with pytest.raises(ImportError, match="vllm"):
         register()
+
+
+def test_vllm_takes_the_plugin_s_class_with_the_flag_for_its_transformers_back_end(monkeypatch):
+    """Without the entry in the dictionary, vLLM takes a class of its own for `--model-impl transformers`."""
+    names = ("vllm", "vllm.model_executor", "vllm.model_executor.models", "vllm.model_executor.models.registry")
+    modules = [types.ModuleType(name) for name in names]
+    for module, name in zip(modules, names, strict=True):
+        monkeypatch.setitem(sys.modules, name, module)
+    registered, back_ends = {}, {}
+    modules[0].ModelRegistry = types.SimpleNamespace(
+        get_supported_archs=registered.keys, register_model=registered.__setitem__
+    )
+    modules[2].registry = types.SimpleNamespace(_TRANSFORMERS_BACKEND_MODELS=back_ends)
+    vllm_plugin.register()
+    vllm_plugin.register()
+    assert registered == {"MoEForCausalLM": vllm_plugin.SERVED_MODEL}
+    assert back_ends == {"MoEForCausalLM": ("modeling_moe.serving.vllm_model", "VllmMoEForCausalLM")}
