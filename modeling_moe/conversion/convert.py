@@ -375,9 +375,9 @@ def plan_conversion(
 
 
 def _rounds(checkpoint: Checkpoint, target: str, dtype: str) -> bool:
-    """Returns whether a conversion rounds weights: by a factor that it multiplies in, by `dtype`, or by dequantising."""
+    """Returns whether a conversion rounds weights: by a factor that it multiplies in, or by dequantising."""
     quantised = getattr(text_source(checkpoint.source_config), "quantization_config", None) is not None
-    return TARGETS[target].rounds(checkpoint.config) or dtype != "auto" or quantised
+    return TARGETS[target].rounds(checkpoint.config) or quantised
 
 
 def _result_bytes(checkpoint: Checkpoint, target: str) -> int:
@@ -423,6 +423,11 @@ def convert_checkpoint(
     target = _resolved_target(checkpoint, target, dtype, server)
     if check_plain and target == "moe":
         raise UserError("transformers alone does not know target moe: check another target, or verify this one")
+    if check_plain and dtype not in ("auto", "float32"):
+        raise UserError(
+            f"the check in transformers compares in fp32, and dtype {dtype} rounds weights, which can change the chosen "
+            "experts: convert to that dtype with target moe first, then export the result with the check"
+        )
     if check or check_plain:
         # a missing tokenizer raises an error here, and not after hours of writing weights
         input_ids = verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
