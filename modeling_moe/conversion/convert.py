@@ -374,7 +374,7 @@ def plan_conversion(
     return ConversionPlan(checkpoint.config, _result_bytes(checkpoint, target), target, checkpoint.notes(target))
 
 
-def _rounds(checkpoint: Checkpoint, target: str, dtype: str) -> bool:
+def _rounds(checkpoint: Checkpoint, target: str) -> bool:
     """Returns whether a conversion rounds weights: by a factor that it multiplies in, or by dequantising."""
     quantised = getattr(text_source(checkpoint.source_config), "quantization_config", None) is not None
     return TARGETS[target].rounds(checkpoint.config) or quantised
@@ -442,7 +442,7 @@ def convert_checkpoint(
             verification = verify(name_or_path, result, gguf_file, dtype, trust_remote_code=trust_remote_code)
         if check_plain:
             weights = checkpoint.state["model.embed_tokens.weight"].dtype
-            rounded = weights if _rounds(checkpoint, target, dtype) else None
+            rounded = weights if _rounds(checkpoint, target) else None
             plain = compare_in_plain_transformers(
                 name_or_path, result, input_ids, gguf_file, rounded, trust_remote_code=trust_remote_code
             )
