@@ -95,10 +95,10 @@ def plan_conversion(
     return ConversionPlan(checkpoint.config, _result_bytes(checkpoint, target), target, checkpoint.notes(target))
 
 
-def _rounds(checkpoint: Checkpoint, target: str, dtype: str) -> bool:
-    """Returns whether a conversion rounds weights: by a factor that it multiplies in, by `dtype`, or by dequantising."""
+def _rounds(checkpoint: Checkpoint, target: str) -> bool:
+    """Returns whether a conversion rounds weights: by a factor that it multiplies in, or by dequantising."""
     quantised = getattr(text_source(checkpoint.source_config), "quantization_config", None) is not None
-    return TARGETS[target].rounds(checkpoint.config) or dtype != "auto" or quantised
+    return TARGETS[target].rounds(checkpoint.config) or quantised
 
 
 def _result_bytes(checkpoint: Checkpoint, target: str) -> int:
@@ -146,6 +146,11 @@ def convert_checkpoint(
         raise UserError(
             "transformers alone does not know target moe: name another --target, or compare this one with --verify"
         )
+    if check_plain and dtype not in ("auto", "float32"):
+        raise UserError(
+            f"the check in transformers compares in fp32, and dtype {dtype} rounds weights, which can change the chosen "
+            "experts: convert to that dtype with target moe first, then export the result with the check"
+        )
     if check or check_plain:
         # a source that cannot run and a missing tokenizer raise errors here, and not after hours of writing weights
         refuse_to_run(checkpoint.source_config, checkpoint.source.folder)
@@ -161,7 +166,7 @@ def convert_checkpoint(
             verification = verify(name_or_path, result, gguf_file, dtype, trust_remote_code=trust_remote_code)
         if check_plain:
             weights = checkpoint.state["model.embed_tokens.weight"].dtype
-            rounded = weights if _rounds(checkpoint, target, dtype) else None
+            rounded = weights if _rounds(checkpoint, target) else None
             plain = compare_in_plain_transformers(
                 name_or_path, result, input_ids, gguf_file, rounded, trust_remote_code=trust_remote_code
             )
