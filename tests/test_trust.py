@@ -55,6 +55,7 @@ COMMANDS = {
     "router_report": ["--data", "text=TEXT", "--max_length", "16"],
     "merge_adapter": [*OUTPUT],
     "export_adapter": [*OUTPUT],
+    "serve": ["--port", "8767"],
     "push_to_hub": ["--repo_id", "you/evil", "--dry_run", "true", "--license", "mit"],
     "upcycling_table": ["--data", "text=TEXT"],
     "upcycling_experiment": [
@@ -117,6 +118,12 @@ def run_script(monkeypatch, name: str, folder: Path) -> int:
         edit_json(folder.parent / "adapter" / "adapter_config.json", base_model_name_or_path=str(folder), **known)
         save_file({"a": torch.zeros(1)}, folder.parent / "adapter" / "adapter_model.safetensors")
         folder = folder.parent / "adapter"
+    if name == "serve":
+
+        def instead(**options):
+            assert not options["trust_remote_code"]
+
+        monkeypatch.setattr("transformers.cli.serve.Serve", instead)
     places = {"text=TEXT": f"text={text}", "OUT": str(folder.parent / "out")}
     flags = ["--model_name_or_path", str(folder), *(places.get(flag, flag) for flag in COMMANDS[name])]
     try:

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig
 from transformers.utils.import_utils import is_serve_available
 
 from ..configuration_moe import MoEConfig
 from ..modeling_moe import MoEForCausalLM
 from ..utils.command_line import parse
 from ..utils.errors import UserError
-from ..utils.loading import DtypeName, load_tokenizer
+from ..utils.loading import DtypeName, load_config, load_tokenizer
 
 
 @dataclass
@@ -55,22 +54,22 @@ def check(args: ServeArguments) -> None:
     """Refuses what would fail at the first request, or answer wrongly.
 
     Raises:
-        UserError: if packages of the server are missing, the folder holds no model and tokenizer of transformers, another
-            process listens on the port, or a token's output would depend on other requests in the batch.
+        UserError: if the folder holds no model and tokenizer of transformers, a token's output would depend on other
+            requests in the batch, packages of the server are missing, or another process listens on the port.
     """
-    if not is_serve_available():
-        raise UserError("the server needs fastapi, uvicorn and openai: pip install 'modeling-moe[serving]'")
     name = args.model_name_or_path
     if (Path(name) / "adapter_config.json").is_file():
         raise UserError(f"{name} is an adapter: merge it first by moe merge_adapter")
     tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-    _refuse_taken_port(args)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        if args.continuous_batching and isinstance(config, MoEConfig):
+    config = load_config(name, trust_remote_code=args.trust_remote_code)
+    if args.continuous_batching and isinstance(config, MoEConfig):
+        try:
             config.refuse_continuous_batching()
-    except (OSError, ValueError) as error:
-        raise UserError(f"model_name_or_path {name}: {error}") from error
+        except ValueError as error:
+            raise UserError(f"model_name_or_path {name}: {error}") from error
+    if not is_serve_available():
+        raise UserError("the server needs fastapi, uvicorn and openai: pip install 'modeling-moe[serving]'")
+    _refuse_taken_port(args)
     if tokenizer.chat_template is None:
         print(
             "The tokenizer has no chat template, so the server answers /v1/completions alone, and a chat ends in an error."

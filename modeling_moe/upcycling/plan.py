@@ -182,7 +182,10 @@ def make_plan(
     for config in sources:
         if config.model_type not in DENSE_FAMILIES:
             sparse = config.model_type == MoEConfig.model_type or config.model_type in SPARSE_FAMILIES
-            more = ". The model is sparse already: convert it with `moe convert` (--dry_run prints its size), or change its experts with `moe resize`"
+            more = (
+                ". The model is sparse already: convert it with `moe convert` (--dry_run prints its size), or change its "
+                "experts with `moe resize`"
+            )
             raise UserError(
                 f"model_type {config.model_type!r} cannot be upcycled: it must be one of "
                 f"{', '.join(sorted(DENSE_FAMILIES))}{more * sparse}"

@@ -54,7 +54,7 @@ def cell(case: Case, folder: Path, column: str) -> tuple[str, bool]:
         return "**not refused**", True
     if found.exact:
         return f"exact, {found.difference:.0e}" + (f" (not named by us: {reason})" if reason else ""), False
-    figures = f"{found.same} of {found.tokens} tokens, {found.difference:.0e}"
+    figures = f"{found.same} of {found.tokens} tokens" + (f", {found.difference:.0e}" if found.same else "")
     if reason is None:
         return f"**wrong**, {figures}", True
     return f"wrong, {figures}; not named by us: {reason}", False

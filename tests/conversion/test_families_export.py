@@ -423,7 +423,11 @@ REFUSED = [
     ("mixtral", {"scale_embeddings": True}, "scale_embeddings=True"),
     ("mixtral", {"logits_scaling": 8.0, "residual_multiplier": 0.5}, "residual_multiplier=0.5 .*, logits_scaling=8.0"),
     ("mixtral", {"router_bias": True}, "router_bias=True"),
-    ("mixtral", {"swiglu_limit": 7.0, "swiglu_alpha": 1.5}, r"for swiglu_limit=7.0 \(mixtral has None\);"),
+    (
+        "mixtral",
+        {"swiglu_limit": 7.0, "swiglu_alpha": 1.5},
+        r"for swiglu_limit=7.0 \(mixtral has None\), swiglu_alpha=1.5",
+    ),
     (
         "mixtral",
         {

@@ -21,7 +21,7 @@ CONFIGURATION = ROOT / "configuration"
 # flags of other programs that the pages mention
 OTHER_FLAGS = {"--continuous-batching", "--config_file"}
 # of vLLM, and of llama.cpp's converter of adapters
-OTHER_FLAGS |= {"--enable-lora", "--max-lora-rank", "--lora-modules", "--base"}
+OTHER_FLAGS |= {"--enable-lora", "--max-lora-rank", "--lora-modules", "--base", "--model-impl", "--trust-remote-code"}
 
 
 def rows(page: str, first: str) -> list[list[str]]:
