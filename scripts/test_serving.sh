@@ -3,7 +3,8 @@
 #   bash scripts/test_serving.sh                 all models and the exported adapters; writes the page
 #   bash scripts/test_serving.sh [CASE ...]      only these (scripts/serving_check/cases.py, or `adapters`); prints the tables
 # It makes two environments in .cache/serving (5 GB, five minutes) beside this package's and runs on the CPU, about
-# half a minute for each start of vLLM and some seconds for each model. It fails for a model that a server computes wrongly or not at all although this package names the server.
+# half a minute for each start of vLLM and some seconds for each model. It fails for a model that a server computes wrongly or
+# not at all although this package names the server.
 # --venv V uses an existing environment of the package.
 set -euo pipefail
 cd "$(dirname "$0")/.."

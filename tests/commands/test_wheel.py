@@ -167,7 +167,8 @@ RUNS = {
 
 
 def test_every_command_is_run():
-    assert set(RUNS) == set(COMMANDS)
+    # tests/serving runs the server, which ends only when it is stopped
+    assert set(RUNS) == set(COMMANDS) - {"serve"}
 
 
 @pytest.mark.parametrize("command", RUNS)

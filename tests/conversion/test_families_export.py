@@ -211,7 +211,9 @@ def export(folder, target: str, output):
     config = MoEConfig.from_pretrained(folder)
     state = {name: LazyTensor.of(tensor) for name, tensor in read_folder(folder).items()}
     plan = export_plan(config, target)
+    before = dict(state)
     lazy = TARGETS[target].tensors(state, config)
+    assert state == before  # a caller may go on with the tensors that it gave
     tensors = {name: tensor.read().contiguous() for name, tensor in lazy.items()}
     for name, tensor in tensors.items():
         assert (tuple(tensor.shape), tensor.dtype) == (lazy[name].shape, lazy[name].dtype)

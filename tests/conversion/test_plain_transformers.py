@@ -57,7 +57,7 @@ def test_a_tokenizer_of_another_model_is_named(source, tmp_path):
 
 
 def test_shards_and_verify_go_with_the_check(source, tmp_path, monkeypatch):
-    import modeling_moe.conversion.convert as module
+    import modeling_moe.conversion.saving as module
 
     write = module.write_checkpoint
 

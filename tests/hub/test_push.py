@@ -409,7 +409,9 @@ def test_missing_code_is_refused(hub, folder):
 
 def test_other_code_is_refused(hub, folder):
     code = (folder / "router.py").read_text()
-    (folder / "router.py").write_text(code.replace("return weight * self.scaling", "return 2 * weight * self.scaling"))
+    (folder / "router.py").write_text(
+        code.replace("weight = weight * self.scaling", "weight = 2 * weight * self.scaling")
+    )
     with pytest.raises(UserError, match="computes something else by its own code"):
         push_folder(folder, "you/moe", license="mit", trust_remote_code=True)
     assert hub.calls == []

@@ -83,7 +83,7 @@ def test_convert(run, tmp_path):
         ("upcycle.py", ["--num_expert", "4"], "did you mean 'num_experts'?"),
         ("upcycle.py", ["--dtype", "int3"], "dtype 'int3' is unknown"),
         ("upcycle.py", ["--model_name_or_path", "/nowhere"], "model_name_or_path '/nowhere': there is no such folder"),
-        ("convert.py", ["--target", "gguf"], "target 'gguf' is unknown: it must be one of moe, mixtral"),
+        ("convert.py", ["--target", "gguf"], "target 'gguf' is unknown: it must be one of moe, auto, mixtral"),
         ("resize.py", [], "has no sparse layer: upcycle it first"),
     ],
 )

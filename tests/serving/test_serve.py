@@ -138,9 +138,10 @@ def test_routing_that_depends_on_neighbours_is_refused_with_continuous_batching(
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path, monkeypatch):
+    save_model(tmp_path / "moe")
     monkeypatch.setattr("modeling_moe.commands.serve.is_serve_available", lambda: False)
     with pytest.raises(UserError, match=re.escape("pip install 'modeling-moe[serving]'")):
-        serve(ServeArguments(str(tmp_path)))
+        serve(ServeArguments(str(tmp_path / "moe")))
 
 
 def test_a_port_that_no_socket_has_is_refused():

@@ -52,10 +52,10 @@ def filled(*shape: int, dtype: torch.dtype, value: float = 0.0) -> LazyTensor:
 
 
 def scaled(state: State, config: MoEConfig) -> State:
-    """Multiplies `routed_scaling_factor` into the routed experts' `down_proj`."""
+    """Returns a new state in which `routed_scaling_factor` is multiplied into the routed experts' `down_proj`."""
     factor = config.routed_scaling_factor
     if factor == 1:
-        return state
+        return dict(state)
     down = {name for name in state if (match := ROUTED.search(name)) and match[2] == "down"}
     return {
         name: tensor.map(lambda weight: weight * factor) if name in down else tensor for name, tensor in state.items()
