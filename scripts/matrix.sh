@@ -52,7 +52,7 @@ install_environment() {
 
 test_environment() {
     local folder=$1 output=$2
-    "$folder/bin/python" -m pytest -q -n auto -m "not slow" \
+    "$folder/bin/python" -m pytest -q -n auto --dist loadfile -m "not slow" \
         tests/core tests/dispatch tests/lora tests/monitoring tests/scripts tests/hub tests/training/test_trl.py \
         tests/training/test_foreign_balance.py tests/training/test_foreign_bias.py &&
         bash scripts/demo.sh --venv "$folder" --output_dir "$output" --max_steps 2

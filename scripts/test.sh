@@ -22,4 +22,5 @@ setup_env .venv dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyrefly check
-.venv/bin/python -m pytest -n auto -m "$select"
+# a file stays on one worker, which makes the fixtures of a module once
+.venv/bin/python -m pytest -n auto --dist loadfile -m "$select"

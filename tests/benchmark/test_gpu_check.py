@@ -70,7 +70,7 @@ def errors(rows):
     return [row["error"] for row in rows if "error" in row]
 
 
-# ---- each part once
+# ---- each part once; those that interpret many kernels are slow
 
 
 def test_environment(run_part):
@@ -91,6 +91,7 @@ def test_what_is_missing_is_named(run_part, monkeypatch):
     ).items()
 
 
+@pytest.mark.slow
 def test_correctness(run_part):
     rows = run_part(correctness)
     assert not errors(rows)
@@ -114,6 +115,7 @@ def test_correctness(run_part):
     } <= set(passed)
 
 
+@pytest.mark.slow
 def test_comparison(run_part):
     rows = run_part(comparison)
     assert not errors(rows)
@@ -127,6 +129,7 @@ def test_comparison(run_part):
     assert decoding["limit_ms"] > 0
 
 
+@pytest.mark.slow
 def test_kernels(run_part):
     rows = run_part(kernels)
     assert not errors(rows)
@@ -141,6 +144,7 @@ def test_kernels(run_part):
     assert train["tflops"] * train["whole_ms"] * 1e9 == pytest.approx(6 * 27 * 3 * 32 * 24, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_sweep(run_part):
     rows = run_part(sweep)
     assert not errors(rows)
@@ -161,6 +165,7 @@ def test_sweep(run_part):
     assert [most for most, _ in table[:-2]] == [most for most, _ in CONFIGS[family][numbers][:-2]]
 
 
+@pytest.mark.slow
 def test_lora(run_part, monkeypatch):
     chosen = {name: benchmark_lora.CONTESTANTS[name] for name in (benchmark_lora.OURS, benchmark_lora.PEFT)}
     monkeypatch.setattr(benchmark_lora, "CONTESTANTS", chosen)

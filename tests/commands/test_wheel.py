@@ -171,12 +171,36 @@ def test_every_command_is_run():
     assert set(RUNS) == set(COMMANDS) - {"serve"}
 
 
+# runs commands in one process, since each start imports torch and transformers, and prints a line of JSON for each command
+IN_ONE_PROCESS = """
+import contextlib, io, json, sys
+import moe_command
+
+for name, arguments in json.loads(sys.argv[1]).items():
+    sys.argv, code, printed, complaints = ["moe", name, *arguments], 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
+        try:
+            moe_command.main()
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([name, code, printed.getvalue(), complaints.getvalue()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def results(run) -> dict[str, tuple[int, str, str]]:
+    """Returns each command's exit code, standard output and standard error; fails where the process ends early."""
+    arguments = {name: flags for name, (flags, _) in RUNS.items()}
+    process = run("python", "-c", IN_ONE_PROCESS, json.dumps(arguments))
+    assert process.returncode == 0, process.stderr
+    return {name: tuple(rest) for name, *rest in map(json.loads, process.stdout.splitlines())}
+
+
 @pytest.mark.parametrize("command", RUNS)
-def test_command(command, run):
-    arguments, expected = RUNS[command]
-    result = run("moe", command, *arguments)
-    assert result.returncode == 0, result.stderr
-    assert expected in result.stdout
+def test_command(command, results):
+    code, printed, complaints = results[command]
+    assert not code, complaints
+    assert RUNS[command][1] in printed
 
 
 def test_a_new_model_is_made_from_the_name_of_a_preset(run, place):

@@ -8,6 +8,7 @@ from modeling_moe import MoEForCausalLM
 from tests.builders import tiny_config
 from tests.core.test_catalogue import ALL, CAUSAL, NONCAUSAL, TASKS, model_of
 from tests.processes import run_without_package
+from tests.selection import by_default
 
 
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6}
@@ -22,6 +23,8 @@ MODES = {
 CACHED = [name for name in CAUSAL if name != "token_capacity"]
 # routers that need task_ids
 BY_TASK = ("task", "mmoe")
+# routers by tokens, by their ids, with empty assignments, with several numbers of experts, and mixing in training alone
+BATCHED = ("softmax", "hash", "deepseek_v4", "null_and_copy", "top_p", "sinkhorn")
 REMEMBERING = ("lory", "absolute_capacity", "running_capacity")
 # name -> router_type or field that the refusal of continuous batching names
 MIXING = {
@@ -111,15 +114,9 @@ def alone(model, prompt: list[int]) -> list[int]:
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], [20, 21, 22, 23, 24, 25, 26, 27]]
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in MIXING and name not in BY_TASK])
+@pytest.mark.parametrize("name", by_default(BATCHED, [name for name in ALL if name not in (*MIXING, *BY_TASK)]))
 def test_continuous_batching_gives_the_same_text(name):
     model = model_of(name, eos_token_id=None).eval()
-    assert continuously(model, PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
-
-
-@pytest.mark.parametrize("name", ["gated", "scaled"])
-def test_continuous_batching_knows_positions_and_gates(name):
-    model = MoEForCausalLM(tiny_config(**ATTENTION[name], eos_token_id=None)).eval()
     assert continuously(model, PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
 
 

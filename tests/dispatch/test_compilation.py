@@ -51,17 +51,18 @@ def command(cache: Path, folder: Path, *arguments: str) -> tuple[subprocess.Comp
     return result, [Code(**code) for code in json.loads(output.read_text())]
 
 
-def test_a_small_part_compiles_and_has_no_fault(cache, tmp_path):
-    """Training, LoRA and decoding of one preset, for a GPU with wgmma and one without."""
-    result, codes = command(cache, tmp_path, "--part", "small", "--targets", "sm_90", "sm_80", "--jobs", "2")
+@pytest.mark.parametrize(
+    ("target", "instruction"), [pytest.param("sm_90", "wgmma", marks=pytest.mark.slow), ("sm_80", "mma.sync")]
+)
+def test_a_small_part_compiles_and_has_no_fault(target, instruction, cache, tmp_path):
+    """Training, LoRA and decoding of one preset compile for a GPU with wgmma and one without."""
+    result, codes = command(cache, tmp_path, "--part", "small", "--targets", target, "--jobs", "2")
     assert (result.returncode, [fault for code in codes for fault in faults(code)]) == (0, []), result.stdout
-    for target, instruction in (("sm_90", "wgmma"), ("sm_80", "mma.sync")):
-        chosen = [code for code in codes if code.target == target]
-        assert {code.kernel for code in chosen} >= PRODUCTS | {"map_rows", "combine", "decode_up", "decode_down"}
-        assert all(code.registers and code.lines and code.uses for code in chosen)
-        for code in chosen:
-            if code.kernel in PRODUCTS and code.tile.startswith("128x"):
-                assert code.instructions[0].startswith(instruction), code
+    assert {code.kernel for code in codes} >= PRODUCTS | {"map_rows", "combine", "decode_up", "decode_down"}
+    assert all(code.registers and code.lines and code.uses for code in codes)
+    for code in codes:
+        if code.kernel in PRODUCTS and code.tile.startswith("128x"):
+            assert code.instructions[0].startswith(instruction), code
     assert "launches compiled without a fault" in result.stdout
 
 
@@ -240,6 +241,7 @@ print(hits)
 """
 
 
+@pytest.mark.slow
 def test_precompiling_fills_the_cache_without_a_gpu(tmp_path):
     """What another process compiled is taken from the cache; repeated launches are compiled once."""
     result = python(tmp_path, "-c", PRECOMPILE)

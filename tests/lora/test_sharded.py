@@ -16,6 +16,7 @@ from modeling_moe.utils.errors import UserError
 from tests.dispatch.test_expert_parallel import build
 from tests.lora.checkpoints import fill
 from tests.ranks import needs_transformers, run_ranks
+from tests.selection import by_default, dashed, selected
 
 
 pytestmark = needs_transformers("5.23", "a model split over processes")
@@ -34,9 +35,15 @@ FOUR = {
     "tp_inside_ep": {"fsdp_size": 2, "tp_size": 2, "ep_size": 2},
 }
 # PEFT's factors in the attention are right under one kind of splitting only; factors of experts under all
-TWO_CELLS = [(plan, "adapter") for plan in PLANS if plan != "tp"] + [(plan, "all_weights") for plan in PLANS]
-FOUR_CELLS = [(plan, "adapter" if plan == "experts_split_twice" else "no_attention") for plan in FOUR]
+TRAINED = [(plan, "adapter") for plan in PLANS if plan != "tp"] + [(plan, "all_weights") for plan in PLANS]
 KINDS = ("moe", "mixtral")
+TWO_CELLS = [(kind, *trained) for kind in KINDS for trained in TRAINED]
+# adapters of this package's model under each plan, and each of the two other kinds of cells under two plans
+FEW = [("moe", plan, "adapter") for plan in PLANS if plan != "tp"] + [("moe", "tp", "all_weights")]
+FEW += [("moe", "fsdp_ep", "all_weights"), ("mixtral", "fsdp_ep", "adapter"), ("mixtral", "tp_ep", "adapter")]
+FOUR_CELLS = [
+    (kind, plan, "adapter" if plan == "experts_split_twice" else "no_attention") for kind in KINDS for plan in FOUR
+]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -75,21 +82,20 @@ def load(folder, kind: str, trained: str, plan: DistributedConfig | None = None)
     return PeftModel.from_pretrained(model, f"{folder}/{kind}_{trained}", is_trainable=True)
 
 
-def rank_main(rank: int, folder: str, cells: list[tuple[str, str]]) -> None:
-    """Runs all cells in this process."""
+def rank_main(rank: int, folder: str, cells: list[tuple[str, str, str]]) -> None:
+    """Runs the cells in this process."""
     enable()
-    for kind in KINDS:
-        for name, trained in cells:
-            plan = DistributedConfig(**(PLANS | FOUR)[name])
-            model = load(folder, kind, trained, plan)
-            if trained != "all_weights":
-                synchronize_adapters(model)
-            rows = IDS.chunk(plan.dp_size)[rank // plan.tp_size]
-            result = learn(model, rows, f"{folder}/{kind}_{name}_{trained}", rank == 0)
-            torch.save(result, f"{folder}/{kind}_{name}_{trained}_{rank}.pt")
+    for kind, name, trained in cells:
+        plan = DistributedConfig(**(PLANS | FOUR)[name])
+        model = load(folder, kind, trained, plan)
+        if trained != "all_weights":
+            synchronize_adapters(model)
+        rows = IDS.chunk(plan.dp_size)[rank // plan.tp_size]
+        result = learn(model, rows, f"{folder}/{kind}_{name}_{trained}", rank == 0)
+        torch.save(result, f"{folder}/{kind}_{name}_{trained}_{rank}.pt")
 
 
-def run_cells(folder, cells: list[tuple[str, str]], ranks: int, num_experts: int) -> None:
+def run_cells(folder, cells: list[tuple[str, str, str]], ranks: int, num_experts: int) -> None:
     """Saves models and adapters, and runs the cells in `ranks` processes."""
     for kind in KINDS:
         model = build(kind, num_experts)
@@ -103,18 +109,18 @@ def run_cells(folder, cells: list[tuple[str, str]], ranks: int, num_experts: int
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
+def of_two(request, tmp_path_factory):
     """Runs the cells in two processes and returns the folder of the results."""
     folder = tmp_path_factory.mktemp("two")
-    run_cells(folder, TWO_CELLS, 2, 6)
+    run_cells(folder, selected(request, "cell"), 2, 6)
     return folder
 
 
 @pytest.fixture(scope="module")
-def of_four(tmp_path_factory):
+def of_four(request, tmp_path_factory):
     """Runs the cells in four processes and returns the folder of the results."""
     folder = tmp_path_factory.mktemp("four")
-    run_cells(folder, FOUR_CELLS, 4, 8)
+    run_cells(folder, selected(request, "cell"), 4, 8)
     return folder
 
 
@@ -144,17 +150,15 @@ def check(folder, kind: str, name: str, trained: str, ranks: int) -> None:
         torch.testing.assert_close(model.eval()(IDS).logits, expected["trained_logits"], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "trained"), TWO_CELLS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_equal_one(kind, name, trained, of_two):
-    check(of_two, kind, name, trained, 2)
+@pytest.mark.parametrize("cell", by_default(FEW, TWO_CELLS), ids=dashed)
+def test_two_processes_equal_one(cell, of_two):
+    check(of_two, *cell, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "trained"), FOUR_CELLS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_four_processes_equal_one(kind, name, trained, of_four):
-    check(of_four, kind, name, trained, 4)
+@pytest.mark.parametrize("cell", FOUR_CELLS, ids=dashed)
+def test_four_processes_equal_one(cell, of_four):
+    check(of_four, *cell, 4)
 
 
 def test_experts_of_which_a_process_holds_parts(tmp_path):

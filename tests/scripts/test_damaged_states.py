@@ -1,5 +1,4 @@
 """scripts/finetune.py answers damaged checkpoints and impossible numbers in one line, and no file is lost."""
-# ruff: noqa: F401 (fixtures)
 
 import json
 import os
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.builders import tiny_model
+from tests.builders import sample_text, tiny_model
 from tests.scripts.test_finetune import finetune, mistake, small
 
 
@@ -33,11 +32,30 @@ def damages(folder) -> dict[str, bytes | None]:
     return {"empty": b"", "garbled": whole, "hostile": pickle.dumps(Hostile(folder / "ran")), "missing": None}
 
 
+def two_steps(folder, output) -> list:
+    """Returns the flags of a run of two steps, with the model and the text in `folder`."""
+    flags = small(folder / "model", folder / "text.txt", output, steps=2)
+    return [*flags, "--save_steps", "2", "--eval_fraction", "0"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokenizer):
+    """Returns a folder with a model, a text, and the result of two steps in `out`."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    tiny_model().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(sample_text(), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        finetune(patch, *two_steps(folder, folder / "out"))
+    return folder
+
+
 @pytest.fixture
-def run(checkpoint, text_file, tmp_path, monkeypatch, capsys):
-    """Trains two steps; returns the folder of the checkpoint and a function that resumes and returns the complaint."""
-    flags = [*small(checkpoint, text_file, tmp_path / "out", steps=2), "--save_steps", "2", "--eval_fraction", "0"]
-    finetune(monkeypatch, *flags)
+def run(trained, tmp_path, monkeypatch, capsys):
+    """Copies the result of two steps; returns the checkpoint's folder, and a function that resumes and returns the complaint."""
+    shutil.copytree(trained / "out", tmp_path / "out")
+    flags = two_steps(trained, tmp_path / "out")
 
     def resume(*more) -> str:
         return mistake(monkeypatch, capsys, *flags, "--max_steps", "3", "--resume_from_checkpoint", "true", *more)
@@ -101,10 +119,10 @@ def test_damaged_weights_of_a_checkpoint_are_refused(run):
     assert "size mismatch" in resume()
 
 
-def test_another_schedule_is_warned_about(run, checkpoint, text_file, monkeypatch, capsys, caplog):
+def test_another_schedule_is_warned_about(run, trained, monkeypatch, caplog):
     folder, resume = run
     assert "is at step 2, past max_steps 1: raise max_steps" in resume("--max_steps", "1")
-    flags = [*small(checkpoint, text_file, folder.parent, steps=3), "--eval_fraction", "0", "--save_steps", "2"]
+    flags = [*two_steps(trained, folder.parent), "--max_steps", "3"]
     finetune(monkeypatch, *flags, "--resume_from_checkpoint", "true")
     assert "was planned to end at step 2, and this run ends at 3" in caplog.text
     caplog.clear()

@@ -23,6 +23,7 @@ from modeling_moe.router_balancing import exact_global_balance
 from modeling_moe.router_topk import NoisyTopKRouter
 from tests.builders import tiny_model, training_arguments
 from tests.ranks import run_ranks
+from tests.selection import by_default, dashed, selected
 
 
 SEQUENCES, RANKS = 16, (1, 2)
@@ -61,6 +62,9 @@ OWN_SIZE = ("batch", "batch_importance")  # kinds whose router losses are not ad
 CELLS = [("padded", *cell) for cell in product(SPLITS, CHECKPOINTING)]
 CELLS += [(kind, split, "none") for kind in KINDS if kind != "padded" for split in (1, 8)]
 CELLS += [(kind, 4, "reentrant") for kind in KINDS if kind not in ("padded", *OWN_SIZE)]
+# each kind whole and in eight micro-batches, and each checkpointing of padded batches
+FEW = [(kind, split, "none") for kind in KINDS for split in (1, 8)]
+FEW += [("padded", 2, "none"), ("padded", 8, "non_reentrant"), ("padded", 4, "reentrant")]
 
 
 def sequences() -> list[dict]:
@@ -167,20 +171,21 @@ def run(kind: str, split: int, checkpointing: str, ranks: int, folder: Path) -> 
     return recorder.step
 
 
-def rank_main(rank: int, folder: str) -> None:
-    """Runs all cells in one of two processes."""
+def rank_main(rank: int, folder: str, cells: list[tuple[str, int, str]]) -> None:
+    """Runs cells in one of two processes."""
     gc.freeze()  # `Trainer` collects garbage after training, which would scan all imported modules
-    steps = {cell: run(*cell, 2, Path(folder)) for cell in CELLS}
+    steps = {cell: run(*cell, 2, Path(folder)) for cell in cells}
     torch.save(steps, f"{folder}/rank{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    """Maps (kind, split, checkpointing, ranks) to gradients and biases."""
+def table(request, tmp_path_factory):
+    """Maps (kind, split, checkpointing, ranks) to gradients and biases of `FEW` and of the selected tests' cells."""
     folder = tmp_path_factory.mktemp("cells")
-    context = run_ranks(rank_main, 2, str(folder), join=False)
+    cells = [*dict.fromkeys([*FEW, *selected(request, "cell")])]
+    context = run_ranks(rank_main, 2, str(folder), cells, join=False)
     gc.freeze()
-    steps = {(*cell, 1): run(*cell, 1, folder) for cell in CELLS}
+    steps = {(*cell, 1): run(*cell, 1, folder) for cell in cells}
     gc.unfreeze()
     while not context.join():
         pass
@@ -205,7 +210,9 @@ def routers(step: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("ranks", [*RANKS, "other rank"])
 @pytest.mark.parametrize(
-    "cell", [cell for cell in CELLS if cell[0] not in OWN_SIZE], ids=lambda cell: "-".join(map(str, cell))
+    "cell",
+    by_default(*([cell for cell in cells if cell[0] not in OWN_SIZE] for cells in (FEW, CELLS))),
+    ids=dashed,
 )
 def test_gradient_of_a_step_is_that_of_the_whole_batch(cell, ranks, table):
     assert_same_step(table[(*cell, ranks)], table[cell[0], 1, "none", 1])
@@ -217,14 +224,14 @@ def test_padding_free_is_padded(prefix, table):
     assert_same_step(table[f"{prefix}padding_free", 1, "none", 1], table[padded, 1, "none", 1])
 
 
-@pytest.mark.parametrize("cell", [(1, 2), (8, 1), (8, 2)], ids=str)
+@pytest.mark.parametrize("size", [(1, 2), (8, 1), (8, 2)], ids=str)
 @pytest.mark.parametrize("kind", OWN_SIZE)
-def test_losses_of_the_batch_keep_their_size(kind, cell, table):
+def test_losses_of_the_batch_keep_their_size(kind, size, table):
     """The mean of the micro-batches' losses is compared with the loss of the whole batch.
 
     Losses of a few short sequences differ from the loss of the batch: along the gradient of the batch, their mean is
     0.2 to 1.4 of it, depending on the router's noise. A sum over processes or micro-batches would be 1.8 of it or
     more.
     """
-    whole, got = (routers(table[kind, split, "none", ranks]) for split, ranks in ((1, 1), cell))
+    whole, got = (routers(table[kind, split, "none", ranks]) for split, ranks in ((1, 1), size))
     assert 0.1 < (got @ whole / (whole @ whole)).item() < 1.6
