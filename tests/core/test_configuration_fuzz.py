@@ -16,6 +16,7 @@ from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.configuration_derived import PER_LAYER, derived_fields
 from modeling_moe.configuration_fields import Range, settings_of
 from modeling_moe.router_catalogue import ROUTERS, router_class
+from tests.selection import by_default
 
 
 SETTINGS = settings_of(MoEConfig)
@@ -224,7 +225,7 @@ def run(config: MoEConfig, seed: int, folder) -> None:
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", by_default(range(60), range(120)))
 def test_a_random_configuration_is_refused_by_name_or_right(seed, tmp_path):
     check(seed, tmp_path)
 
@@ -273,7 +274,7 @@ def outcomes(seed: int) -> list[dict | None]:
 ORDERED = {"head_dim", "use_sliding_window", "sliding_window", "rope_parameters", "num_hidden_layers", *PER_LAYER}
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", by_default(range(40), range(60)))
 def test_a_field_assigned_or_given_at_load_is_as_in_a_new_configuration(seed):
     anew, by_assignment, loaded = outcomes(seed)
     assert by_assignment == anew

@@ -151,14 +151,14 @@ def check(case: Case) -> None:
             )
 
 
-@pytest.mark.parametrize("start", range(0, 240, 40))
+@pytest.mark.parametrize("start", range(0, 120, 40))
 def test_random_experts_equal_the_oracle(start):
     for number in range(start, start + 40):
         check(Case.draw(number))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(1000, 13000, 1000))
+@pytest.mark.parametrize("start", range(0, 13000, 1000))
 def test_thousands_of_random_experts_equal_the_oracle(start):
     for number in range(start, start + 1000):
         check(Case.draw(number))

@@ -67,7 +67,10 @@ def test_damaged_states_are_named_in_one_line(run, tmp_path):
     folder, resume = run
     for name in STATES:
         kept = (folder / name).read_bytes()
-        for damage, content in (damages(tmp_path) | {"truncated": kept[: len(kept) // 2]}).items():
+        possible = damages(tmp_path) | {"truncated": kept[: len(kept) // 2]}
+        # one function reads the three files
+        for damage in possible if name == STATES[0] else ("hostile", "missing"):
+            content = possible[damage]
             (folder / name).unlink()
             if content is not None:
                 (folder / name).write_bytes(content)

@@ -149,7 +149,10 @@ def history(output: Path, checkpoint: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("method", "killed_in", "step"),
     # the first run is killed between two checkpoints, the second one while it writes a checkpoint in the second epoch
-    [("full", "training_step", 15), ("lora", "_save_rng_state", 16)],
+    [
+        ("full", "training_step", 15),
+        pytest.param("lora", "_save_rng_state", 16, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_run_resumes_exactly(method, killed_in, step, text_file, tokenizer, tmp_path, monkeypatch, capsys):
     torch.use_deterministic_algorithms(False)  # as in the process that is killed

@@ -14,7 +14,7 @@ from tests.builders import tiny_model, training_arguments
 from tests.training.families import families, tiny
 
 
-QUICK = ("deepseek_v3", "gpt_oss", "mixtral", "olmoe", "ours", "qwen3_moe")
+QUICK = ("deepseek_v3", "gpt_oss", "mixtral", "ours")
 KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in ("ours", *families())]
 
 
