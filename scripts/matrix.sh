@@ -50,7 +50,7 @@ install_environment() {
         "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-deps -e .
 }
 
-# the tests that are left out depend on no other package's release
+# left out: the tests of the benchmark, of mutate.py, and of fields that change nothing, which other releases hardly affect
 test_environment() {
     local folder=$1 output=$2
     "$folder/bin/python" -m pytest -q -n auto --dist loadfile -m "not slow" --ignore tests/scripts/test_mutate.py \

@@ -38,7 +38,7 @@ FOUR = {
 TRAINED = [(plan, "adapter") for plan in PLANS if plan != "tp"] + [(plan, "all_weights") for plan in PLANS]
 KINDS = ("moe", "mixtral")
 TWO_CELLS = [(kind, *trained) for kind in KINDS for trained in TRAINED]
-# adapters of this package's model under each plan, and each of the two other kinds of cells under two plans
+# adapters of this package's model under each plan; all weights, and adapters of another model, under two plans each
 FEW = [("moe", plan, "adapter") for plan in PLANS if plan != "tp"] + [("moe", "tp", "all_weights")]
 FEW += [("moe", "fsdp_ep", "all_weights"), ("mixtral", "fsdp_ep", "adapter"), ("mixtral", "tp_ep", "adapter")]
 FOUR_CELLS = [

@@ -50,7 +50,7 @@ FSDP2 = {
 }
 CELLS = [("fsdp", "full"), ("fsdp", "router")]
 CELLS += [(plan, method) for plan in ("fsdp_ep", "tp_ep", "ddp", "accelerate") for method in ("full", "lora")]
-# each plan and each method once
+# each plan once, with methods in turn
 FEW = [("fsdp", "router"), ("fsdp_ep", "lora"), ("tp_ep", "full"), ("ddp", "lora"), ("accelerate", "full")]
 EACH_CELL = pytest.mark.parametrize("cell", by_default(FEW, CELLS), ids=dashed)
 
