@@ -61,8 +61,15 @@ def count_casts(module, call) -> dict[str, int]:
     return {name: copied.count(size) for name, size in sizes.items()}
 
 
-@pytest.mark.parametrize("once", [False, True], ids=["each time", "once"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("recompute", "once"),
+    [
+        pytest.param(False, True, id="kept-once"),
+        pytest.param(True, False, id="recomputed-each time"),
+        pytest.param(False, False, id="kept-each time", marks=pytest.mark.slow),
+        pytest.param(True, True, id="recomputed-once", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kind", ["gated-bias", "plain", "mixtral", "gpt_oss"])
 def test_results(kind, recompute, once, device):
     module, inputs = experts(device, kind), inputs_on(device)
