@@ -18,7 +18,8 @@ class RoutingReplayCallback(TrainerCallback):
     [`~modeling_moe.replay.record_routing`] or taken from vLLM.
 
     Each log gets `replay/coverage` and `replay/flipped`, see [`~modeling_moe.replay.ReplayFigures`], unless nothing was
-    replayed since the last one.
+    replayed since the last one. The trackers of `report_to` are called before this callback, so that `trainer_state.json` and
+    the callbacks after this one have the figures, and the trackers do not.
 
     Args:
         store: recorded texts; by default a new store that the generations of the training fill.
@@ -43,9 +44,10 @@ class RoutingReplayCallback(TrainerCallback):
         """Adds the figures."""
         if self._replay is not None:
             figures = self._replay.figures()._asdict()
-            kwargs["logs"].update(
-                {f"replay/{name}": value for name, value in figures.items() if not math.isnan(value)}
-            )
+            named = {f"replay/{name}": value for name, value in figures.items() if not math.isnan(value)}
+            kwargs["logs"].update(named)
+            # the Trainer has copied the logs into its history before
+            state.log_history[-1].update(named)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Detaches from the model."""

@@ -236,7 +236,7 @@ def replay_routing(model: nn.Module, store: RoutingStore) -> RoutingReplay:
 
     Args:
         model: any MoE model whose experts follow transformers' experts interface. Call it before DDP wraps the model.
-        store: the recorded texts, from [`record_routing`], or filled from vLLM's `routed_experts`.
+        store: the recorded texts, from [`~modeling_moe.replay.record_routing`], or filled from vLLM's `routed_experts`.
 
     Returns:
         A context manager, and a handle with `figures()` and `remove()`.

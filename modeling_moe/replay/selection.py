@@ -102,7 +102,7 @@ class _TopKMode(TorchFunctionMode):
         scores = args[0] if args else None
         if not self._has_all_scores(scores):
             return func(*args, **(kwargs or {}))
-        full = next((full for masked, full in self._masked if masked is scores), scores)
+        full: Any = next((full for masked, full in self._masked if masked is scores), scores)
         result = func(*args, **(kwargs or {}))
         if func in _MASKS:
             self._masked.append((result, full))
