@@ -4,10 +4,13 @@
 from typing import TYPE_CHECKING, Any
 
 from .active_parameters import active_share, experts_per_token, idle_parameters
+from .batch_frames import BatchFrame, BatchFrames
+from .batches import argument_names, cache_of
 from .figures import LayerFigures, RoutingFigures
-from .layers import SparseLayer, UnreachableRouting, experts_modules, sparse_layers
+from .layers import SparseLayer, UnreachableRouting, experts_modules, sparse_block, sparse_layers
+from .local_ids import hides_ids
 from .loss_meter import LossMeans, report_router_losses
-from .observing import LayerPass, ModelHook, Observation, observe
+from .observing import LayerPass, ModelHook, Observation, in_backward, observe
 from .probabilities import ScoringEvidence, certain, explanation, probabilities
 from .routing_metrics import (
     Entropies,
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "BatchFrame",
+    "BatchFrames",
     "Entropies",
     "LayerFigures",
     "LayerPass",
@@ -43,6 +48,8 @@ __all__ = [
     "SparseLayer",
     "UnreachableRouting",
     "active_share",
+    "argument_names",
+    "cache_of",
     "certain",
     "co_activation",
     "dead_experts",
@@ -53,13 +60,16 @@ __all__ = [
     "experts_per_token",
     "explanation",
     "gate_margin",
+    "hides_ids",
     "idle_parameters",
+    "in_backward",
     "load_variation",
     "max_violation",
     "mean_experts",
     "observe",
     "probabilities",
     "report_router_losses",
+    "sparse_block",
     "sparse_layers",
     "summary",
     "watch",

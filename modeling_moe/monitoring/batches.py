@@ -116,6 +116,11 @@ class Batches:
         return self._running[-1][1] if self._running else Batch(torch.is_grad_enabled())
 
 
+def cache_of(given: dict[str, Any]) -> Any:
+    """Returns the key-value cache among the arguments of a model; None without one."""
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
 def argument_names(module: nn.Module) -> list[str]:
     """Returns the names of the arguments of a module's forward."""
     return list(inspect.signature(module.forward).parameters)
@@ -133,5 +138,5 @@ def _inner(outer: Batch, given: dict[str, Any]) -> Batch:
     known = outer.padding.tokens is not None and outer.padding.tokens.shape == (rows, length)
     if known or given.get("attention_mask") is None:
         return batch
-    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    cache = cache_of(given)
     return batch._replace(padding=padding_of(given.get("attention_mask"), rows, length, cache))

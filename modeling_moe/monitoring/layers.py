@@ -94,6 +94,14 @@ def sparse_layers(model: nn.Module) -> list[SparseLayer]:
     return layers
 
 
+def sparse_block(model: nn.Module, layer: SparseLayer) -> nn.Module:
+    """Returns the module that calls the experts of a sparse layer, outside the layers that PEFT puts around the experts."""
+    name = layer.name.rpartition(".")[0]
+    while hasattr(model.get_submodule(name), "base_layer"):
+        name = name.rpartition(".")[0]
+    return model.get_submodule(name)
+
+
 def count_experts(experts: Any) -> int:
     """Returns the number of experts of a module; expert parallelism leaves a process a part of them as `num_experts`."""
     for parameter in experts.parameters(recurse=False):

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..monitoring import (
+    BatchFrame,
+    BatchFrames,
     LayerPass,
     LossMeans,
     Observation,
@@ -26,7 +28,6 @@ from ..monitoring import (
 from ..router import Routing, RoutingContext, expert_load
 from ..router_losses import COEFFICIENTS, AttachLoss, router_losses
 from ..utils.errors import UserError
-from .batch_frames import BatchFrame, BatchFrames
 from .scorings import Scorings
 from .selection_bias import SelectionBias, find_bias, move_biases
 from .transformers_losses import TransformersLossesOff

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..monitoring import SparseLayer
+from ..monitoring import SparseLayer, sparse_block
 
 
 PROBE_TOKENS = 16
@@ -58,7 +57,7 @@ class RouterProbe:
     """
 
     def __init__(self, model: nn.Module, layer: SparseLayer):
-        self.block, self.layer = _block_of(model, layer.name), layer
+        self.block, self.layer = sparse_block(model, layer), layer
         config: Any = next(module.config for module in model.modules() if isinstance(module, PreTrainedModel))
         self._hidden_size = config.get_text_config().hidden_size
 
@@ -105,14 +104,6 @@ class RouterProbe:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _block_of(model: nn.Module, experts: str) -> nn.Module:
-    """Returns the module that calls the experts of a qualified name, outside PEFT's layers around the experts."""
-    name = experts.rpartition(".")[0]
-    while isinstance(model.get_submodule(name), BaseTunerLayer):
-        name = name.rpartition(".")[0]
-    return model.get_submodule(name)
 
 
 @contextmanager

@@ -16,16 +16,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compatibility import CACHE_NAMES
 from ..model_packing import find_beginnings
-from ..monitoring import LayerPass, ModelHook
 from ..router import RoutingContext
 from ..router_losses import TokenWeights, loss_share, predicts_label, weigh_tokens
+from .observing import LayerPass, ModelHook
 
 
 # arguments that the loss reads, which the caller of the outermost model gives
 LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
 # arguments that mark the sequences of packed rows, as the innermost model gets them
 PACKING_ARGUMENTS = ("position_ids", "cu_seq_lens_q")
+# arguments that say which tokens the batch holds, as the outermost model that names them gets them
+TOKEN_ARGUMENTS = ("input_ids", "attention_mask", *CACHE_NAMES)
 
 
 class BatchFrame:
@@ -33,7 +36,7 @@ class BatchFrame:
 
     Attributes:
         records_gradient: whether the caller of the outermost model records gradients.
-        arguments: those of [`LOSS_ARGUMENTS`] and [`PACKING_ARGUMENTS`] that the models were given.
+        arguments: those of [`LOSS_ARGUMENTS`], [`PACKING_ARGUMENTS`] and [`TOKEN_ARGUMENTS`] that the models were given.
     """
 
     def __init__(self, records_gradient: bool):
@@ -45,7 +48,7 @@ class BatchFrame:
     def add(self, kwargs: dict[str, Any]) -> None:
         """Notes the arguments of the next inner model."""
         given = {name: value for name, value in kwargs.items() if value is not None}
-        for name in LOSS_ARGUMENTS:
+        for name in (*LOSS_ARGUMENTS, *TOKEN_ARGUMENTS):
             if name in given:
                 self.arguments.setdefault(name, given[name])
         for name in PACKING_ARGUMENTS:

@@ -1,0 +1,116 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module keeps the experts that the tokens of texts chose, and finds them again by the token ids of a text.
+
+A trainer shuffles, pads, packs and splits the texts of a rollout before it trains on them. The token ids of a text stay what
+they are, so that they are the key.
+
+# S tokens of a text, L sparse layers, K experts per token
+"""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+
+
+# tokens at the beginning of a text by which the texts are sorted into buckets
+KEY_TOKENS = 8
+NOT_RECORDED = -1
+
+
+class _Text(NamedTuple):
+    """A text: token ids (S,), and the experts (S', L, K) int16 of its first S' tokens."""
+
+    ids: torch.Tensor
+    experts: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes + self.experts.nbytes
+
+
+class RoutingStore:
+    """Keeps the experts of texts in the memory of the CPU, and forgets the oldest texts beyond a limit.
+
+    Args:
+        max_bytes: the most bytes that the texts may take together.
+
+    Raises:
+        ValueError: for a limit below 1.
+    """
+
+    def __init__(self, max_bytes: int = 2**31):
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes is {max_bytes}: give at least 1")
+        self.max_bytes, self.nbytes = max_bytes, 0
+        # the oldest text comes first
+        self._texts: OrderedDict[bytes, _Text] = OrderedDict()
+        self._buckets: dict[bytes, list[bytes]] = {}
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def clear(self) -> None:
+        """Forgets all texts."""
+        self._texts.clear()
+        self._buckets.clear()
+        self.nbytes = 0
+
+    def add(self, ids: torch.Tensor, experts: torch.Tensor) -> None:
+        """Keeps the experts of a text; an equal text is replaced.
+
+        Args:
+            ids: (S,) integer token ids of prompt and answer, without padding.
+            experts: (S', L, K) integer ids of the experts of the first S' <= S tokens, in the order of the model's sparse
+                layers; -1 where nothing was recorded. vLLM returns this of an answer as `routed_experts`.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        if ids.dim() != 1 or experts.dim() != 3 or len(experts) > len(ids):
+            raise ValueError(
+                f"ids {tuple(ids.shape)} and experts {tuple(experts.shape)} must be (S,) and (S', L, K) with S' <= S"
+            )
+        if not len(ids):
+            return
+        ids = ids.detach().to("cpu", torch.int64).contiguous()
+        text = _Text(ids, experts.detach().to("cpu", torch.int16).contiguous())
+        key = ids.numpy().tobytes()
+        self._forget(key)
+        self._texts[key] = text
+        self._buckets.setdefault(_bucket(ids), []).append(key)
+        self.nbytes += text.nbytes
+        while self.nbytes > self.max_bytes and len(self._texts) > 1:
+            self._forget(next(iter(self._texts)))
+
+    def _forget(self, key: bytes) -> None:
+        text = self._texts.pop(key, None)
+        if text is None:
+            return
+        self.nbytes -= text.nbytes
+        bucket = _bucket(text.ids)
+        self._buckets[bucket].remove(key)
+        if not self._buckets[bucket]:
+            del self._buckets[bucket]
+
+    def find(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Returns the experts (S', L, K) int16 of the text that agrees longest with `ids` (S,); None if no text agrees.
+
+        A text agrees if it begins with `ids`, or `ids` begin with it: a generation goes on with padding where the trainer has
+        cut the text, and the last token of an answer was never an input.
+        """
+        ids = ids.detach().to("cpu", torch.int64).contiguous()
+        exact = self._texts.get(ids.numpy().tobytes())
+        if exact is not None:
+            return exact.experts
+        best, length = None, 0
+        for key in self._buckets.get(_bucket(ids), ()):
+            text = self._texts[key]
+            shared = min(len(text.ids), len(ids))
+            if shared > length and torch.equal(text.ids[:shared], ids[:shared]):
+                best, length = text, shared
+        return None if best is None else best.experts[: len(ids)]
+
+
+def _bucket(ids: torch.Tensor) -> bytes:
+    return ids[:KEY_TOKENS].numpy().tobytes()

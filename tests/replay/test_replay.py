@@ -1,0 +1,308 @@
+"""These tests replay recorded experts in this package's model and in transformers' own, against routers written out here."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+from modeling_moe import MoEConfig, MoEForCausalLM
+from modeling_moe.monitoring import observe
+from modeling_moe.replay import RoutingStore, record_routing, replay_routing
+from modeling_moe.router_catalogue import ROUTERS
+from tests.builders import SIZE, tiny_model
+
+
+EXPERTS = {
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+CONFIGS = {
+    "mixtral": MixtralConfig(**SIZE | EXPERTS),
+    "qwen3_moe": Qwen3MoeConfig(**SIZE | EXPERTS, head_dim=8),
+    "olmoe": OlmoeConfig(**SIZE | EXPERTS),
+    "deepseek_v2": DeepseekV2Config(
+        **SIZE | EXPERTS | LATENT, topk_method="group_limited_greedy", n_group=3, topk_group=1, first_k_dense_replace=0
+    ),
+    "deepseek_v3": DeepseekV3Config(**SIZE | EXPERTS | LATENT, n_group=3, topk_group=1, first_k_dense_replace=1),
+    "gpt_oss": GptOssConfig(**SIZE | EXPERTS, head_dim=8),
+    "moe": MoEConfig(**SIZE | EXPERTS, head_dim=8),
+    "moe, groups": MoEConfig(
+        **SIZE | EXPERTS, scoring_func="sigmoid", n_group=3, topk_group=1, router_selection_bias=True
+    ),
+    "moe, top_p": MoEConfig(**SIZE | EXPERTS, router_type="top_p"),
+    "moe, null experts": MoEConfig(**SIZE | EXPERTS, num_null_experts=2),
+}
+
+
+# these routers choose while they weigh
+REFUSED = {"sparsemixer", "hierarchical"}
+
+
+def model_of(name: str, seed: int = 0) -> nn.Module:
+    """Returns a model whose routers choose different experts for different tokens."""
+    torch.manual_seed(seed)
+    return (
+        AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), experts_implementation="eager").double().eval()
+    )
+
+
+def texts(rows: int = 3, length: int = 11) -> torch.Tensor:
+    return torch.randint(3, 99, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def chosen(model, **inputs) -> list[torch.Tensor]:
+    """Returns the experts (T, K) of each sparse layer."""
+    found = []
+    with observe(model, lambda event: found.append(event.index.clone())), torch.no_grad():
+        model(**inputs, use_cache=False)
+    return found
+
+
+def sets_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.long().sort(-1).values, other.long().sort(-1).values)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_replays_its_own_choice_bitwise_and_another_models_choice_exactly(name):
+    model, other, ids = model_of(name), model_of(name, seed=5), texts()
+    with record_routing(model) as recorder, torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+    with replay_routing(model, recorder.store) as replay, torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, wanted)
+        figures = replay.figures()
+    assert figures == (1, 0)
+    mine, theirs = chosen(model, input_ids=ids), chosen(other, input_ids=ids)
+    assert not all(sets_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    with replay_routing(other, recorder.store) as replay:
+        replayed = chosen(other, input_ids=ids)
+        assert all(torch.equal(a.long(), b.long()) for a, b in zip(mine, replayed, strict=True))
+        assert 0 < replay.figures().flipped <= 1
+    assert all(torch.equal(a, b) for a, b in zip(chosen(other, input_ids=ids), theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_router_gets_a_gradient_through_each_replayed_expert(name):
+    model, other, ids = model_of(name), model_of(name, seed=5), texts()
+    with record_routing(model) as recorder, torch.no_grad():
+        model(ids, use_cache=False)
+    weights = []
+    with (
+        replay_routing(other, recorder.store),
+        observe(other, lambda event: weights.append((event.weight, event.index))),
+    ):
+        other(ids, use_cache=False, labels=ids).loss.backward()
+    for weight, index in weights:
+        assert (weight[index < 6] > 0).all()
+    routers = [value for key, value in other.named_parameters() if ".gate." in key or ".router." in key]
+    assert routers
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in routers if value.requires_grad)
+
+
+def test_logits_and_gradients_equal_a_router_that_gathers_the_record(monkeypatch):
+    model, other, ids = model_of("mixtral"), model_of("mixtral", seed=5), texts()
+    with record_routing(model) as recorder:
+        recorded = chosen(model, input_ids=ids)
+    with replay_routing(other, recorder.store):
+        logits = other(ids, use_cache=False).logits
+    logits.square().sum().backward()
+    got = {key: value.grad.clone() for key, value in other.named_parameters()}
+    other.zero_grad()
+    queue = list(recorded)
+
+    def forward(self, hidden_states):
+        states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        scores = nn.functional.linear(states, self.weight)
+        index = queue.pop(0)
+        weight = scores.softmax(-1, dtype=torch.float).gather(-1, index)
+        return scores, weight / weight.sum(-1, keepdim=True), index
+
+    monkeypatch.setattr(MixtralTopKRouter, "forward", forward)
+    wanted = other(ids, use_cache=False).logits
+    wanted.square().sum().backward()
+    assert torch.equal(logits, wanted)
+    for key, value in other.named_parameters():
+        torch.testing.assert_close(got[key], value.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "moe"])
+def test_generation_is_recorded_and_found_again_in_padded_shuffled_packed_and_cut_batches(name):
+    model = model_of(name)
+    prompts, mask = texts(3, 6), torch.ones(3, 6, dtype=torch.long)
+    prompts[1, :2], mask[1, :2] = 0, 0
+    with record_routing(model) as recorder:
+        written = model.generate(
+            input_ids=prompts, attention_mask=mask, max_new_tokens=7, min_new_tokens=7, do_sample=False
+        )
+    rows = [row[start:] for row, start in zip(written, (0, 2, 0), strict=True)]
+    assert len(recorder.store) == 3
+    alone = [chosen(model, input_ids=row[None]) for row in rows]
+    for row, layers in zip(rows, alone, strict=True):
+        found = recorder.store.find(row)
+        assert len(found) == len(row) - 1  # the last token was never an input
+        for place, index in enumerate(layers):
+            assert sets_equal(found[:, place], index[:-1])
+
+    other = model_of(name, seed=5)
+    padded = torch.zeros(3, 15, dtype=torch.long)
+    for place, row in enumerate((rows[1], rows[2], rows[0][:9])):
+        padded[place, : len(row)] = row
+    with replay_routing(other, recorder.store) as replay:
+        got = chosen(other, input_ids=padded, attention_mask=(padded > 0).long())
+        assert replay.figures().coverage == pytest.approx((10 + 12 + 9) / (11 + 13 + 9))
+        packed = torch.cat([rows[2], rows[0]])[None]
+        positions = torch.cat([torch.arange(len(rows[2])), torch.arange(len(rows[0]))])[None]
+        together = chosen(other, input_ids=packed, position_ids=positions)
+    for place in range(len(got)):
+        grid = got[place].view(3, 15, -1)
+        assert sets_equal(grid[0, :10], alone[1][place][:-1])
+        assert sets_equal(grid[1, :12], alone[2][place][:-1])
+        assert sets_equal(grid[2, :9], alone[0][place][:9])
+        assert sets_equal(together[place][:12], alone[2][place][:-1])
+        assert sets_equal(together[place][13:25], alone[0][place][:-1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "moe"])
+def test_a_repeated_pass_of_checkpointing_replays_too(name, reentrant):
+    ids, gradients = texts(), []
+    with record_routing(model_of(name)) as recorder, torch.no_grad():
+        recorder._model(ids, use_cache=False)
+    for checkpointing in (False, True):
+        other = model_of(name, seed=5).train()
+        if checkpointing:
+            other.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            other.enable_input_require_grads()
+        with replay_routing(other, recorder.store):
+            losses = [other(part, labels=part, use_cache=False).loss for part in ids.split([2, 1])]
+            sum(losses).backward()
+        gradients.append([value.grad for value in other.parameters() if value.grad is not None])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+def test_replay_makes_the_ratio_of_a_rollout_in_16_bits_close_to_one():
+    torch.manual_seed(3)
+    config = MixtralConfig(**SIZE | EXPERTS | {"num_local_experts": 16})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    engine, ids = copy.deepcopy(model).bfloat16(), texts(32, 40)
+
+    def logprobs(which) -> torch.Tensor:
+        with torch.no_grad():
+            logits = which(ids, use_cache=False).logits.float().log_softmax(-1)
+        return logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+
+    with record_routing(engine) as recorder:
+        rollout = logprobs(engine)
+    without = logprobs(model) - rollout
+    with replay_routing(model, recorder.store) as replay:
+        replayed = logprobs(model) - rollout
+        flipped = replay.figures().flipped
+    assert 0.001 < flipped < 0.2
+    # the estimator of the divergence is that of TRL: exp(d) - d - 1
+    divergence = [(d.exp() - d - 1).mean().item() for d in (without, replayed)]
+    assert replayed.exp().var() < 0.5 * without.exp().var()
+    assert divergence[1] < 0.5 * divergence[0]
+
+
+def test_a_choice_that_is_not_recorded_stays_the_routers_own():
+    model, ids = model_of("mixtral"), texts()
+    store, own = RoutingStore(), chosen(model, input_ids=ids)
+    experts = torch.full((11, 2, 2), -1)
+    experts[4] = torch.tensor([[5, 0], [1, 3]])
+    store.add(ids[1], experts)
+    with replay_routing(model, store):
+        got = chosen(model, input_ids=ids)
+    for layer, (one, two) in enumerate(zip(own, got, strict=True)):
+        if layer == 0:
+            assert torch.equal(torch.cat([one[:15], one[16:]]), torch.cat([two[:15], two[16:]]))
+        assert two[15].tolist() == experts[4, layer].tolist()
+
+
+def test_misuse_is_refused():
+    store, ids = RoutingStore(), texts(1)
+    with pytest.raises(ValueError, match=r"must be \(S,\) and"):
+        store.add(ids, torch.zeros(11, 2, 2))
+    with pytest.raises(ValueError, match="max_bytes is 0"):
+        RoutingStore(0)
+    store.add(ids[0], torch.zeros(11, 3, 2, dtype=torch.long))
+    model = model_of("mixtral")
+    with replay_routing(model, store), pytest.raises(ValueError, match="3 sparse layers where the model has 2"):
+        model(ids, use_cache=False)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_each_router_of_this_package_uses_the_recorded_experts_or_is_refused(router):
+    fields = {"router_type": router, "num_experts": 6, "num_experts_per_tok": 2}
+    fields |= {"allow_noncausal": True} if not ROUTERS[router].causal else {}
+    fields |= {"n_group": 2, "topk_group": 2} if router == "hierarchical" else {}
+    fields |= {"num_experts_per_tok": {"uniform": 6, "base_layer": 1}.get(router, 2)}
+    fields |= {"num_tasks": 2} if router in ("task", "mmoe") else {}
+    model, other = tiny_model(**fields).eval(), None
+    torch.manual_seed(9)
+    other = MoEForCausalLM(model.config).eval()
+    ids, inputs = texts(), {"task_ids": torch.tensor([0, 1, 1])} if "num_tasks" in fields else {}
+    with record_routing(model) as recorder:
+        mine = chosen(model, input_ids=ids, **inputs)
+    refused = router in REFUSED
+    outcome = pytest.raises(ValueError, match="does not choose by the scores") if refused else nullcontext()
+    with replay_routing(other, recorder.store), outcome:
+        replayed = chosen(other, input_ids=ids, **inputs)
+    if not refused:
+        assert all(torch.equal(one.long(), two.long()) for one, two in zip(mine, replayed, strict=True))
+
+
+def test_the_store_forgets_the_oldest_texts_and_prefers_the_longest_agreement():
+    store, experts = RoutingStore(max_bytes=600), torch.zeros(10, 2, 2, dtype=torch.long)
+    for first in range(5):
+        store.add(torch.arange(first, first + 10), experts + first)
+    assert len(store) == 3
+    assert store.nbytes == 3 * 160
+    assert store.find(torch.arange(0, 10)) is None
+    assert store.find(torch.arange(4, 14))[0, 0, 0] == 4
+    store.clear()
+    ids = torch.arange(12)
+    store.add(ids[:9], experts[:9])
+    store.add(ids[:11], experts + 1)
+    assert store.find(ids)[0, 0, 0] == 1
+    assert len(store.find(ids[:10])) == 10
+    assert store.find(torch.cat([ids[:9], ids[:1]]))[0, 0, 0] == 0
+    assert store.find(torch.cat([ids[:8], ids[:4]])) is None
+
+
+def test_hooks_leave_the_model_as_it_was_after_an_error():
+    model, ids = model_of("mixtral"), texts()
+    with record_routing(model) as recorder, torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+    handle = model.model.layers[0].mlp.gate.register_forward_hook(lambda *_: 1 / 0)
+    with replay_routing(model, recorder.store), pytest.raises(ZeroDivisionError):
+        model(ids, use_cache=False)
+    handle.remove()
+    scores = torch.tensor([[1.0, 3.0, 2.0]])
+    assert scores.topk(2).indices.tolist() == [[1, 2]]
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, wanted)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
