@@ -2,6 +2,7 @@
 """This module loads a model whose experts stay in the checkpoint, or in host memory, and never holds them all elsewhere."""
 
 import copy
+import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..checkpoints import Source, open_source
 from ..utils.errors import UserError
-from .pieces import Piece, stored
+from .pieces import Stored, stored
 from .stores import (
     DiskStore,
     ExpertStore,
@@ -24,6 +25,10 @@ from .stores import (
     stores_of,
 )
 from .tracing import TracedTensor, trace, traced_state
+
+
+# bytes
+ALIGNMENT = 64
 
 
 class WithoutExperts(NamedTuple):
@@ -44,7 +49,7 @@ class _Unread:
     The loader takes `tensor[...]` and calls `to` on the result, in several threads at once.
     """
 
-    def __init__(self, piece: Piece, lock: threading.Lock):
+    def __init__(self, piece: Stored, lock: threading.Lock):
         self.shape, self.dtype = torch.Size(piece.shape), piece.dtype
         self._piece, self._lock = piece, lock
 
@@ -58,9 +63,22 @@ class _Unread:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         with self._lock:
-            tensor = torch.empty(self.shape, dtype=dtype or self.dtype, device="cpu")
+            tensor = _memory_as_mapped(self._piece)
             self._piece.read_into(self._piece.full(), tensor)
-            return tensor.to(device=device)
+            return tensor.to(device=device, dtype=dtype)
+
+
+def _memory_as_mapped(piece: Stored) -> torch.Tensor:
+    """Returns uninitialised memory for a tensor, at an address that is aligned as in a mapped file.
+
+    `from_pretrained` maps files on CPUs, and products round otherwise where a matrix starts at another multiple of 64 bytes.
+    """
+    size = math.prod(piece.shape) * piece.dtype.itemsize
+    if piece.offset % piece.dtype.itemsize or not size:
+        return torch.empty(piece.shape, dtype=piece.dtype)
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    first = (piece.offset - memory.data_ptr()) % ALIGNMENT
+    return memory[first : first + size].view(piece.dtype).view(piece.shape)
 
 
 def load_without_experts(
@@ -97,6 +115,7 @@ def load_without_experts(
     if config is None:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub)
     config = copy.deepcopy(config)
+    config._experts_implementation = "moe"
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     refuse_quantised_experts(config, name_or_path)
