@@ -1,0 +1,15 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""The expert cache runs models whose experts do not fit into the memory of the device, with the bits of the whole model.
+
+Experts stay in host memory or in the checkpoint. Each layer has slots for some of them, and a policy decides which stay.
+"""
+
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .forward import IMPLEMENTATION, offloaded_forward
+from .offloading import offload_experts, offload_statistics, offload_to_stores
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offloaded_forward)
+
+__all__ = ["offload_experts", "offload_statistics", "offload_to_stores"]
