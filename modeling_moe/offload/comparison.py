@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .policies import POLICIES
-from .simulation import CacheCounts, belady, simulate
 from .recording import Trace
+from .simulation import CacheCounts, belady, simulate
 
 
 @dataclass(frozen=True)

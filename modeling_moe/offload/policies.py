@@ -54,7 +54,9 @@ class Policy(ABC):
         """
         candidates = [expert for expert in resident if expert not in kept]
         if not candidates:
-            raise ValueError(f"all {len(resident)} resident experts are kept: a round needs at most {self.slots} experts")
+            raise ValueError(
+                f"all {len(resident)} resident experts are kept: a round needs at most {self.slots} experts"
+            )
         return min(candidates, key=lambda expert: (self.rank(expert), expert))
 
 
@@ -85,7 +87,7 @@ class LeastFrequentlyUsed(Policy):
         super().use(expert)
         self._counts[expert] += 1
 
-    def rank(self, expert: int) -> tuple[int, int]:
+    def rank(self, expert: int) -> tuple[float, int]:
         """Returns the count and the number of the last use."""
         return self._counts[expert], self._last_use[expert]
 

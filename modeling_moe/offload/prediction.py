@@ -48,7 +48,9 @@ class RouterTwin:
         _check_signature(router)
         memo: dict[int, Any] = {id(parameter): parameter for parameter in parameters}
         # before copying: a hook may refer to anything, the whole model among it
-        memo |= {id(vars(part)[name]): OrderedDict() for part in router.modules() for name in HOOKS if name in vars(part)}
+        memo |= {
+            id(vars(part)[name]): OrderedDict() for part in router.modules() for name in HOOKS if name in vars(part)
+        }
         try:
             self._twin = copy.deepcopy(router, memo).eval()
         except Exception as error:
@@ -78,7 +80,9 @@ class RouterTwin:
                 own.copy_(theirs)
             output = self._twin(states)
         except Exception as error:
-            raise NoPrediction(f"the router cannot be called on hidden states alone ({type(error).__name__}: {error})") from error
+            raise NoPrediction(
+                f"the router cannot be called on hidden states alone ({type(error).__name__}: {error})"
+            ) from error
         outputs = output if isinstance(output, tuple) else (output,)
         logits = self._logits(outputs)
         tokens = len(logits)

@@ -6,6 +6,7 @@ arXiv:2502.12224). The prediction decides what is loaded ahead, never what is co
 its turn, and the cache loads what is missing.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -98,10 +99,10 @@ class Prefetcher:
         self._streams: dict[torch.device, Any] = {}
         self._handles: list = []
         self._worker = Worker("expert prefetch")
-        layers = sparse_layers(model)
-        for layer, following in pairwise(layers):
-            self._watch(layer, self._step_to(following, caches))
-        self._watch(layers[-1], None)
+        for layers in _sequences(sparse_layers(model)):
+            for layer, following in pairwise(layers):
+                self._watch(layer, self._step_to(following, caches))
+            self._watch(layers[-1], None)
         # the thread knows nothing of the model, so the model's end ends the thread; so does the interpreter's
         self._ending = finalize(model, self._worker.close)
 
@@ -193,6 +194,14 @@ class Prefetcher:
             self._refuse(step.name, str(error))
         except Exception as error:
             self._refuse(step.name, f"the experts cannot be loaded ahead ({type(error).__name__}: {error})")
+
+
+def _sequences(layers: list[SparseLayer]) -> list[list[SparseLayer]]:
+    """Divides the layers into sequences whose names differ in numbers only, as of an encoder and of a decoder."""
+    sequences: dict[str, list[SparseLayer]] = {}
+    for layer in layers:
+        sequences.setdefault(re.sub(r"\d+", "#", layer.name), []).append(layer)
+    return list(sequences.values())
 
 
 def _autocast(device_type: str) -> AbstractContextManager:

@@ -52,16 +52,20 @@ class Trace:
         """
         try:
             layers = [LayerTrace(**layer) for layer in read_json(Path(file))["layers"]]
+            wrong = [(layer, needed) for layer in layers for needed in layer.passes if not _is_pass(needed, layer)]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file} is no trace of experts: record one with record_trace") from error
-        for layer in layers:
-            for needed in layer.passes:
-                if needed != sorted(set(needed)) or (needed and not 0 <= needed[0] <= needed[-1] < layer.num_experts):
-                    raise ValueError(
-                        f"{file} is no trace of experts: {layer.name} has the pass {needed}, and a pass lists distinct ids "
-                        f"below {layer.num_experts} in ascending order"
-                    )
+        for layer, needed in wrong:
+            raise ValueError(
+                f"{file} is no trace of experts: {layer.name} has the pass {needed}, and a pass lists distinct ids below "
+                f"{layer.num_experts} in ascending order"
+            )
         return cls(layers)
+
+
+def _is_pass(needed: list[int], layer: LayerTrace) -> bool:
+    """Returns True for distinct ids of experts of the layer in ascending order."""
+    return needed == sorted(set(needed)) and all(0 <= expert < layer.num_experts for expert in needed)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ The simulation follows the contract of the cache and shares no code with the cac
 # S slots, E experts
 """
 
+import itertools
 import random
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -48,7 +49,7 @@ def rounds_of(needed: Pass, slots: int, round_size: int | None = None) -> Iterat
         raise ValueError(f"slots is {slots}: a layer needs at least 1 slot")
     if round_size is not None and not 1 <= round_size <= slots:
         raise ValueError(f"round_size is {round_size}: a round of a layer with {slots} slots has 1 to {slots} experts")
-    if any(left >= right for left, right in zip(needed, needed[1:], strict=False)):
+    if any(left >= right for left, right in itertools.pairwise(needed)):
         raise ValueError(f"a pass of a trace is {list(needed)}: expert ids must be distinct and ascending")
     size = slots if round_size is None or len(needed) <= slots else round_size
     for begin in range(0, len(needed), size):
@@ -84,7 +85,9 @@ def simulate(
     hits = misses = 0
     for needed in passes:
         if needed and not 0 <= min(needed) <= max(needed) < num_experts:
-            raise ValueError(f"a pass of the trace is {list(needed)}: the layer has the experts 0 to {num_experts - 1}")
+            raise ValueError(
+                f"a pass of the trace is {list(needed)}: the layer has the experts 0 to {num_experts - 1}"
+            )
         rule.begin_pass(needed)
         for part in rounds_of(needed, slots, round_size):
             for expert in part:

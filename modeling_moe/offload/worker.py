@@ -143,7 +143,5 @@ def _watch_forks() -> None:
     """Registers what a fork has to wait for, when the first worker is made."""
     global _watched
     if not _watched and hasattr(os, "register_at_fork"):
-        os.register_at_fork(
-            before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child
-        )
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
         _watched = True

@@ -8,16 +8,14 @@ import pytest
 
 from modeling_moe.offload.comparison import compare_policies
 from modeling_moe.offload.policies import POLICIES, LeastRecentlyUsed
-from modeling_moe.offload.simulation import CacheCounts, belady, rounds_of, simulate, zipf_passes
 from modeling_moe.offload.recording import LayerTrace, Trace
+from modeling_moe.offload.simulation import CacheCounts, belady, rounds_of, simulate, zipf_passes
 
 
 def random_passes(seed: int, num_experts: int, passes: int) -> list[list[int]]:
     """Returns passes of 0 to `num_experts` experts."""
     draw = random.Random(seed)
-    return [
-        sorted(draw.sample(range(num_experts), draw.randint(0, min(num_experts, 4)))) for _ in range(passes)
-    ]
+    return [sorted(draw.sample(range(num_experts), draw.randint(0, min(num_experts, 4)))) for _ in range(passes)]
 
 
 def fewest_misses(passes: list[list[int]], slots: int, round_size: int | None) -> int:
@@ -93,7 +91,8 @@ def test_lru_and_belady_never_lose_hits_with_more_slots():
     passes = [needed for needed in random_passes(3, num_experts=8, passes=60) if len(needed) <= 4]
     for count in (lambda slots: simulate(passes, "lru", slots, 8), lambda slots: belady(passes, slots)):
         hits = [count(slots).hits for slots in range(4, 9)]
-        assert hits == sorted(hits) and hits[0] < hits[-1]
+        assert hits == sorted(hits)
+        assert hits[0] < hits[-1]
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -175,8 +174,10 @@ def test_comparison_adds_the_layers_and_gives_a_small_layer_a_slot_for_each_expe
         least = belady(layers[0].passes, slots).misses + belady(layers[1].passes, min(slots, 3)).misses
         assert found.loads_over_bound(slots, "lfu") == sum(c.misses for c in own) / least
     lines = found.table().splitlines()
-    assert lines[0] == "| slots | lru | lfu | lfru | least_stale | belady |" and len(lines) == 4
-    assert lines[2].startswith("| 2 | ") and lines[2].endswith("(1.00x) |")
+    assert lines[0] == "| slots | lru | lfu | lfru | least_stale | belady |"
+    assert len(lines) == 4
+    assert lines[2].startswith("| 2 | ")
+    assert lines[2].endswith("(1.00x) |")
 
 
 def test_comparison_of_an_empty_trace_has_no_rates():
