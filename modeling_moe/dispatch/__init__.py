@@ -11,11 +11,42 @@ import functools
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .backends import NAMES
-from .interface import backend_of, experts_forward
+from .interface import (
+    HeldExperts,
+    PreparedCall,
+    activation_of,
+    backend_of,
+    check_arguments,
+    experts_forward,
+    follows_interface,
+    prepare,
+    reason_unsupported,
+)
+from .operator import decode
+from .problem import ExpertsProblem, Gradients, Needs
+from .rounds import by_slot, expert_of_slot, index_in_round
 
 
 ALL_EXPERTS_FUNCTIONS.register("moe", experts_forward)
 for _backend in NAMES:
     ALL_EXPERTS_FUNCTIONS.register(f"moe_{_backend}", functools.partial(experts_forward, backend=_backend))
 
-__all__ = ["backend_of", "experts_forward"]
+__all__ = [
+    "NAMES",
+    "ExpertsProblem",
+    "Gradients",
+    "HeldExperts",
+    "Needs",
+    "PreparedCall",
+    "activation_of",
+    "backend_of",
+    "by_slot",
+    "check_arguments",
+    "decode",
+    "expert_of_slot",
+    "experts_forward",
+    "follows_interface",
+    "index_in_round",
+    "prepare",
+    "reason_unsupported",
+]

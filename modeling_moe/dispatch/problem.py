@@ -48,6 +48,8 @@ class ExpertsProblem(NamedTuple):
         constants: the constants of the activation.
         up_update: the low-rank update of `up`, or None.
         down_update: the low-rank update of `down`, or None.
+        slots: (E,) int32 on the CPU, where each expert's matrices and biases lie; these then are (S, ...) with S slots
+            in the place of E experts. Back ends with `serves_slots` take it. None if expert e lies at e.
     """
 
     x: torch.Tensor
@@ -60,6 +62,12 @@ class ExpertsProblem(NamedTuple):
     constants: Sequence[float]
     up_update: LowRank | None = None
     down_update: LowRank | None = None
+    slots: torch.Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """The number E of experts."""
+        return len(self.up) if self.slots is None else len(self.slots)
 
     @property
     def updated(self) -> bool:
@@ -96,6 +104,7 @@ class ExpertsProblem(NamedTuple):
             "down": self.down,
             "up_bias": self.up_bias,
             "down_bias": self.down_bias,
+            "slots": self.slots,
         }
         for name, update in (("up", self.up_update), ("down", self.down_update)):
             if update is not None:
@@ -152,6 +161,7 @@ class ExpertsProblem(NamedTuple):
             constants=constants,
             up_update=update("up", up_scaling),
             down_update=update("down", down_scaling),
+            slots=tensors.get("slots"),
         )
 
 

@@ -1,7 +1,22 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""The experts of a model can stay in the checkpoint or in host memory, and are copied to the device when they are used."""
+"""The expert cache runs models whose experts do not fit into the memory of the device, with the bits of the whole model.
 
-from .loading import load_without_experts
+Experts stay in host memory or in the checkpoint. Each layer has slots for some of them, and a policy decides which stay.
+"""
+
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .forward import IMPLEMENTATION, offloaded_forward
+from .loading import from_pretrained_offloaded, load_without_experts
+from .offloading import offload_experts, offload_statistics, offload_to_stores
 
 
-__all__ = ["load_without_experts"]
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offloaded_forward)
+
+__all__ = [
+    "from_pretrained_offloaded",
+    "load_without_experts",
+    "offload_experts",
+    "offload_statistics",
+    "offload_to_stores",
+]

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..checkpoints import Source, open_source
 from ..utils.errors import UserError
+from .offloading import offload_to_stores
 from .pieces import Stored, stored
 from .stores import (
     DiskStore,
@@ -25,6 +26,18 @@ from .stores import (
     stores_of,
 )
 from .tracing import TracedTensor, trace, traced_state
+
+
+# argument of from_pretrained -> what takes its place here
+REMEDIES = {
+    "device_map": "give device",
+    "torch_dtype": "give dtype",
+    "experts_implementation": "the experts are computed from the cache",
+    "quantization_config": "experts are read as the checkpoint holds them, in 16 or 32 bits",
+    "load_in_4bit": "experts are read as the checkpoint holds them, in 16 or 32 bits",
+    "load_in_8bit": "experts are read as the checkpoint holds them, in 16 or 32 bits",
+    "state_dict": "give the folder of a checkpoint",
+}
 
 
 # bytes
@@ -79,6 +92,58 @@ def _memory_as_mapped(piece: Stored) -> torch.Tensor:
     memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
     first = (piece.offset - memory.data_ptr()) % ALIGNMENT
     return memory[first : first + size].view(piece.dtype).view(piece.shape)
+
+
+def from_pretrained_offloaded(
+    name_or_path: str | Path,
+    budget: int | str | None = None,
+    slots: int | None = None,
+    tier: str = "disk",
+    policy: str = "lru",
+    dtype: Any = "auto",
+    device: Any = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Loads a model that computes its experts from a cache, without ever holding all experts in memory.
+
+    The model gives the outputs that [`offload_experts`] gives on the model of `from_pretrained`. With `tier="disk"`, memory
+    holds the slots, all other weights, and one further tensor while loading.
+
+    Args:
+        name_or_path: folder or Hub name of a checkpoint in safetensors, of this package or of any family of transformers
+            whose experts are called by transformers' experts interface.
+        budget: bytes of all slots of all layers, or text such as `"4GiB"`. Give this or `slots`.
+        slots: the number of experts of each layer that are held.
+        tier: `"disk"` reads experts from the checkpoint's files, which must stay as they are; `"pinned"` holds them all in
+            host memory.
+        policy: a key of [`~modeling_moe.offload.policies.POLICIES`], which chooses the expert that gives up its slot.
+        dtype: dtype of the weights, or `"auto"` for that of the configuration.
+        device: where the model computes; the CPU if not given.
+        **options: `config`, `model_class`, `attn_implementation`, `trust_remote_code`, `revision`, `token`, `cache_dir` and
+            `local_files_only`, as [`load_without_experts`] takes them.
+
+    Returns:
+        The model in evaluation mode. [`offload_statistics`] gives what its caches count.
+
+    Raises:
+        TypeError: for another option.
+        UserError: if there is no such checkpoint, or its experts are quantised or cannot be read one by one.
+        ValueError: if the budget is below the experts of one token, or the checkpoint does not fit its configuration.
+
+    Example:
+        >>> from modeling_moe import MoEConfig, MoEForCausalLM
+        >>> from modeling_moe.offload import from_pretrained_offloaded
+        >>> config = MoEConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_experts=8)
+        >>> MoEForCausalLM(config).save_pretrained("outputs/moe")
+        >>> model = from_pretrained_offloaded("outputs/moe", slots=4)
+        >>> model.generate(max_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 5])
+    """
+    if refused := sorted(REMEDIES.keys() & options.keys()):
+        raise TypeError(f"from_pretrained_offloaded takes no {refused[0]}: {REMEDIES[refused[0]]}")
+    model, stores = load_without_experts(name_or_path, tier, dtype, device, **options)
+    offload_to_stores(model, stores, budget, slots, policy, device)
+    return model
 
 
 def load_without_experts(
@@ -173,9 +238,11 @@ def _load_rest(
     """Loads a model with transformers' loader, which reads every tensor but those of the experts."""
     of_experts = {part for store in stores.values() for piece in store.pieces.values() for part in stored(piece)}
     lock = threading.Lock()
-    tensors = {
-        name: tensor if tensor.piece in of_experts else _Unread(tensor.piece, lock) for name, tensor in state.items()
-    }
+    tensors: dict[str, Any] = dict(state)
+    for name, tensor in state.items():
+        (piece,) = stored(tensor.piece)
+        if piece not in of_experts:
+            tensors[name] = _Unread(piece, lock)
     device_map = None if request.device is None else {"": torch.device(request.device)}
     return request.model_class.from_pretrained(
         None, config=request.config, state_dict=tensors, dtype=request.dtype, device_map=device_map

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoint_damage import CheckpointError
-from modeling_moe.offload.loading import load_without_experts
+from modeling_moe.offload import from_pretrained_offloaded, load_without_experts, offload_statistics
 from modeling_moe.utils.errors import UserError
 from tests.builders import tiny_config
 from tests.monitoring.moe_families import experts_families, tiny_family
@@ -31,6 +31,8 @@ def assert_alike(found, wanted) -> None:
         assert own[name].is_meta == (name in parts), name
         assert (own[name].shape, own[name].dtype) == (parameter.shape, parameter.dtype), name
         assert own[name].is_meta or torch.equal(own[name], parameter), name
+        # products round by the alignment of their matrices
+        assert own[name].is_meta or own[name].data_ptr() % 64 == parameter.data_ptr() % 64, name
         assert type(own[name]) is torch.nn.Parameter, name
     own, theirs = dict(model.named_buffers()), dict(wanted.named_buffers())
     assert own.keys() == theirs.keys()
@@ -130,6 +132,57 @@ def test_dense_checkpoints_are_refused(tmp_path):
             UserError, match="has no experts that transformers' experts interface calls: load it whole"
         ):
             load_without_experts(tmp_path, tier)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "moe"])
+def test_logits_and_text_have_the_bits_of_the_whole_model(family, dtype, tmp_path):
+    model = tiny() if family == "moe" else tiny_family(family)
+    model.save_pretrained(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, experts_implementation="moe")
+    tokens = torch.arange(3, 39).view(2, 18)
+    for tier in ("disk", "pinned"):
+        found = from_pretrained_offloaded(tmp_path, slots=3, tier=tier, dtype=dtype)
+        assert type(found) is type(whole)
+        with torch.no_grad():
+            assert torch.equal(found(tokens).logits, whole(tokens).logits)
+        ids = [each.generate(tokens, max_new_tokens=6, do_sample=False) for each in (found, whole)]
+        assert torch.equal(*ids)
+        assert offload_statistics(found).total.misses > 0
+
+
+def test_a_change_in_the_middle_of_a_generation_is_one_clear_error(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    model = from_pretrained_offloaded(tmp_path, slots=3)
+    model.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: torch.randn_like(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"model\.safetensors changed while the model was using it: load the model again"
+    ):
+        model.generate(torch.arange(3, 40)[None], max_new_tokens=8, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": "auto"}, "takes no device_map: give device"),
+        ({"load_in_4bit": True}, "takes no load_in_4bit: experts are read as the checkpoint holds them"),
+        ({"max_memory": {0: "1GB"}}, "unexpected keyword argument 'max_memory'"),
+    ],
+)
+def test_other_options_are_refused(options, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        from_pretrained_offloaded(tmp_path, slots=4, **options)
+
+
+def test_a_budget_below_the_experts_of_a_token_is_refused(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="one token needs 3"):
+        from_pretrained_offloaded(tmp_path, slots=2)
+    with pytest.raises(ValueError, match="one token needs 3"):
+        from_pretrained_offloaded(tmp_path, budget="20KB")
 
 
 @pytest.mark.slow
