@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..checkpoints import Source, open_source
 from ..utils.errors import UserError
+from ..utils.locations import local_folder
 from .offloading import offload_to_stores
 from .pieces import Stored, stored
 from .stores import (
@@ -176,18 +177,19 @@ def load_without_experts(
     """
     if tier not in LOADERS:
         raise ValueError(f"tier={tier!r} is unknown: use 'disk' or 'pinned'")
+    name = local_folder(name_or_path)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     if config is None:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
     config = copy.deepcopy(config)
     config._experts_implementation = "moe"
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
-    refuse_quantised_experts(config, name_or_path)
-    source = open_source(name_or_path, hub=hub)
+    refuse_quantised_experts(config, name)
+    source = open_source(name, hub=hub)
     request = _Request(model_class or _causal_class(config, trust_remote_code), config, dtype, device)
     loaded = LOADERS[tier](request, source)
-    loaded.model.config.name_or_path = loaded.model.name_or_path = str(name_or_path)
+    loaded.model.config.name_or_path = loaded.model.name_or_path = name
     return loaded
 
 

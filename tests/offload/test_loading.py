@@ -13,7 +13,7 @@ from modeling_moe.offload import from_pretrained_offloaded, load_without_experts
 from modeling_moe.utils.errors import UserError
 from tests.builders import tiny_config
 from tests.monitoring.moe_families import experts_families, tiny_family
-from tests.offload.test_stores import NOT_SAVED, assert_experts_of
+from tests.offload.test_stores import assert_experts_of
 
 
 # with tied embeddings, biases of routers, buffers of rotary positions of several kinds, convolutions
@@ -99,6 +99,20 @@ def test_code_of_a_checkpoint_is_used_if_it_is_trusted(tier, tmp_path):
         load_without_experts(tmp_path, tier)
 
 
+def test_a_model_of_the_hub_is_taken_from_the_cache(tmp_path):
+    model = tiny()
+    snapshot = tmp_path / "models--somebody--tiny" / "snapshots" / ("0" * 40)
+    model.save_pretrained(snapshot, max_shard_size="30KB")
+    refs = tmp_path / "models--somebody--tiny" / "refs"
+    refs.mkdir()
+    (refs / "v2").write_text("0" * 40)
+    found = load_without_experts("somebody/tiny", revision="v2", cache_dir=tmp_path, local_files_only=True)
+    assert found.model.name_or_path == "somebody/tiny"
+    assert_experts_of(found.stores, model)
+    with pytest.raises(OSError, match="find them in the cached files"):
+        load_without_experts("somebody/tiny", revision="v3", cache_dir=tmp_path, local_files_only=True)
+
+
 def test_a_missing_expert_and_a_wrong_shape_are_refused_by_name(tmp_path):
     tiny().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -115,8 +129,9 @@ def test_a_missing_expert_and_a_wrong_shape_are_refused_by_name(tmp_path):
 def test_wrong_requests_are_refused(tmp_path):
     with pytest.raises(ValueError, match="tier='cloud' is unknown: use 'disk' or 'pinned'"):
         load_without_experts(tmp_path, tier="cloud")
-    model = tiny()
-    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_without_experts(tmp_path / "nowhere")
+    tiny().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"has no model\.safetensors and no index of shards"):
         load_without_experts(tmp_path)
@@ -186,7 +201,7 @@ def test_a_budget_below_the_experts_of_a_token_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(experts_families()) - NOT_SAVED))
+@pytest.mark.parametrize("family", experts_families())
 def test_every_family(family, tmp_path):
     model = tiny_family(family)
     model.save_pretrained(tmp_path)
