@@ -7,9 +7,10 @@ Experts stay in host memory or in the checkpoint. Each layer has slots for some 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .forward import IMPLEMENTATION, offloaded_forward
+from .loading import load_without_experts
 from .offloading import offload_experts, offload_statistics, offload_to_stores
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offloaded_forward)
 
-__all__ = ["offload_experts", "offload_statistics", "offload_to_stores"]
+__all__ = ["load_without_experts", "offload_experts", "offload_statistics", "offload_to_stores"]

@@ -1,0 +1,141 @@
+"""A model that is loaded without its experts is, but for them, the model that from_pretrained loads."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from modeling_moe import MoEForCausalLM
+from modeling_moe.checkpoint_damage import CheckpointError
+from modeling_moe.offload.loading import load_without_experts
+from modeling_moe.utils.errors import UserError
+from tests.builders import tiny_config
+from tests.monitoring.moe_families import experts_families, tiny_family
+from tests.offload.test_stores import NOT_SAVED, assert_experts_of
+
+
+# with tied embeddings, biases of routers, buffers of rotary positions of several kinds, convolutions
+FAMILIES = ["mixtral", "gpt_oss", "deepseek_v3", "gemma4", "qwen3_next", "lfm2_moe", "hy_v4", "granitemoehybrid"]
+
+
+def assert_alike(found, wanted) -> None:
+    """Fails unless a model without experts has the other parameters, the buffers and the settings of a whole model."""
+    model, stores = found
+    assert_experts_of(stores, wanted)
+    parts = {f"{name}.{part}" for name, store in stores.items() for part in store.parts}
+    own, theirs = dict(model.named_parameters()), dict(wanted.named_parameters())
+    assert own.keys() == theirs.keys()
+    for name, parameter in theirs.items():
+        assert own[name].is_meta == (name in parts), name
+        assert (own[name].shape, own[name].dtype) == (parameter.shape, parameter.dtype), name
+        assert own[name].is_meta or torch.equal(own[name], parameter), name
+        assert type(own[name]) is torch.nn.Parameter, name
+    own, theirs = dict(model.named_buffers()), dict(wanted.named_buffers())
+    assert own.keys() == theirs.keys()
+    for name, buffer in theirs.items():
+        assert torch.equal(own[name], buffer), name
+    assert type(model) is type(wanted)
+    assert not model.training
+    assert model.config.to_dict() == wanted.config.to_dict()
+    if model.can_generate():
+        assert model.generation_config.to_dict() == wanted.generation_config.to_dict()
+    if wanted.get_output_embeddings() is not None and wanted.config.get_text_config().tie_word_embeddings:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("tier", ["disk", "pinned"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, tier, tmp_path):
+    model = tiny_family(family)
+    model.save_pretrained(tmp_path)
+    wanted = type(model).from_pretrained(tmp_path)
+    assert_alike(load_without_experts(tmp_path, tier, model_class=type(model)), wanted)
+
+
+def tiny(**fields) -> MoEForCausalLM:
+    torch.manual_seed(0)
+    return MoEForCausalLM(tiny_config(num_hidden_layers=2, mlp_layer_types=None, **fields))
+
+
+@pytest.mark.parametrize("tier", ["disk", "pinned"])
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16, "float32"])
+def test_our_checkpoint_of_shards_in_each_dtype(dtype, tier, tmp_path):
+    model = tiny(tie_word_embeddings=True)
+    model.generation_config = GenerationConfig(temperature=0.5, do_sample=True, eos_token_id=[2, 7])
+    model.to(torch.float16).save_pretrained(tmp_path, max_shard_size="20KB")
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert wanted.generation_config.eos_token_id == [2, 7]
+    found = load_without_experts(tmp_path, tier, dtype)
+    assert_alike(found, wanted)
+    assert found.model.name_or_path == str(tmp_path)
+
+
+def test_arguments_reach_the_model(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    config = MoEForCausalLM.config_class.from_pretrained(tmp_path, num_experts_per_tok=2)
+    model, _ = load_without_experts(str(tmp_path), config=config, attn_implementation="eager", device="cpu")
+    assert model.config._attn_implementation == "eager"
+    assert model.config.num_experts_per_tok == 2
+    assert config._attn_implementation != "eager"
+    assert model.model.embed_tokens.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("tier", ["disk", "pinned"])
+def test_code_of_a_checkpoint_is_used_if_it_is_trusted(tier, tmp_path):
+    """Our code is saved under another model type, so that the installed package does not serve it."""
+    tiny().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "moe_of_somebody"}))
+    code = tmp_path / "configuration_moe.py"
+    code.write_text(code.read_text().replace('model_type = "moe"', 'model_type = "moe_of_somebody"'))
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(wanted).__module__.startswith("transformers_modules.")
+    assert_alike(load_without_experts(tmp_path, tier, trust_remote_code=True), wanted)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_without_experts(tmp_path, tier)
+
+
+def test_a_missing_expert_and_a_wrong_shape_are_refused_by_name(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    file = tmp_path / "model.safetensors"
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        load_without_experts(tmp_path)
+    save_file(tensors | {name: torch.zeros(3, 3)}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        load_without_experts(tmp_path)
+
+
+def test_wrong_requests_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="tier='cloud' is unknown: use 'disk' or 'pinned'"):
+        load_without_experts(tmp_path, tier="cloud")
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"has no model\.safetensors and no index of shards"):
+        load_without_experts(tmp_path)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_memory'"):
+        load_without_experts(tmp_path, max_memory={0: "1GB"})
+
+
+def test_dense_checkpoints_are_refused(tmp_path):
+    model = MoEForCausalLM(tiny_config(mlp_layer_types=["dense"] * 3))
+    model.save_pretrained(tmp_path)
+    for tier in ("disk", "pinned"):
+        with pytest.raises(
+            UserError, match="has no experts that transformers' experts interface calls: load it whole"
+        ):
+            load_without_experts(tmp_path, tier)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(experts_families()) - NOT_SAVED))
+def test_every_family(family, tmp_path):
+    model = tiny_family(family)
+    model.save_pretrained(tmp_path)
+    wanted = type(model).from_pretrained(tmp_path)
+    assert_alike(load_without_experts(tmp_path, model_class=type(model)), wanted)
