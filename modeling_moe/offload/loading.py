@@ -4,7 +4,7 @@
 import copy
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from ..checkpoints import Source, open_source
 from ..utils.errors import UserError
 from ..utils.locations import local_folder
-from .offloading import offload_to_stores
+from .offloading import offload_to_stores, refuse_unfit
 from .pieces import Stored, stored
 from .stores import (
     DiskStore,
@@ -40,7 +40,6 @@ REMEDIES = {
     "state_dict": "give the folder of a checkpoint",
 }
 
-
 # bytes
 ALIGNMENT = 64
 
@@ -55,6 +54,9 @@ class WithoutExperts(NamedTuple):
 
     model: PreTrainedModel
     stores: Mapping[str, ExpertStore]
+
+
+Check = Callable[[PreTrainedModel, Mapping[str, ExpertStore]], None]
 
 
 class _Unread:
@@ -89,8 +91,8 @@ def _memory_as_mapped(piece: Stored) -> torch.Tensor:
     """
     size = math.prod(piece.shape) * piece.dtype.itemsize
     if piece.offset % piece.dtype.itemsize or not size:
-        return torch.empty(piece.shape, dtype=piece.dtype)
-    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        return torch.empty(piece.shape, dtype=piece.dtype, device="cpu")
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
     first = (piece.offset - memory.data_ptr()) % ALIGNMENT
     return memory[first : first + size].view(piece.dtype).view(piece.shape)
 
@@ -142,7 +144,11 @@ def from_pretrained_offloaded(
     """
     if refused := sorted(REMEDIES.keys() & options.keys()):
         raise TypeError(f"from_pretrained_offloaded takes no {refused[0]}: {REMEDIES[refused[0]]}")
-    model, stores = load_without_experts(name_or_path, tier, dtype, device, **options)
+
+    def check(model: PreTrainedModel, stores: Mapping[str, ExpertStore]) -> None:
+        refuse_unfit(model, stores, budget, slots, policy)
+
+    model, stores = load_without_experts(name_or_path, tier, dtype, device, check=check, **options)
     offload_to_stores(model, stores, budget, slots, policy, device)
     return model
 
@@ -153,6 +159,7 @@ def load_without_experts(
     dtype: Any = "auto",
     device: Any = None,
     *,
+    check: Check | None = None,
     config: PreTrainedConfig | None = None,
     model_class: type[PreTrainedModel] | None = None,
     attn_implementation: str | None = None,
@@ -166,6 +173,8 @@ def load_without_experts(
 
     Args:
         name_or_path, tier, dtype, device: as for [`from_pretrained_offloaded`].
+        check: called with the stores and the model on the meta device, before any weight is read; with `tier="pinned"` it is
+            called with the model in memory.
         config: configuration of the model; the checkpoint's if not given.
         model_class: class of the model; the one that `AutoModelForCausalLM` takes if not given.
         attn_implementation, trust_remote_code: as for `from_pretrained`.
@@ -187,7 +196,7 @@ def load_without_experts(
         config._attn_implementation = attn_implementation
     refuse_quantised_experts(config, name)
     source = open_source(name, hub=hub)
-    request = _Request(model_class or _causal_class(config, trust_remote_code), config, dtype, device)
+    request = _Request(model_class or _causal_class(config, trust_remote_code), config, dtype, device, check)
     loaded = LOADERS[tier](request, source)
     loaded.model.config.name_or_path = loaded.model.name_or_path = name
     return loaded
@@ -200,11 +209,16 @@ class _Request(NamedTuple):
     config: PreTrainedConfig
     dtype: Any
     device: Any
+    check: Check | None
 
 
 def _on_disk(request: _Request, source: Source) -> WithoutExperts:
     state = traced_state(source.state)
-    stores = stores_of(trace(request.model_class, request.config, state, request.dtype), source.folder)
+    traced = trace(request.model_class, request.config, state, request.dtype)
+    stores = stores_of(traced, source.folder)
+    if request.check is not None:
+        _empty_experts(traced, stores)
+        request.check(traced, stores)
     model = _load_rest(request, state, stores)
     _empty_experts(model, stores)
     _load_generation_config(model, source.folder)
@@ -220,6 +234,8 @@ def _in_host_memory(request: _Request, source: Source) -> WithoutExperts:
         _empty_experts(model, {name: stores[name]})
     if not stores:
         raise UserError(f"{source.folder} has no experts that transformers' experts interface calls: load it whole")
+    if request.check is not None:
+        request.check(model, stores)
     device = request.device
     model._apply(lambda tensor: tensor if tensor.is_meta or device is None else tensor.to(device))
     return WithoutExperts(model, stores)

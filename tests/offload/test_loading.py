@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoint_damage import CheckpointError
 from modeling_moe.offload import from_pretrained_offloaded, load_without_experts, offload_statistics
+from modeling_moe.offload.watched_file import WatchedFile
 from modeling_moe.utils.errors import UserError
 from tests.builders import tiny_config
 from tests.monitoring.moe_families import experts_families, tiny_family
@@ -192,12 +193,15 @@ def test_other_options_are_refused(options, message, tmp_path):
         from_pretrained_offloaded(tmp_path, slots=4, **options)
 
 
-def test_a_budget_below_the_experts_of_a_token_is_refused(tmp_path):
+def test_a_budget_below_the_experts_of_a_token_is_refused_before_weights_are_read(tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path)
+    monkeypatch.setattr(WatchedFile, "read_into", None)
     with pytest.raises(ValueError, match="one token needs 3"):
         from_pretrained_offloaded(tmp_path, slots=2)
     with pytest.raises(ValueError, match="one token needs 3"):
         from_pretrained_offloaded(tmp_path, budget="20KB")
+    with pytest.raises(ValueError, match="policy"):
+        from_pretrained_offloaded(tmp_path, slots=3, policy="newest")
 
 
 @pytest.mark.slow
