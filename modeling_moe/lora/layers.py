@@ -231,8 +231,9 @@ def _bring_to_slots(wrapper: Stock, config: LoraConfig) -> None:
         return
     for adapter in [name for name, factor in wrapper.lora_A.items() if next(factor.parameters()).is_meta]:
         for factors in (wrapper.lora_A, wrapper.lora_B):
-            factors[adapter].to_empty(device=offloaded.cache.device)
-            factors[adapter].reset_parameters()
+            factor: Any = factors[adapter]
+            factor.to_empty(device=offloaded.cache.device)
+            factor.reset_parameters()
         wrapper.reset_lora_parameters(adapter, config.init_lora_weights)
 
 

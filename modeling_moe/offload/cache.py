@@ -101,28 +101,34 @@ class ExpertCache:
 
     def _make_resident(self, experts: list[int]) -> None:
         """Copies the missing experts of a round into slots and counts hits and misses."""
-        statistics = self.statistics
+        statistics, places = self.statistics, self.slots.places
         with self._changed:
             self._kept = frozenset(experts)
-            missing = [expert for expert in experts if self.slots.table[expert] < 0]
+            missing = [expert for expert in experts if places[expert] < 0]
             statistics.hits += len(experts) - len(missing)
-        if missing:
-            begin = time.perf_counter()
-            for expert in missing:
-                self._load_or_wait(expert)
-            statistics.stall_seconds += time.perf_counter() - begin
+            if not missing:
+                self._use(experts)
+                return
+        begin = time.perf_counter()
+        for expert in missing:
+            self._load_or_wait(expert)
+        statistics.stall_seconds += time.perf_counter() - begin
         with self._changed:
-            for expert in experts:
-                self.policy.use(expert)
-            if self._unused:
-                statistics.prefetched_used += len(self._unused & self._kept)
-                self._unused -= self._kept
+            self._use(experts)
+
+    def _use(self, experts: list[int]) -> None:
+        """Tells the policy which experts are used, and counts those that were prefetched."""
+        for expert in experts:
+            self.policy.use(expert)
+        if self._unused:
+            self.statistics.prefetched_used += len(self._unused & self._kept)
+            self._unused -= self._kept
 
     def _load_or_wait(self, expert: int) -> None:
         """Copies an expert of the running round into a slot, unless a prefetch is doing so or has done so."""
         with self._changed:
             while True:
-                if self.slots.table[expert] >= 0:  # a prefetch has copied it in the meantime
+                if self.slots.places[expert] >= 0:  # a prefetch has copied it in the meantime
                     self.statistics.hits += 1
                     return
                 slot = None if expert in self._loading else self._claim(self._kept)
@@ -146,7 +152,7 @@ class ExpertCache:
             return None
         victim = self.policy.victim(resident, kept)
         self._unused.discard(victim)
-        self.slots.release(int(self.slots.table[victim]))
+        self.slots.release(self.slots.places[victim])
         return self.slots.take()
 
     def _load(self, expert: int, slot: int, wait: bool) -> None:
@@ -185,7 +191,7 @@ class ExpertCache:
         asked = frozenset(experts)
         for expert in experts:
             with self._changed:
-                if self.slots.table[expert] >= 0 or expert in self._loading:
+                if self.slots.places[expert] >= 0 or expert in self._loading:
                     continue
                 slot = self._claim(self._wanted | asked)
                 if slot is None:

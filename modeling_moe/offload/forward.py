@@ -7,6 +7,7 @@ in ascending order of expert ids, which is the order in which the back ends add 
 # T tokens, K experts per token, H hidden size
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +19,12 @@ from ..dispatch import (
     HeldExperts,
     Needs,
     PreparedCall,
-    activation_of,
     by_slot,
     check_arguments,
-    decode,
     expert_of_slot,
     index_in_round,
     prepare,
+    recognise,
 )
 from .cache import ExpertCache, Round
 
@@ -69,10 +69,10 @@ def offloaded_forward(
         raise ValueError(
             f"experts_implementation={IMPLEMENTATION!r} needs experts in a cache: call offload_experts(model)"
         )
-    return _forward(module, offloaded, hidden_states, top_k_index, top_k_weights)
+    forward = _uncompiled if torch.compiler.is_compiling() else _forward
+    return forward(module, offloaded, hidden_states, top_k_index, top_k_weights)
 
 
-@torch.compiler.disable
 def _forward(
     module: Any,
     offloaded: Offloaded,
@@ -83,11 +83,9 @@ def _forward(
     check_arguments(hidden_states, top_k_index, top_k_weights, module)
     cache = offloaded.cache
     _check_place(module, cache, hidden_states)
-    activation = activation_of(module)
+    activation, reason = recognise(module)
     if activation is None:
-        raise ValueError(
-            f"{type(module).__name__} changed after offload_experts: its activation is not served any more"
-        )
+        raise ValueError(f"{type(module).__name__} changed after it was offloaded: {reason}")
     held = HeldExperts(cache.slots.tensors, cache.slots.table)
     call = prepare(module, hidden_states, top_k_index, top_k_weights, activation, offloaded.backend, held)
     call = call._replace(problem=call.problem.with_dropout())
@@ -97,6 +95,11 @@ def _forward(
     else:
         output = _compute(cache, call)
     return output.to(hidden_states.dtype)
+
+
+# what is read depends on the experts that the router chose, so a compiled model leaves its graph here; the mere wrapper costs
+# as much as a small expert
+_uncompiled = torch.compiler.disable(_forward)
 
 
 def _check_place(module: nn.Module, cache: ExpertCache, hidden_states: torch.Tensor) -> None:
@@ -124,15 +127,17 @@ def _compute(cache: ExpertCache, call: PreparedCall) -> torch.Tensor:
     needed = cache.needed(call.index)
     if not needed:
         return torch.zeros_like(call.problem.x)
-    with cache.running(needed) as rounds, torch.no_grad(), _no_autocast(call):
+    with cache.running(needed) as rounds, _no_autocast(call):
         if cache.number_of_rounds(needed) == 1:
             next(rounds)
             return _one_round(call, keep_h=False)[0]
         return _several_rounds(call, rounds)
 
 
-def _no_autocast(call: PreparedCall) -> torch.autocast:
-    return torch.autocast(call.problem.x.device.type, enabled=False)
+def _no_autocast(call: PreparedCall) -> AbstractContextManager[Any]:
+    """Returns a context without autocast; entering one costs time, so it does nothing where there is none."""
+    device = call.problem.x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _one_round(call: PreparedCall, keep_h: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +150,7 @@ def _one_round(call: PreparedCall, keep_h: bool) -> tuple[torch.Tensor, torch.Te
     if not backend.serves_slots:
         problem, index = by_slot(problem, index)
     if call.decodes:
-        return decode(problem, index, backend), problem.x.new_empty(0)
+        return backend.decode(problem, index), problem.x.new_empty(0)
     return backend.forward(problem, backend.order_by_expert(index, problem.num_experts), keep_h)
 
 

@@ -144,7 +144,7 @@ def test_trainable_experts_are_refused():
     model = build("ours")
     offload_experts(model, slots=TOP_K)
     model.model.layers[0].mlp.experts.down_proj.requires_grad_(True)
-    with pytest.raises(ValueError, match="offloaded experts cannot be trained.*requires_grad_\\(False\\).*LoRA"):
+    with pytest.raises(ValueError, match=r"offloaded experts cannot be trained.*requires_grad_\(False\).*LoRA"):
         model(torch.arange(3, 9)[None])
     with torch.no_grad():
         model(torch.arange(3, 9)[None])

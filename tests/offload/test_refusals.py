@@ -124,7 +124,7 @@ def test_saving_copying_and_loading(offloaded, resident, tmp_path):
 def test_moving_and_casting(offloaded):
     assert offloaded.to("cpu") is offloaded
     offloaded.float()
-    with pytest.raises(ValueError, match="cannot be moved to cpu in torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"cannot be moved to cpu in torch\.bfloat16"):
         offloaded.model.layers[0].mlp.to(torch.bfloat16)
     with pytest.raises(ValueError, match="cannot be moved to meta"):
         offloaded.model.layers[0].mlp.to("meta")
@@ -150,7 +150,7 @@ def test_experts_on_disk_have_the_bits_of_the_model(name, tmp_path):
     with torch.no_grad():
         changed.model.layers[0].mlp.experts.down_proj += 1
     with pytest.raises(
-        ValueError, match="differs from the checkpoint in .*, so the model was changed after it was loaded"
+        ValueError, match=r"differs from the checkpoint in .*, so the model was changed after it was loaded"
     ):
         offload_experts(changed, slots=TOP_K, tier="disk", folder=tmp_path)
 
