@@ -19,6 +19,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..monitoring import ModelHook, SparseLayer, sparse_layers
+from .attaching import OffloadedModule
 from .prediction import NoPrediction, RouterTwin
 from .worker import Task, Worker
 
@@ -194,6 +195,34 @@ class Prefetcher:
             self._refuse(step.name, str(error))
         except Exception as error:
             self._refuse(step.name, f"the experts cannot be loaded ahead ({type(error).__name__}: {error})")
+
+
+def prefetch_experts(model: nn.Module, *, extra: int = 0) -> Prefetcher:
+    """Loads the experts of an offloaded model ahead of each sparse layer, in a thread, from now on.
+
+    Example:
+        >>> offload_experts(model, slots=8)
+        >>> prefetcher = prefetch_experts(model)
+        >>> model.generate(**inputs)
+        >>> offload_statistics(model).total.prefetch_precision
+
+    Args:
+        model: a model of [`~modeling_moe.offload.offload_experts`].
+        extra: number of experts to load beyond those that the next router chooses. More of them are there in time, and more
+            bytes are read in vain.
+
+    Returns:
+        The prefetcher, which ends with the model or with `close()`.
+
+    Raises:
+        ValueError: if the model is not offloaded, or `extra` is negative.
+    """
+    caches = {
+        name: module.offloaded.cache for name, module in model.named_modules() if isinstance(module, OffloadedModule)
+    }
+    if not caches:
+        raise ValueError(f"{type(model).__name__} is not offloaded: call offload_experts first")
+    return Prefetcher(model, caches, extra=extra)
 
 
 def _sequences(layers: list[SparseLayer]) -> list[list[SparseLayer]]:
