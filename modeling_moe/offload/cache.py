@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -44,7 +44,7 @@ class ExpertCache:
         self._expert_bytes = sum(tensor[0].nbytes for tensor in slots.tensors.values())
         self.device = next(iter(slots.tensors.values())).device
         # on a GPU, the end of the last pass
-        self._computed: torch.cuda.Event | None = None
+        self._computed: Any = None
         self._pass = threading.Lock()
         # guards all below; a thread waits on it for the end of another one's copy
         self._changed = threading.Condition()

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import (
     ExpertsProblem,
@@ -183,13 +182,16 @@ class _Differentiable(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[2:]
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad,), wanted = grad_outputs, ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "The gradient of offloaded experts cannot be differentiated again: do not offload them."
+            )
         if grad is None:
             return None, None, *(None for _ in wanted)
         h, *tensors = ctx.saved_tensors
-        call = _with_tensors(ctx.call, dict(zip(DIFFERENTIABLE, tensors, strict=True)))
+        call = _with_tensors(ctx.call, *tensors)
         needs = Needs(**dict(zip(DIFFERENTIABLE, wanted, strict=True)))
         with _no_autocast(call):
             gradients = _backward(ctx.cache, call, grad.contiguous(), h, needs)
@@ -207,39 +209,31 @@ def _without_tensors(call: PreparedCall) -> PreparedCall:
     return call._replace(problem=problem)
 
 
-def _with_tensors(call: PreparedCall, tensors: dict[str, torch.Tensor | None]) -> PreparedCall:
-    """Puts saved tensors back into a call."""
-    problem = call.problem._replace(x=tensors["x"], weight=tensors["weight"])
-    for name in ("up", "down"):
-        update = getattr(problem, f"{name}_update")
-        if update is not None:
-            update = update._replace(a=tensors[f"{name}_a"], b=tensors[f"{name}_b"])
-            problem = problem._replace(**{f"{name}_update": update})
-    return call._replace(problem=problem)
+def _with_tensors(
+    call: PreparedCall, x: Any, weight: Any, up_a: Any, up_b: Any, down_a: Any, down_b: Any
+) -> PreparedCall:
+    """Puts saved tensors, in the order of `DIFFERENTIABLE`, back into a call."""
+    up, down = call.problem.up_update, call.problem.down_update
+    up = None if up is None else up._replace(a=up_a, b=up_b)
+    down = None if down is None else down._replace(a=down_a, b=down_b)
+    return call._replace(problem=call.problem._replace(x=x, weight=weight, up_update=up, down_update=down))
 
 
 def _backward(cache: ExpertCache, call: PreparedCall, grad: torch.Tensor, h: torch.Tensor, needs: Needs) -> Gradients:
     """Computes the gradients, round by round, from experts that are read again."""
     x = call.problem.x
     grad_x = torch.zeros_like(x, dtype=call.problem.wide_dtype) if needs.x else None
-    total = _no_gradients(call.problem, needs)
+    tensors = call.problem.named_tensors()
+    total = {name: torch.zeros_like(tensors[name]) for name in DIFFERENTIABLE[1:] if getattr(needs, name)}
     needed = cache.needed(call.index)
     if needed:
         with cache.running(needed) as rounds:
             for part in rounds:
-                total = _sum(total, _round_gradients(call, part, grad, h, needs, grad_x))
-    return total._replace(x=None if grad_x is None else grad_x.to(x.dtype))
-
-
-def _no_gradients(problem: ExpertsProblem, needs: Needs) -> Gradients:
-    tensors = problem.named_tensors()
-    names = [name for name in DIFFERENTIABLE if name != "x" and getattr(needs, name)]
-    return Gradients(**{name: torch.zeros_like(tensors[name]) for name in names})
-
-
-def _sum(total: Gradients, more: Gradients) -> Gradients:
-    """Adds the gradients of a round; each expert and each assignment has its gradient in one round only."""
-    return Gradients(*(old if new is None else old.add_(new) for old, new in zip(total, more, strict=True)))
+                gradients = _round_gradients(call, part, grad, h, needs, grad_x)
+                # each expert and each assignment has its gradient in one round only
+                for name, sum_of_rounds in total.items():
+                    sum_of_rounds.add_(getattr(gradients, name))
+    return Gradients(x=None if grad_x is None else grad_x.to(x.dtype), **total)
 
 
 def _round_gradients(

@@ -28,23 +28,21 @@ logger = logging.get_logger(__name__)
 
 
 class Slots(Protocol):
-    """Slots are the memory of a cache.
+    """Slots are the memory of a cache."""
 
-    Attributes:
-        experts: one entry for each slot.
-    """
-
-    experts: Sized
+    @property
+    def experts(self) -> Sized:
+        """One entry for each slot."""
+        ...
 
 
 class PrefetchTarget(Protocol):
-    """A PrefetchTarget is the part of a layer's expert cache that the prefetcher uses.
+    """A PrefetchTarget is the part of a layer's expert cache that the prefetcher uses."""
 
-    Attributes:
-        slots: memory of the cache.
-    """
-
-    slots: Slots
+    @property
+    def slots(self) -> Slots:
+        """The memory of the cache."""
+        ...
 
     def prefetch(self, experts: Collection[int]) -> None:
         """Loads experts into slots that the running pass does not need; may be called by any thread."""
