@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from modeling_moe.offload.prediction import RouterTwin
 from modeling_moe.offload.simulation import belady, simulate
 from tests.builders import tiny_model
 from tests.offload.models import EXPERTS, MODELS, TOP_K, build, copy_of, outputs
+from tests.offload.test_cache import make
 
 
 def wait_in_each_layer(model, prefetcher) -> None:
@@ -91,3 +93,29 @@ def test_prefetched_experts_are_hits_and_the_precision_is_that_of_the_routers():
 def test_a_model_that_is_not_offloaded_has_nothing_to_prefetch():
     with pytest.raises(ValueError, match="MoEForCausalLM is not offloaded: call offload_experts first"):
         prefetch_experts(tiny_model())
+
+
+@pytest.mark.parametrize(("needed", "read"), [([1, 6], [0, 1, 6]), ([5], [0, 5])])
+def test_a_pass_that_begins_ends_the_prefetch_of_what_it_does_not_need(needed, read):
+    cache = make(slots=5)
+    cache.store.hold(0)
+    prefetch = threading.Thread(target=cache.prefetch, args=([0, 1, 2, 3],))
+    prefetch.start()
+    assert cache.store.started[0].wait(10)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def run_pass():
+        with cache.running(needed) as rounds:
+            begun.set()
+            assert go_on.wait(10)
+            list(rounds)
+
+    running = threading.Thread(target=run_pass)
+    running.start()
+    assert begun.wait(10)
+    cache.store.held[0].set()
+    prefetch.join(10)
+    go_on.set()
+    running.join(10)
+    assert sorted(cache.store.reads) == read
+    assert cache.statistics.prefetched == (2 if 1 in needed else 1)
