@@ -50,6 +50,7 @@ class ExpertCache:
         self._changed = threading.Condition()
         self._kept: frozenset[int] = frozenset()  # by the running round: their slots are read
         self._wanted: frozenset[int] = frozenset()  # by the running pass: not evicted by a prefetch
+        self._passes = 0  # number of passes that have begun
         self._loading: set[int] = set()
         self._unused: set[int] = set()  # prefetched, and not yet used
 
@@ -78,6 +79,7 @@ class ExpertCache:
         with self._pass:
             with self._changed:
                 self._wanted = frozenset(needed)
+                self._passes += 1
                 self.policy.begin_pass(needed)
             try:
                 yield self._rounds(needed)
@@ -182,16 +184,18 @@ class ExpertCache:
     def prefetch(self, experts: Collection[int]) -> None:
         """Copies experts that a later pass may need into slots that the running pass does not need.
 
-        Experts that are resident, or for which no slot can be freed, are left out. An error while reading is not raised
-        here: a pass that needs the expert reads it again, and raises what it then meets.
+        Experts that are resident, or for which no slot can be freed, are left out. So is what a pass does not need that begins
+        in the meantime. An error while reading is not raised here: a pass that needs the expert reads it again, and raises
+        what it then meets.
 
         Args:
             experts: ids, the most probable ones first.
         """
-        asked = frozenset(experts)
+        asked, passes = frozenset(experts), self._passes
         for expert in experts:
             with self._changed:
-                if self.slots.places[expert] >= 0 or expert in self._loading:
+                late = self._passes != passes and expert not in self._wanted
+                if late or self.slots.places[expert] >= 0 or expert in self._loading:
                     continue
                 slot = self._claim(self._wanted | asked)
                 if slot is None:

@@ -2,8 +2,9 @@
 """This module loads a model whose experts stay in the checkpoint, or in host memory, and never holds them all elsewhere."""
 
 import copy
+import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..checkpoints import Source, open_source
 from ..utils.errors import UserError
-from .pieces import Piece, stored
+from ..utils.locations import local_folder
+from .offloading import offload_to_stores, refuse_unfit
+from .pieces import Stored, stored
 from .stores import (
     DiskStore,
     ExpertStore,
@@ -24,6 +27,21 @@ from .stores import (
     stores_of,
 )
 from .tracing import TracedTensor, trace, traced_state
+
+
+# argument of from_pretrained -> what takes its place here
+REMEDIES = {
+    "device_map": "give device",
+    "torch_dtype": "give dtype",
+    "experts_implementation": "the experts are computed from the cache",
+    "quantization_config": "experts are read as the checkpoint holds them, in 16 or 32 bits",
+    "load_in_4bit": "experts are read as the checkpoint holds them, in 16 or 32 bits",
+    "load_in_8bit": "experts are read as the checkpoint holds them, in 16 or 32 bits",
+    "state_dict": "give the folder of a checkpoint",
+}
+
+# bytes
+ALIGNMENT = 64
 
 
 class WithoutExperts(NamedTuple):
@@ -38,13 +56,16 @@ class WithoutExperts(NamedTuple):
     stores: Mapping[str, ExpertStore]
 
 
+Check = Callable[[PreTrainedModel, Mapping[str, ExpertStore]], None]
+
+
 class _Unread:
     """A tensor of a file that transformers' loader reads when it asks for it; one is read at a time.
 
     The loader takes `tensor[...]` and calls `to` on the result, in several threads at once.
     """
 
-    def __init__(self, piece: Piece, lock: threading.Lock):
+    def __init__(self, piece: Stored, lock: threading.Lock):
         self.shape, self.dtype = torch.Size(piece.shape), piece.dtype
         self._piece, self._lock = piece, lock
 
@@ -58,9 +79,78 @@ class _Unread:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         with self._lock:
-            tensor = torch.empty(self.shape, dtype=dtype or self.dtype, device="cpu")
+            tensor = _memory_as_mapped(self._piece)
             self._piece.read_into(self._piece.full(), tensor)
-            return tensor.to(device=device)
+            return tensor.to(device=device, dtype=dtype)
+
+
+def _memory_as_mapped(piece: Stored) -> torch.Tensor:
+    """Returns uninitialised memory for a tensor, at an address that is aligned as in a mapped file.
+
+    `from_pretrained` maps files on CPUs, and products round otherwise where a matrix starts at another multiple of 64 bytes.
+    """
+    size = math.prod(piece.shape) * piece.dtype.itemsize
+    if piece.offset % piece.dtype.itemsize or not size:
+        return torch.empty(piece.shape, dtype=piece.dtype, device="cpu")
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
+    first = (piece.offset - memory.data_ptr()) % ALIGNMENT
+    return memory[first : first + size].view(piece.dtype).view(piece.shape)
+
+
+def from_pretrained_offloaded(
+    name_or_path: str | Path,
+    budget: int | str | None = None,
+    slots: int | None = None,
+    tier: str = "disk",
+    policy: str = "lru",
+    dtype: Any = "auto",
+    device: Any = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Loads a model that computes its experts from a cache, without ever holding all experts in memory.
+
+    The model gives the outputs that [`offload_experts`] gives on the model of `from_pretrained`. With `tier="disk"`, memory
+    holds the slots, all other weights, and one further tensor while loading.
+
+    Args:
+        name_or_path: folder or Hub name of a checkpoint in safetensors, of this package or of any family of transformers
+            whose experts are called by transformers' experts interface.
+        budget: bytes of all slots of all layers, or text such as `"4GiB"`. Give this or `slots`.
+        slots: the number of experts of each layer that are held.
+        tier: `"disk"` reads experts from the checkpoint's files, which must stay as they are; `"pinned"` holds them all in
+            host memory.
+        policy: a key of [`~modeling_moe.offload.policies.POLICIES`], which chooses the expert that gives up its slot.
+        dtype: dtype of the weights, or `"auto"` for that of the configuration.
+        device: where the model computes; the CPU if not given.
+        **options: `config`, `model_class`, `attn_implementation`, `trust_remote_code`, `revision`, `token`, `cache_dir` and
+            `local_files_only`, as [`load_without_experts`] takes them.
+
+    Returns:
+        The model in evaluation mode. [`offload_statistics`] gives what its caches count.
+
+    Raises:
+        TypeError: for another option.
+        UserError: if there is no such checkpoint, or its experts are quantised or cannot be read one by one.
+        ValueError: if the budget is below the experts of one token, or the checkpoint does not fit its configuration.
+
+    Example:
+        >>> from modeling_moe import MoEConfig, MoEForCausalLM
+        >>> from modeling_moe.offload import from_pretrained_offloaded
+        >>> config = MoEConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_experts=8)
+        >>> MoEForCausalLM(config).save_pretrained("outputs/moe")
+        >>> model = from_pretrained_offloaded("outputs/moe", slots=4)
+        >>> model.generate(max_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 5])
+    """
+    if refused := sorted(REMEDIES.keys() & options.keys()):
+        raise TypeError(f"from_pretrained_offloaded takes no {refused[0]}: {REMEDIES[refused[0]]}")
+
+    def check(model: PreTrainedModel, stores: Mapping[str, ExpertStore]) -> None:
+        refuse_unfit(model, stores, budget, slots, policy)
+
+    model, stores = load_without_experts(name_or_path, tier, dtype, device, check=check, **options)
+    offload_to_stores(model, stores, budget, slots, policy, device)
+    return model
 
 
 def load_without_experts(
@@ -69,6 +159,7 @@ def load_without_experts(
     dtype: Any = "auto",
     device: Any = None,
     *,
+    check: Check | None = None,
     config: PreTrainedConfig | None = None,
     model_class: type[PreTrainedModel] | None = None,
     attn_implementation: str | None = None,
@@ -82,6 +173,8 @@ def load_without_experts(
 
     Args:
         name_or_path, tier, dtype, device: as for [`from_pretrained_offloaded`].
+        check: called with the stores and the model on the meta device, before any weight is read; with `tier="pinned"` it is
+            called with the model in memory.
         config: configuration of the model; the checkpoint's if not given.
         model_class: class of the model; the one that `AutoModelForCausalLM` takes if not given.
         attn_implementation, trust_remote_code: as for `from_pretrained`.
@@ -93,17 +186,19 @@ def load_without_experts(
     """
     if tier not in LOADERS:
         raise ValueError(f"tier={tier!r} is unknown: use 'disk' or 'pinned'")
+    name = local_folder(name_or_path)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     if config is None:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
     config = copy.deepcopy(config)
+    config._experts_implementation = "moe"
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
-    refuse_quantised_experts(config, name_or_path)
-    source = open_source(name_or_path, hub=hub)
-    request = _Request(model_class or _causal_class(config, trust_remote_code), config, dtype, device)
+    refuse_quantised_experts(config, name)
+    source = open_source(name, hub=hub)
+    request = _Request(model_class or _causal_class(config, trust_remote_code), config, dtype, device, check)
     loaded = LOADERS[tier](request, source)
-    loaded.model.config.name_or_path = loaded.model.name_or_path = str(name_or_path)
+    loaded.model.config.name_or_path = loaded.model.name_or_path = name
     return loaded
 
 
@@ -114,11 +209,16 @@ class _Request(NamedTuple):
     config: PreTrainedConfig
     dtype: Any
     device: Any
+    check: Check | None
 
 
 def _on_disk(request: _Request, source: Source) -> WithoutExperts:
     state = traced_state(source.state)
-    stores = stores_of(trace(request.model_class, request.config, state, request.dtype), source.folder)
+    traced = trace(request.model_class, request.config, state, request.dtype)
+    stores = stores_of(traced, source.folder)
+    if request.check is not None:
+        _empty_experts(traced, stores)
+        request.check(traced, stores)
     model = _load_rest(request, state, stores)
     _empty_experts(model, stores)
     _load_generation_config(model, source.folder)
@@ -134,6 +234,8 @@ def _in_host_memory(request: _Request, source: Source) -> WithoutExperts:
         _empty_experts(model, {name: stores[name]})
     if not stores:
         raise UserError(f"{source.folder} has no experts that transformers' experts interface calls: load it whole")
+    if request.check is not None:
+        request.check(model, stores)
     device = request.device
     model._apply(lambda tensor: tensor if tensor.is_meta or device is None else tensor.to(device))
     return WithoutExperts(model, stores)
@@ -154,9 +256,11 @@ def _load_rest(
     """Loads a model with transformers' loader, which reads every tensor but those of the experts."""
     of_experts = {part for store in stores.values() for piece in store.pieces.values() for part in stored(piece)}
     lock = threading.Lock()
-    tensors = {
-        name: tensor if tensor.piece in of_experts else _Unread(tensor.piece, lock) for name, tensor in state.items()
-    }
+    tensors: dict[str, Any] = dict(state)
+    for name, tensor in state.items():
+        (piece,) = stored(tensor.piece)
+        if piece not in of_experts:
+            tensors[name] = _Unread(piece, lock)
     device_map = None if request.device is None else {"": torch.device(request.device)}
     return request.model_class.from_pretrained(
         None, config=request.config, state_dict=tensors, dtype=request.dtype, device_map=device_map

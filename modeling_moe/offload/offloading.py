@@ -141,6 +141,15 @@ def offload_to_stores(
     return offload_statistics(model)
 
 
+def refuse_unfit(
+    model: nn.Module, stores: Mapping[str, ExpertStore], budget: int | str | None, slots: int | None, policy: str
+) -> None:
+    """Raises what [`offload_to_stores`] raises; the model may be on the meta device, before any weight is read."""
+    layers = [_Layer(name, module, stores[name]) for name, module in _experts_of(model).items()]
+    _slots_of_layers(layers, budget, slots)
+    policy_class(policy)
+
+
 def offload_statistics(model: nn.Module) -> OffloadStatistics:
     """Returns the counts of all layers of an offloaded model, which go on counting while the model runs.
 

@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoint_damage import CheckpointError
-from modeling_moe.offload.loading import load_without_experts
+from modeling_moe.offload import from_pretrained_offloaded, load_without_experts, offload_statistics
+from modeling_moe.offload.watched_file import WatchedFile
 from modeling_moe.utils.errors import UserError
 from tests.builders import tiny_config
 from tests.monitoring.moe_families import experts_families, tiny_family
-from tests.offload.test_stores import NOT_SAVED, assert_experts_of
+from tests.offload.test_stores import assert_experts_of
 
 
 # with tied embeddings, biases of routers, buffers of rotary positions of several kinds, convolutions
@@ -31,6 +32,8 @@ def assert_alike(found, wanted) -> None:
         assert own[name].is_meta == (name in parts), name
         assert (own[name].shape, own[name].dtype) == (parameter.shape, parameter.dtype), name
         assert own[name].is_meta or torch.equal(own[name], parameter), name
+        # products round by the alignment of their matrices
+        assert own[name].is_meta or own[name].data_ptr() % 64 == parameter.data_ptr() % 64, name
         assert type(own[name]) is torch.nn.Parameter, name
     own, theirs = dict(model.named_buffers()), dict(wanted.named_buffers())
     assert own.keys() == theirs.keys()
@@ -97,6 +100,20 @@ def test_code_of_a_checkpoint_is_used_if_it_is_trusted(tier, tmp_path):
         load_without_experts(tmp_path, tier)
 
 
+def test_a_model_of_the_hub_is_taken_from_the_cache(tmp_path):
+    model = tiny()
+    snapshot = tmp_path / "models--somebody--tiny" / "snapshots" / ("0" * 40)
+    model.save_pretrained(snapshot, max_shard_size="30KB")
+    refs = tmp_path / "models--somebody--tiny" / "refs"
+    refs.mkdir()
+    (refs / "v2").write_text("0" * 40)
+    found = load_without_experts("somebody/tiny", revision="v2", cache_dir=tmp_path, local_files_only=True)
+    assert found.model.name_or_path == "somebody/tiny"
+    assert_experts_of(found.stores, model)
+    with pytest.raises(OSError, match="find them in the cached files"):
+        load_without_experts("somebody/tiny", revision="v3", cache_dir=tmp_path, local_files_only=True)
+
+
 def test_a_missing_expert_and_a_wrong_shape_are_refused_by_name(tmp_path):
     tiny().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -113,8 +130,9 @@ def test_a_missing_expert_and_a_wrong_shape_are_refused_by_name(tmp_path):
 def test_wrong_requests_are_refused(tmp_path):
     with pytest.raises(ValueError, match="tier='cloud' is unknown: use 'disk' or 'pinned'"):
         load_without_experts(tmp_path, tier="cloud")
-    model = tiny()
-    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_without_experts(tmp_path / "nowhere")
+    tiny().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"has no model\.safetensors and no index of shards"):
         load_without_experts(tmp_path)
@@ -132,8 +150,62 @@ def test_dense_checkpoints_are_refused(tmp_path):
             load_without_experts(tmp_path, tier)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "moe"])
+def test_logits_and_text_have_the_bits_of_the_whole_model(family, dtype, tmp_path):
+    model = tiny() if family == "moe" else tiny_family(family)
+    model.save_pretrained(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, experts_implementation="moe")
+    tokens = torch.arange(3, 39).view(2, 18)
+    for tier in ("disk", "pinned"):
+        found = from_pretrained_offloaded(tmp_path, slots=3, tier=tier, dtype=dtype)
+        assert type(found) is type(whole)
+        with torch.no_grad():
+            assert torch.equal(found(tokens).logits, whole(tokens).logits)
+        ids = [each.generate(tokens, max_new_tokens=6, do_sample=False) for each in (found, whole)]
+        assert torch.equal(*ids)
+        assert offload_statistics(found).total.misses > 0
+
+
+def test_a_change_in_the_middle_of_a_generation_is_one_clear_error(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    model = from_pretrained_offloaded(tmp_path, slots=3)
+    model.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: torch.randn_like(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"model\.safetensors changed while the model was using it: load the model again"
+    ):
+        model.generate(torch.arange(3, 40)[None], max_new_tokens=8, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": "auto"}, "takes no device_map: give device"),
+        ({"load_in_4bit": True}, "takes no load_in_4bit: experts are read as the checkpoint holds them"),
+        ({"max_memory": {0: "1GB"}}, "unexpected keyword argument 'max_memory'"),
+    ],
+)
+def test_other_options_are_refused(options, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        from_pretrained_offloaded(tmp_path, slots=4, **options)
+
+
+def test_a_budget_below_the_experts_of_a_token_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    tiny().save_pretrained(tmp_path)
+    monkeypatch.setattr(WatchedFile, "read_into", None)
+    with pytest.raises(ValueError, match="one token needs 3"):
+        from_pretrained_offloaded(tmp_path, slots=2)
+    with pytest.raises(ValueError, match="one token needs 3"):
+        from_pretrained_offloaded(tmp_path, budget="20KB")
+    with pytest.raises(ValueError, match="policy"):
+        from_pretrained_offloaded(tmp_path, slots=3, policy="newest")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(experts_families()) - NOT_SAVED))
+@pytest.mark.parametrize("family", experts_families())
 def test_every_family(family, tmp_path):
     model = tiny_family(family)
     model.save_pretrained(tmp_path)

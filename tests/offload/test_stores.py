@@ -223,12 +223,8 @@ def test_pinned_store_takes_the_parameters_memory():
         read(store, -1)
 
 
-# no tiny model of these families can be saved: their configurations ask for an unembedding of 200058 rows
-NOT_SAVED = {"inkling2", "inkling2_loop"}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(experts_families()) - NOT_SAVED))
+@pytest.mark.parametrize("family", experts_families())
 def test_experts_of_every_family(family, tmp_path):
     model = tiny_family(family)
     model.save_pretrained(tmp_path)
