@@ -25,8 +25,9 @@ from .stores import (
     named_experts,
     refuse_quantised_experts,
     stores_of,
+    trace_checkpoint,
 )
-from .tracing import TracedTensor, trace, traced_state
+from .tracing import TracedTensor, traced_state
 
 
 # argument of from_pretrained -> what takes its place here
@@ -110,7 +111,7 @@ def from_pretrained_offloaded(
     """Loads a model that computes its experts from a cache, without ever holding all experts in memory.
 
     The model gives the outputs that [`offload_experts`] gives on the model of `from_pretrained`. With `tier="disk"`, memory
-    holds the slots, all other weights, and one further tensor while loading.
+    holds the slots, all other weights, and one further tensor while loading. A `custom_generate` folder is not read.
 
     Args:
         name_or_path: folder or Hub name of a checkpoint in safetensors, of this package or of any family of transformers
@@ -214,7 +215,7 @@ class _Request(NamedTuple):
 
 def _on_disk(request: _Request, source: Source) -> WithoutExperts:
     state = traced_state(source.state)
-    traced = trace(request.model_class, request.config, state, request.dtype)
+    traced = trace_checkpoint(request.model_class, request.config, state, request.dtype, source.folder)
     stores = stores_of(traced, source.folder)
     if request.check is not None:
         _empty_experts(traced, stores)
@@ -226,7 +227,9 @@ def _on_disk(request: _Request, source: Source) -> WithoutExperts:
 
 
 def _in_host_memory(request: _Request, source: Source) -> WithoutExperts:
-    model = request.model_class.from_pretrained(source.folder, config=request.config, dtype=request.dtype)
+    # not from the folder itself: the experts would then be mapped, and a change of the files would change them
+    model = _load_rest(request._replace(device=None), traced_state(source.state), {})
+    _load_generation_config(model, source.folder)
     stores: dict[str, ExpertStore] = {}
     for name, experts in list(named_experts(model)):
         stores[name] = PinnedStore(expert_parameters(experts))
@@ -253,7 +256,7 @@ def _causal_class(config: PreTrainedConfig, trust_remote_code: bool) -> type[Pre
 def _load_rest(
     request: _Request, state: Mapping[str, TracedTensor], stores: Mapping[str, DiskStore]
 ) -> PreTrainedModel:
-    """Loads a model with transformers' loader, which reads every tensor but those of the experts."""
+    """Loads a model with transformers' loader, which reads every tensor but those of the experts in stores."""
     of_experts = {part for store in stores.values() for piece in store.pieces.values() for part in stored(piece)}
     lock = threading.Lock()
     tensors: dict[str, Any] = dict(state)

@@ -8,8 +8,11 @@ expert. Reading copies bytes and casts them, and computes nothing else.
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -108,13 +111,19 @@ class Cat(Piece):
 
     def read_into(self, index: Index, out: torch.Tensor) -> None:
         """Reads from each piece that the part touches."""
-        wanted, first = index[self.dim], 0
-        for piece in self.pieces:
+        wanted = index[self.dim]
+        place = bisect_right(self._starts, wanted.start) - 1
+        while place < len(self.pieces) and self._starts[place] < wanted.stop:
+            piece, first = self.pieces[place], self._starts[place]
             start, stop = max(wanted.start, first), min(wanted.stop, first + piece.shape[self.dim])
-            if start < stop:
-                inner = (*index[: self.dim], slice(start - first, stop - first), *index[self.dim + 1 :])
-                piece.read_into(inner, out.narrow(self.dim, start - wanted.start, stop - start))
-            first += piece.shape[self.dim]
+            inner = (*index[: self.dim], slice(start - first, stop - first), *index[self.dim + 1 :])
+            piece.read_into(inner, out.narrow(self.dim, start - wanted.start, stop - start))
+            place += 1
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The index of dimension `dim` at which each piece begins."""
+        return list(accumulate((piece.shape[self.dim] for piece in self.pieces[:-1]), initial=0))
 
 
 @dataclass(frozen=True)

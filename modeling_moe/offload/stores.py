@@ -185,12 +185,36 @@ def disk_stores(
         ValueError: if the checkpoint does not fit the configuration.
     """
     refuse_quantised_experts(config, name_or_path)
-    traced = trace(model_class, config, traced_state(open_source(name_or_path).state), dtype)
+    traced = trace_checkpoint(model_class, config, traced_state(open_source(name_or_path).state), dtype, name_or_path)
     return stores_of(traced, name_or_path)
 
 
+def trace_checkpoint(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    state: Mapping[str, TracedTensor],
+    dtype: Any,
+    name_or_path: str | Path,
+) -> PreTrainedModel:
+    """Does what [`~modeling_moe.offload.tracing.trace`] does, with one sentence for a checkpoint that does not fit.
+
+    Raises:
+        ValueError: names the checkpoint.
+    """
+    try:
+        return trace(model_class, config, state, dtype)
+    except RuntimeError as error:
+        # this package's own classes name the tensor
+        if isinstance(error, ValueError):
+            raise
+        raise UserError(
+            f"{name_or_path} does not fit its config.json: {str(error).splitlines()[0]}; load it with from_pretrained to see "
+            "which tensors are wrong"
+        ) from error
+
+
 def stores_of(traced: PreTrainedModel, name_or_path: str | Path) -> dict[str, DiskStore]:
-    """Returns the stores of all layers of a model that [`~modeling_moe.offload.tracing.trace`] returned.
+    """Returns the stores of all layers of a model that [`trace_checkpoint`] returned.
 
     Args:
         traced: the model.
@@ -221,6 +245,8 @@ def _store_of(module: str, experts: nn.Module, name_or_path: str | Path) -> Disk
                 f"{module}.{name} of {name_or_path} is stored as {strange.pop().removeprefix('torch.')}, so the experts are "
                 f"quantised and cannot be read one by one: {DEQUANTISE.format(name=name_or_path)}"
             )
+    if not pieces:
+        raise UserError(f"{module} of {name_or_path} has no parameter with one slice for each expert: load it whole")
     try:
         return DiskStore(pieces)
     except ValueError as error:

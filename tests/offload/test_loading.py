@@ -18,7 +18,7 @@ from tests.offload.test_stores import assert_experts_of
 
 
 # with tied embeddings, biases of routers, buffers of rotary positions of several kinds, convolutions
-FAMILIES = ["mixtral", "gpt_oss", "deepseek_v3", "gemma4", "qwen3_next", "lfm2_moe", "hy_v4", "granitemoehybrid"]
+FAMILIES = ["mixtral", "gpt_oss", "deepseek_v3", "gemma4", "lfm2_moe", "hy_v4"]
 
 
 def assert_alike(found, wanted) -> None:
@@ -44,7 +44,7 @@ def assert_alike(found, wanted) -> None:
     assert model.config.to_dict() == wanted.config.to_dict()
     if model.can_generate():
         assert model.generation_config.to_dict() == wanted.generation_config.to_dict()
-    if wanted.get_output_embeddings() is not None and wanted.config.get_text_config().tie_word_embeddings:
+    if wanted.get_output_embeddings() is not None and getattr(wanted.config, "tie_word_embeddings", False):
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 

@@ -34,8 +34,6 @@ FAMILIES = [
     "ernie4_5_moe",
     "minimax_m2",
     "phimoe",
-    "jamba",
-    "aria",
     "nemotron_h",
     "inkling",
     "zaya",
@@ -197,6 +195,23 @@ def test_missing_experts_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match=r"has no tensors for model\.layers\.1\.mlp\.experts\.gate_up_proj"):
         disk_stores(type(model), model.config, tmp_path)
+
+
+def test_experts_that_do_not_fit_the_configuration_are_refused(tmp_path):
+    """transformers joins the experts that it finds, and then finds too few of them."""
+    model = tiny_family("olmoe")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: t for k, t in tensors.items() if ".0.mlp.experts.5." not in k},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        UserError, match=r"does not fit its config\.json: .*load it with from_pretrained to see"
+    ) as caught:
+        disk_stores(type(model), model.config, tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_dense_models_are_refused(tmp_path):
