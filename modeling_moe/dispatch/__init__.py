@@ -14,7 +14,6 @@ from .backends import NAMES
 from .interface import (
     HeldExperts,
     PreparedCall,
-    activation_of,
     backend_of,
     check_arguments,
     experts_forward,
@@ -22,8 +21,8 @@ from .interface import (
     prepare,
     reason_unsupported,
 )
-from .operator import decode
 from .problem import ExpertsProblem, Gradients, Needs
+from .recognition import recognise
 from .rounds import by_slot, expert_of_slot, index_in_round
 
 
@@ -38,15 +37,14 @@ __all__ = [
     "HeldExperts",
     "Needs",
     "PreparedCall",
-    "activation_of",
     "backend_of",
     "by_slot",
     "check_arguments",
-    "decode",
     "expert_of_slot",
     "experts_forward",
     "follows_interface",
     "index_in_round",
     "prepare",
+    "recognise",
     "reason_unsupported",
 ]

@@ -6,17 +6,23 @@ Experts stay in host memory or in the checkpoint. Each layer has slots for some 
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .comparison import compare_policies
 from .forward import IMPLEMENTATION, offloaded_forward
 from .loading import from_pretrained_offloaded, load_without_experts
 from .offloading import offload_experts, offload_statistics, offload_to_stores
+from .prefetch import prefetch_experts
+from .recording import record_trace
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offloaded_forward)
 
 __all__ = [
+    "compare_policies",
     "from_pretrained_offloaded",
     "load_without_experts",
     "offload_experts",
     "offload_statistics",
     "offload_to_stores",
+    "prefetch_experts",
+    "record_trace",
 ]

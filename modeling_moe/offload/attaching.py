@@ -25,7 +25,7 @@ class OffloadedModule(nn.Module):
 
     offloaded: Offloaded
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Applies what `to`, `half` and others do to submodules, and refuses to move or to cast the slots."""
         for tensor in self.offloaded.cache.slots.tensors.values():
             moved = fn(tensor[:0])
@@ -49,7 +49,7 @@ class OffloadedModule(nn.Module):
                 "from, or save an adapter from the PeftModel"
             )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: Any, *args: Any, **kwargs: Any) -> None:
         names = [prefix + name for name in self.__dict__["_parameters"] if prefix + name in state_dict]
         if names:
             raise ValueError(

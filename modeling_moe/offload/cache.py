@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -44,12 +44,13 @@ class ExpertCache:
         self._expert_bytes = sum(tensor[0].nbytes for tensor in slots.tensors.values())
         self.device = next(iter(slots.tensors.values())).device
         # on a GPU, the end of the last pass
-        self._computed: torch.cuda.Event | None = None
+        self._computed: Any = None
         self._pass = threading.Lock()
         # guards all below; a thread waits on it for the end of another one's copy
         self._changed = threading.Condition()
         self._kept: frozenset[int] = frozenset()  # by the running round: their slots are read
         self._wanted: frozenset[int] = frozenset()  # by the running pass: not evicted by a prefetch
+        self._passes = 0  # number of passes that have begun
         self._loading: set[int] = set()
         self._unused: set[int] = set()  # prefetched, and not yet used
 
@@ -78,6 +79,7 @@ class ExpertCache:
         with self._pass:
             with self._changed:
                 self._wanted = frozenset(needed)
+                self._passes += 1
                 self.policy.begin_pass(needed)
             try:
                 yield self._rounds(needed)
@@ -101,28 +103,34 @@ class ExpertCache:
 
     def _make_resident(self, experts: list[int]) -> None:
         """Copies the missing experts of a round into slots and counts hits and misses."""
-        statistics = self.statistics
+        statistics, places = self.statistics, self.slots.places
         with self._changed:
             self._kept = frozenset(experts)
-            missing = [expert for expert in experts if self.slots.table[expert] < 0]
+            missing = [expert for expert in experts if places[expert] < 0]
             statistics.hits += len(experts) - len(missing)
-        if missing:
-            begin = time.perf_counter()
-            for expert in missing:
-                self._load_or_wait(expert)
-            statistics.stall_seconds += time.perf_counter() - begin
+            if not missing:
+                self._use(experts)
+                return
+        begin = time.perf_counter()
+        for expert in missing:
+            self._load_or_wait(expert)
+        statistics.stall_seconds += time.perf_counter() - begin
         with self._changed:
-            for expert in experts:
-                self.policy.use(expert)
-            if self._unused:
-                statistics.prefetched_used += len(self._unused & self._kept)
-                self._unused -= self._kept
+            self._use(experts)
+
+    def _use(self, experts: list[int]) -> None:
+        """Tells the policy which experts are used, and counts those that were prefetched."""
+        for expert in experts:
+            self.policy.use(expert)
+        if self._unused:
+            self.statistics.prefetched_used += len(self._unused & self._kept)
+            self._unused -= self._kept
 
     def _load_or_wait(self, expert: int) -> None:
         """Copies an expert of the running round into a slot, unless a prefetch is doing so or has done so."""
         with self._changed:
             while True:
-                if self.slots.table[expert] >= 0:  # a prefetch has copied it in the meantime
+                if self.slots.places[expert] >= 0:  # a prefetch has copied it in the meantime
                     self.statistics.hits += 1
                     return
                 slot = None if expert in self._loading else self._claim(self._kept)
@@ -146,7 +154,7 @@ class ExpertCache:
             return None
         victim = self.policy.victim(resident, kept)
         self._unused.discard(victim)
-        self.slots.release(int(self.slots.table[victim]))
+        self.slots.release(self.slots.places[victim])
         return self.slots.take()
 
     def _load(self, expert: int, slot: int, wait: bool) -> None:
@@ -176,16 +184,18 @@ class ExpertCache:
     def prefetch(self, experts: Collection[int]) -> None:
         """Copies experts that a later pass may need into slots that the running pass does not need.
 
-        Experts that are resident, or for which no slot can be freed, are left out. An error while reading is not raised
-        here: a pass that needs the expert reads it again, and raises what it then meets.
+        Experts that are resident, or for which no slot can be freed, are left out. So is what a pass does not need that begins
+        in the meantime. An error while reading is not raised here: a pass that needs the expert reads it again, and raises
+        what it then meets.
 
         Args:
             experts: ids, the most probable ones first.
         """
-        asked = frozenset(experts)
+        asked, passes = frozenset(experts), self._passes
         for expert in experts:
             with self._changed:
-                if self.slots.table[expert] >= 0 or expert in self._loading:
+                late = self._passes != passes and expert not in self._wanted
+                if late or self.slots.places[expert] >= 0 or expert in self._loading:
                     continue
                 slot = self._claim(self._wanted | asked)
                 if slot is None:

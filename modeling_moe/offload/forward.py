@@ -7,11 +7,11 @@ in ascending order of expert ids, which is the order in which the back ends add 
 # T tokens, K experts per token, H hidden size
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import (
     ExpertsProblem,
@@ -19,13 +19,12 @@ from ..dispatch import (
     HeldExperts,
     Needs,
     PreparedCall,
-    activation_of,
     by_slot,
     check_arguments,
-    decode,
     expert_of_slot,
     index_in_round,
     prepare,
+    recognise,
 )
 from .cache import ExpertCache, Round
 
@@ -70,10 +69,10 @@ def offloaded_forward(
         raise ValueError(
             f"experts_implementation={IMPLEMENTATION!r} needs experts in a cache: call offload_experts(model)"
         )
-    return _forward(module, offloaded, hidden_states, top_k_index, top_k_weights)
+    forward = _uncompiled if torch.compiler.is_compiling() else _forward
+    return forward(module, offloaded, hidden_states, top_k_index, top_k_weights)
 
 
-@torch.compiler.disable
 def _forward(
     module: Any,
     offloaded: Offloaded,
@@ -84,11 +83,9 @@ def _forward(
     check_arguments(hidden_states, top_k_index, top_k_weights, module)
     cache = offloaded.cache
     _check_place(module, cache, hidden_states)
-    activation = activation_of(module)
+    activation, reason = recognise(module)
     if activation is None:
-        raise ValueError(
-            f"{type(module).__name__} changed after offload_experts: its activation is not served any more"
-        )
+        raise ValueError(f"{type(module).__name__} changed after it was offloaded: {reason}")
     held = HeldExperts(cache.slots.tensors, cache.slots.table)
     call = prepare(module, hidden_states, top_k_index, top_k_weights, activation, offloaded.backend, held)
     call = call._replace(problem=call.problem.with_dropout())
@@ -98,6 +95,11 @@ def _forward(
     else:
         output = _compute(cache, call)
     return output.to(hidden_states.dtype)
+
+
+# what is read depends on the experts that the router chose, so a compiled model leaves its graph here; the mere wrapper costs
+# as much as a small expert
+_uncompiled = torch.compiler.disable(_forward)
 
 
 def _check_place(module: nn.Module, cache: ExpertCache, hidden_states: torch.Tensor) -> None:
@@ -125,15 +127,17 @@ def _compute(cache: ExpertCache, call: PreparedCall) -> torch.Tensor:
     needed = cache.needed(call.index)
     if not needed:
         return torch.zeros_like(call.problem.x)
-    with cache.running(needed) as rounds, torch.no_grad(), _no_autocast(call):
+    with cache.running(needed) as rounds, _no_autocast(call):
         if cache.number_of_rounds(needed) == 1:
             next(rounds)
             return _one_round(call, keep_h=False)[0]
         return _several_rounds(call, rounds)
 
 
-def _no_autocast(call: PreparedCall) -> torch.autocast:
-    return torch.autocast(call.problem.x.device.type, enabled=False)
+def _no_autocast(call: PreparedCall) -> AbstractContextManager[Any]:
+    """Returns a context without autocast; entering one costs time, so it does nothing where there is none."""
+    device = call.problem.x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _one_round(call: PreparedCall, keep_h: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +150,7 @@ def _one_round(call: PreparedCall, keep_h: bool) -> tuple[torch.Tensor, torch.Te
     if not backend.serves_slots:
         problem, index = by_slot(problem, index)
     if call.decodes:
-        return decode(problem, index, backend), problem.x.new_empty(0)
+        return backend.decode(problem, index), problem.x.new_empty(0)
     return backend.forward(problem, backend.order_by_expert(index, problem.num_experts), keep_h)
 
 
@@ -183,13 +187,16 @@ class _Differentiable(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[2:]
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad,), wanted = grad_outputs, ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "The gradient of offloaded experts cannot be differentiated again: do not offload them."
+            )
         if grad is None:
             return None, None, *(None for _ in wanted)
         h, *tensors = ctx.saved_tensors
-        call = _with_tensors(ctx.call, dict(zip(DIFFERENTIABLE, tensors, strict=True)))
+        call = _with_tensors(ctx.call, *tensors)
         needs = Needs(**dict(zip(DIFFERENTIABLE, wanted, strict=True)))
         with _no_autocast(call):
             gradients = _backward(ctx.cache, call, grad.contiguous(), h, needs)
@@ -207,39 +214,31 @@ def _without_tensors(call: PreparedCall) -> PreparedCall:
     return call._replace(problem=problem)
 
 
-def _with_tensors(call: PreparedCall, tensors: dict[str, torch.Tensor | None]) -> PreparedCall:
-    """Puts saved tensors back into a call."""
-    problem = call.problem._replace(x=tensors["x"], weight=tensors["weight"])
-    for name in ("up", "down"):
-        update = getattr(problem, f"{name}_update")
-        if update is not None:
-            update = update._replace(a=tensors[f"{name}_a"], b=tensors[f"{name}_b"])
-            problem = problem._replace(**{f"{name}_update": update})
-    return call._replace(problem=problem)
+def _with_tensors(
+    call: PreparedCall, x: Any, weight: Any, up_a: Any, up_b: Any, down_a: Any, down_b: Any
+) -> PreparedCall:
+    """Puts saved tensors, in the order of `DIFFERENTIABLE`, back into a call."""
+    up, down = call.problem.up_update, call.problem.down_update
+    up = None if up is None else up._replace(a=up_a, b=up_b)
+    down = None if down is None else down._replace(a=down_a, b=down_b)
+    return call._replace(problem=call.problem._replace(x=x, weight=weight, up_update=up, down_update=down))
 
 
 def _backward(cache: ExpertCache, call: PreparedCall, grad: torch.Tensor, h: torch.Tensor, needs: Needs) -> Gradients:
     """Computes the gradients, round by round, from experts that are read again."""
     x = call.problem.x
     grad_x = torch.zeros_like(x, dtype=call.problem.wide_dtype) if needs.x else None
-    total = _no_gradients(call.problem, needs)
+    tensors = call.problem.named_tensors()
+    total = {name: torch.zeros_like(tensors[name]) for name in DIFFERENTIABLE[1:] if getattr(needs, name)}
     needed = cache.needed(call.index)
     if needed:
         with cache.running(needed) as rounds:
             for part in rounds:
-                total = _sum(total, _round_gradients(call, part, grad, h, needs, grad_x))
-    return total._replace(x=None if grad_x is None else grad_x.to(x.dtype))
-
-
-def _no_gradients(problem: ExpertsProblem, needs: Needs) -> Gradients:
-    tensors = problem.named_tensors()
-    names = [name for name in DIFFERENTIABLE if name != "x" and getattr(needs, name)]
-    return Gradients(**{name: torch.zeros_like(tensors[name]) for name in names})
-
-
-def _sum(total: Gradients, more: Gradients) -> Gradients:
-    """Adds the gradients of a round; each expert and each assignment has its gradient in one round only."""
-    return Gradients(*(old if new is None else old.add_(new) for old, new in zip(total, more, strict=True)))
+                gradients = _round_gradients(call, part, grad, h, needs, grad_x)
+                # each expert and each assignment has its gradient in one round only
+                for name, sum_of_rounds in total.items():
+                    sum_of_rounds.add_(getattr(gradients, name))
+    return Gradients(x=None if grad_x is None else grad_x.to(x.dtype), **total)
 
 
 def _round_gradients(

@@ -17,6 +17,7 @@ from ..utils.sizes import parse_size
 from .attaching import OffloadedModule, attach, is_offloaded
 from .cache import ExpertCache
 from .policies import policy_class
+from .prefetch import Prefetcher
 from .slots import ExpertSlots, slot_bytes
 from .statistics import LayerStatistics, OffloadStatistics
 from .stores import ExpertStore, PinnedStore, disk_stores, expert_parameters
@@ -51,6 +52,7 @@ def offload_experts(
     tier: str = "pinned",
     policy: str = "lru",
     folder: str | Path | None = None,
+    prefetch: int | None = None,
 ) -> OffloadStatistics:
     """Takes the experts of a model out of the memory of its device, but for those that are in use.
 
@@ -65,6 +67,8 @@ def offload_experts(
         policy: a key of [`~modeling_moe.offload.policies.POLICIES`], which chooses the expert that gives up its slot.
         folder: with `tier="disk"`, the checkpoint that holds the model's weights; by default where the model was loaded
             from.
+        prefetch: number of experts to load ahead for the next layer, beyond those that the router of that layer chooses on
+            the state of this one; None loads none ahead. See [`~modeling_moe.offload.prefetch.Prefetcher`].
 
     Returns:
         The counts of all layers, which go on counting while the model runs.
@@ -93,7 +97,7 @@ def offload_experts(
         }
     else:
         stores = _disk_stores_of(model, modules, folder)
-    return offload_to_stores(model, stores, budget, slots, policy)
+    return offload_to_stores(model, stores, budget, slots, policy, prefetch)
 
 
 def offload_to_stores(
@@ -102,12 +106,13 @@ def offload_to_stores(
     budget: int | str | None = None,
     slots: int | None = None,
     policy: str = "lru",
+    prefetch: int | None = None,
     device: torch.device | str | None = None,
 ) -> OffloadStatistics:
     """Puts expert caches over given stores in the place of a model's experts.
 
     Args:
-        model, budget, slots, policy: as for [`offload_experts`]. The experts' parameters may be on the meta device.
+        model, budget, slots, policy, prefetch: as for [`offload_experts`]. The experts' parameters may be on the meta device.
         stores: qualified name of each experts module -> store of the layer's experts.
         device: where the experts are computed; by default where the model's first parameter is that has memory.
 
@@ -118,18 +123,22 @@ def offload_to_stores(
         ValueError: as for [`offload_experts`].
     """
     modules = _experts_of(model)
+    if missing := [name for name in modules if name not in stores]:
+        raise ValueError(f"stores has no store for {missing[0]}: give one for each layer")
     layers = [_Layer(name, module, stores[name]) for name, module in modules.items()]
     counts = _slots_of_layers(layers, budget, slots)
     make_policy, place = policy_class(policy), torch.device(device) if device is not None else _device_of(model)
     # layers share their configuration, which `attach` changes
     backends = [_backend_of(layer.module) for layer in layers]
-    statistics = {}
+    caches = {}
     for layer, number, backend in zip(layers, counts, backends, strict=True):
         memory = ExpertSlots(layer.store.parts, number, layer.store.num_experts, place)
-        statistics[layer.name] = LayerStatistics()
-        cache = ExpertCache(layer.store, make_policy(number, layer.store.num_experts), memory, statistics[layer.name])
-        attach(layer.module, cache, backend)
-    return OffloadStatistics(statistics)
+        policy_of_layer = make_policy(number, layer.store.num_experts)
+        caches[layer.name] = ExpertCache(layer.store, policy_of_layer, memory, LayerStatistics())
+        attach(layer.module, caches[layer.name], backend)
+    if prefetch is not None:
+        Prefetcher(model, caches, extra=prefetch)
+    return offload_statistics(model)
 
 
 def refuse_unfit(
@@ -163,7 +172,7 @@ def _experts_of(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: if there is none, or one of them cannot be offloaded.
     """
-    modules = {name: module for name, module in model.named_modules() if follows_interface(module)}
+    modules: dict[str, Any] = {name: module for name, module in model.named_modules() if follows_interface(module)}
     if not modules:
         raise ValueError(
             f"{type(model).__name__} has no experts that transformers' experts interface calls: load it whole"

@@ -7,6 +7,7 @@ running round does not need. Policies are deterministic and decide only what sta
 # S slots, E experts, a pass is one call of the layer's experts, a round is a part of a pass of at most S experts
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -87,32 +88,37 @@ class LeastFrequentlyUsed(Policy):
         super().use(expert)
         self._counts[expert] += 1
 
-    def rank(self, expert: int) -> tuple[float, int]:
+    def rank(self, expert: int) -> tuple[int, int]:
         """Returns the count and the number of the last use."""
         return self._counts[expert], self._last_use[expert]
 
 
-class FrequencyWeightedLRU(LeastFrequentlyUsed):
-    """LFRU evicts the expert with the fewest uses per pass since the last use: the lowest `count / (1 + age)`.
+# passes after which a use counts half for LFRU
+HALF_LIFE = 32
 
-    The age of an expert is the number of passes since the last pass that used the expert. A frequent expert thus stays
-    resident through a pause, and leaves when the pause outgrows the frequency. The name and the idea are those of vLLM's pull
-    request 37190, whose formula may differ.
+
+class FrequencyWeightedLRU(Policy):
+    """LFRU evicts the expert with the lowest sum of uses, in which a use counts half after every 32 further passes.
+
+    A frequent expert thus stays resident through a pause, and leaves when the text has moved on. The rule is LRFU of Lee et al.
+    ("LRFU: a spectrum of policies that subsumes the least recently used and least frequently used policies", IEEE Transactions
+    on Computers 50(12), 2001) with lambda = 1/32; the name is that of vLLM's pull request 37190 for experts.
     """
 
     def __init__(self, slots: int, num_experts: int):
         super().__init__(slots, num_experts)
-        self._last_pass = [0] * num_experts
+        # base-2 logarithm of the sum, in which a use in pass p counts 2 ** (p / HALF_LIFE): the order is that of today's sums
+        self._weight = [-math.inf] * num_experts
 
     def use(self, expert: int) -> None:
-        """Notes the pass of the use beside the count."""
+        """Adds the use to the sum of the expert."""
         super().use(expert)
-        self._last_pass[expert] = self._passes
+        now = self._passes / HALF_LIFE
+        self._weight[expert] = now + math.log2(1 + 2 ** (self._weight[expert] - now))
 
     def rank(self, expert: int) -> tuple[float, int]:
-        """Returns the count over the age, and the number of the last use."""
-        age = self._passes - self._last_pass[expert]
-        return self._counts[expert] / (1 + age), self._last_use[expert]
+        """Returns the logarithm of the sum, and the number of the last use."""
+        return self._weight[expert], self._last_use[expert]
 
 
 class LeastStale(Policy):

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..monitoring import ModelHook, SparseLayer, sparse_layers
+from .attaching import OffloadedModule
 from .prediction import NoPrediction, RouterTwin
 from .worker import Task, Worker
 
@@ -27,23 +28,21 @@ logger = logging.get_logger(__name__)
 
 
 class Slots(Protocol):
-    """Slots are the memory of a cache.
+    """Slots are the memory of a cache."""
 
-    Attributes:
-        experts: one entry for each slot.
-    """
-
-    experts: Sized
+    @property
+    def experts(self) -> Sized:
+        """One entry for each slot."""
+        ...
 
 
 class PrefetchTarget(Protocol):
-    """A PrefetchTarget is the part of a layer's expert cache that the prefetcher uses.
+    """A PrefetchTarget is the part of a layer's expert cache that the prefetcher uses."""
 
-    Attributes:
-        slots: memory of the cache.
-    """
-
-    slots: Slots
+    @property
+    def slots(self) -> Slots:
+        """The memory of the cache."""
+        ...
 
     def prefetch(self, experts: Collection[int]) -> None:
         """Loads experts into slots that the running pass does not need; may be called by any thread."""
@@ -68,11 +67,11 @@ class Prefetcher:
 
     When the experts of a layer are called, the thread runs a twin of the next layer's router on the input of the layer's own
     router, and asks the next layer's cache for the experts that the twin chooses. Results do not change: the twin has no effect
-    on the router, and the cache decides by the true choice. What is still to be loaded for a layer when its experts are called
-    is dropped. Passes that record gradients, compiled passes and the first sparse layer get no prefetch.
+    on the router, and the cache decides by the true choice. A prediction that comes too late is dropped. Passes that record gradients, compiled passes and the first sparse layer get no prefetch.
 
-    On an accelerator the twin runs on a stream of its own, which is current when the cache is asked: the cache must let the
-    computing stream wait for copies made on it. This part was written without a GPU and never ran on one.
+    On a GPU the twin runs on a stream of its own, which is current when the cache is asked, so that copies run beside the
+    computation. The cache must call no expert resident before its copy has ended. This part was written without a GPU and never
+    ran on one.
 
     An error in the thread never reaches the model: the layer gets no prefetch from then on, and the reason is logged once. A copy
     of the model has no prefetch.
@@ -194,6 +193,34 @@ class Prefetcher:
             self._refuse(step.name, str(error))
         except Exception as error:
             self._refuse(step.name, f"the experts cannot be loaded ahead ({type(error).__name__}: {error})")
+
+
+def prefetch_experts(model: nn.Module, *, extra: int = 0) -> Prefetcher:
+    """Loads the experts of an offloaded model ahead of each sparse layer, in a thread, from now on.
+
+    Example:
+        >>> offload_experts(model, slots=8)
+        >>> prefetcher = prefetch_experts(model)
+        >>> model.generate(**inputs)
+        >>> offload_statistics(model).total.prefetch_precision
+
+    Args:
+        model: a model of [`~modeling_moe.offload.offload_experts`].
+        extra: number of experts to load beyond those that the next router chooses. More of them are there in time, and more
+            bytes are read in vain.
+
+    Returns:
+        The prefetcher, which ends with the model or with `close()`.
+
+    Raises:
+        ValueError: if the model is not offloaded, or `extra` is negative.
+    """
+    caches = {
+        name: module.offloaded.cache for name, module in model.named_modules() if isinstance(module, OffloadedModule)
+    }
+    if not caches:
+        raise ValueError(f"{type(model).__name__} is not offloaded: call offload_experts first")
+    return Prefetcher(model, caches, extra=extra)
 
 
 def _sequences(layers: list[SparseLayer]) -> list[list[SparseLayer]]:

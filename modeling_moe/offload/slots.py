@@ -37,6 +37,7 @@ class ExpertSlots:
     Attributes:
         tensors: name of each parameter -> memory (S, ...).
         table: (E,) int32 on the CPU, the slot of each expert, -1 where the expert is not resident.
+        places: the numbers of `table` as a list, which is faster to read one by one.
         experts: the expert in each slot, or `FREE`, or `TAKEN`.
     """
 
@@ -49,6 +50,7 @@ class ExpertSlots:
     ):
         self.tensors = {name: _allocate(shape, dtype, slots, device) for name, (shape, dtype) in parts.items()}
         self.table = torch.full((num_experts,), -1, dtype=torch.int32)
+        self.places = [-1] * num_experts
         self.experts = [FREE] * slots
 
     def memory(self, slot: int) -> dict[str, torch.Tensor]:
@@ -71,12 +73,12 @@ class ExpertSlots:
     def put(self, expert: int, slot: int) -> None:
         """Notes that an expert is resident in a slot."""
         self.experts[slot] = expert
-        self.table[expert] = slot
+        self.table[expert] = self.places[expert] = slot
 
     def release(self, slot: int) -> None:
         """Makes a slot free, and the expert in it not resident."""
         if self.experts[slot] >= 0:
-            self.table[self.experts[slot]] = -1
+            self.table[self.experts[slot]] = self.places[self.experts[slot]] = -1
         self.experts[slot] = FREE
 
 

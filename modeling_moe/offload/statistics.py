@@ -12,7 +12,8 @@ class LayerStatistics:
     The cache adds to the counts while a model runs.
 
     Attributes:
-        hits: uses of an expert that was resident when its round began; an expert counts once in a pass, for all its tokens.
+        hits: uses of an expert that was resident when its round began, or that a prefetch loaded in the meantime; an expert counts
+            once in a pass, for all its tokens.
         misses: uses for which the pass loaded the expert.
         bytes_read: bytes that were read from the store, for misses and for prefetching.
         prefetched: experts that were loaded ahead of a pass.

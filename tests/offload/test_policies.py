@@ -31,16 +31,18 @@ def test_lfu_evicts_the_expert_of_the_fewest_passes_and_then_the_longest_unused_
     assert order_of_eviction("lfu", [[0, 1], [0, 2], [0, 2, 3]]) == [1, 3, 2, 0]
 
 
-def test_lfru_divides_the_count_by_the_passes_since_the_last_use():
-    # counts 4, 1, 1, 2; ages 2, 4, 0, 1: ranks 4/3, 1/5, 1, 1, of which expert 3 was used before expert 2
-    passes = [[0], [0, 1], [0, 3], [0], [3], [2]]
-    assert order_of_eviction("lfru", passes) == [1, 3, 2, 0]
+def test_lfru_adds_uses_that_halve_every_32_passes():
+    # in units of a use in pass 0: expert 0 has 3 uses, about 3.13; expert 1 has 1 in pass n, 2 ** (n / 32), which is 3.08 for
+    # n = 52 and 3.15 for n = 53; experts 2 and 3 have none and about 1.1
+    for last, order in ((52, [2, 3, 1, 0]), (53, [2, 3, 0, 1])):
+        passes = [[0], [0], [0], [3], *[[] for _ in range(last - 5)], [1]]
+        assert len(passes) == last
+        assert order_of_eviction("lfru", passes) == order
 
 
-def test_lfru_lets_a_frequent_expert_leave_after_a_long_pause():
-    passes = [[0], [0], [0], *[[1]] * 2]
-    assert order_of_eviction("lfru", passes, kept=(2, 3)) == [0, 1]
-    assert order_of_eviction("lfru", passes[:4], kept=(2, 3)) == [1, 0]
+def test_lfru_is_lfu_for_uses_in_the_same_passes_and_lru_for_single_uses():
+    assert order_of_eviction("lfru", [[0, 1, 2, 3], [0, 1, 2], [0, 1], [0]]) == [3, 2, 1, 0]
+    assert order_of_eviction("lfru", [[2], [0], [3], [1]]) == [2, 0, 3, 1]
 
 
 def test_least_stale_evicts_unneeded_experts_then_finished_ones_then_those_ahead():

@@ -1,10 +1,12 @@
 """This module tests what is loaded ahead of a layer, and that neither results nor routers nor random numbers change."""
 
+import contextlib
 import copy
 import gc
-import itertools
 import threading
+from itertools import pairwise
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -47,8 +49,17 @@ def wait_in_each_layer(model: nn.Module, prefetcher: Prefetcher) -> None:
         layer.experts.register_forward_pre_hook(lambda *_: prefetcher.wait())
 
 
-def routed(model: nn.Module, run) -> tuple[list[tuple[SparseLayer, torch.Tensor, list[int]]], object]:
-    """Runs a model and returns its sparse layers in order of their calls, with the router's input and the experts used."""
+class Called(NamedTuple):
+    """A call of a layer's experts: the input of the router, the experts used, and the number of experts of a token."""
+
+    layer: SparseLayer
+    states: torch.Tensor | None
+    used: list[int]
+    top_k: int
+
+
+def routed(model: nn.Module, run) -> list[Called]:
+    """Runs a model and returns the calls of its experts in order."""
     inputs, calls, handles = {}, [], []
     for layer in sparse_layers(model):
 
@@ -58,15 +69,15 @@ def routed(model: nn.Module, run) -> tuple[list[tuple[SparseLayer, torch.Tensor,
         def note(module, args, kwargs, own=layer):
             index = next(v for v in (*args, *kwargs.values()) if not v.is_floating_point())
             used = sorted({i for i in index.flatten().tolist() if 0 <= i < own.num_experts})
-            calls.append((own, inputs.get(own.name), used))
+            calls.append(Called(own, inputs.get(own.name), used, index.shape[-1]))
 
         if layer.router is not None:
             handles.append(layer.router.register_forward_hook(keep))
         handles.append(layer.experts.register_forward_pre_hook(note, with_kwargs=True))
-    result = run()
+    run()
     for handle in handles:
         handle.remove()
-    return calls, result
+    return calls
 
 
 def chosen_by(layer: SparseLayer, states: torch.Tensor, top_k: int) -> list[int]:
@@ -92,11 +103,9 @@ def test_what_is_loaded_is_the_choice_of_the_next_router_for_this_layers_state(f
     model = tiny_family(family)
     with torch.no_grad():
         expected = model(input_ids=IDS, use_cache=False).logits
-        calls, _ = routed(model, lambda: model(input_ids=IDS, use_cache=False))
-        top_k = model.config.num_experts_per_tok
+        calls = routed(model, lambda: model(input_ids=IDS, use_cache=False))
         wanted = {
-            following.name: [chosen_by(following, states, top_k)]
-            for (_, states, _), (following, _, _) in itertools.pairwise(calls)
+            after.layer.name: [chosen_by(after.layer, before.states, after.top_k)] for before, after in pairwise(calls)
         }
         caches = caches_of(model)
         prefetcher = Prefetcher(model, caches)
@@ -108,13 +117,33 @@ def test_what_is_loaded_is_the_choice_of_the_next_router_for_this_layers_state(f
     prefetcher.close()
 
 
+# their routers get a selection bias as an argument
+WITHOUT = {"afmoe", "hy_v3", "lfm2_moe", "minimax_m2"}
+# the router of zaya reads the one before too, so that the prediction can differ
+OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in sorted({*experts_families()} - {*QUICK})]
+
+
+@pytest.mark.parametrize("family", [*QUICK, *OTHERS])
+def test_a_twin_chooses_what_the_router_chose_from_the_same_states(family):
+    model = tiny_family(family)
+    with torch.no_grad():
+        calls = routed(model, lambda: model(input_ids=IDS, use_cache=False))
+    compared = 0
+    for layer, states, used, top_k in calls:
+        with contextlib.suppress(NoPrediction):
+            predicted = RouterTwin(layer).predict(states, top_k, 0, layer.num_experts)
+            compared += 1
+            assert family == "zaya" or predicted == used, layer.name
+    assert (compared == 0) == (family in WITHOUT)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted({*experts_families()} - {*QUICK}))
 def test_every_family_computes_the_same_with_prefetch_and_says_why_a_layer_has_none(family):
     model = tiny_family(family)
     with torch.no_grad():
         expected = model(input_ids=IDS, use_cache=False)[0]
-        calls, _ = routed(model, lambda: model(input_ids=IDS, use_cache=False))
+        calls = routed(model, lambda: model(input_ids=IDS, use_cache=False))
         caches = caches_of(model)
         prefetcher = Prefetcher(model, caches)
         wait_in_each_layer(model, prefetcher)
@@ -122,8 +151,8 @@ def test_every_family_computes_the_same_with_prefetch_and_says_why_a_layer_has_n
         assert torch.equal(model(input_ids=IDS, use_cache=False)[0], expected)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    for layer, _, _ in calls[1:]:
-        first_of_its_kind = layer.layer == calls[0][0].layer
+    for layer in (call.layer for call in calls[1:]):
+        first_of_its_kind = layer.layer == calls[0].layer.layer
         assert first_of_its_kind or bool(caches[layer.name].asked) != (layer.name in prefetcher.reasons), layer.name
     prefetcher.close()
 
@@ -162,7 +191,7 @@ def test_precision_is_that_of_the_next_routers_choice_where_routers_are_equal_an
             for token in tokens:
                 model(token, use_cache=False)
 
-    calls, _ = routed(model, run)
+    calls = routed(model, run)
     caches = caches_of(model)
     prefetcher = Prefetcher(model, caches)
     wait_in_each_layer(model, prefetcher)
@@ -171,8 +200,8 @@ def test_precision_is_that_of_the_next_routers_choice_where_routers_are_equal_an
     gate = model.model.layers[0].mlp.gate.weight
     right = loaded = 0
     for number, name in list(enumerate(caches))[1:]:
-        states = [s for layer, s, _ in calls if layer.name == list(caches)[number - 1]]
-        used = [experts for layer, _, experts in calls if layer.name == name]
+        states = [call.states for call in calls if call.layer.name == list(caches)[number - 1]]
+        used = [call.used for call in calls if call.layer.name == name]
         oracle = [sorted((s @ gate.T).topk(2).indices.flatten().tolist()) for s in states]
         assert caches[name].asked == oracle
         right += sum(len({*a} & {*b}) for a, b in zip(caches[name].asked, used, strict=True))
