@@ -104,6 +104,7 @@ def from_pretrained_offloaded(
     slots: int | None = None,
     tier: str = "disk",
     policy: str = "lru",
+    prefetch: int | None = None,
     dtype: Any = "auto",
     device: Any = None,
     **options: Any,
@@ -121,6 +122,7 @@ def from_pretrained_offloaded(
         tier: `"disk"` reads experts from the checkpoint's files, which must stay as they are; `"pinned"` holds them all in
             host memory.
         policy: a key of [`~modeling_moe.offload.policies.POLICIES`], which chooses the expert that gives up its slot.
+        prefetch: number of experts to load ahead for the next layer, as for [`offload_experts`].
         dtype: dtype of the weights, or `"auto"` for that of the configuration.
         device: where the model computes; the CPU if not given.
         **options: `config`, `model_class`, `attn_implementation`, `trust_remote_code`, `revision`, `token`, `cache_dir` and
@@ -150,7 +152,7 @@ def from_pretrained_offloaded(
         refuse_unfit(model, stores, budget, slots, policy)
 
     model, stores = load_without_experts(name_or_path, tier, dtype, device, check=check, **options)
-    offload_to_stores(model, stores, budget, slots, policy, device)
+    offload_to_stores(model, stores, budget, slots, policy, prefetch=prefetch, device=device)
     return model
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoint_damage import CheckpointError
 from modeling_moe.checkpoints import open_source
-from modeling_moe.offload import from_pretrained_offloaded, load_without_experts, offload_statistics
+from modeling_moe.offload import from_pretrained_offloaded, load_without_experts, loading, offload_statistics
 from modeling_moe.offload.loading import _refuse_unread
 from modeling_moe.offload.tracing import trace, traced_state
 from modeling_moe.offload.watched_file import WatchedFile
@@ -170,14 +170,31 @@ def test_logits_and_text_have_the_bits_of_the_whole_model(family, dtype, tmp_pat
     model.save_pretrained(tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, experts_implementation="moe")
     tokens = torch.arange(3, 39).view(2, 18)
-    for tier in ("disk", "pinned"):
-        found = from_pretrained_offloaded(tmp_path, slots=3, tier=tier, dtype=dtype)
+    for tier, prefetch in (("disk", 1), ("pinned", None)):
+        found = from_pretrained_offloaded(
+            tmp_path, slots=4, tier=tier, policy="lfru", prefetch=prefetch, dtype=dtype, device="cpu"
+        )
         assert type(found) is type(whole)
         with torch.no_grad():
             assert torch.equal(found(tokens).logits, whole(tokens).logits)
         ids = [each.generate(tokens, max_new_tokens=6, do_sample=False) for each in (found, whole)]
         assert torch.equal(*ids)
         assert offload_statistics(found).total.misses > 0
+
+
+def test_arguments_reach_the_cache(tmp_path, monkeypatch):
+    """The experts of a prefetch depend on the time, so the call is looked at."""
+    tiny().save_pretrained(tmp_path)
+    calls = []
+    monkeypatch.setattr(
+        loading, "offload_to_stores", lambda *arguments, **options: calls.append((arguments[2:], options))
+    )
+    from_pretrained_offloaded(tmp_path, "1GB", policy="lfu", prefetch=2, device="cpu")
+    from_pretrained_offloaded(tmp_path, slots=4)
+    assert calls == [
+        (("1GB", None, "lfu"), {"prefetch": 2, "device": "cpu"}),
+        ((None, 4, "lru"), {"prefetch": None, "device": None}),
+    ]
 
 
 def test_a_change_in_the_middle_of_a_generation_is_one_clear_error(tmp_path):
