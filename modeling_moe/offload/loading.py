@@ -222,11 +222,19 @@ def _on_disk(request: _Request, source: Source) -> WithoutExperts:
         request.check(traced, stores)
     model = _load_rest(request, state, stores)
     _empty_experts(model, stores)
+    _refuse_unread(model, source.folder)
     _load_generation_config(model, source.folder)
     return WithoutExperts(model, stores)
 
 
-def _in_host_memory(request: _Request, source: Source) -> WithoutExperts:
+def _refuse_unread(model: PreTrainedModel, folder: Path) -> None:
+    """Refuses a model that has another weight in a tensor of experts, which was therefore not read."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, TracedTensor):
+            raise UserError(f"{name} of {folder} lies in one tensor with experts, which is not served: load it whole")
+
+
+def _in_memory(request: _Request, source: Source) -> WithoutExperts:
     # not from the folder itself: the experts would then be mapped, and a change of the files would change them
     model = _load_rest(request._replace(device=None), traced_state(source.state), {})
     _load_generation_config(model, source.folder)
@@ -244,7 +252,7 @@ def _in_host_memory(request: _Request, source: Source) -> WithoutExperts:
     return WithoutExperts(model, stores)
 
 
-LOADERS = {"disk": _on_disk, "pinned": _in_host_memory}
+LOADERS = {"disk": _on_disk, "pinned": _in_memory}
 
 
 def _causal_class(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:

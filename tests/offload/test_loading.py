@@ -9,7 +9,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoint_damage import CheckpointError
+from modeling_moe.checkpoints import open_source
 from modeling_moe.offload import from_pretrained_offloaded, load_without_experts, offload_statistics
+from modeling_moe.offload.loading import _refuse_unread
+from modeling_moe.offload.tracing import trace, traced_state
 from modeling_moe.offload.watched_file import WatchedFile
 from modeling_moe.utils.errors import UserError
 from tests.builders import tiny_config
@@ -125,6 +128,16 @@ def test_a_missing_expert_and_a_wrong_shape_are_refused_by_name(tmp_path):
     save_file(tensors | {name: torch.zeros(3, 3)}, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         load_without_experts(tmp_path)
+
+
+def test_a_weight_in_one_tensor_with_experts_is_refused(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    traced = trace(type(model), model.config, traced_state(open_source(tmp_path).state), "auto")
+    _refuse_unread(model, tmp_path)
+    model.model.norm.weight = traced.model.norm.weight
+    with pytest.raises(UserError, match=r"model\.norm\.weight of .* lies in one tensor with experts"):
+        _refuse_unread(model, tmp_path)
 
 
 def test_wrong_requests_are_refused(tmp_path):
