@@ -242,7 +242,7 @@ def prepare(
     """Brings the arguments of [`experts_forward`] into the dtypes of the operator and chooses the back end.
 
     Args:
-        module, hidden_states, top_k_index, top_k_weights, backend: as there.
+        module, hidden_states, top_k_index, top_k_weights, backend: as for [`experts_forward`].
         activation: what the experts compute between their matrices.
         held: the experts, in the place of the module's own parameters.
     """

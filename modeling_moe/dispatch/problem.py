@@ -49,7 +49,8 @@ class ExpertsProblem(NamedTuple):
         up_update: the low-rank update of `up`, or None.
         down_update: the low-rank update of `down`, or None.
         slots: (E,) int32 on the CPU, where each expert's matrices and biases lie; these then are (S, ...) with S slots
-            in the place of E experts. Back ends with `serves_slots` take it. None if expert e lies at e.
+            in the place of E experts, and get no gradient. Back ends with `serves_slots` take it. None if expert e lies at
+            e.
     """
 
     x: torch.Tensor
@@ -88,6 +89,11 @@ class ExpertsProblem(NamedTuple):
     def wide_dtype(self) -> torch.dtype:
         """The dtype of sums over experts: fp32, or fp64 for fp64 tokens."""
         return torch.promote_types(self.x.dtype, torch.float32)
+
+    def refuse_gradients_of_slots(self, needs: "Needs") -> None:
+        """Raises ValueError if gradients are needed of matrices or biases that lie in slots."""
+        if self.slots is not None and (needs.up or needs.down or needs.up_bias or needs.down_bias):
+            raise ValueError("matrices in slots get no gradient: pass the matrices of all experts")
 
     def requires_grad(self) -> bool:
         """Returns True if autograd will ask for the gradient of an input."""

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,10 @@ from .policies import Policy
 from .slots import ExpertSlots
 from .statistics import LayerStatistics
 from .stores import ExpertStore
+
+
+# up to this many assignments, a Python set finds the distinct experts faster than tensor operations do
+FEW_ASSIGNMENTS = 256
 
 
 class Round(NamedTuple):
@@ -54,15 +58,9 @@ class ExpertCache:
         self._loading: set[int] = set()
         self._unused: set[int] = set()  # prefetched, and not yet used
 
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        raise ValueError("an offloaded model cannot be copied: load the model again and call offload_experts")
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise ValueError("an offloaded model cannot be pickled: load the model again and call offload_experts")
-
     def needed(self, index: torch.Tensor) -> list[int]:
         """Returns the distinct expert ids of `index` (T, K) in ascending order, without those of empty assignments."""
-        if index.numel() <= 256:
+        if index.numel() <= FEW_ASSIGNMENTS:
             return sorted({expert for expert in index.flatten().tolist() if 0 <= expert < self.num_experts})
         # the last place is that of empty assignments
         chosen = torch.zeros(self.num_experts + 1, dtype=torch.bool, device=index.device)
@@ -138,8 +136,7 @@ class ExpertCache:
                     break
                 self._changed.wait()
             self._loading.add(expert)
-        self._load(expert, slot, wait=False)
-        self.statistics.misses += 1
+        self._load(expert, slot, ahead=False)
 
     def _claim(self, kept: Collection[int]) -> int | None:
         """Returns a slot that is free or was freed by the policy, or None if no expert outside `kept` is resident.
@@ -157,17 +154,17 @@ class ExpertCache:
         self.slots.release(self.slots.places[victim])
         return self.slots.take()
 
-    def _load(self, expert: int, slot: int, wait: bool) -> None:
+    def _load(self, expert: int, slot: int, ahead: bool) -> None:
         """Copies an expert into a claimed slot, on the current stream of a GPU. An error frees the slot again.
 
         Args:
-            wait: True to wait for the end of the copy on a GPU.
+            ahead: True for a prefetch, which waits for the end of the copy on a GPU.
         """
         try:
             if self._computed is not None:  # until then the slot is read
                 self._computed.wait()
             self.store.read(expert, self.slots.memory(slot))
-            if wait and self._computed is not None:
+            if ahead and self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
         except BaseException:
             with self._changed:
@@ -179,6 +176,11 @@ class ExpertCache:
             self.slots.put(expert, slot)
             self._loading.discard(expert)
             self.statistics.bytes_read += self._expert_bytes
+            if ahead:
+                self.statistics.prefetched += 1
+                self._unused.add(expert)
+            else:
+                self.statistics.misses += 1
             self._changed.notify_all()
 
     def prefetch(self, experts: Collection[int]) -> None:
@@ -202,9 +204,6 @@ class ExpertCache:
                     return
                 self._loading.add(expert)
             try:
-                self._load(expert, slot, wait=True)
+                self._load(expert, slot, ahead=True)
             except Exception:
                 return
-            with self._changed:
-                self.statistics.prefetched += 1
-                self._unused.add(expert)

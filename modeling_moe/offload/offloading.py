@@ -17,7 +17,6 @@ from ..utils.sizes import parse_size
 from .attaching import OffloadedModule, attach, is_offloaded
 from .cache import ExpertCache
 from .policies import policy_class
-from .prefetch import Prefetcher
 from .slots import ExpertSlots, slot_bytes
 from .statistics import LayerStatistics, OffloadStatistics
 from .stores import ExpertStore, PinnedStore, disk_stores, expert_parameters
@@ -52,7 +51,6 @@ def offload_experts(
     tier: str = "pinned",
     policy: str = "lru",
     folder: str | Path | None = None,
-    prefetch: int | None = None,
 ) -> OffloadStatistics:
     """Takes the experts of a model out of the memory of its device, but for those that are in use.
 
@@ -67,8 +65,6 @@ def offload_experts(
         policy: a key of [`~modeling_moe.offload.policies.POLICIES`], which chooses the expert that gives up its slot.
         folder: with `tier="disk"`, the checkpoint that holds the model's weights; by default where the model was loaded
             from.
-        prefetch: number of experts to load ahead for the next layer, beyond those that the router of that layer chooses on
-            the state of this one; None loads none ahead. See [`~modeling_moe.offload.prefetch.Prefetcher`].
 
     Returns:
         The counts of all layers, which go on counting while the model runs.
@@ -97,7 +93,7 @@ def offload_experts(
         }
     else:
         stores = _disk_stores_of(model, modules, folder)
-    return offload_to_stores(model, stores, budget, slots, policy, prefetch)
+    return offload_to_stores(model, stores, budget, slots, policy)
 
 
 def offload_to_stores(
@@ -106,13 +102,12 @@ def offload_to_stores(
     budget: int | str | None = None,
     slots: int | None = None,
     policy: str = "lru",
-    prefetch: int | None = None,
     device: torch.device | str | None = None,
 ) -> OffloadStatistics:
     """Puts expert caches over given stores in the place of a model's experts.
 
     Args:
-        model, budget, slots, policy, prefetch: as for [`offload_experts`]. The experts' parameters may be on the meta device.
+        model, budget, slots, policy: as for [`offload_experts`]. The experts' parameters may be on the meta device.
         stores: qualified name of each experts module -> store of the layer's experts.
         device: where the experts are computed; by default where the model's first parameter is that has memory.
 
@@ -130,14 +125,10 @@ def offload_to_stores(
     make_policy, place = policy_class(policy), torch.device(device) if device is not None else _device_of(model)
     # layers share their configuration, which `attach` changes
     backends = [_backend_of(layer.module) for layer in layers]
-    caches = {}
     for layer, number, backend in zip(layers, counts, backends, strict=True):
         memory = ExpertSlots(layer.store.parts, number, layer.store.num_experts, place)
         policy_of_layer = make_policy(number, layer.store.num_experts)
-        caches[layer.name] = ExpertCache(layer.store, policy_of_layer, memory, LayerStatistics())
-        attach(layer.module, caches[layer.name], backend)
-    if prefetch is not None:
-        Prefetcher(model, caches, extra=prefetch)
+        attach(layer.module, ExpertCache(layer.store, policy_of_layer, memory, LayerStatistics()), backend)
     return offload_statistics(model)
 
 

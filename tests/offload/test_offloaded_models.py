@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from moe_benchmark.experts_classes import build as build_experts
+from moe_benchmark.experts_classes import experts_classes, sources
 
-from modeling_moe.dispatch import backend_of
+from modeling_moe.dispatch import backend_of, reason_unsupported
+from modeling_moe.monitoring import experts_per_token
 from modeling_moe.offload import offload_experts, offload_statistics
 from modeling_moe.offload.policies import POLICIES
 from tests.conftest import NEEDS_TRITON
@@ -165,3 +168,25 @@ def test_statistics_count_each_expert_once_in_a_pass():
     experts = model.model.layers[0].mlp.experts
     assert statistics.total.bytes_read == experts.gate_up_proj.nbytes + experts.down_proj.nbytes
     assert offload_statistics(model).total == statistics.total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", sources().decorated)
+def test_every_experts_class_of_transformers(model):
+    for kind in experts_classes(model):
+        experts = build_experts(model, kind)
+        experts.config._experts_implementation = "moe"
+        hidden = experts.down_proj.shape[2 if experts.is_transposed else 1]
+        number = experts.num_experts
+        inputs = [draw(tokens, number, 2, torch.float32, hidden)[:3] for tokens in (1, 3, 18)]
+        with torch.no_grad():
+            expected = [experts(*each) for each in inputs]
+            holder = torch.nn.ModuleDict({"experts": experts})
+            if reason_unsupported(experts):
+                with pytest.raises(ValueError, match="cannot be offloaded"):
+                    offload_experts(holder, slots=number)
+                continue
+            offload_experts(holder, slots=min(number, experts_per_token(experts.config) or 2))
+            fill_slots_with_nan(holder)
+            for each, output in zip(inputs, expected, strict=True):
+                assert torch.equal(experts(*each), output)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_moe.offload import offload_experts, offload_statistics, offload_to_stores
+from modeling_moe.offload import offload_experts, offload_statistics, offload_to_stores, prefetch_experts
 from modeling_moe.offload.slots import slot_bytes
 from tests.builders import SMALLEST
 from tests.offload.models import EXPERTS, TOP_K, build, copy_of, outputs
@@ -162,7 +162,8 @@ def test_stores_need_every_layer(resident):
 
 def test_prefetch_leaves_the_bits(resident):
     model = copy_of(resident)
-    statistics = offload_experts(model, slots=TOP_K + 1, prefetch=1)
+    statistics = offload_experts(model, slots=TOP_K + 1)
+    prefetch_experts(model, extra=1)
     expected = outputs(resident)
     assert all(torch.equal(got, expected[key]) for key, got in outputs(model).items())
     assert statistics.total.prefetched > 0

@@ -72,6 +72,7 @@ class LoopBackend(Backend):
         grad_x: torch.Tensor | None,
     ) -> Gradients:
         """Computes gradients as described at [`~modeling_moe.dispatch.backend.Backend.add_gradients`]."""
+        problem.refuse_gradients_of_slots(needs)
         return _Backward(problem, order, self._split(problem, order), grad, needs, grad_x).run(h)
 
     def rounds(self, problem: ExpertsProblem, index: torch.Tensor, decode: bool) -> Rounds:

@@ -102,6 +102,7 @@ class NativeBackend(Backend):
         grad_x: torch.Tensor | None,
     ) -> Gradients:
         """Computes gradients as described at [`~modeling_moe.dispatch.backend.Backend.add_gradients`]."""
+        problem.refuse_gradients_of_slots(needs)
         call, weight = _WaveCall(problem, order, self._library(problem.x.dtype), needs, backward=True), problem.weight
         slope = weight.new_zeros(len(order.assignment)) if needs.weight else None
         grad_up, grad_down = _like(call.up, needs.up), _like(call.down, needs.down)
