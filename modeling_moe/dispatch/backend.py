@@ -26,7 +26,7 @@ class Backend(ABC):
         name: the key in [`~modeling_moe.dispatch.backends.BACKENDS`].
         default_devices: the device types on which the back end is taken when none is asked for; None means all.
         casts_matrices: True if the back end takes fp32 matrices beside tokens in 16 bits and casts them itself.
-        serves_slots: True if the back end takes [`ExpertsProblem.slots`]. Such a back end adds up each token's experts in
+        serves_slots: True if the back end takes `slots` of [`~modeling_moe.dispatch.problem.ExpertsProblem`]. Such a back end adds up each token's experts in
             ascending order of their ids, and overrides `rounds`.
     """
 
@@ -94,7 +94,7 @@ class Backend(ABC):
         Args:
             problem: holds the tokens, the combine weights and the low-rank updates; its matrices are not read.
             index: (T, K) expert ids. An id outside [0, E) marks an empty assignment.
-            decode: True to compute what [`decode`] computes, False for [`forward`].
+            decode: True to compute what [`Backend.decode`] computes, False for [`Backend.forward`].
         """
         return GatheredRounds(self, problem, index)
 
@@ -107,7 +107,7 @@ class Backend(ABC):
         needs: Needs,
         grad_x: torch.Tensor | None,
     ) -> Gradients:
-        """Computes the gradients of [`backward`], and adds that of `x` to `grad_x` (T, H) in `wide_dtype` in its place."""
+        """Computes the gradients of [`Backend.backward`], and adds that of `x` to `grad_x` (T, H) in `wide_dtype` in its place."""
         gradients = self.backward(problem, order, grad, h, needs)
         if grad_x is not None and gradients.x is not None:
             grad_x += gradients.x

@@ -111,7 +111,7 @@ def from_pretrained_offloaded(
 ) -> PreTrainedModel:
     """Loads a model that computes its experts from a cache, without ever holding all experts in memory.
 
-    The model gives the outputs that [`offload_experts`] gives on the model of `from_pretrained`. With `tier="disk"`, memory
+    The model gives the outputs that [`~modeling_moe.offload.offload_experts`] gives on the model of `from_pretrained`. With `tier="disk"`, memory
     holds the slots, all other weights, and one further tensor while loading. A `custom_generate` folder is not read.
 
     Args:
@@ -129,7 +129,7 @@ def from_pretrained_offloaded(
             `local_files_only`, as [`load_without_experts`] takes them.
 
     Returns:
-        The model in evaluation mode. [`offload_statistics`] gives what its caches count.
+        The model in evaluation mode. [`~modeling_moe.offload.offload_statistics`] gives what its caches count.
 
     Raises:
         TypeError: for another option.

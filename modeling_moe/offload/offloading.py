@@ -73,12 +73,13 @@ def offload_experts(
         ValueError: for a model without experts that can be offloaded, and for arguments that do not fit the model.
 
     Example:
+        >>> import torch
         >>> from modeling_moe import MoEConfig, MoEForCausalLM
         >>> from modeling_moe.offload import offload_experts
         >>> config = MoEConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_experts=8)
         >>> model = MoEForCausalLM(config).eval()
         >>> statistics = offload_experts(model, slots=4)
-        >>> output = model.generate(max_new_tokens=4, do_sample=False)
+        >>> output = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)
         >>> statistics.total.misses > 0
         True
     """
