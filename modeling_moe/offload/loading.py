@@ -17,6 +17,7 @@ from ..utils.errors import UserError
 from ..utils.locations import local_folder
 from .offloading import offload_to_stores, refuse_unfit
 from .pieces import Stored, stored
+from .prefetch import prefetch_experts
 from .stores import (
     DiskStore,
     ExpertStore,
@@ -122,7 +123,8 @@ def from_pretrained_offloaded(
         tier: `"disk"` reads experts from the checkpoint's files, which must stay as they are; `"pinned"` holds them all in
             host memory.
         policy: a key of [`~modeling_moe.offload.policies.POLICIES`], which chooses the expert that gives up its slot.
-        prefetch: number of experts to load ahead for the next layer, as for [`offload_experts`].
+        prefetch: loads experts ahead of each layer, with this many beyond those that the next router chooses, as
+            [`~modeling_moe.offload.prefetch.prefetch_experts`] does; None loads none ahead.
         dtype: dtype of the weights, or `"auto"` for that of the configuration.
         device: where the model computes; the CPU if not given.
         **options: `config`, `model_class`, `attn_implementation`, `trust_remote_code`, `revision`, `token`, `cache_dir` and
@@ -152,7 +154,9 @@ def from_pretrained_offloaded(
         refuse_unfit(model, stores, budget, slots, policy)
 
     model, stores = load_without_experts(name_or_path, tier, dtype, device, check=check, **options)
-    offload_to_stores(model, stores, budget, slots, policy, prefetch=prefetch, device=device)
+    offload_to_stores(model, stores, budget, slots, policy, device=device)
+    if prefetch is not None:
+        prefetch_experts(model, extra=prefetch)
     return model
 
 
