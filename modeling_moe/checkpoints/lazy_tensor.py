@@ -4,11 +4,25 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 
 Index = tuple[slice, ...]
+
+
+class Place(NamedTuple):
+    """A place in a file at which the elements of a tensor lie one after another.
+
+    Attributes:
+        file: the file.
+        offset: byte at which the tensor begins.
+    """
+
+    file: Path
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -21,12 +35,14 @@ class LazyTensor:
         load: function that reads `tensor[index]`; it is called each time the part is needed.
         parts: pieces whose concatenation or stack along dimension 0 is the tensor; a writer that goes through them
             never holds the whole tensor. Empty if the tensor is read whole.
+        place: where the tensor lies if the tensor is one of a file, else None.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[Index], torch.Tensor]
     parts: Sequence["LazyTensor"] = field(default=(), repr=False)
+    place: Place | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "LazyTensor":

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..utils.errors import UserError
 from .damage import refuse_not_finite
-from .lazy_tensor import Index, LazyTensor, State
+from .lazy_tensor import Index, LazyTensor, Place, State
 
 
 DTYPES = {
@@ -102,12 +102,13 @@ def _tensor(file: Path, name: str, entry: dict, start: int) -> LazyTensor:
         raise UserError(
             f"{name} in {file} has {last - first} bytes, which do not fit its shape: download the file again"
         )
-    whole = LazyTensor(shape, dtype, partial(_read, file, name, start + first, shape, dtype))
+    place = Place(file, start + first)
+    whole = LazyTensor(shape, dtype, partial(_read, file, name, place.offset, shape, dtype), place=place)
     if whole.nbytes <= BLOCK or shape[0] == 1:
         return whole
     rows = max(1, BLOCK * shape[0] // whole.nbytes)
     parts = tuple(whole[row : row + rows] for row in range(0, shape[0], rows))
-    return LazyTensor(shape, dtype, whole.load, parts)
+    return LazyTensor(shape, dtype, whole.load, parts, place)
 
 
 def _read(

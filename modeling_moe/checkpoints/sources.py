@@ -1,8 +1,10 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module finds a source checkpoint and checks from the files' headers that the checkpoint is complete."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -39,7 +41,9 @@ class Source:
     gguf_file: str | None = None
 
 
-def open_source(name_or_path: str | Path, gguf_file: str | None = None) -> Source:
+def open_source(
+    name_or_path: str | Path, gguf_file: str | None = None, hub: Mapping[str, Any] | None = None
+) -> Source:
     """Opens a checkpoint by folder or Hub name.
 
     A folder holds either `model.safetensors`, or shards and the index that names them.
@@ -47,13 +51,14 @@ def open_source(name_or_path: str | Path, gguf_file: str | None = None) -> Sourc
     Args:
         name_or_path: folder, path of a GGUF file, or Hub name of a model, whose safetensors files are downloaded.
         gguf_file: name of a GGUF file in the folder, which is read instead of safetensors files.
+        hub: how a Hub model is downloaded: arguments of `huggingface_hub.snapshot_download` such as `revision`.
 
     Raises:
         UserError: if there is no such checkpoint or it is not in safetensors, a shard or tensor is missing, a file is
             damaged or lies outside the folder, or the folder holds an adapter.
     """
     name, gguf_file = folder_and_gguf(name_or_path, gguf_file)
-    folder = Path(name) if Path(name).is_dir() else _download(name, gguf_file)
+    folder = Path(name) if Path(name).is_dir() else _download(name, gguf_file, hub or {})
     refuse_outside(folder)
     _refuse_adapter(folder)
     if gguf_file:
@@ -96,16 +101,16 @@ def _read_shards(folder: Path, weight_map: dict[str, str]) -> State:
     return state
 
 
-def _download(name: str, gguf_file: str | None) -> Path:
+def _download(name: str, gguf_file: str | None, hub: Mapping[str, Any]) -> Path:
     """Downloads description, tokenizer and weights of a Hub model and returns the local folder."""
     # the model card gives the license
     described = ["README.md", *([gguf_file] if gguf_file else ["*.json", *COMPANIONS])]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=described))
+        folder = Path(snapshot_download(name, allow_patterns=described, **hub))
         if gguf_file:
             return folder
         shards = set(_weight_map(folder).values()) or {SINGLE}
-        return Path(snapshot_download(name, allow_patterns=[*described, PATTERN, *sorted(shards)]))
+        return Path(snapshot_download(name, allow_patterns=[*described, PATTERN, *sorted(shards)], **hub))
     except UserError:
         raise
     except (OSError, ValueError) as error:

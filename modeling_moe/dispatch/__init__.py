@@ -11,11 +11,40 @@ import functools
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .backends import NAMES
-from .interface import backend_of, experts_forward
+from .interface import (
+    HeldExperts,
+    PreparedCall,
+    backend_of,
+    check_arguments,
+    experts_forward,
+    follows_interface,
+    prepare,
+    reason_unsupported,
+)
+from .problem import ExpertsProblem, Gradients, Needs
+from .recognition import recognise
+from .rounds import by_slot, expert_of_slot, index_in_round
 
 
 ALL_EXPERTS_FUNCTIONS.register("moe", experts_forward)
 for _backend in NAMES:
     ALL_EXPERTS_FUNCTIONS.register(f"moe_{_backend}", functools.partial(experts_forward, backend=_backend))
 
-__all__ = ["backend_of", "experts_forward"]
+__all__ = [
+    "NAMES",
+    "ExpertsProblem",
+    "Gradients",
+    "HeldExperts",
+    "Needs",
+    "PreparedCall",
+    "backend_of",
+    "by_slot",
+    "check_arguments",
+    "expert_of_slot",
+    "experts_forward",
+    "follows_interface",
+    "index_in_round",
+    "prepare",
+    "recognise",
+    "reason_unsupported",
+]

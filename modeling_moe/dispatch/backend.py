@@ -11,6 +11,7 @@ import torch
 
 from .expert_order import ExpertOrder, order_by_expert
 from .problem import Combined, ExpertsProblem, Gradients, Needs
+from .rounds import GatheredRounds, Rounds
 
 
 # the most tokens, and the most assignments, that `decode` is called with
@@ -25,11 +26,14 @@ class Backend(ABC):
         name: the key in [`~modeling_moe.dispatch.backends.BACKENDS`].
         default_devices: the device types on which the back end is taken when none is asked for; None means all.
         casts_matrices: True if the back end takes fp32 matrices beside tokens in 16 bits and casts them itself.
+        serves_slots: True if the back end takes `slots` of [`~modeling_moe.dispatch.problem.ExpertsProblem`]. Such a back end adds up each token's experts in
+            ascending order of their ids, and overrides `rounds`.
     """
 
     name: ClassVar[str]
     default_devices: ClassVar[tuple[str, ...] | None] = None
     casts_matrices: ClassVar[bool] = False
+    serves_slots: ClassVar[bool] = False
 
     def reason_unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Returns why this machine cannot run the back end on a device in a dtype, or None if it can."""
@@ -83,3 +87,28 @@ class Backend(ABC):
             index: (T, K) expert ids. An id outside [0, E) marks an empty assignment.
         """
         raise NotImplementedError(f"Back end {self.name} cannot decode: call forward.")
+
+    def rounds(self, problem: ExpertsProblem, index: torch.Tensor, decode: bool) -> Rounds:
+        """Returns what computes a pass in rounds of some experts each, in ascending order of their ids.
+
+        Args:
+            problem: holds the tokens, the combine weights and the low-rank updates; its matrices are not read.
+            index: (T, K) expert ids. An id outside [0, E) marks an empty assignment.
+            decode: True to compute what [`Backend.decode`] computes, False for [`Backend.forward`].
+        """
+        return GatheredRounds(self, problem, index)
+
+    def add_gradients(
+        self,
+        problem: ExpertsProblem,
+        order: ExpertOrder,
+        grad: torch.Tensor,
+        h: torch.Tensor,
+        needs: Needs,
+        grad_x: torch.Tensor | None,
+    ) -> Gradients:
+        """Computes the gradients of [`Backend.backward`], and adds that of `x` to `grad_x` (T, H) in `wide_dtype` in its place."""
+        gradients = self.backward(problem, order, grad, h, needs)
+        if grad_x is not None and gradients.x is not None:
+            grad_x += gradients.x
+        return gradients._replace(x=None)

@@ -4,7 +4,7 @@
 # T tokens, K experts per token, E experts, H hidden size, I expert width, C columns of the first projection
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .backend import DECODE_ASSIGNMENTS, DECODE_TOKENS, Backend
-from .backends import choose
+from .backends import NAMES, choose
 from .backends.grouped_mm import takes_rows
 from .low_rank import LowRank
 from .operator import decode, experts, experts_decode
@@ -59,18 +59,58 @@ class _Matrices(NamedTuple):
     down_bias: torch.Tensor | None
 
 
-def _matrices_of(module: ExpertsModule) -> _Matrices:
+def _matrices_of(module: ExpertsModule, held: "HeldExperts | None" = None) -> _Matrices:
+    def read(name: str) -> torch.Tensor:
+        return getattr(module, name) if held is None else held.tensors[name]
+
     name = "gate_up_proj" if module.has_gate else "up_proj"
-    up, down, up_bias, down_bias = getattr(module, name), module.down_proj, None, None
+    up, down, up_bias, down_bias = read(name), read("down_proj"), None, None
     if module.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     if module.has_bias:
-        up_bias, down_bias = getattr(module, f"{name}_bias"), getattr(module, "down_proj_bias")  # noqa: B009
+        up_bias, down_bias = read(f"{name}_bias"), read("down_proj_bias")
     return _Matrices(up, down, up_bias, down_bias)
 
 
+class HeldExperts(NamedTuple):
+    """HeldExperts holds some experts of a module, whose own parameters are not read.
+
+    Attributes:
+        tensors: name of a parameter -> memory (S, ...) of S slots, each as large as one expert's slice.
+        slots: (E,) int32 on the CPU, the slot of each expert.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    slots: torch.Tensor
+
+
+class PreparedCall(NamedTuple):
+    """PreparedCall holds what a call of experts is computed from.
+
+    Attributes:
+        problem: the tokens, the combine weights and the experts.
+        index: (T, K) int64. An id outside [0, E) marks an empty assignment.
+        backend: the back end that computes the call.
+        decodes: True for the path of a few tokens.
+        keeps_h: True if h is kept for backward.
+        matrix_dtype: the dtype to cast the matrices to, or None.
+    """
+
+    problem: ExpertsProblem
+    index: torch.Tensor
+    backend: Backend
+    decodes: bool
+    keeps_h: bool
+    matrix_dtype: torch.dtype | None
+
+
 def _problem(
-    module: ExpertsModule, x: torch.Tensor, weight: torch.Tensor, matrices: _Matrices, activation: ActivationChoice
+    module: ExpertsModule,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    matrices: _Matrices,
+    activation: ActivationChoice,
+    slots: torch.Tensor | None = None,
 ) -> ExpertsProblem:
     """Builds the problem of a module; `module.low_rank` maps names of parameters to updates.
 
@@ -79,12 +119,12 @@ def _problem(
     """
     updates: dict[str, LowRank] | None = getattr(module, "low_rank", None)
     if not updates:
-        return ExpertsProblem(x, weight, *matrices, *activation)
-    number = len(matrices.up)
+        return ExpertsProblem(x, weight, *matrices, *activation, slots=slots)
+    number = len(matrices.up if slots is None else slots)
     if any(len(factor) != number for update in updates.values() for factor in (update.a, update.b)):
         raise ValueError(f"low_rank has factors for another number of experts than {number}: slice them")
     up, down = updates.get("gate_up_proj" if module.has_gate else "up_proj"), updates.get("down_proj")
-    return ExpertsProblem(x, weight, *matrices, *activation, up_update=up, down_update=down)
+    return ExpertsProblem(x, weight, *matrices, *activation, up_update=up, down_update=down, slots=slots)
 
 
 def _decodes(backend: Backend, problem: ExpertsProblem) -> bool:
@@ -139,7 +179,8 @@ def backend_of(
         return f"transformers: {reason}"
     if backend is None:
         implementation = getattr(module.config, "_experts_implementation", None) or ""
-        backend = implementation.removeprefix("moe_") if implementation.startswith("moe_") else None
+        asked = implementation.removeprefix("moe_")
+        backend = asked if asked in NAMES else None
     matrices, weight = _matrices_of(module), top_k_index.new_zeros(top_k_index.shape, dtype=torch.float32)
     problem = _problem(module, hidden_states.to(matrices.up.dtype), weight, matrices, activation)
     chosen = choose(backend, problem)
@@ -171,37 +212,60 @@ def experts_forward(
     Raises:
         ValueError: for inputs whose shapes or dtypes do not fit, and for low-rank updates that cannot be served.
     """
-    _check(hidden_states, top_k_index, top_k_weights, module)
-    # a narrower integer has no room for the number of experts, which marks an empty assignment
-    top_k_index = top_k_index.long()
+    check_arguments(hidden_states, top_k_index, top_k_weights, module)
     activation, reason = recognise(module)
     if activation is None:
         if getattr(module, "low_rank", None):
             raise ValueError(f"the experts cannot have low-rank updates here: {reason}")
-        return _by_transformers(module, hidden_states, top_k_index, top_k_weights)
-    matrices, device = _matrices_of(module), hidden_states.device.type
+        return _by_transformers(module, hidden_states, top_k_index.long(), top_k_weights)
+    call = prepare(module, hidden_states, top_k_index, top_k_weights, activation, backend)
+    problem, index, chosen = call.problem, call.index, call.backend
+    if call.matrix_dtype is not None:
+        problem = problem.with_matrices_in(call.matrix_dtype)
+    if call.decodes:
+        plain = _is_plain(problem.x)
+        output = decode(problem, index, chosen) if plain else experts_decode(*problem.flatten(), index, chosen.name)
+    else:
+        output = experts(*problem.with_dropout().flatten(), index, chosen.name, call.keeps_h)[0]
+    return output.to(hidden_states.dtype)
+
+
+def prepare(
+    module: ExpertsModule,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    activation: ActivationChoice,
+    backend: str | None,
+    held: HeldExperts | None = None,
+) -> PreparedCall:
+    """Brings the arguments of [`experts_forward`] into the dtypes of the operator and chooses the back end.
+
+    Args:
+        module, hidden_states, top_k_index, top_k_weights, backend: as for [`experts_forward`].
+        activation: what the experts compute between their matrices.
+        held: the experts, in the place of the module's own parameters.
+    """
+    matrices, device = _matrices_of(module, held), hidden_states.device.type
     autocast = not hidden_states.is_meta and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else matrices.up.dtype
     x = hidden_states.to(dtype).contiguous()
     weight = top_k_weights.to(torch.promote_types(dtype, torch.float32)).contiguous()
-    problem = _problem(module, x, weight, matrices, activation)
+    problem = _problem(module, x, weight, matrices, activation, None if held is None else held.slots)
     chosen = choose(backend, problem)
-    if autocast and not chosen.casts_matrices:
-        problem = problem.with_matrices_in(dtype)
-    if _decodes(chosen, problem):
-        plain = _is_plain(x)
-        output = (
-            decode(problem, top_k_index, chosen)
-            if plain
-            else experts_decode(*problem.flatten(), top_k_index, chosen.name)
-        )
-    else:
-        keep_h = problem.requires_grad() and not getattr(module.config, "experts_recompute", False)
-        output = experts(*problem.with_dropout().flatten(), top_k_index, chosen.name, keep_h)[0]
-    return output.to(hidden_states.dtype)
+    casts = autocast and not chosen.casts_matrices
+    # a narrower integer has no room for the number of experts, which marks an empty assignment
+    return PreparedCall(
+        problem,
+        top_k_index.long(),
+        chosen,
+        decodes=_decodes(chosen, problem),
+        keeps_h=problem.requires_grad() and not getattr(module.config, "experts_recompute", False),
+        matrix_dtype=dtype if casts else None,
+    )
 
 
-def _check(
+def check_arguments(
     hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, module: ExpertsModule
 ) -> None:
     """Raises ValueError for inputs whose shapes or dtypes do not fit."""

@@ -40,7 +40,7 @@ def experts(
         [`~modeling_moe.dispatch.expert_order.ExpertOrder`].
     """
     problem = ExpertsProblem.unflatten(FlatProblem(tensors, layout, activation, numbers))
-    order = BACKENDS[backend].order_by_expert(index, len(problem.up))
+    order = BACKENDS[backend].order_by_expert(index, problem.num_experts)
     if not index.numel():
         nothing = problem.x.new_empty(0, problem.up.shape[1])
         return torch.zeros_like(problem.x), nothing, order.assignment, order.offsets
@@ -62,7 +62,7 @@ def _(
     problem = ExpertsProblem.unflatten(FlatProblem(tensors, layout, activation, numbers))
     assignment = index.new_empty(index.numel(), dtype=torch.int32)
     h = problem.x.new_empty(index.numel() if keep_h else 0, problem.up.shape[1])
-    offsets = index.new_empty(len(problem.up) + 1, dtype=torch.int32)
+    offsets = index.new_empty(problem.num_experts + 1, dtype=torch.int32)
     return torch.empty_like(problem.x), h, assignment, offsets
 
 

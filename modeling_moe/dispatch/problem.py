@@ -48,6 +48,9 @@ class ExpertsProblem(NamedTuple):
         constants: the constants of the activation.
         up_update: the low-rank update of `up`, or None.
         down_update: the low-rank update of `down`, or None.
+        slots: (E,) int32 on the CPU, where each expert's matrices and biases lie; these then are (S, ...) with S slots
+            in the place of E experts, and get no gradient. Back ends with `serves_slots` take it. None if expert e lies at
+            e.
     """
 
     x: torch.Tensor
@@ -60,6 +63,12 @@ class ExpertsProblem(NamedTuple):
     constants: Sequence[float]
     up_update: LowRank | None = None
     down_update: LowRank | None = None
+    slots: torch.Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """The number E of experts."""
+        return len(self.up) if self.slots is None else len(self.slots)
 
     @property
     def updated(self) -> bool:
@@ -81,6 +90,11 @@ class ExpertsProblem(NamedTuple):
         """The dtype of sums over experts: fp32, or fp64 for fp64 tokens."""
         return torch.promote_types(self.x.dtype, torch.float32)
 
+    def refuse_gradients_of_slots(self, needs: "Needs") -> None:
+        """Raises ValueError if gradients are needed of matrices or biases that lie in slots."""
+        if self.slots is not None and (needs.up or needs.down or needs.up_bias or needs.down_bias):
+            raise ValueError("matrices in slots get no gradient: pass the matrices of all experts")
+
     def requires_grad(self) -> bool:
         """Returns True if autograd will ask for the gradient of an input."""
         if not torch.is_grad_enabled():
@@ -96,6 +110,7 @@ class ExpertsProblem(NamedTuple):
             "down": self.down,
             "up_bias": self.up_bias,
             "down_bias": self.down_bias,
+            "slots": self.slots,
         }
         for name, update in (("up", self.up_update), ("down", self.down_update)):
             if update is not None:
@@ -152,6 +167,7 @@ class ExpertsProblem(NamedTuple):
             constants=constants,
             up_update=update("up", up_scaling),
             down_update=update("down", down_scaling),
+            slots=tensors.get("slots"),
         )
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module defines two metrics of the evaluate library without a download: language-model loss and router balance.
+"""This module defines metrics of the evaluate library without a download: language-model loss, router balance, expert caching.
 
-Both take sums, batch by batch. Several processes can compute a metric in two ways, and both give the result of one
+All take sums, batch by batch. Several processes can compute a metric in two ways, and both give the result of one
 process: each process of torch.distributed adds its own batches and all call `compute(gather=True)`; or the metric is
 created with evaluate's `num_process`, `process_id` and `experiment_id`, which need a shared file system.
 """
@@ -117,6 +117,60 @@ class RouterBalance(evaluate.Metric):
             "load_entropy": _mean(torch.special.entr(share).sum() for share in shares),
             "dead_experts": _mean(dead_experts(layer) for layer in layers),
             "expert_share": torch.stack(shares).mean(dim=0).tolist() if alike else None,
+        }
+
+
+class ExpertCaching(evaluate.Metric):
+    """Measures the expert caches of a model whose experts are offloaded, from the counts of each batch.
+
+    `compute` sums the counts over all batches and processes, and returns `hit_rate`, the share of the uses that found the
+    expert resident; `prefetch_precision`, the share of the prefetched experts that were used (NaN if there is none); and the
+    sums `hits`, `misses`, `bytes_read` and `stall_seconds`.
+
+    Example:
+        >>> metric = ExpertCaching(keep_in_memory=True)
+        >>> metric.add_batch(
+        ...     hits=[3], misses=[1], bytes_read=[4096], prefetched=[2], prefetched_used=[1], stall_seconds=[0.5]
+        ... )
+        >>> metric.compute()["hit_rate"]
+        0.75
+
+    The counts of a model, batch by batch:
+
+        statistics = offload_statistics(model)
+        for batch in batches:
+            statistics.reset()
+            model(**batch)
+            metric.add_batch(**{name: [count] for name, count in asdict(statistics.total).items()})
+        metric.compute(gather=True)["hit_rate"]
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        counts = ("hits", "misses", "bytes_read", "prefetched", "prefetched_used")
+        return evaluate.MetricInfo(
+            description="Hits, bytes and waiting time of the expert caches of a Mixture of Experts.",
+            citation="",
+            inputs_description="The fields of modeling_moe.offload.statistics.LayerStatistics, summed over the layers.",
+            features=datasets.Features(
+                {name: datasets.Value("int64") for name in counts} | {"stall_seconds": datasets.Value("float64")}
+            ),
+        )
+
+    # evaluate passes the columns that `_info` names, of which the annotation of its method knows nothing
+    # pyrefly: ignore[bad-override]
+    def _compute(
+        self, hits, misses, bytes_read, prefetched, prefetched_used, stall_seconds, gather: bool = False
+    ) -> dict[str, float | int]:
+        columns = (hits, misses, bytes_read, prefetched, prefetched_used, stall_seconds)
+        columns = [_all_ranks(column) if gather else column for column in columns]
+        hits, misses, bytes_read, prefetched, used = (sum(column) for column in columns[:5])
+        return {
+            "hit_rate": hits / (hits + misses) if hits + misses else math.nan,
+            "prefetch_precision": used / prefetched if prefetched else math.nan,
+            "hits": hits,
+            "misses": misses,
+            "bytes_read": bytes_read,
+            "stall_seconds": math.fsum(columns[5]),
         }
 
 

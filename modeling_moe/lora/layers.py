@@ -192,7 +192,10 @@ def _factors(wrapper: Stock, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def merge(wrapper: Stock, *args: Any, **kwargs: Any) -> None:
-    """Merges as PEFT's `ParamWrapper.merge` does, and refuses a matrix in 4 bits, of which PEFT would change a copy."""
+    """Merges as PEFT's `ParamWrapper.merge` does, and refuses a matrix in 4 bits, of which PEFT would change a copy, and
+    offloaded experts, whose matrices are not in memory."""
+    if vars(wrapper.get_base_layer()).get("offloaded") is not None:
+        raise UserError(f"{wrapper.parameter_name} is offloaded: to merge, load the whole model and the adapter on it")
     if parametrize.is_parametrized(wrapper.get_base_layer(), wrapper.parameter_name):
         raise UserError(
             f"{wrapper.parameter_name} is in 4 bits: to merge, load the 16-bit model and the adapter on it"
@@ -203,10 +206,35 @@ def merge(wrapper: Stock, *args: Any, **kwargs: Any) -> None:
 def inject_parameters(
     tuner: LoraModel, peft_config: LoraConfig, model: nn.Module, *args: Any, **kwargs: Any
 ) -> list[str]:
-    """Adds layers as PEFT's `_inject_parameters` does, and refuses experts in 4 bits, which PEFT would leave out."""
+    """Adds layers as PEFT's `_inject_parameters` does, also to offloaded experts.
+
+    Raises:
+        UserError: for experts in 4 bits, which PEFT would leave out.
+    """
     if any(parametrize.is_parametrized(module) for module in model.modules() if is_experts(module)):
         raise UserError("experts are in 4 bits already: call quantize_experts after all adapters are on the model")
-    return _stock_inject(tuner, peft_config, model, *args, **kwargs)
+    targeted = _stock_inject(tuner, peft_config, model, *args, **kwargs)
+    for wrapper in model.modules():
+        if isinstance(wrapper, Stock):
+            _bring_to_slots(wrapper, peft_config)
+    return targeted
+
+
+def _bring_to_slots(wrapper: Stock, config: LoraConfig) -> None:
+    """Gives the factors of offloaded experts memory where the experts are computed, and initial values.
+
+    The parameters of [`~modeling_moe.offload.offload_experts`] are empty and on the meta device, and PEFT has moved the
+    factors there.
+    """
+    offloaded = vars(wrapper.get_base_layer()).get("offloaded")
+    if offloaded is None:
+        return
+    for adapter in [name for name, factor in wrapper.lora_A.items() if next(factor.parameters()).is_meta]:
+        for factors in (wrapper.lora_A, wrapper.lora_B):
+            factor: Any = factors[adapter]
+            factor.to_empty(device=offloaded.cache.device)
+            factor.reset_parameters()
+        wrapper.reset_lora_parameters(adapter, config.init_lora_weights)
 
 
 def _without_dropout(config: peft.LoraConfig) -> peft.LoraConfig:

@@ -1,5 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""Messages give numbers of bytes in this format, in which a rounded need is never smaller than the true one."""
+"""Messages give numbers of bytes in one format, in which a rounded need is never smaller than the true one, and budgets
+are read from text.
+"""
+
+import re
 
 
 def size_text(count: int, up: bool = True) -> str:
@@ -12,3 +16,26 @@ def size_text(count: int, up: bool = True) -> str:
     unit, name = (10**9, "GB") if count >= 10**9 else (10**6, "MB")
     tenths = -(-count * 10 // unit) if up else count * 10 // unit
     return f"{tenths // 10}.{tenths % 10} {name}"
+
+
+_UNITS = {"B": 1, **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}}
+_UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
+
+
+def parse_size(given: int | str, field: str) -> int:
+    """Returns a number of bytes that was given as a number, or as text such as `"4GiB"` (2^30 bytes) or `"500MB"`.
+
+    Args:
+        given: the number or the text.
+        field: what the number is for, named in the message.
+
+    Raises:
+        ValueError: if the text is no size.
+    """
+    if isinstance(given, int):
+        return given
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", given)
+    unit = _UNITS.get(match[2].upper() or "B") if match else None
+    if match is None or unit is None:
+        raise ValueError(f"{field}={given!r} is no size: write a number of bytes, or one with a unit such as '4GiB'")
+    return int(float(match[1]) * unit)

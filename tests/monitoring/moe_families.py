@@ -35,6 +35,8 @@ MROPE = {"rope_type": "default", "rope_theta": 1e4}
 # family -> further fields that its tiny model needs
 ALSO: dict[str, dict] = ALSO_CAUSAL | {
     "gemma4": ALSO_CAUSAL["gemma4_text"],
+    "inkling2": ALSO_CAUSAL["inkling2_text"],
+    "inkling2_loop": ALSO_CAUSAL["inkling2_loop_text"],
     "deepseek_ocr2": {"topk_method": "greedy", "mlp_layer_types": ["dense", "sparse"]},
     "deepseek_v4": {"num_hidden_layers": 3, "num_hash_layers": 1},
     "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 16], "rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}},

@@ -7,7 +7,7 @@ in any dtype, and serves CPUs where `native` does not.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,9 @@ from ..backend import Backend
 from ..expert_order import ExpertOrder
 from ..low_rank import FactorGradients, LowRank
 from ..problem import Combined, ExpertsProblem, Gradients, Needs
+from ..rounds import Rounds, SummedRounds
 from .cpu_memory import Scratch, in_huge_pages, math_dtype
-from .loop_decode import decode
+from .loop_decode import DecodedRows, decode
 from .loop_gradients import Chunk, ChunkRows, ChunkUpdate, WeightGradient, add_to
 
 
@@ -31,6 +32,7 @@ class LoopBackend(Backend):
     """
 
     name = "loop"
+    serves_slots = True
 
     def __init__(self, chunk_rows: int = 1024, product_dtype: Callable[[torch.Tensor], torch.dtype] = math_dtype):
         self.chunk_rows, self.product_dtype = chunk_rows, product_dtype
@@ -48,13 +50,39 @@ class LoopBackend(Backend):
 
     def forward(self, problem: ExpertsProblem, order: ExpertOrder, keep_h: bool) -> Combined:
         """Computes the experts as described at [`~modeling_moe.dispatch.backend.Backend.forward`]."""
-        return _Forward(problem, order, self._split(problem, order)).run(keep_h)
+        output = torch.zeros_like(problem.x, dtype=problem.wide_dtype)
+        h = _Forward(problem, order, self._split(problem, order)).run(output, keep_h)
+        return Combined(output.to(problem.x.dtype), h)
 
     def backward(
         self, problem: ExpertsProblem, order: ExpertOrder, grad: torch.Tensor, h: torch.Tensor, needs: Needs
     ) -> Gradients:
         """Computes gradients as described at [`~modeling_moe.dispatch.backend.Backend.backward`]."""
-        return _Backward(problem, order, self._split(problem, order), grad, needs).run(h)
+        grad_x = torch.zeros_like(problem.x, dtype=problem.wide_dtype) if needs.x else None
+        gradients = self.add_gradients(problem, order, grad, h, needs, grad_x)
+        return gradients._replace(x=_in_dtype_of(problem.x, grad_x))
+
+    def add_gradients(
+        self,
+        problem: ExpertsProblem,
+        order: ExpertOrder,
+        grad: torch.Tensor,
+        h: torch.Tensor,
+        needs: Needs,
+        grad_x: torch.Tensor | None,
+    ) -> Gradients:
+        """Computes gradients as described at [`~modeling_moe.dispatch.backend.Backend.add_gradients`]."""
+        problem.refuse_gradients_of_slots(needs)
+        return _Backward(problem, order, self._split(problem, order), grad, needs, grad_x).run(h)
+
+    def rounds(self, problem: ExpertsProblem, index: torch.Tensor, decode: bool) -> Rounds:
+        """Returns rounds as described at [`~modeling_moe.dispatch.backend.Backend.rounds`]."""
+        return DecodedRows(problem, index) if decode else SummedRounds(problem, index, self._add)
+
+    def _add(self, problem: ExpertsProblem, index: torch.Tensor, total: torch.Tensor) -> None:
+        """Adds the output to `total` (T, H) in `wide_dtype`."""
+        order = self.order_by_expert(index, problem.num_experts)
+        _Forward(problem, order, self._split(problem, order)).run(total, keep_h=False)
 
 
 def _chunks(order: ExpertOrder, chunk_rows: int) -> list[Chunk]:
@@ -143,13 +171,14 @@ class _Pass:
         up, down = problem.up.unbind(0), problem.down.unbind(0)
         up_bias = None if problem.up_bias is None else problem.up_bias.unbind(0)
         down_bias = None if problem.down_bias is None else problem.down_bias.unbind(0)
+        places: Sequence[int] = range(len(up)) if problem.slots is None else problem.slots.tolist()
         parts: list[torch.Tensor | None] = [None] * len(self.sizes)
         if len(h):
             parts = list(h[: len(self.assignment)].split(self.sizes))
         expert: _Expert | None = None
         for chunk, token, factor, part in zip(self.chunks, self.tokens, self.factors, parts, strict=True):
             if expert is None or chunk.first:
-                number = chunk.expert
+                number = places[chunk.expert]
                 expert = _Expert(
                     up[number].to(self.dtype),
                     down[number].to(self.dtype),
@@ -175,15 +204,14 @@ class _Forward(_Pass):
     def __init__(self, problem: ExpertsProblem, order: ExpertOrder, split: _Split):
         super().__init__(problem, order, split, Needs())
 
-    def run(self, keep_h: bool) -> Combined:
-        """Sums over each token's experts in `wide_dtype`."""
+    def run(self, output: torch.Tensor, keep_h: bool) -> torch.Tensor:
+        """Adds the sum over each token's experts to `output` (T, H) in `wide_dtype` and returns h."""
         problem = self.problem
-        output = torch.zeros_like(problem.x, dtype=problem.wide_dtype)
         rows = len(self.order.assignment) if keep_h else 0
         h = in_huge_pages(problem.x.new_empty(rows, problem.up.shape[1]))
         for work in self._work(h):
             output.index_add_(0, work.token, self._chunk(work).to(output.dtype))
-        return Combined(output.to(problem.x.dtype), h)
+        return h
 
     def _chunk(self, work: _Work) -> torch.Tensor:
         """Computes the weighted output (R, H) of one chunk, and writes `work.h` if it is there."""
@@ -210,13 +238,21 @@ class _Backward(_Pass):
 
     Args:
         grad: (T, H), the gradient of the output.
+        grad_x: (T, H) in `wide_dtype`, to which the gradient of x is added, or None.
     """
 
-    def __init__(self, problem: ExpertsProblem, order: ExpertOrder, split: _Split, grad: torch.Tensor, needs: Needs):
+    def __init__(
+        self,
+        problem: ExpertsProblem,
+        order: ExpertOrder,
+        split: _Split,
+        grad: torch.Tensor,
+        needs: Needs,
+        grad_x: torch.Tensor | None,
+    ):
         super().__init__(problem, order, split, needs)
-        self.grad, wide = grad, problem.wide_dtype
+        self.grad, self.grad_x, wide = grad, grad_x, problem.wide_dtype
         self.slopes = torch.zeros_like(self.assignment, dtype=problem.weight.dtype)
-        self.grad_x = torch.zeros_like(problem.x, dtype=wide) if needs.x else None
         self.grad_up = WeightGradient(problem.up, self.dtype, order) if needs.up else None
         self.grad_down = WeightGradient(problem.down, self.dtype, order) if needs.down else None
         self.grad_up_bias = self.grad_down_bias = None
@@ -296,7 +332,6 @@ class _Backward(_Pass):
             flat = weight.new_zeros(weight.numel()).index_copy_(0, self.assignment.long(), self.slopes)
             grad_weight = flat.view_as(weight)
         return Gradients(
-            x=_in_dtype_of(problem.x, self.grad_x),
             weight=grad_weight,
             up=None if self.grad_up is None else self.grad_up.total,
             down=None if self.grad_down is None else self.grad_down.total,

@@ -1,11 +1,14 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """The loop back end's path for a few tokens without gradient, whose time is spent reading the chosen experts' matrices.
 
-# T tokens, K experts per token, R rows (assignments that have an expert), E experts, I expert width
-# N rows and M columns of an expert's matrix
+# T tokens, K experts per token, R rows (assignments that have an expert), E experts, H hidden size, I expert width
+# C columns of the first projection; N rows and M columns of an expert's matrix
 """
 
+from bisect import bisect_left
 from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import grouped_mm
@@ -13,6 +16,7 @@ from torch.nn.functional import grouped_mm
 from ..activations import ACTIVATIONS
 from ..low_rank import LowRank
 from ..problem import ExpertsProblem
+from ..rounds import Rounds
 
 
 def decode(problem: ExpertsProblem, index: torch.Tensor) -> torch.Tensor:
@@ -20,23 +24,74 @@ def decode(problem: ExpertsProblem, index: torch.Tensor) -> torch.Tensor:
 
     Nothing is sorted on the device, and of the experts' matrices only those of chosen experts are read.
     """
-    x, weight, number = problem.x, problem.weight, len(problem.up)
-    chosen = sorted((expert, place) for place, expert in enumerate(index.flatten().tolist()) if 0 <= expert < number)
-    if not chosen:
-        return torch.zeros_like(x)
-    experts = [expert for expert, _ in chosen]
-    assignments = torch.tensor([assignment for _, assignment in chosen], device=x.device)
-    factors = weight.flatten()[assignments]
+    rows = DecodedRows(problem, index)
+    rows.add(problem, 0, problem.num_experts - 1)
+    return rows.output()
 
-    states = x.expand(len(assignments), -1) if len(x) == 1 else x[assignments // index.shape[1]]
-    h = _project(states, problem.up, problem.up_bias, problem.up_update, experts)
-    acted = x.new_empty(len(assignments), problem.down.shape[2])
-    ACTIVATIONS[problem.activation].forward(h, problem.constants, acted)
-    rows = _project(acted, problem.down, problem.down_bias, problem.down_update, experts).to(weight.dtype)
-    if len(x) == 1:
-        return torch.mm(factors[None], rows).to(x.dtype)
-    output = torch.zeros_like(x, dtype=weight.dtype)
-    return output.index_add_(0, assignments // index.shape[1], rows * factors[:, None]).to(x.dtype)
+
+class DecodedRows(Rounds):
+    """DecodedRows computes the rows of a few tokens in expert order, and combines them at the end.
+
+    Each product has the rows of one expert at their place among all rows, and what is computed element by element is
+    computed on all rows, so the bits do not depend on which experts come in which round.
+
+    Args:
+        problem: the tokens, the combine weights and the low-rank updates.
+        index: (T, K) expert ids. An id outside [0, E) marks an empty assignment.
+    """
+
+    def __init__(self, problem: ExpertsProblem, index: torch.Tensor):
+        self.problem, number, self.top_k = problem, problem.num_experts, index.shape[1]
+        chosen = sorted(
+            (expert, place) for place, expert in enumerate(index.flatten().tolist()) if 0 <= expert < number
+        )
+        self.experts = [expert for expert, _ in chosen]
+        self.assignments = torch.tensor([place for _, place in chosen], device=problem.x.device, dtype=torch.long)
+        x = problem.x
+        self.states = x.expand(len(chosen), -1) if len(x) == 1 else x[self.assignments // self.top_k]
+        self.h: torch.Tensor | None = None
+        self.acted: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None
+
+    def add(self, problem: ExpertsProblem, first: int, last: int) -> None:
+        part = _Part(self.experts, bisect_left(self.experts, first), bisect_left(self.experts, last + 1))
+        if part.start == part.end:
+            return
+        self.h = _project(self.states, problem.up, problem.up_bias, problem.up_update, part, problem.slots, self.h)
+        acted = self.acted = self.states.new_empty(len(self.experts), problem.down.shape[2])
+        ACTIVATIONS[problem.activation].forward(self.h, problem.constants, acted)
+        self.rows = _project(
+            acted, problem.down, problem.down_bias, problem.down_update, part, problem.slots, self.rows
+        )
+
+    def output(self) -> torch.Tensor:
+        x, weight = self.problem.x, self.problem.weight
+        if self.rows is None:
+            return torch.zeros_like(x)
+        factors, rows = weight.flatten()[self.assignments], self.rows.to(weight.dtype)
+        if len(x) == 1:
+            return torch.mm(factors[None], rows).to(x.dtype)
+        output = torch.zeros_like(x, dtype=weight.dtype)
+        return output.index_add_(0, self.assignments // self.top_k, rows * factors[:, None]).to(x.dtype)
+
+
+class _Part(NamedTuple):
+    """_Part names the rows of one round.
+
+    Attributes:
+        experts: the expert of each row of all rounds, in ascending order.
+        start: the first row of the round.
+        end: the row after the last one.
+    """
+
+    experts: list[int]
+    start: int
+    end: int
+
+    @property
+    def distinct(self) -> bool:
+        """True if no two rows of all rounds have one expert."""
+        return len(set(self.experts)) == len(self.experts)
 
 
 def _project(
@@ -44,33 +99,62 @@ def _project(
     matrices: torch.Tensor,
     bias: torch.Tensor | None,
     update: LowRank | None,
-    experts: list[int],
+    part: _Part,
+    slots: torch.Tensor | None,
+    product: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Multiplies rows (R, M) by their experts' updated matrices and adds the bias: (R, N)."""
-    product = _multiply(states, matrices, experts)
+    """Multiplies a round's rows of `states` (R, M) by their experts' updated matrices and adds the bias.
+
+    Returns:
+        `product` (R, N) with the rows of the round written, or a new one.
+    """
+    experts = part.experts[part.start : part.end]
+    places: Sequence[int] = experts if slots is None else slots[experts].tolist()
+    if product is None:
+        product = states.new_empty(len(states), matrices.shape[1])
+    _multiply(states, matrices, part, places, slots is None, product)
+    rows = product[part.start : part.end]
     if update is not None:
-        product += _multiply_by_update(states, update, experts)
+        rows += _multiply_by_update(states, update, part.experts)[part.start : part.end]
     if bias is not None:
-        product += bias[experts]
+        rows += bias[places]
     return product
 
 
-def _multiply(states: torch.Tensor, matrices: torch.Tensor, experts: list[int]) -> torch.Tensor:
-    """Multiplies rows (R, M) by their experts' matrices (E, N, M): (R, N)."""
-    counts = Counter(experts)
-    if len(counts) == len(experts):
-        out = states.new_empty(len(states), matrices.shape[1])
-        for expert, row, result in zip(experts, states, out, strict=True):
-            torch.mv(matrices[expert], row, out=result)
-        return out
+def _multiply(
+    states: torch.Tensor,
+    matrices: torch.Tensor,
+    part: _Part,
+    places: Sequence[int],
+    in_order: bool,
+    product: torch.Tensor,
+) -> None:
+    """Multiplies a round's rows of `states` (R, M) by matrices (., N, M) into `product` (R, N).
+
+    Args:
+        places: where the matrix of each row of the round lies.
+        in_order: True if the round has all rows, and the matrix of expert e lies at e.
+    """
+    start, end = part.start, part.end
+    if part.distinct:
+        for place, row, result in zip(places, states[start:end], product[start:end], strict=True):
+            torch.mv(matrices[place], row, out=result)
+        return
     # rows that repeat one token have the stride 0, which oneDNN does not take
     states = states.contiguous()
     # in fp32 BLAS reads a matrix faster on the left of several rows; else one call for all experts costs least
-    if states.dtype != torch.float32 and _fits_grouped_mm(matrices):
-        ends = torch.tensor(experts, device=states.device).bincount(minlength=len(matrices)).cumsum(0).int()
-        return grouped_mm(states, matrices.transpose(1, 2), offs=ends)
-    parts = states.split(list(counts.values()))
-    return torch.cat([(matrices[expert] @ rows.T).T for expert, rows in zip(counts, parts, strict=True)])
+    grouped = states.dtype != torch.float32 and _fits_grouped_mm(matrices)
+    if grouped and in_order:
+        ends = torch.tensor(part.experts, device=states.device).bincount(minlength=len(matrices)).cumsum(0).int()
+        product.copy_(grouped_mm(states, matrices.transpose(1, 2), offs=ends))
+        return
+    for place, number in Counter(places).items():
+        rows, results = states[start : start + number], product[start : start + number]
+        if grouped:  # what `grouped_mm` does on a CPU, which takes the experts in the order of their matrices only
+            torch.mm(rows, matrices[place].T, out=results)
+        else:
+            results.copy_((matrices[place] @ rows.T).T)
+        start += number
 
 
 def _multiply_by_update(states: torch.Tensor, update: LowRank, experts: list[int]) -> torch.Tensor:

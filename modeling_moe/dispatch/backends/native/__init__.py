@@ -17,6 +17,7 @@ from ...backend import Backend
 from ...expert_order import ExpertOrder
 from ...low_rank import FactorGradients, LowRank
 from ...problem import Combined, ExpertsProblem, Gradients, Needs
+from ...rounds import Rounds, SummedRounds
 from ..cpu_memory import in_huge_pages
 from ..loop_gradients import rank_first, rank_last
 from . import structures
@@ -33,6 +34,7 @@ class NativeBackend(Backend):
 
     name = "native"
     default_devices = ("cpu",)
+    serves_slots = True
 
     def __init__(self, load: Callable[[torch.dtype], ctypes.CDLL | None] = native_library):
         self.load = load
@@ -60,21 +62,48 @@ class NativeBackend(Backend):
 
     def forward(self, problem: ExpertsProblem, order: ExpertOrder, keep_h: bool) -> Combined:
         """Computes the experts as described at [`~modeling_moe.dispatch.backend.Backend.forward`]."""
+        output = in_huge_pages(problem.x.new_empty(problem.x.shape, dtype=torch.float32)).zero_()
+        h = self._forward(problem, order, output, keep_h)
+        return Combined(output.to(problem.x.dtype), h)
+
+    def rounds(self, problem: ExpertsProblem, index: torch.Tensor, decode: bool) -> Rounds:
+        """Returns rounds as described at [`~modeling_moe.dispatch.backend.Backend.rounds`]."""
+        return SummedRounds(problem, index, self._add_decoded if decode else self._add)
+
+    def _add(self, problem: ExpertsProblem, index: torch.Tensor, total: torch.Tensor) -> None:
+        """Adds the output to `total` (T, H) in fp32."""
+        self._forward(problem, self.order_by_expert(index, problem.num_experts), total, keep_h=False)
+
+    def _forward(self, problem: ExpertsProblem, order: ExpertOrder, total: torch.Tensor, keep_h: bool) -> torch.Tensor:
+        """Adds the output to `total` (T, H) in fp32 and returns h."""
         call = _WaveCall(problem, order, self._library(problem.x.dtype), Needs(), backward=False)
         h = call.new(len(order.assignment) if keep_h else 0, problem.up.shape[1])
         acted = call.new(call.wave, problem.down.shape[2])
-        output = call.new(*problem.x.shape, dtype=torch.float32).zero_()
         scratch, words = call.scratch()
-        targets = (_address(h), _address(acted), output.data_ptr())
+        targets = (_address(h), _address(acted), total.data_ptr())
         call.library.experts_forward(call.address, scratch.data_ptr(), words, *targets)
-        return Combined(output.to(problem.x.dtype), h)
+        return h
 
     def backward(
         self, problem: ExpertsProblem, order: ExpertOrder, grad: torch.Tensor, h: torch.Tensor, needs: Needs
     ) -> Gradients:
         """Computes gradients as described at [`~modeling_moe.dispatch.backend.Backend.backward`]."""
+        grad_x = in_huge_pages(problem.x.new_empty(problem.x.shape, dtype=torch.float32)).zero_() if needs.x else None
+        gradients = self.add_gradients(problem, order, grad, h, needs, grad_x)
+        return gradients._replace(x=None if grad_x is None else grad_x.to(problem.x.dtype))
+
+    def add_gradients(
+        self,
+        problem: ExpertsProblem,
+        order: ExpertOrder,
+        grad: torch.Tensor,
+        h: torch.Tensor,
+        needs: Needs,
+        grad_x: torch.Tensor | None,
+    ) -> Gradients:
+        """Computes gradients as described at [`~modeling_moe.dispatch.backend.Backend.add_gradients`]."""
+        problem.refuse_gradients_of_slots(needs)
         call, weight = _WaveCall(problem, order, self._library(problem.x.dtype), needs, backward=True), problem.weight
-        grad_x = call.new(*problem.x.shape, dtype=torch.float32).zero_() if needs.x else None
         slope = weight.new_zeros(len(order.assignment)) if needs.weight else None
         grad_up, grad_down = _like(call.up, needs.up), _like(call.down, needs.down)
         grad_up_bias, grad_down_bias = _like(call.up_bias, needs.up_bias), _like(call.down_bias, needs.down_bias)
@@ -91,7 +120,6 @@ class NativeBackend(Backend):
         call.library.experts_backward(call.address, scratch.data_ptr(), words, ctypes.addressof(gradients))
         up, down = (FactorGradients() if update is None else update.gradients() for update in call.updates)
         return Gradients(
-            x=None if grad_x is None else grad_x.to(problem.x.dtype),
             weight=None if slope is None else slope.index_copy(0, order.assignment.long(), slope).view_as(weight),
             up=grad_up,
             down=grad_down,
@@ -106,13 +134,14 @@ class NativeBackend(Backend):
     def decode(self, problem: ExpertsProblem, index: torch.Tensor) -> torch.Tensor:
         """Computes the output as described at [`~modeling_moe.dispatch.backend.Backend.decode`]."""
         call = _Call(problem, self._library(problem.x.dtype))
-        index, weight, output = index.long().contiguous(), problem.weight.contiguous(), torch.empty_like(call.x)
-        words = output.numel() + index.numel() * (problem.up.shape[1] + problem.down.shape[2])
-        scratch = torch.empty(words, dtype=torch.float32)
-        call.library.experts_decode(
-            call.address, index.data_ptr(), weight.data_ptr(), scratch.data_ptr(), output.data_ptr()
-        )
+        output = torch.empty_like(call.x)
+        call.decode(call.library.experts_decode, index, problem.weight, output.numel(), output)
         return output
+
+    def _add_decoded(self, problem: ExpertsProblem, index: torch.Tensor, total: torch.Tensor) -> None:
+        """Adds the output of `decode` to `total` (T, H) in fp32."""
+        call = _Call(problem, self._library(problem.x.dtype))
+        call.decode(call.library.experts_decode_into, index, problem.weight, 0, total)
 
     def _library(self, dtype: torch.dtype) -> ctypes.CDLL:
         library = self.load(dtype)
@@ -149,18 +178,27 @@ class _Call:
         self.x, self.up, self.down = problem.x.contiguous(), _with_lines(problem.up), _with_lines(problem.down)
         self.up_bias = None if problem.up_bias is None else problem.up_bias.contiguous()
         self.down_bias = None if problem.down_bias is None else problem.down_bias.contiguous()
-        experts, columns, hidden = self.up.shape
+        experts, (_, columns, hidden) = problem.num_experts, self.up.shape
         tokens, top_k = problem.weight.shape
         self.threads = torch.get_num_threads()
         # in the order of the structure's fields
         self.problem = structures.Problem(
             *map(_address, (self.x, self.up_bias, self.down_bias, *rows)),
             *(tokens, top_k, hidden, columns, self.down.shape[2], experts, self.threads),
-            Matrices.of(self.up),
-            Matrices.of(self.down),
+            Matrices.of(self.up, problem.slots),
+            Matrices.of(self.down, problem.slots),
             structures.Activation(*NATIVE_ACTIVATIONS[problem.activation], *problem.constants),
         )
         self.address = ctypes.addressof(self.problem)
+
+    def decode(
+        self, function: Callable[..., None], index: torch.Tensor, weight: torch.Tensor, words: int, to: torch.Tensor
+    ) -> None:
+        """Calls a function of C that decodes; its scratch has room for `words` floats beside h and the activations."""
+        index, weight = index.long().contiguous(), weight.contiguous()
+        words += index.numel() * (self.up.shape[1] + self.down.shape[2])
+        scratch = torch.empty(words, dtype=torch.float32)
+        function(self.address, index.data_ptr(), weight.data_ptr(), scratch.data_ptr(), to.data_ptr())
 
     def scratch(self) -> tuple[torch.Tensor, int]:
         """Returns the scratch of all threads, and the number of words of each one."""

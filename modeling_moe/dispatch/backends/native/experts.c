@@ -23,9 +23,11 @@
 //   expert      elements between two experts
 //   stride      elements between two lines
 //   transposed  0 if lines are rows (M contiguous), 1 if lines are columns (N contiguous)
+//   slots       (E,) the place of each expert's matrix, or null if expert e lies at e
 typedef struct {
     Element *data;
     long expert, stride, transposed;
+    const int32_t *slots;
 } Matrices;
 
 // LowRank adds b (a x) to a product W x; b carries the scaling. A rank of 0 means no update.
@@ -41,7 +43,7 @@ typedef struct {
 
 // Problem is what the experts of one layer compute with.
 //   x           (T, H) tokens
-//   up_bias     (E, C) or null
+//   up_bias     (E, C) or null; like the matrices, biases lie at the places that up.slots gives
 //   down_bias   (E, H) or null
 //   factor      the combine weight of each row
 //   offsets     (E + 1,) expert e owns the rows from offsets[e] to offsets[e + 1]
@@ -80,10 +82,14 @@ long wave_rows(const Problem *p) {
     return rows;
 }
 
+// place_of returns where an expert's matrix lies among the matrices.
+INLINE long place_of(Matrices matrices, long expert) { return matrices.slots ? matrices.slots[expert] : expert; }
+
 // matrix_operand returns one expert's matrix (N, M) as the right operand of a product.
 //   backward  0 for states (., M) times its transpose, 1 for gradients (., N) times the matrix
 static Operand matrix_operand(Matrices matrices, long expert, int backward) {
-    return (Operand){matrices.data + expert * matrices.expert, 0, matrices.stride, matrices.transposed != backward};
+    const Element *data = matrices.data + place_of(matrices, expert) * matrices.expert;
+    return (Operand){data, 0, matrices.stride, matrices.transposed != backward};
 }
 
 // rows_operand returns rows as the left operand of a product, or as either operand, if `across`, of a sum over rows.
@@ -92,7 +98,9 @@ static Operand rows_operand(const Element *data, const int32_t *index, long stri
 }
 
 // bias_of returns one expert's bias of (E, size), or null.
-INLINE const Element *bias_of(const Element *bias, long expert, long size) { return bias ? bias + expert * size : 0; }
+INLINE const Element *bias_of(const Problem *p, const Element *bias, long expert, long size) {
+    return bias ? bias + place_of(p->up, expert) * size : 0;
+}
 
 // A thread's scratch holds that of its products, then three tensors of its chunk: h (BLOCK, C), h in floats (BLOCK, C)
 // and the gradient dO W2 of a (BLOCK, I) in floats.
@@ -152,7 +160,7 @@ static void project_up(const Problem *p, long expert, long row, long rows, Word 
     long columns = p->columns;
     const LowRank *low = &p->up_update;
     Operand states = rows_operand(p->x, p->token + row, p->hidden, 0);
-    Target target = {.element = h, .stride = columns, .bias = bias_of(p->up_bias, expert, columns)};
+    Target target = {.element = h, .stride = columns, .bias = bias_of(p, p->up_bias, expert, columns)};
     if (low->rank) target.element = 0, target.floats = chunk_h_float(p, scratch);
     matmul_rows(p, expert, states, matrix_operand(p->up, expert, 0), rows, columns, p->hidden, scratch, target);
     if (!low->rank) return;
@@ -218,7 +226,7 @@ static void add_to_tokens(
         long row = first_row(p, expert, first_token), rows = first_row(p, expert, last_token) - row;
         Operand states = rows_operand(token_sum->states + (row - p->first) * token_sum->depth, 0, token_sum->depth, 0);
         Operand lines = operand_columns_from(matrix_operand(token_sum->matrices, expert, token_sum->backward), first);
-        const Element *bias = token_sum->bias ? token_sum->bias + expert * n + first : 0;
+        const Element *bias = token_sum->bias ? bias_of(p, token_sum->bias, expert, n) + first : 0;
         Target target = {sums + first, 0, n, bias, p->factor + row, p->token + row, 1};
         matmul_rows(p, expert, states, lines, rows, count, token_sum->depth, scratch, target);
         const LowRank *low = token_sum->low;
@@ -349,7 +357,7 @@ static void backward_chunk(const Problem *p, const void *to, long expert, long r
             p->activation, h + i * columns, grad_a + i * width, width, p->factor[row + i], a, grad_h
         );
         if (!g->slope) continue;
-        if (p->down_bias) slope += dot(line_of(grad, i), p->down_bias + expert * hidden, hidden);
+        if (p->down_bias) slope += dot(line_of(grad, i), bias_of(p, p->down_bias, expert, hidden), hidden);
         g->slope[row + i] = slope;
     }
     if (up->rank)
@@ -460,21 +468,19 @@ static DecodeRows sort_assignments(const Problem *p, const int64_t *index, const
     return r;
 }
 
-// experts_decode computes the experts of a few tokens.
+// experts_decode_into adds the experts of a few tokens to sums (T, H).
 //   index    (T, K) expert ids, at most DECODE_ASSIGNMENTS of them
 //   weight   (T, K) combine weights
-//   scratch  T * H + A * (C + I) floats
-//   output   (T, H)
+//   scratch  A * (C + I) floats
 // The matrices must not be transposed.
-void experts_decode(const Problem *p, const int64_t *index, const float *weight, float *scratch, Element *output) {
+void experts_decode_into(const Problem *p, const int64_t *index, const float *weight, float *scratch, float *sums) {
     DecodeRows r = sort_assignments(p, index, weight);
-    long columns = p->columns, hidden = p->hidden, blocks = up_to(columns, LANES) / LANES, size = p->tokens * hidden;
-    float *sums = memset(scratch, 0, size * sizeof(float));
-    Element *h = (Element *)(sums + size), *a = h + r.count * columns;
+    long columns = p->columns, hidden = p->hidden, blocks = up_to(columns, LANES) / LANES;
+    Element *h = (Element *)scratch, *a = h + r.count * columns;
 #pragma omp parallel for num_threads(p->threads)
     for (long task = 0; task < r.experts * blocks; task++) {
         long row = r.start[task / blocks], rows = r.start[task / blocks + 1] - row, first = task % blocks * LANES;
-        Target target = {.element = h, .stride = columns, .bias = bias_of(p->up_bias, r.id[row], columns)};
+        Target target = {.element = h, .stride = columns, .bias = bias_of(p, p->up_bias, r.id[row], columns)};
         Operand states = rows_operand(p->x, r.token, hidden, 0), lines = matrix_operand(p->up, r.id[row], 0);
         multiply_few_rows(states, row, rows, lines, first, min(LANES, columns - first), hidden, target);
     }
@@ -484,11 +490,20 @@ void experts_decode(const Problem *p, const int64_t *index, const float *weight,
     for (long first = 0; first < hidden; first += LANES)
         for (long chosen = 0; chosen < r.experts; chosen++) {
             long row = r.start[chosen], rows = r.start[chosen + 1] - row;
-            const Element *bias = bias_of(p->down_bias, r.id[row], hidden);
+            const Element *bias = bias_of(p, p->down_bias, r.id[row], hidden);
             Target target = {sums, 0, hidden, bias, r.factor, r.token, 1};
             Operand states = rows_operand(a, 0, p->width, 0), lines = matrix_operand(p->down, r.id[row], 0);
             multiply_few_rows(states, row, rows, lines, first, min(LANES, hidden - first), p->width, target);
         }
+}
+
+// experts_decode computes the experts of a few tokens as experts_decode_into does.
+//   scratch  T * H + A * (C + I) floats
+//   output   (T, H)
+void experts_decode(const Problem *p, const int64_t *index, const float *weight, float *scratch, Element *output) {
+    long size = p->tokens * p->hidden;
+    float *sums = memset(scratch, 0, size * sizeof(float));
+    experts_decode_into(p, index, weight, scratch + size, sums);
     for (long i = 0; i < size; i++) output[i] = from_float(sums[i]);
 }
 

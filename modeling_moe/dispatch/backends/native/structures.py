@@ -44,15 +44,23 @@ NATIVE_ACTIVATIONS = {
 class Matrices(ctypes.Structure):
     """Matrices is experts.c's structure of this name."""
 
-    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_long) for name in ("expert", "stride", "transposed")))
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("expert", "stride", "transposed")),
+        ("slots", ctypes.c_void_p),
+    )
 
     @classmethod
-    def of(cls, tensor: torch.Tensor | None) -> "Matrices":
-        """Points to a tensor (E, N, M) whose rows or columns are contiguous, or to nothing."""
+    def of(cls, tensor: torch.Tensor | None, slots: torch.Tensor | None = None) -> "Matrices":
+        """Points to a tensor (E, N, M) whose rows or columns are contiguous, or to nothing.
+
+        With `slots` (E,) int32 the tensor is (S, N, M), and `slots` says where the matrix of each expert lies.
+        """
         if tensor is None:
             return cls()
         transposed = tensor.stride(2) != 1
-        return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1 + transposed), transposed)
+        places = None if slots is None else slots.data_ptr()
+        return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1 + transposed), transposed, places)
 
 
 class Activation(ctypes.Structure):
@@ -110,6 +118,7 @@ ARGUMENTS: dict[str, list[type]] = {
     "experts_forward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, *[ctypes.c_void_p] * 3],
     "experts_backward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p],
     "experts_decode": [ctypes.c_void_p] * 5,
+    "experts_decode_into": [ctypes.c_void_p] * 5,
 }
 COUNTING = ("scratch_words", "wave_rows")
 
