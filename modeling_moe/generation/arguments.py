@@ -64,7 +64,8 @@ class WriterArguments:
     draft_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "with draft: largest number of tokens that are drafted at once; transformers' default if not given"
+            "help": "with draft: number of tokens that are drafted at once; if not given, up to 20, and none after a token that "
+            "the draft model gives a probability below 0.4"
         },
     )
 

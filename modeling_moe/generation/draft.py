@@ -6,7 +6,7 @@ tells where checking several tokens in one call would change the text.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,10 +68,8 @@ def _place_of(name: str, files: dict[str, Any], beside: Path) -> str | None:
         beside: folder next to which the source may lie.
     """
     places = [Path(name), beside / name]
-    try:
+    with suppress(UserError):  # the name is no folder here and no package
         places.append(Path(local_folder(name)))
-    except UserError:
-        pass  # the name is no folder here and no package
     gguf = next((file for file in files if file.endswith(".gguf")), None)
     for place in places:
         if files and all((place / file).is_file() for file in files):
@@ -144,7 +142,8 @@ def fit_draft(draft: PreTrainedModel, model: PreTrainedModel, tokens: int | None
     Args:
         draft: causal LM.
         model: causal LM with the same tokens.
-        tokens: largest number of tokens that are drafted at once; transformers' default if None.
+        tokens: number of tokens that are drafted at once; if None, transformers' rule applies: up to 20, and none after one
+            that the draft model gives a probability below 0.4.
     """
     rows = embedding_rows(model)
     if embedding_rows(draft) != rows:
@@ -153,6 +152,7 @@ def fit_draft(draft: PreTrainedModel, model: PreTrainedModel, tokens: int | None
     draft.generation_config = GenerationConfig()
     if tokens is not None:
         draft.generation_config.num_assistant_tokens = tokens
+        draft.generation_config.assistant_confidence_threshold = 0.0
 
 
 def load_draft(args: WriterArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Draft:

@@ -57,13 +57,13 @@ def plain(model, config, ids=PROMPT) -> torch.Tensor:
 
 
 def calls_of(model, name: str, ids: torch.Tensor, size: int) -> torch.Tensor:
-    """Returns the logits of the last 4 tokens, given in calls of `size` tokens after the others; after each call of several, a wrong token is given and forgotten."""
+    """Returns the logits of the last 8 tokens, given in calls of `size` tokens after the others; after each call of several, a wrong token is given and forgotten."""
     cache, tasks = DynamicCache(config=model.config), batch_of(name, ids)
     tasks.pop("input_ids")
     cache.activate_past_recording()
-    model(ids[:, :-4], past_key_values=cache, **tasks)
+    model(ids[:, :-8], past_key_values=cache, **tasks)
     logits = []
-    for start in range(ids.shape[1] - 4, ids.shape[1], size):
+    for start in range(ids.shape[1] - 8, ids.shape[1], size):
         part = ids[:, start : start + size]
         given = torch.cat([part, part[:, :1]], dim=1) if size > 1 else part
         logits.append(model(given, past_key_values=cache, **tasks).logits[:, :size])
@@ -77,10 +77,10 @@ def test_a_draft_is_refused_exactly_where_the_tokens_of_a_call_change_each_other
     model = model_of(name).double().eval()
     equal = []
     for seed in range(4):
-        ids = torch.randint(3, 99, (1, 12), generator=torch.Generator().manual_seed(seed))
-        one, several = calls_of(model, name, ids, 1), calls_of(model, name, ids, 2)
+        ids = torch.randint(3, 99, (1, 14), generator=torch.Generator().manual_seed(seed))
+        one, several = calls_of(model, name, ids, 1), calls_of(model, name, ids, 4)
         equal.append(torch.allclose(one, several, atol=1e-9))
-    reason = reason_not_exact(model, greedy(8), 12)
+    reason = reason_not_exact(model, greedy(8), 14)
     assert all(equal) == (reason is None), reason
 
 
@@ -227,7 +227,6 @@ def test_speed_counts_the_accepted_tokens():
     draft = MoEForCausalLM(model.config).eval()
     draft.load_state_dict(model.state_dict())
     fit_draft(draft, model, 3)
-    draft.generation_config.assistant_confidence_threshold = 0.0
     inputs = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)}
     config = greedy(12, eos_token_id=None)
     alone = write(Writer(model, train_tokenizer()), inputs, config)
