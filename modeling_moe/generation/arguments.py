@@ -45,10 +45,14 @@ class WriterArguments:
         },
     )
     expert_policy: Literal["lru", "lfu", "lfru", "least_stale"] | None = field(
-        default=None, metadata={"help": "with budget: rule by which an expert gives its memory to another"}
+        default=None,
+        metadata={"help": "with budget: rule by which an expert gives its memory to another; lru if not given"},
     )
     expert_tier: Literal["disk", "pinned"] | None = field(
-        default=None, metadata={"help": "with budget: where experts wait, in the checkpoint's files or in host memory"}
+        default=None,
+        metadata={
+            "help": "with budget: where experts wait, in the checkpoint's files (disk, if not given) or in host memory"
+        },
     )
     stats: bool = field(
         default=False,

@@ -44,7 +44,7 @@ def usable_device(name: str | None) -> torch.device:
         UserError: if the device cannot be used.
     """
     try:
-        device = torch.device(name) if name else PartialState().device
+        device = torch.device(name or PartialState().device or "cpu")
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
@@ -95,13 +95,13 @@ def _load_offloaded(args: WriterArguments, budget: str, device: torch.device) ->
     if adapter_base(folder) is not None and not (Path(folder) / "config.json").is_file():
         raise UserError(f"budget needs a whole model, and {folder} is an adapter: merge it first by moe merge_adapter")
     load_config(folder, trust_remote_code=args.trust_remote_code)
-    chosen = {"policy": args.expert_policy, "tier": args.expert_tier}
     with one_line_for("the model", folder, args.trust_remote_code):
         return from_pretrained_offloaded(
             folder,
             budget=budget,
+            tier=args.expert_tier or "disk",
+            policy=args.expert_policy or "lru",
             device=device,
             dtype=parse_dtype(args.dtype) or "auto",
             trust_remote_code=args.trust_remote_code,
-            **{name: value for name, value in chosen.items() if value is not None},
         )

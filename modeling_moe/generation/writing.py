@@ -71,8 +71,6 @@ def _checked(writer: Writer, length: int, config: GenerationConfig, shorten: boo
     """Returns the generation config with fewer new tokens if `shorten` asks for it; refuses what cannot be written."""
     if length == 0:
         raise UserError("the prompt has no token: give a text")
-    if not isinstance(writer.model, GenerationMixin):
-        raise UserError(f"{type(writer.model).__name__} cannot write text: give a causal LM")
     new = config.max_new_tokens or 0
     models = [writer.model] if writer.draft is None else [writer.model, writer.draft.model]
     positions = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
@@ -92,6 +90,8 @@ def _checked(writer: Writer, length: int, config: GenerationConfig, shorten: boo
 def _generate(writer: Writer, inputs: Mapping[str, torch.Tensor], config: GenerationConfig, streamer: Any) -> None:
     """Calls transformers' `generate`, and turns its complaints about settings into one sentence."""
     model, draft = writer.model, writer.draft
+    if not isinstance(model, GenerationMixin):
+        raise UserError(f"{type(model).__name__} cannot write text: give a causal LM")
     options = {} if draft is None else {"assistant_model": draft.model}
     try:
         # a checkpoint may name stop strings, which need the tokenizer
@@ -153,4 +153,4 @@ def write(
         steps=streamer.steps,
         drafted=None if writer.draft is None else drafted[0],
     )
-    return Written(writer.tokenizer.decode(streamer.tokens, skip_special_tokens=True), speed, stopped)
+    return Written(writer.tokenizer.batch_decode([streamer.tokens], skip_special_tokens=True)[0], speed, stopped)
