@@ -79,9 +79,9 @@ class WriterArguments:
             given = [name for name in ("expert_policy", "expert_tier", "stats") if getattr(self, name)]
             if given:
                 raise UserError(f"{given[0]} needs a memory for experts: set budget, such as 4GiB")
-        if self.budget is not None and self.gguf_file:
+        if self.budget is not None and (self.gguf_file or self.model_name_or_path.endswith(".gguf")):
             raise UserError(
-                "budget reads experts from safetensors files: leave gguf_file out, or convert the model first"
+                "budget reads experts from safetensors files, not from GGUF: leave budget out, or convert the model first"
             )
         if self.draft_tokens is not None and self.draft is None:
             raise UserError("draft_tokens needs a draft model: set draft")

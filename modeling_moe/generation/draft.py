@@ -103,7 +103,8 @@ def dense_source(name_or_path: str) -> str:
     names = [str(source.get("name")) for source in sources]
     for name, source in zip(names, sources, strict=True):
         files = source.get("files")
-        if isinstance(files, dict) and (place := _place_of(name, files, file.absolute().parent.parent)):
+        plain = isinstance(files, dict) and all(Path(part).name == part for part in (name, *files))
+        if plain and (place := _place_of(name, files, file.absolute().parent.parent)):
             return place
     if base := recorded_lineage(file.parent).get("base_model"):
         return str(base)
@@ -164,7 +165,8 @@ def load_draft(args: WriterArguments, model: PreTrainedModel, tokenizer: PreTrai
     name = args.draft or AUTO
     if name == AUTO:
         name = dense_source(args.model_name_or_path)
-    trust = args.trust_remote_code
+    # the user trusts the MoE's code, not that of a model which the MoE's files name
+    trust = args.trust_remote_code and args.draft != AUTO
     refuse_other_tokens(tokenizer, load_tokenizer(name, trust_remote_code=trust), name)
     draft = load_model(name, dtype=args.dtype, trust_remote_code=trust)
     if not isinstance(draft, GenerationMixin) or draft.config.is_encoder_decoder:

@@ -2,8 +2,10 @@
 """This module writes the continuation of one text on standard output, token by token."""
 
 import copy
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +89,22 @@ def _checked(writer: Writer, length: int, config: GenerationConfig, shorten: boo
     return config
 
 
+@contextmanager
+def _without_own_advice() -> Iterator[None]:
+    """Keeps off the terminal what transformers' assisted generation warns of in its own calls of `generate`."""
+    advice = ("Passing `generation_config` together with", "A custom logits processor of type")
+    source = logging.getLogger("transformers.generation.utils")
+
+    def shown(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(advice)
+
+    source.addFilter(shown)
+    try:
+        yield
+    finally:
+        source.removeFilter(shown)
+
+
 def _generate(writer: Writer, inputs: Mapping[str, torch.Tensor], config: GenerationConfig, streamer: Any) -> None:
     """Calls transformers' `generate`, and turns its complaints about settings into one sentence."""
     model, draft = writer.model, writer.draft
@@ -95,7 +113,10 @@ def _generate(writer: Writer, inputs: Mapping[str, torch.Tensor], config: Genera
     options = {} if draft is None else {"assistant_model": draft.model}
     try:
         # a checkpoint may name stop strings, which need the tokenizer
-        model.generate(**inputs, generation_config=config, streamer=streamer, tokenizer=writer.tokenizer, **options)
+        with _without_own_advice():
+            model.generate(
+                **inputs, generation_config=config, streamer=streamer, tokenizer=writer.tokenizer, **options
+            )
     except ImportError as error:
         raise UserError(f"generation_config.json needs a package that is not installed: {error}") from error
     except ValueError as error:

@@ -99,6 +99,10 @@ def test_a_chat_with_a_draft_writes_the_same_answers(moe, saved, tmp_path):
     code, output, errors = moe("chat", *flags, "--draft", draft, "--draft_tokens", 2)
     assert (code, output) == (0, expected)
     assert errors.count("tokens accepted per step of ") == 2
+    assert "generation_config" not in errors  # transformers' advice about calls of its own
+    code, _, errors = moe("chat", *flags, "--draft", draft, "--do_sample", "--temperature", 0.8)
+    assert code == 0
+    assert "custom logits processor" not in errors
 
     code, _, errors = moe("chat", *flags, "--draft", "auto")
     assert code == 2

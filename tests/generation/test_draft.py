@@ -265,6 +265,10 @@ def test_the_dense_source_is_found_by_the_record(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert dense_source(str(moe)) == str(package / "q4.gguf")
 
+    record(moe, method="upcycle", sources=[{"name": "../dense", "files": {"model.safetensors": "0"}}])
+    with pytest.raises(UserError, match="which is not here"):
+        dense_source(str(moe))
+
     record(moe, method="upcycle", sources=[{"name": "0af3", "files": {"x": "0"}}], lineage={"base_model": "you/dense"})
     assert dense_source(str(moe)) == "you/dense"
 
