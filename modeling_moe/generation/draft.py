@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download
+from packaging import version
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_moe import MoEConfig
@@ -220,6 +222,28 @@ def reason_not_exact(model: PreTrainedModel, config: GenerationConfig, length: i
     if own is not None and (reason := _routing_reason(own)):
         return reason
     return _rope_reason(model.config.get_text_config(), length, length + (config.max_new_tokens or 0))
+
+
+def refuse_draft_window(draft: Draft, tokens: int) -> None:
+    """Refuses a draft model whose sliding window is shorter than the text, where transformers cannot crop its cache.
+
+    It fails on transformers 5.17 and works on 5.24; releases between them are refused too.
+
+    Args:
+        draft: draft model.
+        tokens: number of tokens of prompt and new text.
+
+    Raises:
+        UserError: names the window and the remedy.
+    """
+    config = draft.model.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = window is not None and (kinds is None or any(kind != "full_attention" for kind in kinds))
+    if slides and tokens > window and version.parse(transformers.__version__) < version.parse("5.24"):
+        raise UserError(
+            f"draft {draft.name} has a sliding window of {window} tokens, shorter than the text of {tokens}, which "
+            f"transformers {transformers.__version__} cannot draft with: install transformers 5.24, or give another draft"
+        )
 
 
 @contextmanager

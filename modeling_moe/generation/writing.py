@@ -13,7 +13,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerB
 
 from ..utils.errors import UserError
 from ..utils.loading import refuse_longer
-from .draft import counted_calls, reason_not_exact
+from .draft import counted_calls, reason_not_exact, refuse_draft_window
 from .loading import Writer
 from .measures import WritingSpeed
 
@@ -84,6 +84,7 @@ def _checked(writer: Writer, length: int, config: GenerationConfig, shorten: boo
     if writer.draft is not None:
         what = f"draft {writer.draft.name}: the prompt has {length} tokens and max_new_tokens is {new}"
         refuse_longer(writer.draft.model, length + new, what)
+        refuse_draft_window(writer.draft, length + new)
         if reason := reason_not_exact(writer.model, config, length):
             raise UserError(f"draft {writer.draft.name} could change the text, because {reason}: leave draft out")
     return config
