@@ -43,7 +43,8 @@ COMMANDS = {
     "export_adapter": Command("export_adapter", "write a LoRA adapter for vLLM, SGLang or llama.cpp"),
     "eval": Command("evaluate", "measure loss, perplexity, bits per byte and balance on texts"),
     "report": Command("report", "show the routing of any MoE by layer and domain, as a table and a page"),
-    "generate": Command("generate", "continue texts, or chat"),
+    "generate": Command("generate", "continue texts"),
+    "chat": Command("chat", "answer in a chat", "start the command again; it keeps no conversation"),
     "serve": Command("serve", "answer clients of the OpenAI API", "start the command again; it keeps nothing"),
     "push": Command(
         "push",

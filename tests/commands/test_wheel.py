@@ -155,7 +155,7 @@ RUNS = {
     "export_adapter": (["--model_name_or_path", "adapter", "--output_dir", "served", "--merged"], "when served"),
     "eval": (["--model_name_or_path", "moe", *TEXT], "bits per byte"),
     "report": (["--model_name_or_path", "moe", *TEXT, "--output_json", "load.json"], "experts in use"),
-    "generate": (["--model_name_or_path", "moe", "--prompt", "the old", "--max_new_tokens", "2"], "> the old"),
+    "generate": (["--model_name_or_path", "moe", "--prompt", "the old", "--max_new_tokens", "2"], "the old"),
     "push": (["--model_name_or_path", "moe", "--repo_id", "you/moe", "--dry_run", "--license", "mit"], "router.py"),
     "presets": ([], "olmoe_1b_7b"),
     "benchmark": (

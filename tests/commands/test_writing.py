@@ -1,10 +1,9 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""scripts/generate.py writes the texts, chats and samples that `generate` of transformers returns."""
+"""`moe generate` and `moe chat` write the texts, answers and samples that `generate` of transformers returns."""
 
 import io
 import json
 import re
-import runpy
 import sys
 from pathlib import Path
 
@@ -14,12 +13,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, set_seed
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.commands.generate import GenerationArguments
+from modeling_moe.commands.main import run_command
+from modeling_moe.generation import SamplingArguments
 from tests.builders import tiny_config, train_tokenizer
 from tests.data.test_documents import PLAIN
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
 TINY = {
     "vocab_size": 300,
     "hidden_size": 16,
@@ -49,9 +48,13 @@ def save(folder: Path, kind: str = "moe", template: str | None = None) -> Path:
     return folder
 
 
-def generate(monkeypatch, *flags) -> None:
-    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+def generate(monkeypatch, *flags, command: str = "generate") -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)  # which the command replaces
+    run_command(command, [f"moe {command}", *map(str, flags)])
+
+
+def chat(monkeypatch, *flags) -> None:
+    generate(monkeypatch, *flags, command="chat")
 
 
 def greedy(folder: Path, text: str, tokens: int, **options) -> str:
@@ -73,33 +76,36 @@ def greedy(folder: Path, text: str, tokens: int, **options) -> str:
 def test_each_prompt_goes_on_greedily(kind, tmp_path, monkeypatch, capsys):
     folder = save(tmp_path, kind)
     generate(monkeypatch, "--model_name_or_path", folder, "--prompt", "the old", "der", "--max_new_tokens", 5)
-    first, _, text = capsys.readouterr().out.partition("\n")
-    assert "experts by" in first
-    assert text == "".join(f"> {prompt}{greedy(folder, prompt, 5)}\n\n" for prompt in ("the old", "der"))
+    output, errors = capsys.readouterr()
+    assert output == "".join(f"{prompt}{greedy(folder, prompt, 5)}\n\n" for prompt in ("the old", "der"))
+    assert (
+        len(re.findall(r"^5 new tokens in [\d.]+ s: the first after .*\), then [\d.]+ tokens/s$", errors, re.M)) == 2
+    )
 
 
 def test_a_chat_has_several_turns(tmp_path, monkeypatch, capsys):
     folder = save(tmp_path, template=PLAIN)
-    flags = ["--model_name_or_path", folder, "--chat", "true", "--system", "to", "--max_new_tokens", 4]
-    generate(monkeypatch, *flags, "--prompt", "the old", "mill")
+    flags = ["--model_name_or_path", folder, "--system", "to", "--max_new_tokens", 4]
+    chat(monkeypatch, *flags, "--prompt", "the old", "mill")
     lead = "<bos>system:to<eos><bos>user:the old<eos><bos>assistant:"
     one = greedy(folder, lead, 4).strip()
     two = greedy(folder, f"{lead}{one}<eos><bos>user:mill<eos><bos>assistant:", 4).strip()
-    _, first, second = capsys.readouterr().out.split("user: ")
+    lead, first, second = capsys.readouterr().out.split("user: ")
+    assert lead == ""
     assert [part.strip() for part in first.split("\nassistant: ")] == ["the old", one]
     assert [part.strip() for part in second.split("\nassistant: ")] == ["mill", two]
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("the old\n\nmill\n"))
-    generate(monkeypatch, *flags)
+    chat(monkeypatch, *flags)
     answers = [answer.strip() for answer in capsys.readouterr().out.split("assistant: ")[1:]]
     assert answers == [one, two]
 
 
 @pytest.mark.parametrize(("own", "ends"), [(5, [5, 2]), ([7, 2], [7, 2]), (None, [2])])
-def test_a_turn_ends_at_the_tokenizers_eos_too(own, ends, tmp_path):
+def test_a_text_ends_at_the_tokenizers_eos_too(own, ends):
     model = MoEForCausalLM(tiny_config(vocab_size=300))
     model.generation_config.eos_token_id = own
-    config = GenerationArguments(str(tmp_path), prompt=["a"]).config(model, train_tokenizer())
+    config = SamplingArguments().config(model, train_tokenizer(), 32)
     assert config.eos_token_id == ends
     assert config.pad_token_id is not None
     assert model.generation_config.eos_token_id == own
@@ -112,7 +118,7 @@ def test_sampling_depends_on_the_seed_alone(tmp_path, monkeypatch, capsys):
     texts = []
     for seed in (1, 1, 2):
         generate(monkeypatch, *flags, "--seed", seed)
-        texts.append(capsys.readouterr().out.partition("> ")[2].removesuffix("\n\n"))
+        texts.append(capsys.readouterr().out.removesuffix("\n\n"))
     assert texts[0] == texts[1] != texts[2]
     set_seed(1)
     assert texts[0] == "the old" + greedy(folder, "the old", 12, do_sample=True, temperature=1.5, top_k=50, top_p=0.9)
@@ -125,11 +131,11 @@ def test_flags_that_are_not_given_come_from_the_generation_config(tmp_path, monk
     model.save_pretrained(folder)
     flags = ["--model_name_or_path", folder, "--prompt", "the old", "--max_new_tokens", 12]
     generate(monkeypatch, *flags)
-    assert capsys.readouterr().out.partition("> ")[2] == f"the old{greedy(folder, 'the old', 12)}\n\n"
+    assert capsys.readouterr().out == f"the old{greedy(folder, 'the old', 12)}\n\n"
     generate(monkeypatch, *flags, "--do_sample", "true")
     set_seed(0)
     drawn = greedy(folder, "the old", 12, do_sample=True, temperature=1.7, top_k=7)
-    assert capsys.readouterr().out.partition("> ")[2] == f"the old{drawn}\n\n"
+    assert capsys.readouterr().out == f"the old{drawn}\n\n"
 
 
 def test_the_text_is_written_token_by_token(tmp_path, monkeypatch):
@@ -142,17 +148,14 @@ def test_the_text_is_written_token_by_token(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", Out())
     generate(monkeypatch, "--model_name_or_path", folder, "--prompt", "the old", "--max_new_tokens", 12)
-    after = pieces[pieces.index("> ") + 1 :]
-    assert "".join(after) == f"the old{greedy(folder, 'the old', 12)}\n\n"
-    assert len([piece for piece in after if piece.strip()]) > 1
+    assert "".join(pieces) == f"the old{greedy(folder, 'the old', 12)}\n\n"
+    assert len([piece for piece in pieces if piece.strip()]) > 1
 
 
 def test_a_chat_template_is_mentioned_once(tmp_path, monkeypatch, capsys):
     flags = ["--model_name_or_path", save(tmp_path, template=PLAIN), "--prompt", "a", "b", "--max_new_tokens", 1]
     generate(monkeypatch, *flags)
-    assert capsys.readouterr().err.count("--chat applies it") == 1
-    generate(monkeypatch, *flags, "--chat", "false")
-    assert "--chat" not in capsys.readouterr().err
+    assert capsys.readouterr().err.count("moe chat applies it") == 1
 
 
 @pytest.mark.parametrize(
@@ -167,12 +170,17 @@ def test_a_chat_template_is_mentioned_once(tmp_path, monkeypatch, capsys):
         (["--max_new_tokens", "70"], "the prompt has .* and max_new_tokens is 70, more than the model's 64 positions"),
         (["--prompt", "the old mill " * 40], "more than the model's 64 positions"),
         (["--prompt", ""], "the prompt has no token"),
-        (["--chat", "true"], "the tokenizer has none: leave chat out"),
-        (["--system", "x"], "system needs a chat"),
+        (["--chat", "true"], "--chat belongs to moe chat"),
+        (["--system=x"], "--system belongs to moe chat"),
         (["--device", "nowhere"], "device nowhere cannot be used"),
         (["--device", "meta"], "device meta cannot be used"),
         (["--prompt", "\udcff"], "is not UTF-8"),
-        (["--chat", "true", "--system", "\udcff"], "is not UTF-8"),
+        (["--stats"], "stats needs a memory for experts: set budget"),
+        (["--expert_policy", "lru"], "expert_policy needs a memory for experts: set budget"),
+        (["--expert_policy", "mru", "--budget", "1GiB"], "mru"),
+        (["--budget", "1GiB", "--gguf_file", "x.gguf"], "not from GGUF"),
+        (["--draft_tokens", "3"], "draft_tokens needs a draft model: set draft"),
+        (["--draft", "auto", "--draft_tokens", "0"], "draft_tokens is 0"),
         (["--dtype", "int3"], "dtype 'int3' is unknown"),
     ],
 )
@@ -181,8 +189,17 @@ def test_mistakes(flags, message, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         generate(monkeypatch, "--model_name_or_path", folder, "--prompt", "the", *flags)
     assert stop.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generate.py: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("moe generate: ")]
     assert re.search(message, line)
+
+
+def test_a_chat_needs_a_template_and_text(tmp_path, monkeypatch, capsys):
+    folder = save(tmp_path)
+    for flags, message in ((["--system", "x"], "the tokenizer has none"), (["--system", "\udcff"], "is not UTF-8")):
+        with pytest.raises(SystemExit) as stop:
+            chat(monkeypatch, "--model_name_or_path", folder, "--prompt", "the", *flags)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_generation_config_with_beams_or_stop_strings_runs(tmp_path, monkeypatch, capsys):
@@ -204,5 +221,5 @@ def test_a_generation_config_with_beams_or_stop_strings_runs(tmp_path, monkeypat
 
 def test_a_chat_of_a_model_with_few_positions_is_shortened(tmp_path, monkeypatch, capsys):
     folder = save(tmp_path, template=PLAIN)
-    generate(monkeypatch, "--model_name_or_path", folder, "--prompt", "the old mill", "--chat", "true")
+    chat(monkeypatch, "--model_name_or_path", folder, "--prompt", "the old mill")
     assert "assistant: " in capsys.readouterr().out
