@@ -153,7 +153,7 @@ def convert_checkpoint(
         )
     if check or check_plain:
         # a source that cannot run and a missing tokenizer raise errors here, and not after hours of writing weights
-        refuse_to_run(checkpoint.source_config, checkpoint.source.folder)
+        refuse_to_run(checkpoint.source_config)
         input_ids = verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
     folder = result_folder(output_dir, overwrite, [checkpoint], _result_bytes(checkpoint, target))
     for note in checkpoint.notes(target):
