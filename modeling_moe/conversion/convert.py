@@ -10,11 +10,11 @@ from transformers.utils import logging
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
 from .families.catalogue import refuse_to_run
-from .families.export import AUTO, TARGETS, choose_target, export_plan, refuse_server
 from .families.wrappers import text_source
 from .opening import Checkpoint, open_checkpoint
 from .plain_transformers import PlainComparison, compare_in_plain_transformers
 from .saving import result_folder, save_checkpoint
+from .targets.catalogue import AUTO, TARGETS, choose_target, export_plan, refuse_server
 from .verification import Verification, verification_ids, verify
 
 

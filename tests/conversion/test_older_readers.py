@@ -13,8 +13,8 @@ from transformers.testing_utils import CaptureLogger
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.conversion import convert_checkpoint
-from modeling_moe.conversion.families.export import TARGETS, export_plan
 from modeling_moe.conversion.older_names import OLDER_CLAMP, logger, older_names, save_for_older_readers
+from modeling_moe.conversion.targets.catalogue import TARGETS, export_plan
 from tests.conversion.test_families_export import (
     ALTERNATING,
     CLAMPED,
