@@ -240,7 +240,7 @@ def test_dbrx_rotates_by_the_theta_at_the_top_of_config_json(rope):
 
 def test_fields_of_a_part_are_judged_as_others_are():
     config = copy.deepcopy(CONFIGS["dbrx"])
-    # the published checkpoint has this field, and no code of transformers reads it
+    # the configuration that was published with DBRX has this field, and no code of transformers reads it
     config.ffn_config.uniform_expert_assignment = False
     assert moe_config(config).norm_topk_prob is True
     assert fields_without_effect(config)["ffn_config.uniform_expert_assignment"] is False

@@ -61,7 +61,7 @@ EXPERTS: dict[str, tuple[int, int, set[str]]] = {
     "DBRX-instruct": (
         16,
         4,
-        {"router_aux_loss_coef", "attn_config.rope_theta", "ffn_config.uniform_expert_assignment"},
+        {"router_aux_loss_coef", "attn_config.rope_theta"},
     ),
 }
 PUBLISHED_MOE = read_json(Path(__file__).with_name("published_moe.json"))
