@@ -324,7 +324,8 @@ def load_config(
 ) -> PreTrainedConfig:
     """Loads the configuration of a model; for an adapter, the configuration of the base model.
 
-    A model type that transformers computes under another name is opened as the family of that name, see [`TWINS`].
+    A model type that transformers computes under another name is opened as the family of that name, see
+    [`modeling_moe.utils.twins.twin_of`].
 
     Args:
         name_or_path: name of the model as in [`load_model`].

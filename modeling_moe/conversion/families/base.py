@@ -91,7 +91,7 @@ class SourceFields:
         self._prefix = ""
 
     def part(self, name: str) -> "SourceFields":
-        """Returns the fields of a configuration that is a field of this one; [`refuse_unread`] judges them with these."""
+        """Returns the fields of a configuration that is a field of this one, which [`SourceFields.refuse_unread`] judges too."""
         part = self._parts[name] = SourceFields(self.take(name))
         part.model_type, part._prefix = self.model_type, f"{name}."
         return part
