@@ -77,7 +77,9 @@ def cache_keyword(cache: Any) -> dict[str, Any]:
 
 
 def one_cache(module: Any, cache: Any, past_key_values: Any) -> Any:
-    """Returns the cache that a method was given by either of two names, or None; the name `past_key_values` warns as in transformers.
+    """Returns the cache that a method was given by either of two names, or None without a cache.
+
+    The name `past_key_values` gives a warning where transformers' own models give one.
 
     Args:
         module: whose method was called.
@@ -95,7 +97,7 @@ def one_cache(module: Any, cache: Any, past_key_values: Any) -> Any:
         warnings.warn(
             f"`past_key_values` is deprecated in this transformers. {type(module).__name__} takes `cache` too.",
             FutureWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return past_key_values
 

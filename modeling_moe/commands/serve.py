@@ -58,7 +58,8 @@ def check(args: ServeArguments) -> None:
 
     Raises:
         UserError: if the folder holds no model and tokenizer of transformers, config.json has a model type that only
-            this package opens, a token's output would depend on other requests in the batch, packages of the server are missing, or another process listens on the port.
+            this package opens, a token's output would depend on other requests in the batch, packages of the server are
+            missing, or another process listens on the port.
     """
     name = args.model_name_or_path
     if (Path(name) / "adapter_config.json").is_file():
