@@ -18,7 +18,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention_rope import scale_by_position
-from .compatibility import takes_cache, update_cache
+from .compatibility import one_cache, update_cache
 from .configuration_fields import POSITIVE, PROBABILITY, Condition, Range, setting
 from .model_norms import make_norm
 
@@ -171,13 +171,14 @@ class MoEAttention(nn.Module):
         if self.sinks is not None:
             init.normal_(self.sinks, mean=0.0, std=std)
 
-    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None,
         cache: Cache | None = None,
+        *,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Computes attention over (B, S, H).
@@ -191,6 +192,7 @@ class MoEAttention(nn.Module):
         Returns:
             Output (B, S, H), and from eager attention the probabilities (B, heads, S, S'), S' the number of keys.
         """
+        cache = one_cache(self, cache, past_key_values)
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)

@@ -14,7 +14,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention_rope import scale_by_position
-from .compatibility import takes_cache, update_cache
+from .compatibility import one_cache, update_cache
 from .configuration_fields import Condition, Range, setting
 
 
@@ -124,13 +124,14 @@ class MoELatentAttention(nn.Module):
         key, value = key_value.transpose(1, 2).split(widths, dim=-1)
         return torch.cat((key, key_rot.expand(*key.shape[:-1], self.qk_rope_head_dim)), dim=-1), value
 
-    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         cache: Cache | None = None,
+        *,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Computes attention over (B, S, H).
@@ -144,6 +145,7 @@ class MoELatentAttention(nn.Module):
         Returns:
             Output (B, S, H), and from eager attention the probabilities (B, heads, S, S'), S' the number of keys.
         """
+        cache = one_cache(self, cache, past_key_values)
         rope = self.qk_rope_head_dim
         query, query_rot = self._queries(hidden_states).split([self.qk_nope_head_dim, rope], dim=-1)
         latent, key_rot = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split([self.kv_lora_rank, rope], dim=-1)

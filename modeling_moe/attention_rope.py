@@ -99,6 +99,13 @@ def check_shape(config) -> None:
             raise ValueError(f"{label} is {shown(rope)}: it must be a dictionary.")
 
 
+def entries_of_scaling(config) -> set[str]:
+    """Returns the entry that `llama_4_scaling_beta` alone reads, which transformers does not know beside this `rope_type`."""
+    kind = (config.rope_parameters or {}).get("rope_type", "default")
+    entry = "original_max_position_embeddings"
+    return set() if config.llama_4_scaling_beta is None or entry in NEEDED.get(kind, ()) else {entry}
+
+
 def check_numbers(config) -> None:
     """Raises ValueError, naming the entry, for a number with which a rotation angle is not finite."""
     check_shape(config)

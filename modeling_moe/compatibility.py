@@ -12,9 +12,7 @@ into a TypeError.
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import fields
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -78,30 +76,30 @@ def cache_keyword(cache: Any) -> dict[str, Any]:
     return {CACHE_NAME: cache}
 
 
-def takes_cache(forward: Callable) -> Callable:
-    """The decorated method, whose parameter is `cache`, can be called with `past_key_values` as well.
+def one_cache(module: Any, cache: Any, past_key_values: Any) -> Any:
+    """Returns the cache that a method was given by either of two names, or None without a cache.
 
-    The method raises TypeError if it is given a cache by each name. Its signature shows both names. It warns of the old name
-    where transformers' own models do.
+    The name `past_key_values` gives a warning where transformers' own models give one.
+
+    Args:
+        module: whose method was called.
+        cache: argument of the name `cache`.
+        past_key_values: argument of the name `past_key_values`.
+
+    Raises:
+        TypeError: if both are given.
     """
-
-    @wraps(forward)
-    def wrapper(self, *args, past_key_values=None, **kwargs):
-        if past_key_values is not None:
-            name = f"{type(self).__name__}.{forward.__name__}"
-            if kwargs.get("cache") is not None:
-                raise TypeError(f"{name}() got a cache as cache and as past_key_values: give one.")
-            if CACHE_NAME == "cache" and not torch.compiler.is_compiling():
-                message = f"`past_key_values` is deprecated in this transformers. {name} takes `cache` too."
-                warnings.warn(message, FutureWarning, stacklevel=2)
-            kwargs["cache"] = past_key_values
-        return forward(self, *args, **kwargs)
-
-    signature = inspect.signature(forward)
-    old_name = inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None)
-    *named, rest = signature.parameters.values()
-    wrapper.__dict__["__signature__"] = signature.replace(parameters=[*named, old_name, rest])
-    return wrapper
+    if past_key_values is None:
+        return cache
+    if cache is not None:
+        raise TypeError(f"{type(module).__name__} got a cache as cache and as past_key_values: give one.")
+    if CACHE_NAME == "cache" and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"`past_key_values` is deprecated in this transformers. {type(module).__name__} takes `cache` too.",
+            FutureWarning,
+            stacklevel=3,
+        )
+    return past_key_values
 
 
 def gives_cache(output: type) -> type:

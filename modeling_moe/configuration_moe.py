@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from .attention import AttentionFields
 from .attention_latent import LatentAttentionFields
-from .attention_rope import RopeFields, check_numbers, check_shape
+from .attention_rope import RopeFields, check_numbers, check_shape, entries_of_scaling
 from .compatibility import CACHE_NAMES, __version__, saved_by_earlier_version
 from .configuration_checks import (
     check_choices,
@@ -230,6 +230,8 @@ class MoEConfig(
     def validate_rope(self):
         """Checks the numbers of `rope_parameters`, then checks them as transformers does."""
         check_numbers(self)
+        # transformers would warn of them
+        self.ignore_keys_at_rope_validation = set(self.ignore_keys_at_rope_validation) | entries_of_scaling(self)
         super().validate_rope()
 
     def validate_size(self):

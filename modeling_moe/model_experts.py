@@ -1,11 +1,21 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module fills the parameters of new routed experts, and derives others from them: without gradient, or merged."""
+"""This module fills the parameters of new routed experts, derives others from them, and chooses what computes the experts."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import initialization as init
+
+
+def experts_of_transformers(config: Any) -> str:
+    """Returns the experts implementation that runs a model in a process where this package is not imported.
+
+    It is transformers' default, `grouped_mm`, or `eager` for sizes that torch's grouped product does not take: the rows of
+    the experts' matrices must be multiples of 16 bytes, here in 16 bits.
+    """
+    widths = config.moe_latent_size or config.hidden_size, config.moe_intermediate_size
+    return "grouped_mm" if all(width % 8 == 0 for width in widths) else "eager"
 
 
 class ExpertParameters(NamedTuple):

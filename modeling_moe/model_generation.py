@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 
-from .compatibility import CACHE_NAMES, GenerationInputs, cache_keyword, takes_cache
+from .compatibility import CACHE_NAMES, GenerationInputs, cache_keyword, one_cache
 
 
 class MoEGenerationMixin(GenerationMixin):
@@ -17,12 +17,13 @@ class MoEGenerationMixin(GenerationMixin):
     config: Any
     training: bool
 
-    @takes_cache
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        *,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> GenerationInputs:
         """Prepares the inputs of one step as transformers does.
@@ -30,6 +31,7 @@ class MoEGenerationMixin(GenerationMixin):
         A text that outgrows the short factors of a LongRoPE is read again with the long factors. A new token has the task
         of the prompt's last token.
         """
+        cache = one_cache(self, cache, past_key_values)
         rope = self.config.rope_parameters or {}
         if (
             cache is not None

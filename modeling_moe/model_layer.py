@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 
 from .attention import MoEAttention
 from .attention_latent import MoELatentAttention
-from .compatibility import takes_cache
+from .compatibility import one_cache
 from .model_norms import make_norm, norm_names
 from .router import RoutingContext
 from .router_losses import TokenWeights
@@ -45,7 +45,6 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
                 setattr(self, name, make_norm(config))
         self.resid_pdrop, self.residual_multiplier = config.resid_pdrop, config.residual_multiplier
 
-    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -56,9 +55,12 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         routing_context: RoutingContext | None = None,
         token_weights: TokenWeights | None = None,
+        *,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, ...]:
         """Maps (B, S, H) to (B, S, H), packed with the router's statistics ([`~modeling_moe.router_statistics.pack`])."""
+        cache = one_cache(self, cache, past_key_values)
         before_attention, after_attention, before_mlp, after_mlp = self.norm_names
         states = self._normed(before_attention, hidden_states)
         attended, _ = self.self_attn(

@@ -32,11 +32,17 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import MoEAttention
 from .attention_latent import MoELatentAttention
 from .checkpoint_layout import fill_experts, register_expert_layout
-from .compatibility import CACHE_NAMES, cache_keyword, is_paged, refuse_unknown, takes_cache
+from .compatibility import CACHE_NAMES, cache_keyword, is_paged, one_cache, refuse_unknown
 from .configuration_moe import MoEConfig
 from .model_checkpoints import CheckpointModel
 from .model_embeddings import RotaryEmbeddings, ScaledEmbedding
-from .model_experts import ExpertParameters, detached_parameters, init_experts, merged_parameters
+from .model_experts import (
+    ExpertParameters,
+    detached_parameters,
+    experts_of_transformers,
+    init_experts,
+    merged_parameters,
+)
 from .model_generation import MoEGenerationMixin
 from .model_inputs import loss_weights, prepare_inputs, token_embeddings
 from .model_layer import MoEDecoderLayer
@@ -294,9 +300,11 @@ class MoEPreTrainedModel(CheckpointModel):
                 init.zeros_(buffer)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Chooses the experts implementation as transformers does; the default is this package's, if it is imported."""
-        if requested_experts is None and "moe" in ALL_EXPERTS_FUNCTIONS:
-            requested_experts = "moe"
+        """Chooses the experts implementation as transformers does, whose default is this package's if it is imported."""
+        if requested_experts is None:
+            default = "moe" if "moe" in ALL_EXPERTS_FUNCTIONS else experts_of_transformers(self.config)
+            # transformers tests whether a class supports its own default
+            requested_experts = None if default == "grouped_mm" else default
         return super().get_correct_experts_implementation(requested_experts)
 
     def update_routers(self) -> None:
@@ -369,7 +377,6 @@ class MoEModel(MoEPreTrainedModel):
         layers: Any = self.layers
         return [layer.mlp for layer in layers if layer.is_sparse]
 
-    @takes_cache
     @detach_router_logits
     @merge_with_config_defaults
     @capture_outputs
@@ -385,9 +392,12 @@ class MoEModel(MoEPreTrainedModel):
         attach_router_loss: bool = True,
         label_mask: torch.Tensor | None = None,
         task_ids: torch.LongTensor | None = None,
+        *,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoEModelOutput:
         """Runs the decoder; the docstring of the class explains the arguments."""
+        cache = one_cache(self, cache, past_key_values)
         refuse_unknown(self, kwargs)
         if is_paged(cache):
             self.config.refuse_continuous_batching(self.training)
@@ -467,7 +477,6 @@ class MoEForCausalLM(MoEPreTrainedModel, MoEGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -481,6 +490,8 @@ class MoEForCausalLM(MoEPreTrainedModel, MoEGenerationMixin):
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         task_ids: torch.LongTensor | None = None,
+        *,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoECausalLMOutput:
         """Runs the decoder and the head; [`MoEModel`] explains the arguments that it shares.
@@ -490,6 +501,7 @@ class MoEForCausalLM(MoEPreTrainedModel, MoEGenerationMixin):
             logits_to_keep: number of last positions whose logits (B, kept, V) are computed, 0 for all positions; or a tensor
                 of positions.
         """
+        cache = one_cache(self, cache, past_key_values)
         refuse_unknown(self, kwargs)
         outputs: MoEModelOutput = self.model(
             input_ids=input_ids,

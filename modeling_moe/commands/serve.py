@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_serve_available
 
 from ..configuration_moe import MoEConfig
@@ -26,6 +27,8 @@ from ..modeling_moe import MoEForCausalLM
 from ..utils.command_line import parse
 from ..utils.errors import UserError
 from ..utils.loading import DtypeName, load_config, load_tokenizer
+from ..utils.locations import folder_and_gguf
+from ..utils.twins import twin_of
 
 
 @dataclass
@@ -54,14 +57,16 @@ def check(args: ServeArguments) -> None:
     """Refuses what would fail at the first request, or answer wrongly.
 
     Raises:
-        UserError: if the folder holds no model and tokenizer of transformers, a token's output would depend on other
-            requests in the batch, packages of the server are missing, or another process listens on the port.
+        UserError: if the folder holds no model and tokenizer of transformers, config.json has a model type that only
+            this package opens, a token's output would depend on other requests in the batch, packages of the server are
+            missing, or another process listens on the port.
     """
     name = args.model_name_or_path
     if (Path(name) / "adapter_config.json").is_file():
         raise UserError(f"{name} is an adapter: merge it first by moe merge_adapter")
     tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     config = load_config(name, trust_remote_code=args.trust_remote_code)
+    _refuse_twin(name)
     if args.continuous_batching and isinstance(config, MoEConfig):
         try:
             config.refuse_continuous_batching()
@@ -73,6 +78,17 @@ def check(args: ServeArguments) -> None:
     if tokenizer.chat_template is None:
         print(
             "The tokenizer has no chat template, so the server answers /v1/completions alone, and a chat ends in an error."
+        )
+
+
+def _refuse_twin(name: str) -> None:
+    """Refuses a model type that this package opens by another name, which `transformers serve` does not know."""
+    folder, gguf_file = folder_and_gguf(name, None)
+    values = {} if gguf_file else PreTrainedConfig.get_config_dict(folder)[0]
+    if (family := twin_of(values)) is not None:
+        raise UserError(
+            f"transformers serves no model_type {values['model_type']!r}: write {family!r} into config.json of {name}, which "
+            "is the name of the family that computes it"
         )
 
 

@@ -4,12 +4,12 @@
 from .convert import Conversion, ConversionPlan, convert_checkpoint, plan_conversion
 from .families.catalogue import FAMILIES, SPARSE_FAMILIES, fields_without_effect, moe_config
 from .families.dense import DENSE_FAMILIES
-from .families.export import AUTO, TARGETS, choose_target, exact_targets
-from .families.servers import SERVERS, SILU, Server, Verdict, servers, verdicts
 from .families.wrappers import WRAPPERS, text_source, towers
 from .importing import import_state, load_state, tensors_on_disk, to_moe
 from .opening import Checkpoint, open_checkpoint
 from .saving import result_folder, save_checkpoint
+from .targets.catalogue import AUTO, TARGETS, choose_target, exact_targets
+from .targets.servers import SERVERS, SILU, Server, Verdict, servers, verdicts
 from .verification import Verification, verification_ids, verify
 
 

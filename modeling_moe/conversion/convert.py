@@ -10,11 +10,11 @@ from transformers.utils import logging
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
 from .families.catalogue import refuse_to_run
-from .families.export import AUTO, TARGETS, choose_target, export_plan, refuse_server
 from .families.wrappers import text_source
 from .opening import Checkpoint, open_checkpoint
 from .plain_transformers import PlainComparison, compare_in_plain_transformers
 from .saving import result_folder, save_checkpoint
+from .targets.catalogue import AUTO, TARGETS, choose_target, export_plan, refuse_server
 from .verification import Verification, verification_ids, verify
 
 
@@ -153,7 +153,7 @@ def convert_checkpoint(
         )
     if check or check_plain:
         # a source that cannot run and a missing tokenizer raise errors here, and not after hours of writing weights
-        refuse_to_run(checkpoint.source_config, checkpoint.source.folder)
+        refuse_to_run(checkpoint.source_config)
         input_ids = verification_ids(name_or_path, gguf_file, trust_remote_code=trust_remote_code)
     folder = result_folder(output_dir, overwrite, [checkpoint], _result_bytes(checkpoint, target))
     for note in checkpoint.notes(target):

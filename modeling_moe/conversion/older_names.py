@@ -66,6 +66,15 @@ def save_for_older_readers(config: PreTrainedConfig, folder: Path) -> None:
         folder: folder of the file.
     """
     config.save_pretrained(folder)
+    width = getattr(config, "head_dim", None)
+    if config.model_type == "granitemoeshared" and width not in (
+        None,
+        config.hidden_size // config.num_attention_heads,
+    ):
+        logger.warning(
+            f"This granitemoeshared model has head_dim {width}, which transformers 4 does not read, so that it cannot load the "
+            "weights: serve the model with transformers 5."
+        )
     # of the targets, transformers 4 reads layer_types in gpt-oss alone
     if config.model_type != "gpt_oss" and len(set(getattr(config, "layer_types", None) or [])) > 1:
         logger.warning(

@@ -21,10 +21,10 @@ from ..utils.folders import ResultFolder
 from ..utils.lineage import lineage_of
 from ..utils.loading import load_tokenizer
 from ..utils.prediction_files import ENTRY
-from .families.export import TARGETS, export_plan
 from .older_names import save_for_older_readers
 from .opening import Checkpoint
 from .prediction_layers import restored
+from .targets.catalogue import TARGETS, export_plan
 from .tokenizer_files import keep_tokenizer
 
 

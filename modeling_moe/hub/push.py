@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..configuration_moe import MoEConfig
+from ..model_experts import experts_of_transformers
 from ..utils.clean_process import tensor_from_clean_process
 from ..utils.errors import UserError
 from ..utils.json_files import json_text, read_json
@@ -107,7 +108,7 @@ def check_without_package(folder: str | Path, *, trust_remote_code: bool = False
         failure=f"{folder} does not load without this package: {{cause}}. Save it again with save_pretrained",
     )
     # the other process only has transformers' experts functions, so this one uses them too
-    model.set_experts_implementation("grouped_mm")
+    model.set_experts_implementation(experts_of_transformers(model.config))
     return (got.float() - first_logits(model).float()).abs().max().item()
 
 

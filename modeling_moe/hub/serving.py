@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module says which servers compute a checkpoint correctly, so that a card names no other.
 
-For transformers' own families, `modeling_moe.conversion.families.servers` holds what is known of each server.
+For transformers' own families, `modeling_moe.conversion.targets.servers` holds what is known of each server.
 """
 
 from typing import Any

@@ -7,8 +7,10 @@ from ..configuration_checks import row_dependence
 
 
 def has_fused_experts(config: Any) -> bool:
-    """Returns whether vLLM's fused kernels compute the experts: `silu(gate) * up` without biases, clamp or merging."""
+    """Returns whether vLLM's fused kernels compute the experts: `silu(gate) * up` of hidden states, without biases or clamp."""
     plain = config.gated_experts and not config.mlp_bias and config.swiglu_limit is None
+    # vLLM gives its experts `hidden_size` features
+    plain = plain and config.moe_latent_size is None
     return plain and config.hidden_act in ("silu", "swish")
 
 

@@ -3,7 +3,7 @@
 
 vLLM brings attention, linear layers and the head. The routers stay this package's Python code ("external routing" in vLLM's
 log), whatever `router_type` is. The experts run in vLLM's fused kernels if they compute what these compute (`silu(gate) * up`
-without biases), and else in this package's code. Nothing is compiled by torch.compile.
+without biases), and else in this package's code.
 """
 
 import functools
@@ -37,9 +37,6 @@ class VllmMoEForCausalLM(TransformersMoEForCausalLM):
             scaling, cap = config.logits_scaling, config.final_logit_softcapping
             self.logits_processor.scale = 1.0 / scaling
             self.logits_processor.soft_cap = None if cap is None else cap * scaling
-
-    def _decorate_for_torch_compile(self) -> None:
-        """Leaves the decoder without torch.compile, which fails on the keyword arguments of the decoder's forward."""
 
     def recursive_replace(self) -> None:
         """Replaces layers by vLLM's, and lets the experts run fused or as they are."""

@@ -31,6 +31,7 @@ from .errors import UserError
 from .json_files import read_json
 from .limits import refuse_vast_adapter, refuse_vast_fields, refuse_vast_model
 from .locations import folder_and_gguf, local_folder, refuse_outside
+from .twins import twin_config
 
 
 logger = transformers_logging.get_logger(__name__)
@@ -262,6 +263,8 @@ def load_model(
         options["distributed_config"] = distributed_config
     _check_folder(folder)
     config = load_config(folder, gguf_file, trust_remote_code=trust_remote_code)
+    if not gguf_file and _twin(_base_folder(folder)) is not None:
+        options["config"] = config  # transformers does not read config.json of this family
     with one_line_for("the model", folder, trust_remote_code), _captured_report(folder):
         refuse_vast_model(config, _base_folder(folder), gguf_file)
         # transformers must ignore mismatched sizes, so that the error below can name the tensor
@@ -321,6 +324,9 @@ def load_config(
 ) -> PreTrainedConfig:
     """Loads the configuration of a model; for an adapter, the configuration of the base model.
 
+    A model type that transformers computes under another name is opened as the family of that name, see
+    [`modeling_moe.utils.twins.twin_of`].
+
     Args:
         name_or_path: name of the model as in [`load_model`].
         gguf_file: name of the GGUF file in the folder, if the model is one.
@@ -336,7 +342,15 @@ def load_config(
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     with one_line_for("the configuration", folder, trust_remote_code):
         _import_checkpoint_router(folder, trust_remote_code)
+        if not gguf_file and (twin := _twin(folder)) is not None:
+            return twin
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+
+
+def _twin(folder: str) -> PreTrainedConfig | None:
+    """Returns the configuration of a model that transformers computes under another name; None for other models."""
+    values, _ = PreTrainedConfig.get_config_dict(folder)
+    return twin_config(values, folder)
 
 
 def _language_model(model: torch.nn.Module) -> PreTrainedModel:

@@ -174,6 +174,10 @@ OWN_CODE = [
             "residual_multiplier": 0.5,
         },
     ),
+    Case("latent experts", {"moe_latent_size": 32, "shared_expert_intermediate_size": 64}),
+    Case("latent experts of an odd size, hash", {"moe_latent_size": 30, "router_type": "hash"}),
+    Case("norm after rope", {"qk_norm": "head", "qk_norm_after_rope": True}),
+    Case("clipped queries, tied embeddings", {"clip_qkv": 0.5, "tie_word_embeddings": True}),
     Case("sliding window", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
     Case(
         "layer norm, learned positions",

@@ -27,9 +27,9 @@ from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.checkpoints import LazyTensor
 from modeling_moe.configuration_fields import settings_of
 from modeling_moe.conversion import convert_checkpoint, moe_config
-from modeling_moe.conversion.families.export import TARGETS, choose_target, export_plan
-from modeling_moe.conversion.families.target import COMPARED_AS, COMPARED_IF, REPEATED, TRAINING
 from modeling_moe.conversion.older_names import save_for_older_readers
+from modeling_moe.conversion.targets.base import COMPARED_AS, COMPARED_IF, REPEATED, TRAINING
+from modeling_moe.conversion.targets.catalogue import TARGETS, choose_target, export_plan
 from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.json_files import read_json
 from tests.builders import LLAMA3_ROPE
@@ -532,14 +532,12 @@ def test_refusal_names_field_and_nearest_target(target, fields, message):
 def test_auto_takes_the_target_that_most_servers_run(name, expected):
     choice = choose_target(MoEConfig(**MOE | EXPRESSIBLE[name][1]))
     assert choice.target == expected
-    assert choice.reason.startswith(f"{expected} holds this model exactly for ")
+    assert choice.reason.startswith(f"{expected} holds this model exactly")
 
 
 def test_auto_names_the_other_targets_and_their_servers():
     choice = choose_target(MoEConfig(**MOE | {"sliding_window": 4}))
-    assert choice.reason == (
-        "mixtral holds this model exactly for vLLM, transformers; qwen2_moe (vLLM, transformers) can hold it too."
-    )
+    assert choice.reason == ("mixtral holds this model exactly; qwen2_moe (vLLM, transformers) can hold it too.")
 
 
 def test_auto_names_only_the_nearest_target_and_its_reasons_if_none_can():

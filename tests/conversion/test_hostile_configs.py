@@ -19,7 +19,7 @@ from tests.conversion import test_families_router as router
 from tests.conversion import test_families_softmax as softmax
 from tests.conversion import test_families_sparse as sparse
 from tests.conversion import test_wrappers as wrappers
-from tests.conversion.harness import random_source
+from tests.conversion.test_families_equal import SOURCES
 
 
 # transformers has no class for DeepSeek's first family
@@ -28,7 +28,7 @@ SPARSE = [name for name in sparse.CONFIGS if name.partition("-")[0] != "deepseek
 ATTENTION = [name for name in attention_variants.CONFIGS if name.partition("-")[0] != "mistral4"]
 # the auto class knows the text model of Qwen3-Omni's thinker in newer releases of transformers only
 WRAPPERS = [name for name in wrappers.SOURCES if "thinker" not in name]
-VARIANTS = [*dense.SOURCES, *SPARSE, *bias_routed.CONFIGS, *ATTENTION, *softmax.CONFIGS, *router.NAMES, *WRAPPERS]
+VARIANTS = [*dense.SOURCES, *SPARSE, *bias_routed.CONFIGS, *ATTENTION, *softmax.CONFIGS, *router.CONFIGS, *WRAPPERS]
 IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
 JUNK = [None, "x", [], {}, True, math.nan, math.inf, 1e30, -1, 0, 0.5, 10**5, [1], "1"]
 NAMES = ["x", "gelu", "silu", "relu", "default", "yarn", "linear", "full_attention", None, 3]
@@ -111,13 +111,8 @@ def save_source(variant: str, folder) -> str:
         model = dense.random_source(dense.source_config(variant))
     elif variant in WRAPPERS:
         model = wrappers.wrapper(variant)
-    elif variant in router.NAMES:
-        model = random_source(router.config_of(variant))
-    elif variant in softmax.CONFIGS:
-        model = random_source(softmax.CONFIGS[variant])
     else:
-        families = next(tests for tests in (sparse, bias_routed, attention_variants) if variant in tests.CONFIGS)
-        model, _ = families.random_source(variant)
+        model, _ = SOURCES[variant](variant)
     model.save_pretrained(folder)
     return "eager" if variant.startswith(("gemma2", "gpt_oss", "flint", "granitemoe_swa")) else "sdpa"
 

@@ -13,8 +13,8 @@ from transformers.testing_utils import CaptureLogger
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.conversion import convert_checkpoint
-from modeling_moe.conversion.families.export import TARGETS, export_plan
 from modeling_moe.conversion.older_names import OLDER_CLAMP, logger, older_names, save_for_older_readers
+from modeling_moe.conversion.targets.catalogue import TARGETS, export_plan
 from tests.conversion.test_families_export import (
     ALTERNATING,
     CLAMPED,
@@ -145,6 +145,14 @@ def test_a_warning_names_windows_that_transformers_4_applies_in_all_layers(tmp_p
     assert "transformers 4 applies it in all" in captured.out
 
 
+@pytest.mark.parametrize("width", [8, 12])
+def test_a_warning_names_a_head_width_of_granite_that_transformers_4_does_not_read(width, tmp_path):
+    plan = export_plan(MoEConfig(**MOE | {"head_dim": width}), "granitemoeshared")
+    with CaptureLogger(logger) as captured:
+        save_for_older_readers(plan, tmp_path)
+    assert ("head_dim 12, which transformers 4 does not read" in captured.out) == (width == 12)
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [({}, ["'swiglu_limit': 1.5", "'swiglu_alpha': 1.3"]), ({"swiglu_limit": 7.0, "swiglu_alpha": 1.702}, [])],
@@ -184,11 +192,11 @@ def read_by_older(site: Path, folder: Path) -> dict[str, dict]:
 
 
 def exports() -> dict[str, tuple[str, dict]]:
-    """Returns targets and fields without windows in some layers, which transformers 4.57 applies in all layers."""
+    """Returns targets and fields, except those of which an export warns: windows in some layers, and Granite's head_dim."""
     cases = {
         name: (target, fields | (OLDER_CLAMP if target == "gpt_oss" else {}))
         for name, (target, fields) in EXPRESSIBLE.items()
-        if fields.get("layer_types") != WINDOWS and target not in NEWER
+        if fields.get("layer_types") != WINDOWS and target not in NEWER and name != "granitemoeshared-head_dim"
     }
     for target in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
         fields = PLAIN[target]

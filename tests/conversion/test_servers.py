@@ -5,8 +5,8 @@ import pytest
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.commands.convert import main
 from modeling_moe.conversion import SERVERS, TARGETS, choose_target, convert_checkpoint, exact_targets, plan_conversion
-from modeling_moe.conversion.families.export import export_plan, refuse_server
-from modeling_moe.conversion.families.servers import SERVED
+from modeling_moe.conversion.targets.catalogue import export_plan, refuse_server
+from modeling_moe.conversion.targets.servers import SERVED
 from modeling_moe.utils.errors import UserError
 from tests.conversion.test_families_export import CLAMPED, GROUPS, LATENT, MIXED, MOE, SIGMOID
 

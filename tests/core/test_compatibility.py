@@ -68,15 +68,13 @@ def test_the_old_name_gives_a_warning_where_transformers_warns(name):
     if name == CACHE_NAME or CACHE_NAME == "past_key_values":
         assert said == []
     else:
-        assert said == [
-            "`past_key_values` is deprecated in this transformers. MoEForCausalLM.forward takes `cache` too."
-        ]
+        assert said == ["`past_key_values` is deprecated in this transformers. MoEForCausalLM takes `cache` too."]
 
 
 def test_two_caches_are_refused():
     model = make()
     first, second = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    with pytest.raises(TypeError, match=r"MoEForCausalLM.forward\(\) got a cache as cache and as past_key_values"):
+    with pytest.raises(TypeError, match=r"MoEForCausalLM got a cache as cache and as past_key_values"):
         model(IDS, cache=first, past_key_values=second)
     model(IDS, cache=first, past_key_values=None)
 

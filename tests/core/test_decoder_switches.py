@@ -1,5 +1,7 @@
 """The switches of attention, norms and blocks compute their formulas, and work with caches, packed rows and checkpointing."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,26 @@ def test_a_switch_changes_the_logits_of_equal_weights(name):
     ids = torch.randint(3, 99, (2, 9))
     assert not torch.allclose(model(ids).logits, without(ids).logits, atol=1e-4)
     assert {key: getattr(without.config, key) for key in fields} != fields
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0},
+    ],
+)
+def test_the_length_that_a_query_scale_reads_gives_no_warning(rope, caplog, tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    config = tiny_config(llama_4_scaling_beta=0.5, rope_parameters=LENGTH["rope_parameters"] | rope)
+    config.save_pretrained(tmp_path)
+    assert MoEConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert "Unrecognized keys" not in caplog.text
+    # another entry still does
+    tiny_config(rope_parameters=LENGTH["rope_parameters"] | {"unknown": 1})
+    assert "Unrecognized keys" in caplog.text
 
 
 @pytest.mark.parametrize("name", SWITCHES)

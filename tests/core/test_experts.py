@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from modeling_moe import MoEForCausalLM, modeling_moe
 from modeling_moe.modeling_moe import MoEExperts
 from tests.builders import tiny_config
 
@@ -128,3 +129,23 @@ def test_bf16_stays_bf16(implementation):
     assert output.dtype == torch.bfloat16
     reference = by_hand(copy.deepcopy(module).double(), states.double(), index, weight.double())
     torch.testing.assert_close(output.double(), reference, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("fields", "chosen"),
+    [
+        ({"moe_latent_size": 16, "moe_intermediate_size": 24}, "grouped_mm"),
+        ({"moe_latent_size": 30, "moe_intermediate_size": 24}, "eager"),
+        ({"moe_latent_size": 16, "moe_intermediate_size": 28}, "eager"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_the_package_any_size_of_experts_is_computed(fields, chosen, dtype, monkeypatch):
+    monkeypatch.setattr(modeling_moe, "ALL_EXPERTS_FUNCTIONS", {})
+    model = MoEForCausalLM(tiny_config(**fields)).to(dtype).eval()
+    assert model.config._experts_implementation == chosen
+    ids = torch.arange(3, 21).view(2, 9)
+    got = model(ids).logits
+    model.set_experts_implementation("batched_mm")
+    tolerance = 1e-5 if dtype == torch.float32 else 0.2
+    torch.testing.assert_close(got, model(ids).logits, atol=tolerance, rtol=tolerance)

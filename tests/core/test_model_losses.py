@@ -13,7 +13,7 @@ from transformers import (
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.conversion import to_moe
-from modeling_moe.conversion.families.export import export_plan
+from modeling_moe.conversion.targets.catalogue import export_plan
 from modeling_moe.router import expert_load
 from modeling_moe.router_losses import balance
 from tests.builders import tiny_config

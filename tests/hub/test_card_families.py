@@ -22,7 +22,7 @@ from transformers import (
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.conversion import TARGETS
-from modeling_moe.conversion.families.servers import SERVED
+from modeling_moe.conversion.targets.servers import SERVED
 from modeling_moe.hub import write_model_card
 from modeling_moe.hub.serving import exports, servers, unfit_servers
 from tests.builders import tiny_config, train_tokenizer

@@ -24,7 +24,14 @@ def test_experts_that_vllm_computes_are_fused(fields):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"hidden_act": "gelu"}, {"mlp_bias": True}, {"swiglu_limit": 1.0}, {"gated_experts": False}]
+    "fields",
+    [
+        {"hidden_act": "gelu"},
+        {"mlp_bias": True},
+        {"swiglu_limit": 1.0},
+        {"gated_experts": False},
+        {"moe_latent_size": 16},
+    ],
 )
 def test_experts_that_vllm_would_compute_wrongly_are_not_fused(fields):
     assert not has_fused_experts(tiny_config(**fields))

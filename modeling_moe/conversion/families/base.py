@@ -86,6 +86,19 @@ class SourceFields:
         # values are read as attributes too, because properties derive some, such as layer types from a pattern
         self._config = config
         self._read = set(IGNORED)
+        self._unused: set[str] = set()
+        self._parts: dict[str, SourceFields] = {}
+        self._prefix = ""
+
+    def part(self, name: str) -> "SourceFields":
+        """Returns the fields of a configuration that is a field of this one, which [`SourceFields.refuse_unread`] judges too."""
+        part = self._parts[name] = SourceFields(self.take(name))
+        part.model_type, part._prefix = self.model_type, f"{name}."
+        return part
+
+    def report(self, name: str) -> None:
+        """Marks a field that the model's code names but computes nothing with: it is reported if the source has it."""
+        self._unused.add(name)
 
     def take(self, name: str, default: Any = None) -> Any:
         """Reads a field; returns `default` if the source has no such field."""
@@ -147,7 +160,8 @@ class SourceFields:
         """Refuses a field that nothing here has read, if the source's model may read it.
 
         Returns:
-            The fields, with their values, that the source's model does not read either, see [`reads`].
+            The fields, with their values, that the source's model does not read either, see [`reads`]; a field `b` of a
+            part `a` is named `a.b`.
 
         Raises:
             UserError: names the field.
@@ -159,12 +173,14 @@ class SourceFields:
             known = name in self._read or name == "quantization_config" or name.endswith("_token_id")
             if known or value is None or PREDICTION.search(name):
                 continue
-            if reads(self._config, name):
+            if name not in self._unused and reads(self._config, name):
                 raise UserError(
-                    f"{name} ({value!r}) in the config.json of this {self.model_type} model is unknown, so equal logits "
-                    "cannot be promised: remove the field if the model does not compute with it."
+                    f"{self._prefix}{name} ({value!r}) in the config.json of this {self.model_type} model is unknown, so equal "
+                    "logits cannot be promised: remove the field if the model does not compute with it."
                 )
-            without_effect[name] = value
+            without_effect[self._prefix + name] = value
+        for part in self._parts.values():
+            without_effect |= part.refuse_unread()
         return without_effect
 
 

@@ -11,7 +11,7 @@ from ...configuration_fields import sparse_only
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from ...utils.json_files import read_json
-from ...utils.loading import load_config, one_line_for
+from ...utils.loading import load_config
 from .attention_variants import ATTENTION_FAMILIES
 from .base import Family, SourceFields
 from .bias_routed import BIAS_ROUTED_FAMILIES
@@ -43,8 +43,6 @@ SPARSE_FAMILIES: dict[str, Family] = (
 FAMILIES: dict[str, Family] = DENSE_FAMILIES | SPARSE_FAMILIES
 # families for which no release of transformers has a configuration class, so that config.json names all fields
 WITHOUT_CLASS = ("deepseek",)
-# model type of published configurations -> family of transformers whose code runs the model under the other name
-TWINS = {"kimi_k2": "deepseek_v3"}
 MODELOPT = "hf_quant_config.json"
 # fields that nothing reads in a model without sparse layers
 SPARSE_ONLY = sparse_only(MoEConfig)
@@ -125,9 +123,6 @@ def source_config(folder: Path, gguf_file: str | None = None, *, trust_remote_co
         trusted = folder if trust_remote_code else None
         made = type("SourceConfig", (PreTrainedConfig,), {"model_type": model_type, "trusted_code": trusted})
         config = made(**values)
-    elif model_type in TWINS and model_type not in CONFIG_MAPPING:
-        with one_line_for("the configuration", str(folder)):
-            config = CONFIG_MAPPING[TWINS[model_type]].from_dict(values | {"model_type": TWINS[model_type]})
     else:
         config = load_config(str(folder), trust_remote_code=trust_remote_code)
     if (beside := folder / MODELOPT).is_file() and getattr(config, "quantization_config", None) is None:
@@ -135,12 +130,11 @@ def source_config(folder: Path, gguf_file: str | None = None, *, trust_remote_co
     return config
 
 
-def refuse_to_run(source: PreTrainedConfig, folder: Path) -> None:
+def refuse_to_run(source: PreTrainedConfig) -> None:
     """Refuses to compare logits with a source that transformers does not load as a causal LM.
 
     Args:
         source: configuration that [`source_config`] returned.
-        folder: folder of the source.
 
     Raises:
         UserError: says what can be compared.
@@ -149,11 +143,4 @@ def refuse_to_run(source: PreTrainedConfig, folder: Path) -> None:
         raise UserError(
             f"transformers computes no logits with a whole {source.model_type} model: convert it without a check, or save "
             f"its {WRAPPERS[source.model_type][0].removesuffix('_config')} alone and convert that"
-        )
-    file = folder / "config.json"
-    published = read_json(file).get("model_type") if file.is_file() else None
-    if published in TWINS and published not in CONFIG_MAPPING:
-        raise UserError(
-            f"transformers does not load model_type {published!r}: convert it without a check, or write "
-            f"{TWINS[published]!r} into {file}, which is the name of the family"
         )

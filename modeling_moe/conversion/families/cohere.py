@@ -5,7 +5,6 @@ from typing import Any
 
 from ...checkpoints import LazyTensor, State
 from ...configuration_moe import MoEConfig
-from ...utils.errors import UserError
 from .base import Family, SourceFields, split_qkv
 from .sparse_parts import moe_tensors, pairs_to_halves, sparse
 
@@ -66,46 +65,37 @@ def _cohere2_moe_tensors(state: State, config: MoEConfig) -> State:
     return {name: tensor.map(order) if name.split(".")[-2] in kinds else tensor for name, tensor in tensors}
 
 
-def _part(fields: SourceFields, name: str) -> SourceFields:
-    """Returns the fields of a configuration that is a field of the source's configuration."""
-    part = SourceFields(fields.take(name))
-    part.model_type = fields.model_type
-    return part
-
-
 def _dbrx(fields: SourceFields) -> dict[str, Any]:
-    attention, network = _part(fields, "attn_config"), _part(fields, "ffn_config")
+    attention, network = fields.part("attn_config"), fields.part("ffn_config")
     # these repeat fields with standard names; transformers' model has no dropout after the embedding
     fields.same("d_model", "n_heads", "n_layers", "max_seq_len", "emb_pdrop")
     network.take("hidden_size")
     network.require("moe_normalize_expert_weights", 1.0, None)
     values = sparse(fields)
-    theta, held = attention.take("rope_theta"), values["rope_parameters"]["rope_theta"]
-    if theta not in (None, held):
-        raise UserError(
-            f"rope_theta is {theta!r} in attn_config of this dbrx model's config.json, where transformers' model ignores it and "
-            f"rotates by {held!r}: set rope_parameters to {{'rope_type': 'default', 'rope_theta': {theta!r}}}, or rope_theta to "
-            f"{held!r} in attn_config"
-        )
+    # the attention stores this one, and the rotary embedding reads the one at the top of config.json
+    attention.report("rope_theta")
+    # the model reads moe_loss_weight in the place of this one
+    fields.report("router_aux_loss_coef")
     width = network.take("ffn_hidden_size")
-    values |= fields.same("resid_pdrop") | {
-        "num_key_value_heads": attention.take("kv_n_heads"),
-        "attention_dropout": attention.take("attn_pdrop"),
-        "clip_qkv": attention.take("clip_qkv"),
-        "norm_type": "layer",
-        "norm_bias": False,
-        "rms_norm_eps": 1e-5,
-        "intermediate_size": width,
-        "hidden_act": network.take("ffn_act_fn").get("name", "silu"),
-        "num_experts": network.take("moe_num_experts"),
-        "num_experts_per_tok": network.take("moe_top_k"),
-        "norm_topk_prob": network.take("moe_normalize_expert_weights") is not None,
-        "router_jitter_noise": network.take("moe_jitter_eps") or 0.0,
-        "router_aux_loss_coef": network.take("moe_loss_weight"),
-    }
-    for part in (attention, network):
-        part.refuse_unread()
-    return values
+    return (
+        values
+        | fields.same("resid_pdrop")
+        | {
+            "num_key_value_heads": attention.take("kv_n_heads"),
+            "attention_dropout": attention.take("attn_pdrop"),
+            "clip_qkv": attention.take("clip_qkv"),
+            "norm_type": "layer",
+            "norm_bias": False,
+            "rms_norm_eps": 1e-5,
+            "intermediate_size": width,
+            "hidden_act": network.take("ffn_act_fn").get("name", "silu"),
+            "num_experts": network.take("moe_num_experts"),
+            "num_experts_per_tok": network.take("moe_top_k"),
+            "norm_topk_prob": network.take("moe_normalize_expert_weights") is not None,
+            "router_jitter_noise": network.take("moe_jitter_eps") or 0.0,
+            "router_aux_loss_coef": network.take("moe_loss_weight"),
+        }
+    )
 
 
 def _dbrx_experts(name: str, tensor: LazyTensor, config: MoEConfig) -> State:

@@ -10,9 +10,9 @@ from typing import Any
 
 from ...checkpoints import State
 from ...configuration_moe import MoEConfig
-from .sparse_parts import halves_to_pairs
-from .target import Target
-from .target_parts import (
+from ..families.sparse_parts import halves_to_pairs
+from .base import Target
+from .parts import (
     balance,
     mixtral_names,
     partial_rope,

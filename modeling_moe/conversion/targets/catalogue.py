@@ -13,11 +13,11 @@ from transformers import PreTrainedConfig
 
 from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
+from .base import Target
+from .gpt_oss import GPT_OSS
 from .servers import SERVERS, Server, faults, servers
-from .target import Target
-from .targets_gpt_oss import GPT_OSS
-from .targets_sigmoid import DEEPSEEK_V3, GLM4_MOE, MINIMAX_M2
-from .targets_softmax import GRANITEMOESHARED, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from .sigmoid import DEEPSEEK_V3, GLM4_MOE, MINIMAX_M2
+from .softmax import GRANITEMOESHARED, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 
 
 # in the order in which `auto` prefers targets that equally many servers run
@@ -88,7 +88,7 @@ class Choice(NamedTuple):
 
     Attributes:
         target: key of `TARGETS`.
-        reason: a sentence that says which servers run it, and which run the others that hold the model.
+        reason: a sentence that says which other targets hold the model, and which servers run those.
     """
 
     target: str
@@ -119,7 +119,7 @@ def choose_target(config: MoEConfig, server: str | None = None) -> Choice:
     target = max(able, key=lambda name: (named is None or named in able[name], len(able[name])))
     told = [f"{name} ({', '.join(server.name for server in found)})" for name, found in able.items() if name != target]
     others = f"; {' and '.join(told)} can hold it too" if told else ", and no other target holds it"
-    return Choice(target, f"{target} holds this model exactly for {', '.join(s.name for s in able[target])}{others}.")
+    return Choice(target, f"{target} holds this model exactly{others}.")
 
 
 def server_named(name: str) -> Server:

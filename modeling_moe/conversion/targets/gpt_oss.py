@@ -11,8 +11,8 @@ import torch
 
 from ...checkpoints import LazyTensor, State
 from ...configuration_moe import MoEConfig
-from .target import Target
-from .target_parts import balance, filled, scaled, sparse_layers, window, with_attention_biases
+from .base import Target
+from .parts import balance, filled, scaled, sparse_layers, window, with_attention_biases
 
 
 # exp(SINK - logit) is 0 in every float dtype, and SINK itself is finite in all of them

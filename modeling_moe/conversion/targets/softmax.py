@@ -7,8 +7,8 @@ import torch
 
 from ...checkpoints import LazyTensor, State
 from ...configuration_moe import MoEConfig
-from .target import Target
-from .target_parts import (
+from .base import Target
+from .parts import (
     balance,
     filled,
     mixtral_names,

@@ -11,9 +11,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ...checkpoints import State
 from ...configuration_fields import Setting, settings_of, with_effect
 from ...configuration_moe import MoEConfig
-from .base import COMMON
-from .catalogue import SPARSE_ONLY, moe_config
-from .target_parts import rope
+from ..families.base import COMMON
+from ..families.catalogue import SPARSE_ONLY, moe_config
+from .parts import rope
 
 
 # fields that do not change the logits in evaluation
