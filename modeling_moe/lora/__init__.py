@@ -33,11 +33,13 @@ from .export_check import Comparison
 from .exporting import ExportAdapterArguments, export_adapter
 from .merging import MergeArguments, apply_adapter, merge_adapter
 from .quantization import quantize_experts
+from .quantizer import Experts4bitConfig
 from .sharding import full_shape, synchronize_adapters
 
 
 __all__ = [
     "Comparison",
+    "Experts4bitConfig",
     "ExportAdapterArguments",
     "MergeArguments",
     "MoELoraConfig",

@@ -6,24 +6,21 @@ A matrix is dequantized when it is read, once in a forward pass. Backward dequan
 # E experts, M columns of a matrix, N rows of a matrix
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from packaging.version import Version
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from ..utils.errors import UserError
 from .enabling import enable
+from .four_bits import DTYPES, FourBit, check_quant_type, hold, load_bitsandbytes, quantize_pieces
 from .layers import MATRICES, is_experts, reason_for_peft
-
-
-QUANT_TYPES = ("nf4", "fp4")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def quantize_experts(model: nn.Module, quant_type: str = "nf4", compress_statistics: bool = True) -> None:
@@ -59,47 +56,36 @@ def quantize_experts(model: nn.Module, quant_type: str = "nf4", compress_statist
         >>> model = get_peft_model(model, moe_lora_config(model))
         >>> quantize_experts(model)
     """
-    replace_parameter_4bit = _load_bitsandbytes()
-    if quant_type not in QUANT_TYPES:
-        raise UserError(f"quant_type is {quant_type!r}: choose {' or '.join(QUANT_TYPES)}")
+    load_bitsandbytes()
+    check_quant_type(quant_type)
     modules = [module for module in model.modules() if is_experts(module)]
     experts = {module: names for module in modules if (names := _matrices(module))}
     if not experts:
         raise UserError("model has no experts that are not in 4 bits already: leave quantize_experts out")
     for module, names in experts.items():
-        for name in names:
-            replace_parameter_4bit(module, name, compress_statistics, quant_type)
-            module.get_submodule(f"parametrizations.{name}.0").register_forward_pre_hook(_follow)
-        module.forward = partial(_forward, module, module.forward, names)
+        matrices = ((name, module.get_parameter(name).data) for name in names)
+        hold_experts(
+            module,
+            ((name, quantize_pieces(each, each.shape, quant_type, compress_statistics)) for name, each in matrices),
+        )
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.save_pretrained = _refuse_saving
     enable()
 
 
-def _load_bitsandbytes() -> Callable[..., None]:
-    """Returns bitsandbytes' function that puts a parameter into 4 bits.
-
-    Raises:
-        UserError: if bitsandbytes is missing or too old.
-    """
-    try:
-        import bitsandbytes
-        from bitsandbytes.nn.parametrize import replace_parameter_4bit
-    except ImportError as error:
-        raise UserError("bitsandbytes is not installed: pip install 'modeling-moe[4bit]'") from error
-    if Version(bitsandbytes.__version__) < Version("0.50"):
-        # older releases never free what they dequantized under checkpointing
-        raise UserError(
-            f"bitsandbytes is {bitsandbytes.__version__}: pip install 'modeling-moe[4bit]' for a newer one"
-        )
-    return replace_parameter_4bit
+def hold_experts(module: nn.Module, matrices: Iterable[tuple[str, FourBit]]) -> None:
+    """Replaces matrices of `module` by their 4 bits, one after another, and makes backward dequantize them again."""
+    for name, matrix in matrices:
+        hold(module, name, matrix)
+    module.forward = partial(_forward, module, module.forward)
 
 
 def _matrices(module: nn.Module) -> list[str]:
     """Returns the names of the matrices of `module` that are not in 4 bits yet."""
     parameters = dict(module.named_parameters(recurse=False))
-    names = [name for name in MATRICES if name in parameters]
+    # PEFT nests its layers in the order of the parameters
+    names = [name for name in parameters if name in MATRICES]
     if names and (reason := reason_for_peft(module)):
         raise UserError(f"{type(module).__name__} cannot have adapters in 4 bits: {reason}")
     for name in names:
@@ -114,13 +100,6 @@ def _refuse_saving(*_, **__) -> NoReturn:
     raise UserError(
         "save_pretrained: experts in 4 bits are not saved, save the adapter and load the 16-bit model again"
     )
-
-
-def _follow(parametrization: Any, inputs: tuple[torch.Tensor]) -> None:
-    """Moves the scales to the device of the 4-bit numbers; the scales are no buffers, so `Module.to` leaves them."""
-    device = inputs[0].device
-    if parametrization.quant_state.absmax.device != device:
-        parametrization.quant_state.to(device)
 
 
 class _Matrix(NamedTuple):
@@ -143,10 +122,11 @@ class _Matrix(NamedTuple):
         return getattr(self.module, self.name).as_strided(self.size, self.stride)
 
 
-def _forward(module: nn.Module, forward: Any, names: list[str], *args, **kwargs) -> torch.Tensor:
+def _forward(module: nn.Module, forward: Any, *args, **kwargs) -> torch.Tensor:
     """Calls `forward`, and saves no dequantized matrix of `module` for backward, which dequantizes again."""
     if torch.compiler.is_compiling():
         return forward(*args, **kwargs)
+    names = [name for name in MATRICES if is_parametrized(module, name)]
     # torch calls only the innermost hooks, so the hooks of checkpointing are called from here
     outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     # the tensor itself may hold the graph, so a detached one is packed
