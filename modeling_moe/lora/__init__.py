@@ -31,6 +31,7 @@ from .config import MoELoraConfig, moe_lora_config, trainable_parameters
 from .enabling import disable, enable, is_enabled, peft_alone
 from .export_check import Comparison
 from .exporting import ExportAdapterArguments, export_adapter
+from .four_bits import is_in_4bit, shown_whole
 from .merging import MergeArguments, apply_adapter, merge_adapter
 from .quantization import quantize_experts
 from .quantizer import Experts4bitConfig
@@ -49,10 +50,12 @@ __all__ = [
     "export_adapter",
     "full_shape",
     "is_enabled",
+    "is_in_4bit",
     "merge_adapter",
     "moe_lora_config",
     "peft_alone",
     "quantize_experts",
+    "shown_whole",
     "synchronize_adapters",
     "trainable_parameters",
 ]

@@ -90,7 +90,9 @@ def moe_lora_config(
     if r < 1:
         raise UserError(f"r is {r}: it must be at least 1")
     with shown_whole(model):
-        return _lora_config(model, r, experts, router, attention, shared, rank_per, lora_alpha, lora_dropout, use_rslora)
+        return _lora_config(
+            model, r, experts, router, attention, shared, rank_per, lora_alpha, lora_dropout, use_rslora
+        )
 
 
 def _lora_config(

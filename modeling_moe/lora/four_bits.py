@@ -50,7 +50,7 @@ def load_bitsandbytes() -> Any:
     """
     try:
         import bitsandbytes
-        import bitsandbytes.nn.parametrize  # noqa: F401
+        import bitsandbytes.nn.parametrize
     except ImportError as error:
         raise UserError("bitsandbytes is not installed: pip install 'modeling-moe[4bit]'") from error
     if Version(bitsandbytes.__version__) < Version("0.50"):
@@ -143,7 +143,7 @@ def shown_whole(model: nn.Module) -> Iterator[None]:
 
     PEFT, and what counts parameters, then see names and shapes of the 16-bit model; nobody may read values.
     """
-    hidden = [(module, *_hide(module)) for module in model.modules() if is_experts(module) and _in_4bit(module)]
+    hidden = [(module, *_hide(module)) for module in model.modules() if _holds_4bit(module)]
     try:
         yield
     finally:
@@ -154,8 +154,13 @@ def shown_whole(model: nn.Module) -> Iterator[None]:
             module._modules["parametrizations"] = parametrizations
 
 
-def _in_4bit(module: nn.Module) -> bool:
-    return any(parametrize.is_parametrized(module, name) for name in MATRICES)
+def is_in_4bit(model: nn.Module) -> bool:
+    """Returns whether a model holds experts in 4 bits."""
+    return any(_holds_4bit(module) for module in model.modules())
+
+
+def _holds_4bit(module: nn.Module) -> bool:
+    return is_experts(module) and any(parametrize.is_parametrized(module, name) for name in MATRICES)
 
 
 def _hide(module: nn.Module) -> tuple[type, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -30,6 +30,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from ..utils.errors import UserError
+from ..utils.mapped_pages import release
 from .four_bits import (
     BLOCK,
     DTYPES,
@@ -233,14 +234,18 @@ def _of_quantizer(conversion: WeightTransform) -> bool:
     return any(hasattr(operation, "hf_quantizer") for operation in operations)
 
 
-def _quantized(hf_quantizer: Experts4bitQuantizer, model: Any, name: str, pieces: Iterator[torch.Tensor]) -> torch.Tensor:
+def _quantized(
+    hf_quantizer: Experts4bitQuantizer, model: Any, name: str, pieces: Iterator[torch.Tensor]
+) -> torch.Tensor:
     """Quantizes a matrix of experts (E, N, M) from its experts' matrices, and returns the packed numbers."""
     shape, config = model.get_parameter(name).shape, hf_quantizer.quantization_config
 
     def checked() -> Iterator[torch.Tensor]:
         for piece in pieces:
             if piece.numel() != shape[1:].numel():
-                raise ValueError(f"an expert's part of {name} has shape {tuple(piece.shape)} and not {tuple(shape[1:])}")
+                raise ValueError(
+                    f"an expert's part of {name} has shape {tuple(piece.shape)} and not {tuple(shape[1:])}"
+                )
             yield piece
 
     matrix = quantize_pieces(checked(), shape, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
@@ -267,6 +272,7 @@ class _Quantize(ConversionOps):
             tensor = value[0] if isinstance(value, list) else value
             if name.rpartition(".")[2] in MATRICES:
                 found[name] = _quantized(self.hf_quantizer, model, name, iter(tensor))
+                release(tensor)
             else:
                 linear = Bnb4BitHfQuantizer.get_quantize_ops(self.hf_quantizer)
                 found |= linear.convert({name: tensor}, *args, model=model, **kwargs)
@@ -289,11 +295,13 @@ class _ExpertByExpert(WeightConverter):
 
         def pieces() -> Iterator[torch.Tensor]:
             for expert in range(counts.pop()):
+                read = {pattern: each[expert]() for pattern, each in tensors.items()}
                 self.collected_tensors.clear()
-                for pattern, each in tensors.items():
-                    self.collected_tensors[pattern].append(each[expert])
-                    each[expert] = None
+                for pattern, tensor in read.items():
+                    self.collected_tensors[pattern].append(lambda tensor=tensor: tensor)
                 yield from WeightConverter.convert(self, layer_name, model, config, hf_quantizer).values()
+                for tensor in read.values():
+                    release(tensor)
 
         with log_conversion_errors(layer_name, loading_info, (len(tensors), layer_name), operation):
             return {layer_name: _quantized(hf_quantizer, model, layer_name, pieces())}
@@ -358,7 +366,9 @@ def _state(parts: dict[str, torch.Tensor], packed: torch.Tensor, shape: torch.Si
     nested = {part for part in parts if part.startswith("nested_")}
     settings = [part for part in parts if part.startswith("quant_state.")]
     if not {"absmax", "quant_map"} <= parts.keys() or len(nested) not in (0, 2) or len(settings) != 1:
-        raise ValueError(f"{name} has not all tensors of a matrix in 4 bits beside it, only {', '.join(parts) or 'none'}")
+        raise ValueError(
+            f"{name} has not all tensors of a matrix in 4 bits beside it, only {', '.join(parts) or 'none'}"
+        )
     state = load_bitsandbytes().functional.QuantState.from_dict(parts, device=packed.device)
     numbers, scales = shape.numel(), state.absmax.numel()
     wanted = {
