@@ -31,7 +31,7 @@ from .config import MoELoraConfig, moe_lora_config, trainable_parameters
 from .enabling import disable, enable, is_enabled, peft_alone
 from .export_check import Comparison
 from .exporting import ExportAdapterArguments, export_adapter
-from .four_bits import is_in_4bit, shown_whole
+from .holding import is_in_4bit, shown_whole
 from .merging import MergeArguments, apply_adapter, merge_adapter
 from .quantization import quantize_experts
 from .quantizer import Experts4bitConfig

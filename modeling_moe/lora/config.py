@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, conversion_mapping
 
 from ..utils.errors import UserError
 from .enabling import enable
-from .four_bits import shown_whole
+from .holding import shown_whole
 from .layers import MATRICES, Experts, is_experts, wrap
 from .sharding import full_shape
 

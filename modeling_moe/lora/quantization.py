@@ -1,42 +1,36 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module holds the frozen matrices of experts in 4 bits (QLoRA, arXiv:2305.14314), by bitsandbytes.
-
-A matrix is dequantized when it is read, once in a forward pass. Backward dequantizes it again, so no copy is kept.
+"""This module puts the experts of a model that is in memory into 4 bits (QLoRA, arXiv:2305.14314), by bitsandbytes.
 
 # E experts, M columns of a matrix, N rows of a matrix
 """
 
-from collections.abc import Iterable
-from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
-import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
-from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from ..utils.errors import UserError
 from .enabling import enable
-from .four_bits import DTYPES, FourBit, check_quant_type, hold, load_bitsandbytes, quantize_pieces
+from .four_bits import DTYPES, check_quant_type, load_bitsandbytes, quantize_pieces
+from .holding import hold_experts
 from .layers import MATRICES, is_experts, reason_for_peft
+from .quantizer import Experts4bitConfig, mark_as_4bit
 
 
 def quantize_experts(model: nn.Module, quant_type: str = "nf4", compress_statistics: bool = True) -> None:
     """Replaces the matrices of all experts in `model` by 4 bits per number, in place; they are frozen from then on.
 
-    Call it last, after [`~peft.get_peft_model`] or [`~peft.PeftModel.from_pretrained`]: PEFT cannot find parameters
-    that are in 4 bits, and would nest its layers in another order, so that the adapter would not fit the 16-bit model.
-    Linear layers are left to transformers' `BitsAndBytesConfig`. To merge, load the 16-bit model and the saved
-    adapter.
+    The model must be in memory in 16 bits first; [`Experts4bitConfig`] loads one that does not fit. Adapters may be added
+    before or after, and give the same model. Without adapters, `save_pretrained` writes the 4 bits. Linear layers are left
+    to transformers' `BitsAndBytesConfig`. To merge, load the 16-bit model and the saved adapter.
 
     Matrices are dequantized to the dtype that they had, so load them in the dtype to compute in. Under an autocast to
     another dtype, backward keeps the copies that autocast makes, except with Triton on a GPU. `torch.compile` keeps
     dequantized matrices too, unless the layers are checkpointed.
 
-    Calls [`~modeling_moe.lora.enable`], which also makes PEFT refuse to merge such experts, or to add an adapter on
-    them.
+    Calls [`~modeling_moe.lora.enable`], which also makes PEFT refuse to merge such experts.
 
     Args:
         model: any model with experts in transformers' interface, with or without adapters; each matrix is (E, N, M) or
@@ -68,17 +62,13 @@ def quantize_experts(model: nn.Module, quant_type: str = "nf4", compress_statist
             module,
             ((name, quantize_pieces(each, each.shape, quant_type, compress_statistics)) for name, each in matrices),
         )
+    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
+        if isinstance(module, PreTrainedModel) and adapted:
             module.save_pretrained = _refuse_saving
+        elif isinstance(module, PreTrainedModel):
+            mark_as_4bit(module, Experts4bitConfig(quant_type, compress_statistics))
     enable()
-
-
-def hold_experts(module: nn.Module, matrices: Iterable[tuple[str, FourBit]]) -> None:
-    """Replaces matrices of `module` by their 4 bits, one after another, and makes backward dequantize them again."""
-    for name, matrix in matrices:
-        hold(module, name, matrix)
-    module.forward = partial(_forward, module, module.forward)
 
 
 def _matrices(module: nn.Module) -> list[str]:
@@ -98,54 +88,6 @@ def _matrices(module: nn.Module) -> list[str]:
 
 def _refuse_saving(*_, **__) -> NoReturn:
     raise UserError(
-        "save_pretrained: experts in 4 bits are not saved, save the adapter and load the 16-bit model again"
+        "save_pretrained: experts in 4 bits that have adapters are not saved, save the adapter alone, or load the model by "
+        "Experts4bitConfig and save it before the adapter is added"
     )
-
-
-class _Matrix(NamedTuple):
-    """The place of a matrix or a transposed matrix among the tensors saved for backward.
-
-    Attributes:
-        module: the experts.
-        name: name of the matrix.
-        size: size of the saved view.
-        stride: stride of the saved view.
-    """
-
-    module: nn.Module
-    name: str
-    size: torch.Size
-    stride: tuple[int, ...]
-
-    def dequantize(self) -> torch.Tensor:
-        """Dequantizes the matrix again and returns the saved view of it."""
-        return getattr(self.module, self.name).as_strided(self.size, self.stride)
-
-
-def _forward(module: nn.Module, forward: Any, *args, **kwargs) -> torch.Tensor:
-    """Calls `forward`, and saves no dequantized matrix of `module` for backward, which dequantizes again."""
-    if torch.compiler.is_compiling():
-        return forward(*args, **kwargs)
-    names = [name for name in MATRICES if is_parametrized(module, name)]
-    # torch calls only the innermost hooks, so the hooks of checkpointing are called from here
-    outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    # the tensor itself may hold the graph, so a detached one is packed
-    outer_pack, outer_unpack = outer or (torch.Tensor.detach, lambda tensor: tensor)
-
-    def pack(tensor: torch.Tensor) -> Any:
-        for name in names:
-            # bitsandbytes caches the dequantized matrix while the forward pass runs
-            weight = getattr(module, name)
-            if _same_storage(tensor, weight) and tensor.numel() == weight.numel():
-                return _Matrix(module, name, tensor.size(), tensor.stride())
-        return outer_pack(tensor)
-
-    def unpack(packed: Any) -> torch.Tensor:
-        return packed.dequantize() if isinstance(packed, _Matrix) else outer_unpack(packed)
-
-    with saved_tensors_hooks(pack, unpack):
-        return forward(*args, **kwargs)
-
-
-def _same_storage(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()

@@ -11,11 +11,13 @@ quantizer below is registered with transformers under a name of its own, so that
 import copy
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -41,8 +43,8 @@ from .four_bits import (
     load_bitsandbytes,
     quantize_pieces,
 )
+from .holding import hold_experts
 from .layers import MATRICES, is_experts, reason_for_peft
-from .quantization import hold_experts
 
 
 METHOD = "modeling_moe_4bit"
@@ -64,7 +66,7 @@ class Experts4bitConfig(BitsAndBytesConfig):
     """Asks `from_pretrained` for experts in bitsandbytes' 4-bit format, quantized while they are read.
 
     Where each expert has tensors of its own in the file, at most one expert's are in memory beside the 4-bit model;
-    otherwise at most one tensor. The bytes equal those of [`quantize_experts`] on the model in 16 bits. Matrices are
+    otherwise at most one tensor. The bytes equal those of [`~modeling_moe.lora.quantize_experts`] on the model in 16 bits. Matrices are
     dequantized to the `dtype` of `from_pretrained`. Adapters are added afterwards, as to a model in 16 bits.
 
     `save_pretrained` writes the 4 bits, and `from_pretrained` reads them after `import modeling_moe.lora`.
@@ -188,7 +190,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[WeightTransform], *model: Any) -> list:
         """Makes the conversions of experts work on one expert at a time, or read what was saved in 4 bits."""
         if self.pre_quantized:
-            kept = [conversion for conversion in weight_conversions if not makes_experts(conversion)]
+            kept = [conversion for conversion in weight_conversions if not _makes_experts(conversion)]
             saved = [self._saved_matrix(name) for name in self._matrices]
             return [*saved, *super().update_weight_conversions(kept, *model)]
         return [_expert_by_expert(conversion) for conversion in weight_conversions]
@@ -209,20 +211,33 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
             for name, parameter in module.named_parameters(recurse=False):
                 if name not in MATRICES:
                     continue
-                if name not in states:
-                    raise UserError(
-                        f"{path}.{name} is not in the checkpoint in 4 bits, as its config.json says: download it again"
-                    )
-                matrices.append((name, FourBit(parameter.data, states[name])))
+                state = states.get(name, "it is not in the file")
+                if isinstance(state, str):
+                    raise UserError(f"{path}.{name} cannot be read in 4 bits: {state}, download the checkpoint again")
+                matrices.append((name, FourBit(parameter.data, state)))
             hold_experts(module, matrices)
-        # what was split or joined while loading is saved in 4 bits, under the names of the model
-        model._weight_conversions = [
-            each for each in model._weight_conversions if not makes_experts(each) and not _of_quantizer(each)
-        ]
+        _save_in_4bit(model)
         return model
 
 
-def makes_experts(conversion: WeightTransform) -> bool:
+def mark_as_4bit(model: Any, config: Experts4bitConfig) -> None:
+    """Makes a model whose experts were put into 4 bits in memory like one that was loaded so, for `save_pretrained`."""
+    quantizer = Experts4bitQuantizer(config, pre_quantized=False)
+    model.hf_quantizer, model.config.quantization_config = quantizer, config
+    model.is_quantized, model.quantization_method = True, METHOD
+    if getattr(model, "_weight_conversions", None) is None:
+        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    _save_in_4bit(model)
+
+
+def _save_in_4bit(model: Any) -> None:
+    """Leaves out the conversions that would split the matrices of experts again when the model is saved."""
+    model._weight_conversions = [
+        each for each in model._weight_conversions if not _makes_experts(each) and not _of_quantizer(each)
+    ]
+
+
+def _makes_experts(conversion: WeightTransform) -> bool:
     """Returns whether a conversion makes a matrix of experts."""
     return isinstance(conversion, WeightConverter) and any(
         target.rpartition(".")[2] in MATRICES for target in conversion.target_patterns
@@ -284,9 +299,9 @@ class _ExpertByExpert(WeightConverter):
 
     __slots__ = ()
 
-    def convert(self, layer_name: str, model=None, config=None, hf_quantizer=None, loading_info=None):
+    def convert(self, layer_name: str, model=None, config=None, hf_quantizer: Any = None, loading_info=None):
         """Returns the packed numbers of all experts under the name of the matrix."""
-        tensors = dict(self.collected_tensors)
+        tensors: dict[str, Any] = dict(self.collected_tensors)
         counts = {len(each) for each in tensors.values()}
         if self.quantization_operation is None or len(counts) != 1:
             # transformers names what is missing
@@ -295,11 +310,13 @@ class _ExpertByExpert(WeightConverter):
 
         def pieces() -> Iterator[torch.Tensor]:
             for expert in range(counts.pop()):
+                # transformers gives functions that read, where it quantizes while it loads
                 read = {pattern: each[expert]() for pattern, each in tensors.items()}
                 self.collected_tensors.clear()
                 for pattern, tensor in read.items():
-                    self.collected_tensors[pattern].append(lambda tensor=tensor: tensor)
-                yield from WeightConverter.convert(self, layer_name, model, config, hf_quantizer).values()
+                    self.collected_tensors[pattern].append(partial(_identity, tensor))
+                (piece,) = WeightConverter.convert(self, layer_name, model, config, hf_quantizer).values()
+                yield piece
                 for tensor in read.values():
                     release(tensor)
 
@@ -307,12 +324,19 @@ class _ExpertByExpert(WeightConverter):
             return {layer_name: _quantized(hf_quantizer, model, layer_name, pieces())}
 
 
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 def _expert_by_expert(conversion: WeightTransform) -> WeightTransform:
     """Returns a conversion that quantizes one expert at a time if its operations allow it, else the given conversion."""
-    if not makes_experts(conversion) or len(conversion.target_patterns) != 1:
+    if not isinstance(conversion, WeightConverter) or not _makes_experts(conversion):
         return conversion
     merge, *others = conversion.operations
-    if not isinstance(merge, MergeModulelist) or merge.dim != 0 or not all(_within_experts(each) for each in others):
+    of_experts = (
+        isinstance(merge, MergeModulelist) and merge.dim == 0 and all(_within_experts(each) for each in others)
+    )
+    if not of_experts or len(conversion.target_patterns) != 1:
         return conversion
     conversion = copy.copy(conversion)
     conversion.__class__ = _ExpertByExpert
@@ -323,8 +347,9 @@ def _within_experts(operation: ConversionOps) -> bool:
     """Returns whether an operation on (E, N, M) treats each expert alone."""
     if isinstance(operation, Concatenate):
         return operation.dim % 3 != 0
-    plain = isinstance(operation, Transpose) and not getattr(operation, "check_dims", False)
-    return plain and operation.dim0 % 3 != 0 and operation.dim1 % 3 != 0
+    if isinstance(operation, Transpose) and not operation.check_dims:
+        return operation.dim0 % 3 != 0 and operation.dim1 % 3 != 0
+    return False
 
 
 class _ReadSaved(ConversionOps):
@@ -345,19 +370,20 @@ class _ReadSaved(ConversionOps):
     ) -> dict[str, Any]:
         """Returns the packed numbers under the matrix's name.
 
-        Raises:
-            ValueError: if a tensor is missing, or does not fit the matrix.
+        What is wrong with a damaged file is kept for the end of loading, since transformers would only print it.
         """
         packed, *companions = (input_dict[source][0] if source in input_dict else None for source in source_patterns)
         parts = {name: part for name, part in zip(COMPANIONS, companions, strict=True) if part is not None}
-        if packed is None:
-            raise ValueError(f"{full_layer_name} is missing")
-        state = _state(parts, packed, model.get_parameter(full_layer_name).shape, full_layer_name)
-        state.dtype = self.hf_quantizer.quantization_config.bnb_4bit_compute_dtype
+        packed = torch.empty(0) if packed is None else packed
+        try:
+            state = _state(parts, packed, model.get_parameter(full_layer_name).shape)
+            state.dtype = self.hf_quantizer.quantization_config.bnb_4bit_compute_dtype
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+            state = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__} {error}".strip()
         return {target_patterns[0]: _keep_state(model, full_layer_name, FourBit(packed, state))}
 
 
-def _state(parts: dict[str, torch.Tensor], packed: torch.Tensor, shape: torch.Size, name: str) -> Any:
+def _state(parts: dict[str, torch.Tensor], packed: torch.Tensor, shape: torch.Size) -> Any:
     """Returns bitsandbytes' state of a matrix from the tensors beside it in a file.
 
     Raises:
@@ -366,9 +392,7 @@ def _state(parts: dict[str, torch.Tensor], packed: torch.Tensor, shape: torch.Si
     nested = {part for part in parts if part.startswith("nested_")}
     settings = [part for part in parts if part.startswith("quant_state.")]
     if not {"absmax", "quant_map"} <= parts.keys() or len(nested) not in (0, 2) or len(settings) != 1:
-        raise ValueError(
-            f"{name} has not all tensors of a matrix in 4 bits beside it, only {', '.join(parts) or 'none'}"
-        )
+        raise ValueError(f"only {', '.join(parts) or 'nothing'} lies beside it in the file")
     state = load_bitsandbytes().functional.QuantState.from_dict(parts, device=packed.device)
     numbers, scales = shape.numel(), state.absmax.numel()
     wanted = {
@@ -383,5 +407,5 @@ def _state(parts: dict[str, torch.Tensor], packed: torch.Tensor, shape: torch.Si
         wanted["number of scales' scales"] = (state.state2.absmax.numel(), math.ceil(scales / SCALES_BLOCK))
     for what, (found, expected) in wanted.items():
         if found != expected:
-            raise ValueError(f"{name} in 4 bits has {what} {found} and not {expected}")
+            raise ValueError(f"its {what} is {found} and not {expected}")
     return state

@@ -165,12 +165,12 @@ def test_linear_layers(folder, tmp_path):
     assert not any(parametrize.is_parametrized(module) for module, _ in matrices_of(stock))
     quantize_experts(stock)
     assert_same_state(model, stock)
-    logits = model(IDS).logits
-    assert logits.equal(stock(IDS).logits)
     model.save_pretrained(tmp_path)
     again = load_model(str(tmp_path))
     assert_same_state(again, model)
-    adapted = get_peft_model(again, moe_lora_config(again, r=2))
+    # outside training, bitsandbytes lays the weights out anew for the CPU, and refuses layers this narrow
+    assert model.train()(IDS).logits.equal(stock.train()(IDS).logits)
+    adapted = get_peft_model(again, moe_lora_config(again, r=2)).train()
     assert all(gradient.isfinite().all() for gradient in results(adapted).values())
 
 
@@ -243,7 +243,7 @@ def test_mistakes(folder):
         Experts4bitConfig(quant_type="int4")
     with pytest.raises(UserError, match="lineer_layers: Experts4bitConfig has no such field"):
         Experts4bitConfig(lineer_layers=True)
-    with pytest.raises(UserError, match="dtype is torch.float64"):
+    with pytest.raises(UserError, match=r"dtype is torch\.float64"):
         AutoModelForCausalLM.from_pretrained(
             folder("mixtral"), quantization_config=Experts4bitConfig(), dtype=torch.float64
         )
@@ -263,7 +263,7 @@ def test_a_dense_model(tmp_path):
 
 def _train(rank: int, folder: str, wrap: str) -> None:
     model = loaded(folder)
-    model = get_peft_model(model, moe_lora_config(model, r=2, lora_alpha=3))
+    model = get_peft_model(model, moe_lora_config(model, r=2, lora_alpha=3, router=False))
     fill(model, 0.2, only="lora_")
     expected = results(model)
     if wrap == "ddp":
