@@ -75,7 +75,8 @@ def _holds_4bit(module: nn.Module) -> bool:
 
 def _hide(module: nn.Module) -> tuple[type, Any]:
     """Takes the parametrizations of `module` off, and returns the class and the parametrizations to put back."""
-    parametrized_class, parametrizations = type(module), module._modules.pop("parametrizations")
+    parametrized_class: type = type(module)
+    parametrizations: Any = module._modules.pop("parametrizations")
     # torch derives a class with a property for each parametrized name
     module.__class__ = parametrized_class.__bases__[0]
     for name, entries in parametrizations.items():

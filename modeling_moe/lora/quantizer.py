@@ -98,8 +98,8 @@ class Experts4bitConfig(BitsAndBytesConfig):
         skip_modules: list[str] | None = None,
         **unknown: Any,
     ):
-        if unknown := unknown.keys() - {"quant_method"}:
-            raise UserError(f"{', '.join(sorted(unknown))}: Experts4bitConfig has no such field, leave it out")
+        if names := unknown.keys() - {"quant_method"}:
+            raise UserError(f"{', '.join(sorted(names))}: Experts4bitConfig has no such field, leave it out")
         check_quant_type(quant_type)
         super().__init__(
             load_in_4bit=True,
@@ -134,7 +134,11 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         quantization_config: the fields of [`Experts4bitConfig`].
     """
 
-    quantization_config: Experts4bitConfig
+    @property
+    def fields(self) -> Experts4bitConfig:
+        """The fields of the description that the quantizer was made from."""
+        assert isinstance(self.quantization_config, Experts4bitConfig)  # transformers finds the quantizer by it
+        return self.quantization_config
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raises UserError if bitsandbytes is missing or too old, or the model would be split over processes."""
@@ -175,7 +179,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         for module in experts.values():
             if reason := reason_for_peft(module):
                 raise UserError(f"{type(module).__name__} cannot be held in 4 bits: {reason}")
-        config = self.quantization_config
+        config = self.fields
         if config.linear_layers:
             routers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ROUTERS]
             given, kept = config.llm_int8_skip_modules, {*get_keys_to_not_convert(model), *routers}
@@ -183,16 +187,17 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
             super()._process_model_before_weight_loading(model, device_map, **kwargs)
             config.llm_int8_skip_modules = given
 
-    def get_quantize_ops(self) -> ConversionOps:
+    def get_quantize_ops(self) -> Any:
         """Returns the operation that quantizes a tensor that transformers has read."""
         return _Quantize(self)
 
-    def update_weight_conversions(self, weight_conversions: list[WeightTransform], *model: Any) -> list:
+    def update_weight_conversions(self, weight_conversions: list[WeightTransform], model: Any = None) -> list:
         """Makes the conversions of experts work on one expert at a time, or read what was saved in 4 bits."""
         if self.pre_quantized:
             kept = [conversion for conversion in weight_conversions if not _makes_experts(conversion)]
             saved = [self._saved_matrix(name) for name in self._matrices]
-            return [*saved, *super().update_weight_conversions(kept, *model)]
+            # older releases of transformers do not give the model
+            return [*saved, *super().update_weight_conversions(kept, *([] if model is None else [model]))]
         return [_expert_by_expert(conversion) for conversion in weight_conversions]
 
     def _saved_matrix(self, name: str) -> WeightConverter:
@@ -201,7 +206,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         return WeightConverter(sources, [f".{name}"], [_ReadSaved(self)])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self.quantization_config.linear_layers:
+        if self.fields.linear_layers:
             super()._process_model_after_weight_loading(model, **kwargs)
         for path, module in model.named_modules():
             if not is_experts(module):
@@ -299,7 +304,14 @@ class _ExpertByExpert(WeightConverter):
 
     __slots__ = ()
 
-    def convert(self, layer_name: str, model=None, config=None, hf_quantizer: Any = None, loading_info=None):
+    def convert(
+        self,
+        layer_name: str,
+        model: Any = None,
+        config: Any = None,
+        hf_quantizer: Any = None,
+        loading_info: Any = None,
+    ) -> dict[str, Any]:
         """Returns the packed numbers of all experts under the name of the matrix."""
         tensors: dict[str, Any] = dict(self.collected_tensors)
         counts = {len(each) for each in tensors.values()}
@@ -312,10 +324,11 @@ class _ExpertByExpert(WeightConverter):
             for expert in range(counts.pop()):
                 # transformers gives functions that read, where it quantizes while it loads
                 read = {pattern: each[expert]() for pattern, each in tensors.items()}
-                self.collected_tensors.clear()
-                for pattern, tensor in read.items():
-                    self.collected_tensors[pattern].append(partial(_identity, tensor))
-                (piece,) = WeightConverter.convert(self, layer_name, model, config, hf_quantizer).values()
+                collected: dict[str, Any] = self.collected_tensors
+                collected.clear()
+                collected |= {pattern: [partial(_identity, tensor)] for pattern, tensor in read.items()}
+                converted: dict[str, Any] = WeightConverter.convert(self, layer_name, model, config, hf_quantizer)
+                (piece,) = converted.values()
                 yield piece
                 for tensor in read.values():
                     release(tensor)

@@ -107,6 +107,11 @@ class ModelArguments:
             raise UserError(f"method is {self.method!r}: choose one of {', '.join(METHODS)}")
         if self.load_in_4bit is not None and self.method != "lora":
             raise UserError(f"load_in_4bit needs method lora: weights in 4 bits are not trained by {self.method}")
+        if self.load_in_4bit is not None and self.distributed_config() is not None:
+            raise UserError(
+                "load_in_4bit with fsdp_size, tp_size or ep_size: weights in 4 bits cannot be split while they are loaded, "
+                "split the model by accelerate launch"
+            )
         if self.freeze_experts is not None and self.method != "full":
             raise UserError(
                 f"freeze_experts needs method full: method {self.method} does not train single experts, omit freeze_experts"
