@@ -33,6 +33,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from ..utils.errors import UserError
 from ..utils.mapped_pages import release
+from .enabling import enable
 from .four_bits import (
     BLOCK,
     DTYPES,
@@ -69,7 +70,8 @@ class Experts4bitConfig(BitsAndBytesConfig):
     otherwise at most one tensor. The bytes equal those of [`~modeling_moe.lora.quantize_experts`] on the model in 16 bits. Matrices are
     dequantized to the `dtype` of `from_pretrained`. Adapters are added afterwards, as to a model in 16 bits.
 
-    `save_pretrained` writes the 4 bits, and `from_pretrained` reads them after `import modeling_moe.lora`.
+    `save_pretrained` writes the 4 bits, and `from_pretrained` reads them after `import modeling_moe.lora`. Loading calls
+    [`~modeling_moe.lora.enable`], since PEFT alone does not find matrices in 4 bits.
 
     Args:
         quant_type: `"nf4"` or `"fp4"`.
@@ -174,7 +176,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise UserError(
                 "Experts4bitConfig: experts in 4 bits cannot be split while they are loaded, leave out fsdp_size, tp_size "
-                "and ep_size, and split the model by accelerate launch"
+                "and ep_size: each process then holds the model, as under DDP"
             )
         for module in experts.values():
             if reason := reason_for_peft(module):
@@ -222,6 +224,8 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
                 matrices.append((name, FourBit(parameter.data, state)))
             hold_experts(module, matrices)
         _save_in_4bit(model)
+        # PEFT alone would leave out the adapters of experts in 4 bits, with a warning
+        enable()
         return model
 
 

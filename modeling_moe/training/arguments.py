@@ -110,7 +110,7 @@ class ModelArguments:
         if self.load_in_4bit is not None and self.distributed_config() is not None:
             raise UserError(
                 "load_in_4bit with fsdp_size, tp_size or ep_size: weights in 4 bits cannot be split while they are loaded, "
-                "split the model by accelerate launch"
+                "leave the sizes out, and each process holds the model, as under DDP"
             )
         if self.freeze_experts is not None and self.method != "full":
             raise UserError(

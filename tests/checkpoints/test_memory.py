@@ -197,6 +197,7 @@ def test_peak_memory_of_an_imported_family(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_peak_memory_of_loading_in_4_bits(tmp_path):
     """Loading 5.6 GB takes less memory than the 4-bit model has bytes, since weights left in 16 bits stay in the file.
 

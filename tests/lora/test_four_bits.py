@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.core_model_loading import MergeModulelist
 from transformers.quantizers import auto
 
-from modeling_moe import MoEForCausalLM
+from modeling_moe import MoEForCausalLM, lora
 from modeling_moe.checkpoint_damage import CheckpointError
 from modeling_moe.lora import Experts4bitConfig, moe_lora_config, quantize_experts, trainable_parameters
 from modeling_moe.lora.four_bits import quantize_pieces
@@ -131,6 +131,14 @@ def test_counts_and_adapters_of_4bit_models(folder, tmp_path):
     again.add_adapter("other", config)
     again.set_adapter("other")
     assert again(IDS).logits.isfinite().all()
+
+
+def test_loading_calls_enable(folder, tmp_path):
+    """PEFT alone would leave out the adapters of experts, so a saved 4-bit model changes PEFT too when it is loaded."""
+    loaded(folder("mixtral")).save_pretrained(tmp_path)
+    lora.disable()
+    load_model(str(tmp_path))
+    assert lora.is_enabled()
 
 
 def test_one_expert_at_a_time(folder, monkeypatch):

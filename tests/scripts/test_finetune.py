@@ -358,7 +358,7 @@ def test_reloads_without_the_package(checkpoint, text_file, tmp_path, monkeypatc
         (["--load_in_4bit", "experts"], "load_in_4bit needs method lora"),
         (
             ["--load_in_4bit", "experts", "--method", "lora", "--fsdp_size", "2"],
-            "split the model by accelerate launch",
+            "and each process holds the model",
         ),
         (["--freeze_experts", "3-1"], "freeze_experts '3-1' is not a list of experts"),
         (["--freeze_experts", "0,x"], "freeze_experts '0,x' is not a list of experts"),
