@@ -77,8 +77,9 @@ def _hide(module: nn.Module) -> tuple[type, Any]:
     """Takes the parametrizations of `module` off, and returns the class and the parametrizations to put back."""
     parametrized_class: type = type(module)
     parametrizations: Any = module._modules.pop("parametrizations")
-    # torch derives a class with a property for each parametrized name
-    module.__class__ = parametrized_class.__bases__[0]
+    # torch derives a class with a property for each parametrized name, and FSDP2 may derive another one from that
+    classes, name = parametrized_class.__mro__, next(iter(parametrizations))
+    module.__class__ = classes[[name in vars(each) for each in classes].index(True) + 1]
     for name, entries in parametrizations.items():
         state = entries[0].quant_state
         one = torch.zeros((), dtype=state.dtype, device=entries.original.device)

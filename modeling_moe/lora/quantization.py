@@ -62,11 +62,13 @@ def quantize_experts(model: nn.Module, quant_type: str = "nf4", compress_statist
             module,
             ((name, quantize_pieces(each, each.shape, quant_type, compress_statistics)) for name, each in matrices),
         )
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and adapted:
+    unsaved = adapted or any(getattr(module, "hf_quantizer", None) is not None for module in models)
+    for module in models:
+        if unsaved:
             module.save_pretrained = _refuse_saving
-        elif isinstance(module, PreTrainedModel):
+        else:
             mark_as_4bit(module, Experts4bitConfig(quant_type, compress_statistics))
     enable()
 
@@ -88,6 +90,6 @@ def _matrices(module: nn.Module) -> list[str]:
 
 def _refuse_saving(*_, **__) -> NoReturn:
     raise UserError(
-        "save_pretrained: experts in 4 bits that have adapters are not saved, save the adapter alone, or load the model by "
-        "Experts4bitConfig and save it before the adapter is added"
+        "save_pretrained: experts in 4 bits that have adapters are not saved, and none beside other weights in 4 bits: save "
+        "the adapter alone, or load the model by Experts4bitConfig, and save it before the adapter is added"
     )

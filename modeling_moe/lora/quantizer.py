@@ -143,7 +143,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         return self.quantization_config
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raises UserError if bitsandbytes is missing or too old, or the model would be split over processes."""
+        """Raises UserError if bitsandbytes is missing or too old."""
         load_bitsandbytes()
         super().validate_environment(*args, **kwargs)
 
@@ -266,7 +266,7 @@ def _quantized(
 
     def checked() -> Iterator[torch.Tensor]:
         for piece in pieces:
-            if piece.numel() != shape[1:].numel():
+            if piece.shape[-2:] != shape[1:] or piece.numel() != shape[1:].numel():
                 raise ValueError(
                     f"an expert's part of {name} has shape {tuple(piece.shape)} and not {tuple(shape[1:])}"
                 )

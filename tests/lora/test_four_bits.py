@@ -173,6 +173,8 @@ def test_linear_layers(folder, tmp_path):
     assert not any(parametrize.is_parametrized(module) for module, _ in matrices_of(stock))
     quantize_experts(stock)
     assert_same_state(model, stock)
+    with pytest.raises(UserError, match="none beside other weights in 4 bits"):
+        stock.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     again = load_model(str(tmp_path))
     assert_same_state(again, model)
@@ -236,6 +238,15 @@ def test_a_checkpoint_without_an_expert(folder, tmp_path):
     damaged(tmp_path, lambda state: state.pop(next(name for name in state if "experts.3." in name)))
     with pytest.raises((RuntimeError, CheckpointError, UserError)):
         loaded(tmp_path)
+
+
+def test_a_transposed_matrix(folder, tmp_path):
+    """As many numbers in another shape are refused as in 16 bits."""
+    source_of("gpt_oss").bfloat16().save_pretrained(tmp_path)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    damaged(tmp_path, lambda state: state.update({name: state[name].reshape(4, 8, -1).clone()}))
+    with pytest.raises(UserError, match="gate_up_proj"):
+        load_model(str(tmp_path), quantization_config=Experts4bitConfig())
 
 
 def test_transformers_alone_refuses_the_file(folder, tmp_path, monkeypatch):

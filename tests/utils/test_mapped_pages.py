@@ -38,6 +38,10 @@ def test_a_mapped_tensor_is_given_back_and_read_again(tmp_path):
         assert before - resident(first) > 0.9 * first.nbytes
         assert first.equal(numbers)
         assert second.equal(numbers * 2)
+        # a changed page would come back unchanged, so the tensor keeps its pages
+        second[70000] = -1
+        release(second)
+        assert second[70000] == -1
 
 
 def test_other_tensors_are_left_alone():
