@@ -8,10 +8,10 @@
 [`enable`] changes PEFT in this process: its layers on the matrices of experts multiply tokens by the low-rank factors,
 where PEFT alone builds the updated matrix of every expert in each forward pass. [`disable`] undoes the change. These
 functions call `enable` themselves: [`moe_lora_config`], [`MoELoraConfig`], [`quantize_experts`] and [`apply_adapter`],
-and so do the commands `finetune` and `merge_adapter`. Call it yourself before you use PEFT's own `LoraConfig` or
+and so do loading a model in 4 bits ([`Experts4bitConfig`]) and the commands `finetune` and `merge_adapter`. Call it yourself before you use PEFT's own `LoraConfig` or
 `PeftModel.from_pretrained`; models that PEFT has wrapped earlier change too.
 
-Importing this package changes nothing. Without `enable`:
+Importing this package changes nothing but that transformers learns the name of the 4-bit format. Without `enable`:
 
 - PEFT's `LoraConfig(target_parameters=...)` on the experts of this package's model gives correct outputs, gradients
   and adapter files. PEFT's own path computes them: slower, and with a gradient as large as the experts' matrices.
@@ -31,13 +31,16 @@ from .config import MoELoraConfig, moe_lora_config, trainable_parameters
 from .enabling import disable, enable, is_enabled, peft_alone
 from .export_check import Comparison
 from .exporting import ExportAdapterArguments, export_adapter
+from .holding import is_in_4bit, shown_whole
 from .merging import MergeArguments, apply_adapter, merge_adapter
 from .quantization import quantize_experts
+from .quantizer import Experts4bitConfig
 from .sharding import full_shape, synchronize_adapters
 
 
 __all__ = [
     "Comparison",
+    "Experts4bitConfig",
     "ExportAdapterArguments",
     "MergeArguments",
     "MoELoraConfig",
@@ -47,10 +50,12 @@ __all__ = [
     "export_adapter",
     "full_shape",
     "is_enabled",
+    "is_in_4bit",
     "merge_adapter",
     "moe_lora_config",
     "peft_alone",
     "quantize_experts",
+    "shown_whole",
     "synchronize_adapters",
     "trainable_parameters",
 ]

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from peft import LoraConfig
 from rich.console import Console
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel, conversion_mapping
 
 from ..utils.errors import UserError
 from .enabling import enable
+from .holding import shown_whole
 from .layers import MATRICES, Experts, is_experts, wrap
 from .sharding import full_shape
 
@@ -89,6 +89,25 @@ def moe_lora_config(
     """
     if r < 1:
         raise UserError(f"r is {r}: it must be at least 1")
+    with shown_whole(model):
+        return _lora_config(
+            model, r, experts, router, attention, shared, rank_per, lora_alpha, lora_dropout, use_rslora
+        )
+
+
+def _lora_config(
+    model: PreTrainedModel,
+    r: int,
+    experts: bool,
+    router: bool,
+    attention: bool | Sequence[str],
+    shared: bool,
+    rank_per: str,
+    lora_alpha: float | None,
+    lora_dropout: float,
+    use_rslora: bool,
+) -> MoELoraConfig:
+    """Makes the configuration of [`moe_lora_config`] for a model that shows its matrices whole."""
     parameters = _expert_parameters(model) if experts else []
     modules = _attention_layers(model, attention) + (_shared_layers(model) if shared else [])
     _check_split(model, modules)
@@ -159,10 +178,6 @@ def _experts_of(model: nn.Module) -> list[tuple[str, str, Experts]]:
 
 
 def _expert_parameters(model: nn.Module) -> list[str]:
-    if any(is_parametrized(module) for *_, module in _experts_of(model)):
-        raise UserError(
-            "experts are in 4 bits already: call quantize_experts after get_peft_model, or set experts=False"
-        )
     return sorted(
         {
             f"{block}.{name}.{matrix}"

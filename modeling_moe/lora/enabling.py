@@ -11,7 +11,7 @@ from peft.tuners.lora import model as peft_model
 from peft.utils import ModulesToSaveWrapper
 from transformers.utils import logging
 
-from . import layers, sharding
+from . import holding, layers, sharding
 
 
 logger = logging.get_logger(__name__)
@@ -34,7 +34,7 @@ class Replacement(NamedTuple):
 REPLACEMENTS = (
     Replacement(layers.Stock, "_activate_lora", layers.activate_lora),
     Replacement(layers.Stock, "merge", layers.merge),
-    Replacement(LoraModel, "_inject_parameters", layers.inject_parameters),
+    Replacement(LoraModel, "_inject_parameters", holding.inject_parameters),
     Replacement(ModulesToSaveWrapper, "update", sharding.update),
     Replacement(peft_model, "add_lora_tp_hooks_dtensor", sharding.add_tp_hooks),
     Replacement(peft_model, "get_tp_plan_and_mesh", sharding.tp_plan_and_mesh),

@@ -16,7 +16,6 @@ from typing import Any, TypeGuard
 
 import peft
 import torch
-from peft import LoraConfig, LoraModel
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from torch.nn.utils import parametrize
@@ -36,7 +35,7 @@ MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 # transformers' default implementation, and the one of this package that takes its place under an adapter
 REPLACED_IMPLEMENTATION, IMPLEMENTATION = "grouped_mm", "moe"
 _stock_activate = getattr(Stock, "_activate_lora", None)
-_stock_merge, _stock_inject = Stock.merge, LoraModel._inject_parameters
+_stock_merge = Stock.merge
 # an adapted layer changes its experts while it computes, and another thread may compute the same layer
 _LOCK = threading.RLock()
 
@@ -203,24 +202,7 @@ def merge(wrapper: Stock, *args: Any, **kwargs: Any) -> None:
     _stock_merge(wrapper, *args, **kwargs)
 
 
-def inject_parameters(
-    tuner: LoraModel, peft_config: LoraConfig, model: nn.Module, *args: Any, **kwargs: Any
-) -> list[str]:
-    """Adds layers as PEFT's `_inject_parameters` does, also to offloaded experts.
-
-    Raises:
-        UserError: for experts in 4 bits, which PEFT would leave out.
-    """
-    if any(parametrize.is_parametrized(module) for module in model.modules() if is_experts(module)):
-        raise UserError("experts are in 4 bits already: call quantize_experts after all adapters are on the model")
-    targeted = _stock_inject(tuner, peft_config, model, *args, **kwargs)
-    for wrapper in model.modules():
-        if isinstance(wrapper, Stock):
-            _bring_to_slots(wrapper, peft_config)
-    return targeted
-
-
-def _bring_to_slots(wrapper: Stock, config: LoraConfig) -> None:
+def bring_to_slots(wrapper: Stock, config: LoraConfig) -> None:
     """Gives the factors of offloaded experts memory where the experts are computed, and initial values.
 
     The parameters of [`~modeling_moe.offload.offload_experts`] are empty and on the meta device, and PEFT has moved the

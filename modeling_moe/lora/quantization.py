@@ -1,45 +1,36 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module holds the frozen matrices of experts in 4 bits (QLoRA, arXiv:2305.14314), by bitsandbytes.
-
-A matrix is dequantized when it is read, once in a forward pass. Backward dequantizes it again, so no copy is kept.
+"""This module puts the experts of a model that is in memory into 4 bits (QLoRA, arXiv:2305.14314), by bitsandbytes.
 
 # E experts, M columns of a matrix, N rows of a matrix
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
-import torch
-from packaging.version import Version
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..utils.errors import UserError
 from .enabling import enable
+from .four_bits import DTYPES, check_quant_type, load_bitsandbytes, quantize_pieces
+from .holding import hold_experts
 from .layers import MATRICES, is_experts, reason_for_peft
-
-
-QUANT_TYPES = ("nf4", "fp4")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from .quantizer import Experts4bitConfig, mark_as_4bit
 
 
 def quantize_experts(model: nn.Module, quant_type: str = "nf4", compress_statistics: bool = True) -> None:
     """Replaces the matrices of all experts in `model` by 4 bits per number, in place; they are frozen from then on.
 
-    Call it last, after [`~peft.get_peft_model`] or [`~peft.PeftModel.from_pretrained`]: PEFT cannot find parameters
-    that are in 4 bits, and would nest its layers in another order, so that the adapter would not fit the 16-bit model.
-    Linear layers are left to transformers' `BitsAndBytesConfig`. To merge, load the 16-bit model and the saved
-    adapter.
+    The model must be in memory in 16 bits first; [`Experts4bitConfig`] loads one that does not fit. Adapters may be added
+    before or after, and give the same model. Without adapters, `save_pretrained` writes the 4 bits. Linear layers are left
+    to transformers' `BitsAndBytesConfig`. To merge, load the 16-bit model and the saved adapter.
 
     Matrices are dequantized to the dtype that they had, so load them in the dtype to compute in. Under an autocast to
     another dtype, backward keeps the copies that autocast makes, except with Triton on a GPU. `torch.compile` keeps
     dequantized matrices too, unless the layers are checkpointed.
 
-    Calls [`~modeling_moe.lora.enable`], which also makes PEFT refuse to merge such experts, or to add an adapter on
-    them.
+    Calls [`~modeling_moe.lora.enable`], which also makes PEFT refuse to merge such experts.
 
     Args:
         model: any model with experts in transformers' interface, with or without adapters; each matrix is (E, N, M) or
@@ -59,47 +50,34 @@ def quantize_experts(model: nn.Module, quant_type: str = "nf4", compress_statist
         >>> model = get_peft_model(model, moe_lora_config(model))
         >>> quantize_experts(model)
     """
-    replace_parameter_4bit = _load_bitsandbytes()
-    if quant_type not in QUANT_TYPES:
-        raise UserError(f"quant_type is {quant_type!r}: choose {' or '.join(QUANT_TYPES)}")
+    load_bitsandbytes()
+    check_quant_type(quant_type)
     modules = [module for module in model.modules() if is_experts(module)]
     experts = {module: names for module in modules if (names := _matrices(module))}
     if not experts:
         raise UserError("model has no experts that are not in 4 bits already: leave quantize_experts out")
     for module, names in experts.items():
-        for name in names:
-            replace_parameter_4bit(module, name, compress_statistics, quant_type)
-            module.get_submodule(f"parametrizations.{name}.0").register_forward_pre_hook(_follow)
-        module.forward = partial(_forward, module, module.forward, names)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.save_pretrained = _refuse_saving
-    enable()
-
-
-def _load_bitsandbytes() -> Callable[..., None]:
-    """Returns bitsandbytes' function that puts a parameter into 4 bits.
-
-    Raises:
-        UserError: if bitsandbytes is missing or too old.
-    """
-    try:
-        import bitsandbytes
-        from bitsandbytes.nn.parametrize import replace_parameter_4bit
-    except ImportError as error:
-        raise UserError("bitsandbytes is not installed: pip install 'modeling-moe[4bit]'") from error
-    if Version(bitsandbytes.__version__) < Version("0.50"):
-        # older releases never free what they dequantized under checkpointing
-        raise UserError(
-            f"bitsandbytes is {bitsandbytes.__version__}: pip install 'modeling-moe[4bit]' for a newer one"
+        matrices = ((name, module.get_parameter(name).data) for name in names)
+        hold_experts(
+            module,
+            ((name, quantize_pieces(each, each.shape, quant_type, compress_statistics)) for name, each in matrices),
         )
-    return replace_parameter_4bit
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    unsaved = adapted or any(getattr(module, "hf_quantizer", None) is not None for module in models)
+    for module in models:
+        if unsaved:
+            module.save_pretrained = _refuse_saving
+        else:
+            mark_as_4bit(module, Experts4bitConfig(quant_type, compress_statistics))
+    enable()
 
 
 def _matrices(module: nn.Module) -> list[str]:
     """Returns the names of the matrices of `module` that are not in 4 bits yet."""
     parameters = dict(module.named_parameters(recurse=False))
-    names = [name for name in MATRICES if name in parameters]
+    # PEFT nests its layers in the order of the parameters
+    names = [name for name in parameters if name in MATRICES]
     if names and (reason := reason_for_peft(module)):
         raise UserError(f"{type(module).__name__} cannot have adapters in 4 bits: {reason}")
     for name in names:
@@ -112,60 +90,6 @@ def _matrices(module: nn.Module) -> list[str]:
 
 def _refuse_saving(*_, **__) -> NoReturn:
     raise UserError(
-        "save_pretrained: experts in 4 bits are not saved, save the adapter and load the 16-bit model again"
+        "save_pretrained: experts in 4 bits that have adapters are not saved, and none beside other weights in 4 bits: save "
+        "the adapter alone, or load the model by Experts4bitConfig, and save it before the adapter is added"
     )
-
-
-def _follow(parametrization: Any, inputs: tuple[torch.Tensor]) -> None:
-    """Moves the scales to the device of the 4-bit numbers; the scales are no buffers, so `Module.to` leaves them."""
-    device = inputs[0].device
-    if parametrization.quant_state.absmax.device != device:
-        parametrization.quant_state.to(device)
-
-
-class _Matrix(NamedTuple):
-    """The place of a matrix or a transposed matrix among the tensors saved for backward.
-
-    Attributes:
-        module: the experts.
-        name: name of the matrix.
-        size: size of the saved view.
-        stride: stride of the saved view.
-    """
-
-    module: nn.Module
-    name: str
-    size: torch.Size
-    stride: tuple[int, ...]
-
-    def dequantize(self) -> torch.Tensor:
-        """Dequantizes the matrix again and returns the saved view of it."""
-        return getattr(self.module, self.name).as_strided(self.size, self.stride)
-
-
-def _forward(module: nn.Module, forward: Any, names: list[str], *args, **kwargs) -> torch.Tensor:
-    """Calls `forward`, and saves no dequantized matrix of `module` for backward, which dequantizes again."""
-    if torch.compiler.is_compiling():
-        return forward(*args, **kwargs)
-    # torch calls only the innermost hooks, so the hooks of checkpointing are called from here
-    outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    # the tensor itself may hold the graph, so a detached one is packed
-    outer_pack, outer_unpack = outer or (torch.Tensor.detach, lambda tensor: tensor)
-
-    def pack(tensor: torch.Tensor) -> Any:
-        for name in names:
-            # bitsandbytes caches the dequantized matrix while the forward pass runs
-            weight = getattr(module, name)
-            if _same_storage(tensor, weight) and tensor.numel() == weight.numel():
-                return _Matrix(module, name, tensor.size(), tensor.stride())
-        return outer_pack(tensor)
-
-    def unpack(packed: Any) -> torch.Tensor:
-        return packed.dequantize() if isinstance(packed, _Matrix) else outer_unpack(packed)
-
-    with saved_tensors_hooks(pack, unpack):
-        return forward(*args, **kwargs)
-
-
-def _same_storage(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()

@@ -29,8 +29,12 @@ _stock_tp_plan = getattr(peft_model, "get_tp_plan_and_mesh", None)
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """Returns the shape of the whole parameter, of which DeepSpeed's ZeRO-3 leaves an empty tensor."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+    """Returns the shape of the whole parameter, of which DeepSpeed's ZeRO-3 leaves an empty tensor.
+
+    A linear layer of bitsandbytes in 4 bits holds a vector of bytes, and the shape beside them.
+    """
+    state = getattr(parameter, "quant_state", None)
+    return getattr(parameter, "ds_shape", parameter.shape) if state is None else state.shape
 
 
 def splits_experts(parameter: torch.Tensor) -> bool:

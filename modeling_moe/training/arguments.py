@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from ..lora import moe_lora_config
+from ..lora import Experts4bitConfig, moe_lora_config
 from ..utils.errors import UserError
 from ..utils.loading import DtypeName
 from .presets import is_preset
@@ -71,6 +71,13 @@ class ModelArguments:
             "help": "dtype of the weights; auto: as in the checkpoint; the default is auto for method lora and float32 otherwise"
         },
     )
+    load_in_4bit: Literal["experts", "all"] | None = field(
+        default=None,
+        metadata={
+            "help": "hold weights in 4 bits (QLoRA), quantized while they are read: those of the experts, or of all linear "
+            "layers too; needs method lora, merge_lora false and the extra 4bit"
+        },
+    )
     eval_fraction: float = field(default=0.05, metadata={"help": "share of each domain held out for the eval loss"})
     fsdp_size: int = field(
         default=1, metadata={"help": "processes over which FSDP2 splits the weights; each has its own batch"}
@@ -98,6 +105,13 @@ class ModelArguments:
             self.dtype = "auto" if self.method == "lora" else "float32"
         if self.method not in METHODS:
             raise UserError(f"method is {self.method!r}: choose one of {', '.join(METHODS)}")
+        if self.load_in_4bit is not None and self.method != "lora":
+            raise UserError(f"load_in_4bit needs method lora: weights in 4 bits are not trained by {self.method}")
+        if self.load_in_4bit is not None and self.distributed_config() is not None:
+            raise UserError(
+                "load_in_4bit with fsdp_size, tp_size or ep_size: weights in 4 bits cannot be split while they are loaded, "
+                "leave the sizes out, and each process holds the model, as under DDP"
+            )
         if self.freeze_experts is not None and self.method != "full":
             raise UserError(
                 f"freeze_experts needs method full: method {self.method} does not train single experts, omit freeze_experts"
@@ -120,6 +134,10 @@ class ModelArguments:
                 "fsdp_size, tp_size and ep_size split a model while it is loaded, and a new model is not loaded: save it "
                 "first, or split it by accelerate launch"
             )
+
+    def quantization_config(self) -> Experts4bitConfig | None:
+        """Returns how transformers quantizes the model while loading it, or None to leave it as it is."""
+        return Experts4bitConfig(linear_layers=self.load_in_4bit == "all") if self.load_in_4bit else None
 
     def distributed_config(self) -> DistributedConfig | None:
         """Returns how transformers splits the model while loading it, or None to load it whole.

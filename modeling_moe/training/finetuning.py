@@ -27,7 +27,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data import DataArguments, load_and_pack
-from ..lora import full_shape
+from ..lora import full_shape, is_in_4bit, shown_whole
 from ..monitoring import UnreachableRouting, active_share, sparse_layers
 from ..utils.errors import UserError
 from ..utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
@@ -146,7 +146,9 @@ def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """
     added = re.compile(rf"\.{model.base_model.prefix}|\.modules_to_save\.") if isinstance(model, PeftModel) else None
     counts = {}
-    for name, parameter in model.named_parameters():
+    with shown_whole(model):
+        parameters = list(model.named_parameters())
+    for name, parameter in parameters:
         group = next((part for part, pattern in PARTS.items() if pattern.search(name)), "others")
         trained, total = counts.get(group, (0, 0))
         size = full_shape(parameter).numel()
@@ -229,7 +231,15 @@ def _load_for_training(
     dtype, trust = model_args.dtype or "auto", model_args.trust_remote_code
     if is_preset(source):
         return new_model(source, tokenizer, dtype, trust_remote_code=trust)
-    model = load_model(source, dtype=dtype, distributed_config=split, trust_remote_code=trust)
+    model = load_model(
+        source,
+        dtype=dtype,
+        distributed_config=split,
+        trust_remote_code=trust,
+        quantization_config=model_args.quantization_config(),
+    )
+    if model_args.method != "lora" and is_in_4bit(model):
+        raise UserError(f"method {model_args.method} cannot train {source}, whose experts are in 4 bits: use lora")
     if model_args.method == "lora":
         model = _add_lora(model, lora_args)
     elif model_args.method != "full":
@@ -339,6 +349,11 @@ def _check_merge(trainer: Trainer, model: nn.Module, merge: bool) -> None:
         raise UserError(
             "merge_lora true cannot merge a model that is split over processes: set merge_lora false, and merge the adapter "
             "by `moe merge_adapter` afterwards"
+        )
+    if merge and is_in_4bit(model):
+        raise UserError(
+            "merge_lora true cannot merge into experts in 4 bits: set merge_lora false, and merge the adapter into the 16-bit "
+            "model by `moe merge_adapter` afterwards"
         )
 
 

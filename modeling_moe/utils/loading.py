@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -233,6 +234,16 @@ def _import_checkpoint_router(folder: str, trust_remote_code: bool) -> None:
         import_own_router(file.parent)
 
 
+def _register_quantizer(config: PreTrainedConfig) -> None:
+    """Lets transformers know the 4-bit format of experts if a checkpoint is in that format.
+
+    The import is by name and only here, since PEFT takes seconds to import.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "modeling_moe_4bit":
+        import_module("modeling_moe.lora")
+
+
 def load_model(
     name_or_path: str,
     gguf_file: str | None = None,
@@ -240,6 +251,7 @@ def load_model(
     distributed_config: DistributedConfig | None = None,
     *,
     trust_remote_code: bool = False,
+    quantization_config: Any = None,
 ) -> PreTrainedModel:
     """Loads a causal LM, or a multimodal model with a head for texts, on the CPU, or split over processes.
 
@@ -250,6 +262,8 @@ def load_model(
         dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
         distributed_config: how transformers splits the model over processes.
         trust_remote_code: whether Python code that the checkpoint brings may run.
+        quantization_config: transformers' description of how to quantize while loading, such as
+            [`~modeling_moe.lora.Experts4bitConfig`].
 
     Raises:
         UserError: if there is no such model, it needs code that may not run, a file is damaged, or a tensor is missing
@@ -261,10 +275,13 @@ def load_model(
         options["gguf_file"] = gguf_file
     if distributed_config is not None:
         options["distributed_config"] = distributed_config
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
     _check_folder(folder)
     config = load_config(folder, gguf_file, trust_remote_code=trust_remote_code)
     if not gguf_file and _twin(_base_folder(folder)) is not None:
         options["config"] = config  # transformers does not read config.json of this family
+    _register_quantizer(config)
     with one_line_for("the model", folder, trust_remote_code), _captured_report(folder):
         refuse_vast_model(config, _base_folder(folder), gguf_file)
         # transformers must ignore mismatched sizes, so that the error below can name the tensor

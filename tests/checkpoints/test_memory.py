@@ -137,6 +137,30 @@ assert torch.equal(got, wanted) and wanted.std() > 0.01
 """
 )
 
+LOADED_IN_4BIT = """
+import json, resource, sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from modeling_moe.lora import Experts4bitConfig, is_in_4bit
+
+torch.set_num_threads(1)
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+before = peak()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/source", quantization_config=Experts4bitConfig())
+used = peak() - before
+assert is_in_4bit(model)
+state = model.state_dict()
+experts = sum(tensor.nbytes for name, tensor in state.items() if ".experts." in name)
+print(json.dumps({"peak": used, "experts": experts, "model": sum(tensor.nbytes for tensor in state.values())}))
+"""
+
 
 def run(script: str, folder) -> str:
     """Returns what a script prints in a process of its own."""
@@ -170,6 +194,21 @@ def test_peak_memory_of_an_imported_family(tmp_path):
     found = measured(IMPORTED, tmp_path)
     assert found["written"] > 5e9
     assert found["peak"] < 0.7e9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_peak_memory_of_loading_in_4_bits(tmp_path):
+    """Loading 5.6 GB takes less memory than the 4-bit model has bytes, since weights left in 16 bits stay in the file.
+
+    The peak is that of the experts in 4 bits, one expert in 16 bits, and the libraries that are imported meanwhile.
+    """
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    run(GLM, tmp_path)
+    found = json.loads(run(LOADED_IN_4BIT, tmp_path))
+    print("\n" + ", ".join(f"{name} {number / 1e9:.2f} GB" for name, number in found.items()))
+    assert found["experts"] < found["peak"] < found["experts"] + 0.62e9
+    assert found["peak"] < found["model"]
 
 
 @pytest.fixture(autouse=True)

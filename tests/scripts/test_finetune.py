@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,33 @@ def test_adapter(checkpoint, text_file, tmp_path, monkeypatch):
     assert all(
         "experts" not in name and "gate" not in name for name, _ in adapted.named_parameters() if "lora" in name
     )
+
+
+@pytest.mark.parametrize("weights", ["experts", "all"])
+def test_adapter_on_weights_in_4_bits(weights, checkpoint, text_file, tmp_path, monkeypatch, capsys):
+    """A run that was resumed ends with the adapter of one that was not; the adapter fits the 16-bit model too."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    flags = ["--method", "lora", "--load_in_4bit", weights]
+    assert "set merge_lora false" in mistake(
+        monkeypatch, capsys, *small(checkpoint, text_file, tmp_path / "merged", steps=2), *flags
+    )
+    # outside training, bitsandbytes refuses linear layers this narrow on a CPU
+    flags += ["--merge_lora", "false", "--eval_fraction", "0" if weights == "all" else "0.05"]
+    finetune(monkeypatch, *small(checkpoint, text_file, tmp_path / "whole"), *flags)
+    assert "experts" in capsys.readouterr().out
+    finetune(monkeypatch, *small(checkpoint, text_file, tmp_path / "resumed"), *flags)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-12")
+    for file in tmp_path.glob("resumed/adapter_*"):
+        file.unlink()
+    finetune(
+        monkeypatch, *small(checkpoint, text_file, tmp_path / "resumed"), *flags, "--resume_from_checkpoint", "true"
+    )
+    names = ("whole", "resumed")
+    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in names)
+    assert whole.keys() == resumed.keys()
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+    adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert not torch.allclose(logits(adapted), logits(tiny_model()))
 
 
 def test_a_result_without_checkpoints_holds_the_log(checkpoint, text_file, tmp_path, monkeypatch, capsys):
@@ -330,6 +358,11 @@ def test_reloads_without_the_package(checkpoint, text_file, tmp_path, monkeypatc
         (["--data", "wiki=missing.txt"], "missing.txt does not exist"),
         (["--method", "qlora"], "it must be one of full, lora, router, attention"),
         (["--method", "router", "--freeze_experts", "0"], "freeze_experts needs method full"),
+        (["--load_in_4bit", "experts"], "load_in_4bit needs method lora"),
+        (
+            ["--load_in_4bit", "experts", "--method", "lora", "--fsdp_size", "2"],
+            "and each process holds the model",
+        ),
         (["--freeze_experts", "3-1"], "freeze_experts '3-1' is not a list of experts"),
         (["--freeze_experts", "0,x"], "freeze_experts '0,x' is not a list of experts"),
         (["--resume_from_checkpoint", "missing"], "missing is not a complete checkpoint"),
