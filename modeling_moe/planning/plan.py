@@ -50,6 +50,7 @@ class Request:
         parallelism: over how many processes the model is split.
         experts_implementation: name of an experts function of transformers' interface.
         trust_remote_code: whether Python code that the checkpoint brings may run.
+        limits: whether to search the largest batch and sequence, which takes a few more simulations.
     """
 
     device: Device
@@ -63,6 +64,7 @@ class Request:
     parallelism: Parallelism = field(default_factory=Parallelism)
     experts_implementation: str = "moe"
     trust_remote_code: bool = False
+    limits: bool = True
 
     def __post_init__(self):
         for name in ("batch_size", "sequence_length", "lora_rank"):
@@ -244,7 +246,7 @@ def make_plan(config: PreTrainedConfig, request: Request) -> ModelPlan:
         sizes=sizes,
         inference=inference,
         training=training,
-        limits=_limits(planner, inference, training[:1]),
+        limits=_limits(planner, inference, training[:1]) if request.limits else [],
         changes=_changes(planner, sizes, inference, training[:1]),
         notes=notes,
     )
