@@ -4,14 +4,16 @@
     python scripts/planning_table.py
     python scripts/planning_table.py --cases moe_full_none olmoe_decode --output table.md
 
-Each run has a process and one thread of its own. Memory is the largest resident size minus that before the model was made.
-Time is processor time, the median of three steps between two probes of the machine.
+Each run has processes and one thread of its own. Memory is the largest resident size minus that before the model was made,
+with an allocator that returns freed blocks at once. Time is processor time, the median of three steps between probes of the
+machine.
 """
 
 import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +34,7 @@ from transformers import (
 from modeling_moe import MoEConfig
 from modeling_moe.lora import moe_lora_config
 from modeling_moe.monitoring import sparse_layers
-from modeling_moe.planning import Device, Parallelism, Request, make_plan, measure_device
+from modeling_moe.planning import Device, Request, make_plan, measure_device
 from modeling_moe.planning.probe import clock_of
 from modeling_moe.utils.command_line import run
 
@@ -180,22 +182,30 @@ def generation_step(case: Case, model: Any, ids: torch.Tensor) -> Any:
     return decode
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Runs a case in this process, and returns bytes, seconds, and the figures of the probes."""
-    torch.set_num_threads(1)
+def warm_up(case: Case) -> None:
+    """Runs a tiny model of the case's family, so that libraries are loaded before memory is measured."""
     config = CONFIGS[case.family]
-    tiny = {"hidden_size": 48, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 32}
-    warm = type(config).from_dict(
-        config.to_dict() | tiny | ({"layer_types": None, "mlp_layer_types": None} if case.family == "moe" else {})
-    )
-    warm_step = step_of(case, warm, 1, 8)
-    warm_step()
-    del warm_step
+    fields = {"hidden_size": 48, "num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 32}
+    fields |= {"layer_types": None, "mlp_layer_types": None} if case.family == "moe" else {}
+    step_of(case, type(config).from_dict(config.to_dict() | fields), 1, 8)()
+
+
+def measure_memory(case: Case) -> dict[str, Any]:
+    """Runs two steps of a case in this process, and returns the bytes that they added."""
+    torch.set_num_threads(1)
+    warm_up(case)
     before = resident()
-    step = step_of(case, config, case.batch_size, case.length)
+    step = step_of(case, CONFIGS[case.family], case.batch_size, case.length)
     for _ in range(2):  # the optimizer's state exists from the second step on
         step()
-    memory = peak() - before
+    return {"memory": peak() - before}
+
+
+def measure_time(case: Case) -> dict[str, Any]:
+    """Runs three steps of a case between four probes in this process, and returns seconds and the probes' figures."""
+    found = measure_memory(case)
+    step = step_of(case, CONFIGS[case.family], case.batch_size, case.length)
+    step()
     dtype, cpu = getattr(torch, case.dtype), torch.device("cpu")
     clock, seconds, probes = clock_of(cpu), [], [measure_device([dtype], cpu)]
     for _ in range(3):
@@ -204,20 +214,34 @@ def measure(case: Case) -> dict[str, Any]:
             step()
         seconds.append((clock() - start) / repeats)
         probes.append(measure_device([dtype], cpu))
-    return {
-        "memory": memory,
-        "seconds": sorted(seconds)[1],
-        "bandwidth": sorted(p.bandwidth for p in probes)[1:3],
-        "flops": sorted(p.flops[dtype] for p in probes)[1:3],
-        "operator": sorted(p.operator_seconds for p in probes)[1:3],
+    return found | {
+        "seconds": statistics.median(seconds),
+        "bandwidth": statistics.median(probe.bandwidth for probe in probes),
+        "flops": statistics.median(probe.flops[dtype] for probe in probes),
+        "operator": statistics.median(probe.operator_seconds for probe in probes),
     }
 
 
+MEASURES = {"memory": measure_memory, "time": measure_time}
+# glibc gives freed blocks back to the system, so that the resident size shows what is in use
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
 class Row(NamedTuple):
-    """A case, measured and planned: bytes and seconds."""
+    """A case, measured and planned: bytes and seconds.
+
+    Attributes:
+        case: the case.
+        memory: bytes in use at the worst moment.
+        held: bytes that the process holds with glibc's defaults, which keep freed blocks.
+        planned_memory: bytes that the plan gives.
+        seconds: time of a step.
+        planned_seconds: time that the plan gives.
+    """
 
     case: Case
     memory: int
+    held: int
     planned_memory: int
     seconds: float
     planned_seconds: float
@@ -233,38 +257,60 @@ class Row(NamedTuple):
         return max(self.planned_seconds, self.seconds) / min(self.planned_seconds, self.seconds)
 
 
-def compare(case: Case) -> Row:
-    """Runs a case in a process of its own, and plans it with the figures that this process measured."""
+def run_apart(case: Case, what: str) -> dict[str, Any]:
+    """Runs a measurement in a process of its own.
+
+    Raises:
+        RuntimeError: if the process fails, with the end of what it wrote.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, __file__, "--measure", case.name]
+    environment |= RETURNED if what == "memory" else {}
+    command = [sys.executable, __file__, "--measure", what, "--cases", case.name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{case.name} failed: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(case: Case) -> Row:
+    """Measures a case, and plans it with the figures that the probes gave beside it."""
+    used, found = run_apart(case, "memory"), run_apart(case, "time")
     dtype = getattr(torch, case.dtype)
     device = Device(
-        "this machine", 1e15, sum(found["bandwidth"]) / 2, {dtype: sum(found["flops"]) / 2}, 1e9, 1e-5,
-        sum(found["operator"]) / 2, (), "measured",
-    )  # fmt: skip
+        name="this machine",
+        memory=1e15,
+        bandwidth=found["bandwidth"],
+        flops={dtype: found["flops"]},
+        link_bandwidth=1e9,
+        link_latency=1e-5,
+        operator_seconds=found["operator"],
+        assumed=(),
+        source="measured",
+    )
     request = Request(
-        device, dtype, dtype, case.batch_size, case.length, [case.mode] if case.trains else [], [case.recompute],
-        parallelism=Parallelism(), limits=False,
-    )  # fmt: skip
+        device=device,
+        dtype=dtype,
+        train_dtype=dtype,
+        batch_size=case.batch_size,
+        sequence_length=case.length,
+        train=[case.mode] if case.trains else [],
+        recompute=[case.recompute],
+        limits=False,
+    )
     plan = make_plan(CONFIGS[case.family], request)
     if case.trains:
         memory, seconds = plan.training[0].memory.total, plan.training[0].time.seconds
     else:
         assert plan.inference is not None
-        memory = plan.inference.memory.total
-        seconds = getattr(plan.inference, case.mode).seconds
-    return Row(case, found["memory"], memory, found["seconds"], seconds)
+        memory, seconds = plan.inference.memory.total, getattr(plan.inference, case.mode).seconds
+    return Row(case, used["memory"], found["memory"], memory, found["seconds"], seconds)
 
 
 def markdown(rows: list[Row]) -> str:
     """Returns the table of the comparison."""
     lines = [
-        "| model | run | tokens | recompute | memory, MB | planned | residual | time, ms | planned | ratio |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | run | tokens | recompute | memory, MB | planned | residual | held by glibc | time, ms | planned | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         case = row.case
@@ -272,10 +318,11 @@ def markdown(rows: list[Row]) -> str:
             case.family,
             f"{case.mode}, {case.dtype}",
             f"{case.batch_size} x {case.length}",
-            case.recompute if case.trains else "–",
+            case.recompute if case.trains else "-",
             f"{row.memory / 1e6:,.0f}",
             f"{row.planned_memory / 1e6:,.0f}",
             f"{row.memory_residual:+.1%}",
+            f"{row.held / 1e6:,.0f}",
             f"{row.seconds * 1e3:,.0f}",
             f"{row.planned_seconds * 1e3:,.0f}",
             f"{row.planned_seconds / row.seconds:.2f}",
@@ -290,11 +337,11 @@ def main() -> None:
         "planning_table.py", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="runs to compare")
-    parser.add_argument("--measure", choices=CASES, help="run this case in this process and print its numbers")
+    parser.add_argument("--measure", choices=MEASURES, help="run the first case in this process and print its numbers")
     parser.add_argument("--output", type=Path, help="file for the table; without it the table is printed alone")
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(CASES[arguments.measure])))
+        print(json.dumps(MEASURES[arguments.measure](CASES[arguments.cases[0]])))
         return
     rows = []
     for name in arguments.cases:

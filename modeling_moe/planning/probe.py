@@ -58,8 +58,9 @@ def measure_device(dtypes: Sequence[torch.dtype], device: torch.device | None = 
         for _ in range(200):
             torch.nn.functional.silu(small)
 
-    # a stream as a model's: it reads one tensor and writes to fresh memory
-    stream = median_seconds(lambda: source + 1, device)
+    # memory that was used before, as most of a model's is: the first touch of a page takes longer
+    target = torch.empty_like(source)
+    stream = median_seconds(lambda: torch.add(source, 1, out=target), device)
     flops = {}
     for each in dtypes:
         left, right = (torch.randn(PRODUCT, PRODUCT, device=device).to(each) for _ in range(2))

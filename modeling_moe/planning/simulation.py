@@ -19,6 +19,9 @@ from peft import get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..lora import moe_lora_config
 from ..monitoring import UnreachableRouting, sparse_layers
@@ -30,6 +33,23 @@ Method = Literal["full", "lora", "qlora", "router"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Recompute = Literal["none", "experts", "layers"]
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+
+
+# sdpa, whose mask is left out as a real run leaves it out
+ATTENTION = "moe_plan"
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Makes the mask of attention; a plain causal one is left out.
+
+    transformers reads positions to see that a batch holds no packed sequences, and makes the mask where it cannot read
+    them, as on tensors without values.
+    """
+    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": True})
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)
 
 
 class SimulationError(UserError):
@@ -199,6 +219,8 @@ def simulated_model(
             raise UserError(
                 f"a configuration of type {config.model_type!r} makes no causal LM: {text[:300]}"
             ) from error
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(ATTENTION)
         routed = _sparse_layers(model)
         if routed:
             model.set_experts_implementation(experts_implementation)
@@ -270,5 +292,5 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Returns the bytes of the tensors in a cache."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in cache_tensors(cache))
+    """Returns the bytes of the tensors in a cache, without its counters."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in cache_tensors(cache) if tensor.dim())
