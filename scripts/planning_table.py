@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import get_peft_model
@@ -34,12 +34,12 @@ from transformers import (
 from modeling_moe import MoEConfig
 from modeling_moe.lora import moe_lora_config
 from modeling_moe.monitoring import sparse_layers
-from modeling_moe.planning import Device, Request, make_plan, measure_device
+from modeling_moe.planning import METHODS, Device, Method, Recompute, Request, make_plan, measure_device
 from modeling_moe.planning.probe import clock_of
 from modeling_moe.utils.command_line import run
 
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 768,
     "num_hidden_layers": 4,
@@ -47,12 +47,12 @@ SHAPE = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
 }
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 768}
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 768}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SHAPE, intermediate_size=3072),
     "moe": MoEConfig(**SHAPE, **EXPERTS, intermediate_size=2048, num_experts=8),
     "mixtral": MixtralConfig(**SHAPE, intermediate_size=1024, num_local_experts=8, num_experts_per_tok=2),
-    "qwen3_moe": Qwen3MoeConfig(**SHAPE, **EXPERTS, intermediate_size=2048, num_experts=16, head_dim=64),
+    "qwen3_moe": Qwen3MoeConfig(**SHAPE, **EXPERTS, intermediate_size=2048, num_experts=16),
     "olmoe": OlmoeConfig(**SHAPE, intermediate_size=384, num_experts=32, num_experts_per_tok=4, eos_token_id=1),
     "deepseek_v3": DeepseekV3Config(
         **SHAPE | {"num_key_value_heads": 12},
@@ -84,10 +84,10 @@ class Case(NamedTuple):
     """
 
     family: str
-    mode: str
+    mode: Method | Literal["prefill", "decode"]
     batch_size: int
     length: int
-    recompute: str = "none"
+    recompute: Recompute = "none"
     dtype: str = "float32"
 
     @property
@@ -293,7 +293,7 @@ def compare(case: Case) -> Row:
         train_dtype=dtype,
         batch_size=case.batch_size,
         sequence_length=case.length,
-        train=[case.mode] if case.trains else [],
+        train=[method for method in METHODS if method == case.mode],
         recompute=[case.recompute],
         limits=False,
     )

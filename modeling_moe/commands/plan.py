@@ -14,6 +14,7 @@ model: set --num_experts. --json writes the numbers for scripts, in bytes and se
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -23,10 +24,9 @@ from transformers import PreTrainedConfig
 from ..conversion import Verification
 from ..planning import (
     METHODS,
+    RECOMPUTE,
     Device,
-    Method,
     Parallelism,
-    Recompute,
     Request,
     check_headers,
     device_named,
@@ -40,9 +40,13 @@ from ..upcycling import UpcyclingOptions, UpcyclingPlan
 from ..upcycling import make_plan as make_upcycling_plan
 from ..utils.atomic import write_text
 from ..utils.command_line import parse, refuse_missing_folder
+from ..utils.errors import UserError
 from ..utils.loading import DtypeName, load_config, parse_dtype
 from ..utils.sizes import size_text
 from .plan_tables import plan_json, print_model_plan
+
+
+Name = TypeVar("Name", bound=str)
 
 
 @dataclass
@@ -70,8 +74,10 @@ class PlanArguments:
     device_tflops: float | None = field(default=None, metadata={"help": "TFLOP/s of dense matrix products"})
     batch_size: int = field(default=1, metadata={"help": "sequences of one process"})
     sequence_length: int = field(default=2048, metadata={"help": "tokens of a sequence, or of a prompt"})
-    train: list[Method] = field(default_factory=lambda: list(METHODS), metadata={"help": "what trains"})
-    recompute: list[Recompute] = field(
+    train: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"what trains: some of {', '.join(METHODS)}"}
+    )
+    recompute: list[str] = field(
         default_factory=lambda: ["none"],
         metadata={
             "help": "what backward computes again: none, experts (experts_recompute) or layers (gradient_checkpointing)"
@@ -140,14 +146,26 @@ def make_request(args: PlanArguments, config: PreTrainedConfig) -> Request:
         train_dtype=asked or torch.float32,
         batch_size=args.batch_size,
         sequence_length=args.sequence_length,
-        train=args.train,
-        recompute=args.recompute,
+        train=_known("train", args.train, METHODS),
+        recompute=_known("recompute", args.recompute, RECOMPUTE),
         lora_rank=args.lora_r,
         parallelism=Parallelism(args.ddp_size, args.fsdp_size, args.tp_size, args.ep_size),
         experts_implementation=args.experts_implementation,
         trust_remote_code=args.trust_remote_code,
     )
     return replace(request, device=_device(args, [request.dtype, request.train_dtype]))
+
+
+def _known(flag: str, values: list[str], known: tuple[Name, ...]) -> list[Name]:
+    """Returns the values of a flag as the names that they are.
+
+    Raises:
+        UserError: for a value that is none of them.
+    """
+    unknown = [value for value in values if value not in known]
+    if unknown:
+        raise UserError(f"{flag} {unknown[0]!r} is unknown: it must be some of {', '.join(known)}")
+    return [name for name in known if name in values]
 
 
 def _device(args: PlanArguments, dtypes: list[torch.dtype]) -> Device:

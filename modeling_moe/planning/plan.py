@@ -239,7 +239,7 @@ def make_plan(config: PreTrainedConfig, request: Request) -> ModelPlan:
     for method in request.train:
         try:
             training += [_training_plan(planner, method, recompute) for recompute in request.recompute]
-        except UserError as error:
+        except UserError as error:  # noqa: PERF203
             notes.append(f"training, method {method}: {error}")
     return ModelPlan(
         request=request,

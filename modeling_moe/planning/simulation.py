@@ -118,7 +118,7 @@ class SimulatedModel:
             for hook in hooks:
                 hook.remove()
             if recompute == "layers":
-                with warnings.catch_warnings(action="ignore"):
+                with _without_deprecations():
                     inner.gradient_checkpointing_disable()
 
     @torch.no_grad()
@@ -160,14 +160,21 @@ class SimulatedModel:
 
 
 @contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """Hides deprecations of transformers: the older names are those that all supported releases take."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@contextmanager
 def _only_shapes(name: str) -> Iterator[None]:
     """Turns any exception of a model's code into one sentence; torch logs each failure of an operator otherwise."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        # the deprecated names of transformers' arguments are those that all supported releases take
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        with _without_deprecations():
             yield
     except UserError:
         raise
@@ -209,8 +216,7 @@ def simulated_model(
     """
     config = copy.deepcopy(config)
     # a quantised checkpoint is planned as the model that it was made from
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -251,7 +257,8 @@ def _leave_meta(model: nn.Module) -> None:
         return made[id(tensor)]
 
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers, vars(module)):
+        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for tensors in held:
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
                     tensors[name] = fake(tensor)

@@ -128,7 +128,7 @@ def sizes_of(simulated: SimulatedModel) -> Sizes:
         top_k=experts_per_token(config) if experts else None,
         sparse_layers=len(experts),
         layers=len(layers),
-        hidden_size=inner.get_input_embeddings().weight.shape[-1],
+        hidden_size=next(inner.get_input_embeddings().parameters()).shape[-1],
     )
 
 

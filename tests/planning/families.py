@@ -1,5 +1,7 @@
 """This module holds tiny configurations of ours and of transformers' own families, for the tests of plans."""
 
+from typing import Any
+
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
@@ -18,10 +20,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tests.builders import SHAPE, tiny_config
+from tests.builders import SHAPE as SIZES
+from tests.builders import tiny_config
 
 
-LATENT = {
+SHAPE: dict[str, Any] = dict(SIZES)
+LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
     "q_lora_rank": 8,
     "kv_lora_rank": 8,
@@ -35,7 +39,7 @@ LATENT = {
     "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
 }
-SPARSE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SPARSE: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "moe": tiny_config(),
     "moe_latent": tiny_config(
