@@ -43,14 +43,16 @@ def cell(case: Case, folder: Path, column: str) -> tuple[str, bool]:
     if not path.exists():
         return ("**not asked**", True) if column == "own" or case.target is not None else ("", False)
     answers = Answers.load(path)
+    # vLLM takes the sinks of its own class of gpt-oss alone
+    must_refuse = column == "own" and (case in REFUSED or "attention_sinks" in case.fields)
     reason = refusal(folder, COLUMNS[column][1])
     if answers.error is not None:
         if "would change the text, because" in answers.error:
-            return "refused by us: " + answers.error.split("because ")[1].split(":")[0], case not in REFUSED
+            return "refused by us: " + answers.error.split("because ")[1].split(":")[0], not must_refuse
         # a model card that names the server would be wrong, and so would the plugin be
         return ("refused by the server, not named by us", False) if reason else ("**refused by the server**", True)
     found = compare(Answers.load(folder / "transformers.json"), answers)
-    if case in REFUSED:
+    if must_refuse:
         return "**not refused**", True
     if found.exact:
         return f"exact, {found.difference:.0e}" + (f" (not named by us: {reason})" if reason else ""), False
