@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from .devices import Device
+from .simulation import simulated_model
 
 
-# rows and columns of the product; bytes of the stream, more than caches hold; rounds, of which the median counts
-PRODUCT, STREAM, ROUNDS = 1024, 1 << 27, 5
+# rows and columns of the product; bytes of the stream, more than caches hold, and columns of the matrix; rounds, of which
+# the median counts
+PRODUCT, STREAM, WIDTH, ROUNDS = 1024, 1 << 27, 1024, 5
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
@@ -51,16 +54,10 @@ def measure_device(dtypes: Sequence[torch.dtype], device: torch.device | None = 
     if device is None:
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
     dtype = dtypes[0]
-    source = torch.zeros(STREAM // dtype.itemsize, dtype=dtype, device=device)
-    small = torch.zeros(8, dtype=dtype, device=device)
-
-    def start_operators() -> None:
-        for _ in range(200):
-            torch.nn.functional.silu(small)
-
-    # memory that was used before, as most of a model's is: the first touch of a page takes longer
-    target = torch.empty_like(source)
-    stream = median_seconds(lambda: torch.add(source, 1, out=target), device)
+    # a matrix met by one token, as in decoding, which reads the memory and computes almost nothing
+    matrix = torch.zeros(STREAM // dtype.itemsize // WIDTH, WIDTH, dtype=dtype, device=device)
+    token = torch.zeros(1, WIDTH, dtype=dtype, device=device)
+    stream = median_seconds(lambda: torch.nn.functional.linear(token, matrix), device)
     flops = {}
     for each in dtypes:
         left, right = (torch.randn(PRODUCT, PRODUCT, device=device).to(each) for _ in range(2))
@@ -68,14 +65,27 @@ def measure_device(dtypes: Sequence[torch.dtype], device: torch.device | None = 
     return Device(
         name=f"this machine ({device.type}, {torch.get_num_threads()} threads)",
         memory=_memory(device),
-        bandwidth=2 * STREAM / stream,
+        bandwidth=STREAM / stream,
         flops=flops,
         link_bandwidth=1e9,
         link_latency=50e-6,
-        operator_seconds=median_seconds(start_operators, device) / 200,
+        operator_seconds=_operator_seconds(device),
         assumed=("link_bandwidth", "link_latency"),
         source="measured",
     )
+
+
+@torch.no_grad()
+def _operator_seconds(device: torch.device) -> float:
+    """Returns the time that Python, transformers and torch need for one operator: that of a tiny model's token."""
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1)
+    simulated = simulated_model(config, torch.float32)
+    operators = len(simulated.decode(1, simulated.prefill(1, 2).cache).operators)
+    model = AutoModelForCausalLM.from_config(config).to(device).eval()
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    one = ids[:, :1]
+    return median_seconds(lambda: model(input_ids=one, past_key_values=cache, use_cache=True), device) / operators
 
 
 def _memory(device: torch.device) -> float:
