@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from .devices import Device
-from .simulation import simulated_model
+from .simulation import simulated_model, without_deprecations
 
 
 # rows and columns of the product; bytes of the stream, more than caches hold, and columns of the matrix; rounds, of which
@@ -85,7 +85,8 @@ def _operator_seconds(device: torch.device) -> float:
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     cache = model(input_ids=ids, use_cache=True).past_key_values
     one = ids[:, :1]
-    return median_seconds(lambda: model(input_ids=one, past_key_values=cache, use_cache=True), device) / operators
+    with without_deprecations():
+        return median_seconds(lambda: model(input_ids=one, past_key_values=cache, use_cache=True), device) / operators
 
 
 def _memory(device: torch.device) -> float:

@@ -118,7 +118,7 @@ class SimulatedModel:
             for hook in hooks:
                 hook.remove()
             if recompute == "layers":
-                with _without_deprecations():
+                with without_deprecations():
                     inner.gradient_checkpointing_disable()
 
     @torch.no_grad()
@@ -160,7 +160,7 @@ class SimulatedModel:
 
 
 @contextmanager
-def _without_deprecations() -> Iterator[None]:
+def without_deprecations() -> Iterator[None]:
     """Hides deprecations of transformers: the older names are those that all supported releases take."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -174,7 +174,7 @@ def _only_shapes(name: str) -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with _without_deprecations():
+        with without_deprecations():
             yield
     except UserError:
         raise
