@@ -31,7 +31,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "upcycle": Command("upcycle", "turn dense checkpoints into a Mixture of Experts with the same function"),
-    "plan": Command("plan", "print size and memory of an upcycled model before any weight is downloaded"),
+    "plan": Command(
+        "plan", "print parameters, memory and time of any model on a device before any weight is downloaded"
+    ),
     "convert": Command("convert", "write a checkpoint of one family in the format of another"),
     "resize": Command("resize", "give a Mixture of Experts more experts, or fewer"),
     "finetune": Command(

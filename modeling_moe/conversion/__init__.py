@@ -2,7 +2,7 @@
 """This package converts transformers' dense and sparse checkpoints to MoE checkpoints with equal logits, and back."""
 
 from .convert import Conversion, ConversionPlan, convert_checkpoint, plan_conversion
-from .families.catalogue import FAMILIES, SPARSE_FAMILIES, fields_without_effect, moe_config
+from .families.catalogue import FAMILIES, SPARSE_FAMILIES, fields_without_effect, moe_config, source_config
 from .families.dense import DENSE_FAMILIES
 from .families.wrappers import WRAPPERS, text_source, towers
 from .importing import import_state, load_state, tensors_on_disk, to_moe
@@ -40,6 +40,7 @@ __all__ = [
     "result_folder",
     "save_checkpoint",
     "servers",
+    "source_config",
     "tensors_on_disk",
     "text_source",
     "to_moe",

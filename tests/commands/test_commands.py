@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config, ViTConfig
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.commands import env
@@ -14,19 +15,22 @@ from modeling_moe.dispatch import backend_of
 from modeling_moe.dispatch.backends import BACKENDS
 from modeling_moe.utils.presets import presets
 from modeling_moe.utils.recipes import CONFIGURATION, recipes
-from tests.builders import tiny_config
+from tests.builders import SHAPE, tiny_config
+from tests.planning.families import LATENT
 from tests.test_trust import bring_code
 
 
-def test_a_plan_needs_config_json_alone_and_is_that_of_upcycle(moe, place):
+def test_a_plan_of_an_upcycling_needs_config_json_alone_and_begins_with_that_of_upcycle(moe, place):
     flags = ["--model_name_or_path", place / "dense", "--num_experts", 4, "--granularity", 2]
     _, dry, _ = moe("upcycle", *flags, "--output_dir", place / "up", "--dry_run")
     for file in (place / "dense").iterdir():
         if file.name != "config.json":
             file.unlink()
+    flags += ["--device", "CPU", "--sequence_length", 8, "--train", "lora"]
     code, planned, _ = moe("plan", *flags)
     assert code == 0
-    assert planned == dry
+    assert planned.startswith(dry)
+    assert "train lora, float32, recompute none" in planned
     assert "computes the dense function │ yes" in planned
     assert "0.2 MB, float32" in planned
     assert "0.000" not in planned
@@ -36,10 +40,17 @@ def test_a_plan_needs_config_json_alone_and_is_that_of_upcycle(moe, place):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model_name_or_path", "MOE"], "model_type 'moe' cannot be upcycled"),
+        (["--model_name_or_path", "MOE", "--num_experts", "4"], "model_type 'moe' cannot be upcycled"),
         (["--model_name_or_path", "DENSE", "--granularity", "3"], "granularity (3) does not divide"),
         (["--model_name_or_path", "DENSE", "--dtype", "int3"], "dtype 'int3' is unknown"),
         (["--model_name_or_path", "/nowhere"], "there is no such folder"),
+        (["--model_name_or_path", "nowhere.json"], "nowhere.json does not exist"),
+        (["--model_name_or_path", "moe_tiny", "--device", "H900"], "device 'H900' is unknown: it must be measure"),
+        (["--model_name_or_path", "moe_tiny", "--batch_size", "0"], "batch_size is 0: it must be at least 1"),
+        (["--model_name_or_path", "moe_tiny", "--train", "half"], "train 'half' is unknown"),
+        (["--model_name_or_path", "moe_tiny", "--ep_size", "3", "--device", "CPU"], "ep_size must divide"),
+        (["--model_name_or_path", "moe_tiny", "--device", "CPU", "--device_memory", "0"], "device_memory is 0.0"),
+        (["--model_name_or_path", "moe_tiny", "--json", "/nowhere/a.json"], "make the folder /nowhere first"),
     ],
 )
 def test_mistakes_of_a_plan(flags, message, moe, place):
@@ -48,6 +59,79 @@ def test_mistakes_of_a_plan(flags, message, moe, place):
     assert code == 2
     (line,) = [line for line in complaint.splitlines() if line.startswith("moe plan: ")]
     assert message in line
+
+
+FAST = ["--device", "CPU", "--sequence_length", 8, "--batch_size", 2]
+
+
+def test_a_plan_of_any_model_as_tables_and_as_json(moe, place):
+    for name in ("mixtral", "dense"):
+        code, printed, _ = moe(
+            "plan",
+            "--model_name_or_path",
+            place / name,
+            *FAST,
+            "--train",
+            "lora",
+            "qlora",
+            "--json",
+            place / "plan.json",
+        )
+        assert code == 0
+        plan = json.loads((place / "plan.json").read_text())
+        model = AutoModelForCausalLM.from_pretrained(place / name)
+        assert plan["sizes"]["total"] == model.num_parameters()
+        assert f"{plan['sizes']['active']:,}" in printed
+        assert "on disk" in printed
+        assert "assumed" in printed
+        methods = ["lora", "qlora"] if name == "mixtral" else ["lora"]
+        assert [training["method"] for training in plan["training"]] == methods
+        assert ("not planned: training, method qlora: a dense model has no experts" in printed) == (name == "dense")
+        memory = plan["training"][0]["memory"]
+        assert memory["total"] == sum(value for part, value in memory.items() if part != "total")
+    code, printed, _ = moe("plan", "--model_name_or_path", "moe_tiny", *FAST, "--train", "router", "--json", "-")
+    assert json.loads(printed)["inference"]["cache"] == 2 * 8 * 3 * 2 * 2 * 16 * 4
+
+
+def test_a_plan_says_what_to_change_where_nothing_fits(moe):
+    flags = ["--model_name_or_path", "moe_tiny", *FAST, "--train", "full", "--device_memory", 0.002]
+    code, printed, _ = moe("plan", *flags, "--fsdp_size", 2, "--ep_size", 2)
+    assert code == 0
+    assert "training, full, recompute none does not fit: change" in printed
+    assert "--dtype bfloat16" in printed
+    assert "all-to-all of tokens (EP)" in printed
+
+
+def test_a_plan_refuses_headers_of_another_model(moe, place):
+    config = json.loads((place / "mixtral" / "config.json").read_text())
+    for fields, message in (
+        ({"num_hidden_layers": 4}, "parameters where config.json asks for"),
+        ({"vocab_size": 200}, "of shape (300, 32) where config.json asks for (200, 32)"),
+    ):
+        (place / "mixtral" / "config.json").write_text(json.dumps(config | fields))
+        code, _, complaint = moe("plan", "--model_name_or_path", place / "mixtral", *FAST)
+        assert code == 2
+        assert message in complaint
+
+
+def test_a_plan_refuses_a_configuration_of_another_kind(moe, tmp_path):
+    ViTConfig().save_pretrained(tmp_path)
+    for name in (tmp_path, tmp_path / "config.json"):
+        code, _, complaint = moe("plan", "--model_name_or_path", name, *FAST)
+        assert code == 2
+        assert "'vit'" in complaint
+
+
+def test_kimi_k2_is_planned_as_its_family(moe, tmp_path):
+    config = DeepseekV3Config(**SHAPE | LATENT)
+    config.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "kimi_k2"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    code, printed, _ = moe("plan", "--model_name_or_path", tmp_path, *FAST, "--train", "router", "--json", "-")
+    assert code == 0
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(config).num_parameters()
+    assert json.loads(printed)["sizes"]["total"] == expected
 
 
 def test_verification_of_a_dry_run_is_refused(moe, place):

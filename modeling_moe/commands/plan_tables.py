@@ -1,0 +1,148 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module prints a model's plan as tables, and as JSON for scripts."""
+
+import json
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..planning import Device, Headers, InferencePlan, Memory, ModelPlan, PassTime, Sizes
+from ..utils.sizes import size_text
+
+
+def print_model_plan(plan: ModelPlan, headers: Headers | None = None) -> None:
+    """Prints the device, the parameters, memory and time, the limits, and what to change where the plan does not fit."""
+    console = Console()
+    console.print(_sizes_table(plan, headers))
+    console.print(_device_table(plan.request.device))
+    if plan.inference is not None or plan.training:
+        console.print(_passes_table(plan))
+    if exchange := [
+        *(plan.inference.exchange if plan.inference else []),
+        *(plan.training[0].exchange if plan.training else []),
+    ]:
+        table = Table("exchange per pass or step", "collectives", "bytes sent by a process", "time")
+        for each in exchange:
+            table.add_row(each.name, str(each.calls), size_text(each.nbytes), _seconds(each.seconds))
+        console.print(table)
+    if plan.limits:
+        table = Table(
+            "largest that fits", f"sequences of {plan.request.sequence_length} tokens", "tokens of one sequence"
+        )
+        for limit in plan.limits:
+            table.add_row(limit.what, f"{limit.batch_size:,}", f"{limit.sequence_length:,}")
+        console.print(table)
+    for what, changes in plan.changes.items():
+        table = Table(f"{what} does not fit: change", "memory then", "fits")
+        for change in changes:
+            table.add_row(change.text, size_text(change.total), "yes" if change.fits else "no")
+        console.print(table)
+    for note in plan.notes:
+        console.print(f"not planned: {note}", soft_wrap=True)
+
+
+def _sizes_table(plan: ModelPlan, headers: Headers | None) -> Table:
+    sizes, dtype = plan.sizes, _name(plan.request.dtype)
+    table = Table("parameters", "count", f"size in {dtype}")
+    for name, group in sizes.groups.items():
+        table.add_row(name, f"{group.params:,}", size_text(group.nbytes))
+    table.add_row("all", f"{sizes.total:,}", size_text(sizes.weight_bytes))
+    table.add_row("active per token", "unknown" if sizes.active is None else f"{sizes.active:,}", "")
+    for each in (torch.float32, torch.bfloat16):
+        table.add_row(f"all in {_name(each)}", "", size_text(sizes.total * each.itemsize))
+    if sizes.num_experts:
+        per_token = "unknown" if sizes.top_k is None else str(sizes.top_k)
+        table.add_row("experts, per token, layers", f"{sizes.num_experts}, {per_token}, {sizes.sparse_layers}", "")
+        table.add_row("all, experts in 4 bits", "", size_text(_in_4_bits(sizes)))
+    if headers is not None:
+        table.add_row("on disk", f"{headers.params:,}", size_text(headers.nbytes))
+    return table
+
+
+def _in_4_bits(sizes: Sizes) -> int:
+    return sizes.weight_bytes - sizes.groups["routed experts"].nbytes + sizes.experts_in_4_bits
+
+
+def _device_table(device: Device) -> Table:
+    def marked(name: str, text: str) -> str:
+        return f"{text} (assumed)" if name in device.assumed else text
+
+    flops = ", ".join(f"{rate / 1e12:.3g} {_name(dtype)}" for dtype, rate in device.flops.items())
+    table = Table("device", device.name)
+    table.add_row("memory", marked("memory_gb", size_text(int(device.memory), up=False)))
+    table.add_row("bandwidth counted on", marked("bandwidth", f"{device.bandwidth / 1e9:.4g} GB/s"))
+    table.add_row("TFLOP/s counted on", marked("tflops", flops))
+    link = f"{device.link_bandwidth / 1e9:.3g} GB/s" + (" (assumed)" if "link_bandwidth" in device.assumed else "")
+    latency = f"{device.link_latency * 1e6:.3g} µs" + (" (assumed)" if "link_latency" in device.assumed else "")
+    table.add_row("links, latency", f"{link}, {latency}")
+    table.add_row("starting an operator", marked("operator_seconds", f"{device.operator_seconds * 1e6:.3g} µs"))
+    table.add_row("source", device.source)
+    return table
+
+
+def _passes_table(plan: ModelPlan) -> Table:
+    request = plan.request
+    table = Table(
+        "plan", "weights", "gradients", "optimizer", "activations", "exchange", "memory", "fits", "time", "tokens/s"
+    )
+    table.title = (
+        f"one of {request.parallelism.processes} processes, {request.batch_size} x {request.sequence_length} tokens"
+    )
+    if plan.inference is not None:
+        _add_inference(table, plan.inference)
+    for training in plan.training:
+        name = f"train {training.method}, {_name(training.dtype)}, recompute {training.recompute}"
+        _add_row(table, name, training.memory, training.fits, training.time)
+    return table
+
+
+def _add_inference(table: Table, inference: InferencePlan) -> None:
+    dtype = _name(inference.dtype)
+    _add_row(table, f"prefill, {dtype}", inference.memory, inference.fits, inference.prefill)
+    cache = f"decode, cache {size_text(inference.cache)}, {inference.cache_per_token:,} bytes a token"
+    time = inference.decode
+    table.add_row(cache, "", "", "", "", "", "", "", _seconds(time.seconds), f"{time.tokens_per_second:,.4g}")
+
+
+def _add_row(table: Table, name: str, memory: Memory, fits: bool, time: PassTime) -> None:
+    parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.exchange, memory.total)
+    rate = f"{time.tokens_per_second:,.4g}"
+    table.add_row(name, *map(size_text, parts), "yes" if fits else "no", _seconds(time.seconds), rate)
+
+
+def _seconds(seconds: float) -> str:
+    unit, name = next(((u, n) for u, n in ((1, "s"), (1e-3, "ms")) if seconds >= u), (1e-6, "µs"))
+    return f"{seconds / unit:.3g} {name}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def plan_json(plan: ModelPlan) -> str:
+    """Returns a plan as JSON: the fields of [`~modeling_moe.planning.plan.ModelPlan`], with the sums and rates beside them."""
+    values = _plain(plan)
+    values["sizes"] |= {"total": plan.sizes.total, "weight_bytes": plan.sizes.weight_bytes}
+    return json.dumps(values, indent=2, default=str) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Returns a plan's part in the types of JSON."""
+    if isinstance(value, Memory):
+        return asdict(value) | {"total": value.total}
+    if isinstance(value, PassTime):
+        return value._asdict() | {"seconds": value.seconds, "tokens_per_second": value.tokens_per_second}
+    if is_dataclass(value):
+        return {name: _plain(part) for name, part in vars(value).items()}
+    if isinstance(value, torch.dtype):
+        return _name(value)
+    if isinstance(value, dict):
+        return {_plain(name): _plain(part) for name, part in value.items()}
+    if hasattr(value, "_asdict"):
+        return {name: _plain(part) for name, part in value._asdict().items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value

@@ -1,0 +1,205 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module counts the parameters of a simulated model by structure: experts, routers, embeddings, all others.
+
+# E experts, K experts per token
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..monitoring import UnreachableRouting, experts_modules, experts_per_token, idle_parameters, sparse_layers
+from .simulation import SimulatedModel
+
+
+GROUPS = ("routed experts", "routers", "embeddings and head", "attention and others", "adapter")
+# bits per number of NF4 with compressed statistics (arXiv:2305.14314): 4, 8 per 64 numbers, 32 per 256 of these scales
+BITS_OF_NF4 = 4 + 8 / 64 + 32 / (64 * 256)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Parameters of one kind.
+
+    Attributes:
+        params: number of parameters.
+        nbytes: bytes of the parameters.
+        trained: number of parameters that train.
+        trained_bytes: bytes of the parameters that train.
+        shardable: bytes of the parameters that the model's plan for tensor parallelism divides.
+        trained_tensors: number of tensors that train.
+    """
+
+    params: int = 0
+    nbytes: int = 0
+    trained: int = 0
+    trained_bytes: int = 0
+    shardable: int = 0
+    trained_tensors: int = 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The parameters of a model, in which a shared matrix counts once.
+
+    Attributes:
+        groups: the parameters by kind, the keys of `GROUPS` that occur.
+        active: parameters of the model without adapter that a token uses; None if the configuration does not name K.
+        buffers: bytes of the buffers.
+        largest_layer: bytes of the largest decoder layer, which FSDP gathers.
+        expert_layer: bytes of the routed experts of the largest sparse layer.
+        num_experts: number E of experts of a sparse layer; 0 for a dense model.
+        top_k: number K of experts per token; None if unknown or dense.
+        sparse_layers: number of layers with routed experts.
+        layers: number of decoder layers.
+        hidden_size: width of the tokens.
+    """
+
+    groups: dict[str, Tensors]
+    active: int | None
+    buffers: int
+    largest_layer: int
+    expert_layer: int
+    num_experts: int
+    top_k: int | None
+    sparse_layers: int
+    layers: int
+    hidden_size: int
+
+    @property
+    def total(self) -> int:
+        """Number of parameters without an adapter."""
+        return sum(group.params for name, group in self.groups.items() if name != "adapter")
+
+    @property
+    def experts_in_4_bits(self) -> int:
+        """Bytes of the routed experts in NF4."""
+        group = self.groups.get("routed experts", Tensors())
+        return round(group.params * BITS_OF_NF4 / 8)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters and buffers."""
+        return sum(group.nbytes for group in self.groups.values()) + self.buffers
+
+    @property
+    def trained(self) -> int:
+        """Number of parameters that train."""
+        return sum(group.trained for group in self.groups.values())
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of the parameters that train, and of their gradients."""
+        return sum(group.trained_bytes for group in self.groups.values())
+
+
+def sizes_of(simulated: SimulatedModel) -> Sizes:
+    """Counts the parameters of a simulated model.
+
+    Args:
+        simulated: the model; experts in 4 bits (method qlora) have the bytes of NF4.
+    """
+    model = simulated.model
+    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    config, experts = inner.config, experts_modules(model)
+    kinds = _kinds(model, inner, experts)
+    sharded = _sharded_names(inner)
+    groups = dict.fromkeys(GROUPS, Tensors())
+    for name, parameter in model.named_parameters():
+        kind = kinds.get(id(parameter), "adapter" if _is_adapter(name) else "attention and others")
+        in_4_bits = simulated.method == "qlora" and kind == "routed experts" and parameter.dim() == 3
+        nbytes = (
+            round(parameter.numel() * BITS_OF_NF4 / 8) if in_4_bits else parameter.numel() * parameter.element_size()
+        )
+        groups[kind] = _plus(groups[kind], parameter, nbytes, any(pattern.search(name) for pattern in sharded))
+    groups = {name: group for name, group in groups.items() if group.params}
+    layers = _decoder_layers(inner)
+    return Sizes(
+        groups=groups,
+        active=_active(config, experts, sum(group.params for name, group in groups.items() if name != "adapter")),
+        buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
+        largest_layer=max((_nbytes(layer) for layer in layers), default=0),
+        expert_layer=max((_nbytes(module) for module in experts), default=0),
+        num_experts=_num_experts(model),
+        top_k=experts_per_token(config) if experts else None,
+        sparse_layers=len(experts),
+        layers=len(layers),
+        hidden_size=next(inner.get_input_embeddings().parameters()).shape[-1],
+    )
+
+
+def _plus(group: Tensors, parameter: nn.Parameter, nbytes: int, sharded: bool) -> Tensors:
+    trains = parameter.requires_grad
+    return Tensors(
+        params=group.params + parameter.numel(),
+        nbytes=group.nbytes + nbytes,
+        trained=group.trained + parameter.numel() * trains,
+        trained_bytes=group.trained_bytes + nbytes * trains,
+        shardable=group.shardable + nbytes * sharded,
+        trained_tensors=group.trained_tensors + trains,
+    )
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name or ".modules_to_save." in name
+
+
+def _kinds(model: nn.Module, inner: PreTrainedModel, experts: list[nn.Module]) -> dict[int, str]:
+    """Returns the kind of each parameter that a module of the interface holds, by the parameter's id."""
+    kinds = {}
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in (*tables, inner.get_output_embeddings()):
+        kinds |= {id(parameter): "embeddings and head" for parameter in (module.parameters() if module else ())}
+    try:
+        routers = [layer.router for layer in sparse_layers(model) if layer.router is not None]
+    except UnreachableRouting:
+        routers = []
+    for router in routers:
+        for name, parameter in router.named_parameters():
+            kinds[id(parameter)] = "adapter" if _is_adapter(f".{name}") else "routers"
+    for module in experts:
+        kinds |= {id(parameter): "routed experts" for parameter in module.parameters(recurse=False)}
+    return kinds
+
+
+def _active(config: Any, experts: list[nn.Module], total: int) -> int | None:
+    if hasattr(config, "num_active_params"):
+        # the routers of this package's model decide how many experts a token uses
+        return config.num_active_params()
+    top_k = experts_per_token(config)
+    if not experts:
+        return total if top_k is None else None
+    return None if top_k is None else round(total - sum(idle_parameters(module, top_k) for module in experts))
+
+
+def _num_experts(model: nn.Module) -> int:
+    try:
+        return sparse_layers(model)[0].num_experts
+    except UnreachableRouting:
+        return 0
+
+
+def _decoder_layers(inner: PreTrainedModel) -> list[nn.Module]:
+    """Returns the modules of the longest list of modules in a model, which are the decoder layers."""
+    lists = [module for module in inner.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=_nbytes, default=nn.ModuleList()))
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _sharded_names(inner: PreTrainedModel) -> list[re.Pattern[str]]:
+    """Returns patterns of the parameters that the model's plan for tensor parallelism divides."""
+    plan = getattr(inner, "tp_plan", None) or {}
+    names = [name for name, rule in plan.items() if "wise" in str(rule)]
+    return [re.compile(re.escape(name).replace(r"\*", r"\d+") + r"(\.|$)") for name in names]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name of a dtype, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
