@@ -202,7 +202,7 @@ def merge(wrapper: Stock, *args: Any, **kwargs: Any) -> None:
     _stock_merge(wrapper, *args, **kwargs)
 
 
-def bring_to_slots(wrapper: Stock, config: LoraConfig) -> None:
+def bring_to_slots(wrapper: Stock, config: peft.LoraConfig) -> None:
     """Gives the factors of offloaded experts memory where the experts are computed, and initial values.
 
     The parameters of [`~modeling_moe.offload.offload_experts`] are empty and on the meta device, and PEFT has moved the
