@@ -46,7 +46,7 @@ class WriterArguments:
     )
     expert_policy: Literal["lru", "lfu", "lfru", "least_stale"] | None = field(
         default=None,
-        metadata={"help": "with budget: rule by which an expert gives its memory to another; lru if not given"},
+        metadata={"help": "with budget: rule by which an expert gives its memory to another; lfru if not given"},
     )
     expert_tier: Literal["disk", "pinned"] | None = field(
         default=None,

@@ -90,10 +90,19 @@ class ExpertCache:
 
     def number_of_rounds(self, needed: list[int]) -> int:
         """Returns the number of rounds of a pass."""
-        return -(-len(needed) // len(self.slots.experts))
+        return -(-len(needed) // self._round_size(needed))
+
+    def _round_size(self, needed: list[int]) -> int:
+        """Returns the number of experts in each round of a pass but the last one.
+
+        A round needs all of its experts at once. If a pass exceeds the slots, a round takes half of them, so that the other
+        half can keep experts of earlier and later rounds.
+        """
+        slots = len(self.slots.experts)
+        return slots if len(needed) <= slots else max(1, slots // 2)
 
     def _rounds(self, needed: list[int]) -> Iterator[Round]:
-        size = len(self.slots.experts)
+        size = self._round_size(needed)
         for start in range(0, len(needed), size):
             experts = needed[start : start + size]
             self._make_resident(experts)

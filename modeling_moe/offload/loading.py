@@ -104,7 +104,7 @@ def from_pretrained_offloaded(
     budget: int | str | None = None,
     slots: int | None = None,
     tier: str = "disk",
-    policy: str = "lru",
+    policy: str = "lfru",
     prefetch: int | None = None,
     dtype: Any = "auto",
     device: Any = None,

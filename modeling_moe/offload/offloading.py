@@ -49,7 +49,7 @@ def offload_experts(
     budget: int | str | None = None,
     slots: int | None = None,
     tier: str = "pinned",
-    policy: str = "lru",
+    policy: str = "lfru",
     folder: str | Path | None = None,
 ) -> OffloadStatistics:
     """Takes the experts of a model out of the memory of its device, but for those that are in use.
@@ -102,7 +102,7 @@ def offload_to_stores(
     stores: Mapping[str, ExpertStore],
     budget: int | str | None = None,
     slots: int | None = None,
-    policy: str = "lru",
+    policy: str = "lfru",
     device: torch.device | str | None = None,
 ) -> OffloadStatistics:
     """Puts expert caches over given stores in the place of a model's experts.
@@ -196,9 +196,12 @@ def _reason_against(module: Any) -> str | None:
 
 
 def _backend_of(module: Any) -> str | None:
-    """Returns the back end that a module's experts implementation asks for, or None."""
-    name = (module.config._experts_implementation or "").removeprefix("moe_")
-    return name if name in NAMES else None
+    """Returns the back end that a module's experts implementation asks for, or None.
+
+    Transformers has implementations of its own, and one of them, `"grouped_mm"`, has the name of a back end.
+    """
+    implementation = module.config._experts_implementation
+    return next((name for name in NAMES if implementation == f"moe_{name}"), None)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -70,7 +70,7 @@ class RouterTwin:
 
         Returns:
             At most `limit` distinct ids: those of the chosen experts in ascending order, then the extra ones. Of more than
-            `limit` chosen experts they are the lowest ids, which the first round of the pass uses.
+            `limit` chosen experts they are the lowest ids, which the pass uses first.
 
         Raises:
             NoPrediction: if the router fails, or returns no router logits.

@@ -3,7 +3,8 @@
 
 The simulation follows the contract of the cache and shares no code with the cache, so that each can check the other:
 
-- a pass is a list of distinct expert ids in ascending order, and is cut into rounds of at most S experts;
+- a pass is a list of distinct expert ids in ascending order, and is one round if S slots hold all of them; a larger pass is cut
+  into rounds of S // 2 experts, at least 1, so that the other slots can keep experts for later rounds;
 - all experts of a round are resident at the same time; an expert that is not resident is a miss and is loaded into a free
   slot, or into the slot of an evicted expert outside the round.
 
@@ -42,6 +43,8 @@ class CacheCounts(NamedTuple):
 def rounds_of(needed: Pass, slots: int, round_size: int | None = None) -> Iterator[Pass]:
     """Yields the rounds of a pass in ascending order: one round if the pass fits into the slots, else `round_size` experts each.
 
+    By default `round_size` is S // 2, and at least 1.
+
     Raises:
         ValueError: if the ids are not distinct and ascending, if there is no slot, or if `round_size` is not in 1..S.
     """
@@ -51,7 +54,7 @@ def rounds_of(needed: Pass, slots: int, round_size: int | None = None) -> Iterat
         raise ValueError(f"round_size is {round_size}: a round of a layer with {slots} slots has 1 to {slots} experts")
     if any(left >= right for left, right in itertools.pairwise(needed)):
         raise ValueError(f"a pass of a trace is {list(needed)}: expert ids must be distinct and ascending")
-    size = slots if round_size is None or len(needed) <= slots else round_size
+    size = slots if len(needed) <= slots else round_size or max(1, slots // 2)
     for begin in range(0, len(needed), size):
         yield needed[begin : begin + size]
 
@@ -74,7 +77,7 @@ def simulate(
         policy: name of a policy in [`~modeling_moe.offload.policies.POLICIES`], or the class of a policy.
         slots: number S of slots.
         num_experts: number E of experts.
-        round_size: most experts in a round of a pass that exceeds the slots, at most S; S by default.
+        round_size: most experts in a round of a pass that exceeds the slots, at most S; S // 2 by default, as in the cache.
 
     Raises:
         ValueError: for an unknown policy, a number of slots outside 1..E, and a pass that is not ascending or that names an
@@ -112,7 +115,7 @@ def belady(passes: Sequence[Pass], slots: int, round_size: int | None = None) ->
     Args:
         passes: passes of the layer, each the distinct expert ids in ascending order.
         slots: number S of slots.
-        round_size: most experts in a round of a pass that exceeds the slots, at most S; S by default.
+        round_size: most experts in a round of a pass that exceeds the slots, at most S; S // 2 by default, as in the cache.
 
     Raises:
         ValueError: if there is no slot, or a pass is not ascending.

@@ -8,6 +8,7 @@ import torch
 
 from modeling_moe.offload.cache import ExpertCache
 from modeling_moe.offload.policies import POLICIES
+from modeling_moe.offload.simulation import simulate
 from modeling_moe.offload.slots import ALIGNMENT, ExpertSlots
 from modeling_moe.offload.statistics import LayerStatistics
 
@@ -77,14 +78,31 @@ def test_matrices_are_aligned_and_biases_lie_close():
 def test_rounds_ascend_and_cover_what_the_pass_needs(policy):
     cache, generator = make(3, policy), torch.Generator().manual_seed(0)
     assert run(cache, [0, 2, 5]) == [(0, 5)]
-    assert run(cache, [0, 1, 2, 4, 5, 6, 7]) == [(0, 2), (4, 6), (7, 7)]
+    assert run(cache, [0, 1, 2, 4]) == [(0, 0), (1, 1), (2, 2), (4, 4)]
     for _ in range(50):
         number = int(torch.randint(1, EXPERTS + 1, (1,), generator=generator))
         needed = sorted(torch.randperm(EXPERTS, generator=generator)[:number].tolist())
-        assert len(run(cache, needed)) == -(-number // 3)
+        assert len(run(cache, needed)) == (1 if number <= 3 else number)
     statistics = cache.statistics
     assert statistics.misses == len(cache.store.reads)
     assert statistics.bytes_read == statistics.misses * 4 * (3 * 5 + 3)
+
+
+@pytest.mark.parametrize(("slots", "rounds"), [(1, 8), (4, 4), (5, 4), (7, 3), (8, 1)])
+def test_a_pass_that_exceeds_the_slots_runs_in_rounds_of_half_of_them(slots, rounds):
+    cache = make(slots)
+    assert len(run(cache, list(range(EXPERTS)))) == rounds == cache.number_of_rounds(list(range(EXPERTS)))
+
+
+def test_passes_that_exceed_the_slots_hit_experts_of_the_pass_before():
+    """Rounds that fill all slots would leave no slot for anything that stays."""
+    cache = make(4, "least_stale")
+    for _ in range(20):
+        run(cache, list(range(EXPERTS)))
+    counts = simulate([range(EXPERTS)] * 20, "least_stale", 4, EXPERTS)
+    assert (cache.statistics.hits, cache.statistics.misses) == counts
+    assert counts.hit_rate > 0.2
+    assert simulate([range(EXPERTS)] * 20, "least_stale", 4, EXPERTS, round_size=4).hits == 0
 
 
 def test_an_expert_is_read_once_while_it_stays():

@@ -57,6 +57,14 @@ def test_the_back_end_stays_that_of_the_resident_model(implementation):
     assert_bits(model, outputs(resident))
 
 
+def test_transformers_own_grouped_mm_asks_for_no_back_end():
+    model = build("qwen3_moe", implementation="grouped_mm")
+    expected = outputs(build("qwen3_moe"))
+    offload_experts(model, slots=TOP_K)
+    assert {layer.mlp.experts.offloaded.backend for layer in model.model.layers} == {None}
+    assert_bits(model, expected)
+
+
 # with 33 and 23 an expert's matrix is no multiple of 64 bytes, so the matrices of a resident model are not aligned as those in
 # slots are, and only `native` has bits that do not depend on that
 SIZES = {"even": (32, 24), "odd": (33, 23)}

@@ -115,7 +115,9 @@ def test_the_order_of_loads_and_uses_inside_a_round_makes_no_difference(name):
 
 
 def test_rounds_are_ascending_parts_of_a_pass():
-    assert list(rounds_of([0, 2, 3, 5, 7], 2)) == [[0, 2], [3, 5], [7]]
+    assert list(rounds_of([0, 2, 3, 5, 7], 2, 2)) == [[0, 2], [3, 5], [7]]
+    assert list(rounds_of([0, 2, 3, 5, 7], 4)) == [[0, 2], [3, 5], [7]]
+    assert list(rounds_of([0, 2], 1)) == [[0], [2]]
     assert list(rounds_of([0, 2, 3, 5, 7], 4, 2)) == [[0, 2], [3, 5], [7]]
     assert list(rounds_of([0, 2, 3, 5], 4, 2)) == [[0, 2, 3, 5]]
     assert list(rounds_of([], 2)) == []
