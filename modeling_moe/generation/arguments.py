@@ -54,6 +54,13 @@ class WriterArguments:
             "help": "with budget: where experts wait, in the checkpoint's files (disk, if not given) or in host memory"
         },
     )
+    expert_prefetch: int | None = field(
+        default=None,
+        metadata={
+            "help": "with budget: load the experts of the next layer while a layer computes, with this many beyond those that the "
+            "next router predicts; if not given, none are loaded ahead"
+        },
+    )
     stats: bool = field(
         default=False,
         metadata={"help": "with budget: print hits, misses, bytes and waiting time of each layer's experts"},
@@ -76,7 +83,8 @@ class WriterArguments:
     def __post_init__(self):
         parse_dtype(self.dtype)
         if self.budget is None:
-            given = [name for name in ("expert_policy", "expert_tier", "stats") if getattr(self, name)]
+            own = ("expert_policy", "expert_tier", "expert_prefetch", "stats")
+            given = [name for name in own if getattr(self, name) is not None and getattr(self, name) is not False]
             if given:
                 raise UserError(f"{given[0]} needs a memory for experts: set budget, such as 4GiB")
         if self.budget is not None and (self.gguf_file or self.model_name_or_path.endswith(".gguf")):

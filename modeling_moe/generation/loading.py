@@ -101,6 +101,7 @@ def _load_offloaded(args: WriterArguments, budget: str, device: torch.device) ->
             budget=budget,
             tier=args.expert_tier or "disk",
             policy=args.expert_policy or "lfru",
+            prefetch=args.expert_prefetch,
             device=device,
             dtype=parse_dtype(args.dtype) or "auto",
             trust_remote_code=args.trust_remote_code,

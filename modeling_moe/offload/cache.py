@@ -55,7 +55,9 @@ class ExpertCache:
         self._kept: frozenset[int] = frozenset()  # by the running round: their slots are read
         self._wanted: frozenset[int] = frozenset()  # by the running pass: not evicted by a prefetch
         self._passes = 0  # number of passes that have begun
-        self._loading: set[int] = set()
+        self._reading: int | None = None  # the expert that the pass is copying
+        self._ahead: dict[int, int] = {}  # experts that prefetches are copying -> their slots
+        self._interrupted = False  # True while a pass runs, and after one that Ctrl+C ended
         self._unused: set[int] = set()  # prefetched, and not yet used
 
     def needed(self, index: torch.Tensor) -> list[int]:
@@ -76,17 +78,33 @@ class ExpertCache:
         """
         with self._pass:
             with self._changed:
+                if self._interrupted:
+                    self._forget()
+                self._interrupted = True
                 self._wanted = frozenset(needed)
                 self._passes += 1
                 self.policy.begin_pass(needed)
             try:
                 yield self._rounds(needed)
+                self._interrupted = False
+            except Exception:
+                self._interrupted = False
+                raise
             finally:
                 with self._changed:
                     if self.device.type == "cuda":
                         self._computed = torch.cuda.current_stream(self.device).record_event()
                     self._kept = self._wanted = frozenset()
                     self._changed.notify_all()
+
+    def _forget(self) -> None:
+        """Empties all slots but those that prefetches are filling.
+
+        Ctrl+C may end a pass between any two lines, and thus leave a slot that is taken and that nothing fills.
+        """
+        self.slots.clear(self._ahead.values())
+        self._reading = None
+        self._unused.clear()
 
     def number_of_rounds(self, needed: list[int]) -> int:
         """Returns the number of rounds of a pass."""
@@ -140,11 +158,11 @@ class ExpertCache:
                 if self.slots.places[expert] >= 0:  # a prefetch has copied it in the meantime
                     self.statistics.hits += 1
                     return
-                slot = None if expert in self._loading else self._claim(self._kept)
+                slot = None if expert in self._ahead else self._claim(self._kept)
                 if slot is not None:
                     break
                 self._changed.wait()
-            self._loading.add(expert)
+            self._reading = expert
         self._load(expert, slot, ahead=False)
 
     def _claim(self, kept: Collection[int]) -> int | None:
@@ -178,19 +196,25 @@ class ExpertCache:
         except BaseException:
             with self._changed:
                 self.slots.release(slot)
-                self._loading.discard(expert)
-                self._changed.notify_all()
+                self._copied(expert, ahead)
             raise
         with self._changed:
             self.slots.put(expert, slot)
-            self._loading.discard(expert)
+            self._copied(expert, ahead)
             self.statistics.bytes_read += self._expert_bytes
             if ahead:
                 self.statistics.prefetched += 1
                 self._unused.add(expert)
             else:
                 self.statistics.misses += 1
-            self._changed.notify_all()
+
+    def _copied(self, expert: int, ahead: bool) -> None:
+        """Notes the end of a copy, which other threads may wait for."""
+        if ahead:
+            del self._ahead[expert]
+        else:
+            self._reading = None
+        self._changed.notify_all()
 
     def prefetch(self, experts: Collection[int]) -> None:
         """Copies experts that a later pass may need into slots that the running pass does not need.
@@ -206,12 +230,12 @@ class ExpertCache:
         for expert in experts:
             with self._changed:
                 late = self._passes != passes and expert not in self._wanted
-                if late or self.slots.places[expert] >= 0 or expert in self._loading:
+                if late or self.slots.places[expert] >= 0 or expert in self._ahead or expert == self._reading:
                     continue
                 slot = self._claim(self._wanted | asked)
                 if slot is None:
                     return
-                self._loading.add(expert)
+                self._ahead[expert] = slot
             try:
                 self._load(expert, slot, ahead=True)
             except Exception:

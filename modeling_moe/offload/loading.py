@@ -17,7 +17,6 @@ from ..utils.errors import UserError
 from ..utils.locations import local_folder
 from .offloading import offload_to_stores, refuse_unfit
 from .pieces import Stored, stored
-from .prefetch import prefetch_experts
 from .stores import (
     DiskStore,
     ExpertStore,
@@ -151,12 +150,10 @@ def from_pretrained_offloaded(
         raise TypeError(f"from_pretrained_offloaded takes no {refused[0]}: {REMEDIES[refused[0]]}")
 
     def check(model: PreTrainedModel, stores: Mapping[str, ExpertStore]) -> None:
-        refuse_unfit(model, stores, budget, slots, policy)
+        refuse_unfit(model, stores, budget, slots, policy, prefetch)
 
     model, stores = load_without_experts(name_or_path, tier, dtype, device, check=check, **options)
-    offload_to_stores(model, stores, budget, slots, policy, device=device)
-    if prefetch is not None:
-        prefetch_experts(model, extra=prefetch)
+    offload_to_stores(model, stores, budget, slots, policy, device=device, prefetch=prefetch)
     return model
 
 

@@ -17,6 +17,7 @@ from ..utils.sizes import parse_size
 from .attaching import OffloadedModule, attach, is_offloaded
 from .cache import ExpertCache
 from .policies import policy_class
+from .prefetch import prefetch_experts
 from .slots import ExpertSlots, slot_bytes
 from .statistics import LayerStatistics, OffloadStatistics
 from .stores import ExpertStore, PinnedStore, disk_stores, expert_parameters
@@ -51,6 +52,7 @@ def offload_experts(
     tier: str = "pinned",
     policy: str = "lfru",
     folder: str | Path | None = None,
+    prefetch: int | None = None,
 ) -> OffloadStatistics:
     """Takes the experts of a model out of the memory of its device, but for those that are in use.
 
@@ -61,10 +63,14 @@ def offload_experts(
         model: a model in memory, this package's or one of transformers', with or without an adapter. It is changed.
         budget: bytes of all slots of all layers, or text such as `"4GiB"`. Give this or `slots`.
         slots: the number S of experts of each layer that are held.
-        tier: `"pinned"` keeps the experts in host memory, `"disk"` reads them from the checkpoint in `folder`.
+        tier: `"pinned"` keeps the experts in host memory, `"disk"` reads them from the checkpoint in `folder`. On CPUs the
+            pinned experts stay in the memory in which they lie. After `from_pretrained` that may be the mapped files of
+            the checkpoint, which must then stay as they are; `from_pretrained_offloaded` reads them into memory.
         policy: a key of [`~modeling_moe.offload.policies.POLICIES`], which chooses the expert that gives up its slot.
         folder: with `tier="disk"`, the checkpoint that holds the model's weights; by default where the model was loaded
             from.
+        prefetch: loads experts ahead of each layer, with this many beyond those that the next router chooses, as
+            [`~modeling_moe.offload.prefetch.prefetch_experts`] does; None loads none ahead.
 
     Returns:
         The counts of all layers, which go on counting while the model runs.
@@ -94,7 +100,7 @@ def offload_experts(
         }
     else:
         stores = _disk_stores_of(model, modules, folder)
-    return offload_to_stores(model, stores, budget, slots, policy)
+    return offload_to_stores(model, stores, budget, slots, policy, prefetch=prefetch)
 
 
 def offload_to_stores(
@@ -104,11 +110,12 @@ def offload_to_stores(
     slots: int | None = None,
     policy: str = "lfru",
     device: torch.device | str | None = None,
+    prefetch: int | None = None,
 ) -> OffloadStatistics:
     """Puts expert caches over given stores in the place of a model's experts.
 
     Args:
-        model, budget, slots, policy: as for [`offload_experts`]. The experts' parameters may be on the meta device.
+        model, budget, slots, policy, prefetch: as for [`offload_experts`]. The experts' parameters may be on the meta device.
         stores: qualified name of each experts module -> store of the layer's experts.
         device: where the experts are computed; by default where the model's first parameter is that has memory.
 
@@ -122,6 +129,7 @@ def offload_to_stores(
     if missing := [name for name in modules if name not in stores]:
         raise ValueError(f"stores has no store for {missing[0]}: give one for each layer")
     layers = [_Layer(name, module, stores[name]) for name, module in modules.items()]
+    _refuse_prefetch(prefetch)
     counts = _slots_of_layers(layers, budget, slots)
     make_policy, place = policy_class(policy), torch.device(device) if device is not None else _device_of(model)
     # layers share their configuration, which `attach` changes
@@ -130,16 +138,32 @@ def offload_to_stores(
         memory = ExpertSlots(layer.store.parts, number, layer.store.num_experts, place)
         policy_of_layer = make_policy(number, layer.store.num_experts)
         attach(layer.module, ExpertCache(layer.store, policy_of_layer, memory, LayerStatistics()), backend)
+    if prefetch is not None:
+        prefetch_experts(model, extra=prefetch)
     return offload_statistics(model)
 
 
 def refuse_unfit(
-    model: nn.Module, stores: Mapping[str, ExpertStore], budget: int | str | None, slots: int | None, policy: str
+    model: nn.Module,
+    stores: Mapping[str, ExpertStore],
+    budget: int | str | None,
+    slots: int | None,
+    policy: str,
+    prefetch: int | None,
 ) -> None:
     """Raises what [`offload_to_stores`] raises; the model may be on the meta device, before any weight is read."""
     layers = [_Layer(name, module, stores[name]) for name, module in _experts_of(model).items()]
     _slots_of_layers(layers, budget, slots)
     policy_class(policy)
+    _refuse_prefetch(prefetch)
+
+
+def _refuse_prefetch(prefetch: Any) -> None:
+    if prefetch is not None and (type(prefetch) is not int or prefetch < 0):
+        raise ValueError(
+            f"prefetch={prefetch!r} is no number of experts: give how many to load ahead beyond the predicted ones, 0 or "
+            "more, or None"
+        )
 
 
 def offload_statistics(model: nn.Module) -> OffloadStatistics:
@@ -251,6 +275,8 @@ def _slots_of_layers(layers: list[_Layer], budget: int | str | None, slots: int 
     """
     if (budget is None) == (slots is None):
         raise ValueError("give either budget, such as '4GiB', or slots, the number of experts of each layer")
+    if slots is not None and type(slots) is not int:
+        raise ValueError(f"slots={slots!r} is no whole number: give the number of experts of each layer that are held")
     experts = [layer.store.num_experts for layer in layers]
 
     def cost(number: int) -> int:

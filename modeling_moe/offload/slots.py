@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -80,6 +80,12 @@ class ExpertSlots:
         if self.experts[slot] >= 0:
             self.table[self.experts[slot]] = self.places[self.experts[slot]] = -1
         self.experts[slot] = FREE
+
+    def clear(self, filling: Collection[int]) -> None:
+        """Makes all slots free but those that are being filled, whatever they hold."""
+        self.table.fill_(-1)
+        self.places[:] = [-1] * len(self.places)
+        self.experts[:] = [TAKEN if slot in filling else FREE for slot in range(len(self.experts))]
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, slots: int, device: torch.device) -> torch.Tensor:

@@ -30,11 +30,11 @@ def parse_size(given: int | str, field: str) -> int:
         field: what the number is for, named in the message.
 
     Raises:
-        ValueError: if the text is no size.
+        ValueError: if it is no size.
     """
-    if isinstance(given, int):
+    if type(given) is int:
         return given
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", given)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", given) if isinstance(given, str) else None
     unit = _UNITS.get(match[2].upper() or "B") if match else None
     if match is None or unit is None:
         raise ValueError(f"{field}={given!r} is no size: write a number of bytes, or one with a unit such as '4GiB'")

@@ -124,7 +124,18 @@ def test_a_draft_that_could_change_the_text_is_refused(moe, tmp_path):
 def test_a_budget_changes_no_text(command, moe, saved, tmp_path):
     flags = ("--model_name_or_path", saved, "--prompt", "the old", "mill", "--max_new_tokens", 8)
     _, expected, _ = moe(command, *flags)
-    offloaded = (*flags, "--budget", "80KiB", "--expert_policy", "lru", "--expert_tier", "disk", "--stats")
+    offloaded = (
+        *flags,
+        "--budget",
+        "80KiB",
+        "--expert_policy",
+        "lru",
+        "--expert_tier",
+        "disk",
+        "--expert_prefetch",
+        0,
+        "--stats",
+    )
     code, output, errors = moe(command, *offloaded)
     assert (code, output) == (0, expected), errors
     lines = errors.splitlines()
@@ -144,6 +155,7 @@ def test_bad_budgets_are_one_line(moe, saved, tmp_path):
     for flags, message in (
         (("--budget", "1KiB"), "one token needs 3"),
         (("--budget", "much"), "budget"),
+        (("--budget", "1GiB", "--expert_prefetch", -1), "prefetch=-1 is no number of experts"),
     ):
         code, _, errors = moe("generate", "--model_name_or_path", saved, "--prompt", "a", *flags)
         assert code == 2

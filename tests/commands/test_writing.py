@@ -177,6 +177,7 @@ def test_a_chat_template_is_mentioned_once(tmp_path, monkeypatch, capsys):
         (["--prompt", "\udcff"], "is not UTF-8"),
         (["--stats"], "stats needs a memory for experts: set budget"),
         (["--expert_policy", "lru"], "expert_policy needs a memory for experts: set budget"),
+        (["--expert_prefetch", "0"], "expert_prefetch needs a memory for experts: set budget"),
         (["--expert_policy", "mru", "--budget", "1GiB"], "mru"),
         (["--budget", "1GiB", "--gguf_file", "x.gguf"], "not from GGUF"),
         (["--draft_tokens", "3"], "draft_tokens needs a draft model: set draft"),

@@ -1,7 +1,11 @@
 """The expert cache keeps what a running pass needs, whatever other threads load ahead, and survives read errors."""
 
+import linecache
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +107,79 @@ def test_passes_that_exceed_the_slots_hit_experts_of_the_pass_before():
     assert (cache.statistics.hits, cache.statistics.misses) == counts
     assert counts.hit_rate > 0.2
     assert simulate([range(EXPERTS)] * 20, "least_stale", 4, EXPERTS, round_size=4).hits == 0
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt, as Ctrl+C does, before the `number`-th line of this package that runs inside the block.
+
+    Python never interrupts on entry to these statements.
+    """
+
+    SPARED = ("with ", "try:", "finally:", "except ")
+
+    def __init__(self, number: int):
+        self.left = number
+
+    def trace(self, frame, event, arg):
+        name = frame.f_code.co_filename
+        if event == "line" and "modeling_moe" in name and not name.endswith(Path(__file__).name):
+            if linecache.getline(name, frame.f_lineno).strip().startswith(self.SPARED):
+                return self.trace
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self.trace
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *error):
+        sys.settrace(self.before)
+
+
+def test_a_pass_may_be_interrupted_anywhere_and_the_next_ones_serve():
+    """An interrupt between two lines once left a slot taken for ever, and a later pass waited for it without end."""
+    number, interrupted = 0, True
+    while interrupted:
+        number, interrupted = number + 1, False
+        cache = make(3)
+        run(cache, [0, 1, 2])
+        try:
+            with Interrupt(number):
+                run(cache, [2, 3, 5, 6])
+        except KeyboardInterrupt:
+            interrupted = True
+        after = threading.Thread(
+            target=lambda cache=cache: [run(cache, needed) for needed in ([0, 1, 4], [2, 3, 5, 6], [0, 1, 2])],
+            daemon=True,
+        )
+        after.start()
+        after.join(10)
+        assert not after.is_alive(), f"a pass hangs after an interrupt at line number {number}"
+        assert sorted(cache.slots.experts) == [0, 1, 2]
+        for expert in (0, 1, 2):
+            assert_resident(cache, expert)
+    assert number > 100
+
+
+def test_an_interrupt_leaves_alone_what_a_prefetch_is_filling():
+    cache = make(3)
+    run(cache, [0, 1])
+    cache.store.hold(5)
+    prefetch = threading.Thread(target=cache.prefetch, args=([5],))
+    prefetch.start()
+    assert cache.store.started[5].wait(10)
+    with suppress(KeyboardInterrupt), cache.running([0]) as rounds:
+        next(rounds)
+        raise KeyboardInterrupt
+    assert run(cache, [0, 1]) == [(0, 1)]
+    assert cache.store.reads == [0, 1, 5, 0, 1]
+    cache.store.held[5].set()
+    prefetch.join(10)
+    for expert in (0, 1, 5):
+        assert_resident(cache, expert)
 
 
 def test_an_expert_is_read_once_while_it_stays():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_moe.offload import offload_experts, offload_statistics, offload_to_stores, prefetch_experts
+from modeling_moe.offload import offload_experts, offload_statistics, offload_to_stores
 from modeling_moe.offload.slots import slot_bytes
 from tests.builders import SMALLEST
 from tests.offload.models import EXPERTS, TOP_K, build, copy_of, outputs
@@ -41,6 +41,15 @@ def least_bytes(model) -> int:
         ({"slots": TOP_K - 1}, f"slots=2 holds 2 experts of each layer, and one token needs {TOP_K}"),
         ({"budget": "1KiB"}, "budget='1KiB' holds 0 experts of each layer"),
         ({"budget": "much"}, "budget='much' is no size: write a number of bytes"),
+        ({"budget": 4e9}, "budget=4000000000.0 is no size: write a number of bytes"),
+        ({"budget": True}, "budget=True is no size"),
+        ({"budget": "-4GB"}, "budget='-4GB' is no size"),
+        ({"budget": 0}, "budget=0 holds 0 experts of each layer"),
+        ({"slots": 3.5}, "slots=3.5 is no whole number"),
+        ({"slots": "3"}, "slots='3' is no whole number"),
+        ({"slots": True}, "slots=True is no whole number"),
+        ({"slots": TOP_K, "prefetch": -1}, "prefetch=-1 is no number of experts: give how many to load ahead"),
+        ({"slots": TOP_K, "prefetch": True}, "prefetch=True is no number of experts"),
         ({"slots": TOP_K, "policy": "random"}, "policy is 'random': choose one of lru"),
         ({"slots": TOP_K, "tier": "tape"}, "tier='tape' is unknown: use 'pinned' or 'disk'"),
         ({"slots": TOP_K, "folder": "somewhere"}, "folder is read with tier='disk' only"),
@@ -162,8 +171,7 @@ def test_stores_need_every_layer(resident):
 
 def test_prefetch_leaves_the_bits(resident):
     model = copy_of(resident)
-    statistics = offload_experts(model, slots=TOP_K + 1)
-    prefetch_experts(model, extra=1)
+    statistics = offload_experts(model, slots=TOP_K + 1, prefetch=1)
     expected = outputs(resident)
     assert all(torch.equal(got, expected[key]) for key, got in outputs(model).items())
     assert statistics.total.prefetched > 0
