@@ -138,13 +138,14 @@ def from_pretrained_offloaded(
         ValueError: if the budget is below the experts of one token, or the checkpoint does not fit its configuration.
 
     Example:
+        >>> import torch
         >>> from modeling_moe import MoEConfig, MoEForCausalLM
         >>> from modeling_moe.offload import from_pretrained_offloaded
         >>> config = MoEConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_experts=8)
         >>> MoEForCausalLM(config).save_pretrained("outputs/moe")
         >>> model = from_pretrained_offloaded("outputs/moe", slots=4)
-        >>> model.generate(max_new_tokens=4, do_sample=False).shape
-        torch.Size([1, 5])
+        >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 7])
     """
     if refused := sorted(REMEDIES.keys() & options.keys()):
         raise TypeError(f"from_pretrained_offloaded takes no {refused[0]}: {REMEDIES[refused[0]]}")
