@@ -79,7 +79,9 @@ def test_a_wrong_flag_is_noticed(monkeypatch, capsys):
         Shell(monkeypatch, run=False)(block)
 
 
-@pytest.mark.parametrize("module", ["configuration_moe", "dispatch.interface", "evaluation.hf_metrics"])
+@pytest.mark.parametrize(
+    "module", ["configuration_moe", "dispatch.interface", "evaluation.hf_metrics", "offload.offloading"]
+)
 def test_docstring_examples(module):
     result = doctest.testmod(import_module(f"modeling_moe.{module}"))
     assert result.attempted > 0

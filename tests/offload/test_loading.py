@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoint_damage import CheckpointError
 from modeling_moe.checkpoints import open_source
-from modeling_moe.offload import from_pretrained_offloaded, load_without_experts, loading, offload_statistics
+from modeling_moe.offload import from_pretrained_offloaded, load_without_experts, offload_statistics, offloading
 from modeling_moe.offload.loading import _refuse_unread
 from modeling_moe.offload.policies import POLICIES
 from modeling_moe.offload.tracing import trace, traced_state
@@ -187,14 +187,15 @@ def test_arguments_reach_the_cache(tmp_path, monkeypatch):
     """What a prefetch counts depends on the time, so the call is looked at."""
     tiny().save_pretrained(tmp_path)
     calls = []
-    monkeypatch.setattr(loading, "prefetch_experts", lambda model, extra: calls.append((model, extra)))
+    monkeypatch.setattr(offloading, "prefetch_experts", lambda model, extra: calls.append((model, extra)))
     model = from_pretrained_offloaded(tmp_path, "1GB", policy="lfu", prefetch=2, device="cpu")
     assert calls == [(model, 2)]
     cache = model.model.layers[1].mlp.experts.offloaded.cache
     assert type(cache.policy) is POLICIES["lfu"]
     assert len(cache.slots.experts) == 5
-    from_pretrained_offloaded(tmp_path, slots=4)
+    other = from_pretrained_offloaded(tmp_path, slots=4)
     assert len(calls) == 1
+    assert type(other.model.layers[1].mlp.experts.offloaded.cache.policy) is POLICIES["lfru"]
 
 
 def test_a_change_in_the_middle_of_a_generation_is_one_clear_error(tmp_path):

@@ -1,5 +1,7 @@
 """Offloaded models compute the bits of resident ones, in inference."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from moe_benchmark.experts_classes import build as build_experts
@@ -55,6 +57,22 @@ def test_the_back_end_stays_that_of_the_resident_model(implementation):
     for layer in model.model.layers:
         assert f"moe_{layer.mlp.experts.offloaded.backend}" == implementation
     assert_bits(model, outputs(resident))
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"cache_implementation": "static"}], ids=["beams", "static"])
+def test_ways_to_generate_at_once_in_several_threads(settings):
+    resident = build("ours")
+    model = copy_of(resident)
+    offload_experts(model, slots=TOP_K, prefetch=1)
+    prompts = [torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(n)) for n in range(3)]
+
+    def write(writer, prompt):
+        return writer.generate(prompt, max_new_tokens=6, do_sample=False, **settings)
+
+    expected = [write(resident, prompt) for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda prompt: write(model, prompt), prompts, timeout=60))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_transformers_own_grouped_mm_asks_for_no_back_end():
