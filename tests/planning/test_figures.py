@@ -174,14 +174,14 @@ def request(**fields) -> Request:
 
 
 def test_limits_fit_and_one_more_does_not():
-    plan = make_plan(CONFIGS["moe"], request())
+    plan = make_plan(CONFIGS["llama"], request())
     memory = plan.training[0].memory.total + 3 * (plan.training[0].memory.total - plan.training[0].memory.weights)
     small = device_named("CPU").with_numbers(memory / 1e9, None, None, [])
-    limited = make_plan(CONFIGS["moe"], request(device=small))
+    limited = make_plan(CONFIGS["llama"], request(device=small))
     (generation, training) = limited.limits
     assert generation.batch_size > training.batch_size > 1
     totals = [
-        make_plan(CONFIGS["moe"], request(batch_size=training.batch_size + more, limits=False))
+        make_plan(CONFIGS["llama"], request(batch_size=training.batch_size + more, limits=False))
         .training[0]
         .memory.total
         for more in (0, 1)
