@@ -148,7 +148,7 @@ def make_request(args: PlanArguments, config: PreTrainedConfig) -> Request:
         sequence_length=args.sequence_length,
         train=_known("train", args.train, METHODS),
         recompute=_known("recompute", args.recompute, RECOMPUTE),
-        lora_rank=args.lora_r,
+        lora_r=args.lora_r,
         parallelism=Parallelism(args.ddp_size, args.fsdp_size, args.tp_size, args.ep_size),
         experts_implementation=args.experts_implementation,
         trust_remote_code=args.trust_remote_code,

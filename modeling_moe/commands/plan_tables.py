@@ -2,6 +2,7 @@
 """This module prints a model's plan as tables, and as JSON for scripts."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -9,8 +10,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..planning import Device, Headers, InferencePlan, Memory, ModelPlan, PassTime, Sizes
+from ..planning import Collective, Device, Headers, InferencePlan, Memory, ModelPlan, PassTime, Sizes
 from ..utils.sizes import size_text
+
+
+# training plans of one table
+MOST_COLUMNS = 4
 
 
 def print_model_plan(plan: ModelPlan, headers: Headers | None = None) -> None:
@@ -18,16 +23,14 @@ def print_model_plan(plan: ModelPlan, headers: Headers | None = None) -> None:
     console = Console()
     console.print(_sizes_table(plan, headers))
     console.print(_device_table(plan.request.device))
-    if plan.inference is not None or plan.training:
-        console.print(_passes_table(plan))
-    if exchange := [
-        *(plan.inference.exchange if plan.inference else []),
-        *(plan.training[0].exchange if plan.training else []),
-    ]:
-        table = Table("exchange per pass or step", "collectives", "bytes sent by a process", "time")
-        for each in exchange:
-            table.add_row(each.name, str(each.calls), size_text(each.nbytes), _seconds(each.seconds))
+    if plan.inference is not None:
+        console.print(_generation_table(plan, plan.inference))
+        if plan.inference.exchange:
+            console.print(_exchange_table("prompt", plan.inference.exchange))
+    for table in _training_tables(plan):
         console.print(table)
+    if plan.training and plan.training[0].exchange:
+        console.print(_exchange_table(f"step of {plan.training[0].method}", plan.training[0].exchange))
     if plan.limits:
         table = Table(
             "largest that fits", f"sequences of {plan.request.sequence_length} tokens", "tokens of one sequence"
@@ -41,7 +44,7 @@ def print_model_plan(plan: ModelPlan, headers: Headers | None = None) -> None:
             table.add_row(change.text, size_text(change.total), "yes" if change.fits else "no")
         console.print(table)
     for note in plan.notes:
-        console.print(f"not planned: {note}", soft_wrap=True)
+        console.print(note, soft_wrap=True, markup=False)
 
 
 def _sizes_table(plan: ModelPlan, headers: Headers | None) -> Table:
@@ -83,34 +86,64 @@ def _device_table(device: Device) -> Table:
     return table
 
 
-def _passes_table(plan: ModelPlan) -> Table:
-    request = plan.request
+def _generation_table(plan: ModelPlan, inference: InferencePlan) -> Table:
     table = Table(
-        "plan", "weights", "gradients", "optimizer", "activations", "exchange", "memory", "fits", "time", "tokens/s"
+        f"generation in {_name(inference.dtype)}",
+        f"prompt of {plan.request.sequence_length} tokens",
+        "each further token",
+        title=_who(plan),
     )
-    table.title = (
-        f"one of {request.parallelism.processes} processes, {request.batch_size} x {request.sequence_length} tokens"
-    )
-    if plan.inference is not None:
-        _add_inference(table, plan.inference)
-    for training in plan.training:
-        name = f"train {training.method}, {_name(training.dtype)}, recompute {training.recompute}"
-        _add_row(table, name, training.memory, training.fits, training.time)
+    memory = inference.memory
+    for title, nbytes in (
+        ("weights", memory.weights),
+        ("cache and activations", memory.activations),
+        ("copies for exchange", memory.exchange),
+        ("memory", memory.total),
+    ):
+        table.add_row(title, size_text(nbytes), "")
+    table.add_row("fits", "yes" if inference.fits else "no", "")
+    table.add_row("cache", size_text(inference.cache), f"{inference.cache_per_token:,} bytes a sequence")
+    times = (inference.prefill, inference.decode)
+    table.add_row("time", *(_seconds(time.seconds) for time in times))
+    table.add_row("tokens per second", *(_rate(time) for time in times))
+    table.add_row("bound by", inference.prefill_bound_by, inference.decode_bound_by)
     return table
 
 
-def _add_inference(table: Table, inference: InferencePlan) -> None:
-    dtype = _name(inference.dtype)
-    _add_row(table, f"prefill, {dtype}", inference.memory, inference.fits, inference.prefill)
-    cache = f"decode, cache {size_text(inference.cache)}, {inference.cache_per_token:,} bytes a token"
-    time = inference.decode
-    table.add_row(cache, "", "", "", "", "", "", "", _seconds(time.seconds), f"{time.tokens_per_second:,.4g}")
+def _training_tables(plan: ModelPlan) -> Iterator[Table]:
+    """Yields tables of at most `MOST_COLUMNS` training plans, which a terminal of 80 columns shows whole."""
+    for start in range(0, len(plan.training), MOST_COLUMNS):
+        shown = plan.training[start : start + MOST_COLUMNS]
+        titles = (f"{each.method}, {_name(each.dtype)}, recompute {each.recompute}" for each in shown)
+        table = Table("train", *titles, title=_who(plan))
+        for part in ("weights", "gradients", "optimizer", "activations"):
+            table.add_row(part, *(size_text(getattr(each.memory, part)) for each in shown))
+        table.add_row("copies for exchange", *(size_text(each.memory.exchange) for each in shown))
+        table.add_row("memory", *(size_text(each.memory.total) for each in shown))
+        table.add_row("fits", *("yes" if each.fits else "no" for each in shown))
+        table.add_row("time of a step", *(_seconds(each.time.seconds) for each in shown))
+        table.add_row("tokens per second", *(_rate(each.time) for each in shown))
+        table.add_row("bound by", *(each.bound_by for each in shown))
+        yield table
 
 
-def _add_row(table: Table, name: str, memory: Memory, fits: bool, time: PassTime) -> None:
-    parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.exchange, memory.total)
-    rate = f"{time.tokens_per_second:,.4g}"
-    table.add_row(name, *map(size_text, parts), "yes" if fits else "no", _seconds(time.seconds), rate)
+def _who(plan: ModelPlan) -> str:
+    request = plan.request
+    processes = request.parallelism.processes
+    who = "one process" if processes == 1 else f"one of {processes} processes"
+    return f"{who}, {request.batch_size} x {request.sequence_length} tokens"
+
+
+def _exchange_table(what: str, exchange: list[Collective]) -> Table:
+    table = Table(f"exchange, {what}", "collectives", "bytes sent by a process", "time")
+    for each in exchange:
+        table.add_row(each.name, str(each.calls), size_text(each.nbytes), _seconds(each.seconds))
+    return table
+
+
+def _rate(time: PassTime) -> str:
+    rate = time.tokens_per_second
+    return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}"
 
 
 def _seconds(seconds: float) -> str:

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..utils.errors import UserError
 from ..utils.loading import DtypeName, parse_dtype
+from ..utils.sizes import parse_size
 
 
 # fields of a generation config by which transformers drafts tokens without a draft model
@@ -91,6 +92,11 @@ class WriterArguments:
             raise UserError(
                 "budget reads experts from safetensors files, not from GGUF: leave budget out, or convert the model first"
             )
+        if self.budget is not None:
+            try:
+                parse_size(self.budget, "budget")
+            except ValueError as error:
+                raise UserError(str(error)) from error
         if self.draft_tokens is not None and self.draft is None:
             raise UserError("draft_tokens needs a draft model: set draft")
         if self.draft_tokens is not None and self.draft_tokens < 1:

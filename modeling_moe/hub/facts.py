@@ -109,7 +109,7 @@ def _facts(config: PreTrainedConfig, model: PreTrainedModel) -> ModelFacts:
     auto_class = str(type(model)._auto_class) if isinstance(model, MoEPreTrainedModel) else "AutoModelForCausalLM"
     layers = _reached_layers(model)
     is_sparse = bool(layers) or (not own and experts_per_token(config) is not None)
-    counts = count_parameters(model, layers, is_sparse)
+    counts = count_parameters(model, layers)
     generates = auto_class == "AutoModelForCausalLM"
     return ModelFacts(
         auto_class=auto_class,

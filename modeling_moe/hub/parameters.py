@@ -3,12 +3,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from ..monitoring import SparseLayer, experts_per_token, idle_parameters
+from ..monitoring import SparseLayer, active_parameters, embedding_modules
 
 
 @dataclass(frozen=True)
@@ -37,26 +35,15 @@ class ParameterCounts:
         ]
 
 
-def count_parameters(model: PreTrainedModel, layers: Sequence[SparseLayer], is_sparse: bool) -> ParameterCounts:
+def count_parameters(model: PreTrainedModel, layers: Sequence[SparseLayer]) -> ParameterCounts:
     """Counts the parameters of a model of any family, which may lie on the meta device.
 
     Args:
         model: the model.
         layers: the sparse layers that can be reached.
-        is_sparse: whether the model has routed experts, reached or not.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    modules = [module for module in (*tables, model.get_output_embeddings()) if module is not None]
-    embeddings = sum({id(p): p.numel() for module in modules for p in module.parameters(recurse=False)}.values())
-    config: Any = model.config
-    if hasattr(config, "num_active_params"):
-        # the routers of this package's model decide how many experts a token uses, whatever the head is
-        return ParameterCounts(total, total - (config.num_params() - config.num_active_params()), embeddings)
-    top_k = experts_per_token(config)
-    if not is_sparse:
-        return ParameterCounts(total, total, embeddings)
-    if top_k is None or not layers:
-        return ParameterCounts(total, None, embeddings)
-    idle = sum(idle_parameters(layer.experts, top_k) for layer in layers)
-    return ParameterCounts(total, round(total - idle), embeddings)
+    tables = (parameter for module in embedding_modules(model) for parameter in module.parameters(recurse=False))
+    embeddings = sum({id(parameter): parameter.numel() for parameter in tables}.values())
+    active = active_parameters(model.config, [layer.experts for layer in layers], total)
+    return ParameterCounts(total, active, embeddings)

@@ -59,6 +59,7 @@ def moe_lora_config(
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
+    quiet: bool = False,
 ) -> MoELoraConfig:
     """Makes a configuration for [`~peft.get_peft_model`], and prints how many parameters the configuration trains.
 
@@ -76,6 +77,7 @@ def moe_lora_config(
         lora_alpha: updates are scaled by `lora_alpha / r`. The default is twice `r`.
         lora_dropout: dropout on the input of each update; on experts only where this package computes them.
         use_rslora: scale updates by `lora_alpha / sqrt(r)` instead (arXiv:2312.03732).
+        quiet: print nothing.
 
     Raises:
         UserError: if the choices leave nothing to train, or the model does not allow them.
@@ -90,9 +92,17 @@ def moe_lora_config(
     if r < 1:
         raise UserError(f"r is {r}: it must be at least 1")
     with shown_whole(model):
-        return _lora_config(
+        config = _lora_config(
             model, r, experts, router, attention, shared, rank_per, lora_alpha, lora_dropout, use_rslora
         )
+        trained = trainable_parameters(model, config)
+        if not trained:
+            raise UserError(
+                "nothing to train: the model has none of the experts, router, attention and shared asked for"
+            )
+        if not quiet:
+            _print_trained(model, trained)
+        return config
 
 
 def _lora_config(
@@ -127,7 +137,6 @@ def _lora_config(
     if rank != r:
         # PEFT warns of a pattern for parameters, so the linear layers are the exception
         config.rank_pattern, config.alpha_pattern = dict.fromkeys(modules, r), dict.fromkeys(modules, alpha)
-    _print_trained(model, config)
     return config
 
 
@@ -151,10 +160,7 @@ def trainable_parameters(model: nn.Module, config: LoraConfig) -> dict[str, int]
     return {name: count for name, count in counts.items() if count}
 
 
-def _print_trained(model: nn.Module, config: LoraConfig) -> None:
-    trained = trainable_parameters(model, config)
-    if not trained:
-        raise UserError("nothing to train: the model has none of the experts, router, attention and shared asked for")
+def _print_trained(model: nn.Module, trained: dict[str, int]) -> None:
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     count, total = sum(trained.values()), sum(full_shape(parameter).numel() for parameter in model.parameters())

@@ -3,7 +3,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .active_parameters import active_share, experts_per_token, idle_parameters
+from .active_parameters import (
+    active_parameters,
+    active_share,
+    embedding_modules,
+    experts_per_token,
+    idle_parameters,
+)
 from .batch_frames import BatchFrame, BatchFrames
 from .batches import argument_names, cache_of
 from .figures import LayerFigures, RoutingFigures
@@ -47,6 +53,7 @@ __all__ = [
     "ScoringEvidence",
     "SparseLayer",
     "UnreachableRouting",
+    "active_parameters",
     "active_share",
     "argument_names",
     "cache_of",
@@ -56,6 +63,7 @@ __all__ = [
     "dropped_share",
     "entropies",
     "expert_domain_share",
+    "embedding_modules",
     "experts_modules",
     "experts_per_token",
     "explanation",

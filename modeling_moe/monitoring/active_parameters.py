@@ -4,10 +4,11 @@
 # E experts, K experts per token
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .layers import count_experts, experts_modules
 
@@ -29,6 +30,32 @@ def idle_parameters(experts: nn.Module, top_k: int) -> float:
     """Returns the number of parameters of a sparse layer's E experts that a token sent to `top_k` of them does not use."""
     size = sum(parameter.numel() for parameter in experts.parameters(recurse=False))
     return size * max(0.0, 1 - top_k / count_experts(experts))
+
+
+def active_parameters(config: Any, experts: Sequence[nn.Module], total: int) -> int | None:
+    """Returns the number of a model's parameters that a token uses: all but those of routed experts it is not sent to.
+
+    Args:
+        config: the model's configuration.
+        experts: the modules of routed experts, one for each sparse layer that can be reached.
+        total: number of all parameters.
+
+    Returns:
+        The number; None if the configuration does not name K, or no sparse layer can be reached.
+    """
+    if hasattr(config, "num_active_params"):
+        # the routers of this package's model decide how many experts a token uses, whatever the head is
+        return total - (config.num_params() - config.num_active_params())
+    top_k = experts_per_token(config)
+    if not experts:
+        return total if top_k is None else None
+    return None if top_k is None else round(total - sum(idle_parameters(module, top_k) for module in experts))
+
+
+def embedding_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the embeddings of tokens and positions, and the language-model head."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [module for module in (*tables, model.get_output_embeddings()) if module is not None]
 
 
 def active_share(model: Any) -> float:

@@ -5,6 +5,7 @@ The model runs on tensors that have shapes and no memory, so the model's own cod
 operators that it calls are counted, and a device's figures turn the counts into seconds.
 """
 
+from .communication import Collective
 from .configurations import local_folder_of, read_config
 from .devices import Device, device_named, devices
 from .headers import Headers, check_headers
@@ -20,6 +21,7 @@ from .timing import PassTime
 __all__ = [
     "METHODS",
     "RECOMPUTE",
+    "Collective",
     "Device",
     "Headers",
     "InferencePlan",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..utils.sizes import size_text
 from .memory import Memory
 from .simulation import Method, Recompute
 from .sizes import Sizes
@@ -42,7 +43,9 @@ class Choice(NamedTuple):
     fsdp_size: int
 
 
-def training_changes(choice: Choice, needs: Callable[[Choice], Memory], memory: float) -> list[Change]:
+def training_changes(
+    choice: Choice, needs: Callable[[Choice], Memory], memory: float, four_bits: bool = True
+) -> list[Change]:
     """Returns the changes that lessen the memory of a training run, from the cheapest to the dearest.
 
     The list ends with the first change that is enough.
@@ -51,41 +54,48 @@ def training_changes(choice: Choice, needs: Callable[[Choice], Memory], memory: 
         choice: the plan that does not fit.
         needs: returns the memory of another choice.
         memory: bytes of the device.
+        four_bits: whether the model has experts that can be held in 4 bits.
     """
     tries: list[tuple[str, Choice]] = []
+    small = choice
     if choice.dtype.itemsize > 2:
-        tries.append(("weights in 16 bits: --dtype bfloat16", choice._replace(dtype=torch.bfloat16)))
-    small = tries[-1][1] if tries else choice
+        small = small._replace(dtype=torch.bfloat16)
+        tries.append(("weights in 16 bits: --dtype bfloat16", small))
     if choice.recompute != "layers":
-        tries.append(
-            (
-                "and each layer computed again in backward: --recompute layers",
-                small := small._replace(recompute="layers"),
-            )
-        )
+        small = small._replace(recompute="layers")
+        tries.append(("each layer computed again in backward: --recompute layers", small))
     if choice.method == "full":
-        tries.append(("and LoRA in the place of all weights: --train lora", small := small._replace(method="lora")))
-    if choice.method in ("full", "lora"):
-        tries.append(("and experts in 4 bits: --train qlora", small := small._replace(method="qlora")))
-    changes = []
+        small = small._replace(method="lora")
+        tries.append(("LoRA in the place of all weights: --train lora", small))
+    if choice.method in ("full", "lora") and four_bits:
+        small = small._replace(method="qlora")
+        tries.append(("experts in 4 bits: --train qlora", small))
+    changes: list[Change] = []
     for text, tried in tries:
         total = needs(tried).total
-        changes.append(Change(text, total, total <= memory))
+        changes.append(Change(_beside(changes, text), total, total <= memory))
         if total <= memory:
             return changes
-    return [*changes, *_more_devices(small, needs, memory)]
+    return [*changes, _more_devices(small, needs, memory, changes)]
 
 
-def _more_devices(choice: Choice, needs: Callable[[Choice], Memory], memory: float) -> list[Change]:
+def _beside(changes: list[Change], text: str) -> str:
+    """Returns the text of a change, which begins with "and" if others stand before it."""
+    return f"and {text}" if changes else text
+
+
+def _more_devices(choice: Choice, needs: Callable[[Choice], Memory], memory: float, changes: list[Change]) -> Change:
     """Returns the least power of two of devices over which FSDP splits the weights so that they fit."""
     for power in range(1, 13):
         split = choice._replace(fsdp_size=2**power * choice.fsdp_size)
         total = needs(split).total
         if total <= memory:
-            return [Change(f"and {split.fsdp_size} devices: --fsdp_size {split.fsdp_size}", total, True)]
-    return [
-        Change("and shorter sequences: --sequence_length; no number of devices is enough", needs(choice).total, False)
-    ]
+            by = " and fully_shard in a loop of your own" if choice.method == "qlora" else ""
+            return Change(
+                _beside(changes, f"{split.fsdp_size} devices: --fsdp_size {split.fsdp_size}{by}"), total, True
+            )
+    text = "shorter sequences: --sequence_length; no number of devices is enough"
+    return Change(_beside(changes, text), needs(choice).total, False)
 
 
 def inference_changes(sizes: Sizes, memory_now: Memory, dtype: torch.dtype, memory: float) -> list[Change]:
@@ -104,9 +114,12 @@ def inference_changes(sizes: Sizes, memory_now: Memory, dtype: torch.dtype, memo
     experts = sizes.groups["routed experts"].nbytes * 2 // max(dtype.itemsize, 2) if sizes.num_experts else 0
     if experts and sizes.top_k and total > memory:
         least = total - experts + experts * sizes.top_k // sizes.num_experts
-        budget = memory - (total - experts)
-        text = f"experts read from disk when they are needed, with a cache of {max(budget, 0) / 1e9:.1f} GB (offload_experts)"
-        changes.append(Change(text, int(min(memory, least) if least <= memory else least), least <= memory))
+        if fits := least <= memory:
+            budget = size_text(int(memory) - (total - experts), up=False).replace(" ", "")
+            text = f"experts read when a token needs them: moe generate --budget {budget}"
+        else:
+            text = "experts read when a token needs them, the least cache: moe generate --budget"
+        changes.append(Change(text, int(memory) if fits else least, fits))
     if total > memory:
         devices = 2 ** math.ceil(math.log2(max(total / memory, 1.0)))
         while total / devices > memory:

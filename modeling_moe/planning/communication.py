@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from .devices import Device
-from .memory import gradient_bytes
+from .memory import whole_bytes
 from .parallelism import Parallelism, rounds
 from .sizes import Sizes
 
@@ -44,6 +44,11 @@ def all_to_all_bytes(tokens: int, top_k: int, hidden_size: int, itemsize: int, e
     return tokens * top_k * hidden_size * itemsize * (ep_size - 1) // ep_size
 
 
+def _beside_own(nbytes: float, size: int) -> float:
+    """Returns the part of some bytes, spread evenly over `size` processes, that one process does not hold itself."""
+    return nbytes * (size - 1) / size
+
+
 def collectives(
     sizes: Sizes, parallelism: Parallelism, device: Device, tokens: int, itemsize: int, training: bool
 ) -> list[Collective]:
@@ -64,21 +69,20 @@ def collectives(
             seconds = calls * device.link_latency * rounds(size) + nbytes / device.link_bandwidth
             found.append(Collective(name, calls, round(nbytes), seconds))
 
-    gradients = gradient_bytes(sizes, parallelism) * parallelism.fsdp_size if training else 0
+    size, shards = parallelism.fsdp_size, parallelism.expert_shards
     if training:
-        replicas = parallelism.batches if parallelism.fsdp_size == 1 else parallelism.ddp_size
-        reduced = gradients / parallelism.fsdp_size
-        calls = math.ceil(reduced / BUCKET)
-        add("all-reduce of gradients (DDP)", replicas, calls, 2 * reduced * (replicas - 1) / replicas)
-    size = parallelism.fsdp_size
-    weights = sum(group.nbytes for name, group in sizes.groups.items() if name != "routed experts")
-    weights += (
-        sum(group.nbytes for name, group in sizes.groups.items() if name == "routed experts") / parallelism.ep_size
-    )
-    gathered = passes * weights / parallelism.tp_size * (size - 1) / size
+        replicas = parallelism.batches if size == 1 else parallelism.ddp_size
+        experts, others = whole_bytes(sizes, parallelism, trained=True)
+        experts, others = experts / shards, others / size
+        sent = _beside_own(experts, parallelism.ddp_size) + _beside_own(others, replicas)
+        add("all-reduce of gradients (DDP)", replicas, math.ceil((experts + others) / BUCKET), 2 * sent)
+    experts, others = whole_bytes(sizes, parallelism, trained=False)
+    gathered = passes * (_beside_own(experts, shards) + _beside_own(others, size))
     add("all-gather of weights (FSDP)", size, passes * (sizes.layers + 1), gathered)
     if training:
-        add("reduce-scatter of gradients (FSDP)", size, sizes.layers + 1, gradients * (size - 1) / size)
+        experts, others = whole_bytes(sizes, parallelism, trained=True)
+        scattered = _beside_own(experts, shards) + _beside_own(others, size)
+        add("reduce-scatter of gradients (FSDP)", size, sizes.layers + 1, scattered)
     size = parallelism.tp_size
     calls = 2 * passes * sizes.layers
     row = tokens * sizes.hidden_size * itemsize

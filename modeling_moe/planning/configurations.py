@@ -48,6 +48,8 @@ def _any_config(name_or_path: str, gguf_file: str | None, trust_remote_code: boo
     if path.suffix == ".json" and gguf_file is None:
         if not path.is_file():
             raise UserError(f"model_name_or_path {name_or_path} does not exist: correct the path of the configuration")
+        if path.name == "config.json":
+            return source_config(path.parent, trust_remote_code=trust_remote_code)
         with one_line_for("the configuration", str(path), trust_remote_code):
             return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     folder = local_folder_of(name_or_path, gguf_file)

@@ -96,25 +96,38 @@ def inference_memory(sizes: Sizes, cost: RunCost, parallelism: Parallelism) -> M
     return Memory(weight_bytes(sizes, parallelism), 0, 0, cost.peak, _exchange_bytes(sizes, parallelism, 0))
 
 
-def _part(sizes: Sizes, parallelism: Parallelism, trained: bool) -> int:
-    """Returns the bytes of one process's parts of all weights, or of those that train."""
-    total = 0.0
+def whole_bytes(sizes: Sizes, parallelism: Parallelism, trained: bool) -> tuple[float, float]:
+    """Returns the bytes of one process's routed experts and other weights, as they are while FSDP has gathered them.
+
+    Args:
+        sizes: parameters of the model.
+        parallelism: how the model is split.
+        trained: whether to count the weights that train alone.
+    """
+    experts = others = 0.0
     for name, group in sizes.groups.items():
         nbytes = group.trained_bytes if trained else group.nbytes
         if name == "routed experts":
-            total += nbytes / parallelism.expert_parts
+            experts += nbytes * parallelism.expert_shards / parallelism.expert_parts
         else:
             shardable = nbytes * group.shardable / group.nbytes if group.nbytes else 0
-            total += (nbytes - shardable + shardable / parallelism.tp_size) / parallelism.fsdp_size
-    return round(total)
+            others += nbytes - shardable + shardable / parallelism.tp_size
+    return experts, others
+
+
+def _part(sizes: Sizes, parallelism: Parallelism, trained: bool) -> int:
+    """Returns the bytes of one process's parts of all weights, or of those that train."""
+    experts, others = whole_bytes(sizes, parallelism, trained)
+    return round(experts / parallelism.expert_shards + others / parallelism.fsdp_size)
 
 
 def _exchange_bytes(sizes: Sizes, parallelism: Parallelism, gradients: int) -> int:
     """Returns the bytes of gathered layers (FSDP) and of the buckets into which gradients are copied (DDP)."""
     exchange = 0
     if parallelism.fsdp_size > 1:
-        others = sizes.largest_layer - sizes.expert_layer
-        layer = others / parallelism.tp_size + sizes.expert_layer / parallelism.ep_size
+        layer = (sizes.largest_layer - sizes.expert_layer) / parallelism.tp_size
+        if parallelism.expert_shards > 1:
+            layer += sizes.expert_layer * parallelism.expert_shards / parallelism.expert_parts
         exchange += round(GATHERED_LAYERS * layer)
     elif parallelism.batches > 1:
         exchange += gradients

@@ -33,6 +33,11 @@ class Parallelism:
                 f"ep_size ({self.ep_size}) does not divide fsdp_size times tp_size ({self.fsdp_size * self.tp_size}): "
                 "experts are divided among some or all of these processes"
             )
+        if self.ep_size > 1 and self.ep_size % self.tp_size:
+            raise UserError(
+                f"ep_size ({self.ep_size}) is no multiple of tp_size ({self.tp_size}): the processes that share a batch "
+                "must hold experts of one group"
+            )
 
     @property
     def processes(self) -> int:
@@ -43,6 +48,16 @@ class Parallelism:
     def expert_parts(self) -> int:
         """Number of processes that hold one copy of the routed experts together."""
         return max(self.fsdp_size * self.tp_size, self.ep_size)
+
+    @property
+    def keeps_experts(self) -> bool:
+        """Whether neither tensor nor expert parallelism splits the experts."""
+        return self.tp_size == self.ep_size == 1
+
+    @property
+    def expert_shards(self) -> int:
+        """Number of processes over which FSDP splits one expert; 1 where `ep_size` leaves each expert whole."""
+        return self.fsdp_size if self.ep_size == 1 else self.expert_parts // self.ep_size
 
     @property
     def batches(self) -> int:

@@ -46,7 +46,7 @@ class Request:
         sequence_length: tokens of a sequence.
         train: what trains.
         recompute: what backward computes again.
-        lora_rank: rank of LoRA's updates.
+        lora_r: rank of LoRA's updates.
         parallelism: over how many processes the model is split.
         experts_implementation: name of an experts function of transformers' interface.
         trust_remote_code: whether Python code that the checkpoint brings may run.
@@ -60,14 +60,14 @@ class Request:
     sequence_length: int = 2048
     train: Sequence[Method] = METHODS
     recompute: Sequence[Recompute] = RECOMPUTE
-    lora_rank: int = 16
+    lora_r: int = 16
     parallelism: Parallelism = field(default_factory=Parallelism)
     experts_implementation: str = "moe"
     trust_remote_code: bool = False
     limits: bool = True
 
     def __post_init__(self):
-        for name in ("batch_size", "sequence_length", "lora_rank"):
+        for name in ("batch_size", "sequence_length", "lora_r"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.batch_size > MOST_SEQUENCES or self.sequence_length > MOST_TOKENS:
@@ -115,6 +115,7 @@ class InferencePlan:
         cache_per_token: bytes by which one further token of one sequence lets the cache grow.
         prefill: time of the prompt's pass.
         decode: time of the pass of one further token of each sequence.
+        prefill_bound_by: what takes most of the prompt's time.
         decode_bound_by: what takes most of the time to decode.
         exchange: what the processes exchange in the prompt's pass.
         fits: whether the memory is enough.
@@ -126,6 +127,7 @@ class InferencePlan:
     cache_per_token: int
     prefill: PassTime
     decode: PassTime
+    prefill_bound_by: str
     decode_bound_by: str
     exchange: list[Collective]
     fits: bool
@@ -157,7 +159,7 @@ class ModelPlan:
         training: the plans of training, one for each method and each kind of recomputation.
         limits: largest batches and sequences: for generation, and for the first of the training plans.
         changes: what to change where the generation, or the first of the training plans, does not fit.
-        notes: what could not be planned, and why.
+        notes: sentences on what could not be planned, and why, and on a sequence longer than the model's positions.
     """
 
     request: Request
@@ -186,7 +188,7 @@ class Planner:
         """Returns the simulated model for a method; that of qlora runs as that of lora."""
         if (method, dtype) not in self._models:
             request = self.request
-            rank, function, trust = request.lora_rank, request.experts_implementation, request.trust_remote_code
+            rank, function, trust = request.lora_r, request.experts_implementation, request.trust_remote_code
             if method == "qlora":
                 self._models[method, dtype] = replace(self.model("lora", dtype), method="qlora")
             else:
@@ -230,17 +232,21 @@ def make_plan(config: PreTrainedConfig, request: Request) -> ModelPlan:
     planner = Planner(config, request)
     sizes = sizes_of(planner.model(None, request.dtype))
     request.parallelism.check(sizes.num_experts)
-    notes: list[str] = []
+    _refuse_few_experts(sizes)
+    unplanned: dict[str, list[str]] = {}
     inference, training = None, []
     try:
         inference = _inference_plan(planner, sizes)
     except SimulationError as error:
-        notes.append(f"generation: {error}")
+        unplanned.setdefault(str(error), []).append("generation")
     for method in request.train:
         try:
             training += [_training_plan(planner, method, recompute) for recompute in request.recompute]
         except UserError as error:  # noqa: PERF203
-            notes.append(f"training, method {method}: {error}")
+            unplanned.setdefault(str(error), []).append(f"train {method}")
+    notes = [f"not planned: {', '.join(names)}: {reason}" for reason, names in unplanned.items()]
+    if request.sequence_length > (longest := _longest(config)):
+        notes.insert(0, f"sequence_length is {request.sequence_length:,}, and the model has {longest:,} positions")
     return ModelPlan(
         request=request,
         sizes=sizes,
@@ -250,6 +256,15 @@ def make_plan(config: PreTrainedConfig, request: Request) -> ModelPlan:
         changes=_changes(planner, sizes, inference, training[:1]),
         notes=notes,
     )
+
+
+def _refuse_few_experts(sizes: Sizes) -> None:
+    """Refuses a configuration that sends a token to more experts than there are, as the model fails in each pass."""
+    if sizes.num_experts and (sizes.top_k or 0) > sizes.num_experts:
+        raise UserError(
+            f"config.json sends each token to {sizes.top_k} experts, and the model has {sizes.num_experts}: correct one of "
+            "the numbers"
+        )
 
 
 def train_dtype(method: Method, request: Request) -> torch.dtype:
@@ -263,6 +278,8 @@ def _training_plan(planner: Planner, method: Method, recompute: Recompute) -> Tr
     sizes = sizes_of(planner.model(method, dtype))
     if method == "qlora" and not sizes.num_experts:
         raise UserError("a dense model has no experts to hold in 4 bits: choose lora")
+    if method == "qlora" and not request.parallelism.keeps_experts:
+        raise UserError("tp_size and ep_size split experts, and experts in 4 bits cannot be split so: choose lora")
     parallelism, device = request.parallelism, request.device
     tokens = request.batch_size * request.sequence_length
     memory = training_memory(sizes, cost, parallelism, method == "qlora")
@@ -301,6 +318,7 @@ def _inference_plan(planner: Planner, sizes: Sizes) -> InferencePlan:
         cache_per_token=(cache_bytes(prefill.cache) - held) // batch_size,
         prefill=PassTime(seconds, exchange_seconds(exchange), tokens * parallelism.batches),
         decode=PassTime(step, exchange_seconds(of_token), batch_size * parallelism.batches),
+        prefill_bound_by=bound_by(prefill.cost, device, dtype),
         decode_bound_by=bound_by(decode, device, dtype),
         exchange=exchange,
         fits=memory.total <= device.memory,
@@ -352,5 +370,6 @@ def _changes(
                 return planner.training_memory(choice, request.batch_size, request.sequence_length)
 
             name = f"training, {plan.method}, recompute {plan.recompute}"
-            found[name] = training_changes(_choice(planner, plan), needs, memory)
+            four_bits = sizes.num_experts > 0 and request.parallelism.keeps_experts
+            found[name] = training_changes(_choice(planner, plan), needs, memory, four_bits)
     return found

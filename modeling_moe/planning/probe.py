@@ -83,9 +83,9 @@ def _operator_seconds(device: torch.device) -> float:
     operators = len(simulated.decode(1, simulated.prefill(1, 2).cache).operators)
     model = AutoModelForCausalLM.from_config(config).to(device).eval()
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
     one = ids[:, :1]
     with without_deprecations():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
         return median_seconds(lambda: model(input_ids=one, past_key_values=cache, use_cache=True), device) / operators
 
 

@@ -162,9 +162,18 @@ class SimulatedModel:
 @contextmanager
 def without_deprecations() -> Iterator[None]:
     """Hides deprecations of transformers: the older names are those that all supported releases take."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    logger = logging.getLogger("transformers.utils.generic")
+    logger.addFilter(_is_no_deprecation)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.removeFilter(_is_no_deprecation)
+
+
+def _is_no_deprecation(record: logging.LogRecord) -> bool:
+    return "are deprecated" not in record.getMessage()
 
 
 @contextmanager
@@ -233,7 +242,8 @@ def simulated_model(
         if method == "router":
             _train_routers_alone(model, routed)
         elif method in ("lora", "qlora"):
-            model = get_peft_model(model, moe_lora_config(model, lora_rank))
+            with without_deprecations():
+                model = get_peft_model(model, moe_lora_config(model, lora_rank, quiet=True))
         elif method is None:
             model.requires_grad_(False)
     mode = FakeTensorMode()
@@ -275,7 +285,7 @@ def _train_routers_alone(model: nn.Module, routed: list[Any]) -> None:
     model.requires_grad_(False)
     routers = [layer.router for layer in routed if layer.router is not None]
     if not routers:
-        raise UserError("method router needs sparse layers whose routers are known: choose full or lora")
+        raise UserError("the model has no routers that are known: choose full or lora")
     for router in routers:
         router.requires_grad_()
 

@@ -6,13 +6,19 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..monitoring import UnreachableRouting, experts_modules, experts_per_token, idle_parameters, sparse_layers
+from ..monitoring import (
+    UnreachableRouting,
+    active_parameters,
+    embedding_modules,
+    experts_modules,
+    experts_per_token,
+    sparse_layers,
+)
 from .simulation import SimulatedModel
 
 
@@ -120,7 +126,9 @@ def sizes_of(simulated: SimulatedModel) -> Sizes:
     layers = _decoder_layers(inner)
     return Sizes(
         groups=groups,
-        active=_active(config, experts, sum(group.params for name, group in groups.items() if name != "adapter")),
+        active=active_parameters(
+            config, experts, sum(group.params for name, group in groups.items() if name != "adapter")
+        ),
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         largest_layer=max((_nbytes(layer) for layer in layers), default=0),
         expert_layer=max((_nbytes(module) for module in experts), default=0),
@@ -151,9 +159,8 @@ def _is_adapter(name: str) -> bool:
 def _kinds(model: nn.Module, inner: PreTrainedModel, experts: list[nn.Module]) -> dict[int, str]:
     """Returns the kind of each parameter that a module of the interface holds, by the parameter's id."""
     kinds = {}
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    for module in (*tables, inner.get_output_embeddings()):
-        kinds |= {id(parameter): "embeddings and head" for parameter in (module.parameters() if module else ())}
+    for module in embedding_modules(inner):
+        kinds |= {id(parameter): "embeddings and head" for parameter in module.parameters()}
     try:
         routers = [layer.router for layer in sparse_layers(model) if layer.router is not None]
     except UnreachableRouting:
@@ -164,16 +171,6 @@ def _kinds(model: nn.Module, inner: PreTrainedModel, experts: list[nn.Module]) -
     for module in experts:
         kinds |= {id(parameter): "routed experts" for parameter in module.parameters(recurse=False)}
     return kinds
-
-
-def _active(config: Any, experts: list[nn.Module], total: int) -> int | None:
-    if hasattr(config, "num_active_params"):
-        # the routers of this package's model decide how many experts a token uses
-        return config.num_active_params()
-    top_k = experts_per_token(config)
-    if not experts:
-        return total if top_k is None else None
-    return None if top_k is None else round(total - sum(idle_parameters(module, top_k) for module in experts))
 
 
 def _num_experts(model: nn.Module) -> int:

@@ -89,11 +89,11 @@ class UpcyclingPlan:
 
     @property
     def bytes_to_train(self) -> int:
-        """Memory to train all weights, without activations: weights and gradients in `dtype`, AdamW's moments in fp32.
+        """Memory to train all weights, without activations: weights, gradients and AdamW's two moments, all in `dtype`.
 
-        That is 16 bytes for each parameter in fp32, and 12 in bf16.
+        That is 16 bytes for each parameter in fp32, and 8 in bf16.
         """
-        return 2 * self.bytes_on_disk + 8 * self.params
+        return 4 * self.bytes_on_disk
 
     def cache_bytes(self, tokens: int = 1000) -> int:
         """Returns the size in bytes of one sequence's key-value cache, in the dtype of the weights.

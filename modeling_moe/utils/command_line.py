@@ -170,7 +170,7 @@ def _recipe_flags(recipe: Path) -> list[str]:
 
 
 def refuse_missing_folder(**files: str | None) -> None:
-    """Refuses a file to write whose folder does not exist.
+    """Refuses a file to write whose folder does not exist, or that is a folder itself.
 
     Args:
         files: path of each file by the name of its flag; None for a file that is not asked for.
@@ -181,6 +181,8 @@ def refuse_missing_folder(**files: str | None) -> None:
     for name, file in files.items():
         if file is not None and not Path(file).parent.is_dir():
             raise UserError(f"{name} {file}: make the folder {Path(file).parent} first")
+        if file is not None and Path(file).is_dir():
+            raise UserError(f"{name} {file} is a folder: give the name of a file in it")
 
 
 def _one_line(error: BaseException) -> str:

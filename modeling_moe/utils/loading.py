@@ -97,7 +97,7 @@ def one_line_for(what: str, name: str, trust_remote_code: bool = False) -> Itera
             ) from error
         if isinstance(error, CheckpointError):
             raise UserError(_in_one_line(error)) from error
-        if Path(name).is_dir():
+        if Path(name).exists():
             raise UserError(f"{what} of {name} cannot be loaded: {_in_one_line(error)}") from error
         raise UserError(
             f"{name} is no folder here, and the Hub does not give {what}: {_in_one_line(error)}"
@@ -237,7 +237,9 @@ def _import_checkpoint_router(folder: str, trust_remote_code: bool) -> None:
 def _register_quantizer(config: PreTrainedConfig) -> None:
     """Lets transformers know the 4-bit format of experts if a checkpoint is in that format.
 
-    The import is by name and only here, since PEFT takes seconds to import.
+    This is the one place where a file of `utils` names a sub-package. All commands load models here, and whether
+    `modeling_moe.lora` is needed stands in the checkpoint alone. An import in each command would take seconds, because of
+    PEFT, and entry points would not work in a clone that is not installed.
     """
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == "modeling_moe_4bit":

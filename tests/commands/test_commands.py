@@ -30,7 +30,7 @@ def test_a_plan_of_an_upcycling_needs_config_json_alone_and_begins_with_that_of_
     code, planned, _ = moe("plan", *flags)
     assert code == 0
     assert planned.startswith(dry)
-    assert "train lora, float32, recompute none" in planned
+    assert "lora, float32, recompute none" in planned
     assert "computes the dense function │ yes" in planned
     assert "0.2 MB, float32" in planned
     assert "0.000" not in planned
@@ -51,6 +51,8 @@ def test_a_plan_of_an_upcycling_needs_config_json_alone_and_begins_with_that_of_
         (["--model_name_or_path", "moe_tiny", "--ep_size", "3", "--device", "CPU"], "ep_size must divide"),
         (["--model_name_or_path", "moe_tiny", "--device", "CPU", "--device_memory", "0"], "device_memory is 0.0"),
         (["--model_name_or_path", "moe_tiny", "--json", "/nowhere/a.json"], "make the folder /nowhere first"),
+        (["--model_name_or_path", "moe_tiny", "--json", "/"], "json / is a folder"),
+        (["--model_name_or_path", "moe_tiny", "--device", "CPU", "--lora_r", "0"], "lora_r is 0"),
     ],
 )
 def test_mistakes_of_a_plan(flags, message, moe, place):
@@ -86,11 +88,21 @@ def test_a_plan_of_any_model_as_tables_and_as_json(moe, place):
         assert "assumed" in printed
         methods = ["lora", "qlora"] if name == "mixtral" else ["lora"]
         assert [training["method"] for training in plan["training"]] == methods
-        assert ("not planned: training, method qlora: a dense model has no experts" in printed) == (name == "dense")
+        assert ("not planned: train qlora: a dense model has no experts" in printed) == (name == "dense")
         memory = plan["training"][0]["memory"]
         assert memory["total"] == sum(value for part, value in memory.items() if part != "total")
     code, printed, _ = moe("plan", "--model_name_or_path", "moe_tiny", *FAST, "--train", "router", "--json", "-")
     assert json.loads(printed)["inference"]["cache"] == 2 * 8 * 3 * 2 * 2 * 16 * 4
+
+
+def test_a_plan_fits_into_80_columns_and_prints_nothing_else(moe, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, printed, complaint = moe("plan", "--model_name_or_path", "moe_tiny", *FAST, "--recompute", "none", "layers")
+    assert code == 0
+    assert "…" not in printed.replace("https", "")
+    assert printed.count("tokens per") == 3
+    assert "LoRA trains" not in complaint
+    assert "deprecated" not in complaint
 
 
 def test_a_plan_says_what_to_change_where_nothing_fits(moe):
@@ -120,6 +132,10 @@ def test_a_plan_refuses_a_configuration_of_another_kind(moe, tmp_path):
         code, _, complaint = moe("plan", "--model_name_or_path", name, *FAST)
         assert code == 2
         assert "'vit'" in complaint
+    (tmp_path / "other.json").write_text("{")
+    code, _, complaint = moe("plan", "--model_name_or_path", tmp_path / "other.json", *FAST)
+    assert code == 2
+    assert f"the configuration of {tmp_path / 'other.json'} cannot be loaded" in complaint
 
 
 def test_kimi_k2_is_planned_as_its_family(moe, tmp_path):
@@ -127,7 +143,8 @@ def test_kimi_k2_is_planned_as_its_family(moe, tmp_path):
     config.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "kimi_k2"}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    code, printed, _ = moe("plan", "--model_name_or_path", tmp_path, *FAST, "--train", "router", "--json", "-")
+    file = tmp_path / "config.json"
+    code, printed, _ = moe("plan", "--model_name_or_path", file, *FAST, "--train", "router", "--json", "-")
     assert code == 0
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config).num_parameters()

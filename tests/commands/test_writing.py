@@ -180,6 +180,7 @@ def test_a_chat_template_is_mentioned_once(tmp_path, monkeypatch, capsys):
         (["--expert_prefetch", "0"], "expert_prefetch needs a memory for experts: set budget"),
         (["--expert_policy", "mru", "--budget", "1GiB"], "mru"),
         (["--budget", "1GiB", "--gguf_file", "x.gguf"], "not from GGUF"),
+        (["--budget", "much"], "is no size: write a number of bytes"),
         (["--draft_tokens", "3"], "draft_tokens needs a draft model: set draft"),
         (["--draft", "auto", "--draft_tokens", "0"], "draft_tokens is 0"),
         (["--dtype", "int3"], "dtype 'int3' is unknown"),

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from modeling_moe.planning import Device, Parallelism, Request, device_named, devices, make_plan, measure_device
 from modeling_moe.planning.communication import all_to_all_bytes, collectives
@@ -15,7 +16,7 @@ from modeling_moe.planning.recording import OperatorCost, RunCost
 from modeling_moe.planning.sizes import Sizes, Tensors
 from modeling_moe.planning.timing import PassTime, bound_by, optimizer_seconds, run_seconds
 from modeling_moe.utils.errors import UserError
-from tests.planning.families import CONFIGS
+from tests.planning.families import CONFIGS, SHAPE
 
 
 DEVICE = Device("test", 1e9, 100.0, {torch.float32: 10.0, torch.bfloat16: 20.0}, 50.0, 0.5, 0.25, (), "by hand")
@@ -58,7 +59,10 @@ def test_time_is_the_sum_of_rooflines_and_starts():
         (Parallelism(ep_size=4), (616, 600, 1220, 4200, 600)),
         # half of the others is split, and all experts
         (Parallelism(tp_size=2), (716, 700, 1420, 4200, 0)),
-        (Parallelism(fsdp_size=4, ep_size=4), (316, 300, 620, 4200, 600)),
+        # each process has two whole experts, and gathers two layers of 200 bytes beside them
+        (Parallelism(fsdp_size=4, ep_size=4), (316, 300, 620, 4200, 400)),
+        # two processes split an expert, so that a quarter of each layer is gathered
+        (Parallelism(fsdp_size=8, ep_size=4), (166, 150, 320, 4200, 600)),
     ],
 )
 def test_memory_of_a_process(parallelism, expected):
@@ -92,6 +96,13 @@ def test_exchange_by_hand():
     # there and back, forward and backward, in two layers
     assert (tokens.calls, tokens.nbytes) == (8, 8 * 64 * 2 * 16 * 4 * 3 // 4)
     assert tokens.seconds == 8 * 0.5 * 2 + tokens.nbytes / 50
+    # experts lie whole on one process: only the other weights are gathered, reduced and scattered
+    both = by_name(Parallelism(fsdp_size=4, ep_size=4))
+    assert both["all-gather of weights (FSDP)"].nbytes == 2 * 400 * 3 // 4
+    assert both["reduce-scatter of gradients (FSDP)"].nbytes == 400 * 3 // 4
+    half = by_name(Parallelism(fsdp_size=8, ep_size=4))
+    assert half["all-gather of weights (FSDP)"].nbytes == 2 * (200 // 2 + 400 * 7 // 8)
+    assert by_name(Parallelism(ep_size=4))["all-reduce of gradients (DDP)"].nbytes == 2 * 400 * 3 // 4
     assert all_to_all_bytes(64, 2, 16, 4, 1) == 0
     assert not by_name(Parallelism())
     assert [rounds(size) for size in (1, 2, 3, 8)] == [0, 1, 2, 3]
@@ -105,6 +116,8 @@ def test_groups_of_processes():
         Parallelism(tp_size=0)
     with pytest.raises(UserError, match=r"ep_size \(3\) does not divide"):
         Parallelism(fsdp_size=4, ep_size=3)
+    with pytest.raises(UserError, match=r"ep_size \(3\) is no multiple of tp_size \(2\)"):
+        Parallelism(fsdp_size=3, tp_size=2, ep_size=3)
     with pytest.raises(UserError, match="must divide their number"):
         Parallelism(ep_size=3).check(8)
     with pytest.raises(UserError, match="the model has no experts"):
@@ -161,20 +174,47 @@ def request(**fields) -> Request:
 
 
 def test_limits_fit_and_one_more_does_not():
-    plan = make_plan(CONFIGS["moe"], request())
+    plan = make_plan(CONFIGS["llama"], request())
     memory = plan.training[0].memory.total + 3 * (plan.training[0].memory.total - plan.training[0].memory.weights)
     small = device_named("CPU").with_numbers(memory / 1e9, None, None, [])
-    limited = make_plan(CONFIGS["moe"], request(device=small))
+    limited = make_plan(CONFIGS["llama"], request(device=small))
     (generation, training) = limited.limits
     assert generation.batch_size > training.batch_size > 1
     totals = [
-        make_plan(CONFIGS["moe"], request(batch_size=training.batch_size + more, limits=False))
+        make_plan(CONFIGS["llama"], request(batch_size=training.batch_size + more, limits=False))
         .training[0]
         .memory.total
         for more in (0, 1)
     ]
     assert totals[0] <= memory
     assert totals[0] >= 0.98 * memory or totals[1] > memory
+
+
+def test_a_token_sent_to_more_experts_than_there_are():
+    config = MixtralConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=4)
+    with pytest.raises(UserError, match="sends each token to 4 experts, and the model has 2"):
+        make_plan(config, request())
+
+
+def test_a_sequence_beyond_the_positions_and_one_reason_for_several_methods():
+    plan = make_plan(CONFIGS["llama"], request(sequence_length=65, train=["qlora", "router"], limits=False))
+    assert plan.notes[0] == "sequence_length is 65, and the model has 64 positions"
+    split = request(train=["qlora"], parallelism=Parallelism(fsdp_size=3, ep_size=3), limits=False)
+    (note,) = make_plan(CONFIGS["qwen3_moe"], split).notes
+    assert note.startswith("not planned: train qlora: tp_size and ep_size split experts")
+
+
+def test_experts_outside_the_memory_are_planned_with_the_budget():
+    plan = make_plan(CONFIGS["qwen3_moe"], request(dtype=torch.bfloat16, limits=False))
+    assert plan.inference is not None
+    experts = plan.sizes.groups["routed experts"].nbytes
+    total = plan.inference.memory.total
+    tight = device_named("CPU").with_numbers((total - experts / 2) / 1e9, None, None, [])
+    advised = make_plan(CONFIGS["qwen3_moe"], request(dtype=torch.bfloat16, device=tight, train=[], limits=False))
+    change = advised.changes["generation"][0]
+    assert "moe generate --budget" in change.text
+    assert change.total == int(tight.memory)
+    assert change.fits
 
 
 def test_advice_goes_from_cheap_to_dear_until_it_fits():
@@ -185,6 +225,7 @@ def test_advice_goes_from_cheap_to_dear_until_it_fits():
     assert not advised.training[0].fits
     changes = advised.changes["training, full, recompute none"]
     assert changes[0].text.startswith("weights in 16 bits")
+    assert all(change.text.startswith("and ") for change in changes[1:])
     assert [change.fits for change in changes] == [False] * (len(changes) - 1) + [True]
     assert all(change.total > tight.memory for change in changes[:-1])
     tiny = device_named("CPU").with_numbers(1e-6, None, None, [])
@@ -193,9 +234,7 @@ def test_advice_goes_from_cheap_to_dear_until_it_fits():
     assert hopeless.changes["generation"][0].text.startswith("weights in 16 bits")
 
 
-@pytest.mark.parametrize(
-    "fields", [{"batch_size": 0}, {"sequence_length": 0}, {"lora_rank": 0}, {"batch_size": 10**6}]
-)
+@pytest.mark.parametrize("fields", [{"batch_size": 0}, {"sequence_length": 0}, {"lora_r": 0}, {"batch_size": 10**6}])
 def test_numbers_out_of_range(fields):
     with pytest.raises(UserError, match=next(iter(fields))):
         request(**fields)

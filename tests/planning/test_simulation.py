@@ -138,7 +138,7 @@ def test_arithmetic_of_a_prompt_by_hand():
 def test_mistakes():
     with pytest.raises(UserError, match="makes no causal LM"):
         simulated_model(BertConfig(is_decoder=True, hidden_size=30, num_attention_heads=4), torch.float32)
-    with pytest.raises(UserError, match="method router needs sparse layers"):
+    with pytest.raises(UserError, match="the model has no routers that are known"):
         simulated_model(CONFIGS["llama"], torch.float32, "router")
     # grouped_mm takes 16 bits alone
     simulated = simulated_model(CONFIGS["mixtral"], torch.float32, experts_implementation="grouped_mm")

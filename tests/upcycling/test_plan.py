@@ -82,7 +82,7 @@ def test_groups():
 
 def test_memory():
     assert plan_of(dtype=torch.float32).bytes_to_train == 16 * plan_of().params
-    assert plan_of().bytes_to_train == 12 * plan_of().params
+    assert plan_of().bytes_to_train == 8 * plan_of().params
     # keys and values of 4 layers with 2 heads of 8
     assert plan_of().cache_bytes() == 1000 * 2 * 4 * 2 * 8 * 2
     window = MistralConfig(**SIZE, sliding_window=16)
