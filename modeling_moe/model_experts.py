@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 
 def experts_of_transformers(config: Any) -> str:
@@ -16,6 +17,18 @@ def experts_of_transformers(config: Any) -> str:
     """
     widths = config.moe_latent_size or config.hidden_size, config.moe_intermediate_size
     return "grouped_mm" if all(width % 8 == 0 for width in widths) else "eager"
+
+
+def default_experts(config: Any) -> str | None:
+    """Returns the experts implementation of a model that asks for none, or None where transformers' default runs the model.
+
+    It is `moe` in a process where this package is imported, else [`experts_of_transformers`].
+    """
+    if "moe" in ALL_EXPERTS_FUNCTIONS:
+        return "moe"
+    name = experts_of_transformers(config)
+    # transformers takes its default by itself, after a test of whether the class supports it
+    return None if name == "grouped_mm" else name
 
 
 class ExpertParameters(NamedTuple):

@@ -17,7 +17,6 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -36,13 +35,7 @@ from .compatibility import CACHE_NAMES, cache_keyword, is_paged, one_cache, refu
 from .configuration_moe import MoEConfig
 from .model_checkpoints import CheckpointModel
 from .model_embeddings import RotaryEmbeddings, ScaledEmbedding
-from .model_experts import (
-    ExpertParameters,
-    detached_parameters,
-    experts_of_transformers,
-    init_experts,
-    merged_parameters,
-)
+from .model_experts import ExpertParameters, default_experts, detached_parameters, init_experts, merged_parameters
 from .model_generation import MoEGenerationMixin
 from .model_inputs import loss_weights, prepare_inputs, token_embeddings
 from .model_layer import MoEDecoderLayer
@@ -302,9 +295,7 @@ class MoEPreTrainedModel(CheckpointModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Chooses the experts implementation as transformers does, whose default is this package's if it is imported."""
         if requested_experts is None:
-            default = "moe" if "moe" in ALL_EXPERTS_FUNCTIONS else experts_of_transformers(self.config)
-            # transformers tests whether a class supports its own default
-            requested_experts = None if default == "grouped_mm" else default
+            requested_experts = default_experts(self.config)
         return super().get_correct_experts_implementation(requested_experts)
 
     def update_routers(self) -> None:

@@ -55,7 +55,8 @@ test_environment() {
     local folder=$1 output=$2
     "$folder/bin/python" -m pytest -q -n auto --dist loadfile -m "not slow" --ignore tests/scripts/test_mutate.py \
         --ignore tests/core/test_configuration_unread.py --ignore-glob "tests/scripts/test_benchmark*" \
-        tests/core tests/dispatch tests/lora tests/monitoring tests/scripts tests/hub tests/training/test_trl.py \
+        tests/core tests/dispatch tests/generation tests/lora tests/monitoring tests/offload tests/scripts tests/hub \
+        tests/training/test_trl.py \
         tests/training/test_foreign_balance.py tests/training/test_foreign_bias.py &&
         bash scripts/demo.sh --venv "$folder" --output_dir "$output" --max_steps 2
 }

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..checkpoints import State
 from ..utils.json_files import read_json, write_json
 
 
@@ -89,6 +90,29 @@ def save_for_older_readers(config: PreTrainedConfig, folder: Path) -> None:
         )
     file = folder / "config.json"
     write_json(file, read_json(file) | older_names(config), sort_keys=True)
+
+
+def warn_of_masked_groups(config: PreTrainedConfig, state: State) -> None:
+    """Warns of selection biases with which transformers 4 chooses other experts than transformers 5.
+
+    For the choice, transformers 4 gives 0 to the experts outside the groups that a token chose, and transformers 5 gives them
+    minus infinity. A sigmoid score with a negative bias may be less than 0, and then transformers 4 leaves the chosen groups.
+
+    Args:
+        config: configuration of one of transformers' families.
+        state: tensors of the export, of which the selection biases (E,) are read.
+    """
+    groups = getattr(config, "n_group", None) or 1
+    if (getattr(config, "topk_group", None) or groups) >= groups:
+        return
+    biases = [tensor for name, tensor in state.items() if name.endswith("e_score_correction_bias")]
+    lowest = min((bias.read().min().item() for bias in biases), default=0.0)
+    if lowest < 0:
+        logger.warning(
+            f"This {config.model_type} model chooses {config.topk_group} of {groups} groups of experts (n_group), and its lowest "
+            f"selection bias is {lowest:.3g}: with negative biases transformers 4 takes experts of other groups too, and "
+            "computes other logits. Serve the model with transformers 5."
+        )
 
 
 def name_tokenizer_for_older_readers(folder: Path) -> None:

@@ -21,7 +21,7 @@ from ..utils.folders import ResultFolder
 from ..utils.lineage import lineage_of
 from ..utils.loading import load_tokenizer
 from ..utils.prediction_files import ENTRY
-from .older_names import save_for_older_readers
+from .older_names import save_for_older_readers, warn_of_masked_groups
 from .opening import Checkpoint
 from .prediction_layers import restored
 from .targets.catalogue import TARGETS, export_plan
@@ -99,7 +99,9 @@ def save_checkpoint(
     prediction = origin.prediction_for(target) if same_weights else None
     if target != "moe":
         written_config, further = restored(export_plan(config, target), prediction)
-        state = TARGETS[target].tensors(state, config) | further
+        state = TARGETS[target].tensors(state, config)
+        warn_of_masked_groups(written_config, state)
+        state = state | further
     elif prediction is not None:
         recipe = recipe | {ENTRY: prediction.record()}
     if origin.prediction is not None and not same_weights:

@@ -24,7 +24,7 @@ CONFIGS = {
         bias_routed.CONFIGS,
         attention_variants.CONFIGS,
         softmax.CONFIGS,
-        {name: router.config_of(name) for name in router.NAMES},
+        router.CONFIGS,
     )
     for name, config in configs.items()
     if "-" not in name and name != "deepseek"

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from modeling_moe import MoEForCausalLM, modeling_moe
+from modeling_moe import MoEForCausalLM, model_experts
 from modeling_moe.modeling_moe import MoEExperts
 from tests.builders import tiny_config
 
@@ -141,7 +141,7 @@ def test_bf16_stays_bf16(implementation):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_the_package_any_size_of_experts_is_computed(fields, chosen, dtype, monkeypatch):
-    monkeypatch.setattr(modeling_moe, "ALL_EXPERTS_FUNCTIONS", {})
+    monkeypatch.setattr(model_experts, "ALL_EXPERTS_FUNCTIONS", {})
     model = MoEForCausalLM(tiny_config(**fields)).to(dtype).eval()
     assert model.config._experts_implementation == chosen
     ids = torch.arange(3, 21).view(2, 9)

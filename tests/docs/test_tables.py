@@ -91,6 +91,17 @@ def test_the_table_of_commands_is_complete():
     } - own == listed
 
 
+def test_the_tree_names_every_sub_package():
+    tree = (
+        (ROOT / "docs" / "concepts.md")
+        .read_text(encoding="utf-8")
+        .partition("## The tree")[2]
+        .partition("configuration/")[0]
+    )
+    packages = {file.parent.name for file in (ROOT / "modeling_moe").glob("*/__init__.py")}
+    assert set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)) == packages
+
+
 def test_the_table_of_recipes_is_complete():
     names = {row[0].strip("`") for row in rows("docs/commands.md", "Recipe")}
     assert names == {file.stem for file in (CONFIGURATION / "recipes").glob("*.yaml")}

@@ -1,5 +1,6 @@
 """`moe serve` answers an OpenAI client as `generate` answers, in a real process."""
 
+import os
 import re
 import signal
 import socket
@@ -64,8 +65,13 @@ def server(folder, log, *flags):
         str(port),
         *flags,
     ]
+    # the list of models of the oldest supported releases fails where the Hub's cache does not exist
+    cache = log.with_name("hub")
+    cache.mkdir()
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=os.environ | {"HF_HUB_CACHE": str(cache)}
+        )
     try:
         client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=60)
         for _ in range(600):
