@@ -20,7 +20,7 @@ def real_tokens(ids: torch.Tensor, given: dict[str, Any], cache: Any = None) -> 
         given: the arguments of the model.
         cache: key-value cache of the tokens before the batch; None without one.
     """
-    tokens = padding_of(given.get("attention_mask"), *ids.shape, cache).tokens
+    tokens = padding_of(given.get("attention_mask"), len(ids), ids.shape[1], cache).tokens
     return torch.ones(ids.shape, dtype=torch.bool) if tokens is None else tokens.cpu()
 
 
