@@ -83,6 +83,8 @@ def _matrices(module: nn.Module) -> list[str]:
     for name in names:
         if isinstance(parameters[name], DTensor):
             raise UserError(f"{name} is split over processes: load the model whole on each, without ep_size")
+        if vars(module).get("offloaded") is not None:
+            raise UserError(f"{name} is offloaded: 4 bits take the place of offloading, load the whole model")
         if parameters[name].is_meta or parameters[name].dtype not in DTYPES:
             raise UserError(f"{name} is {parameters[name].dtype} on {parameters[name].device}: load it in bfloat16")
     return names

@@ -202,6 +202,9 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
             return [*saved, *super().update_weight_conversions(kept, *([] if model is None else [model]))]
         return [_expert_by_expert(conversion) for conversion in weight_conversions]
 
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        raise UserError("dequantize: experts in 4 bits do not become 16 bits again, load the checkpoint in 16 bits")
+
     def _saved_matrix(self, name: str) -> WeightConverter:
         pattern = rf"\.{name.replace('.', chr(92) + '.')}"
         sources = [f"{pattern}$", *(rf"{pattern}\.{companion}$" for companion in COMPANIONS)]

@@ -11,7 +11,7 @@ from .active_parameters import (
     idle_parameters,
 )
 from .batch_frames import BatchFrame, BatchFrames
-from .batches import argument_names, cache_of
+from .batches import argument_names, cache_of, padding_of
 from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, experts_modules, sparse_block, sparse_layers
 from .local_ids import hides_ids
@@ -75,6 +75,7 @@ __all__ = [
     "max_violation",
     "mean_experts",
     "observe",
+    "padding_of",
     "probabilities",
     "report_router_losses",
     "sparse_block",

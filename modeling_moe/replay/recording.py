@@ -4,6 +4,7 @@
 # B rows, S tokens per row, N tokens of a row since the begin of the text, L sparse layers, K experts per token
 """
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +14,28 @@ from transformers import PreTrainedModel
 
 from ..monitoring import LayerPass, ModelHook, argument_names, cache_of, observe
 from .store import NOT_RECORDED, RoutingStore
+from .texts import real_tokens, texts_of
 
 
 class _Rows(NamedTuple):
-    """Rows of texts: token ids (B, N), experts (B, N, L, K) int16, and the attention mask (B, N) or None."""
+    """Rows of a generation in one pass: token ids (B, S), experts (B, S, L, K) int16, and real (B, S), False at padding."""
 
     ids: torch.Tensor
     experts: torch.Tensor
-    mask: torch.Tensor | None
+    real: torch.Tensor
+
+
+def _joined(passes: list[_Rows]) -> _Rows:
+    return _Rows(*(torch.cat(parts, dim=1) for parts in zip(*passes, strict=True)))
+
+
+class _Pass(NamedTuple):
+    """A pass that runs: the arguments of the model, the cache, the length of the cache before the pass, and real (B, S)."""
+
+    given: dict[str, Any]
+    cache: Any
+    before: int
+    real: torch.Tensor
 
 
 class RoutingRecorder:
@@ -38,9 +53,10 @@ class RoutingRecorder:
         self.store, self._generations_only = store, generations_only
         self._model: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
         self._names = argument_names(self._model)
-        self._open: _Rows | None = None
-        self._given: dict[str, Any] | None = None
-        self._before = 0
+        # the passes of the last generation, and its cache, which is not kept alive
+        self._open: list[_Rows] = []
+        self._cache: weakref.ref[Any] | None = None
+        self._pass: _Pass | None = None
         self._chosen: dict[str, torch.Tensor] = {}
         self._observation = observe(model, torch.compiler.disable(self._on_pass))
         self._handles = [
@@ -63,27 +79,33 @@ class RoutingRecorder:
 
     def flush(self) -> None:
         """Moves the texts of the last generation into the store."""
-        if self._open is not None:
-            self._keep(self._open)
-            self._open = None
+        if self._open:
+            rows = _joined(self._open)
+            ids, experts = rows.ids.cpu(), rows.experts.cpu()
+            for row, kept in enumerate(rows.real):
+                self.store.add(ids[row, kept], experts[row, kept])
+        self._open, self._cache = [], None
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         ids, cache = given.get("input_ids"), cache_of(given)
-        self._chosen = {}
-        self._given = given if ids is not None and (cache is not None or not self._generations_only) else None
-        self._before = 0 if cache is None else int(cache.get_seq_length())
+        before = 0 if cache is None else int(cache.get_seq_length())
+        self._chosen, self._pass = {}, None
+        if cache is not None and before == 0:
+            self.flush()
+        if ids is not None and ids.dim() == 2 and (cache is not None or not self._generations_only):
+            self._pass = _Pass(given, cache, before, real_tokens(ids, given, cache))
 
     @torch.no_grad()
     def _on_pass(self, event: LayerPass) -> None:
-        if self._given is not None and not event.recomputed:
+        if self._pass is not None and not event.recomputed:
             self._chosen[event.layer.name] = event.index.detach()
 
     def _leave(self, *_: Any) -> None:
-        given, self._given = self._given, None
-        if given is None:
+        run, self._pass = self._pass, None
+        if run is None:
             return
-        ids = given["input_ids"]
+        ids = run.given["input_ids"]
         chosen = [self._chosen.get(layer.name) for layer in self._observation.layers]
         self._chosen = {}
         width = max((index.shape[-1] for index in chosen if index is not None), default=1)
@@ -98,35 +120,26 @@ class RoutingRecorder:
                 "the sparse layers did not see each token of input_ids once: their routing cannot be recorded."
             )
         experts = torch.stack([layer.to(ids.device) for layer in layers], dim=1).to(torch.int16)
-        self._extend(_Rows(ids, experts.unflatten(0, ids.shape), given.get("attention_mask")), given)
+        experts = experts.unflatten(0, ids.shape)
+        if run.cache is None:
+            whole, chosen = ids.cpu(), experts.cpu()
+            for row, columns in texts_of(ids, run.given):
+                self.store.add(whole[row, columns], chosen[row, columns])
+        else:
+            self._extend(_Rows(ids, experts, run.real), run)
 
-    def _extend(self, rows: _Rows, given: dict[str, Any]) -> None:
-        """Adds the rows of one pass to the open texts, or begins new ones."""
-        mask = rows.mask if rows.mask is not None and rows.mask.dim() == 2 else None
-        if cache_of(given) is None:
-            self._keep(rows._replace(mask=mask))
+    def _extend(self, rows: _Rows, run: _Pass) -> None:
+        """Adds the rows of one pass of a generation to those before."""
+        if run.before == 0:
+            self._open, self._cache = [rows], weakref.ref(run.cache)
             return
-        if self._before == 0:
-            self.flush()
-            self._open = rows._replace(mask=mask)
-            return
-        begun = self._open
-        if begun is None or len(begun.ids) != len(rows.ids) or begun.ids.shape[1] < self._before:
-            self._open = None  # the texts began before the recorder was there
-            return
-        # speculative decoding crops the cache to the accepted tokens
-        ids = torch.cat([begun.ids[:, : self._before], rows.ids], dim=1)
-        experts = torch.cat([begun.experts[:, : self._before], rows.experts], dim=1)
-        self._open = _Rows(ids, experts, begun.mask if mask is None else mask)
-
-    def _keep(self, rows: _Rows) -> None:
-        ids, experts = rows.ids.cpu(), rows.experts.cpu()
-        real = torch.ones_like(ids, dtype=torch.bool)
-        if rows.mask is not None:
-            known = rows.mask[:, : ids.shape[1]].cpu() > 0
-            real[:, : known.shape[1]] = known
-        for row, kept in enumerate(real):
-            self.store.add(ids[row, kept], experts[row, kept])
+        length = sum(one.ids.shape[1] for one in self._open)
+        if self._cache is None or self._cache() is not run.cache or length < run.before:
+            return  # the texts began before the recorder was there, or with embeddings in the place of token ids
+        if length > run.before:
+            # speculative decoding crops the cache to the accepted tokens
+            self._open = [_Rows(*(part[:, : run.before] for part in _joined(self._open)))]
+        self._open.append(rows)
 
 
 def record_routing(model: nn.Module, store: RoutingStore | None = None) -> RoutingRecorder:

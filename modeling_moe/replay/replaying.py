@@ -5,7 +5,7 @@
 """
 
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -25,6 +25,11 @@ from ..router import Routing
 from .recording import RoutingRecorder
 from .selection import OwnSelection, Selection, TopKSelection
 from .store import NOT_RECORDED, RoutingStore
+from .texts import texts_of
+
+
+# experts whose choice is replayed, since two replays of a layer would disturb each other
+_REPLAYED: "WeakSet[nn.Module]" = WeakSet()
 
 
 class ReplayFigures(NamedTuple):
@@ -60,6 +65,9 @@ class RoutingReplay:
     def __init__(self, model: nn.Module, store: RoutingStore, recorder: RoutingRecorder | None = None):
         self.store, self._recorder = store, recorder
         self._layers = sparse_layers(model)
+        if any(layer.experts in _REPLAYED for layer in self._layers):
+            raise ValueError("the routing of this model is replayed already: call remove() of the other replay first.")
+        _REPLAYED.update(layer.experts for layer in self._layers)
         self._frames = BatchFrames(model, [layer.name for layer in self._layers])
         self._records: WeakKeyDictionary[BatchFrame, _Record] = WeakKeyDictionary()
         self._selections: dict[str, Selection] = {}
@@ -82,6 +90,7 @@ class RoutingReplay:
             self._end(name)
         while self._handles:
             self._handles.pop().remove()
+            _REPLAYED.difference_update(layer.experts for layer in self._layers)
         self._frames.remove()
 
     def _watch(self, model: nn.Module, place: int, layer: SparseLayer) -> None:
@@ -121,6 +130,8 @@ class RoutingReplay:
                     "gradient_checkpointing_enable."
                 )
             return
+        for name in list(self._selections):
+            self._end(name)  # Ctrl-C ended the pass before, which calls no hook
         experts = self._record(frame).experts
         if experts is None:
             return
@@ -178,10 +189,9 @@ class RoutingReplay:
             return _Record(None)
         if self._recorder is not None:
             self._recorder.flush()
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
         rows = ids.cpu()
         found: torch.Tensor | None = None
-        for row, columns in _texts(rows, mask, positions):
+        for row, columns in texts_of(ids, given):
             self._tokens += len(columns)
             experts = self.store.find(rows[row, columns])
             if experts is None:
@@ -206,26 +216,6 @@ class RoutingReplay:
         self._tokens = self._recorded = 0
         self._assignments.clear()
         return figures
-
-
-def _texts(
-    ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
-) -> list[tuple[int, torch.Tensor]]:
-    """Returns row and columns of each text of a batch (B, S): real tokens, split where positions begin again."""
-    real = torch.ones_like(ids, dtype=torch.bool)
-    if mask is not None and mask.dim() == 2:
-        real = mask[:, -ids.shape[1] :].cpu() > 0
-    texts = []
-    for row, kept in enumerate(real):
-        columns = kept.nonzero()[:, 0]
-        if positions is None or positions.dim() != 2:
-            parts = [columns]
-        else:
-            steps = positions[row if len(positions) > 1 else 0].cpu()[columns]
-            begins = (steps[1:] <= steps[:-1]).nonzero()[:, 0] + 1
-            parts = columns.tensor_split(begins)
-        texts += [(row, part) for part in parts if len(part)]
-    return texts
 
 
 def replay_routing(model: nn.Module, store: RoutingStore) -> RoutingReplay:

@@ -89,6 +89,8 @@ class TopKSelection(Selection):
         if self._running:
             self._running = False
             self._mode.__exit__(None, None, None)
+            # mode and selection hold each other, and must not keep the scores until Python looks for cycles
+            del self._mode
 
 
 class _TopKMode(TorchFunctionMode):

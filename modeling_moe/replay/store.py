@@ -8,21 +8,23 @@ they are, so that they are the key.
 """
 
 from collections import OrderedDict
+from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
 
 
-# tokens at the beginning of a text by which the texts are sorted into buckets
+# most tokens at the beginning of a text by which the texts are sorted into buckets
 KEY_TOKENS = 8
 NOT_RECORDED = -1
 
 
 class _Text(NamedTuple):
-    """A text: token ids (S,), and the experts (S', L, K) int16 of its first S' tokens."""
+    """A text: token ids (S,), the experts (S', L, K) int16 of its first S' tokens, and how many texts were added before."""
 
     ids: torch.Tensor
     experts: torch.Tensor
+    number: int
 
     @property
     def nbytes(self) -> int:
@@ -43,9 +45,11 @@ class RoutingStore:
         if max_bytes < 1:
             raise ValueError(f"max_bytes is {max_bytes}: give at least 1")
         self.max_bytes, self.nbytes = max_bytes, 0
+        self._added = 0
         # the oldest text comes first
         self._texts: OrderedDict[bytes, _Text] = OrderedDict()
-        self._buckets: dict[bytes, list[bytes]] = {}
+        # the first tokens of a text, one to KEY_TOKENS of them -> keys of the texts that begin so
+        self._buckets: dict[bytes, dict[bytes, None]] = {}
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -74,11 +78,13 @@ class RoutingStore:
         if not len(ids):
             return
         ids = ids.detach().to("cpu", torch.int64).contiguous()
-        text = _Text(ids, experts.detach().to("cpu", torch.int16).contiguous())
-        key = ids.numpy().tobytes()
+        text = _Text(ids, experts.detach().to("cpu", torch.int16).contiguous(), self._added)
+        self._added += 1
+        key = _key(ids)
         self._forget(key)
         self._texts[key] = text
-        self._buckets.setdefault(_bucket(ids), []).append(key)
+        for bucket in _buckets(ids):
+            self._buckets.setdefault(bucket, {})[key] = None
         self.nbytes += text.nbytes
         while self.nbytes > self.max_bytes and len(self._texts) > 1:
             self._forget(next(iter(self._texts)))
@@ -88,29 +94,40 @@ class RoutingStore:
         if text is None:
             return
         self.nbytes -= text.nbytes
-        bucket = _bucket(text.ids)
-        self._buckets[bucket].remove(key)
-        if not self._buckets[bucket]:
-            del self._buckets[bucket]
+        for bucket in _buckets(text.ids):
+            del self._buckets[bucket][key]
+            if not self._buckets[bucket]:
+                del self._buckets[bucket]
 
     def find(self, ids: torch.Tensor) -> torch.Tensor | None:
         """Returns the experts (S', L, K) int16 of the text that agrees longest with `ids` (S,); None if no text agrees.
 
         A text agrees if it begins with `ids`, or `ids` begin with it: a generation goes on with padding where the trainer has
-        cut the text, and the last token of an answer was never an input.
+        cut the text, and the last token of an answer was never an input. That token decides nothing, so that of two texts
+        which agree on all tokens before it the newer one is returned.
         """
         ids = ids.detach().to("cpu", torch.int64).contiguous()
-        exact = self._texts.get(ids.numpy().tobytes())
-        if exact is not None:
-            return exact.experts
-        best, length = None, 0
-        for key in self._buckets.get(_bucket(ids), ()):
-            text = self._texts[key]
+        best, rank = None, (0, 0)
+        *shorter, full = _buckets(ids) or [b""]
+        # a text as short as the tokens of a bucket is in no bucket of more tokens
+        for key in (*map(_digest, shorter), *self._buckets.get(full, ())):
+            text = self._texts.get(key)
+            if text is None:
+                continue
             shared = min(len(text.ids), len(ids))
-            if shared > length and torch.equal(text.ids[:shared], ids[:shared]):
-                best, length = text, shared
+            own = (min(shared, max(len(ids) - 1, 1)), text.number)
+            if own >= rank and torch.equal(text.ids[:shared], ids[:shared]):
+                best, rank = text, own
         return None if best is None else best.experts[: len(ids)]
 
 
-def _bucket(ids: torch.Tensor) -> bytes:
-    return ids[:KEY_TOKENS].numpy().tobytes()
+def _digest(tokens: bytes) -> bytes:
+    return blake2b(tokens, digest_size=16).digest()
+
+
+def _key(ids: torch.Tensor) -> bytes:
+    return _digest(ids.numpy().tobytes())
+
+
+def _buckets(ids: torch.Tensor) -> list[bytes]:
+    return [ids[:length].numpy().tobytes() for length in range(1, min(KEY_TOKENS, len(ids)) + 1)]

@@ -15,6 +15,8 @@ from modeling_moe import MoEForCausalLM, lora
 from modeling_moe.checkpoint_damage import CheckpointError
 from modeling_moe.lora import Experts4bitConfig, moe_lora_config, quantize_experts, trainable_parameters
 from modeling_moe.lora.four_bits import quantize_pieces
+from modeling_moe.offload import from_pretrained_offloaded
+from modeling_moe.utils import mapped_pages
 from modeling_moe.utils.errors import UserError
 from modeling_moe.utils.loading import load_model
 from tests.lora.checkpoints import IDS, fill
@@ -270,6 +272,10 @@ def test_mistakes(folder):
         AutoModelForCausalLM.from_pretrained(
             folder("mixtral"), quantization_config=Experts4bitConfig(), experts_implementation="eager"
         )
+    with pytest.raises(UserError, match="load the checkpoint in 16 bits"):
+        loaded(folder("mixtral")).dequantize()
+    with pytest.raises(UserError, match="is offloaded"):
+        quantize_experts(from_pretrained_offloaded(str(folder("mixtral")), slots=2))
     assert json.loads(json.dumps(Experts4bitConfig().to_dict()))["quant_method"] == "modeling_moe_4bit"
 
 
@@ -302,7 +308,15 @@ def _train(rank: int, folder: str, wrap: str) -> None:
     assert not expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
 def test_processes(wrap, folder):
     """Two processes with the batch of one train with the gradients of one; FSDP2 splits the 4-bit numbers too."""
     run_ranks(_train, 2, folder("mixtral"), wrap)
+
+
+def test_pages_stay_where_the_kernel_does_not_tell_who_wrote_to_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(mapped_pages, "PAGES", tmp_path / "missing")
+    assert mapped_pages._written(0, 8192)
+    (tmp_path / "missing").write_bytes(bytes(8))
+    assert mapped_pages._written(0, 8192)

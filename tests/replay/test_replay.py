@@ -1,6 +1,7 @@
 """These tests replay recorded experts in this package's model and in transformers' own, against routers written out here."""
 
 import copy
+import gc
 from contextlib import nullcontext
 
 import pytest
@@ -15,11 +16,13 @@ from transformers import (
     OlmoeConfig,
     Qwen3MoeConfig,
 )
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.monitoring import observe
 from modeling_moe.replay import RoutingStore, record_routing, replay_routing
+from modeling_moe.replay.selection import Selection
 from modeling_moe.router_catalogue import ROUTERS
 from tests.builders import SIZE, tiny_model
 
@@ -119,6 +122,39 @@ def test_the_router_gets_a_gradient_through_each_replayed_expert(name):
     routers = [value for key, value in other.named_parameters() if ".gate." in key or ".router." in key]
     assert routers
     assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in routers if value.requires_grad)
+
+
+def test_deepseek_v3_gradients_equal_a_router_that_gathers_the_record(monkeypatch):
+    model, other, ids = model_of("deepseek_v3"), model_of("deepseek_v3", seed=5), texts()
+    for one in (model, other):
+        for name, bias in one.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(torch.linspace(-0.3, 0.3, 6, dtype=bias.dtype))
+    with record_routing(model) as recorder:
+        recorded = chosen(model, input_ids=ids)
+    with replay_routing(other, recorder.store):
+        logits = other(ids, use_cache=False).logits
+    logits.square().sum().backward()
+    got = {key: value.grad.clone() for key, value in other.named_parameters() if value.grad is not None}
+    other.zero_grad()
+    queue = list(recorded)
+
+    def forward(self, hidden_states):
+        states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits = nn.functional.linear(states.float(), self.weight.float())
+        index = queue.pop(0)
+        weight = logits.sigmoid().gather(1, index)
+        if self.norm_topk_prob:
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+        return logits, weight * self.routed_scaling_factor, index
+
+    monkeypatch.setattr(DeepseekV3TopkRouter, "forward", forward)
+    wanted = other(ids, use_cache=False).logits
+    wanted.square().sum().backward()
+    torch.testing.assert_close(logits, wanted)
+    assert any(".gate." in key for key in got)
+    for key, value in got.items():
+        torch.testing.assert_close(value, other.get_parameter(key).grad, rtol=1e-6, atol=1e-9)
 
 
 def test_logits_and_gradients_equal_a_router_that_gathers_the_record(monkeypatch):
@@ -306,3 +342,75 @@ def test_hooks_leave_the_model_as_it_was_after_an_error():
     with torch.no_grad():
         assert torch.equal(model(ids, use_cache=False).logits, wanted)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_short_texts_and_the_newest_of_texts_that_agree_are_found():
+    store, ids = RoutingStore(), torch.arange(20)
+    for number, length in enumerate((12, 6)):
+        store.add(ids[:length], torch.full((length, 1, 1), number))
+        # a generation goes on with padding where the trainer cuts; the last token was never an input
+        assert store.find(ids[:4])[0, 0, 0] == number
+        assert store.find(ids[:7])[0, 0, 0] == number
+    assert store.find(ids[:9])[0, 0, 0] == 0
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_padding_is_known_behind_a_static_cache(name):
+    model, prompts, mask = model_of(name), texts(2, 6), torch.ones(2, 6, dtype=torch.long)
+    prompts[1, :2], mask[1, :2] = 0, 0
+    inputs = {"input_ids": prompts, "attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4}
+    with record_routing(model) as recorder:
+        written = model.generate(**inputs, do_sample=False, cache_implementation="static", disable_compile=True)
+    assert len(recorder.store.find(written[1, 2:])) == 7
+
+
+def test_a_generation_from_embeddings_does_not_join_the_one_before():
+    model, prompts = model_of("mixtral"), texts(2, 9)
+    fields = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with record_routing(model) as recorder:
+        written = model.generate(input_ids=prompts, **fields)
+        model.generate(inputs_embeds=model.get_input_embeddings()(prompts[:, :4]), **fields)
+    assert len(recorder.store) == 2
+    assert all(len(recorder.store.find(row)) == 12 for row in written)
+
+
+def test_packed_rows_are_recorded_as_single_texts():
+    model, (one, two) = model_of("mixtral"), texts(2)
+    with record_routing(model) as recorder, torch.no_grad():
+        model(torch.cat([one, two])[None], position_ids=torch.arange(11).repeat(2)[None], use_cache=False)
+    assert len(recorder.store) == 2
+    assert len(recorder.store.find(two)) == 11
+
+
+def test_a_second_replay_is_refused_and_an_interrupt_leaves_no_mode():
+    model, ids = model_of("mixtral"), texts()
+    with record_routing(model) as recorder, torch.no_grad():
+        model(ids, use_cache=False)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with replay_routing(model, recorder.store):
+        with pytest.raises(ValueError, match="is replayed already"):
+            replay_routing(model, recorder.store)
+        handle = model.model.layers[0].mlp.gate.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, use_cache=False)
+        handle.remove()
+        model(ids, use_cache=False)
+        assert torch._C._len_torch_function_stack() == 0
+    replay_routing(model, recorder.store).remove()
+
+
+def test_scores_of_a_pass_are_free_when_it_ends():
+    model, ids = model_of("deepseek_v2"), texts()
+    with record_routing(model) as recorder, torch.no_grad():
+        model(ids, use_cache=False)
+    gc.collect()
+    gc.disable()
+    try:
+        with replay_routing(model, recorder.store), torch.no_grad():
+            model(ids, use_cache=False)
+        assert not any(isinstance(each, Selection) for each in gc.get_objects())
+    finally:
+        gc.enable()
