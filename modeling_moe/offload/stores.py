@@ -160,7 +160,7 @@ def refuse_quantised_experts(config: PreTrainedConfig, name: str | Path) -> None
             continue
         method = settings.get("quant_method") if isinstance(settings, Mapping) else settings.quant_method
         method = str(getattr(method, "value", method))
-        remedy = "load it with from_pretrained, call model.dequantize() and save_pretrained, and give the new folder"
+        remedy = "give the checkpoint in 16 bits from which it was made"
         if method in CONVERTIBLE:
             remedy = DEQUANTISE.format(name=name)
         raise UserError(f"{name} is quantised ({method}), and its experts cannot be read one by one: {remedy}")

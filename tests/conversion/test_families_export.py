@@ -232,6 +232,8 @@ def load_whole(folder):
 
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 def test_same_logits(name, tmp_path):
+    if name.startswith("gpt_oss") and not hasattr(gpt_oss.GptOssConfig, "swiglu_limit"):
+        pytest.skip("this release of transformers clamps gpt-oss at 7, whatever config.json says")
     target, fields = EXPRESSIBLE[name]
     model = randomised(MoEForCausalLM(MoEConfig(**MOE | fields)))
     model.save_pretrained(tmp_path / "moe")

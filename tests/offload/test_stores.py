@@ -162,7 +162,7 @@ def test_wrong_requests_are_refused(saved):
     [
         ({"quant_method": "mxfp4"}, "moe convert --model_name_or_path"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "moe convert --model_name_or_path"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "model.dequantize"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "16 bits from which"),
     ],
 )
 def test_quantised_checkpoints_are_refused_by_name(settings, remedy, tmp_path):
