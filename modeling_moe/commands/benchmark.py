@@ -8,6 +8,7 @@
     moe benchmark --what lora --threads 1
     moe benchmark --what lora --device cuda --presets olmoe --tokens 8192
     moe benchmark --what watching --threads 1
+    moe benchmark --what offload --threads 1
 
 All contestants take turns in one run, and ratios are medians over rounds in which all of them had one turn. Before a case is
 measured, outputs and gradients of every contestant are compared with a loop over the experts in float64. If ours fails or
@@ -18,7 +19,8 @@ the active experts' bytes over the bandwidth of a copy (read plus written). Save
 parameters and input. `--what lora` measures LoRA on experts here against PEFT's own, full fine-tuning and attention-only
 LoRA, in a model of two layers: float32 on the CPU, a preset's experts in bfloat16 on a GPU; outputs and gradients are first
 compared with PEFT's in float32. `--what watching` measures training steps with the routing logged every second step, against
-steps without. Liger's autotuning is off.
+steps without. `--what offload` decodes with the experts on disk, by the expert cache and by Accelerate; the files leave the page
+cache before each token. Liger's autotuning is off.
 """
 
 import sys
@@ -35,7 +37,15 @@ from ..utils.errors import UserError
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, writes the results after each case if asked to, and prints them all; exits with 0, 1 or 130."""
     try:
-        from moe_benchmark import BenchmarkArguments, LoraRunner, Report, Runner, WatchingRunner, machine_facts
+        from moe_benchmark import (
+            BenchmarkArguments,
+            LoraRunner,
+            OffloadRunner,
+            Report,
+            Runner,
+            WatchingRunner,
+            machine_facts,
+        )
     except ModuleNotFoundError as error:
         raise UserError(
             "the package moe_benchmark is not importable: install modeling-moe by pip, or run python scripts/benchmark.py"
@@ -43,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse([BenchmarkArguments], __doc__, argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    runner = {"experts": Runner, "lora": LoraRunner, "watching": WatchingRunner}[args.what](args)
+    runners = {"experts": Runner, "lora": LoraRunner, "watching": WatchingRunner, "offload": OffloadRunner}
+    runner = runners[args.what](args)
     report = Report(machine_facts(args.device), args.cases(), args.output)
     code = 0
     try:

@@ -5,6 +5,7 @@ from .arguments import BenchmarkArguments
 from .cases import Case
 from .facts import machine_facts
 from .lora import LoraRunner
+from .offload import OffloadRunner
 from .report import Report
 from .results import Result
 from .runner import Runner
@@ -15,6 +16,7 @@ __all__ = [
     "BenchmarkArguments",
     "Case",
     "LoraRunner",
+    "OffloadRunner",
     "Report",
     "Result",
     "Runner",

@@ -9,13 +9,13 @@ import torch
 
 from modeling_moe.utils.errors import UserError
 
-from .cases import LEVELS, MODES, Case, default_cases, lora_cases, make_cases, watching_cases
+from .cases import LEVELS, MODES, Case, default_cases, lora_cases, make_cases, offload_cases, watching_cases
 from .contestants import IMPLEMENTATIONS, is_known, is_ours
 from .presets import PRESETS
 from .routing import ROUTINGS
 
 
-WHAT = ("experts", "lora", "watching")
+WHAT = ("experts", "lora", "watching", "offload")
 DTYPES = ("float32", "bfloat16", "float16")
 # seconds of a whole run, and seconds of timing in a case
 BUDGET_S = {"cpu": 720.0, "cuda": 450.0}
@@ -39,7 +39,8 @@ class BenchmarkArguments:
     what: str = field(
         default="experts",
         metadata=_help(
-            "experts, lora: LoRA on experts against PEFT's own code, or watching: the cost of logging the routing"
+            "experts, lora: LoRA on experts against PEFT's own code, watching: the cost of logging the routing, or offload: "
+            "decoding with the experts on disk"
         ),
     )
     level: str = field(default="experts", metadata=_help("experts, block (with its router) or model (two layers)"))
@@ -88,7 +89,9 @@ class BenchmarkArguments:
         yield from _unknown("routing", self.routing, ROUTINGS)
         yield from _unknown("modes", self.modes, MODES)
         if self.what != "experts" and (self.routing or self.modes or self.level != "experts"):
-            yield f"what: {self.what} measures forward and backward of a model with its router; omit routing, modes and level"
+            yield f"what: {self.what} measures a model with its router, in its own modes; omit routing, modes and level"
+        if self.what == "offload" and (self.tokens or self.device != "cpu"):
+            yield "what: offload decodes one text on the CPU; omit tokens and device"
         for name in ("rounds", "case_s", "budget_s", "threads"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -118,6 +121,8 @@ class BenchmarkArguments:
         """Returns the cases to measure, the most important first."""
         if self.what == "lora":
             return lora_cases(self.device, self.presets, self.dtypes, self.tokens)
+        if self.what == "offload":
+            return offload_cases(self.presets, self.dtypes)
         if self.what == "watching":
             return watching_cases(self.device, self.presets, self.dtypes, self.tokens)
         asked = (self.presets, self.dtypes, self.tokens, self.routing, self.modes)

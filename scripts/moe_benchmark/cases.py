@@ -20,7 +20,8 @@ class Case:
 
     Attributes:
         level: `"experts"` alone, the sparse `"block"` with its router, a `"model"` of two layers, `"lora"`, a model of
-            two layers with LoRA, or `"watching"`, a model of two layers whose routing is logged.
+            two layers with LoRA, or `"watching"`, a model of two layers whose routing is logged, or
+            `"offload"`, a model of four layers whose experts are on disk.
         preset: key of `PRESETS`.
         dtype: name of the torch dtype of weights and tokens.
         tokens: number of tokens T; in decoding at the level `"model"` the number of sequences, each with one new
@@ -150,6 +151,15 @@ def watching_cases(device: str, presets: Sequence[str], dtypes: Sequence[str], t
         for preset in presets
         for dtype in dtypes
         for count in tokens
+    ]
+
+
+def offload_cases(presets: Sequence[str], dtypes: Sequence[str]) -> list[Case]:
+    """Returns all combinations with the experts on disk, decoding one text; an empty list stands for the defaults."""
+    return [
+        Case("offload", preset, dtype, 1, "router", MODES[2])
+        for preset in presets or ("cpu_fine", "cpu_demo")
+        for dtype in dtypes or ("float32", "bfloat16")
     ]
 
 

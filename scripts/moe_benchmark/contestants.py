@@ -26,6 +26,8 @@ OTHERS = (*TRANSFORMERS, "liger", "sonicmoe")
 IMPLEMENTATIONS = (OURS, *OTHERS)
 # LoRA on experts by PEFT's own code
 PEFT = "PEFT"
+# a whole model, and models whose experts are on disk
+WHOLE, ALL_SLOTS, QUARTER, ACCELERATE = "whole", "moe, slots for all", "moe, slots for a quarter", "Accelerate, disk"
 # a model whose routing is logged in training -> the same model without
 LOGGED = {OURS: "not logged", "Mixtral": "Mixtral, not logged"}
 COPY = "copy"
@@ -45,7 +47,7 @@ def is_foreign(name: str) -> bool:
     """Returns whether an implementation belongs to another package; if it fails or is wrong, it is skipped and the run
     succeeds.
     """
-    return name.removesuffix(GRAPH) in OTHERS or name == PEFT or name.endswith(", grouped_mm")
+    return name.removesuffix(GRAPH) in OTHERS or name in (PEFT, ACCELERATE) or name.endswith(", grouped_mm")
 
 
 def is_known(name: str) -> bool:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .cases import MODES, Case
 from .results import Result, compare_cases
-from .tables import case_table, comparison_table, lora_table, mode_table, watching_table
+from .tables import case_table, comparison_table, lora_table, mode_table, offload_table, watching_table
 
 
 WIDTH = 100
@@ -96,7 +96,7 @@ class Report:
             chosen = [result for result in self.results if result.case.mode == mode]
             if chosen:
                 _section(console, *_overview(mode.replace("_", " + "), chosen))
-        if any(result.case.level not in ("lora", "watching") for result in self.results):
+        if any(result.case.level not in ("lora", "watching", "offload") for result in self.results):
             console.print(f"[italic]{_LEGEND}[/italic]", highlight=False)
         comparisons = compare_cases(self.results)
         if comparisons:
@@ -126,6 +126,8 @@ def _overview(mode: str, results: list[Result]) -> tuple[str, Table]:
         return f"{mode}: LoRA on experts here, and ours over", lora_table(results)
     if level == "watching":
         return f"{mode}: the routing logged, over not logged", watching_table(results)
+    if level == "offload":
+        return f"{mode}: the experts on disk", offload_table(results)
     return f"{mode}: ours, and ours over", mode_table(results)
 
 

@@ -6,7 +6,21 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .cases import Case, shape_of
-from .contestants import COPY, DENSE, GRAPH, LOGGED, OURS, PEFT, TRANSFORMERS, is_foreign, is_ours
+from .contestants import (
+    ACCELERATE,
+    ALL_SLOTS,
+    COPY,
+    DENSE,
+    GRAPH,
+    LOGGED,
+    OURS,
+    PEFT,
+    QUARTER,
+    TRANSFORMERS,
+    WHOLE,
+    is_foreign,
+    is_ours,
+)
 from .measure import Failure, median_ratio
 from .presets import PRESETS
 
@@ -30,6 +44,7 @@ class Result:
         weight_bytes: number of bytes of expert weights that must be moved.
         copied_bytes: number of bytes read and written by the contestant `"copy"`.
         floors_ms: `"compute"`, `"memory"` and `"floor"` from the stated peak of the GPU.
+        loads: experts that the default policy of the expert cache loads over the fewest possible, by trace.
     """
 
     case: Case
@@ -45,6 +60,7 @@ class Result:
     weight_bytes: int = 0
     copied_bytes: int = 0
     floors_ms: dict[str, float] = field(default_factory=dict)
+    loads: dict[str, float] = field(default_factory=dict)
 
     def drop(self, name: str, failure: Failure, fatal: bool = False) -> None:
         """Removes the measurements of a contestant, and records why.
@@ -92,7 +108,7 @@ class Result:
     @property
     def limit_ms(self) -> float | None:
         """Time in milliseconds of dense products of equal FLOPs; in decoding, of moving the active experts' weights."""
-        if self.case.level in ("model", "lora", "watching"):
+        if self.case.level in ("model", "lora", "watching", "offload"):
             return None
         return self.weights_ms if self.case.mode == "decode" else self.median(DENSE)
 
@@ -134,6 +150,12 @@ class Result:
             ratios = {f"ours/{name}": self.over(ours, name) for name in self.times if name != ours}
         elif self.case.level == "watching":
             ratios = {f"logged/{alone}": self.over(name, alone) for name, alone in LOGGED.items()}
+        elif self.case.level == "offload":
+            ratios = {
+                "slots for all/whole": self.over(ALL_SLOTS, WHOLE),
+                "quarter/whole": self.over(QUARTER, WHOLE),
+                "Accelerate/quarter": self.over(ACCELERATE, QUARTER),
+            }
         else:
             ratios = {
                 "ours/transformers": self.over(ours, self.best_of_transformers()),

@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from .contestants import COPY, GRAPH, LOGGED, OURS, PEFT
+from .contestants import COPY, GRAPH, LOGGED, OURS, PEFT, WHOLE
 from .results import Comparison, Result
 
 
@@ -127,6 +127,24 @@ def watching_table(results: Sequence[Result]) -> Table:
         case, ratios = result.case, result.ratios()
         cells = [_cell(ratios.get(f"logged/{alone}"), "{:.3f}") for alone in LOGGED.values()]
         table.add_row(escape(case.preset), SHORT[case.dtype], f"{case.tokens}", _ms(result, LOGGED[OURS]), *cells)
+    return table
+
+
+def offload_table(results: Sequence[Result]) -> Table:
+    """Returns a table with the time of a token when the experts are on disk, over others, a line for each case."""
+    names = ("slots for all/whole", "quarter/whole", "Accelerate/quarter")
+    headers = [name.replace("/", " /\n") for name in names]
+    table = _table(["preset", "dtype"], [f"ms,\n{WHOLE}", *headers, "loads / fewest,\nZipf"])
+    for result in results:
+        ratios = result.ratios()
+        cells = [_ratio(ratios.get(name)) for name in names]
+        table.add_row(
+            escape(result.case.preset),
+            SHORT[result.case.dtype],
+            _ms(result, WHOLE),
+            *cells,
+            _ratio(result.loads.get("Zipf")),
+        )
     return table
 
 
