@@ -46,6 +46,7 @@ NEEDLESS = ("generate",)
 OUTPUT = ["--output_dir", "OUT"]
 COMMANDS = {
     "generate": ["--prompt", "a", "--max_new_tokens", "1"],
+    "chat": ["--prompt", "a", "--max_new_tokens", "1"],
     "eval_lm": ["--data", "text=TEXT", "--max_length", "16"],
     "finetune": ["--data", "text=TEXT", "--max_length", "16", "--max_steps", "1", "--use_cpu", "true", *OUTPUT],
     "convert": ["--verify", "true", *OUTPUT],
@@ -92,6 +93,7 @@ def bring_code(folder: Path, kind: str, marker: Path) -> None:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("llama") / "model", train_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     sizes = {"hidden_size": 32, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

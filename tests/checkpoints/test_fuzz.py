@@ -284,8 +284,12 @@ def attack(kind: str, seed: int, sources, tmp_path, whole: bool) -> str:
 
 
 def campaign(kind: str, seeds, sources, tmp_path) -> None:
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    outcomes = {seed: attack(kind, seed, sources, tmp_path, whole=not seed % 6) for seed in seeds}
+    try:
+        outcomes = {seed: attack(kind, seed, sources, tmp_path, whole=not seed % 6) for seed in seeds}
+    finally:
+        logging.set_verbosity(verbosity)
     for seed in seeds:
         shutil.rmtree(tmp_path / f"source-{seed}")
     assert set(outcomes.values()) <= {"refused", "converted"}

@@ -9,7 +9,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoints import open_source
-from modeling_moe.commands.plan import PlanArguments, plan
+from modeling_moe.commands.plan import PlanArguments, plan_upcycling
 from modeling_moe.commands.serve import ServeArguments, serve
 from modeling_moe.conversion import convert_checkpoint
 from modeling_moe.hub.card import write_model_card
@@ -76,7 +76,7 @@ def test_report_card_and_pruning_read_it(source, tmp_path, moe):
 def test_a_plan_names_the_family_that_computes_it(source):
     _, folder = source
     with pytest.raises(UserError, match="deepseek_v3"):
-        plan(PlanArguments(str(folder)), UpcyclingOptions())
+        plan_upcycling(PlanArguments(str(folder)), UpcyclingOptions())
 
 
 def test_transformers_serve_is_not_started_on_a_name_that_it_does_not_know(source):

@@ -80,6 +80,7 @@ def place(tmp_path_factory) -> Path:
     folder, tokenizer = tmp_path_factory.mktemp("place"), train_tokenizer()
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=300, **size)).save_pretrained(folder / "dense")
     MoEForCausalLM(tiny_config(vocab_size=300)).save_pretrained(folder / "moe")
     # a new adapter has factors of zero, which export_adapter refuses
@@ -156,6 +157,7 @@ RUNS = {
     "eval": (["--model_name_or_path", "moe", *TEXT], "bits per byte"),
     "report": (["--model_name_or_path", "moe", *TEXT, "--output_json", "load.json"], "experts in use"),
     "generate": (["--model_name_or_path", "moe", "--prompt", "the old", "--max_new_tokens", "2"], "the old"),
+    "chat": (["--model_name_or_path", "moe", "--prompt", "the old", "--max_new_tokens", "2"], "the old"),
     "push": (["--model_name_or_path", "moe", "--repo_id", "you/moe", "--dry_run", "--license", "mit"], "router.py"),
     "presets": ([], "olmoe_1b_7b"),
     "benchmark": (

@@ -99,7 +99,7 @@ def test_the_report_names_the_back_end_that_ran(benchmark, tmp_path):
         (["--rounds", "0"], "rounds is 0"),
         (["--threads", "-1"], "threads is -1"),
         (["--level", "block", "--routing", "zipf"], "a router chooses"),
-        (["--what", "lora", "--modes", "forward"], "a model with its router; omit routing, modes and level"),
+        (["--what", "lora", "--modes", "forward"], "omit routing, modes and level"),
         (["--what", "lora", "--presets", "gpt_oss_20b"], "gpt_oss_20b has only experts"),
         (["--level", "model", "--presets", "gpt_oss_20b"], "gpt_oss_20b has only experts"),
         (["--implementations", "eager"], "at least one must belong to this package"),
