@@ -31,20 +31,23 @@ from .config import MoELoraConfig, moe_lora_config, trainable_parameters
 from .enabling import disable, enable, is_enabled, peft_alone
 from .export_check import Comparison
 from .exporting import ExportAdapterArguments, export_adapter
+from .four_bits import dequantize
 from .holding import is_in_4bit, shown_whole
 from .merging import MergeArguments, apply_adapter, merge_adapter
 from .quantization import quantize_experts
-from .quantizer import Experts4bitConfig
+from .quantizer import COMPANIONS, Experts4bitConfig, state_of
 from .sharding import full_shape, synchronize_adapters
 
 
 __all__ = [
+    "COMPANIONS",
     "Comparison",
     "Experts4bitConfig",
     "ExportAdapterArguments",
     "MergeArguments",
     "MoELoraConfig",
     "apply_adapter",
+    "dequantize",
     "disable",
     "enable",
     "export_adapter",
@@ -56,6 +59,7 @@ __all__ = [
     "peft_alone",
     "quantize_experts",
     "shown_whole",
+    "state_of",
     "synchronize_adapters",
     "trainable_parameters",
 ]

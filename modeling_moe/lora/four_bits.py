@@ -8,6 +8,7 @@ for each 256 (QLoRA, arXiv:2305.14314); this is done once all pieces are there.
 # P numbers of all experts' matrices together
 """
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -101,6 +102,17 @@ def quantize_pieces(
         scales, nested = functional.quantize_blockwise(scales - mean, blocksize=SCALES_BLOCK)
         fields |= {"offset": mean, "state2": nested}
     return FourBit(packed, functional.QuantState(absmax=scales, **fields))
+
+
+def dequantize(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """Returns the numbers of a tensor in 4 bits, in the shape and the dtype of bitsandbytes' `QuantState`.
+
+    They are dequantized as one row. bitsandbytes 0.50 takes wrong scales on CPUs for matrices whose rows are no multiple of a
+    block: 160 columns come out with 69 % relative error, and one row with 9 %, which is the error of 4 bits.
+    """
+    row = copy.copy(state)
+    row.shape = torch.Size((math.prod(state.shape),))
+    return load_bitsandbytes().functional.dequantize_4bit(packed, row).view(state.shape)
 
 
 def _of_whole_blocks(pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
-from .four_bits import FourBit, load_bitsandbytes
+from .four_bits import FourBit, dequantize, load_bitsandbytes
 from .layers import MATRICES, Stock, bring_to_slots, is_experts
 
 
@@ -37,7 +37,14 @@ def _hold(module: nn.Module, name: str, matrix: FourBit) -> None:
     setattr(module, name, nn.Parameter(matrix.packed, requires_grad=False))
     state = matrix.state.as_dict()
     parametrizations.replace_parameter_4bit_prequantized(module, name, state, matrix.packed.device)
-    module.get_submodule(f"parametrizations.{name}.0").register_forward_pre_hook(_follow)
+    parametrization: Any = module.get_submodule(f"parametrizations.{name}.0")
+    parametrization.register_forward_pre_hook(_follow)
+    parametrization.forward = partial(_dequantize, parametrization)
+
+
+@torch.no_grad()
+def _dequantize(parametrization: Any, packed: torch.Tensor) -> torch.Tensor:
+    return dequantize(packed, parametrization.quant_state)
 
 
 def _follow(parametrization: Any, inputs: tuple[torch.Tensor]) -> None:

@@ -396,15 +396,22 @@ class _ReadSaved(ConversionOps):
         parts = {name: part for name, part in zip(COMPANIONS, companions, strict=True) if part is not None}
         packed = torch.empty(0) if packed is None else packed
         try:
-            state = _state(parts, packed, model.get_parameter(full_layer_name).shape)
+            state = state_of(parts, packed.shape, packed.dtype, packed.device)
+            check_shape(state, model.get_parameter(full_layer_name).shape)
             state.dtype = self.hf_quantizer.quantization_config.bnb_4bit_compute_dtype
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
             state = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__} {error}".strip()
         return {target_patterns[0]: _keep_state(model, full_layer_name, FourBit(packed, state))}
 
 
-def _state(parts: dict[str, torch.Tensor], packed: torch.Tensor, shape: torch.Size) -> Any:
+def state_of(parts: dict[str, torch.Tensor], packed: tuple[int, ...], dtype: torch.dtype, device: Any = "cpu") -> Any:
     """Returns bitsandbytes' state of a matrix from the tensors beside it in a file.
+
+    Args:
+        parts: the tensors, by the names in `COMPANIONS`.
+        packed: shape of the packed numbers.
+        dtype: dtype of the packed numbers.
+        device: device of the state.
 
     Raises:
         ValueError: if a tensor is missing or misshapen.
@@ -413,19 +420,27 @@ def _state(parts: dict[str, torch.Tensor], packed: torch.Tensor, shape: torch.Si
     settings = [part for part in parts if part.startswith("quant_state.")]
     if not {"absmax", "quant_map"} <= parts.keys() or len(nested) not in (0, 2) or len(settings) != 1:
         raise ValueError(f"only {', '.join(parts) or 'nothing'} lies beside it in the file")
-    state = load_bitsandbytes().functional.QuantState.from_dict(parts, device=packed.device)
-    numbers, scales = shape.numel(), state.absmax.numel()
+    state = load_bitsandbytes().functional.QuantState.from_dict(parts, device=device)
+    numbers, scales = torch.Size(state.shape).numel(), state.absmax.numel()
     wanted = {
-        "shape": (state.shape, shape),
-        "number of bytes": (packed.numel(), math.ceil(numbers / 2)),
-        "dtype": (packed.dtype, torch.uint8),
+        "number of bytes": (math.prod(packed), math.ceil(numbers / 2)),
+        "dtype": (dtype, torch.uint8),
         "block": (state.blocksize, BLOCK),
         "number of scales": (scales, math.ceil(numbers / BLOCK)),
         "number of levels": (state.code.numel(), 16),
     }
     if state.nested:
         wanted["number of scales' scales"] = (state.state2.absmax.numel(), math.ceil(scales / SCALES_BLOCK))
+    _refuse_others(wanted)
+    return state
+
+
+def check_shape(state: Any, shape: torch.Size) -> None:
+    """Raises ValueError if a state belongs to a matrix of another shape."""
+    _refuse_others({"shape": (state.shape, shape)})
+
+
+def _refuse_others(wanted: dict[str, tuple[Any, Any]]) -> None:
     for what, (found, expected) in wanted.items():
         if found != expected:
             raise ValueError(f"its {what} is {found} and not {expected}")
-    return state

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from ..checkpoints import Source, open_source
 from ..utils.errors import UserError
 from ..utils.locations import local_folder
+from .four_bits import is_in_4bit, joined, without_quantization
 from .offloading import offload_to_stores, refuse_unfit
 from .pieces import Stored, stored
 from .stores import (
@@ -199,9 +200,12 @@ def load_without_experts(
     config._experts_implementation = "moe"
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
+    in_4bit = tier == "disk" and is_in_4bit(config)
+    if in_4bit:
+        without_quantization(config, name)
     refuse_quantised_experts(config, name)
     source = open_source(name, hub=hub)
-    request = _Request(model_class or _causal_class(config, trust_remote_code), config, dtype, device, check)
+    request = _Request(model_class or _causal_class(config, trust_remote_code), config, dtype, device, check, in_4bit)
     loaded = LOADERS[tier](request, source)
     loaded.model.config.name_or_path = loaded.model.name_or_path = name
     return loaded
@@ -215,10 +219,14 @@ class _Request(NamedTuple):
     dtype: Any
     device: Any
     check: Check | None
+    in_4bit: bool
 
 
 def _on_disk(request: _Request, source: Source) -> WithoutExperts:
     state = traced_state(source.state)
+    if request.in_4bit:
+        dtypes = (each for each in (request.dtype, request.config.dtype) if isinstance(each, torch.dtype))
+        state = joined(state, next(dtypes, None), source.folder)
     traced = trace_checkpoint(request.model_class, request.config, state, request.dtype, source.folder)
     stores = stores_of(traced, source.folder)
     if request.check is not None:
@@ -269,12 +277,13 @@ def _load_rest(
     request: _Request, state: Mapping[str, TracedTensor], stores: Mapping[str, DiskStore]
 ) -> PreTrainedModel:
     """Loads a model with transformers' loader, which reads every tensor but those of the experts in stores."""
+    # matrices in 4 bits are experts' and stay in the file, too
     of_experts = {part for store in stores.values() for piece in store.pieces.values() for part in stored(piece)}
     lock = threading.Lock()
     tensors: dict[str, Any] = dict(state)
     for name, tensor in state.items():
-        (piece,) = stored(tensor.piece)
-        if piece not in of_experts:
+        piece = tensor.piece
+        if isinstance(piece, Stored) and piece not in of_experts:
             tensors[name] = _Unread(piece, lock)
     device_map = None if request.device is None else {"": torch.device(request.device)}
     return request.model_class.from_pretrained(

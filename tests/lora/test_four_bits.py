@@ -13,8 +13,8 @@ from transformers.quantizers import auto
 
 from modeling_moe import MoEForCausalLM, lora
 from modeling_moe.checkpoint_damage import CheckpointError
-from modeling_moe.lora import Experts4bitConfig, moe_lora_config, quantize_experts, trainable_parameters
-from modeling_moe.lora.four_bits import quantize_pieces
+from modeling_moe.lora import Experts4bitConfig, holding, moe_lora_config, quantize_experts, trainable_parameters
+from modeling_moe.lora.four_bits import FourBit, quantize_pieces
 from modeling_moe.offload import from_pretrained_offloaded
 from modeling_moe.utils import mapped_pages
 from modeling_moe.utils.errors import UserError
@@ -320,3 +320,16 @@ def test_pages_stay_where_the_kernel_does_not_tell_who_wrote_to_them(monkeypatch
     assert mapped_pages._written(0, 8192)
     (tmp_path / "missing").write_bytes(bytes(8))
     assert mapped_pages._written(0, 8192)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(12, 48, 32), (12, 16, 160), (4, 8, 64), (3, 5, 7)])
+def test_rows_that_are_no_multiple_of_a_block_are_dequantized_with_the_right_scales(shape, dtype):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape).mul(torch.rand(*shape[:2], 1)).to(dtype)
+    packed, state = bitsandbytes.functional.quantize_4bit(matrix, blocksize=64, quant_type="nf4")
+    module = torch.nn.Module()
+    module.up_proj = torch.nn.Parameter(matrix.clone())
+    holding.hold_experts(module, [("up_proj", FourBit(packed, state))])
+    assert module.up_proj.shape == shape
+    assert (module.up_proj - matrix).norm() < 0.12 * matrix.norm()
