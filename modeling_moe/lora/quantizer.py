@@ -32,6 +32,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from ..utils.errors import UserError
+from ..utils.loading import FOUR_BITS
 from ..utils.mapped_pages import release
 from .enabling import enable
 from .four_bits import (
@@ -48,7 +49,7 @@ from .holding import hold_experts
 from .layers import MATRICES, is_experts, reason_for_peft
 
 
-METHOD = "modeling_moe_4bit"
+METHOD = FOUR_BITS
 ROUTERS = ("gate", "router")
 # tensors that a file holds beside the packed numbers of a matrix; bitsandbytes' names
 COMPANIONS = (

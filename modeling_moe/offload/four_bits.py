@@ -22,10 +22,6 @@ from .pieces import Piece, Stored
 from .tracing import TracedTensor
 
 
-# name that `modeling_moe.lora.Experts4bitConfig` gives to its format in config.json
-METHOD = "modeling_moe_4bit"
-
-
 @dataclass(frozen=True)
 class FourBitPiece(Piece):
     """A matrix of experts (E, N, M) in 4 bits, of which whole experts are read; `dtype` is that of the dequantized numbers.
@@ -68,19 +64,13 @@ class FourBitPiece(Piece):
         return dequantize(packed, state)
 
 
-def is_in_4bit(config: PreTrainedConfig) -> bool:
-    """Returns whether a checkpoint's experts are in the 4-bit format that `modeling_moe.lora` writes."""
-    settings = getattr(config, "quantization_config", None)
-    return isinstance(settings, Mapping) and settings.get("quant_method") == METHOD
-
-
 def without_quantization(config: PreTrainedConfig, name: Any) -> None:
     """Makes a configuration of a checkpoint in 4 bits that of the dequantized model.
 
     Raises:
         UserError: if linear layers are in 4 bits too.
     """
-    if config.quantization_config["linear_layers"]:
+    if config.quantization_config.get("linear_layers"):
         raise UserError(
             f"{name} has linear layers in 4 bits, which are not dequantized here: quantize with linear_layers=False"
         )

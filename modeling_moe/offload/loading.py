@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..checkpoints import Source, open_source
 from ..utils.errors import UserError
+from ..utils.loading import saved_in_4bit
 from ..utils.locations import local_folder
-from .four_bits import is_in_4bit, joined, without_quantization
+from .four_bits import joined, without_quantization
 from .offloading import offload_to_stores, refuse_unfit
 from .pieces import Stored, stored
 from .stores import (
@@ -200,7 +201,7 @@ def load_without_experts(
     config._experts_implementation = "moe"
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
-    in_4bit = tier == "disk" and is_in_4bit(config)
+    in_4bit = tier == "disk" and saved_in_4bit(config)
     if in_4bit:
         without_quantization(config, name)
     refuse_quantised_experts(config, name)

@@ -3,7 +3,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +40,8 @@ logger = transformers_logging.get_logger(__name__)
 TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model", "tekken.json")
 DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer_config.json")
 MESSAGE_LENGTH = 600
+# quant_method of experts in bitsandbytes' 4-bit format, in config.json
+FOUR_BITS = "modeling_moe_4bit"
 
 
 # type of the --dtype flags, whose --help then lists the names
@@ -234,6 +236,12 @@ def _import_checkpoint_router(folder: str, trust_remote_code: bool) -> None:
         import_own_router(file.parent)
 
 
+def saved_in_4bit(config: PreTrainedConfig) -> bool:
+    """Returns whether a checkpoint's experts are in the 4-bit format that `modeling_moe.lora` writes."""
+    settings = getattr(config, "quantization_config", None)
+    return isinstance(settings, Mapping) and settings.get("quant_method") == FOUR_BITS
+
+
 def _register_quantizer(config: PreTrainedConfig) -> None:
     """Lets transformers know the 4-bit format of experts if a checkpoint is in that format.
 
@@ -241,8 +249,7 @@ def _register_quantizer(config: PreTrainedConfig) -> None:
     `modeling_moe.lora` is needed stands in the checkpoint alone. An import in each command would take seconds, because of
     PEFT, and entry points would not work in a clone that is not installed.
     """
-    quantization = getattr(config, "quantization_config", None)
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "modeling_moe_4bit":
+    if saved_in_4bit(config):
         import_module("modeling_moe.lora")
 
 

@@ -67,7 +67,7 @@ def test_an_adapter_trains_on_experts_in_4_bits_on_disk(tmp_path):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[1].items():
         assert gradient.abs().sum() > 0
-        torch.testing.assert_close(gradients[0][name], gradient, rtol=0.02, atol=1e-3 * gradient.abs().max().item())
+        assert torch.equal(gradients[0][name], gradient), name
 
 
 def test_the_rest_of_the_model_and_its_dtype(tmp_path):
