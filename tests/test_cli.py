@@ -74,6 +74,12 @@ def test_a_recipe_that_cannot_be_read_is_answered_in_one_line(tmp_path, content,
     assert message in complaint([str(recipe)], capsys)
 
 
+@pytest.mark.parametrize("second", ["--num-experts", "--num_experts", "--num_experts=4"])
+def test_a_flag_that_is_given_twice_is_refused(second, capsys):
+    given = ["--name", "x", "--num_experts", "2", second, *([] if "=" in second else ["4"])]
+    assert "'num_experts' is given twice: write all values after one --num_experts" in complaint(given, capsys)
+
+
 def test_an_argument_without_a_flag_is_named(capsys):
     assert "argument 'stray' belongs to no flag" in complaint(["--name", "x", "stray"], capsys)
 

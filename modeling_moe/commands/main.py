@@ -68,7 +68,7 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "`moe COMMAND --help` describes a command and gives examples.",
+            "`moe COMMAND --help` describes a command and gives examples; `moe --version` prints the version.",
         ]
     )
 
@@ -88,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("--help", "-h", "help"):
         print(_help())
+        return
+    if name == "--version":
+        from modeling_moe.compatibility import __version__
+
+        print(f"modeling_moe {__version__}")
         return
     if name not in COMMANDS:
         print(_unknown(name), file=sys.stderr)

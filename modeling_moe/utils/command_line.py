@@ -83,12 +83,20 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
-    def refuse_unknown(self, argv: Sequence[str]) -> None:
-        """Exits with one line if a flag is unknown, before argparse complains about a missing required flag."""
+    def refuse_bad_flags(self, argv: Sequence[str]) -> None:
+        """Exits with one line if a flag is unknown or given twice, before argparse complains about a missing required flag.
+
+        argparse would keep the last of two and drop the other without a word.
+        """
         flags = [
             text.partition("=")[0] for text in argv if text.startswith("--") and " " not in text.partition("=")[0]
         ]
+        given = set()
         for flag in flags:
+            name = flag.removeprefix("--").replace("-", "_")
+            if name in given:
+                self.error(f"{name!r} is given twice: write all values after one --{name}")
+            given.add(name)
             if flag != "--" and flag not in self._option_string_actions:
                 known = [option for option in self._option_string_actions if "-" not in option[2:]]
                 close = difflib.get_close_matches(
@@ -127,9 +135,13 @@ def parse(dataclass_types: Sequence[type], doc: str | None, argv: Sequence[str] 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, _description(doc))
     try:
+        recipe = []
         if argv and not argv[0].startswith("-"):
-            argv = _recipe_flags(_find_recipe(argv[0])) + argv[1:]
-        parser.refuse_unknown(argv)
+            recipe = _recipe_flags(_find_recipe(argv[0]))
+            argv = argv[1:]
+        for part in (recipe, argv):
+            parser.refuse_bad_flags(part)
+        argv = recipe + argv
         *groups, unknown = parser.parse_args_into_dataclasses(
             args=argv, return_remaining_strings=True, look_for_args_file=False
         )

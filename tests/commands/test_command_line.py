@@ -10,6 +10,7 @@ from typing import Literal
 
 import pytest
 
+import modeling_moe
 from modeling_moe.commands.main import COMMANDS, main, run_command
 from modeling_moe.utils.command_line import parse
 from modeling_moe.utils.recipes import recipes
@@ -95,6 +96,11 @@ def help_of(capsys, run, *arguments) -> str:
 
 def examples(text: str) -> list[str]:
     return re.findall(r"(?m)^    (\S.*)$", text.partition("options:")[0])
+
+
+def test_the_version_is_printed(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"modeling_moe {modeling_moe.__version__}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
