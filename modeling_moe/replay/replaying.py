@@ -246,8 +246,9 @@ def replay_routing(model: nn.Module, store: RoutingStore) -> RoutingReplay:
     included. A token that was not recorded chooses by itself. Losses and metrics see the replayed choice.
 
     Args:
-        model: any MoE model whose experts follow transformers' experts interface. Call it before DDP wraps the model.
-        store: the recorded texts, from [`~modeling_moe.replay.record_routing`], or filled from vLLM's `routed_experts`.
+        model: any MoE model whose experts follow transformers' experts interface, also in DDP or FSDP.
+        store: the recorded texts, from [`~modeling_moe.replay.record_routing`], or from vLLM by
+            [`~modeling_moe.replay.RoutingStore.add_output`].
 
     Returns:
         A context manager, and a handle with `figures()` and `remove()`.
