@@ -18,6 +18,7 @@ from .local_ids import hides_ids
 from .loss_meter import LossMeans, report_router_losses
 from .observing import LayerPass, ModelHook, Observation, in_backward, observe
 from .probabilities import ScoringEvidence, certain, explanation, probabilities
+from .ranks import is_distributed, repeats_batch, sum_over_ranks
 from .routing_metrics import (
     Entropies,
     co_activation,
@@ -36,12 +37,14 @@ from .watching import RoutingWatch, watch
 
 if TYPE_CHECKING:
     from .callback import RoutingCallback
+    from .figures_callback import FiguresCallback
 
 
 __all__ = [
     "BatchFrame",
     "BatchFrames",
     "Entropies",
+    "FiguresCallback",
     "LayerFigures",
     "LayerPass",
     "LossMeans",
@@ -71,24 +74,31 @@ __all__ = [
     "hides_ids",
     "idle_parameters",
     "in_backward",
+    "is_distributed",
     "load_variation",
     "max_violation",
     "mean_experts",
     "observe",
     "padding_of",
     "probabilities",
+    "repeats_batch",
     "report_router_losses",
     "sparse_block",
     "sparse_layers",
+    "sum_over_ranks",
     "summary",
     "watch",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `RoutingCallback` when it is first used, since transformers' `Trainer` takes long to import."""
+    """Imports a callback when it is first used, since transformers' `Trainer` takes long to import."""
     if name == "RoutingCallback":
         from .callback import RoutingCallback
 
         return RoutingCallback
+    if name == "FiguresCallback":
+        from .figures_callback import FiguresCallback
+
+        return FiguresCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,12 +5,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet, finalize
 
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer import DEFAULT_CALLBACKS, DEFAULT_PROGRESS_CALLBACK
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from .figures_callback import FiguresCallback
 from .layers import UnreachableRouting, sparse_layers
 from .loss_meter import RouterLossMeter
 from .ranks import is_distributed, sum_over_ranks
@@ -22,46 +21,9 @@ from .watching import RoutingWatch
 logger = logging.get_logger(__name__)
 
 PREFIX = "routing"
-LATE = (
-    "RoutingCallback comes after the trackers, which would not get its figures: pass callbacks=[RoutingCallback()] with a new "
-    "RoutingCallback made before the Trainer, or call RoutingCallback().add_to(trainer)."
-)
 
 
-class BeforeTrackers(TrainerCallback):
-    """This callback stands before the trackers of a `Trainer`, and lets a [`RoutingCallback`] add its figures to each log."""
-
-    def __init__(self) -> None:
-        self.state: TrainerState | None = None
-        self.routing: RoutingCallback | None = None
-        _FRONTS.add(self)
-
-    def on_init_end(self, args, state, control, **kwargs):
-        """Notes the Trainer's state, by which a RoutingCallback of this Trainer recognises it."""
-        self.state = state
-
-    def on_log(self, args, state, control, **kwargs):
-        """Adds the figures."""
-        if self.routing is not None:
-            self.routing.publish(args, state, kwargs["logs"])
-
-
-_FRONTS: "WeakSet[BeforeTrackers]" = WeakSet()
-# RoutingCallbacks that wait for the Trainer to which they are passed
-_WAITING: "WeakSet[RoutingCallback]" = WeakSet()
-# transformers' annotation is narrower than its use: `Trainer` takes every TrainerCallback class in this list
-_DEFAULTS: list[type[TrainerCallback]] = DEFAULT_CALLBACKS  # pyrefly: ignore[bad-assignment]
-
-
-def _update_defaults() -> None:
-    """Gives new Trainers a [`BeforeTrackers`] while a RoutingCallback waits for its Trainer, and not otherwise."""
-    if _WAITING and BeforeTrackers not in _DEFAULTS:
-        _DEFAULTS.append(BeforeTrackers)
-    elif not _WAITING and BeforeTrackers in _DEFAULTS:
-        _DEFAULTS.remove(BeforeTrackers)
-
-
-class RoutingCallback(TrainerCallback):
+class RoutingCallback(FiguresCallback):
     """Logs the routing of any MoE in training: to every tracker of `report_to`, and to `trainer_state.json`.
 
     With each log of the `Trainer` the callback adds, for the training passes since the last one and over all processes:
@@ -76,12 +38,9 @@ class RoutingCallback(TrainerCallback):
     and of a selection bias that never moves. It never ends a training: a dense model, or an error in reading the routing, gets
     one warning, and the training goes on without figures.
 
-    Order: `Trainer` calls the trackers of `report_to` before the callbacks that it is given, and they must see the figures.
-    Therefore a new RoutingCallback waits for its Trainer: until that exists, each new `Trainer` gets a small callback before
-    its trackers ([`BeforeTrackers`]), which does nothing in other Trainers. Use a RoutingCallback for one Trainer; for a
-    Trainer that exists already there is [`RoutingCallback.add_to`]. The trackers and all callbacks that come before the
-    RoutingCallback get the figures of all layers; later ones, among them the progress bar and the printer, get those of the
-    model only, which a person can read.
+    Use a RoutingCallback for one Trainer; for a Trainer that exists already there is [`RoutingCallback.add_to`]. The trackers
+    and all callbacks that come before the RoutingCallback get the figures of all layers; later ones, among them the progress
+    bar and the printer, get those of the model only, which a person can read.
 
     A second RoutingCallback in the same `Trainer` has no effect.
 
@@ -101,49 +60,29 @@ class RoutingCallback(TrainerCallback):
     def __init__(self, every: int | None = None):
         if every is not None and every < 1:
             raise ValueError(f"every is {every}: it must be at least 1 optimizer step")
+        super().__init__()
         self.every = every
-        self._front: BeforeTrackers | None = None
         self._is_second = False
         self._session: RoutingSession | None = None
-        # before the callback waits: Python runs what ends with an object in the reverse order
-        ending: Any = finalize(self, _update_defaults)
-        ending.atexit = False
-        _WAITING.add(self)
-        _update_defaults()
 
     def add_to(self, trainer: Trainer) -> None:
         """Adds the callback to a Trainer that exists, before its trackers; without effect if the Trainer has one."""
-        callbacks = trainer.callback_handler.callbacks
-        if not any(isinstance(callback, RoutingCallback) for callback in callbacks):
-            self._front = BeforeTrackers()
-            self._front.routing = self
-            callbacks.insert(0, self._front)
-            printers = (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK)
-            place = next((i for i, callback in enumerate(callbacks) if isinstance(callback, printers)), len(callbacks))
-            callbacks.insert(place, self)
-        self._stop_waiting()
-
-    def _stop_waiting(self) -> None:
-        _WAITING.discard(self)
-        _update_defaults()
+        if any(isinstance(callback, RoutingCallback) for callback in trainer.callback_handler.callbacks):
+            self._stop_waiting()
+        else:
+            super().add_to(trainer)
 
     def on_init_end(self, args, state, control, **kwargs):
         """Looks for the callback that stands before the trackers."""
-        front = next((front for front in _FRONTS if front.state is state), None)
-        self._stop_waiting()
-        if front is None or self._front is not None:
-            raise ValueError(LATE)
-        if front.routing is None:
-            self._front, front.routing = front, self
-        self._is_second = front.routing is not self
+        super().on_init_end(args, state, control, **kwargs)
+        assert self._front is not None
+        self._is_second = next(one for one in self._front.callbacks if isinstance(one, RoutingCallback)) is not self
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Starts to watch the model."""
+        super().on_train_begin(args, state, control, **kwargs)
         if self._is_second:
             return
-        self._stop_waiting()
-        if self._front is None:
-            raise ValueError(LATE)
         self.close()
         if self.every is None and args.logging_strategy == "no":
             _warn(state, "RoutingCallback logs nothing, since logging_strategy is no: set RoutingCallback(every=...)")
@@ -184,20 +123,18 @@ class RoutingCallback(TrainerCallback):
             with self._keeps_training(state):
                 self._session.read(state.global_step)
 
-    def publish(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
-        """Adds the figures of the last reading to a log of training, and to the entry that `log_history` has of it."""
+    def publish(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the figures of the last reading for a log of training, and warns of them."""
         if self._session is None or not ("loss" in logs or "train_runtime" in logs):
-            return
+            return {}
         figures = self._session.take_scalars()
-        logs.update(figures)
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(figures)
         # as large as it was after clipping, like the routers' gradients
         whole = logs.get("grad_norm", 0.0)
         model_gradient = min(whole, args.max_grad_norm or math.inf) if math.isfinite(whole) else math.inf
         with self._keeps_training(state):
             for message in self._session.take_warnings(model_gradient):
                 _warn(state, message)
+        return figures
 
     def on_log(self, args, state, control, **kwargs):
         """Leaves the model's figures to the callbacks that come later, and removes those of single layers."""

@@ -2,27 +2,32 @@
 """This module gives routing replay to a `Trainer` in one line."""
 
 import math
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerState, TrainingArguments
 
+from ..monitoring import FiguresCallback
 from .recording import RoutingRecorder
 from .replaying import RoutingReplay
 from .store import RoutingStore
 
 
-class RoutingReplayCallback(TrainerCallback):
+class RoutingReplayCallback(FiguresCallback):
     """Records the experts of each text that the trained model generates, and trains on the text with these experts.
 
     It serves TRL's `GRPOTrainer` and `RLOOTrainer`, whose rollouts come from the model's own `generate`. `DPOTrainer` and
     `KTOTrainer` generate nothing: give them a store with the texts of their dataset, recorded by
     [`~modeling_moe.replay.record_routing`] or taken from vLLM.
 
-    Each log gets `replay/coverage` and `replay/flipped`, see [`~modeling_moe.replay.ReplayFigures`], unless nothing was
-    replayed since the last one. The trackers of `report_to` are called before this callback, so that `trainer_state.json` and
-    the callbacks after this one have the figures, and the trackers do not.
+    Each log of training gets `replay/coverage` and `replay/flipped`, see [`~modeling_moe.replay.ReplayFigures`], of all
+    processes together and unless nothing was replayed since the last one. The trackers of `report_to` get them too.
 
     Args:
         store: recorded texts; by default a new store that the generations of the training fill.
+
+    Raises:
+        ValueError: by the `Trainer`, if the callback comes too late to reach the trackers: add it to a Trainer that exists by
+            `add_to`.
 
     Example:
         >>> from modeling_moe.replay import RoutingReplayCallback
@@ -30,24 +35,24 @@ class RoutingReplayCallback(TrainerCallback):
     """
 
     def __init__(self, store: RoutingStore | None = None):
+        super().__init__()
         self.store = RoutingStore() if store is None else store
         self._recorder: RoutingRecorder | None = None
         self._replay: RoutingReplay | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Attaches to the model."""
+        super().on_train_begin(args, state, control, **kwargs)
         self.close()
         self._recorder = RoutingRecorder(kwargs["model"], self.store, generations_only=True)
         self._replay = RoutingReplay(kwargs["model"], self.store, self._recorder)
 
-    def on_log(self, args, state, control, **kwargs):
-        """Adds the figures."""
-        if self._replay is not None:
-            figures = self._replay.figures()._asdict()
-            named = {f"replay/{name}": value for name, value in figures.items() if not math.isnan(value)}
-            kwargs["logs"].update(named)
-            # the Trainer has copied the logs into its history before
-            state.log_history[-1].update(named)
+    def publish(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the figures since the last log of training, without those that are nan."""
+        if self._replay is None or not ("loss" in logs or "train_runtime" in logs):
+            return {}
+        figures = self._replay.figures()._asdict()
+        return {f"replay/{name}": value for name, value in figures.items() if not math.isnan(value)}
 
     def on_train_end(self, args, state, control, **kwargs):
         """Detaches from the model."""

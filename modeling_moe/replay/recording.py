@@ -38,6 +38,31 @@ class _Pass(NamedTuple):
     real: torch.Tensor
 
 
+class _NoBeams:
+    """This takes the place of a model's `_reorder_cache`, which beam search alone calls, while a recorder is on the model.
+
+    A copy of the model, or a model read from a pickle, has no recorder, and reorders its cache.
+
+    Args:
+        recorded: whether a recorder is on the model.
+    """
+
+    def __init__(self, recorded: bool = True):
+        self.recorded = recorded
+
+    def __call__(self, cache: Any, beam_idx: torch.Tensor) -> Any:
+        if self.recorded:
+            raise ValueError(
+                "beam search reorders the rows of a generation, whose routing then cannot be recorded: generate with "
+                "num_beams=1, or without a recorder on the model."
+            )
+        cache.reorder_cache(beam_idx)
+        return cache
+
+    def __reduce__(self) -> tuple:
+        return _NoBeams, (False,)
+
+
 class RoutingRecorder:
     """Hooks on a model that record routing into a store; [`record_routing`] makes one.
 
@@ -63,6 +88,7 @@ class RoutingRecorder:
             self._model.register_forward_pre_hook(ModelHook(self._enter), with_kwargs=True, prepend=True),
             self._model.register_forward_hook(ModelHook(self._leave)),
         ]
+        self._no_beams = vars(self._model).setdefault("_reorder_cache", _NoBeams())
 
     def __enter__(self) -> "RoutingRecorder":
         return self
@@ -74,6 +100,8 @@ class RoutingRecorder:
         """Moves the open texts into the store, and removes all hooks; a second call does nothing."""
         self.flush()
         self._observation.remove()
+        if vars(self._model).get("_reorder_cache") is self._no_beams:
+            del self._model._reorder_cache
         while self._handles:
             self._handles.pop().remove()
 
@@ -145,7 +173,7 @@ class RoutingRecorder:
 def record_routing(model: nn.Module, store: RoutingStore | None = None) -> RoutingRecorder:
     """Records the experts that each token of each text chooses, in `generate` and in single passes.
 
-    Beam search reorders the rows of a generation, which the model does not see: record greedy search or sampling.
+    Beam search raises a ValueError while a recorder is on the model, since the search reorders the rows of a generation.
 
     Args:
         model: any MoE model whose experts follow transformers' experts interface.

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from ..monitoring import (
     BatchFrame,
@@ -18,8 +19,11 @@ from ..monitoring import (
     cache_of,
     hides_ids,
     in_backward,
+    is_distributed,
+    repeats_batch,
     sparse_block,
     sparse_layers,
+    sum_over_ranks,
 )
 from ..router import Routing
 from .recording import RoutingRecorder
@@ -63,7 +67,7 @@ class RoutingReplay:
     """
 
     def __init__(self, model: nn.Module, store: RoutingStore, recorder: RoutingRecorder | None = None):
-        self.store, self._recorder = store, recorder
+        self.store, self._model, self._recorder = store, model, recorder
         self._layers = sparse_layers(model)
         if any(layer.experts in _REPLAYED for layer in self._layers):
             raise ValueError("the routing of this model is replayed already: call remove() of the other replay first.")
@@ -95,7 +99,7 @@ class RoutingReplay:
 
     def _watch(self, model: nn.Module, place: int, layer: SparseLayer) -> None:
         def begin(module: nn.Module, args: tuple) -> None:
-            self._begin(place, layer, module)
+            self._begin(place, layer)
 
         def reach_experts(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if kwargs.get("frozen"):
@@ -121,7 +125,7 @@ class RoutingReplay:
         if layer.returns_routing and layer.router is not None:
             self._handles.append(layer.router.register_forward_hook(ModelHook(disable(reach_routing))))
 
-    def _begin(self, place: int, layer: SparseLayer, block: nn.Module) -> None:
+    def _begin(self, place: int, layer: SparseLayer) -> None:
         frame = self._frames.current
         if frame is None:
             if in_backward():
@@ -137,8 +141,8 @@ class RoutingReplay:
             return
         index = experts[:, place]
         selection: Selection
-        if layer.returns_routing:
-            selection = OwnSelection(index, block.router)  # pyrefly: ignore[bad-argument-type]: torch types submodules loosely
+        if layer.returns_routing and layer.router is not None:
+            selection = OwnSelection(index, layer.router)
         else:
             selection = TopKSelection(index, layer.num_experts)
         self._selections[layer.name] = selection
@@ -167,6 +171,11 @@ class RoutingReplay:
         recorded = wanted != NOT_RECORDED
         # the comparison waits for the device, so that a router which asks for its choice is compared once
         if selection.live is None or layer.name not in self._checked:
+            if bool((selection.index[:, index.shape[-1] :] != NOT_RECORDED).any()):
+                raise ValueError(
+                    f"the record has more experts of a token than the {index.shape[-1]} that the router of {layer.name} chooses: "
+                    "record this model"
+                )
             if bool((recorded & (wanted != index)).any()):
                 raise ValueError(
                     f"the experts of {layer.name} cannot be replayed: its router does not choose by the scores of its experts."
@@ -190,32 +199,44 @@ class RoutingReplay:
         if self._recorder is not None:
             self._recorder.flush()
         rows = ids.cpu()
-        found: torch.Tensor | None = None
+        texts: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         for row, columns in texts_of(ids, given):
             self._tokens += len(columns)
             experts = self.store.find(rows[row, columns])
             if experts is None:
                 continue
-            if found is None:
-                found = torch.full((*rows.shape, *experts.shape[1:]), NOT_RECORDED, dtype=torch.int64)
-            if experts.shape[1:] != found.shape[2:] or experts.shape[1] != len(self._layers):
+            if experts.shape[1] != len(self._layers):
                 raise ValueError(
                     f"the record has {experts.shape[1]} sparse layers where the model has {len(self._layers)}: record this model"
                 )
-            found[row, columns[: len(experts)]] = experts.long()
+            texts.append((row, columns[: len(experts)], experts.long()))
             self._recorded += int((experts >= 0).any(dim=(1, 2)).sum())
-        return _Record(None if found is None else found.flatten(0, 1).to(ids.device))
+        if not texts:
+            return _Record(None)
+        width = max(experts.shape[-1] for *_, experts in texts)
+        found = torch.full((*rows.shape, len(self._layers), width), NOT_RECORDED)
+        for row, columns, experts in texts:
+            found[row, columns] = pad(experts, (0, width - experts.shape[-1]), value=NOT_RECORDED)
+        return _Record(found.flatten(0, 1).to(ids.device))
 
-    def figures(self) -> ReplayFigures:
-        """Returns what was replayed since the last call; it waits for the device, which no pass does."""
-        flipped, recorded = torch.stack(self._assignments).sum(dim=0).tolist() if self._assignments else (0, 0)
-        figures = ReplayFigures(
-            self._recorded / self._tokens if self._tokens else float("nan"),
-            flipped / recorded if recorded else float("nan"),
-        )
+    def figures(self, across_ranks: bool = True) -> ReplayFigures:
+        """Returns what was replayed since the last call; it waits for the device, which no pass does.
+
+        In a distributed run the figures are those of all processes together, and every process must call it; a batch that
+        tensor-parallel processes share counts once.
+
+        Args:
+            across_ranks: False for the figures of this process alone, which then need not call together with others.
+        """
+        flipped, assigned = torch.stack(self._assignments).sum(dim=0).tolist() if self._assignments else (0, 0)
+        sums = torch.tensor([self._recorded, self._tokens, flipped, assigned], dtype=torch.float64)
+        if across_ranks and is_distributed():
+            sums = sum_over_ranks({"sums": sums}, None, not repeats_batch(self._model)).tensors["sums"]
+        # a share of nothing is nan
+        coverage, flips = (sums[::2] / sums[1::2]).tolist()
         self._tokens = self._recorded = 0
         self._assignments.clear()
-        return figures
+        return ReplayFigures(coverage, flips)
 
 
 def replay_routing(model: nn.Module, store: RoutingStore) -> RoutingReplay:
@@ -225,8 +246,9 @@ def replay_routing(model: nn.Module, store: RoutingStore) -> RoutingReplay:
     included. A token that was not recorded chooses by itself. Losses and metrics see the replayed choice.
 
     Args:
-        model: any MoE model whose experts follow transformers' experts interface. Call it before DDP wraps the model.
-        store: the recorded texts, from [`~modeling_moe.replay.record_routing`], or filled from vLLM's `routed_experts`.
+        model: any MoE model whose experts follow transformers' experts interface, also in DDP or FSDP.
+        store: the recorded texts, from [`~modeling_moe.replay.record_routing`], or from vLLM by
+            [`~modeling_moe.replay.RoutingStore.add_output`].
 
     Returns:
         A context manager, and a handle with `figures()` and `remove()`.

@@ -8,12 +8,15 @@ choice would give a recorded expert the weight zero, and no gradient.
 """
 
 from collections.abc import Callable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..router import Router, RoutingContext
+from ..router import RoutingContext
 from .store import NOT_RECORDED
 
 
@@ -25,7 +28,7 @@ class Selection:
     """The experts that a router has to choose in one pass.
 
     Args:
-        index: (T, K) int64 expert ids; -1 where the router chooses itself.
+        index: (T, K) int64 expert ids; -1 where the router chooses itself. Columns after those of the router are ignored.
 
     Attributes:
         live: (T, K) what the router would have chosen; None until it has chosen.
@@ -38,7 +41,12 @@ class Selection:
     def choose(self, live: torch.Tensor) -> torch.Tensor:
         """Returns the experts (T, K) in place of `live`, what the router would have chosen."""
         self.live = live.detach().view(len(self.index), -1)
-        index = self.index[:, : self.live.shape[-1]]
+        width = self.live.shape[-1]
+        if width > self.index.shape[-1]:
+            raise ValueError(
+                f"the record has {self.index.shape[-1]} experts of a token where the router chooses {width}: record this model"
+            )
+        index = self.index[:, :width]
         return torch.where(index == NOT_RECORDED, self.live, index.to(live.dtype)).view_as(live)
 
     def begin(self) -> None:
@@ -51,20 +59,32 @@ class Selection:
 
 
 class OwnSelection(Selection):
-    """The choice of a router of this package, which has a method for it."""
+    """The choice of a router of this package, which has a method for it.
 
-    def __init__(self, index: torch.Tensor, router: Router):
+    Args:
+        index: (T, K) int64 expert ids; -1 where the router chooses itself.
+        router: the router, or PEFT's layers around it, which may hold a trained copy of it.
+    """
+
+    def __init__(self, index: torch.Tensor, router: nn.Module):
         super().__init__(index)
-        self._router = router
+        self._routers = [
+            module for module in router.modules() if isinstance(getattr(module, "select", None), MethodType)
+        ]
 
     def begin(self) -> None:
         """Puts a function in the place of [`~modeling_moe.router.Router.select`]."""
-        select: Callable[[torch.Tensor, RoutingContext], torch.Tensor] = self._router.select
-        self._router.select = lambda scores, context: self.choose(select(scores, context))
+        for router in self._routers:
+            select: Any = router.select
+            vars(router)["select"] = partial(self._choose, select)
+
+    def _choose(self, select: Callable, scores: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        return self.choose(select(scores, context))
 
     def end(self) -> None:
         """Removes the function."""
-        vars(self._router).pop("select", None)
+        for router in self._routers:
+            vars(router).pop("select", None)
 
 
 class TopKSelection(Selection):
@@ -78,6 +98,12 @@ class TopKSelection(Selection):
         super().__init__(index)
         self._mode = _TopKMode(self, num_experts)
         self._running = False
+
+    # a compiled graph that holds `topk`, and that runs by torch's functions, would ask the mode once more
+    @torch.compiler.disable
+    def choose(self, live: torch.Tensor) -> torch.Tensor:
+        """Returns the experts (T, K) in place of `live`, outside of compiled graphs."""
+        return super().choose(live)
 
     def begin(self) -> None:
         """Enters a mode in which torch's `topk` returns the experts."""

@@ -9,9 +9,12 @@ they are, so that they are the key.
 
 from collections import OrderedDict
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+
+from .vllm_outputs import texts_of_output
 
 
 # most tokens at the beginning of a text by which the texts are sorted into buckets
@@ -66,7 +69,7 @@ class RoutingStore:
         Args:
             ids: (S,) integer token ids of prompt and answer, without padding.
             experts: (S', L, K) integer ids of the experts of the first S' <= S tokens, in the order of the model's sparse
-                layers; -1 where nothing was recorded. vLLM returns this of an answer as `routed_experts`.
+                layers; -1 where nothing was recorded, and in the columns that a layer with fewer experts of a token lacks.
 
         Raises:
             ValueError: if the shapes do not fit.
@@ -88,6 +91,24 @@ class RoutingStore:
         self.nbytes += text.nbytes
         while self.nbytes > self.max_bytes and len(self._texts) > 1:
             self._forget(next(iter(self._texts)))
+
+    def add_output(self, output: Any, model: nn.Module) -> None:
+        """Keeps the experts of each answer to a prompt that vLLM has generated with `enable_return_routed_experts=True`.
+
+        Args:
+            output: a `RequestOutput` of vLLM.
+            model: the model that will be trained, or one with the same sparse layers.
+
+        Raises:
+            ValueError: if vLLM returned no experts, or experts of other tokens or of another model.
+
+        Example:
+            >>> store = RoutingStore()
+            >>> for output in LLM(path, enable_return_routed_experts=True).generate(prompts):
+            ...     store.add_output(output, model)
+        """
+        for ids, experts in list(texts_of_output(output, model)):
+            self.add(ids, experts)
 
     def _forget(self, key: bytes) -> None:
         text = self._texts.pop(key, None)

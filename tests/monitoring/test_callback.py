@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer import DEFAULT_CALLBACKS
 
-from modeling_moe.monitoring import RoutingCallback, max_violation
+from modeling_moe.monitoring import FiguresCallback, RoutingCallback, max_violation
 from modeling_moe.training import MoECallback
 from tests.builders import SIZE, GradientRecorder, tiny_model, training_arguments
 
@@ -265,6 +265,30 @@ def test_other_trainers_do_not_change(tracker, tmp_path):
     del unused
     gc.collect()
     assert before == DEFAULT_CALLBACKS
+
+
+class Figure(FiguresCallback):
+    """Adds one figure to each log."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def publish(self, args, state, logs):
+        """Returns the step."""
+        return {self.name: state.global_step}
+
+
+def test_any_number_of_callbacks_add_figures_to_one_log(tracker, tmp_path):
+    callbacks = [Figure("one"), RoutingCallback(), Figure("two"), Figure("three")]
+    trainer = make_trainer(tiny_model(), tmp_path, callbacks[:3], max_steps=2)
+    callbacks[3].add_to(trainer)
+    trainer.train()
+    assert [KEY in entry for entry in tracker.logged] == [True, True, False]
+    for entry in (*tracker.logged, *trainer.state.log_history):
+        assert {entry[name] for name in ("one", "two", "three")} == {entry["step"]}
+    with pytest.raises(ValueError, match="Figure comes after the trackers"):
+        make_trainer(tiny_model(), tmp_path, [callbacks[0]])
 
 
 class Fails(TrainerCallback):

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -240,30 +241,6 @@ def test_a_repeated_pass_of_checkpointing_replays_too(name, reentrant):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
-def test_replay_makes_the_ratio_of_a_rollout_in_16_bits_close_to_one():
-    torch.manual_seed(3)
-    config = MixtralConfig(**SIZE | EXPERTS | {"num_local_experts": 16})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    engine, ids = copy.deepcopy(model).bfloat16(), texts(32, 40)
-
-    def logprobs(which) -> torch.Tensor:
-        with torch.no_grad():
-            logits = which(ids, use_cache=False).logits.float().log_softmax(-1)
-        return logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-
-    with record_routing(engine) as recorder:
-        rollout = logprobs(engine)
-    without = logprobs(model) - rollout
-    with replay_routing(model, recorder.store) as replay:
-        replayed = logprobs(model) - rollout
-        flipped = replay.figures().flipped
-    assert 0.001 < flipped < 0.2
-    # the estimator of the divergence is that of TRL: exp(d) - d - 1
-    divergence = [(d.exp() - d - 1).mean().item() for d in (without, replayed)]
-    assert replayed.exp().var() < 0.5 * without.exp().var()
-    assert divergence[1] < 0.5 * divergence[0]
-
-
 def test_a_choice_that_is_not_recorded_stays_the_routers_own():
     model, ids = model_of("mixtral"), texts()
     store, own = RoutingStore(), chosen(model, input_ids=ids)
@@ -288,6 +265,63 @@ def test_misuse_is_refused():
     model = model_of("mixtral")
     with replay_routing(model, store), pytest.raises(ValueError, match="3 sparse layers where the model has 2"):
         model(ids, use_cache=False)
+
+
+def test_layers_may_differ_in_the_number_of_experts_of_a_token():
+    model, other, ids = model_of("mixtral"), model_of("mixtral", seed=5), texts()
+    for one in (model, other):
+        one.model.layers[1].mlp.gate.top_k = 3
+    with record_routing(model) as recorder:
+        mine = chosen(model, input_ids=ids)
+    assert [index.shape[-1] for index in mine] == [2, 3]
+    assert recorder.store.find(ids[0]).shape == (11, 2, 3)
+    with replay_routing(other, recorder.store) as replay:
+        replayed = chosen(other, input_ids=ids)
+        assert replay.figures().coverage == 1
+    assert all(torch.equal(one.long(), two.long()) for one, two in zip(mine, replayed, strict=True))
+    for wider, message in (
+        (0, "has more experts of a token than the 2"),
+        (1, "3 experts of a token where the router chooses 4"),
+    ):
+        other = model_of("mixtral")
+        other.model.layers[1].mlp.gate.top_k = 2 + 2 * wider
+        with replay_routing(other, recorder.store), pytest.raises(ValueError, match=message):
+            other(ids, use_cache=False)
+
+
+@pytest.mark.parametrize("trained_copy", [False, True])
+def test_a_router_inside_layers_of_peft_is_replayed(trained_copy):
+    model, other, ids = tiny_model().eval(), None, texts()
+    torch.manual_seed(9)
+    other = MoEForCausalLM(model.config).eval()
+    copies = {"modules_to_save": ["mlp.gate"]} if trained_copy else {}
+    other = get_peft_model(other, LoraConfig(target_modules=["q_proj"], **copies))
+    with record_routing(model) as recorder:
+        mine = chosen(model, input_ids=ids)
+    with replay_routing(other, recorder.store):
+        replayed = chosen(other, input_ids=ids)
+        other(ids, labels=ids, use_cache=False).loss.backward()
+    assert all(torch.equal(one.long(), two.long()) for one, two in zip(mine, replayed, strict=True))
+    trained = [value.grad for key, value in other.named_parameters() if ".gate." in key and value.requires_grad]
+    assert len(trained) == 2 * trained_copy
+    assert all(value.abs().sum() > 0 for value in trained)
+
+
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("deepseek_v2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_a_compiled_model_replays_and_counts_what_an_eager_one_does(name, backend):
+    model, other, ids = model_of(name), model_of(name, seed=5), texts()
+    with record_routing(model) as recorder, torch.no_grad():
+        model(ids, use_cache=False)
+    with replay_routing(other, recorder.store) as replay, torch.no_grad():
+        wanted = other(ids, use_cache=False).logits
+        figures = replay.figures()
+        assert figures.flipped > 0
+        torch._dynamo.reset()
+        compiled = torch.compile(other, backend=backend)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(ids, use_cache=False).logits, wanted)
+            assert replay.figures() == figures
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -362,6 +396,35 @@ def test_padding_is_known_behind_a_static_cache(name):
     with record_routing(model) as recorder:
         written = model.generate(**inputs, do_sample=False, cache_implementation="static", disable_compile=True)
     assert len(recorder.store.find(written[1, 2:])) == 7
+
+
+@pytest.mark.parametrize("name", ["mixtral", "moe"])
+def test_each_of_several_answers_to_a_prompt_is_recorded(name):
+    model, prompts, mask = model_of(name), texts(2, 6), torch.ones(2, 6, dtype=torch.long)
+    prompts[1, :2], mask[1, :2] = 0, 0
+    fields = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": True, "num_return_sequences": 3}
+    torch.manual_seed(0)
+    with record_routing(model) as recorder:
+        written = model.generate(input_ids=prompts, attention_mask=mask, **fields)
+    rows = [row[2 * (place > 2) :] for place, row in enumerate(written)]
+    assert len({tuple(row.tolist()) for row in rows}) == len(recorder.store) == 6
+    for row in rows:
+        found = recorder.store.find(row)
+        assert len(found) == len(row) - 1
+        for layer, index in enumerate(chosen(model, input_ids=row[None])):
+            assert sets_equal(found[:, layer], index[:-1])
+
+
+def test_beam_search_is_refused_while_a_recorder_is_on_the_model():
+    model, fields = model_of("mixtral"), {"input_ids": texts(2, 6), "max_new_tokens": 3, "num_beams": 2}
+    wanted = model.generate(**fields)
+    with record_routing(model):
+        twin = copy.deepcopy(model)
+        with pytest.raises(ValueError, match="generate with num_beams=1"):
+            model.generate(**fields)
+    assert torch.equal(model.generate(**fields), wanted)
+    assert torch.equal(twin.generate(**fields), wanted)
+    assert "_reorder_cache" not in vars(model)
 
 
 def test_a_generation_from_embeddings_does_not_join_the_one_before():
