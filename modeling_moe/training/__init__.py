@@ -28,9 +28,10 @@ from ..data import DataArguments
 from .arguments import BalanceArguments, FinetuneArguments, LoraArguments, ModelArguments
 from .balance import Balance, BalanceSettings, balance, balances_of
 from .callbacks import CastOnceCallback, MoECallback, disable, enable, is_enabled
-from .finetuning import FinetuneResult, finetune, trained_parameters
+from .finetuning import FinetuneResult, finetune
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
 from .nan_stop import NanStopMixin, NonFiniteError
+from .preparing import trained_parameters
 from .sharded import ShardedResumeMixin
 
 
