@@ -30,8 +30,11 @@ from .balance import Balance, BalanceSettings, balance, balances_of
 from .callbacks import CastOnceCallback, MoECallback, disable, enable, is_enabled
 from .finetuning import FinetuneResult, finetune
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
+from .load_rates import LoadRates, scale_by_load
+from .muon import MoEMuon, moe_muon, orthogonalise
 from .nan_stop import NanStopMixin, NonFiniteError
 from .preparing import trained_parameters
+from .roles import parameter_groups, parameter_roles
 from .sharded import ShardedResumeMixin
 
 
@@ -45,9 +48,11 @@ __all__ = [
     "FinetuneResult",
     "FreezeExpertsCallback",
     "FrozenExperts",
+    "LoadRates",
     "LoraArguments",
-    "ModelArguments",
     "MoECallback",
+    "MoEMuon",
+    "ModelArguments",
     "NanStopMixin",
     "NonFiniteError",
     "ShardedResumeMixin",
@@ -58,5 +63,10 @@ __all__ = [
     "finetune",
     "freeze_experts",
     "is_enabled",
+    "moe_muon",
+    "orthogonalise",
+    "parameter_groups",
+    "parameter_roles",
+    "scale_by_load",
     "trained_parameters",
 ]
