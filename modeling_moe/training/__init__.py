@@ -28,6 +28,7 @@ from ..data import DataArguments
 from .arguments import BalanceArguments, FinetuneArguments, LoraArguments, ModelArguments
 from .balance import Balance, BalanceSettings, balance, balances_of
 from .callbacks import CastOnceCallback, MoECallback, disable, enable, is_enabled
+from .collapse_stop import CollapseError, CollapseStop, load_entropy
 from .finetuning import FinetuneResult, finetune
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
 from .load_rates import LoadRates, scale_by_load
@@ -35,6 +36,8 @@ from .muon import MoEMuon, moe_muon, orthogonalise
 from .nan_stop import NanStopMixin, NonFiniteError
 from .preparing import trained_parameters
 from .roles import parameter_groups, parameter_roles
+from .router_average import RouterAverage, RouterAverageMixin
+from .sampling import SampleCallback
 from .sharded import ShardedResumeMixin
 
 
@@ -43,6 +46,8 @@ __all__ = [
     "BalanceArguments",
     "BalanceSettings",
     "CastOnceCallback",
+    "CollapseError",
+    "CollapseStop",
     "DataArguments",
     "FinetuneArguments",
     "FinetuneResult",
@@ -55,6 +60,9 @@ __all__ = [
     "ModelArguments",
     "NanStopMixin",
     "NonFiniteError",
+    "RouterAverage",
+    "RouterAverageMixin",
+    "SampleCallback",
     "ShardedResumeMixin",
     "balance",
     "balances_of",
@@ -63,6 +71,7 @@ __all__ = [
     "finetune",
     "freeze_experts",
     "is_enabled",
+    "load_entropy",
     "moe_muon",
     "orthogonalise",
     "parameter_groups",
