@@ -32,6 +32,7 @@ from .collapse_stop import CollapseError, CollapseStop, load_entropy
 from .finetuning import FinetuneResult, finetune
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
 from .load_rates import LoadRates, scale_by_load
+from .long_runs import LongRunArguments
 from .muon import MoEMuon, moe_muon, orthogonalise
 from .nan_stop import NanStopMixin, NonFiniteError
 from .preparing import trained_parameters
@@ -54,6 +55,7 @@ __all__ = [
     "FreezeExpertsCallback",
     "FrozenExperts",
     "LoadRates",
+    "LongRunArguments",
     "LoraArguments",
     "MoECallback",
     "MoEMuon",

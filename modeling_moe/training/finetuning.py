@@ -32,6 +32,7 @@ from .callbacks import CastOnceCallback, MoECallback, is_enabled
 from .freezing import FreezeExpertsCallback
 from .interruption import SaveOnInterrupt
 from .logs import LogAtCheckpoints, ScheduleCallback, detach, routing_callbacks, show_progress_line
+from .long_runs import LongRunArguments, refuse_collapsed
 from .preparing import balanced, load_for_training, trained_parameters
 from .presets import is_preset, preset_config
 from .record import LossChange, logged_losses, write_record
@@ -138,6 +139,7 @@ def _make_trainer(
     held_out: dict[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
     callbacks: list[TrainerCallback],
+    run: LongRunArguments,
 ) -> FinetuneTrainer:
     metric, known = (args.metric_for_best_model or "loss"), {"loss", *(f"{name}_loss" for name in held_out)}
     if metric.removeprefix("eval_") not in known:
@@ -154,6 +156,7 @@ def _make_trainer(
                 *([] if is_enabled() else [MoECallback()]),
                 LogAtCheckpoints(),
                 *callbacks,
+                *run.callbacks(),
                 *routing_callbacks(args, model, callbacks),
             ],
         )
@@ -162,6 +165,11 @@ def _make_trainer(
         raise UserError(str(error)) from error
     _check_dtypes(trainer, model)
     show_progress_line(trainer)
+    trainer.long_run = run
+    if run.router_average is not None:
+        trainer.average_routers(run.router_average)
+    if (samples := run.samples()) is not None:
+        samples.add_to(trainer)
     return trainer
 
 
@@ -230,6 +238,7 @@ def finetune(
     args: TrainingArguments,
     callbacks: Iterable[TrainerCallback] = (),
     balance_args: BalanceArguments | None = None,
+    run_args: LongRunArguments | None = None,
 ) -> FinetuneResult:
     """Trains a model, and saves it with its tokenizer in `args.output_dir`. Equal seeds give equal results.
 
@@ -243,10 +252,12 @@ def finetune(
         args: the training; `resume_from_checkpoint="true"` resumes from the last checkpoint.
         callbacks: further callbacks for the trainer.
         balance_args: how a model of transformers balances its experts; None for the defaults.
+        run_args: learning rates by role, Muon, averaged routers, samples, stop on collapse; None for none of them.
 
     Raises:
         UserError: if an argument cannot work, before anything is written.
         NonFiniteError: at the first loss or gradient that is not finite; a subclass of UserError.
+        CollapseError: when `run_args` ends a training whose routing has collapsed; a subclass of UserError.
         Interrupted: after Ctrl-C or SIGTERM in training, when the step is complete and a checkpoint is saved.
     """
     _check_processes(args, model_args)
@@ -266,7 +277,8 @@ def finetune(
     schedule = [ScheduleCallback(resume)] if resume else []
     merge = model_args.method == "lora" and lora_args.merge_lora
     balancing = balanced(model, balance_args or BalanceArguments())
-    trainer = _make_trainer(model, args, train, held_out, tokenizer, [*callbacks, *freezing, *schedule])
+    run = run_args or LongRunArguments()
+    trainer = _make_trainer(model, args, train, held_out, tokenizer, [*callbacks, *freezing, *schedule], run)
     _check_merge(trainer, model, merge)
     if resume is None and args.should_save:
         discard_checkpoints(output_folder(args))
@@ -274,13 +286,17 @@ def finetune(
     trained, total = sum(trained for trained, _ in parts), sum(total for _, total in parts)
     with balancing or nullcontext():
         metrics = _train(trainer, model, resume)
+    refuse_collapsed(trainer)
     trainer.check_weights()
     eval_loss = _evaluate(trainer, held_out)
-    _save(trainer, tokenizer, merge, model_args)
+    with trainer.averaged():
+        _save(trainer, tokenizer, merge, model_args)
     if args.should_save:
         tokens = round((trainer.state.epoch or 0) * len(train)) * data_args.max_length
         numbers: dict[str, Any] = {"tokens": tokens, "trained_parameters": trained, "parameters": total}
         if balancing is not None and (used := balancing.settings.used()):
             numbers["balance"] = used
+        if used := run.used():
+            numbers["long_run"] = used
         write_record(output_folder(args), model_args, data_args, lora_args, args, trainer.state, numbers, eval_loss)
     return _result(trainer, trained, eval_loss, data_args.max_length, metrics)
