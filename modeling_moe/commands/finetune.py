@@ -7,6 +7,7 @@
     moe finetune sft_router --model_name_or_path ./moe --data chat=chats/ --output_dir outputs/moe --resume_from_checkpoint true
     moe finetune pretrain --model_name_or_path moe_tiny --tokenizer_name ./dense --data wiki=wiki.txt \\
         --output_dir outputs/scratch
+    moe finetune long_run --model_name_or_path ./moe --data wiki=wiki.txt --output_dir outputs/long
     accelerate launch --config_file configuration/accelerate/ddp.yaml -m modeling_moe finetune RECIPE
     torchrun --nproc_per_node 8 -m modeling_moe finetune RECIPE --fsdp_size 8 --ep_size 8 --merge_lora false
 
@@ -22,6 +23,10 @@ trainer_state.json get all figures of the routing, which `moe report --history O
 and 0 switches them off. Ctrl-C finishes the step and saves it, and a second Ctrl-C stops at once; the same command with
 --resume_from_checkpoint true goes on to the same weights as a run that was not stopped. A loss or gradient that is not finite
 stops the run, and the message names the layer.
+
+For long runs, --role_rates and --role_decays set the learning rate and the weight decay by role, --muon trains each matrix
+of each expert by Muon, --router_average evaluates with averaged routers, --sample_steps logs what the model writes, and
+--collapse_steps ends a run whose routing collapses, and names the layer. A run resumes to the same weights with each of them.
 """
 
 import sys
@@ -35,8 +40,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..data import DataArguments
 from ..training import (
     BalanceArguments,
+    CollapseError,
     FinetuneArguments,
     FinetuneResult,
+    LongRunArguments,
     LoraArguments,
     ModelArguments,
     NonFiniteError,
@@ -80,12 +87,11 @@ def print_result(result: FinetuneResult, title: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves and prints."""
-    model_args, data_args, lora_args, balance_args, args = parse(
-        [ModelArguments, DataArguments, LoraArguments, BalanceArguments, FinetuneArguments], __doc__, argv
-    )
+    groups = [ModelArguments, DataArguments, LoraArguments, BalanceArguments, LongRunArguments, FinetuneArguments]
+    model_args, data_args, lora_args, balance_args, run_args, args = parse(groups, __doc__, argv)
     try:
-        result = finetune(model_args, data_args, lora_args, args, [PrintTrained()], balance_args)
-    except NonFiniteError as error:
+        result = finetune(model_args, data_args, lora_args, args, [PrintTrained()], balance_args, run_args)
+    except (NonFiniteError, CollapseError) as error:
         if args.process_index == 0:
             print(f"{program()}: {error}", file=sys.stderr, flush=True)
         PartialState().wait_for_everyone()  # the launcher ends all ranks when the first one exits

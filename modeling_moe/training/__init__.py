@@ -28,9 +28,17 @@ from ..data import DataArguments
 from .arguments import BalanceArguments, FinetuneArguments, LoraArguments, ModelArguments
 from .balance import Balance, BalanceSettings, balance, balances_of
 from .callbacks import CastOnceCallback, MoECallback, disable, enable, is_enabled
-from .finetuning import FinetuneResult, finetune, trained_parameters
+from .collapse_stop import CollapseError, CollapseStop, load_entropy
+from .finetuning import FinetuneResult, finetune
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
+from .load_rates import LoadRates, scale_by_load
+from .long_runs import LongRunArguments
+from .muon import MoEMuon, moe_muon, orthogonalise
 from .nan_stop import NanStopMixin, NonFiniteError
+from .preparing import trained_parameters
+from .roles import parameter_groups, parameter_roles
+from .router_average import RouterAverage, RouterAverageMixin
+from .sampling import SampleCallback
 from .sharded import ShardedResumeMixin
 
 
@@ -39,16 +47,24 @@ __all__ = [
     "BalanceArguments",
     "BalanceSettings",
     "CastOnceCallback",
+    "CollapseError",
+    "CollapseStop",
     "DataArguments",
     "FinetuneArguments",
     "FinetuneResult",
     "FreezeExpertsCallback",
     "FrozenExperts",
+    "LoadRates",
+    "LongRunArguments",
     "LoraArguments",
-    "ModelArguments",
     "MoECallback",
+    "MoEMuon",
+    "ModelArguments",
     "NanStopMixin",
     "NonFiniteError",
+    "RouterAverage",
+    "RouterAverageMixin",
+    "SampleCallback",
     "ShardedResumeMixin",
     "balance",
     "balances_of",
@@ -57,5 +73,11 @@ __all__ = [
     "finetune",
     "freeze_experts",
     "is_enabled",
+    "load_entropy",
+    "moe_muon",
+    "orthogonalise",
+    "parameter_groups",
+    "parameter_roles",
+    "scale_by_load",
     "trained_parameters",
 ]

@@ -1,19 +1,15 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module fine-tunes a causal LM with transformers' `Trainer`: all weights, one part of them, or LoRA by PEFT."""
 
-import logging
 import math
 import os
-import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -27,40 +23,27 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data import DataArguments, load_and_pack
-from ..lora import full_shape, is_in_4bit, shown_whole
-from ..monitoring import UnreachableRouting, active_share, sparse_layers
+from ..lora import is_in_4bit
 from ..utils.errors import UserError
-from ..utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
+from ..utils.loading import load_config, load_tokenizer, refuse_longer, refuse_misfit
 from ..utils.prediction_files import leave_out_prediction
 from .arguments import BalanceArguments, LoraArguments, ModelArguments
-from .balance import Balance, BalanceSettings, balance
 from .callbacks import CastOnceCallback, MoECallback, is_enabled
 from .freezing import FreezeExpertsCallback
 from .interruption import SaveOnInterrupt
 from .logs import LogAtCheckpoints, ScheduleCallback, detach, routing_callbacks, show_progress_line
-from .nan_stop import NanStopMixin
-from .presets import is_preset, new_model, preset_config
+from .long_runs import LongRunArguments, refuse_collapsed
+from .preparing import balanced, load_for_training, trained_parameters
+from .presets import is_preset, preset_config
 from .record import LossChange, logged_losses, write_record
 from .resuming import (
-    WholeCheckpointsTrainer,
     checkpoint_to_resume,
     discard_checkpoints,
     output_folder,
     save_result,
 )
-from .sharded import ShardedResumeMixin, is_split
-from .transformers_losses import without_router_logits
-
-
-logger = logging.getLogger(__name__)
-
-
-# part of a model -> pattern of the names of its parameters
-PARTS = {
-    "router": re.compile(r"\.(gate|router)\."),
-    "attention": re.compile(r"\.(self_attn|self_attention|attention|attn)\."),
-    "experts": re.compile(r"\.experts\."),
-}
+from .sharded import is_split
+from .trainer import FinetuneTrainer
 
 
 @dataclass(frozen=True)
@@ -87,167 +70,6 @@ class FinetuneResult:
     eval_loss: dict[str, float]
     seconds: float
     tokens_per_second: float
-
-
-class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer):
-    """transformers' `Trainer` that stops at NaN, and resumes from complete checkpoints only, of split models too."""
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Counts the experts that a token is sent to; transformers counts all experts."""
-        return round(super().floating_point_ops(inputs) * active_share(self.model))
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Returns the parameters that weight decay shrinks: neither norms, biases nor other parameters of one dimension.
-
-        transformers finds norms and biases by their names, which learned factors such as a router's `expert_scale` lack.
-        """
-        vectors = {name for name, parameter in model.named_parameters() if len(full_shape(parameter)) < 2}
-        return [name for name in super().get_decay_parameter_names(model) if name not in vectors]
-
-    def create_optimizer(self, *args, **kwargs):
-        """Makes the optimizer, and raises UserError if that fails."""
-        try:
-            return super().create_optimizer(*args, **kwargs)
-        except (ImportError, TypeError, ValueError) as error:
-            name = getattr(self.args.optim, "value", self.args.optim)
-            raise UserError(f"optim {name} cannot be used: {error}") from error
-
-    def create_scheduler(self, *args, **kwargs):
-        """Makes the learning-rate schedule, and raises UserError if that fails."""
-        try:
-            return super().create_scheduler(*args, **kwargs)
-        except (TypeError, ValueError) as error:
-            name = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
-            raise UserError(
-                f"lr_scheduler_type {name} cannot be used: {error}: correct lr_scheduler_kwargs"
-            ) from error
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Evaluates each domain, and adds the mean of the domains' losses, which chooses the best checkpoint.
-
-        The loss is the cross entropy, also for a model whose configuration asks transformers for a balance loss.
-        """
-        model: Any = self.model
-        with without_router_logits(model):
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        domains = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(domains, dict):
-            metrics[f"{metric_key_prefix}_loss"] = fmean(
-                metrics[f"{metric_key_prefix}_{name}_loss"] for name in domains
-            )
-        return metrics
-
-
-def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns the numbers of trained and of all parameters for each part of the model.
-
-    A LoRA adapter's parameters count as trained, but not among all parameters: those are the model's without the adapter,
-    which are also the merged model's. PEFT's `print_trainable_parameters` divides by the model and adapter together.
-    """
-    added = re.compile(rf"\.{model.base_model.prefix}|\.modules_to_save\.") if isinstance(model, PeftModel) else None
-    counts = {}
-    with shown_whole(model):
-        parameters = list(model.named_parameters())
-    for name, parameter in parameters:
-        group = next((part for part, pattern in PARTS.items() if pattern.search(name)), "others")
-        trained, total = counts.get(group, (0, 0))
-        size = full_shape(parameter).numel()
-        in_model = added is None or not added.search(name)
-        counts[group] = (trained + size * parameter.requires_grad, total + size * in_model)
-    return counts
-
-
-def _train_only(model: nn.Module, part: str) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(PARTS[part].search(name) is not None)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"method {part} finds no {part} in this model: choose another")
-
-
-def _add_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
-    if getattr(model.config, "controller", None) and not args.lora_router:
-        raise UserError(
-            "lora_router false would lose the selection biases that the routers' controller moves: set lora_router true"
-        )
-    adapted = get_peft_model(model, args.config(model))
-    for config in adapted.peft_config.values():
-        if config.base_model_name_or_path and Path(config.base_model_name_or_path).is_dir():
-            # the adapter may be loaded from another working directory
-            config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
-    return adapted
-
-
-def _balance(model: PreTrainedModel | PeftModel, args: BalanceArguments) -> Balance | None:
-    """Balances a model of transformers, by the loss of its configuration if the arguments name nothing.
-
-    Raises:
-        UserError: if an argument is given that the model cannot use.
-    """
-    given = args.given()
-    try:
-        own = any(layer.returns_routing for layer in sparse_layers(model))
-    except UnreachableRouting as error:
-        if given:
-            raise UserError(f"{given[0]} has no effect: {error}") from error
-        return None
-    if own:
-        if given:
-            raise UserError(f"{given[0]} has no effect on a model of this package: set it in the model's config.json")
-        return None
-    config: Any = model.config
-    coefficient = args.router_aux_loss_coef
-    if coefficient is None:
-        coefficient = getattr(config.get_text_config(), "router_aux_loss_coef", None)
-    if not (coefficient or args.router_z_loss_coef or args.router_bias_update_rate):
-        asks = getattr(config.get_text_config(), "output_router_logits", False)
-        # without a loss, the handle switches off the balance loss that the configuration asks transformers for
-        return Balance(model, BalanceSettings()) if asks else None
-    try:
-        handle = balance(model, **vars(args))
-    except UserError as error:
-        if given:
-            raise
-        logger.warning(f"The run has no balance loss: {error}.")
-        return None
-    if isinstance(model, PeftModel) and not all(bias.is_in_adapter(model) for bias in handle.biases):
-        raise UserError(
-            "router_bias_update_rate moves selection biases that the checkpoints of an adapter do not hold: set lora_router "
-            "true, or method full if the biases are not part of the routers"
-        )
-    return handle
-
-
-def _load_for_training(
-    model_args: ModelArguments,
-    lora_args: LoraArguments,
-    checkpointing: bool,
-    resume: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-) -> PreTrainedModel | PeftModel:
-    source, split = model_args.model_name_or_path, model_args.distributed_config()
-    if resume is not None and split is not None and (Path(resume) / "config.json").is_file():
-        # `Trainer` loads no weights into a split model
-        source = resume
-    dtype, trust = model_args.dtype or "auto", model_args.trust_remote_code
-    if is_preset(source):
-        return new_model(source, tokenizer, dtype, trust_remote_code=trust)
-    model = load_model(
-        source,
-        dtype=dtype,
-        distributed_config=split,
-        trust_remote_code=trust,
-        quantization_config=model_args.quantization_config(),
-    )
-    if model_args.method != "lora" and is_in_4bit(model):
-        raise UserError(f"method {model_args.method} cannot train {source}, whose experts are in 4 bits: use lora")
-    if model_args.method == "lora":
-        model = _add_lora(model, lora_args)
-    elif model_args.method != "full":
-        _train_only(model, model_args.method)
-    if checkpointing and model_args.method != "full":
-        # reentrant checkpointing needs an input with a gradient, and the embedding is frozen
-        model.enable_input_require_grads()
-    return model
 
 
 def _check_processes(args: TrainingArguments, model_args: ModelArguments) -> None:
@@ -317,6 +139,7 @@ def _make_trainer(
     held_out: dict[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
     callbacks: list[TrainerCallback],
+    run: LongRunArguments,
 ) -> FinetuneTrainer:
     metric, known = (args.metric_for_best_model or "loss"), {"loss", *(f"{name}_loss" for name in held_out)}
     if metric.removeprefix("eval_") not in known:
@@ -333,6 +156,7 @@ def _make_trainer(
                 *([] if is_enabled() else [MoECallback()]),
                 LogAtCheckpoints(),
                 *callbacks,
+                *run.callbacks(),
                 *routing_callbacks(args, model, callbacks),
             ],
         )
@@ -341,6 +165,11 @@ def _make_trainer(
         raise UserError(str(error)) from error
     _check_dtypes(trainer, model)
     show_progress_line(trainer)
+    trainer.long_run = run
+    if run.router_average is not None:
+        trainer.average_routers(run.router_average)
+    if (samples := run.samples()) is not None:
+        samples.add_to(trainer)
     return trainer
 
 
@@ -409,6 +238,7 @@ def finetune(
     args: TrainingArguments,
     callbacks: Iterable[TrainerCallback] = (),
     balance_args: BalanceArguments | None = None,
+    run_args: LongRunArguments | None = None,
 ) -> FinetuneResult:
     """Trains a model, and saves it with its tokenizer in `args.output_dir`. Equal seeds give equal results.
 
@@ -422,10 +252,12 @@ def finetune(
         args: the training; `resume_from_checkpoint="true"` resumes from the last checkpoint.
         callbacks: further callbacks for the trainer.
         balance_args: how a model of transformers balances its experts; None for the defaults.
+        run_args: learning rates by role, Muon, averaged routers, samples, stop on collapse; None for none of them.
 
     Raises:
         UserError: if an argument cannot work, before anything is written.
         NonFiniteError: at the first loss or gradient that is not finite; a subclass of UserError.
+        CollapseError: when `run_args` ends a training whose routing has collapsed; a subclass of UserError.
         Interrupted: after Ctrl-C or SIGTERM in training, when the step is complete and a checkpoint is saved.
     """
     _check_processes(args, model_args)
@@ -438,14 +270,15 @@ def finetune(
     tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path, trust_remote_code=trust)
     train, held_out = _load_data(model_args, data_args, args, tokenizer)
     set_seed(args.seed)
-    model = _load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume, tokenizer)
+    model = load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume, tokenizer)
     refuse_misfit(tokenizer, model)
     refuse_longer(model, data_args.max_length, f"max_length is {data_args.max_length}")
     freezing = [FreezeExpertsCallback(model_args.frozen_experts())] if model_args.freeze_experts else []
     schedule = [ScheduleCallback(resume)] if resume else []
     merge = model_args.method == "lora" and lora_args.merge_lora
-    balancing = _balance(model, balance_args or BalanceArguments())
-    trainer = _make_trainer(model, args, train, held_out, tokenizer, [*callbacks, *freezing, *schedule])
+    balancing = balanced(model, balance_args or BalanceArguments())
+    run = run_args or LongRunArguments()
+    trainer = _make_trainer(model, args, train, held_out, tokenizer, [*callbacks, *freezing, *schedule], run)
     _check_merge(trainer, model, merge)
     if resume is None and args.should_save:
         discard_checkpoints(output_folder(args))
@@ -453,13 +286,17 @@ def finetune(
     trained, total = sum(trained for trained, _ in parts), sum(total for _, total in parts)
     with balancing or nullcontext():
         metrics = _train(trainer, model, resume)
+    refuse_collapsed(trainer)
     trainer.check_weights()
     eval_loss = _evaluate(trainer, held_out)
-    _save(trainer, tokenizer, merge, model_args)
+    with trainer.averaged():
+        _save(trainer, tokenizer, merge, model_args)
     if args.should_save:
         tokens = round((trainer.state.epoch or 0) * len(train)) * data_args.max_length
         numbers: dict[str, Any] = {"tokens": tokens, "trained_parameters": trained, "parameters": total}
         if balancing is not None and (used := balancing.settings.used()):
             numbers["balance"] = used
+        if used := run.used():
+            numbers["long_run"] = used
         write_record(output_folder(args), model_args, data_args, lora_args, args, trainer.state, numbers, eval_loss)
     return _result(trainer, trained, eval_loss, data_args.max_length, metrics)

@@ -29,7 +29,7 @@ from modeling_moe.data import DataArguments, pack
 from modeling_moe.evaluation import EvaluationArguments, evaluate_lm, score
 from modeling_moe.evaluation.hf_metrics import RouterBalance
 from modeling_moe.monitoring import active_share
-from modeling_moe.training.finetuning import FinetuneTrainer
+from modeling_moe.training.trainer import FinetuneTrainer
 from modeling_moe.utils.errors import UserError
 from tests.builders import sample_text, tiny_config, tiny_model, train_tokenizer
 from tests.data.test_documents import MARKED, PLAIN, joined, write_chats

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from modeling_moe.training import (
     DataArguments,
     FinetuneArguments,
+    LongRunArguments,
     LoraArguments,
     ModelArguments,
     NonFiniteError,
@@ -89,6 +90,7 @@ def run(
     accelerate: bool = False,
     reentrant: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    run_args: LongRunArguments | None = None,
     **plan: int | str,
 ) -> None:
     """Trains four steps of eight blocks."""
@@ -110,7 +112,8 @@ def run(
     )
     model_args = ModelArguments(str(folder / "model"), method=method, eval_fraction=0.1, **plan)
     data_args = DataArguments(data=[f"a={folder / 'text.txt'}"], max_length=32)
-    finetune(model_args, data_args, LoraArguments(lora_r=2, merge_lora=False), args, [SameFactors(), *callbacks])
+    lora_args, callbacks = LoraArguments(lora_r=2, merge_lora=False), [SameFactors(), *callbacks]
+    finetune(model_args, data_args, lora_args, args, callbacks, run_args=run_args)
 
 
 def let_accelerate_split_on_cpus() -> None:

@@ -7,6 +7,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from modeling_moe.router_balancing import RouterTotals
+from modeling_moe.training import CollapseStop, RouterAverageMixin, SampleCallback, moe_muon, scale_by_load
 from tests.builders import tiny_model, training_arguments
 from tests.training.families import tiny
 from tests.training.test_restoring import differing, shards
@@ -172,3 +173,34 @@ def test_sft_resumed_without_transformers_own_experts(tokenizer, tmp_path, monke
         trainer.train(resume_from_checkpoint=resume)
     assert len(list((tmp_path / "checkpoint-2").glob("*.safetensors"))) > 1
     assert differing(*models) == []
+
+
+class LongSFT(RouterAverageMixin, trl.SFTTrainer):
+    """TRL's trainer with averaged routers."""
+
+
+def test_a_long_run(tokenizer, tmp_path):
+    """TRL's trainer takes groups by role, Muon, rates by load, averaged routers, samples and the stop at collapse."""
+    model = tiny("mixtral", vocab_size=300)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = moe_muon(model, 1e-2, rates={"router": 0.5, "embedding": 0.0}, weight_decays={"embedding": 0.0})
+    scale_by_load(model, optimizer)
+    stop = CollapseStop(every=1, patience=3, min_entropy=0.0, max_violation=0.01)
+    data = Dataset.from_list(rows())
+    fields = {"max_steps": 6, "per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = LongSFT(
+        model=model, args=arguments(trl.SFTConfig, tmp_path, **fields), train_dataset=data, eval_dataset=data,
+        processing_class=tokenizer, callbacks=[stop], optimizers=(optimizer, None),
+    )  # fmt: skip
+    trainer.average_routers(0.5)
+    SampleCallback(["the old"], every=2, max_new_tokens=3).add_to(trainer)
+    trainer.train()
+    assert stop.reason.startswith("step 3: the routing of layer_00")
+    assert [entry["step"] for entry in trainer.state.log_history if "sample/0" in entry] == [2]
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in changed
+    assert not {name for name in changed if "embed" in name or "lm_head" in name}
+    gate = model.model.layers[0].mlp.gate.weight
+    with trainer.averaged():
+        averaged = gate.detach().clone()
+    assert not torch.equal(averaged, gate)

@@ -2,7 +2,7 @@
 
 from transformers import TrainingArguments
 
-from modeling_moe.training.finetuning import FinetuneTrainer
+from modeling_moe.training.trainer import FinetuneTrainer
 from tests.builders import tiny_model
 
 
