@@ -25,6 +25,7 @@ Importing this package changes nothing. A `Trainer` without the callback:
 """
 
 from ..data import DataArguments
+from .adaptation import RouterAdaptation, adapt_router, meta_gradient, router_parameters
 from .arguments import BalanceArguments, FinetuneArguments, LoraArguments, ModelArguments
 from .balance import Balance, BalanceSettings, balance, balances_of
 from .callbacks import CastOnceCallback, MoECallback, disable, enable, is_enabled
@@ -49,7 +50,9 @@ __all__ = [
     "MoECallback",
     "NanStopMixin",
     "NonFiniteError",
+    "RouterAdaptation",
     "ShardedResumeMixin",
+    "adapt_router",
     "balance",
     "balances_of",
     "disable",
@@ -57,5 +60,7 @@ __all__ = [
     "finetune",
     "freeze_experts",
     "is_enabled",
+    "meta_gradient",
+    "router_parameters",
     "trained_parameters",
 ]
