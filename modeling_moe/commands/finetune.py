@@ -5,6 +5,8 @@
     moe finetune --model_name_or_path ./moe --data wiki=wiki.txt code=code.jsonl --output_dir outputs/moe \\
         --method full --freeze_experts 0-7 --learning_rate 1e-4 --max_steps 200 --report_to tensorboard
     moe finetune sft_router --model_name_or_path ./moe --data chat=chats/ --output_dir outputs/moe --resume_from_checkpoint true
+    moe finetune sft_router --model_name_or_path ./moe --data chat=chats/ --output_dir outputs/moe --max_length 192 \\
+        --meta_support_tokens 64 --per_device_train_batch_size 1 --gradient_accumulation_steps 8
     moe finetune pretrain --model_name_or_path moe_tiny --tokenizer_name ./dense --data wiki=wiki.txt \\
         --output_dir outputs/scratch
     accelerate launch --config_file configuration/accelerate/ddp.yaml -m modeling_moe finetune RECIPE
@@ -38,6 +40,7 @@ from ..training import (
     FinetuneArguments,
     FinetuneResult,
     LoraArguments,
+    MetaArguments,
     ModelArguments,
     NonFiniteError,
     finetune,
@@ -80,11 +83,13 @@ def print_result(result: FinetuneResult, title: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves and prints."""
-    model_args, data_args, lora_args, balance_args, args = parse(
-        [ModelArguments, DataArguments, LoraArguments, BalanceArguments, FinetuneArguments], __doc__, argv
+    model_args, data_args, lora_args, balance_args, meta_args, args = parse(
+        [ModelArguments, DataArguments, LoraArguments, BalanceArguments, MetaArguments, FinetuneArguments],
+        __doc__,
+        argv,
     )
     try:
-        result = finetune(model_args, data_args, lora_args, args, [PrintTrained()], balance_args)
+        result = finetune(model_args, data_args, lora_args, args, [PrintTrained()], balance_args, meta_args)
     except NonFiniteError as error:
         if args.process_index == 0:
             print(f"{program()}: {error}", file=sys.stderr, flush=True)

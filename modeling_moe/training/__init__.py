@@ -26,11 +26,12 @@ Importing this package changes nothing. A `Trainer` without the callback:
 
 from ..data import DataArguments
 from .adaptation import RouterAdaptation, adapt_router, meta_gradient, router_parameters
-from .arguments import BalanceArguments, FinetuneArguments, LoraArguments, ModelArguments
+from .arguments import BalanceArguments, FinetuneArguments, LoraArguments, MetaArguments, ModelArguments
 from .balance import Balance, BalanceSettings, balance, balances_of
 from .callbacks import CastOnceCallback, MoECallback, disable, enable, is_enabled
 from .finetuning import FinetuneResult, finetune, trained_parameters
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
+from .meta_training import MetaTrainingMixin
 from .nan_stop import NanStopMixin, NonFiniteError
 from .sharded import ShardedResumeMixin
 
@@ -47,6 +48,8 @@ __all__ = [
     "FrozenExperts",
     "LoraArguments",
     "ModelArguments",
+    "MetaArguments",
+    "MetaTrainingMixin",
     "MoECallback",
     "NanStopMixin",
     "NonFiniteError",

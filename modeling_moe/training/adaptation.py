@@ -7,7 +7,7 @@ al., arXiv:1803.02999), restricted to the routers: the experts stay what they ar
 # B rows, S tokens per row
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,7 +119,8 @@ def adapt_router(
     """Adapts the routers of any MoE to a domain, by gradient steps on the loss of a few tokens of the domain.
 
     Each step is `W -= learning_rate * dL/dW` for the routers' weights `W` alone, with the cross entropy `L` of the support tokens
-    in evaluation mode. The rest of the model does not change, no `.grad` is written, and no optimizer holds a state.
+    in evaluation mode. The rest of the model does not change, no `.grad` is written, and no optimizer holds a state. Routers
+    in 16 bits, which some models of transformers have, round each step.
 
     Args:
         model: any causal MoE, on any device; adapters may be around the routers.
@@ -146,16 +147,24 @@ def adapt_router(
         raise UserError(f"support_ids has {ids.shape[-1]} tokens in a row: give at least 2")
     routers = router_parameters(model)
     adaptation = RouterAdaptation(routers)
-    with _only_routers(model, routers), torch.enable_grad():
-        for _ in range(steps):
-            loss = _cross_entropy(model, ids, attention_mask)
-            gradients = torch.autograd.grad(loss, list(routers.values()), allow_unused=True)
-            adaptation.losses.append(loss.item())
-            with torch.no_grad():
-                for parameter, gradient in zip(routers.values(), gradients, strict=True):
-                    if gradient is not None:
-                        parameter.sub_(learning_rate * gradient)
+    try:
+        with _only_routers(model, routers), torch.enable_grad():
+            for _ in range(steps):
+                loss = _cross_entropy(model, ids, attention_mask)
+                gradients = torch.autograd.grad(loss, list(routers.values()), allow_unused=True)
+                adaptation.losses.append(loss.item())
+                _descend(routers, gradients, learning_rate)
+    except BaseException:
+        adaptation.restore()
+        raise
     return adaptation
+
+
+@torch.no_grad()
+def _descend(routers: dict[str, nn.Parameter], gradients: Sequence[torch.Tensor | None], learning_rate: float) -> None:
+    for parameter, gradient in zip(routers.values(), gradients, strict=True):
+        if gradient is not None:
+            parameter.sub_(learning_rate * gradient)
 
 
 Meta = Callable[[Any, RouterAdaptation, torch.Tensor, float], tuple[list[torch.Tensor | None], float]]

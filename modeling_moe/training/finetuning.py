@@ -32,12 +32,13 @@ from ..monitoring import UnreachableRouting, active_share, sparse_layers
 from ..utils.errors import UserError
 from ..utils.loading import load_config, load_model, load_tokenizer, refuse_longer, refuse_misfit
 from ..utils.prediction_files import leave_out_prediction
-from .arguments import BalanceArguments, LoraArguments, ModelArguments
+from .arguments import BalanceArguments, LoraArguments, MetaArguments, ModelArguments
 from .balance import Balance, BalanceSettings, balance
 from .callbacks import CastOnceCallback, MoECallback, is_enabled
 from .freezing import FreezeExpertsCallback
 from .interruption import SaveOnInterrupt
 from .logs import LogAtCheckpoints, ScheduleCallback, detach, routing_callbacks, show_progress_line
+from .meta_training import MetaTrainingMixin, check_meta, without_support_labels
 from .nan_stop import NanStopMixin
 from .presets import is_preset, new_model, preset_config
 from .record import LossChange, logged_losses, write_record
@@ -89,7 +90,7 @@ class FinetuneResult:
     tokens_per_second: float
 
 
-class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer):
+class FinetuneTrainer(ShardedResumeMixin, NanStopMixin, MetaTrainingMixin, WholeCheckpointsTrainer):
     """transformers' `Trainer` that stops at NaN, and resumes from complete checkpoints only, of split models too."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -409,6 +410,7 @@ def finetune(
     args: TrainingArguments,
     callbacks: Iterable[TrainerCallback] = (),
     balance_args: BalanceArguments | None = None,
+    meta_args: MetaArguments | None = None,
 ) -> FinetuneResult:
     """Trains a model, and saves it with its tokenizer in `args.output_dir`. Equal seeds give equal results.
 
@@ -422,6 +424,7 @@ def finetune(
         args: the training; `resume_from_checkpoint="true"` resumes from the last checkpoint.
         callbacks: further callbacks for the trainer.
         balance_args: how a model of transformers balances its experts; None for the defaults.
+        meta_args: how `method="router"` trains routers that adapt to a text; None to train them as they are.
 
     Raises:
         UserError: if an argument cannot work, before anything is written.
@@ -429,6 +432,7 @@ def finetune(
         Interrupted: after Ctrl-C or SIGTERM in training, when the step is complete and a checkpoint is saved.
     """
     _check_processes(args, model_args)
+    meta = check_meta(meta_args or MetaArguments(), model_args, args, data_args.max_length)
     if args.gradient_checkpointing and args.ddp_find_unused_parameters is None:
         # `Trainer` chooses this without an adapter: DDP cannot find unused parameters under reentrant checkpointing
         args.ddp_find_unused_parameters = False
@@ -437,6 +441,8 @@ def finetune(
     trust = model_args.trust_remote_code
     tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path, trust_remote_code=trust)
     train, held_out = _load_data(model_args, data_args, args, tokenizer)
+    if meta is not None and meta.meta_support_tokens is not None:
+        train = without_support_labels(train, meta.meta_support_tokens)
     set_seed(args.seed)
     model = _load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume, tokenizer)
     refuse_misfit(tokenizer, model)
@@ -446,6 +452,7 @@ def finetune(
     merge = model_args.method == "lora" and lora_args.merge_lora
     balancing = _balance(model, balance_args or BalanceArguments())
     trainer = _make_trainer(model, args, train, held_out, tokenizer, [*callbacks, *freezing, *schedule])
+    trainer.meta = meta
     _check_merge(trainer, model, merge)
     if resume is None and args.should_save:
         discard_checkpoints(output_folder(args))
@@ -461,5 +468,7 @@ def finetune(
         numbers: dict[str, Any] = {"tokens": tokens, "trained_parameters": trained, "parameters": total}
         if balancing is not None and (used := balancing.settings.used()):
             numbers["balance"] = used
+        if meta is not None:
+            numbers["meta_training"] = meta.used()
         write_record(output_folder(args), model_args, data_args, lora_args, args, trainer.state, numbers, eval_loss)
     return _result(trainer, trained, eval_loss, data_args.max_length, metrics)

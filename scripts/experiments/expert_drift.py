@@ -162,7 +162,7 @@ def run_seed(seed: int, args: DriftArguments) -> Run:
             domain: [{"input_ids": rows_of(domain_bytes(domain)[1], args.held_out_rows, args.length, rng)}]
             for domain in (*first, later)
         }
-        arms = {}
+        arms, losses = {}, dict.fromkeys(held_out, float("nan"))
         for name, arm in ARMS.items():
             model, released = copy.deepcopy(before), 0.0
             if arm.grows:
@@ -172,6 +172,7 @@ def run_seed(seed: int, args: DriftArguments) -> Run:
             torch.manual_seed(seed)
             learn(model, arm, domain_bytes(later)[0], args, seed)
             drift = expert_drift(before, model, held_out)
+            losses = drift.loss_before
             arms[name] = Figures(
                 forgetting=means({domain: drift.forgetting[domain] for domain in first}),
                 loss_b=drift.loss_after[later],
@@ -182,7 +183,7 @@ def run_seed(seed: int, args: DriftArguments) -> Run:
                 new_share_b=drift.mean("new_share", later),
                 released=released,
             )
-        return Run(seed, first, later, means({d: drift.loss_before[d] for d in first}), drift.loss_before[later], arms)
+        return Run(seed, first, later, means({d: losses[d] for d in first}), losses[later], arms)
 
 
 def compare(args: DriftArguments) -> list[Run]:

@@ -6,6 +6,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from .scoring import cross_entropy
 
 # token id of padding: ids below it are bytes
 PAD = 256
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "vocab_size": PAD + 1,
     "pad_token_id": PAD,
     "hidden_size": 64,

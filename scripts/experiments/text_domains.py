@@ -23,7 +23,7 @@ import string
 import tokenize
 import unicodedata
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +35,7 @@ SIZE = 60_000
 HELD_OUT_SHARE = 0.25
 
 
-def _modules() -> Iterator[ModuleType]:
+def _modules() -> Iterator[Any]:
     for name in SOURCE_MODULES:
         yield importlib.import_module(name)
 

@@ -1,5 +1,7 @@
 """These tests run the drift experiment at the smallest size: what is frozen stays, and the figures say so."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from experiments import expert_drift as experiment
@@ -71,6 +73,16 @@ def test_the_tables_hold_means_and_corrected_comparisons():
     assert found["loss_b", "grown", "all weights"].mean == 0
     assert len(found) == len(METRICS) * len(experiment.PAIRS)
     assert "| all weights | +1.000 | +0.000 | 2.000 | 10% | 20% | 30% | 40% | 50% |" in markdown(runs)
+
+
+def test_the_page_shows_the_stored_runs(monkeypatch):
+    def train(*_):
+        raise AssertionError("the page's runs lack a seed")
+
+    monkeypatch.setattr(experiment, "run_seed", train)
+    science = Path(__file__).parents[2] / "docs" / "science"
+    runs = experiment.compare(DriftArguments(runs_file=str(science / "runs" / "expert_drift.jsonl")))
+    assert markdown(runs) in (science / "expert-drift.md").read_text(encoding="utf-8")
 
 
 def test_growth_changes_nothing_but_by_the_release():

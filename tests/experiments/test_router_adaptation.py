@@ -1,6 +1,7 @@
 """These tests run the adaptation experiment at the smallest size, and check its bookkeeping."""
 
 import json
+from pathlib import Path
 
 import pytest
 from experiments import router_adaptation as experiment
@@ -69,6 +70,16 @@ def test_the_tables_hold_means_and_corrected_comparisons():
     table = markdown(runs)
     assert "| frozen | 3.1000 |  |" in table
     assert "| meta-training, one step | 8.1000 | 10 |" in table
+
+
+def test_the_page_shows_the_stored_runs(monkeypatch):
+    def train(*_):
+        raise AssertionError("the page's runs lack a seed")
+
+    monkeypatch.setattr(experiment, "run_seed", train)
+    science = Path(__file__).parents[2] / "docs" / "science"
+    runs = experiment.compare(AdaptationArguments(runs_file=str(science / "runs" / "router_adaptation.jsonl")))
+    assert markdown(runs) in (science / "router-adaptation.md").read_text(encoding="utf-8")
 
 
 def test_runs_of_other_arguments_are_refused(arguments, tmp_path):

@@ -148,6 +148,23 @@ def test_reptile_is_the_way_back_from_the_last_weights():
         torch.testing.assert_close(parameter.grad, (parameter.detach() - last[name]) / 2.0, atol=1e-12, rtol=1e-10)
 
 
+def test_a_pass_that_fails_leaves_the_routers_as_they_were():
+    model = model_of()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    passes = []
+
+    def fail(*_):
+        passes.append(1)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        adapt_router(model, IDS, learning_rate=1.0, steps=3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
 def test_what_cannot_be_adapted_is_refused():
     model = model_of()
     with pytest.raises(UserError, match="both must be positive"):
