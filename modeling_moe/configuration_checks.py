@@ -8,7 +8,7 @@ from typing import Any
 from .configuration_derived import PER_LAYER
 from .configuration_fields import settings_of, shown
 from .router import Router
-from .router_catalogue import ROUTERS, router_class
+from .router_catalogue import router_class
 
 
 def check_layers(config: Any) -> None:
@@ -151,9 +151,9 @@ def _refuse_contradictions(config: Any, router: type[Router]) -> None:
             "router_type='topk' and a positive router_jitter_noise (0.01).",
         ),
         (
-            weightless and (router is not ROUTERS["topk"] or config.n_group > 1 or config.num_hash_layers),
-            "num_null_experts and num_copy_experts need router_type='topk' without n_group or num_hash_layers: set "
-            "them to 0 or change these.",
+            weightless and ("num_null_experts" not in router.reads or config.n_group > 1 or config.num_hash_layers),
+            "num_null_experts and num_copy_experts need router_type='topk', 'dag' or 'zaya' without n_group or num_hash_layers: "
+            "set them to 0 or change these.",
         ),
         (
             config.num_copy_experts and config.moe_latent_size is not None,

@@ -58,13 +58,17 @@ def _attention_params(config: Any) -> int:
 
 
 def _routers_params(config: Any) -> int:
-    """Returns the parameters of the routers of all sparse layers; it makes one router of each class, not one per layer."""
-    layers = [router_class(config, i) for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
+    """Returns the parameters of the routers of all sparse layers; it makes one router of each kind, not one per layer."""
+    sparse = [index for index, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
+    classes = [router_class(config, index) for index in sparse]
+    # a router that reads the layer before has fewer parameters where there is none
+    kinds = [(router, router.carries and router not in classes[:place]) for place, router in enumerate(classes)]
     params = {}
     with torch.device("meta"):
-        for router in set(layers):
-            params[router] = sum(parameter.numel() for parameter in router(config).parameters())
-    return sum(params[router] for router in layers)
+        for index, kind in zip(sparse, kinds, strict=True):
+            if kind not in params:
+                params[kind] = sum(parameter.numel() for parameter in kind[0](config, index).parameters())
+    return sum(params[kind] for kind in kinds)
 
 
 def count_params(config: Any) -> int:

@@ -41,6 +41,7 @@ from .router import RouterFields
 from .router_assigned import AssignedFields
 from .router_balancing import BalancingFields
 from .router_capacity import CapacityFields
+from .router_carried import CarriedFields
 from .router_catalogue import CatalogueFields, current_value, divide_old_coefficient, router_class
 from .router_losses import LossFields
 from .router_soft import SoftFields
@@ -66,6 +67,7 @@ class MoEConfig(
     RouterFields,
     TopKFields,
     AssignedFields,
+    CarriedFields,
     VariableKFields,
     SoftFields,
     CapacityFields,

@@ -16,7 +16,7 @@ from .compatibility import one_cache
 from .model_norms import make_norm, norm_names
 from .router import RoutingContext
 from .router_losses import TokenWeights
-from .router_statistics import pack
+from .router_statistics import LayerOutput, pack
 
 
 class MoEDecoderLayer(GradientCheckpointingLayer):
@@ -48,6 +48,7 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        carried: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
@@ -59,7 +60,11 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, ...]:
-        """Maps (B, S, H) to (B, S, H), packed with the router's statistics ([`~modeling_moe.router_statistics.pack`])."""
+        """Maps (B, S, H) to (B, S, H), in the tuple that [`~modeling_moe.router_statistics.unpack`] reads.
+
+        `carried` (T, N) is what the router of the sparse layer before has passed on. It is an argument by position, because
+        reentrant checkpointing differentiates these alone.
+        """
         cache = one_cache(self, cache, past_key_values)
         before_attention, after_attention, before_mlp, after_mlp = self.norm_names
         states = self._normed(before_attention, hidden_states)
@@ -79,14 +84,14 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
             states = self._normed(before_mlp, residual)
         if self.is_sparse:
             # the cache is the layer's argument: gradient checkpointing removes it from there
-            context = (routing_context or RoutingContext(len(states)))._replace(cache=cache)
-            states, statistics = self.mlp(states, context, token_weights)
+            context = (routing_context or RoutingContext(len(states)))._replace(cache=cache, carried=carried)
+            states, statistics, carried = self.mlp(states, context, token_weights)
         else:
             states = self.mlp(states)
         states = self._update(self._normed(after_mlp, states))
         # in GPT-NeoX's order, since bf16 rounds each sum
         hidden_states = (states + attended) + residual if self.parallel else residual + states
-        return pack(hidden_states, statistics)
+        return pack(LayerOutput(hidden_states, carried, statistics))
 
     def _normed(self, name: str | None, states: torch.Tensor) -> torch.Tensor:
         return states if name is None else getattr(self, name)(states)

@@ -221,8 +221,13 @@ class MoEBlock(nn.Module):
         hidden_states: torch.Tensor,
         context: RoutingContext | None = None,
         token_weights: TokenWeights | None = None,
-    ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        """Maps (B, S, H) to (B, S, H), and returns the router's statistics if `token_weights` is given, else None."""
+    ) -> tuple[torch.Tensor, RouterStatistics | None, torch.Tensor | None]:
+        """Maps (B, S, H) to (B, S, H).
+
+        Returns:
+            The output, the router's statistics if `token_weights` is given, else None, and what the router passes on to the
+            next sparse layer (T, N), or None.
+        """
         context = context or RoutingContext(hidden_states.shape[0])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         # a wrapper or a hook of the gate may return a plain tuple
@@ -241,8 +246,8 @@ class MoEBlock(nn.Module):
                 output = output / 2
         output = output.view_as(hidden_states)
         if token_weights is None:
-            return output, None
-        return output, layer_statistics(self, chosen, routing, context, token_weights)
+            return output, None, chosen.carried
+        return output, layer_statistics(self, chosen, routing, context, token_weights), chosen.carried
 
 
 def feed_forward(config: MoEConfig, layer_idx: int) -> MoEBlock | MoEMLP:
@@ -412,10 +417,12 @@ class MoEModel(MoEPreTrainedModel):
         position_embeddings = self.rotary_emb.for_each_type(hidden_states, inputs.position_ids)
 
         statistics: list[RouterStatistics] = []
+        carried, carries = None, router_class(self.config).carries
         # as in transformers, `layers` may be cut after the model was made
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
             output = layer(
                 hidden_states,
+                carried,
                 attention_mask=inputs.attention_masks[layer_type],
                 position_ids=inputs.position_ids,
                 use_cache=use_cache,
@@ -425,7 +432,7 @@ class MoEModel(MoEPreTrainedModel):
                 **cache_keyword(inputs.cache),
                 **kwargs,
             )
-            hidden_states, of_layer = unpack(output)
+            hidden_states, carried, of_layer = unpack(output, carries)
             if of_layer is not None:
                 statistics.append(of_layer)
 

@@ -138,6 +138,8 @@ class Routing(NamedTuple):
             noise.
         mixture: fp32 tensor that [`Router.mix`] reads beside the others, or None; by default the (T, E + Z) weights that
             `router_gradient="dense"` differentiates in training.
+        carried: (T, N) fp32 numbers that the router of the next sparse layer reads, with their gradient; None from most
+            routers.
     """
 
     logits: torch.Tensor
@@ -146,6 +148,7 @@ class Routing(NamedTuple):
     probs: torch.Tensor
     selection_probability: torch.Tensor | None = None
     mixture: torch.Tensor | None = None
+    carried: torch.Tensor | None = None
 
 
 class RoutingContext(NamedTuple):
@@ -159,6 +162,7 @@ class RoutingContext(NamedTuple):
         cache: the model's key-value cache, in which a router stores what later tokens need; None without a cache.
         begins: (T,) bool, true where a sequence begins; a row can hold several sequences. None if each row is one sequence.
             A row whose first token begins no sequence continues the last sequence in the cache.
+        carried: (T, N) what the router of the sparse layer before has passed on ([`Routing`]); None in the first sparse layer.
     """
 
     batch_size: int = 1
@@ -167,6 +171,7 @@ class RoutingContext(NamedTuple):
     task_ids: torch.Tensor | None = None
     cache: Any = None
     begins: torch.Tensor | None = None
+    carried: torch.Tensor | None = None
 
     def by_row(self, values: Any) -> Any:
         """Reshapes `values` (T, ...) to (B, S, ...); None stays None."""
@@ -324,6 +329,8 @@ class Router(nn.Module):
     per_token: ClassVar[bool] = True
     # whether the number of experts differs between tokens
     variable_k: ClassVar[bool] = False
+    # whether the router reads what the router of the sparse layer before has passed on
+    carries: ClassVar[bool] = False
     # whether each token uses all experts, whatever `num_experts_per_tok` is
     uses_all_experts: ClassVar[bool] = False
     # value of `norm_topk_prob` if the configuration gives none
@@ -395,10 +402,14 @@ class Router(nn.Module):
 
     def logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         """Returns the router logits (T, E + Z) of tokens (T, H)."""
-        logits = fp32_linear(self.jittered(self.normed(hidden_states)), self.weight, self.bias)
+        logits = self.project(hidden_states, context)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.logit_cap is None else (logits / self.logit_cap).tanh() * self.logit_cap
+
+    def project(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        """Returns the router logits (T, E + Z) of tokens (T, H) before `router_logit_scale` and `router_logit_softcapping`."""
+        return fp32_linear(self.jittered(self.normed(hidden_states)), self.weight, self.bias)
 
     def normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Returns tokens (T, H) as the gate reads them: in fp32, normed and scaled with `router_input_norm`, else unchanged."""

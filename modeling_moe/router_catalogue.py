@@ -11,6 +11,7 @@ from .configuration_fields import SPARSE, Condition, Range, setting
 from .router import Router
 from .router_assigned import HashRouter, MMoERouter, ScoredHashRouter, TaskRouter, UniformRouter
 from .router_batch import BaseLayerRouter, ExpertChoiceRouter, ExpertThresholdRouter, SinkhornRouter
+from .router_carried import DagRouter, ZayaRouter
 from .router_soft import LoryRouter, SoftMoERouter
 from .router_topk import (
     GShardRouter,
@@ -47,6 +48,8 @@ ROUTERS: dict[str, type[Router]] = {
     "base_layer": BaseLayerRouter,
     "soft_moe": SoftMoERouter,
     "lory": LoryRouter,
+    "dag": DagRouter,
+    "zaya": ZayaRouter,
 }
 # router_type -> function that imports the class; a checkpoint with the code of a custom router adds to it
 OWN_ROUTERS: dict[str, Callable[[], type[Router]]] = {}

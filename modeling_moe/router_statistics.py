@@ -82,30 +82,59 @@ def layer_statistics(
     )
 
 
-def pack(hidden_states: torch.Tensor, statistics: RouterStatistics | None) -> tuple[torch.Tensor | None, ...]:
-    """Returns a layer's hidden states and statistics as one flat tuple, of one length for all layers.
+class LayerOutput(NamedTuple):
+    """What a decoder layer returns.
+
+    Attributes:
+        hidden_states: (B, S, H).
+        carried: (T, N) what the layer's router passes on to the next sparse layer ([`~modeling_moe.router.Routing`]), or a
+            dense layer has received; None from most routers.
+        statistics: measurements of the layer's router; None from a dense layer, and where nothing is measured.
+    """
+
+    hidden_states: torch.Tensor
+    carried: torch.Tensor | None = None
+    statistics: RouterStatistics | None = None
+
+
+def pack(output: LayerOutput) -> tuple[torch.Tensor | None, ...]:
+    """Returns a layer's output as one flat tuple, of one length for all layers.
 
     Reentrant checkpointing differentiates only the tensors of the outermost tuple that a layer returns.
     """
+    hidden_states, carried, statistics = output
     if statistics is None:
-        return (hidden_states, *[None] * _PACKED)
+        return (hidden_states, carried, *[None] * _PACKED)
     losses, *rest = statistics  # a hook on the block may have made a plain tuple of it
-    return (hidden_states, *losses, *rest)
+    return (hidden_states, carried, *losses, *rest)
 
 
-def unpack(output: Any) -> tuple[torch.Tensor, RouterStatistics | None]:
-    """Returns the hidden states and the statistics that [`pack`] has put into a layer's output.
+def unpack(output: Any, carries: bool = False) -> LayerOutput:
+    """Returns the output that [`pack`] has flattened.
 
     An output that is a single tensor has no statistics: a stage of a pipeline passes its input through the layers that it
     does not hold.
+
+    Args:
+        output: what the layer has returned.
+        carries: whether the routers pass something on from layer to layer.
+
+    Raises:
+        ValueError: for a layer that the stage of a pipeline does not hold, if `carries`: a pipeline sends the hidden states
+            alone from stage to stage.
     """
     if isinstance(output, torch.Tensor):
-        return output, None
-    hidden_states, *values = output
+        if carries:
+            raise ValueError(
+                "this router_type reads what the router of the layer before has passed on, which transformers does not send "
+                "between the stages of a pipeline: set pp_size to 1."
+            )
+        return LayerOutput(output)
+    hidden_states, carried, *values = output
     if all(value is None for value in values):
-        return hidden_states, None
+        return LayerOutput(hidden_states, carried)
     losses = len(RouterLosses._fields)
-    return hidden_states, RouterStatistics(RouterLosses(*values[:losses]), *values[losses:])
+    return LayerOutput(hidden_states, carried, RouterStatistics(RouterLosses(*values[:losses]), *values[losses:]))
 
 
 _PACKED = len(RouterLosses._fields) + len(RouterStatistics._fields) - 1

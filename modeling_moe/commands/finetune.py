@@ -5,6 +5,8 @@
     moe finetune --model_name_or_path ./moe --data wiki=wiki.txt code=code.jsonl --output_dir outputs/moe \\
         --method full --freeze_experts 0-7 --learning_rate 1e-4 --max_steps 200 --report_to tensorboard
     moe finetune sft_router --model_name_or_path ./moe --data chat=chats/ --output_dir outputs/moe --resume_from_checkpoint true
+    moe finetune sft_router --model_name_or_path ./moe --data chat=chats/ --output_dir outputs/moe --max_length 192 \\
+        --meta_support_tokens 64 --per_device_train_batch_size 1 --gradient_accumulation_steps 8
     moe finetune pretrain --model_name_or_path moe_tiny --tokenizer_name ./dense --data wiki=wiki.txt \\
         --output_dir outputs/scratch
     moe finetune long_run --model_name_or_path ./moe --data wiki=wiki.txt --output_dir outputs/long
@@ -45,6 +47,7 @@ from ..training import (
     FinetuneResult,
     LongRunArguments,
     LoraArguments,
+    MetaArguments,
     ModelArguments,
     NonFiniteError,
     finetune,
@@ -87,10 +90,18 @@ def print_result(result: FinetuneResult, title: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, saves and prints."""
-    groups = [ModelArguments, DataArguments, LoraArguments, BalanceArguments, LongRunArguments, FinetuneArguments]
-    model_args, data_args, lora_args, balance_args, run_args, args = parse(groups, __doc__, argv)
+    groups = [
+        ModelArguments,
+        DataArguments,
+        LoraArguments,
+        BalanceArguments,
+        LongRunArguments,
+        MetaArguments,
+        FinetuneArguments,
+    ]
+    model_args, data_args, lora_args, balance_args, run_args, meta_args, args = parse(groups, __doc__, argv)
     try:
-        result = finetune(model_args, data_args, lora_args, args, [PrintTrained()], balance_args, run_args)
+        result = finetune(model_args, data_args, lora_args, args, [PrintTrained()], balance_args, run_args, meta_args)
     except (NonFiniteError, CollapseError) as error:
         if args.process_index == 0:
             print(f"{program()}: {error}", file=sys.stderr, flush=True)

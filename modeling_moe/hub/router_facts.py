@@ -17,6 +17,7 @@ from ..router import CAPACITY_READS, FRAME_READS, RouterFields
 from ..router_assigned import AssignedFields
 from ..router_balancing import BalancingFields
 from ..router_capacity import CapacityFields
+from ..router_carried import CarriedFields
 from ..router_catalogue import CatalogueFields
 from ..router_losses import LossFields
 from ..router_soft import SoftFields
@@ -45,7 +46,7 @@ CAPACITY = {
     "expert_capacity": "{} tokens of a sequence",
 }
 GROUPS = (
-    *(CatalogueFields, RouterFields, TopKFields, AssignedFields, VariableKFields, SoftFields),
+    *(CatalogueFields, RouterFields, TopKFields, AssignedFields, VariableKFields, SoftFields, CarriedFields),
     *(CapacityFields, BalancingFields, LossFields),
 )
 # fields that a row of the table shows in words

@@ -11,7 +11,8 @@ from .active_parameters import (
     idle_parameters,
 )
 from .batch_frames import BatchFrame, BatchFrames
-from .batches import argument_names, cache_of, padding_of
+from .batches import argument_names, cache_of, next_labels, padding_of
+from .drift import DomainDrift, Drift, LayerDrift, expert_drift
 from .figures import LayerFigures, RoutingFigures
 from .layers import SparseLayer, UnreachableRouting, experts_modules, sparse_block, sparse_layers
 from .local_ids import hides_ids
@@ -43,8 +44,11 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchFrame",
     "BatchFrames",
+    "DomainDrift",
+    "Drift",
     "Entropies",
     "FiguresCallback",
+    "LayerDrift",
     "LayerFigures",
     "LayerPass",
     "LossMeans",
@@ -67,6 +71,7 @@ __all__ = [
     "entropies",
     "expert_domain_share",
     "embedding_modules",
+    "expert_drift",
     "experts_modules",
     "experts_per_token",
     "explanation",
@@ -78,6 +83,7 @@ __all__ = [
     "load_variation",
     "max_violation",
     "mean_experts",
+    "next_labels",
     "observe",
     "padding_of",
     "probabilities",

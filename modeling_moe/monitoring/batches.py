@@ -13,6 +13,19 @@ from torch import nn
 from ..compatibility import CACHE_NAMES
 
 
+def next_labels(ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the labels (B, S - 1) of all positions but the last: the next token, -100 where it or the token is padding.
+
+    Args:
+        ids: (B, S) int64 token ids.
+        attention_mask: (B, S), 0 at padding; None without padding.
+    """
+    labels = ids[:, 1:]
+    if attention_mask is None:
+        return labels
+    return labels.masked_fill((attention_mask[:, 1:] == 0) | (attention_mask[:, :-1] == 0), -100)
+
+
 class PaddingMask(NamedTuple):
     """What an attention mask says of padding.
 

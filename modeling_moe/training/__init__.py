@@ -25,7 +25,8 @@ Importing this package changes nothing. A `Trainer` without the callback:
 """
 
 from ..data import DataArguments
-from .arguments import BalanceArguments, FinetuneArguments, LoraArguments, ModelArguments
+from .adaptation import RouterAdaptation, adapt_router, meta_gradient, router_parameters
+from .arguments import BalanceArguments, FinetuneArguments, LoraArguments, MetaArguments, ModelArguments
 from .balance import Balance, BalanceSettings, balance, balances_of
 from .callbacks import CastOnceCallback, MoECallback, disable, enable, is_enabled
 from .collapse_stop import CollapseError, CollapseStop, load_entropy
@@ -33,6 +34,7 @@ from .finetuning import FinetuneResult, finetune
 from .freezing import FreezeExpertsCallback, FrozenExperts, freeze_experts
 from .load_rates import LoadRates, scale_by_load
 from .long_runs import LongRunArguments
+from .meta_training import MetaTrainingMixin
 from .muon import MoEMuon, moe_muon, orthogonalise
 from .nan_stop import NanStopMixin, NonFiniteError
 from .preparing import trained_parameters
@@ -57,15 +59,18 @@ __all__ = [
     "LoadRates",
     "LongRunArguments",
     "LoraArguments",
+    "MetaArguments",
+    "MetaTrainingMixin",
     "MoECallback",
     "MoEMuon",
-    "ModelArguments",
     "NanStopMixin",
     "NonFiniteError",
     "RouterAverage",
     "RouterAverageMixin",
     "SampleCallback",
+    "RouterAdaptation",
     "ShardedResumeMixin",
+    "adapt_router",
     "balance",
     "balances_of",
     "disable",
@@ -79,5 +84,7 @@ __all__ = [
     "parameter_groups",
     "parameter_roles",
     "scale_by_load",
+    "meta_gradient",
+    "router_parameters",
     "trained_parameters",
 ]

@@ -4,9 +4,9 @@
 import json
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from peft import LoraConfig
 from transformers import PreTrainedModel, TrainingArguments
@@ -199,6 +199,34 @@ class BalanceArguments:
     def given(self) -> list[str]:
         """Returns the names of the arguments that differ from their defaults."""
         return [entry.name for entry in fields(self) if getattr(self, entry.name) != entry.default]
+
+
+@dataclass
+class MetaArguments:
+    """How `--method router` trains routers that adapt to a domain by a few tokens of it."""
+
+    meta_support_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "method router: adapt the routers to the first tokens of each row, as many as this number, and train the "
+            "weights from which they are adapted on the rest of the row; default: train the routers as they are"
+        },
+    )
+    meta_learning_rate: float = field(default=1.0, metadata={"help": "size of a step of the adaptation"})
+    meta_steps: int = field(default=1, metadata={"help": "number of steps of an adaptation"})
+
+    def __post_init__(self):
+        if self.meta_support_tokens is not None and self.meta_support_tokens < 2:
+            raise UserError(f"meta_support_tokens is {self.meta_support_tokens}: it must be at least 2")
+        if not self.meta_learning_rate > 0 or self.meta_steps < 1:
+            raise UserError("meta_learning_rate and meta_steps must be positive")
+        given = [entry.name for entry in fields(self)[1:] if getattr(self, entry.name) != entry.default]
+        if self.meta_support_tokens is None and given:
+            raise UserError(f"{given[0]} has no effect without meta_support_tokens: give it too")
+
+    def used(self) -> dict[str, Any]:
+        """Returns the settings of meta-training; none if the routers are trained as they are."""
+        return {} if self.meta_support_tokens is None else asdict(self)
 
 
 @dataclass

@@ -27,12 +27,13 @@ from ..lora import is_in_4bit
 from ..utils.errors import UserError
 from ..utils.loading import load_config, load_tokenizer, refuse_longer, refuse_misfit
 from ..utils.prediction_files import leave_out_prediction
-from .arguments import BalanceArguments, LoraArguments, ModelArguments
+from .arguments import BalanceArguments, LoraArguments, MetaArguments, ModelArguments
 from .callbacks import CastOnceCallback, MoECallback, is_enabled
 from .freezing import FreezeExpertsCallback
 from .interruption import SaveOnInterrupt
 from .logs import LogAtCheckpoints, ScheduleCallback, detach, routing_callbacks, show_progress_line
 from .long_runs import LongRunArguments, refuse_collapsed
+from .meta_training import check_meta, without_support_labels
 from .preparing import balanced, load_for_training, trained_parameters
 from .presets import is_preset, preset_config
 from .record import LossChange, logged_losses, write_record
@@ -239,6 +240,7 @@ def finetune(
     callbacks: Iterable[TrainerCallback] = (),
     balance_args: BalanceArguments | None = None,
     run_args: LongRunArguments | None = None,
+    meta_args: MetaArguments | None = None,
 ) -> FinetuneResult:
     """Trains a model, and saves it with its tokenizer in `args.output_dir`. Equal seeds give equal results.
 
@@ -253,6 +255,7 @@ def finetune(
         callbacks: further callbacks for the trainer.
         balance_args: how a model of transformers balances its experts; None for the defaults.
         run_args: learning rates by role, Muon, averaged routers, samples, stop on collapse; None for none of them.
+        meta_args: how `method="router"` trains routers that adapt to a text; None to train them as they are.
 
     Raises:
         UserError: if an argument cannot work, before anything is written.
@@ -261,6 +264,7 @@ def finetune(
         Interrupted: after Ctrl-C or SIGTERM in training, when the step is complete and a checkpoint is saved.
     """
     _check_processes(args, model_args)
+    meta = check_meta(meta_args or MetaArguments(), model_args, args, data_args.max_length)
     if args.gradient_checkpointing and args.ddp_find_unused_parameters is None:
         # `Trainer` chooses this without an adapter: DDP cannot find unused parameters under reentrant checkpointing
         args.ddp_find_unused_parameters = False
@@ -269,6 +273,8 @@ def finetune(
     trust = model_args.trust_remote_code
     tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path, trust_remote_code=trust)
     train, held_out = _load_data(model_args, data_args, args, tokenizer)
+    if meta is not None and meta.meta_support_tokens is not None:
+        train = without_support_labels(train, meta.meta_support_tokens)
     set_seed(args.seed)
     model = load_for_training(model_args, lora_args, bool(args.gradient_checkpointing), resume, tokenizer)
     refuse_misfit(tokenizer, model)
@@ -279,6 +285,7 @@ def finetune(
     balancing = balanced(model, balance_args or BalanceArguments())
     run = run_args or LongRunArguments()
     trainer = _make_trainer(model, args, train, held_out, tokenizer, [*callbacks, *freezing, *schedule], run)
+    trainer.meta = meta
     _check_merge(trainer, model, merge)
     if resume is None and args.should_save:
         discard_checkpoints(output_folder(args))
@@ -298,5 +305,7 @@ def finetune(
             numbers["balance"] = used
         if used := run.used():
             numbers["long_run"] = used
+        if meta is not None:
+            numbers["meta_training"] = meta.used()
         write_record(output_folder(args), model_args, data_args, lora_args, args, trainer.state, numbers, eval_loss)
     return _result(trainer, trained, eval_loss, data_args.max_length, metrics)

@@ -9,6 +9,7 @@ from torch import nn
 from ..monitoring import active_share
 from ..utils.errors import UserError
 from .long_runs import LOAD, LongRunArguments, long_run_optimizer, set_roles
+from .meta_training import MetaTrainingMixin
 from .nan_stop import NanStopMixin
 from .resuming import WholeCheckpointsTrainer
 from .roles import decayed_names
@@ -17,7 +18,9 @@ from .sharded import ShardedResumeMixin
 from .transformers_losses import without_router_logits
 
 
-class FinetuneTrainer(RouterAverageMixin, ShardedResumeMixin, NanStopMixin, WholeCheckpointsTrainer):
+class FinetuneTrainer(
+    RouterAverageMixin, ShardedResumeMixin, NanStopMixin, MetaTrainingMixin, WholeCheckpointsTrainer
+):
     """transformers' `Trainer` that stops at NaN, and resumes from complete checkpoints only, of split models too.
 
     Attributes:

@@ -21,6 +21,7 @@ from ..router import RouterFields
 from ..router_assigned import AssignedFields
 from ..router_balancing import BalancingFields
 from ..router_capacity import CapacityFields
+from ..router_carried import CarriedFields
 from ..router_catalogue import ROUTERS, CatalogueFields
 from ..router_losses import LossFields
 from ..router_soft import SoftFields
@@ -53,6 +54,7 @@ TITLES: dict[type, str] = {
     RouterFields: "Router",
     TopKFields: "Top-k routers",
     AssignedFields: "Routers by token id or task",
+    CarriedFields: "Routers that read the layer before",
     VariableKFields: "Routers with a variable number of experts per token",
     SoftFields: "Soft routers",
     CapacityFields: "Capacity",

@@ -24,7 +24,7 @@ CACHED = [name for name in CAUSAL if name != "token_capacity"]
 # routers that need task_ids
 BY_TASK = ("task", "mmoe")
 # routers by tokens, by their ids, with empty assignments, with several numbers of experts, and mixing in training alone
-BATCHED = ("softmax", "hash", "deepseek_v4", "null_and_copy", "top_p", "sinkhorn")
+BATCHED = ("softmax", "dag", "zaya", "hash", "deepseek_v4", "null_and_copy", "top_p", "sinkhorn")
 REMEMBERING = ("lory", "absolute_capacity", "running_capacity")
 # name -> router_type or field that the refusal of continuous batching names
 MIXING = {

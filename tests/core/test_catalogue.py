@@ -49,6 +49,11 @@ CAUSAL = {
     "remoe": {"router_type": "remoe", "router_sparsity_coef": 0.01},
     "expert_threshold": {"router_type": "expert_threshold"},
     "lory": {"router_type": "lory", "segment_length": 3},
+    "dag": {"router_type": "dag"},
+    "dag_null": {"router_type": "dag", "num_null_experts": 2, "scoring_func": "sigmoid", "router_input_norm": True},
+    "dag_hashed": {"router_type": "dag", "num_hash_layers": 1, "num_hidden_layers": 4, "mlp_layer_types": ["sparse"] * 4},
+    "zaya": {"router_type": "zaya", "num_experts_per_tok": 1, "router_hidden_size": 16, "router_selection_bias": True,
+             "num_null_experts": 1},
     "absolute_capacity": {"expert_capacity": 4},
     "running_capacity": {"capacity_factor": 0.7, "eval_capacity_factor": 0.7, "capacity_running": True},
     "token_capacity": {"capacity_factor": 0.7, "eval_capacity_factor": 0.7},
@@ -260,7 +265,17 @@ COMPILED = [n for n in CAUSAL if n != "lory" and not (n == "hierarchical" and OL
 
 
 # routers that differ from another one by a number or a flag
-VARIANTS = ("softmax_norm_off", "switch", "deepseek_v2", "quantile", "jitter", "null", "continuous_learned")
+VARIANTS = (
+    "softmax_norm_off",
+    "dag_null",
+    "dag_hashed",
+    "switch",
+    "deepseek_v2",
+    "quantile",
+    "jitter",
+    "null",
+    "continuous_learned",
+)
 
 
 @pytest.mark.parametrize("name", by_default([name for name in COMPILED if name not in VARIANTS], COMPILED))

@@ -329,6 +329,8 @@ def test_json_round_trip(tmp_path):
         {"moe_latent_size": 10},
         {"moe_latent_size": 10, "gated_experts": False, "mlp_bias": True, "num_shared_experts": 1},
         {"router_input_norm": True, "router_expert_scale": True, "num_null_experts": 2},
+        {"router_type": "dag"},
+        {"router_type": "zaya", "router_hidden_size": 20, "num_null_experts": 1},
     ],
     ids=str,
 )

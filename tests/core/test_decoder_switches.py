@@ -156,7 +156,7 @@ def test_only_sparse_layers_have_a_norm_of_their_output():
     assert [hasattr(layer, "post_feedforward_layernorm") for layer in layers] == [True, False, True]
     layer, states = layers[0], torch.randn(1, 5, 32)
     layer.self_attn.forward = lambda hidden_states, **kwargs: (torch.zeros_like(hidden_states), None)
-    output, _ = layer.mlp(layer.post_attention_layernorm(states))
+    output, _, _ = layer.mlp(layer.post_attention_layernorm(states))
     torch.testing.assert_close(layer(states)[0], states + layer.post_feedforward_layernorm(output))
 
 

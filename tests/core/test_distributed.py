@@ -25,6 +25,7 @@ KINDS = {
     },
     "quantile": {"router_selection_bias": True, "router_controller": "quantile"},
     "threshold": {"router_type": "expert_threshold"},
+    "carried": {"router_type": "dag", **BIAS},
     "sparsity": {"router_type": "remoe", "router_sparsity_coef": 0.01},
     "global_balance": {"router_aux_loss_coef": 1.0, "router_aux_loss_scope": "global"},
 }

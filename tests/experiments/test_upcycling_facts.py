@@ -17,7 +17,7 @@ from experiments.facts_data import (
     shuffled,
     tail_model,
 )
-from experiments.intervals import Comparison, interval
+from experiments.intervals import Comparison
 from experiments.upcycling_facts import (
     ARMS,
     FactsArguments,
@@ -250,11 +250,6 @@ def test_held_out_prose_is_not_in_the_training_text():
     assert not any(text[16:-16] in trained for text in texts)
     with pytest.raises(UserError, match="held_out_rows is 10000000"):
         prose_rows(tokenizer, 64, (2, 10_000_000), 0)
-
-
-def test_interval_by_hand():
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)))
-    assert interval([0.0, 2.0]) == pytest.approx((1.0, 1 - 12.7062, 1 + 12.7062))
 
 
 def test_a_claim_needs_an_interval_without_0():
