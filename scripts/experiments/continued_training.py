@@ -78,6 +78,7 @@ class Run:
 
     Attributes:
         arm, seed, learning_rate: the fields of the job.
+        options: options of upcycling of the arm; None for the dense model.
         dense: hash of the dense model's weights.
         steps: number of steps.
         initial_loss: loss on the test rows before training.
@@ -89,6 +90,7 @@ class Run:
     arm: str
     seed: int
     learning_rate: float
+    options: dict[str, Any] | None
     dense: str
     steps: int
     initial_loss: float
@@ -201,6 +203,7 @@ def run_job(job: Job, design: Design, folder: str) -> Run:
         fit(model, order, design.steps(job.arm), job.learning_rate, training)
         return Run(
             **asdict(job),
+            options=design.arms[job.arm],
             dense=fingerprint(state),
             steps=design.steps(job.arm),
             initial_loss=initial,
@@ -214,13 +217,18 @@ class Runs:
     """Executes the runs of a design; those in the file are not repeated.
 
     Raises:
-        UserError: if the file holds runs of another design.
+        UserError: if the file holds runs of another design, or of an arm with other options.
     """
 
     def __init__(self, design: Design, args: RunsArguments):
         self._design, self._args = design, args
         self._file = RunsFile(args.runs_file, design.of_runs)
         self._done = {run.job: run for run in self._file.read(lambda run: Run(**run))}
+        for run in self._done.values():
+            if run.arm in design.arms and run.options != design.arms[run.arm]:
+                raise UserError(
+                    f"runs_file {args.runs_file} holds runs of arm {run.arm!r} with other options: name the arm differently"
+                )
 
     def of(self, jobs: Sequence[Job], desc: str) -> list[Run]:
         """Returns the runs of the jobs in their order; executes those that are missing.

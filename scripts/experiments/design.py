@@ -140,7 +140,7 @@ class Design:
         """
         try:
             content = yaml.safe_load(Path(path).read_text("utf-8"))
-            parts = {name: kind(**content.pop(name)) for name, kind in PARTS.items()}
+            parts: dict[str, Any] = {name: kind(**content.pop(name)) for name, kind in PARTS.items()}
             design = cls(**content, **parts)
         except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
             raise UserError(f"design {path} does not hold a design of this experiment: {error}") from error
@@ -151,8 +151,8 @@ class Design:
 
     @property
     def of_runs(self) -> dict[str, Any]:
-        """What all runs depend on, in JSON's types."""
-        return {"model": self.model, "training": asdict(self.training), "arms": self.arms}
+        """What all runs depend on, in JSON's types; each run depends on the options of its arm, too."""
+        return {"model": self.model, "training": asdict(self.training)}
 
     @cached_property
     def text(self) -> ByteText:

@@ -4,24 +4,20 @@
 # P points, each a number of experts; D seeds
 """
 
-import os
-import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from modeling_moe.modeling_moe import MoEForCausalLM
 from modeling_moe.utils.errors import UserError
 
 from .byte_text import batches
-from .continued_training import Job, Run, Runs, arm_model, dense_state, fit, one_thread
+from .continued_training import Job, Run, Runs, arm_model, dense_state, one_thread
 from .design import Design
 from .intervals import Interval, interval
 from .rate_search import best_rate, find_rates
@@ -36,12 +32,19 @@ class Cost:
     Attributes:
         arm: name of the arm.
         step_seconds: median CPU time of a training step; the arms take turns.
-        peak_bytes: growth of the resident memory of a new process that builds the model and trains three steps.
+        model_bytes: size of weights, gradients and AdamW's two moments, in fp32.
+        kept_bytes: size of the tensors kept for the backward pass, see [`kept_bytes`].
     """
 
     arm: str
     step_seconds: float
-    peak_bytes: int
+    model_bytes: int
+    kept_bytes: int
+
+    @property
+    def training_bytes(self) -> int:
+        """Memory of a training step in bytes."""
+        return self.model_bytes + self.kept_bytes
 
 
 class Law(NamedTuple):
@@ -119,7 +122,7 @@ def coefficients(law: Law, experts: np.ndarray, parameters: np.ndarray, gains: n
     except ImportError as error:
         raise UserError("the fit needs scipy: pip install 'modeling-moe[science]'") from error
     at = np.stack([experts, parameters])
-    found, _ = curve_fit(
+    found, *_ = curve_fit(
         lambda at, *values: law.gain(*at, *values), at, gains, law.start, bounds=law.bounds, maxfev=20_000
     )
     return found
@@ -175,41 +178,38 @@ def left_out_errors(law: Law, experts: np.ndarray, parameters: np.ndarray, mean:
     return errors
 
 
-def step_seconds(design: Design, folder: Path, arms: Sequence[str], steps: int) -> dict[str, float]:
-    """Returns the median CPU time of a training step of each arm on one thread; the arms take turns."""
-    training, state = design.training, dense_state(design, folder)
-    order = batches(design.text.training, training.length, training.batch_size, training.seed, "costs")
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
-    with one_thread():
-        models = {arm: arm_model(design, arm, state, training.seed) for arm in arms}
-        optimizers = {arm: torch.optim.AdamW(model.parameters(), fused=True) for arm, model in models.items()}
-        for number, ids in zip(range(1 + steps), order, strict=False):
-            for arm, model in models.items():
-                began = time.process_time()
-                model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-                optimizers[arm].step()
-                optimizers[arm].zero_grad()
-                if number:  # the first step allocates
-                    times[arm].append(time.process_time() - began)
+def step_seconds(models: dict[str, MoEForCausalLM], order: Iterable[torch.Tensor], steps: int) -> dict[str, float]:
+    """Returns the median CPU time of a training step of each model; the models take turns on each batch of `order`."""
+    optimizers = {arm: torch.optim.AdamW(model.parameters(), fused=True) for arm, model in models.items()}
+    times: dict[str, list[float]] = {arm: [] for arm in models}
+    for number, ids in zip(range(1 + steps), order, strict=False):
+        for arm, model in models.items():
+            began = time.process_time()
+            model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizers[arm].step()
+            optimizers[arm].zero_grad()
+            if number:  # the first step allocates
+                times[arm].append(time.process_time() - began)
     return {arm: statistics.median(values) for arm, values in times.items()}
 
 
-def peak_bytes(design: Design, folder: Path, arm: str) -> int:
-    """Returns the growth of the resident memory in a new process that builds an arm and trains three steps."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_growth_of_memory, design, folder, arm).result()
+def kept_bytes(model: MoEForCausalLM, ids: torch.Tensor) -> int:
+    """Returns the size of the tensors that the forward pass on `ids` (B, S) keeps for the backward pass, without
+    parameters; a storage that several of them share is counted once.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
 
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-def _growth_of_memory(design: Design, folder: Path, arm: str) -> int:
-    training, text = design.training, design.text
-    state = dense_state(design, folder)
-    order = batches(text.training, training.length, training.batch_size, training.seed, "costs")
-    with one_thread():
-        # one sequence through the dense model, so that libraries are loaded
-        fit(arm_model(design, next(iter(design.arms)), state, 0), [next(order)[:1]], 1, 1e-3, training)
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        fit(arm_model(design, arm, state, training.seed), order, 3, 1e-3, training)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.train()(input_ids=ids, labels=ids, use_cache=False).loss
+    del loss
+    return sum(kept.values())
 
 
 def measure_costs(design: Design, runs: Runs, arms: Sequence[str], path: str) -> dict[str, Cost]:
@@ -221,11 +221,16 @@ def measure_costs(design: Design, runs: Runs, arms: Sequence[str], path: str) ->
     file = RunsFile(path, design.of_runs)
     found = {cost.arm: cost for cost in file.read(lambda cost: Cost(**cost))}
     if not set(arms) <= set(found):
-        folder = runs.dense_folder()
-        seconds = step_seconds(design, folder, arms, design.growth.cost_steps)
-        found = {arm: Cost(arm, seconds[arm], peak_bytes(design, folder, arm)) for arm in arms}
-        for cost in found.values():
+        training, state = design.training, dense_state(design, runs.dense_folder())
+        order = batches(design.text.training, training.length, training.batch_size, training.seed, "costs")
+        with one_thread():
+            models = {arm: arm_model(design, arm, state, training.seed) for arm in arms}
+            seconds, ids = step_seconds(models, order, design.growth.cost_steps), next(order)
+            sizes = {arm: sum(parameter.nbytes for parameter in model.parameters()) for arm, model in models.items()}
+            costs = [Cost(arm, seconds[arm], 4 * sizes[arm], kept_bytes(models[arm], ids)) for arm in arms]
+        for cost in costs:
             file.add(asdict(cost))
+        found = {cost.arm: cost for cost in costs}
     return found
 
 

@@ -30,7 +30,7 @@ def _arms_table(design: Design, result: GrowthResult) -> list[str]:
         cells += [f"{result.rates[arm]:g}", f"{statistics.fmean(run.test_loss for run in runs):.4f}"]
         cells += ["" if arm == dense else _signed(result.gains[arm])]
         cost, base = result.costs[arm], result.costs[dense]
-        cells += [f"{cost.step_seconds / base.step_seconds:.2f}x", f"{cost.peak_bytes / base.peak_bytes:.2f}x"]
+        cells += [f"{cost.step_seconds / base.step_seconds:.2f}x", f"{cost.training_bytes / base.training_bytes:.2f}x"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -66,7 +66,7 @@ def draw(path: str, result: GrowthResult) -> None:
     base = result.costs[dense]
     for label, values in {
         "time of a training step": [result.costs[arm].step_seconds / base.step_seconds for arm in arms],
-        "memory to train": [result.costs[arm].peak_bytes / base.peak_bytes for arm in arms],
+        "memory to train": [result.costs[arm].training_bytes / base.training_bytes for arm in arms],
         "parameters": [result.parameters[arm] for arm in arms],
     }.items():
         cost.plot(experts, values, marker="o", label=label)

@@ -116,6 +116,9 @@ def test_runs_are_kept_and_bound_to_their_design_and_dense_model(design, tmp_pat
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
     with pytest.raises(UserError, match="holds runs with other arguments"):
         Runs(replace(design, training=replace(design.training, steps=5)), args)
+    with pytest.raises(UserError, match="runs of arm 'exact' with other options"):
+        Runs(replace(design, arms=design.arms | {"exact": design.arms["exact"] | {"router_std": 1.0}}), args)
+    Runs(replace(design, arms=design.arms | {"drop": design.arms["exact"]}), args)
     other = replace(design, training=replace(design.training, dense_steps=4))
     with pytest.raises(UserError, match="holds a dense model of another design"):
         dense_state(other, tmp_path / "dense")

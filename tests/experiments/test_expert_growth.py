@@ -81,7 +81,7 @@ def test_a_whole_experiment(tmp_path):
     result = grow(design, Runs(design, args), str(tmp_path / "costs.jsonl"))
     assert result.experts == {"E=2": 2, "E=4": 4, "E=8": 8, "E=16": 16}
     assert result.parameters["E=2"] == pytest.approx(1.0, abs=0.01)
-    assert all(cost.step_seconds > 0 and cost.peak_bytes > 0 for cost in result.costs.values())
+    assert all(cost.step_seconds > 0 and cost.kept_bytes > 0 for cost in result.costs.values())
     differences = [a.test_loss - b.test_loss for a, b in zip(result.runs["dense"], result.runs["E=8"], strict=True)]
     assert result.gains["E=8"] == pytest.approx(interval(differences))
     text = report(design, result)
