@@ -59,10 +59,6 @@ COMMANDS = {
     "serve": ["--port", "8767"],
     "push_to_hub": ["--repo_id", "you/evil", "--dry_run", "true", "--license", "mit"],
     "upcycling_table": ["--data", "text=TEXT"],
-    "upcycling_experiment": [
-        *("--layers", "1", "--only", "dense", "--steps", "1", "--sweep_steps", "1", "--rates", "1e-3", "--seeds", "2"),
-        *("--facts", "32", "--prose_pool", "2", "--held_out_rows", "1"),
-    ],
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments.flops import flops_per_token
 from experiments.intervals import interval
 from moe_benchmark.gpu import science
 from moe_benchmark.gpu.results import Results, read
@@ -19,10 +20,10 @@ from moe_benchmark.gpu.science import (
     Probe,
     Training,
     build,
-    flops_per_token,
     main,
     make_plan,
     read_setting,
+    shuffled,
     train_seeds,
 )
 from moe_benchmark.gpu.science_report import markdown, read_lines
@@ -444,3 +445,10 @@ def test_only_the_last_run_counts():
     first.append({"part": "science", "what": "arm", "arm": DENSE, "seed": 3, "error": "RuntimeError: gone"})
     assert markdown(first + made_lines()) == markdown(made_lines())
     assert markdown([{"part": "lora", "what": "setting"}]) == ""
+
+
+def test_every_index_comes_before_one_comes_again():
+    order = shuffled(5, 3, torch.Generator().manual_seed(0))
+    drawn = torch.cat([next(order) for _ in range(5)]).tolist()
+    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == [0, 1, 2, 3, 4]
+    assert drawn[:5] != drawn[5:10]

@@ -1,28 +1,17 @@
-"""These tests run scripts/upcycling_table.py and scripts/upcycling_experiment.py."""
+"""These tests run the scripts that measure upcycled models before and after training."""
 
 import json
 from pathlib import Path
 
 import pytest
 from experiments import upcycling_initial_loss as initial_loss
+from experiments import virtual_groups
 
 from tests.builders import save_llama
+from tests.experiments.upcycling_design import TINY, write_design
 
 
 ROOT = Path(__file__).parents[2]
-SMALL = {
-    "layers": 1,
-    "facts": 4,
-    "facts_per_row": 2,
-    "fact_rows": 1,
-    "prose_rows": 1,
-    "prose_pool": 2,
-    "held_out_rows": 2,
-    "steps": 2,
-    "sweep_steps": 1,
-    "rates": [1e-3, 1e-2],
-    "seeds": 2,
-}
 
 
 @pytest.fixture
@@ -70,23 +59,49 @@ def test_a_broken_claim_fails_after_the_table(run, dense, monkeypatch):
     assert "drop .5 (" not in err
 
 
-def test_experiment(run, dense, tmp_path):
-    flags = SMALL | {"model_name_or_path": dense, "only": ["dense", "virtual groups, exact"]}
-    code, out, _ = run("upcycling_experiment.py", **flags, output_json=tmp_path / "one.json")
-    assert code == 0
-    record = json.loads((tmp_path / "one.json").read_text())
-    assert len(record["runs"]) == 4
-    assert len(record["claims"]) == len(record["comparisons"]) == 3
-    for claim in record["claims"]:
-        assert claim in out
-    assert "virtual groups, exact" in out
-    code, *_ = run("upcycling_experiment.py", **flags, workers=2, output_json=tmp_path / "two.json")
-    assert code == 0
-    again = json.loads((tmp_path / "two.json").read_text())
-    assert again["claims"] == record["claims"]
+@pytest.fixture
+def small(tmp_path):
+    """Returns flags for two arms and one extension of the grid at most."""
+    comparison = TINY["comparison"] | {"arms": ["dense", "exact"], "pairs": [["exact", "dense"]]}
+    growth = TINY["growth"] | {"arms": ["E=2", "E=4", "E=8", "E=16"], "seeds": 2}
+    arms = TINY["arms"] | {"virtual groups, exact": TINY["arms"]["exact"]}
+    search = TINY["search"] | {"rates": [1e-2, 1e-1, 1.0]}
+    path = write_design(tmp_path, comparison=comparison, growth=growth, arms=arms, search=search)
+    return {"design": path, "runs_file": tmp_path / "runs.jsonl", "dense_dir": tmp_path / "dense"}
 
 
-def test_experiment_refuses_in_one_line(run, dense):
-    code, _, err = run("upcycling_experiment.py", model_name_or_path=dense, layers=2)
+def test_experiment_trains_once_and_reports_again(run, small, tmp_path):
+    code, out, _ = run("upcycling_experiment.py", **small, markdown=tmp_path / "one.md")
+    assert code == 0
+    assert "exact" in out
+    text = (tmp_path / "one.md").read_text()
+    assert "| exact | dense | " in text
+    runs = small["runs_file"].read_text()
+    code, *_ = run("upcycling_experiment.py", **small | {"dense_dir": "no"}, markdown=tmp_path / "two.md")
+    assert code == 0
+    assert (tmp_path / "two.md").read_text() == text
+    assert small["runs_file"].read_text() == runs
+
+
+def test_growth_writes_table_and_picture(run, small, tmp_path):
+    flags = small | {"costs_file": tmp_path / "costs.jsonl"}
+    code, out, _ = run("expert_growth.py", **flags, plot=tmp_path / "growth.png", markdown=tmp_path / "growth.md")
+    assert code == 0
+    assert "a + b ln E" in out
+    assert "| E=16 | " in (tmp_path / "growth.md").read_text()
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_virtual_groups_are_watched(run, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(virtual_groups, "STEPS", (0, 1))
+    code, out, _ = run("virtual_groups.py", **small, groups_file=tmp_path / "groups.jsonl")
+    assert code == 0
+    assert "100.0% (100.0% to 100.0%)" in out
+    assert len((tmp_path / "groups.jsonl").read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize("name", ["upcycling_experiment.py", "expert_growth.py", "virtual_groups.py"])
+def test_experiments_refuse_in_one_line(run, tmp_path, name):
+    code, _, err = run(name, design=tmp_path / "no.yaml")
     assert code == 2
-    assert err.splitlines()[-1].startswith("upcycling_experiment.py: layers is 2")
+    assert err.splitlines()[-1].startswith(f"{name}: design {tmp_path / 'no.yaml'} does not hold a design")

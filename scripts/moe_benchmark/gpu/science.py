@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.facts_data import shuffled
+from experiments.flops import flops_per_token
 from experiments.upcycling_initial_loss import TOLERANCE, compare_logits
 from torch import nn
 
@@ -164,19 +164,6 @@ class Plan:
         return sorted(stops | set(self.dense_steps.values()) if arm == DENSE else stops)
 
 
-def flops_per_token(config: MoEConfig, length: int) -> float:
-    """Returns the FLOPs of a token, forward and backward: 6 for each parameter it uses, and attention within
-    `length`.
-    """
-    params = config.num_active_params()
-    if not config.tie_word_embeddings:
-        # embeddings are looked up, not multiplied
-        params -= config.vocab_size * config.hidden_size
-    # scores and values over half of the sequence on average: 2 products of 2 FLOPs, times 3 with the backward pass
-    width = config.num_attention_heads * config.head_dim
-    return 6 * params + 12 * config.num_hidden_layers * width * length / 2
-
-
 @contextmanager
 def all_cores() -> Iterator[None]:
     """Lets tokenizers use all cores whatever the environment says, which is safe because no process is forked here."""
@@ -272,6 +259,16 @@ class Training:
                 parameter.copy_(master)
         self.model.update_routers()
         return loss.detach()
+
+
+def shuffled(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Yields indices (size,) without end; all `count` indices come in random order before any comes again."""
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(order) < size:
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        yield order[:size]
+        order = order[size:]
 
 
 def order(setting: Setting, seed: int) -> Iterator[torch.Tensor]:

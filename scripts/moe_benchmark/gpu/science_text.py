@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from experiments.python_text import without_seen
 from transformers import PreTrainedTokenizerBase
 
 from modeling_moe.data import PIECE_CHARS, cut_documents, pack
@@ -98,18 +99,6 @@ def sources_in(folder: Path) -> list[Path]:
     if not files:
         raise UserError(f"text_dir {folder} contains no .py or .txt file: correct the path")
     return files
-
-
-def without_seen(held_out: list[str], training: list[str]) -> tuple[list[str], int]:
-    """Removes the paragraphs of held-out texts that `training` contains; returns the rest and the number removed."""
-    seen = {paragraph.strip() for text in training for paragraph in text.split("\n\n")}
-    texts, removed = [], 0
-    for text in held_out:
-        paragraphs = text.split("\n\n")
-        new = [paragraph for paragraph in paragraphs if paragraph.strip() not in seen]
-        removed += len(paragraphs) - len(new)
-        texts.append("\n\n".join(new))
-    return [text for text in texts if text], removed
 
 
 def read_text(paths: list[Path], characters: int, held_out: int) -> Text:
