@@ -63,6 +63,7 @@ __all__ = [
     "MetaTrainingMixin",
     "MoECallback",
     "MoEMuon",
+    "ModelArguments",
     "NanStopMixin",
     "NonFiniteError",
     "RouterAverage",
