@@ -81,8 +81,10 @@ def test_the_page_shows_the_stored_runs(monkeypatch):
 
     monkeypatch.setattr(experiment, "run_seed", train)
     science = Path(__file__).parents[2] / "docs" / "science"
-    runs = experiment.compare(DriftArguments(runs_file=str(science / "runs" / "expert_drift.jsonl")))
-    assert markdown(runs) in (science / "expert-drift.md").read_text(encoding="utf-8")
+    stored, page = science / "runs" / "expert_drift.jsonl", (science / "expert-drift.md").read_text(encoding="utf-8")
+    seeds = len(stored.read_text(encoding="utf-8").splitlines())
+    assert f"--seeds {seeds} " in page
+    assert markdown(experiment.compare(DriftArguments(seeds=seeds, runs_file=str(stored)))) in page
 
 
 def test_growth_changes_nothing_but_by_the_release():

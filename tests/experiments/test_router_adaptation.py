@@ -78,8 +78,13 @@ def test_the_page_shows_the_stored_runs(monkeypatch):
 
     monkeypatch.setattr(experiment, "run_seed", train)
     science = Path(__file__).parents[2] / "docs" / "science"
-    runs = experiment.compare(AdaptationArguments(runs_file=str(science / "runs" / "router_adaptation.jsonl")))
-    assert markdown(runs) in (science / "router-adaptation.md").read_text(encoding="utf-8")
+    stored, page = (
+        science / "runs" / "router_adaptation.jsonl",
+        (science / "router-adaptation.md").read_text(encoding="utf-8"),
+    )
+    seeds = len(stored.read_text(encoding="utf-8").splitlines())
+    assert f"--seeds {seeds} " in page
+    assert markdown(experiment.compare(AdaptationArguments(seeds=seeds, runs_file=str(stored)))) in page
 
 
 def test_runs_of_other_arguments_are_refused(arguments, tmp_path):
