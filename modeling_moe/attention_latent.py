@@ -74,6 +74,8 @@ class MoELatentAttention(nn.Module):
     times less than the keys and values of DeepSeek-V3. Decoding computes the keys and values of all earlier tokens again.
     """
 
+    routed_attention: str | None = None
+
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
         self.config = config

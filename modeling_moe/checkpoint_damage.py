@@ -228,7 +228,7 @@ def _weight_files(folder: Path, variant: str | None, safetensors: bool) -> list[
     return []
 
 
-def _expert_problem(names: Iterable[str], num_experts: int) -> str:
+def _expert_problem(names: Iterable[str], config: Any) -> str:
     """Returns which expert is missing or unexpected among names on disk, or an empty text.
 
     transformers numbers the experts by their order in the file and does not notice a gap.
@@ -238,10 +238,12 @@ def _expert_problem(names: Iterable[str], num_experts: int) -> str:
         if match := _EXPERT.fullmatch(name):
             found.setdefault(f"{match['before']}{{}}{match['after']}", set()).add(int(match["expert"]))
     for pattern in sorted(found, key=_natural):
-        if lacking := set(range(num_experts)) - found[pattern]:
+        field = "attention_experts" if ".self_attn." in pattern else "num_experts"
+        numbers = set(range(getattr(config, field)))
+        if lacking := numbers - found[pattern]:
             return f"it has no {pattern.format(min(lacking))}"
-        if extra := found[pattern] - set(range(num_experts)):
-            return f"it has {pattern.format(min(extra))}, beyond num_experts = {num_experts}"
+        if extra := found[pattern] - numbers:
+            return f"it has {pattern.format(min(extra))}, beyond {field} = {len(numbers)}"
     return ""
 
 
@@ -314,7 +316,7 @@ def refuse_damaged(model_class: Any, name_or_path: Any, options: dict[str, Any])
             return
         source = "state_dict" if name_or_path is None else model.name_or_path
         tensors = {} if options.get("gguf_file") else tensors_on_disk(source, options)
-        problem = _expert_problem(tensors, model.config.num_experts)
+        problem = _expert_problem(tensors, model.config)
         quantized = getattr(model, "hf_quantizer", None) is not None
         if not quantized and not options.get("key_mapping"):
             problem = problem or _integer_problem(model, tensors, info["unexpected_keys"])
@@ -341,5 +343,5 @@ def refuse_damaged(model_class: Any, name_or_path: Any, options: dict[str, Any])
         # quantized matrices have other shapes on disk
         plain = getattr(config, "quantization_config", None) is None and options.get("quantization_config") is None
         problem = _shape_problem(model_class, config, tensors) if tensors and plain else ""
-        problem = problem or _expert_problem(tensors, config.num_experts)
+        problem = problem or _expert_problem(tensors, config)
         raise misfit(source or "state_dict", problem or error) from error

@@ -11,11 +11,12 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 def register_expert_layout(model_type: str) -> None:
     """Lets transformers write one tensor per expert (`experts.0.gate_proj.weight`) and fuse these tensors when it loads.
 
-    Servers and older tools know only the names of single experts. Biases, and the first matrices of experts without a gate,
-    stay fused on disk, because no server runs them.
+    Servers and older tools know only the names of single experts. Biases, and the first matrices of feed-forward experts
+    without a gate, stay fused on disk, because no server runs them.
     """
     # the lookahead excludes biases: transformers before 5.23 matches their longer names too when it saves
     gate, up, down = (f"mlp.experts.*.{name}_proj.weight" for name in ("gate", "up", "down"))
+    inside = "self_attn.experts"
     # the installed copy of this file registers the layout, and so does each copy that a checkpoint brings
     register_checkpoint_conversion_mapping(
         model_type,
@@ -24,6 +25,8 @@ def register_expert_layout(model_type: str) -> None:
                 [gate, up], "mlp.experts.gate_up_proj(?!_bias)", [MergeModulelist(dim=0), Concatenate(dim=1)]
             ),
             WeightConverter(down, "mlp.experts.down_proj(?!_bias)", [MergeModulelist(dim=0)]),
+            WeightConverter(f"{inside}.*.up_proj.weight", f"{inside}.up_proj", [MergeModulelist(dim=0)]),
+            WeightConverter(f"{inside}.*.down_proj.weight", f"{inside}.down_proj", [MergeModulelist(dim=0)]),
         ],
         overwrite=True,
     )

@@ -51,7 +51,7 @@ def check_choices(config: Any) -> None:
 
 
 @functools.cache
-def _catalogues(cls: type) -> dict[str, Collection[str | int]]:
+def _catalogues(cls: type) -> dict[str, Collection[str | int | None]]:
     """Returns the names that each field can have that holds one name of a catalogue."""
     declared = settings_of(cls).items()
     return {name: field.choices for name, field in declared if field.choices is not None and name not in PER_LAYER}

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
+from .attention_catalogue import attention_class
+from .model_experts import StackedExperts
 from .model_norms import norm_names
 from .router_catalogue import router_class
 
@@ -40,7 +42,24 @@ def _latent_attention_params(config: Any) -> int:
     return queries + keys + compressions + biases + heads * config.v_head_dim * hidden
 
 
-def _attention_params(config: Any) -> int:
+def _routed_attention_params(config: Any, experts: int) -> int:
+    """Returns the parameters of routed attention that had `experts` experts, and a router for all; it makes one layer of it."""
+    with torch.device("meta"):
+        attention = attention_class(config)(config, 0)
+    params = sum(parameter.numel() for parameter in attention.parameters())
+    stacked = sum(
+        parameter.numel()
+        for module in attention.modules()
+        if isinstance(module, StackedExperts)
+        for parameter in module.parameters()
+    )
+    return params - stacked + stacked // config.attention_experts * experts
+
+
+def _attention_params(config: Any, experts: int) -> int:
+    """Returns the parameters of one layer's attention, with `experts` experts where attention is routed."""
+    if config.routed_attention is not None:
+        return _routed_attention_params(config, experts)
     if config.kv_lora_rank is not None:
         return _latent_attention_params(config)
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -73,16 +92,17 @@ def _routers_params(config: Any) -> int:
 
 def count_params(config: Any) -> int:
     """Returns the number of parameters of a causal language model; a tied head counts once."""
-    return _params_with(config, config.num_experts)
+    return _params_with(config, config.num_experts, config.attention_experts)
 
 
 def count_active_params(config: Any) -> int:
     """Returns the number of parameters that one token uses: all but the routed experts that it is not sent to."""
-    return _params_with(config, min(config.num_experts_per_tok, config.num_experts))
+    experts = min(config.num_experts_per_tok, config.num_experts)
+    return _params_with(config, experts, config.attention_experts_per_tok)
 
 
-def _params_with(config: Any, experts: int) -> int:
-    """Returns the parameters of a causal language model that had `experts` experts per layer, and routers for all."""
+def _params_with(config: Any, experts: int, attention_experts: int) -> int:
+    """Returns the parameters of a causal language model that had so many experts per layer, and routers for all."""
     activation = _activation_params(config.hidden_act)
     dense = _mlp_params(config, config.intermediate_size, config.gated_mlp) + activation
     expert = _mlp_params(config, config.moe_intermediate_size, config.gated_experts, config.moe_latent_size)
@@ -95,7 +115,7 @@ def _params_with(config: Any, experts: int) -> int:
     layers = sum({"dense": dense, "sparse": sparse}[kind] for kind in config.mlp_layer_types)
     layers += _routers_params(config)
     norms = sum(len(set(norm_names(config, kind == "sparse")) - {None}) for kind in config.mlp_layer_types)
-    layers += norms * _norm_params(config) + config.num_hidden_layers * _attention_params(config)
+    layers += norms * _norm_params(config) + config.num_hidden_layers * _attention_params(config, attention_experts)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     embeddings += config.vocab_size * config.lm_head_bias
     if config.position_embedding_type == "learned":

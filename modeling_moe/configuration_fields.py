@@ -64,6 +64,11 @@ class Condition(NamedTuple):
 
 
 SPARSE = Condition(lambda config: "sparse" in config.mlp_layer_types, "give mlp_layer_types a sparse layer")
+HAS_ROUTED_ATTENTION = Condition(lambda config: config.routed_attention is not None, "set routed_attention")
+ROUTED = Condition(
+    lambda config: SPARSE.holds(config) or HAS_ROUTED_ATTENTION.holds(config),
+    f"{SPARSE.remedy} or {HAS_ROUTED_ATTENTION.remedy}",
+)
 
 
 class Setting(NamedTuple):
@@ -72,7 +77,8 @@ class Setting(NamedTuple):
     Attributes:
         help: what the field means, in sentences that need no other field's help.
         limits: the range of the number, or of the numbers of a list; None for other types.
-        choices: the names that the field, or each entry of its list, can have; None if its type says so.
+        choices: the names that the field, or each entry of its list, can have, among them None if it can be unset; None if
+            its type says so.
         effect: "function" if the logits of evaluation depend on the field; "training" if only training, bookkeeping or the
             output format do; "detail" if it refines a feature that another field switches on.
         conditions: the field is read only where all of them hold.
@@ -83,7 +89,7 @@ class Setting(NamedTuple):
 
     help: str
     limits: Range | None
-    choices: Collection[str | int] | None
+    choices: Collection[str | int | None] | None
     effect: Effect
     conditions: tuple[Condition, ...]
     by_router: bool
@@ -96,7 +102,7 @@ def setting(
     help: str,
     limits: Range | None = None,
     *,
-    choices: Collection[str | int] | None = None,
+    choices: Collection[str | int | None] | None = None,
     effect: Effect = "function",
     conditions: tuple[Condition, ...] = (),
     by_router: bool = False,
@@ -136,8 +142,12 @@ def with_effect(cls: type, effect: Effect) -> set[str]:
 
 
 def sparse_only(cls: type) -> set[str]:
-    """Returns the names of the fields of a configuration class that nothing reads unless a layer is sparse."""
-    return {name for name, declared in settings_of(cls).items() if declared.by_router or SPARSE in declared.conditions}
+    """Returns the names of the fields of a configuration class that nothing reads in a model without routers."""
+    return {
+        name
+        for name, declared in settings_of(cls).items()
+        if declared.by_router or SPARSE in declared.conditions or ROUTED in declared.conditions
+    }
 
 
 def accept_none(cls: Any) -> Any:

@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from .attention import AttentionFields
+from .attention_catalogue import ROUTED_ATTENTION, RoutedAttentionFields, check_attention_routing
 from .attention_latent import LatentAttentionFields
 from .attention_rope import RopeFields, check_numbers, check_shape, entries_of_scaling
 from .compatibility import CACHE_NAMES, __version__, saved_by_earlier_version
@@ -43,6 +44,7 @@ from .router_balancing import BalancingFields
 from .router_capacity import CapacityFields
 from .router_carried import CarriedFields
 from .router_catalogue import CatalogueFields, current_value, divide_old_coefficient, router_class
+from .router_kinds import KINDS
 from .router_losses import LossFields
 from .router_soft import SoftFields
 from .router_topk import TopKFields
@@ -62,6 +64,7 @@ class MoEConfig(
     NormFields,
     AttentionFields,
     LatentAttentionFields,
+    RoutedAttentionFields,
     ExpertFields,
     CatalogueFields,
     RouterFields,
@@ -98,7 +101,10 @@ class MoEConfig(
 
     model_type = "moe"
     _auto_class = "AutoConfig"
-    keys_to_ignore_at_inference = [*CACHE_NAMES, "aux_loss", "router_logits", "expert_load", "dropped_share"]
+    keys_to_ignore_at_inference = [
+        *(*CACHE_NAMES, "aux_loss", "dropped_share"),
+        *(name for kind in KINDS.values() for name in (kind.logits, kind.load)),
+    ]
     attribute_map = {
         "num_local_experts": "num_experts",
         "n_routed_experts": "num_experts",
@@ -224,6 +230,7 @@ class MoEConfig(
         check_choices(self)
         check_model(self)
         check_routing(self)
+        check_attention_routing(self)
 
     def validate_unread(self):
         """Refuses fields that differ from their defaults although nothing reads them; `@strict` calls it in every check."""
@@ -268,6 +275,16 @@ class MoEConfig(
     def num_router_outputs(self) -> int:
         """The number of experts that a router chooses among, null and copy experts included."""
         return self.num_experts + self.num_null_experts + self.num_copy_experts
+
+    def history_before(self, layer_idx: int) -> int:
+        """Returns the number of routers before a layer's that have a place in the cache behind the keys of all layers."""
+        return self.mlp_layer_types[:layer_idx].count("sparse")
+
+    @property
+    def attention_routing(self) -> Any:
+        """The configuration as the routers of routed attention read it."""
+        assert self.routed_attention is not None  # only routed attention has routers to read it
+        return ROUTED_ATTENTION[self.routed_attention].view(self)
 
     @property
     def has_capacity(self) -> bool:

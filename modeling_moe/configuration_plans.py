@@ -16,7 +16,24 @@ def expert_parallel_plan(config: Any) -> dict[str, str]:
 
 def tensor_parallel_plan(config: Any) -> dict[str, str]:
     """Returns the rule of tensor parallelism for each parameter or module of the base model, by its name."""
-    sparse = "sparse" in config.mlp_layer_types
+    plan, sparse = _attention_plan(config), "sparse" in config.mlp_layer_types
+    networks = [("mlp", config.gated_mlp)] * ("dense" in config.mlp_layer_types)
+    networks += [("mlp.shared_experts", config.gated_experts)] * (config.has_shared_experts and sparse)
+    for network, gated in networks:
+        plan |= {f"layers.*.{network}.{name}_proj": "colwise" for name in ["gate"] * gated + ["up"]}
+        plan[f"layers.*.{network}.down_proj"] = "rowwise"
+    if sparse and not config.mlp_bias:
+        up, split = ("gate_up_proj", "packed_colwise") if config.gated_experts else ("up_proj", "colwise")
+        plan[f"layers.*.mlp.experts.{up}"] = split
+        plan["layers.*.mlp.experts.down_proj"] = "rowwise"
+        plan["layers.*.mlp.experts"] = "moe_tp_experts"
+    return plan
+
+
+def _attention_plan(config: Any) -> dict[str, str]:
+    """Returns the part of the plan that splits attention; routed attention is computed whole by each process."""
+    if config.routed_attention is not None:
+        return {}
     # a norm over all heads needs the gathered projection
     colwise, rowwise = "colwise", "rowwise"
     if config.qk_norm == "full":
@@ -31,14 +48,4 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
         plan["layers.*.self_attn.kv_a_proj_with_mqa"] = "mla_kv_a_proj"
     if config.qk_norm == "head":
         plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
-    networks = [("mlp", config.gated_mlp)] * ("dense" in config.mlp_layer_types)
-    networks += [("mlp.shared_experts", config.gated_experts)] * (config.has_shared_experts and sparse)
-    for network, gated in networks:
-        plan |= {f"layers.*.{network}.{name}_proj": "colwise" for name in ["gate"] * gated + ["up"]}
-        plan[f"layers.*.{network}.down_proj"] = "rowwise"
-    if sparse and not config.mlp_bias:
-        up, split = ("gate_up_proj", "packed_colwise") if config.gated_experts else ("up_proj", "colwise")
-        plan[f"layers.*.mlp.experts.{up}"] = split
-        plan["layers.*.mlp.experts.down_proj"] = "rowwise"
-        plan["layers.*.mlp.experts"] = "moe_tp_experts"
     return plan

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .attention_catalogue import ROUTED_ATTENTION
 from .configuration_derived import DERIVED
 from .configuration_fields import Condition, Setting, settings_of, shown
 from .router import Router
@@ -28,7 +29,7 @@ def _conditional(cls: type) -> dict[str, tuple[Setting, Any]]:
 
 
 def routers_in_use(config: Any) -> list[type[Router]]:
-    """Returns the router classes of the sparse layers, each once; none if all layers are dense."""
+    """Returns the router classes of the sparse feed-forward networks, each once; none if all are dense."""
     hashed = {index < config.num_hash_layers for index, kind in enumerate(config.mlp_layer_types) if kind == "sparse"}
     return [router_class(config, 0 if first else None) for first in sorted(hashed)]
 
@@ -37,6 +38,8 @@ def unread_fields(config: Any) -> dict[str, str]:
     """Returns the fields that nothing reads and that ask for something, each with the remedy that makes something read it."""
     routers, values, found = routers_in_use(config), config.__dict__, {}
     read = frozenset[str]().union(*(router.reads for router in routers))
+    if config.routed_attention is not None and config.routed_attention in ROUTED_ATTENTION:
+        read |= ROUTED_ATTENTION[config.routed_attention].reads
     for name, (declared, default) in _conditional(type(config)).items():
         value = values[name]
         if value == default or value in declared.idle or (name in DERIVED and value == DERIVED[name](config)):

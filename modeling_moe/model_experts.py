@@ -8,6 +8,25 @@ from torch import nn
 from transformers import initialization as init
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .checkpoint_layout import fill_experts
+
+
+class StackedExperts(nn.Module):
+    """Base class of experts whose matrices are stacked in memory (E, rows, columns), and stored one by one on disk."""
+
+    num_experts: int
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        # `Trainer` resumes by `load_state_dict`, which does not convert the layout on disk
+        missing, errors = fill_experts(self, state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing_keys.extend(missing)
+        error_msgs.extend(errors)
+
 
 def experts_of_transformers(config: Any) -> str:
     """Returns the experts implementation that runs a model in a process where this package is not imported.

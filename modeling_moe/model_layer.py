@@ -10,13 +10,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention import MoEAttention
-from .attention_latent import MoELatentAttention
+from .attention_catalogue import attention_class
 from .compatibility import one_cache
 from .model_norms import make_norm, norm_names
 from .router import RoutingContext
+from .router_kinds import slots
 from .router_losses import TokenWeights
-from .router_statistics import LayerOutput, pack
+from .router_statistics import LayerOutput, Statistics, pack
 
 
 class MoEDecoderLayer(GradientCheckpointingLayer):
@@ -34,8 +34,8 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: Any, layer_idx: int, mlp: nn.Module):
         super().__init__()
         self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
-        attention = MoEAttention if config.kv_lora_rank is None else MoELatentAttention
-        self.self_attn = attention(config, layer_idx)
+        self.self_attn = attention_class(config)(config, layer_idx)
+        self.slots = slots(config)
         self.mlp = mlp
         self.parallel = config.norm_placement == "parallel"
         self.shares_norm = config.norm_placement == "parallel_shared"
@@ -68,30 +68,36 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         cache = one_cache(self, cache, past_key_values)
         before_attention, after_attention, before_mlp, after_mlp = self.norm_names
         states = self._normed(before_attention, hidden_states)
-        attended, _ = self.self_attn(
+        # the cache is the layer's argument: gradient checkpointing removes it from there
+        context = (routing_context or RoutingContext(len(states)))._replace(cache=cache)
+        routed: dict[str, Any] = {}
+        if self.self_attn.routed_attention is not None:
+            routed = {"routing_context": context, "token_weights": token_weights}
+        attended, _, *of_attention = self.self_attn(
             hidden_states=states,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
+            **routed,
             **kwargs,
         )
         attended = self._update(self._normed(after_attention, attended))
         residual = hidden_states if self.parallel else hidden_states + attended
-        statistics = None
+        statistics: Statistics = {"attention": of_attention[0]} if of_attention else {}
         if not self.shares_norm:
             states = self._normed(before_mlp, residual)
         if self.is_sparse:
-            # the cache is the layer's argument: gradient checkpointing removes it from there
-            context = (routing_context or RoutingContext(len(states)))._replace(cache=cache, carried=carried)
-            states, statistics, carried = self.mlp(states, context, token_weights)
+            states, of_mlp, carried = self.mlp(states, context._replace(carried=carried), token_weights)
+            if of_mlp is not None:
+                statistics["mlp"] = [of_mlp]
         else:
             states = self.mlp(states)
         states = self._update(self._normed(after_mlp, states))
         # in GPT-NeoX's order, since bf16 rounds each sum
         hidden_states = (states + attended) + residual if self.parallel else residual + states
-        return pack(LayerOutput(hidden_states, carried, statistics))
+        return pack(LayerOutput(hidden_states, carried, statistics), self.slots)
 
     def _normed(self, name: str | None, states: torch.Tensor) -> torch.Tensor:
         return states if name is None else getattr(self, name)(states)

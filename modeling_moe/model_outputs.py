@@ -3,11 +3,15 @@
 
 from dataclasses import dataclass
 from functools import wraps
+from typing import Any
 
 import torch
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils.output_capturing import OutputRecorder
 
 from .compatibility import gives_cache
+from .router import Router
+from .router_kinds import KINDS, slots
 
 
 @gives_cache
@@ -19,15 +23,20 @@ class MoEModelOutput(MoeModelOutputWithPast):
         router_loss: scalar, weighted sum of the router losses; only if the caller adds it to the loss
             (`attach_router_loss=False`).
         aux_loss: scalar without gradient, the load-balancing loss averaged over the sparse layers, as transformers defines it:
-            the number of experts per token in balance.
+            the number of experts per token in balance. With routed attention it is the sum of both averages.
         expert_load: (L, E + Z) tokens sent to each expert in each sparse layer, before capacity.
-        dropped_share: (L,) share of the assignments that capacity has dropped; None without capacity.
+        dropped_share: (L,) share of the assignments to these experts that capacity has dropped; None without capacity.
+        attention_expert_load: (L', E') tokens sent to each expert of routed attention in each layer, before capacity.
+        attention_router_logits: for each layer the router logits (T, E') of routed attention; None unless router logits were
+            asked for.
     """
 
     router_loss: torch.FloatTensor | None = None
     aux_loss: torch.FloatTensor | None = None
     expert_load: torch.FloatTensor | None = None
     dropped_share: torch.FloatTensor | None = None
+    attention_expert_load: torch.FloatTensor | None = None
+    attention_router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
 @gives_cache
@@ -37,19 +46,33 @@ class MoECausalLMOutput(MoeCausalLMOutputWithPast):
 
     expert_load: torch.FloatTensor | None = None
     dropped_share: torch.FloatTensor | None = None
+    attention_expert_load: torch.FloatTensor | None = None
+    attention_router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
-def detach_router_logits(forward):
-    """Decorates a forward so that router logits have no gradient while the model trains its router losses itself.
+def router_recorders(config: Any) -> dict[str, OutputRecorder]:
+    """Returns what transformers records as router logits, by the name of the output."""
+    kinds = [KINDS[kind] for kind in slots(config)]
+    return {kind.logits: OutputRecorder(Router, index=0, layer_name=kind.gate) for kind in kinds}
 
-    A trainer that computes a balance loss from router logits (TRL's `SFTTrainer`) would count the loss twice.
+
+def record_router_logits(forward):
+    """Decorates a forward so that `output_router_logits` asks for the router logits of every kind.
+
+    The logits have no gradient while the model trains its router losses itself: a trainer that computes a balance loss from
+    router logits (TRL's `SFTTrainer`) would count the loss twice.
     """
 
     @wraps(forward)
     def wrapper(self, *args, **kwargs):
-        outputs = forward(self, *args, **kwargs)
-        if self.training and self.has_router_losses and getattr(outputs, "router_logits", None):
-            outputs.router_logits = tuple(logits.detach() for logits in outputs.router_logits)
+        names = [KINDS[kind].logits for kind in self.slots]
+        wanted = kwargs.get("output_router_logits")
+        if wanted is None:
+            wanted = self.config.output_router_logits
+        outputs = forward(self, *args, **kwargs, **{f"output_{name}": wanted for name in names[1:]})
+        for name in names:
+            if self.training and self.has_router_losses and getattr(outputs, name, None):
+                setattr(outputs, name, tuple(logits.detach() for logits in getattr(outputs, name)))
         return outputs
 
     return wrapper

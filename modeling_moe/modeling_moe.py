@@ -26,33 +26,41 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
-from .attention import MoEAttention
+from .attention import AttentionBase
 from .attention_latent import MoELatentAttention
-from .checkpoint_layout import fill_experts, register_expert_layout
+from .checkpoint_layout import register_expert_layout
 from .compatibility import CACHE_NAMES, cache_keyword, is_paged, one_cache, refuse_unknown
 from .configuration_moe import MoEConfig
 from .model_checkpoints import CheckpointModel
 from .model_embeddings import RotaryEmbeddings, ScaledEmbedding
-from .model_experts import ExpertParameters, default_experts, detached_parameters, init_experts, merged_parameters
+from .model_experts import (
+    ExpertParameters,
+    StackedExperts,
+    default_experts,
+    detached_parameters,
+    init_experts,
+    merged_parameters,
+)
 from .model_generation import MoEGenerationMixin
 from .model_inputs import loss_weights, prepare_inputs, token_embeddings
 from .model_layer import MoEDecoderLayer
 from .model_mlp import MoEMLP
 from .model_norms import init_norm, make_norm
-from .model_outputs import MoECausalLMOutput, MoEModelOutput, detach_router_logits
-from .router import Router, Routing, RoutingContext, router_dtype
-from .router_balancing import CONTROLLERS, RouterTotals, update_routers
-from .router_capacity import Capacity
+from .model_outputs import MoECausalLMOutput, MoEModelOutput, record_router_logits, router_recorders
+from .router import Router, RoutingContext
+from .router_balancing import KindTotals, RouterTotals, update_routers
+from .router_block import Routed
 from .router_catalogue import router_class
+from .router_kinds import KINDS, slots
 from .router_losses import COEFFICIENTS, AttachLoss, TokenWeights, loss_share, predicts_label
-from .router_statistics import RouterStatistics, layer_statistics, model_statistics, unpack
+from .router_statistics import RouterStatistics, Statistics, layer_statistics, model_statistics, unpack
 
 
 # transformers looks for this decorator in the text of the file that defines the models
 @use_experts_implementation
-class ExpertsBase(nn.Module):
+class ExpertsBase(StackedExperts):
     """Routed experts in plain PyTorch, by which every other implementation is tested.
 
     Experts with a gate have `gate_up_proj` (E, 2I, H), gate first, and `down_proj` (E, H, I); experts without a gate have
@@ -77,17 +85,6 @@ class ExpertsBase(nn.Module):
             self.register_parameter(f"{self.up_name}_bias", nn.Parameter(torch.empty(self.num_experts, rows)))
             self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, hidden))
         self.act_fn = ACT2FN[config.hidden_act]
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        # `Trainer` resumes by `load_state_dict`, which does not convert the layout on disk
-        missing, errors = fill_experts(self, state_dict, prefix)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        missing_keys.extend(missing)
-        error_msgs.extend(errors)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -182,18 +179,15 @@ class MoEExperts(ExpertsBase):
         return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
-class MoEBlock(nn.Module):
+class MoEBlock(Routed, nn.Module):
     """A sparse feed-forward network: the router chooses experts for each token, and shared experts see every token."""
 
     def __init__(self, config: MoEConfig, layer_idx: int = 0):
         super().__init__()
         self.config = config
         router = router_class(config, layer_idx)
-        self.gate, self.mix = router(config, layer_idx), router.mix
-        # transformers sets the default dtype to the model's while it makes a model
-        if (dtype := router_dtype(torch.get_default_dtype())) != torch.get_default_dtype():
-            self.gate.to(dtype)
-        self.capacity = Capacity(config, layer_idx)
+        self.add_router(router, config, layer_idx, controlled=layer_idx >= config.num_hash_layers)
+        self.mix = router.mix
         self.experts = MoEExperts(config)
         # Nemotron-H's names
         self.fc1_latent_proj = self.fc2_latent_proj = None
@@ -205,16 +199,6 @@ class MoEBlock(nn.Module):
             self.shared_experts = MoEMLP(config, config.shared_expert_intermediate_size, config.gated_experts)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
-        name = config.controller
-        self.controller = None if name is None or layer_idx < config.num_hash_layers else CONTROLLERS[name]
-
-    @property
-    def router(self) -> Router:
-        """Returns the router, also where PEFT has replaced `gate` by a layer around the router."""
-        router: Any = self.gate
-        while not hasattr(router, "auxiliary_loss"):
-            router = router.base_layer
-        return router
 
     def forward(
         self,
@@ -230,9 +214,7 @@ class MoEBlock(nn.Module):
         """
         context = context or RoutingContext(hidden_states.shape[0])
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        # a wrapper or a hook of the gate may return a plain tuple
-        chosen = Routing(*self.gate(tokens, context))
-        routing = self.capacity(chosen, context, self.training)
+        chosen, routing = self.route(tokens, context)
         latents = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
         output = self.mix(self.experts, latents, routing, context, self.config)
         if self.fc2_latent_proj is not None:
@@ -271,10 +253,10 @@ class MoEPreTrainedModel(CheckpointModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # and the router logits
     _can_record_outputs = {
-        "router_logits": OutputRecorder(Router, index=0),
         "hidden_states": MoEDecoderLayer,
-        "attentions": [MoEAttention, MoELatentAttention],
+        "attentions": [AttentionBase, MoELatentAttention],
     }
 
     def __init__(self, config: MoEConfig, *args, **kwargs):
@@ -282,6 +264,7 @@ class MoEPreTrainedModel(CheckpointModel):
         config.validate()
         # torch's attention function supports neither
         self._supports_sdpa = config.attn_logit_softcapping is None and not config.attention_sinks
+        self._can_record_outputs = (type(self)._can_record_outputs or {}) | router_recorders(config)
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -289,11 +272,11 @@ class MoEPreTrainedModel(CheckpointModel):
         if init_norm(module):
             return
         super()._init_weights(module)
-        if isinstance(module, ExpertsBase):
+        if isinstance(module, StackedExperts):
             init_experts(module, self.config.initializer_range)
-        elif isinstance(module, (Router, MoEAttention)):
+        elif isinstance(module, (Router, AttentionBase)):
             module.init_weights(self.config.initializer_range)
-        elif isinstance(module, RouterTotals):
+        elif isinstance(module, KindTotals):
             for buffer in module.buffers():
                 init.zeros_(buffer)
 
@@ -351,9 +334,15 @@ class MoEModel(MoEPreTrainedModel):
         self.norm = make_norm(config)
         self.rotary_emb = RotaryEmbeddings(config)
         self.gradient_checkpointing = False
-        self.router_totals = RouterTotals(config, len(self.sparse_blocks()))
+        self.slots = slots(config)
+        self.router_totals = RouterTotals(
+            {kind: (KINDS[kind].view(config), len(self.routed_modules(kind))) for kind in self.slots}
+        )
         self._keep_in_fp32_modules_strict = {
-            f"mlp.gate.{name}" for block in self.sparse_blocks() for name in block.gate.kept_in_fp32
+            f"{KINDS[kind].gate}.{name}"
+            for kind in self.slots
+            for module in self.routed_modules(kind)
+            for name in module.gate.kept_in_fp32
         }
         # factor that a trainer puts on attached router losses, such as 1 / gradient accumulation steps
         self.router_loss_scale = 1.0
@@ -362,18 +351,23 @@ class MoEModel(MoEPreTrainedModel):
     @property
     def has_router_losses(self) -> bool:
         """Says whether any router loss has a coefficient."""
-        adds_loss = router_class(self.config).auxiliary_loss is not Router.auxiliary_loss
-        return bool(self.sparse_blocks()) and (
-            adds_loss or any(getattr(self.config, name) > 0 for name in COEFFICIENTS.values())
+        adds_loss = bool(self.sparse_blocks()) and (
+            router_class(self.config).auxiliary_loss is not Router.auxiliary_loss
         )
+        has_coefficient = any(getattr(self.config, name) > 0 for name in COEFFICIENTS.values())
+        return adds_loss or (has_coefficient and any(self.routed_modules(kind) for kind in self.slots))
 
     def sparse_blocks(self) -> list[MoEBlock]:
         """Returns the sparse feed-forward networks, from the first layer to the last."""
+        return self.routed_modules("mlp")
+
+    def routed_modules(self, kind: str) -> list[Any]:
+        """Returns the modules with routers of a kind of [`~modeling_moe.router_kinds.KINDS`], from the first layer to the last."""
         # by attributes: a layer may be wrapped
         layers: Any = self.layers
-        return [layer.mlp for layer in layers if layer.is_sparse]
+        return [module for layer in layers for module in KINDS[kind].routed(layer)]
 
-    @detach_router_logits
+    @record_router_logits
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -416,7 +410,7 @@ class MoEModel(MoEPreTrainedModel):
         hidden_states = self._embed(embeds, inputs.position_ids)
         position_embeddings = self.rotary_emb.for_each_type(hidden_states, inputs.position_ids)
 
-        statistics: list[RouterStatistics] = []
+        statistics: Statistics = {}
         carried, carries = None, router_class(self.config).carries
         # as in transformers, `layers` may be cut after the model was made
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
@@ -432,9 +426,9 @@ class MoEModel(MoEPreTrainedModel):
                 **cache_keyword(inputs.cache),
                 **kwargs,
             )
-            hidden_states, carried, of_layer = unpack(output, carries)
-            if of_layer is not None:
-                statistics.append(of_layer)
+            hidden_states, carried, of_layer = unpack(output, self.slots, carries)
+            for kind, found in of_layer.items():
+                statistics.setdefault(kind, []).extend(found)
 
         hidden_states = self.norm(hidden_states)
         routers = model_statistics(self, statistics)
@@ -536,6 +530,8 @@ class MoEForCausalLM(MoEPreTrainedModel, MoEGenerationMixin):
             router_logits=outputs.router_logits,
             expert_load=outputs.expert_load,
             dropped_share=outputs.dropped_share,
+            attention_expert_load=outputs.attention_expert_load,
+            attention_router_logits=outputs.attention_router_logits,
             **cache_keyword(outputs.cache),
         )
 

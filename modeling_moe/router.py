@@ -222,11 +222,11 @@ def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.
 
 
 def history_layer(config: Any, layer_idx: int) -> int:
-    """Returns the index of the extra cache layer in which sparse layer `layer_idx` stores its routing history.
+    """Returns the index of the extra cache layer in which a router of layer `layer_idx` stores its routing history.
 
-    The extra layers follow the attention layers, one per sparse layer.
+    The extra layers follow the layers of keys, one per router.
     """
-    return config.num_hidden_layers + config.mlp_layer_types[:layer_idx].count("sparse")
+    return config.num_hidden_layers + config.history_before(layer_idx)
 
 
 def extend_history(cache: Any, layer: int, states: torch.Tensor) -> torch.Tensor:

@@ -258,22 +258,28 @@ def update_routers(model: nn.Module) -> None:
     """
     for decoder in _decoders(model):
         totals = decoder.router_totals
-        if totals.statistics is not None and totals.statistics.numel():
-            controlled = [i for i, block in enumerate(decoder.sparse_blocks()) if block.controller is not None]
-            routers = [decoder.sparse_blocks()[i].router for i in controlled]
-            statistics = all_ranks(totals.statistics)[controlled]
-            if statistics.any():
-                decoder.sparse_blocks()[controlled[0]].controller.step(routers, statistics)
-        if totals.dropped is not None:
-            dropped, assigned = all_ranks(totals.dropped).tolist()
-            if dropped > 0.1 * assigned:
-                totals.warn_once(
-                    "dropped",
-                    f"{dropped / assigned:.0%} of the experts' assignments were dropped: raise the capacity, or balance "
-                    "the load (router_aux_loss_coef, router_controller).",
-                )
+        for kind, of_kind in totals.kinds.items():
+            _step_controllers(decoder.routed_modules(kind), of_kind)
+            if of_kind.dropped is not None:
+                dropped, assigned = all_ranks(of_kind.dropped).tolist()
+                if dropped > 0.1 * assigned:
+                    totals.warn_once(
+                        "dropped",
+                        f"{dropped / assigned:.0%} of the experts' assignments were dropped: raise the capacity, or "
+                        "balance the load (router_aux_loss_coef, router_controller).",
+                    )
         totals.reset()
         totals.awaits_update = False
+
+
+def _step_controllers(modules: list[Any], totals: "KindTotals") -> None:
+    """Steps the controllers of the routed modules of one kind with the observations of all ranks."""
+    if totals.statistics is None or not totals.statistics.numel():
+        return
+    controlled = [i for i, module in enumerate(modules) if module.controller is not None]
+    statistics = all_ranks(totals.statistics)[controlled]
+    if statistics.any():
+        modules[controlled[0]].controller.step([modules[i].router for i in controlled], statistics)
 
 
 def forget_counts(model: nn.Module) -> None:
@@ -358,7 +364,8 @@ def warn_of_unused(model: nn.Module) -> None:
     """
     for decoder in _decoders(model):
         totals = decoder.router_totals
-        counted = [x for x in (totals.statistics, totals.load) if x is not None and not x.is_meta and bool(x.any())]
+        observed = [x for of_kind in totals.kinds.values() for x in (of_kind.statistics, of_kind.load)]
+        counted = [x for x in observed if x is not None and not x.is_meta and bool(x.any())]
         if totals.awaits_update and counted and (totals.versions is None or totals.stepped(decoder)):
             totals.warn_once("forgotten", FORGOTTEN)
 
@@ -375,22 +382,20 @@ class StepLoad(NamedTuple):
     tokens: torch.Tensor
 
 
-class RouterTotals(nn.Module):
-    """The statistics of the sparse layers since the last optimizer step, as buffers that no checkpoint holds.
+class KindTotals(nn.Module):
+    """The statistics of the routers of one kind since the last optimizer step, as buffers that no checkpoint holds.
 
     Args:
-        config: the model's configuration.
-        layers: number L of sparse layers.
+        config: the configuration as the routers read it.
+        routers: number L of routers.
 
     Attributes:
+        routing_config: the configuration as the routers read it.
         statistics: (L, n) observations of the controllers; None without controllers.
         load: (L, E + Z) tokens sent to each expert on all ranks; None unless the balance loss is global.
         tokens: (L,) tokens on all ranks; None unless the balance loss is global.
         dropped: (2,) assignments dropped by capacity, and assignments made; None without capacity.
         load_of_step: load of the whole optimizer step where it is known beforehand ([`exact_global_balance`]), or None.
-        counts_without_grad: whether a pass without gradient counts too.
-        awaits_update: whether the model needs [`update_routers`] and nothing has called it yet.
-        versions: [`parameter_versions`] of the decoder in the last pass; None before the first pass.
     """
 
     statistics: torch.Tensor | None
@@ -398,14 +403,15 @@ class RouterTotals(nn.Module):
     tokens: torch.Tensor | None
     dropped: torch.Tensor | None
 
-    def __init__(self, config: Any, layers: int):
+    def __init__(self, config: Any, routers: int):
         super().__init__()
+        self.routing_config = config
         controller = None if config.controller is None else CONTROLLERS[config.controller]
         outputs, is_global = config.num_router_outputs, config.router_aux_loss_scope == "global"
         shapes: dict[str, tuple[int, ...] | None] = {
-            "statistics": None if controller is None else (layers, controller.size(outputs)),
-            "load": (layers, outputs) if is_global else None,
-            "tokens": (layers,) if is_global else None,
+            "statistics": None if controller is None else (routers, controller.size(outputs)),
+            "load": (routers, outputs) if is_global else None,
+            "tokens": (routers,) if is_global else None,
             "dropped": (2,) if config.has_capacity else None,
         }
         for name, shape in shapes.items():
@@ -414,18 +420,9 @@ class RouterTotals(nn.Module):
             else:
                 self.register_buffer(name, torch.zeros(shape, dtype=torch.float32), persistent=False)
         self.load_of_step: StepLoad | None = None
-        self.counts_without_grad = False
-        self.awaits_update = controller is not None or is_global
-        self.versions: dict[int, ParameterVersion] | None = None
-        self.warned: set[str] = set()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.versions is not None:
-            self.versions = {}  # loading a state dict writes to the parameters, and is not an optimizer step
-        super()._load_from_state_dict(*args, **kwargs)
 
     def add(self, statistics: torch.Tensor | None, dropped: torch.Tensor | None) -> None:
-        """Adds the controllers' observations (L, n) and the layers' dropped and made assignments (L, 2) of one pass."""
+        """Adds the controllers' observations (L, n) and the routers' dropped and made assignments (L, 2) of one pass."""
         if self.statistics is not None and statistics is not None:
             self.statistics += statistics.detach().to(self.statistics)
         if self.dropped is not None and dropped is not None:
@@ -447,6 +444,35 @@ class RouterTotals(nn.Module):
             self.load.copy_(step.load)
             self.tokens.copy_(step.tokens)
         return step
+
+
+class RouterTotals(nn.Module):
+    """The statistics of a decoder's routers since the last optimizer step, and what is known of the optimizer's steps.
+
+    Args:
+        kinds: kind of routers -> the configuration as they read it, and their number.
+
+    Attributes:
+        kinds: kind of routers -> [`KindTotals`].
+        counts_without_grad: whether a pass without gradient counts too.
+        awaits_update: whether the model needs [`update_routers`] and nothing has called it yet.
+        versions: [`parameter_versions`] of the decoder in the last pass; None before the first pass.
+    """
+
+    kinds: Any
+
+    def __init__(self, kinds: dict[str, tuple[Any, int]]):
+        super().__init__()
+        self.kinds = nn.ModuleDict({kind: KindTotals(config, number) for kind, (config, number) in kinds.items()})
+        self.counts_without_grad = False
+        self.awaits_update = any(x.statistics is not None or x.load is not None for x in self.kinds.values())
+        self.versions: dict[int, ParameterVersion] | None = None
+        self.warned: set[str] = set()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.versions is not None:
+            self.versions = {}  # loading a state dict writes to the parameters, and is not an optimizer step
+        super()._load_from_state_dict(*args, **kwargs)
 
     def stepped(self, decoder: nn.Module) -> bool:
         """Says whether a parameter that was trained in the last pass, and still is, has been written to since."""
@@ -497,11 +523,13 @@ def exact_global_balance(model: nn.Module, batches: Iterable[dict[str, Any]]) ->
         for decoder in decoders:
             totals = decoder.router_totals
             totals.counts_without_grad = False
-            if totals.load is not None:
-                totals.load_of_step = StepLoad(totals.load.clone(), totals.tokens.clone())
+            for of_kind in totals.kinds.values():
+                if of_kind.load is not None:
+                    of_kind.load_of_step = StepLoad(of_kind.load.clone(), of_kind.tokens.clone())
             totals.reset()
         yield
     finally:
         for decoder in decoders:
             decoder.router_totals.counts_without_grad = False
-            decoder.router_totals.load_of_step = None
+            for of_kind in decoder.router_totals.kinds.values():
+                of_kind.load_of_step = None

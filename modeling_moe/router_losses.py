@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .configuration_fields import COEFFICIENT, SPARSE, setting
+from .configuration_fields import COEFFICIENT, ROUTED, setting
 from .router import Routing, RoutingContext, expert_load, masked_mean, num_real_tokens
 
 
@@ -76,7 +76,7 @@ class LossFields:
         "has in transformers: perfect balance gives a loss of num_experts_per_tok.",
         COEFFICIENT,
         effect="training",
-        conditions=(SPARSE,),
+        conditions=(ROUTED,),
         idle=(0,),
     )
     router_aux_loss_scope: Literal["sequence", "batch", "global"] = setting(
@@ -92,7 +92,7 @@ class LossFields:
         "The coefficient of the z-loss of router logits in training (ST-MoE, arXiv:2202.08906, eq. 5).",
         COEFFICIENT,
         effect="training",
-        conditions=(SPARSE,),
+        conditions=(ROUTED,),
         idle=(0,),
     )
     router_seq_aux_loss_coef: float | int = setting(
@@ -100,14 +100,14 @@ class LossFields:
         "The coefficient of DeepSeek-V3's balance loss over each sequence in training; the paper uses 1e-4.",
         COEFFICIENT,
         effect="training",
-        conditions=(SPARSE,),
+        conditions=(ROUTED,),
     )
     router_importance_loss_coef: float | int = setting(
         0.0,
         "The coefficient of the importance loss in training (Shazeer et al., arXiv:1701.06538); the paper uses 0.1.",
         COEFFICIENT,
         effect="training",
-        conditions=(SPARSE,),
+        conditions=(ROUTED,),
     )
     router_load_loss_coef: float | int = setting(
         0.0,
@@ -123,7 +123,7 @@ class LossFields:
         "1e-4.",
         COEFFICIENT,
         effect="training",
-        conditions=(SPARSE,),
+        conditions=(ROUTED,),
     )
 
 

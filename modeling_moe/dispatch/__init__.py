@@ -10,10 +10,13 @@ import functools
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..attention_experts import PROJECTIONS
 from .backends import NAMES
+from .halves import OperatorProjections
 from .interface import (
     HeldExperts,
     PreparedCall,
+    attends,
     backend_of,
     check_arguments,
     experts_forward,
@@ -27,8 +30,10 @@ from .rounds import by_slot, expert_of_slot, index_in_round
 
 
 ALL_EXPERTS_FUNCTIONS.register("moe", experts_forward)
+PROJECTIONS["moe"] = OperatorProjections
 for _backend in NAMES:
     ALL_EXPERTS_FUNCTIONS.register(f"moe_{_backend}", functools.partial(experts_forward, backend=_backend))
+    PROJECTIONS[f"moe_{_backend}"] = functools.partial(OperatorProjections, backend=_backend)
 
 __all__ = [
     "NAMES",
@@ -37,6 +42,7 @@ __all__ = [
     "HeldExperts",
     "Needs",
     "PreparedCall",
+    "attends",
     "backend_of",
     "by_slot",
     "check_arguments",

@@ -24,5 +24,7 @@ def refuse_vllm(config: Any) -> None:
     reason = row_dependence(config, training=False)
     if reason is None and config.attention_sinks:
         reason = "attention_sinks is set, which vLLM does not find in this package's attention"
+    if reason is None and config.routed_attention is not None:
+        reason = "routed_attention is set, whose experts vLLM would take for those of a feed-forward network"
     if reason is not None:
         raise ValueError(f"vLLM would change the text, because {reason}: call `generate` of transformers instead.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attention import AttentionFields
+from ..attention_catalogue import RoutedAttentionFields
 from ..attention_latent import LatentAttentionFields
 from ..attention_rope import RopeFields
 from ..configuration_fields import Setting, settings_of, type_name
@@ -49,6 +50,7 @@ TITLES: dict[type, str] = {
     NormFields: "Norms",
     AttentionFields: "Attention",
     LatentAttentionFields: "Latent attention",
+    RoutedAttentionFields: "Routed attention",
     ExpertFields: "Experts",
     CatalogueFields: "Router type",
     RouterFields: "Router",

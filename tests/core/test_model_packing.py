@@ -130,7 +130,7 @@ def test_a_mask_that_numbers_the_sequences_weighs_all_tokens_alike(name):
         model = packed_model(name, training=True)
         model.model.router_loss_scale = 1.0
         even = model(IDS, attention_mask=mask, labels=IDS, use_cache=False)
-        totals = model.model.router_totals.statistics
+        totals = model.model.router_totals.kinds["mlp"].statistics
         results.append((even.loss, even.aux_loss, even.logits, *([] if totals is None else [totals])))
         torch.manual_seed(0)
     for value, expected in zip(results[1], results[0], strict=True):

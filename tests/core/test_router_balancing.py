@@ -27,7 +27,7 @@ def blocks(model):
 
 def test_step_by_hand():
     model = MoEForCausalLM(tiny_config(**FIELDS))
-    statistics = model.model.router_totals.statistics
+    statistics = model.model.router_totals.kinds["mlp"].statistics
     statistics[0] = torch.tensor([4.0, 0.0, 2.0, 2.0, 2.0])
     model.update_routers()
     expected = torch.tensor([-0.001, 0.001, 0.0, 0.0, 0.0])
@@ -45,13 +45,13 @@ def test_load_is_counted_once_and_over_micro_batches(checkpointing):
     mask[0, :3] = 0
     for _ in range(2):
         model(IDS, attention_mask=mask, labels=IDS).loss.backward()
-    assert model.model.router_totals.statistics.sum(dim=-1).tolist() == [2 * 3 * mask.sum()] * 2
+    assert model.model.router_totals.kinds["mlp"].statistics.sum(dim=-1).tolist() == [2 * 3 * mask.sum()] * 2
 
 
 def test_evaluation_counts_nothing():
     model = MoEForCausalLM(tiny_config(**FIELDS)).eval()
     model(IDS, labels=IDS, output_router_logits=True)
-    assert not model.model.router_totals.statistics.any()
+    assert not model.model.router_totals.kinds["mlp"].statistics.any()
 
 
 def test_it_balances():
@@ -80,14 +80,14 @@ def test_models_without_bias_are_left_alone():
 def test_bias_is_saved_in_fp32_and_its_counter_is_not(tmp_path):
     model = MoEForCausalLM(tiny_config(**FIELDS))
     blocks(model)[0].gate.e_score_correction_bias.fill_(0.123456789)
-    model.model.router_totals.statistics.fill_(3)
+    model.model.router_totals.kinds["mlp"].statistics.fill_(3)
     model.save_pretrained(tmp_path)
     loaded = MoEForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(
         blocks(loaded)[0].gate.e_score_correction_bias, torch.full((5,), 0.123456789, dtype=torch.float32)
     )
     assert loaded.lm_head.weight.dtype == torch.bfloat16
-    assert not loaded.model.router_totals.statistics.any()
+    assert not loaded.model.router_totals.kinds["mlp"].statistics.any()
 
 
 def train(model, steps: int = 2, accumulate: int = 1, update: bool = False, optimizer=torch.optim.AdamW):
@@ -175,7 +175,7 @@ def test_passes_without_a_step_give_no_alarm_whatever_comes_between(between, cap
     model.zero_grad()
     model.train()(IDS, labels=IDS)
     model.save_pretrained(tmp_path)
-    assert model.model.router_totals.statistics.any()
+    assert model.model.router_totals.kinds["mlp"].statistics.any()
     assert FORGOTTEN not in caplog.text
 
 
@@ -214,7 +214,7 @@ def test_a_model_saved_after_its_only_step_warns_once(compiled, caplog, tmp_path
 def test_dropped_assignments_are_said_once_for_each_model_whatever_the_share(caplog):
     for model in (MoEForCausalLM(tiny_config(capacity_factor=1.0)) for _ in range(2)):
         for dropped in (20.0, 30.0, 40.0):
-            model.model.router_totals.dropped.copy_(torch.tensor([dropped, 100.0]))
+            model.model.router_totals.kinds["mlp"].dropped.copy_(torch.tensor([dropped, 100.0]))
             update_routers(model)
     said = [record.getMessage() for record in caplog.records if "assignments were dropped" in record.getMessage()]
     assert [message.partition(" of")[0] for message in said] == ["20%", "20%"]

@@ -51,7 +51,7 @@ def test_sinkhorns_iterations_are_enough_for_its_choice():
 def test_drops_are_warned_of_above_a_tenth(dropped, warned, caplog):
     model = MoEForCausalLM(tiny_config(capacity_factor=4.0, router_aux_loss_coef=0.0))
     model.train()(torch.arange(3, 15)[None])
-    model.model.router_totals.dropped = torch.tensor([float(dropped), 100.0])
+    model.model.router_totals.kinds["mlp"].dropped = torch.tensor([float(dropped), 100.0])
     with caplog.at_level(logging.WARNING):
         update_routers(model)
     assert (f"{dropped}% of the experts' assignments were dropped" in caplog.text) == warned

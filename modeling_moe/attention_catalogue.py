@@ -1,0 +1,65 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module lists the forms of attention with a router, by the names that `routed_attention` can have."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .attention import PLAIN, AttentionBase, MoEAttention
+from .attention_latent import MoELatentAttention
+from .attention_moa import MixtureOfAttentionHeads
+from .attention_routed import RoutedAttention
+from .configuration_fields import HAS_ROUTED_ATTENTION, Range, setting
+
+
+# routed_attention -> class
+ROUTED_ATTENTION: dict[str, type[RoutedAttention]] = {
+    "moa": MixtureOfAttentionHeads,
+}
+
+
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class RoutedAttentionFields:
+    """These fields configure routers inside attention."""
+
+    routed_attention: str | None = setting(
+        None,
+        "The form of attention in which a router chooses what each token uses, in all layers; None means plain attention. "
+        '"moa": the query and output projections are experts, keys and values are shared (JetMoE).',
+        choices=(None, *ROUTED_ATTENTION),
+        conditions=(PLAIN,),
+    )
+    attention_experts: int = setting(
+        8,
+        "The number of experts of routed attention in each layer.",
+        Range(1, 2**16),
+        conditions=(HAS_ROUTED_ATTENTION,),
+    )
+    attention_experts_per_tok: int = setting(
+        2,
+        "The number of experts of routed attention that a token uses. They share the num_attention_heads query heads.",
+        Range(1, 2**16),
+        conditions=(HAS_ROUTED_ATTENTION,),
+    )
+
+
+def attention_class(config: Any) -> type[AttentionBase] | type[MoELatentAttention]:
+    """Returns the class of the attention of all layers."""
+    if config.routed_attention is not None:
+        return ROUTED_ATTENTION[config.routed_attention]
+    return MoEAttention if config.kv_lora_rank is None else MoELatentAttention
+
+
+def check_attention_routing(config: Any) -> None:
+    """Checks the fields of routed attention against each other.
+
+    Raises:
+        ValueError: for fields that contradict each other.
+    """
+    if config.routed_attention is None:
+        return
+    experts, top_k = config.attention_experts, config.attention_experts_per_tok
+    if top_k > experts:
+        raise ValueError(
+            f"attention_experts_per_tok is {top_k}: it must lie between 1 and attention_experts ({experts})."
+        )
+    ROUTED_ATTENTION[config.routed_attention].validate(config)

@@ -1,0 +1,119 @@
+# Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
+"""This module defines the base class of attention whose heads, or parts of them, a router chooses for each token."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import AttentionBase, eager_attention_with_sinks
+from .router import CAPACITY_READS
+from .router_block import Routed
+from .router_view import Replaced, RoutingView
+
+
+# fields declared with `by_router` that the routers of attention read: those of training, balance and capacity
+READS = CAPACITY_READS | {
+    "router_jitter_noise",
+    "router_aux_loss_scope",
+    "router_selection_bias",
+    "router_selection_bias_on",
+}
+# attribute -> what the routers of attention read in its place; a variant adds what its paper fixes
+_OWN: Replaced = {
+    "num_experts": lambda config: config.attention_experts,
+    "num_experts_per_tok": lambda config: config.attention_experts_per_tok,
+    "expected_experts_per_tok": lambda config: config.attention_experts_per_tok,
+    "router_type": lambda config: "topk",
+    "num_hash_layers": lambda config: 0,
+    # the routers of feed-forward networks store what they must remember first, behind the keys of all layers
+    "history_before": lambda config: lambda layer: config.mlp_layer_types.count("sparse") + layer,
+}
+
+
+def eager_attention_with_given_sinks(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    s_aux: torch.Tensor,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes gpt-oss's eager attention with the sinks `s_aux` (heads,) in the place of the module's own."""
+    given: Any = SimpleNamespace(
+        sinks=s_aux, num_key_value_groups=module.num_key_value_groups, training=module.training
+    )
+    return eager_attention_with_sinks(given, query, key, value, *args, **kwargs)
+
+
+class RoutedAttention(Routed, AttentionBase):
+    """Base class of attention with a router, which reads the layer's own input.
+
+    A variant is a subclass in `modeling_moe.attention_catalogue.ROUTED_ATTENTION`. Its forward takes
+    `routing_context` and `token_weights` beside the arguments of [`~modeling_moe.attention.MoEAttention`], and returns the statistics of its
+    routers as a third value: a list, empty if `token_weights` is None.
+    """
+
+    # by_router fields that the variant's routers read
+    reads: ClassVar[frozenset[str]] = READS
+    # attribute of the configuration -> what the variant's routers read in its place
+    replaced: ClassVar[Replaced] = {}
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if config.attention_sinks:
+            self.eager = eager_attention_with_given_sinks
+
+    @classmethod
+    def view(cls, config: Any) -> RoutingView:
+        """Returns the configuration as the variant's routers read it."""
+        return RoutingView(config, _OWN | cls.replaced, cls.reads)
+
+    @classmethod
+    def validate(cls, config: Any) -> None:
+        """Checks a configuration that chooses this variant.
+
+        Raises:
+            ValueError: if the variant cannot serve the configuration; the message names the field and the remedy.
+        """
+
+    def call_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+        sinks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Calls the attention function, once for all heads.
+
+        Args:
+            query: (B, heads, S, D).
+            key, value: (B, G, S', D) and (B, G, S', D').
+            attention_mask: mask of transformers for the attention implementation.
+            kwargs: further keyword arguments of the attention function.
+            sinks: (heads,) the sink of each query head; None without sinks.
+
+        Returns:
+            (B, S, heads, D'), and from eager attention the probabilities (B, heads, S, S').
+        """
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, self.eager
+        )
+        return attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **self.extras,
+            **({} if sinks is None else {"s_aux": sinks}),
+            **kwargs,
+        )
