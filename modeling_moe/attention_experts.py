@@ -49,7 +49,7 @@ class SortedProjections:
         """Returns (T, K, N), as [`Projections.each`] describes it."""
         rows = self._product(name, states)
         rows = torch.empty_like(rows).index_copy(0, self.assignment, rows)
-        return rows.view(self.tokens, self.top_k, -1).to(states.dtype)
+        return rows.view(self.tokens, self.top_k, rows.shape[1]).to(states.dtype)
 
     def weighted_sum(self, name: str, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Returns (T, N), summed in fp32 or fp64, as [`Projections.weighted_sum`] describes it."""

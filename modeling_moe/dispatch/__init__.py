@@ -10,7 +10,9 @@ import functools
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..attention_experts import PROJECTIONS
 from .backends import NAMES
+from .halves import OperatorProjections
 from .interface import (
     HeldExperts,
     PreparedCall,
@@ -27,8 +29,10 @@ from .rounds import by_slot, expert_of_slot, index_in_round
 
 
 ALL_EXPERTS_FUNCTIONS.register("moe", experts_forward)
+PROJECTIONS["moe"] = OperatorProjections
 for _backend in NAMES:
     ALL_EXPERTS_FUNCTIONS.register(f"moe_{_backend}", functools.partial(experts_forward, backend=_backend))
+    PROJECTIONS[f"moe_{_backend}"] = functools.partial(OperatorProjections, backend=_backend)
 
 __all__ = [
     "NAMES",

@@ -5,13 +5,17 @@
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from .expert_order import ExpertOrder, order_by_expert
 from .problem import Combined, ExpertsProblem, Gradients, Needs
 from .rounds import GatheredRounds, Rounds
+
+
+if TYPE_CHECKING:
+    from .backends.grouped_passes import Products
 
 
 # the most tokens, and the most assignments, that `decode` is called with
@@ -87,6 +91,19 @@ class Backend(ABC):
             index: (T, K) expert ids. An id outside [0, E) marks an empty assignment.
         """
         raise NotImplementedError(f"Back end {self.name} cannot decode: call forward.")
+
+    def multiplies(self, states: torch.Tensor, matrices: torch.Tensor) -> bool:
+        """Returns True if `products` can multiply states (., M) by experts' matrices (E, N, M) one by one."""
+        return False
+
+    def products(self, order: ExpertOrder, top_k: int) -> "Products":
+        """Returns the products with experts' matrices one by one, for experts of which a layer computes half at a time.
+
+        Args:
+            order: the expert order of T * K assignments.
+            top_k: the number K of experts per token.
+        """
+        raise NotImplementedError(f"Back end {self.name} computes whole experts alone: ask `multiplies` first.")
 
     def rounds(self, problem: ExpertsProblem, index: torch.Tensor, decode: bool) -> Rounds:
         """Returns what computes a pass in rounds of some experts each, in ascending order of their ids.

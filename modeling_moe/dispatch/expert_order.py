@@ -44,6 +44,12 @@ def row_of_assignment(assignment: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(assignment).scatter_(0, assignment.long(), rows)
 
 
+def by_assignment(rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    """Returns rows (A, N) in the order of the assignments, 0 in an empty assignment, whatever its row holds."""
+    row = row_of_assignment(order.assignment)
+    return torch.where((row < order.offsets[-1])[:, None], rows[row], 0)
+
+
 def expert_of_row(order: ExpertOrder) -> torch.Tensor:
     """Returns the expert of each row, (A,). Rows of empty assignments get expert E - 1."""
     rows = torch.arange(len(order.assignment), device=order.assignment.device, dtype=torch.int32)

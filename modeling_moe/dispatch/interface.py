@@ -16,7 +16,7 @@ from .backend import DECODE_ASSIGNMENTS, DECODE_TOKENS, Backend
 from .backends import NAMES, choose
 from .backends.grouped_mm import takes_rows
 from .low_rank import LowRank
-from .operator import decode, experts, experts_decode
+from .operator import decode, experts, experts_decode, is_plain
 from .problem import ExpertsProblem
 from .recognition import ActivationChoice, recognise
 
@@ -134,16 +134,6 @@ def _decodes(backend: Backend, problem: ExpertsProblem) -> bool:
     return few and backend.decodes(problem) and not problem.requires_grad()
 
 
-def _is_plain(x: torch.Tensor) -> bool:
-    """Returns True if `x` is a plain, materialised tensor: not meta, fake or a subclass, and not under `torch.compile`
-    or tracing.
-
-    transformers' `is_tracing` asks for more, and takes a tenth of the time of a small expert.
-    """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return type(x) is torch.Tensor and not x.is_meta and not traced
-
-
 def backend_of(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, backend: str | None = None
 ) -> str:
@@ -223,7 +213,7 @@ def experts_forward(
     if call.matrix_dtype is not None:
         problem = problem.with_matrices_in(call.matrix_dtype)
     if call.decodes:
-        plain = _is_plain(problem.x)
+        plain = is_plain(problem.x)
         output = decode(problem, index, chosen) if plain else experts_decode(*problem.flatten(), index, chosen.name)
     else:
         output = experts(*problem.with_dropout().flatten(), index, chosen.name, call.keeps_h)[0]

@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """The back ends compute the experts: native C, Triton kernels, torch's grouped GEMM, and a loop over experts."""
 
+import torch
+
 from ..backend import Backend
 from ..problem import ExpertsProblem
 from .grouped_mm import GroupedMMBackend
@@ -24,6 +26,25 @@ BACKENDS: dict[str, Backend] = {
     "grouped_mm": GroupedMMBackend(),
     "loop": LoopBackend(),
 }
+
+
+def choose_products(asked: str | None, states: torch.Tensor, matrices: torch.Tensor) -> Backend:
+    """Returns the back end that multiplies by the experts' matrices one by one: the one asked for, or the first default.
+
+    Args:
+        asked: a key of `BACKENDS`, or None. A back end that computes whole experts alone is not taken.
+        states: (., M) in the dtype of the products.
+        matrices: (E, N, M).
+    """
+    if asked in BACKENDS and BACKENDS[asked].multiplies(states, matrices):
+        return BACKENDS[asked]
+    device = states.device.type
+    return next(
+        backend
+        for backend in BACKENDS.values()
+        if (backend.default_devices is None or device in backend.default_devices)
+        and backend.multiplies(states, matrices)
+    )
 
 
 def choose(asked: str | None, problem: ExpertsProblem) -> Backend:

@@ -12,9 +12,9 @@ import torch
 from torch.nn.functional import grouped_mm
 
 from ..backend import Backend
-from ..expert_order import ExpertOrder, expert_of_row, row_of_assignment
+from ..expert_order import ExpertOrder, by_assignment, expert_of_row
 from ..problem import Combined, ExpertsProblem, Gradients, Needs
-from .grouped_passes import GroupedPass, Products, Side
+from .grouped_passes import GroupedPass, LayerProducts, Side
 
 
 def takes_rows(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> bool:
@@ -51,8 +51,16 @@ class GroupedMMBackend(Backend):
         """Computes gradients as described at [`~modeling_moe.dispatch.backend.Backend.backward`]."""
         return GroupedPass(problem, _GroupedProducts(order, problem.top_k), needs).backward(grad, h)
 
+    def multiplies(self, states: torch.Tensor, matrices: torch.Tensor) -> bool:
+        """Returns True if torch's grouped product takes the dtype and the sizes."""
+        return takes_rows(states, matrices, matrices)
 
-class _GroupedProducts(Products):
+    def products(self, order: ExpertOrder, top_k: int) -> LayerProducts:
+        """Returns the products of an order, as [`~modeling_moe.dispatch.backend.Backend.products`] describes them."""
+        return _GroupedProducts(order, top_k)
+
+
+class _GroupedProducts(LayerProducts):
     """_GroupedProducts implements [`Products`] by `grouped_mm`. It gathers each source once."""
 
     def __init__(self, order: ExpertOrder, top_k: int):
@@ -91,7 +99,5 @@ class _GroupedProducts(Products):
         return total.index_add_(0, expert, rows.float())[:-1].to(like.dtype)
 
     def combine(self, rows: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        row = row_of_assignment(self.order.assignment)
-        served = (row < self.order.offsets[-1])[:, None]
-        rows = torch.where(served, rows[row], 0).float().view(-1, self.top_k, rows.shape[-1])
+        rows = by_assignment(rows, self.order).float().view(-1, self.top_k, rows.shape[-1])
         return rows.sum(dim=1) if weight is None else (rows * weight[..., None]).sum(dim=1)

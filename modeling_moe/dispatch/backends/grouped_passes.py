@@ -48,12 +48,16 @@ class Products(Protocol):
         """
         ...
 
-    def bias_gradient(self, rows: torch.Tensor, weight: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """Sums each expert's rows (A, N), or `weight` (T, K) times `rows` (T, N), into a tensor like `like` (E, N)."""
+    def combine(self, rows: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """Sums each token's rows of (A, H) in fp32 or fp64, times `weight` (T, K) if it is given: (T, H)."""
         ...
 
-    def combine(self, rows: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """Sums each token's rows of (A, H) in fp32, times `weight` (T, K) if it is given: (T, H)."""
+
+class LayerProducts(Products, Protocol):
+    """LayerProducts is what the passes of whole experts need besides."""
+
+    def bias_gradient(self, rows: torch.Tensor, weight: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """Sums each expert's rows (A, N), or `weight` (T, K) times `rows` (T, N), into a tensor like `like` (E, N)."""
         ...
 
 
@@ -124,10 +128,17 @@ class GroupedUpdate(Update[torch.Tensor]):
         return self.result
 
 
+def add_update(products: Products, product: torch.Tensor, addition: Addition) -> torch.Tensor:
+    """Adds an update's part to a product in place."""
+    rows = products.rows(addition.narrow, addition.factor, None).mul_(addition.scaling)
+    product += rows if addition.kept is None else rows.mul_(addition.kept)
+    return product
+
+
 class GroupedPass:
     """GroupedPass computes one forward or one backward by a back end's grouped products."""
 
-    def __init__(self, problem: ExpertsProblem, products: Products, needs: Needs):
+    def __init__(self, problem: ExpertsProblem, products: LayerProducts, needs: Needs):
         self.problem, self.products, self.needs = problem, products, needs
 
         def update(low_rank: LowRank | None, gather: bool, needs: tuple[bool, bool]) -> GroupedUpdate | None:
@@ -139,10 +150,7 @@ class GroupedPass:
         self.down_update = update(problem.down_update, False, needs.down_factors)
 
     def _add(self, product: torch.Tensor, addition: Addition) -> torch.Tensor:
-        """Adds an update's part to a product in place."""
-        rows = self.products.rows(addition.narrow, addition.factor, None).mul_(addition.scaling)
-        product += rows if addition.kept is None else rows.mul_(addition.kept)
-        return product
+        return add_update(self.products, product, addition)
 
     def _project_up(self) -> torch.Tensor:
         """Computes h (A, C)."""

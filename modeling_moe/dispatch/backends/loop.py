@@ -21,6 +21,7 @@ from ..rounds import Rounds, SummedRounds
 from .cpu_memory import Scratch, in_huge_pages, math_dtype
 from .loop_decode import DecodedRows, decode
 from .loop_gradients import Chunk, ChunkRows, ChunkUpdate, WeightGradient, add_to
+from .loop_products import LoopProducts
 
 
 class LoopBackend(Backend):
@@ -74,6 +75,14 @@ class LoopBackend(Backend):
         """Computes gradients as described at [`~modeling_moe.dispatch.backend.Backend.add_gradients`]."""
         problem.refuse_gradients_of_slots(needs)
         return _Backward(problem, order, self._split(problem, order), grad, needs, grad_x).run(h)
+
+    def multiplies(self, states: torch.Tensor, matrices: torch.Tensor) -> bool:
+        """Returns True if asked: the loop serves any device and dtype."""
+        return True
+
+    def products(self, order: ExpertOrder, top_k: int) -> LoopProducts:
+        """Returns the products of an order, as [`~modeling_moe.dispatch.backend.Backend.products`] describes them."""
+        return LoopProducts(order, top_k, self.product_dtype)
 
     def rounds(self, problem: ExpertsProblem, index: torch.Tensor, decode: bool) -> Rounds:
         """Returns rounds as described at [`~modeling_moe.dispatch.backend.Backend.rounds`]."""

@@ -22,7 +22,8 @@ from ..cpu_memory import in_huge_pages
 from ..loop_gradients import rank_first, rank_last
 from . import structures
 from .compiling import native_library
-from .structures import NATIVE_ACTIVATIONS, Matrices
+from .products import NativeProducts
+from .structures import NATIVE_ACTIVATIONS, Matrices, with_lines
 
 
 class NativeBackend(Backend):
@@ -65,6 +66,14 @@ class NativeBackend(Backend):
         output = in_huge_pages(problem.x.new_empty(problem.x.shape, dtype=torch.float32)).zero_()
         h = self._forward(problem, order, output, keep_h)
         return Combined(output.to(problem.x.dtype), h)
+
+    def multiplies(self, states: torch.Tensor, matrices: torch.Tensor) -> bool:
+        """Returns True if there is a library for the dtype."""
+        return self.reason_unavailable(states.device, states.dtype) is None
+
+    def products(self, order: ExpertOrder, top_k: int) -> NativeProducts:
+        """Returns the products of an order, as [`~modeling_moe.dispatch.backend.Backend.products`] describes them."""
+        return NativeProducts(order, top_k, self._library)
 
     def rounds(self, problem: ExpertsProblem, index: torch.Tensor, decode: bool) -> Rounds:
         """Returns rounds as described at [`~modeling_moe.dispatch.backend.Backend.rounds`]."""
@@ -159,11 +168,6 @@ def _like(tensor: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
     return in_huge_pages(torch.empty_like(tensor)) if needed and tensor is not None else None
 
 
-def _with_lines(matrices: torch.Tensor) -> torch.Tensor:
-    """Returns matrices whose rows or columns are contiguous."""
-    return matrices if 1 in matrices.stride()[1:] else matrices.contiguous()
-
-
 class _Call:
     """_Call holds the arguments of one call of experts.c, and the tensors that they point into."""
 
@@ -175,7 +179,7 @@ class _Call:
     ):
         """Points to the tensors of a problem; `rows` are factor, offsets and token of experts.c's Problem."""
         self.library, self.rows = library, rows
-        self.x, self.up, self.down = problem.x.contiguous(), _with_lines(problem.up), _with_lines(problem.down)
+        self.x, self.up, self.down = problem.x.contiguous(), with_lines(problem.up), with_lines(problem.down)
         self.up_bias = None if problem.up_bias is None else problem.up_bias.contiguous()
         self.down_bias = None if problem.down_bias is None else problem.down_bias.contiguous()
         experts, (_, columns, hidden) = problem.num_experts, self.up.shape

@@ -433,6 +433,46 @@ void experts_backward(const Problem *p, Word *scratch, long scratch_size, const 
     }
 }
 
+// ---- single products, of which a module of half experts is made ----
+
+// project_chunk computes h of one chunk and nothing else.
+static void project_chunk(const Problem *p, const void *to, long expert, long row, long rows, Word *scratch) {
+    Element *h = *(Element *const *)to;
+    project_up(p, expert, row, rows, scratch, h + row * p->columns);
+}
+
+// experts_project computes h (A, C): the line token[row] of x times the matrix of the row's expert.
+//   scratch  (threads, scratch_size), with scratch_size >= scratch_words(p)
+void experts_project(const Problem *p, Word *scratch, long scratch_size, Element *h) {
+    for (Problem wave = *p; next_wave(&wave);) run_chunks(&wave, project_chunk, &h, scratch, scratch_size);
+}
+
+// Outer is a sum over each expert's rows: left (rows, n)ᵀ right (rows, m), into `to` (E, n, m).
+//   left_index, right_index  the line of each row, or null for lines in expert order
+typedef struct {
+    const Element *left, *right;
+    const int32_t *left_index, *right_index;
+    long n, m;
+    Matrices to;
+} Outer;
+
+// side_of returns one side of a sum over the rows from `row` on.
+static Operand side_of(const Element *data, const int32_t *index, long row, long size) {
+    return index ? rows_operand(data, index + row, size, 1) : rows_operand(data + row * size, 0, size, 1);
+}
+
+// experts_outer computes the sum of each expert, 0 for an idle one.
+//   scratch  (threads, scratch_size), with scratch_size >= scratch_words(p)
+void experts_outer(const Problem *p, Word *scratch, long scratch_size, const Outer *o) {
+#pragma omp parallel num_threads(p->threads)
+#pragma omp single
+    for (long expert = 0; expert < p->experts; expert++) {
+        long row = p->offsets[expert], rows = p->offsets[expert + 1] - row;
+        Operand left = side_of(o->left, o->left_index, row, o->n), right = side_of(o->right, o->right_index, row, o->m);
+        matrix_gradient(o->to, expert, left, o->n, right, o->m, rows, scratch, scratch_size);
+    }
+}
+
 // ---- decoding: a few tokens, without sorting on the caller's side and without h ----
 
 // DecodeRows holds the rows of a few tokens in expert order. DECODE_ASSIGNMENTS is defined by compiling.py.
@@ -510,7 +550,7 @@ void experts_decode(const Problem *p, const int64_t *index, const float *weight,
 // ---- what structures.py compares with its own description when it loads the library ----
 
 const long structure_sizes[] = {
-    sizeof(Matrices), sizeof(Activation), sizeof(LowRank), sizeof(Problem), sizeof(Gradients)
+    sizeof(Matrices), sizeof(Activation), sizeof(LowRank), sizeof(Problem), sizeof(Gradients), sizeof(Outer)
 };
 const long constants[] = {
     sizeof(Element), DECODE_ASSIGNMENTS, SILU, GELU_TANH, RELU, RELU_SQUARED, CLAMPED_SWIGLU, CLAMPED_SILU

@@ -63,6 +63,11 @@ class Matrices(ctypes.Structure):
         return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1 + transposed), transposed, places)
 
 
+def with_lines(matrices: torch.Tensor) -> torch.Tensor:
+    """Returns matrices (E, N, M) whose rows or columns are contiguous."""
+    return matrices if 1 in matrices.stride()[1:] else matrices.contiguous()
+
+
 class Activation(ctypes.Structure):
     """Activation is activation.h's structure of this name."""
 
@@ -110,13 +115,25 @@ class Gradients(ctypes.Structure):
     )
 
 
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (Matrices, Activation, LowRank, Problem, Gradients)
+class Outer(ctypes.Structure):
+    """Outer is experts.c's structure of this name."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("left", "right", "left_index", "right_index")),
+        *((name, ctypes.c_long) for name in ("n", "m")),
+        ("to", Matrices),
+    )
+
+
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (Matrices, Activation, LowRank, Problem, Gradients, Outer)
 # argument types of experts.c's functions; a pointer is passed as an address
 ARGUMENTS: dict[str, list[type]] = {
     "scratch_words": [ctypes.c_void_p],
     "wave_rows": [ctypes.c_void_p],
     "experts_forward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, *[ctypes.c_void_p] * 3],
     "experts_backward": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p],
+    "experts_project": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p],
+    "experts_outer": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p],
     "experts_decode": [ctypes.c_void_p] * 5,
     "experts_decode_into": [ctypes.c_void_p] * 5,
 }
