@@ -40,7 +40,7 @@ class MixtureOfHeadsFields:
 
 
 class HeadRouter(TopKRouter):
-    """Weighs the shared heads and chooses among the routed heads (Jin et al., arXiv:2410.11842, eq. 5-7).
+    """Weighs the shared heads and chooses among the routed heads (Jin et al., arXiv:2410.11842).
 
     With `[alpha_1, alpha_2] = softmax(x W_h)` the gate of a shared head is `alpha_1 softmax(x W_s)_i`, and the gate of a routed
     head among the K largest is `alpha_2 softmax(x W_r)_i`. Without shared heads alpha_2 is 1. `Routing.mixture` has the gates
@@ -85,8 +85,7 @@ def head_gates(routing: Routing, num_experts: int) -> torch.Tensor:
 class MixtureOfHeads(RoutedAttention, LinearProjections):
     """Attention whose heads are experts: a token uses all shared heads, and K of the routed heads.
 
-    `y = sum_i g_i attention(x W_Q^i, x W_K^i, x W_V^i) W_O^i` with the gates g of [`HeadRouter`] (Jin et al., arXiv:2410.11842,
-    eq. 4). The last `attention_experts` of the `num_attention_heads` heads are routed. The gates multiply the heads' outputs
+    `y = sum_i g_i attention(x W_Q^i, x W_K^i, x W_V^i) W_O^i` with the gates g of [`HeadRouter`] (Jin et al., arXiv:2410.11842). The last `attention_experts` of the `num_attention_heads` heads are routed. The gates multiply the heads' outputs
     before the output projection, and have a gradient. All heads are computed for all tokens.
     """
 

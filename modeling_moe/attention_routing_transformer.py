@@ -46,7 +46,7 @@ class RoutingTransformerFields:
 def routing_vectors(heads: torch.Tensor) -> torch.Tensor:
     """Returns heads (..., D) without gradient, in fp32 or fp64, shifted to mean 0 and scaled to norm 1.
 
-    It is the paper's layer norm without scale and shift, divided by sqrt(D) (Roy et al., arXiv:2003.05997, section 4.1).
+    It is the paper's layer norm without scale and shift, divided by sqrt(D) (Roy et al., arXiv:2003.05997).
     """
     heads = heads.detach().to(torch.promote_types(heads.dtype, torch.float32))
     return nn.functional.normalize(heads - heads.mean(dim=-1, keepdim=True), dim=-1)
@@ -129,7 +129,7 @@ def cluster_mask(queries: torch.Tensor, keys: torch.Tensor, clusters: int, windo
 class RoutingTransformerAttention(RoutedAttention, LinearProjections):
     """Attention in which each query attends to earlier keys of its own cluster, and to its own token.
 
-    It is the content-based sparse attention of the Routing Transformer (Roy et al., arXiv:2003.05997, eq. 8-14) in a causal
+    It is the content-based sparse attention of the Routing Transformer (Roy et al., arXiv:2003.05997) in a causal
     form. The paper lets each centroid choose the w nearest tokens of the whole sequence, so that a later token can take the
     place of an earlier one, and what an earlier token attends to reveals later ones. Here each query and each key belongs to
     the cluster of the nearest centroid, which depends on no other token, and of its cluster a query attends to the

@@ -44,7 +44,7 @@ class SwitchHeadFields:
     attention_entropy_loss_coef: float | int = setting(
         0.0,
         "The coefficient in training of the negative entropy of the mean softmax of a head's router logits, the regulariser of "
-        "sigma-MoE (arXiv:2310.10837), for routed_attention='switch_head'; sigma-MoE uses 0.001.",
+        "sigma-MoE (arXiv:2310.10837), for routed_attention='switch_head'.",
         COEFFICIENT,
         effect="training",
         conditions=(_SWITCH_HEAD,),
@@ -56,7 +56,7 @@ class SwitchHeadRouter(TopKRouter):
 
     The first n parts choose the experts of the n heads' values, the other n parts those of their outputs. In training
     each logit is masked with the probability `attention_expert_dropout`. Rows of the weight begin with one norm, so that only
-    the angle between a token and a row decides at first (sigma-MoE, arXiv:2310.10837, section 5).
+    the angle between a token and a row decides at first (sigma-MoE, arXiv:2310.10837).
     """
 
     def __init__(self, config, layer_idx: int = 0):
@@ -132,7 +132,7 @@ class SwitchHeadAttention(RoutedAttention):
 
     For head j, with sigmoid scores s and r of the source and the destination side and the K experts I and J with the largest
     logits: `v_j = sum_(e in I) s_e x W_V^(j,e)` and `y = sum_j sum_(e in J) r_e attention(x W_Q^j, x W_K^j, v_j) W_O^(j,e)`
-    (Csordás et al., arXiv:2312.07987, eq. 7-10). Scores are not renormalised. Queries and keys are dense. The cache holds keys
+    (Csordás et al., arXiv:2312.07987). Scores are not renormalised. Queries and keys are dense. The cache holds keys
     and the mixed values, so that decoding does not route earlier tokens again.
 
     The bias of the values is a head's, and is added to the mixture; the bias of the output is added to the sum.

@@ -228,7 +228,7 @@ class CentroidController(Controller):
     """Moves the `centroids` of clusters towards the mean direction of what the clusters hold (Routing Transformer).
 
     A centroid follows the normalised sum of its routing vectors by a moving average with `router_ema_decay`, and is
-    normalised again: spherical k-means. The paper (arXiv:2003.05997, eq. 14) adds the sums themselves, whose size would grow
+    normalised again: spherical k-means. The paper (arXiv:2003.05997) adds the sums themselves, whose size would grow
     with the batch, and uses 0.999. A centroid without vectors stays where it is.
     """
 

@@ -21,7 +21,7 @@ HEADS = 6
 
 
 def gates_of(attention, x: torch.Tensor, shared: int, routed: int, top_k: int, unit: bool) -> torch.Tensor:
-    """Computes the gates (T, n) by the paper's equations 5 to 7, or scaled as the released vision models have them."""
+    """Computes the gates (T, n) by the paper's equations, or scaled as the released vision models have them."""
     gate = attention.gate
     probs = (x @ gate.weight.T).softmax(dim=-1)
     kept = torch.zeros_like(probs).scatter(-1, probs.topk(top_k, dim=-1).indices, 1.0)
