@@ -107,7 +107,8 @@ def test_packed_sequences_are_as_alone(name):
 
 
 def gradients_of_step(model, ids, call=None) -> dict[str, torch.Tensor]:
-    outputs = (call or model.train())(ids, labels=ids)
+    model.train()
+    outputs = (model if call is None else call)(ids, labels=ids)
     outputs.loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
