@@ -93,17 +93,20 @@ class AttentionExperts(StackedExperts):
     `down_proj` (E, H, N), the output projections. Attention stands in the place of the activation.
 
     Args:
-        config: the model's configuration.
+        config: the model's configuration, as the router of these experts reads it.
         num_experts: number E of experts.
         width: number N of features of an expert's queries.
     """
 
-    has_gate, has_bias, is_transposed = False, False, False
+    # `forward` takes what stands between the two projections, which no activation is
+    attends = True
 
     def __init__(self, config: Any, num_experts: int, width: int):
         super().__init__()
         self.config = config
         self.num_experts = num_experts
+        # the attributes by which tools find experts that follow transformers' interface
+        self.has_gate, self.has_bias, self.is_transposed = False, False, False
         self.up_proj = nn.Parameter(torch.empty(num_experts, width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, config.hidden_size, width))
 

@@ -62,7 +62,7 @@ class MixtureOfAttentionHeads(RoutedAttention):
         width, view = self.query_width(config), self.view(config)
         self.add_router(TopKRouter, view, self.layer_idx)
         self.top_k, self.groups = config.attention_experts_per_tok, config.num_key_value_heads
-        self.experts = AttentionExperts(config, config.attention_experts, width)
+        self.experts = AttentionExperts(view, config.attention_experts, width)
         self.q_bias = nn.Parameter(torch.empty(width)) if self.qkv_bias else None
 
     def add_output(self, config: Any) -> None:

@@ -51,7 +51,7 @@ from .model_mlp import MoEMLP
 from .model_norms import init_norm, make_norm
 from .model_outputs import MoECausalLMOutput, MoEModelOutput, record_router_logits, router_recorders
 from .router import Router, RoutingContext
-from .router_balancing import RouterTotals, update_routers
+from .router_balancing import KindTotals, RouterTotals, update_routers
 from .router_block import Routed
 from .router_catalogue import router_class
 from .router_kinds import KINDS, slots
@@ -272,7 +272,7 @@ class MoEPreTrainedModel(CheckpointModel):
             init_experts(module, self.config.initializer_range)
         elif isinstance(module, (Router, AttentionBase)):
             module.init_weights(self.config.initializer_range)
-        elif isinstance(module, RouterTotals):
+        elif isinstance(module, KindTotals):
             for buffer in module.buffers():
                 init.zeros_(buffer)
 

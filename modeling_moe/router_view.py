@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
+from transformers.configuration_utils import PreTrainedConfig
+
 from .configuration_fields import settings_of
 
 
@@ -24,6 +26,16 @@ def _defaults_by_router(cls: type) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _properties(cls: type) -> dict[str, Callable[[Any], Any]]:
+    """Returns the getters of the properties of a configuration class that transformers' base class does not have."""
+    found = {}
+    for base in reversed(cls.__mro__):
+        if not issubclass(PreTrainedConfig, base):
+            found |= {name: held.fget for name, held in vars(base).items() if isinstance(held, property)}
+    return found
+
+
 class RoutingView:
     """A view of a configuration in which the routers of one kind find their own number of experts under the usual names.
 
@@ -37,16 +49,19 @@ class RoutingView:
     """
 
     def __init__(self, config: Any, replaced: Replaced, reads: Collection[str]):
-        self._config, self._replaced, self._reads = config, replaced, reads
+        self._config, self._replaced = config, replaced
+        # looked up once, since torch.compile traces the lookups below
+        defaults = _defaults_by_router(type(config))
+        self._defaults = {name: default for name, default in defaults.items() if name not in reads}
+        self._properties = _properties(type(config))
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # of a copy that is not filled yet, or asked by a protocol of Python
-            raise AttributeError(name)
-        config = self._config
+        if name in ("_config", "_replaced", "_defaults", "_properties") or name.startswith("__"):
+            raise AttributeError(name)  # of a copy that is not filled yet, or asked by a protocol of Python
         if name in self._replaced:
-            return self._replaced[name](config)
-        cls = type(config)
-        if name not in self._reads and name in (defaults := _defaults_by_router(cls)):
-            return defaults[name]
-        held = getattr(cls, name, None)
-        return held.fget(self) if isinstance(held, property) and held.fget is not None else getattr(config, name)
+            return self._replaced[name](self._config)
+        if name in self._defaults:
+            return self._defaults[name]
+        if name in self._properties:
+            return self._properties[name](self)
+        return getattr(self._config, name)

@@ -16,6 +16,7 @@ from .halves import OperatorProjections
 from .interface import (
     HeldExperts,
     PreparedCall,
+    attends,
     backend_of,
     check_arguments,
     experts_forward,
@@ -41,6 +42,7 @@ __all__ = [
     "HeldExperts",
     "Needs",
     "PreparedCall",
+    "attends",
     "backend_of",
     "by_slot",
     "check_arguments",

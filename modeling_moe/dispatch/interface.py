@@ -42,8 +42,15 @@ def activation_of(module: nn.Module) -> ActivationChoice | None:
     return recognise(module).activation if follows_interface(module) else None
 
 
+def attends(module: nn.Module) -> bool:
+    """Returns True for experts inside attention, which [`~modeling_moe.dispatch.halves`] computes."""
+    return getattr(module, "attends", False)
+
+
 def reason_unsupported(module: nn.Module) -> str | None:
-    """Returns why the operator cannot compute a module of experts, or None if it can."""
+    """Returns why the operators cannot compute a module of experts, or None if they can."""
+    if attends(module):
+        return None
     if not follows_interface(module):
         missing = next(name for name in ExpertsModule.__annotations__ if not hasattr(module, name))
         return f"it has no {missing}, which transformers' experts interface asks for"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..dispatch import NAMES, follows_interface, reason_unsupported
+from ..dispatch import NAMES, attends, follows_interface, reason_unsupported
 from ..monitoring import experts_per_token
 from ..utils.sizes import parse_size
 from .attaching import OffloadedModule, attach, is_offloaded
@@ -183,12 +183,14 @@ def offload_statistics(model: nn.Module) -> OffloadStatistics:
 
 
 def _experts_of(model: nn.Module) -> dict[str, Any]:
-    """Returns the experts modules of a model by name.
+    """Returns the experts modules of a model by name, without those inside attention, which stay in memory.
 
     Raises:
         ValueError: if there is none, or one of them cannot be offloaded.
     """
-    modules: dict[str, Any] = {name: module for name, module in model.named_modules() if follows_interface(module)}
+    modules: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if follows_interface(module) and not attends(module)
+    }
     if not modules:
         raise ValueError(
             f"{type(model).__name__} has no experts that transformers' experts interface calls: load it whole"

@@ -232,6 +232,13 @@ def test_too_few_experts_in_the_config(saved):
 
 SHIPPED = {
     "attention.py",
+    "attention_catalogue.py",
+    "attention_experts.py",
+    "attention_moa.py",
+    "attention_routed.py",
+    "router_block.py",
+    "router_kinds.py",
+    "router_view.py",
     "router_balancing.py",
     "router_batch.py",
     "router_capacity.py",
