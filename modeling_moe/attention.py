@@ -160,7 +160,7 @@ class AttentionBase(nn.Module):
         keys = config.num_key_value_heads * self.head_dim
         self.add_queries(config)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=self.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=self.qkv_bias)
+        self.add_values(config)
         self.add_output(config)
         self.norm_per_head, self.norm_after_rope = config.qk_norm == "head", config.qk_norm_after_rope
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
@@ -182,6 +182,11 @@ class AttentionBase(nn.Module):
     def add_queries(self, config: Any) -> None:
         """Makes the query projection."""
         raise NotImplementedError
+
+    def add_values(self, config: Any) -> None:
+        """Makes the value projection."""
+        width = config.num_key_value_heads * config.head_dim
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=self.qkv_bias)
 
     def add_output(self, config: Any) -> None:
         """Makes the output projection."""
@@ -239,18 +244,26 @@ class AttentionBase(nn.Module):
         return query, key, value
 
 
-class MoEAttention(AttentionBase):
-    """Multi-head attention in which all heads attend for every token."""
+class LinearProjections(AttentionBase):
+    """Base class of attention with one linear projection to all queries and one from what all heads attend to."""
 
     def add_queries(self, config: Any) -> None:
         """Makes the query projection."""
         self.q_proj = nn.Linear(config.hidden_size, self.query_width(config), bias=self.qkv_bias)
 
     def add_output(self, config: Any) -> None:
+        """Makes the output projection."""
+        self.o_proj = nn.Linear(self.query_width(config), config.hidden_size, bias=config.attention_bias)
+
+
+class MoEAttention(LinearProjections):
+    """Multi-head attention in which all heads attend for every token."""
+
+    def add_output(self, config: Any) -> None:
         """Makes the output projection, and the gate before it."""
-        queries = self.query_width(config)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
-        self.gate_proj = nn.Linear(config.hidden_size, queries, bias=False) if config.attn_output_gate else None
+        super().add_output(config)
+        width = self.query_width(config)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False) if config.attn_output_gate else None
 
     def forward(
         self,

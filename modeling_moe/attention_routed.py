@@ -9,8 +9,10 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import AttentionBase, eager_attention_with_sinks
-from .router import CAPACITY_READS
+from .router import CAPACITY_READS, Routing, RoutingContext
 from .router_block import Routed
+from .router_losses import TokenWeights
+from .router_statistics import RouterStatistics, layer_statistics
 from .router_view import Replaced, RoutingView
 
 
@@ -61,6 +63,8 @@ class RoutedAttention(Routed, AttentionBase):
     reads: ClassVar[frozenset[str]] = READS
     # attribute of the configuration -> what the variant's routers read in its place
     replaced: ClassVar[Replaced] = {}
+    # whether the attention mask depends on the routing, which only sdpa and eager attention can compute
+    routes_mask: ClassVar[bool] = False
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -79,6 +83,17 @@ class RoutedAttention(Routed, AttentionBase):
         Raises:
             ValueError: if the variant cannot serve the configuration; the message names the field and the remedy.
         """
+
+    @classmethod
+    def stacked_experts(cls, config: Any) -> int:
+        """Returns the number of experts that are stacked in one parameter of a layer."""
+        return config.attention_experts
+
+    def measured(
+        self, chosen: Routing, routing: Routing, context: RoutingContext, token_weights: TokenWeights | None
+    ) -> list[RouterStatistics]:
+        """Returns the statistics of the router, from its routing before and after capacity; none without `token_weights`."""
+        return [] if token_weights is None else [layer_statistics(self, chosen, routing, context, token_weights)]
 
     def call_attention(
         self,

@@ -21,6 +21,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from .attention_catalogue import stacked_attention_experts
+
 
 logger = logging.get_logger(__name__)
 
@@ -238,8 +240,10 @@ def _expert_problem(names: Iterable[str], config: Any) -> str:
         if match := _EXPERT.fullmatch(name):
             found.setdefault(f"{match['before']}{{}}{match['after']}", set()).add(int(match["expert"]))
     for pattern in sorted(found, key=_natural):
-        field = "attention_experts" if ".self_attn." in pattern else "num_experts"
-        numbers = set(range(getattr(config, field)))
+        field, number = "num_experts", config.num_experts
+        if ".self_attn." in pattern:
+            field, number = "the experts of attention", stacked_attention_experts(config)
+        numbers = set(range(number))
         if lacking := numbers - found[pattern]:
             return f"it has no {pattern.format(min(lacking))}"
         if extra := found[pattern] - numbers:

@@ -233,6 +233,8 @@ def refuse_continuous_batching(config: Any, training: bool) -> None:
     reason = row_dependence(config, training)
     if config.kv_lora_rank is not None:
         reason = "kv_lora_rank is set, and the pages have no room for latents"
+    elif reason is None and config.routed_attention == "routing_transformer":
+        reason = "routed_attention='routing_transformer' stores clusters of keys, for which the pages have no room"
     elif (
         reason is None
         and config.attn_logit_softcapping is not None

@@ -11,7 +11,10 @@ from transformers.utils import logging
 from .attention import AttentionFields
 from .attention_catalogue import ROUTED_ATTENTION, RoutedAttentionFields, check_attention_routing
 from .attention_latent import LatentAttentionFields
+from .attention_moh import MixtureOfHeadsFields
 from .attention_rope import RopeFields, check_numbers, check_shape, entries_of_scaling
+from .attention_routing_transformer import RoutingTransformerFields
+from .attention_switch_head import SwitchHeadFields
 from .compatibility import CACHE_NAMES, __version__, saved_by_earlier_version
 from .configuration_checks import (
     check_choices,
@@ -65,6 +68,9 @@ class MoEConfig(
     AttentionFields,
     LatentAttentionFields,
     RoutedAttentionFields,
+    SwitchHeadFields,
+    MixtureOfHeadsFields,
+    RoutingTransformerFields,
     ExpertFields,
     CatalogueFields,
     RouterFields,
@@ -275,6 +281,11 @@ class MoEConfig(
     def num_router_outputs(self) -> int:
         """The number of experts that a router chooses among, null and copy experts included."""
         return self.num_experts + self.num_null_experts + self.num_copy_experts
+
+    @property
+    def router_parts(self) -> int:
+        """The number of equal parts of a router's outputs in each of which a token chooses by itself."""
+        return 1
 
     def history_before(self, layer_idx: int) -> int:
         """Returns the number of routers before a layer's that have a place in the cache behind the keys of all layers."""

@@ -29,6 +29,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import AttentionBase
+from .attention_catalogue import attention_support
 from .attention_latent import MoELatentAttention
 from .checkpoint_layout import register_expert_layout
 from .compatibility import CACHE_NAMES, cache_keyword, is_paged, one_cache, refuse_unknown
@@ -262,8 +263,8 @@ class MoEPreTrainedModel(CheckpointModel):
     def __init__(self, config: MoEConfig, *args, **kwargs):
         # a field may have been assigned after the configuration was checked
         config.validate()
-        # torch's attention function supports neither
-        self._supports_sdpa = config.attn_logit_softcapping is None and not config.attention_sinks
+        for name, supported in attention_support(config).items():
+            setattr(self, name, supported)
         self._can_record_outputs = (type(self)._can_record_outputs or {}) | router_recorders(config)
         super().__init__(config, *args, **kwargs)
 
@@ -351,11 +352,10 @@ class MoEModel(MoEPreTrainedModel):
     @property
     def has_router_losses(self) -> bool:
         """Says whether any router loss has a coefficient."""
-        adds_loss = bool(self.sparse_blocks()) and (
-            router_class(self.config).auxiliary_loss is not Router.auxiliary_loss
-        )
+        routed = [module for kind in self.slots for module in self.routed_modules(kind)]
+        adds_loss = any(module.router.adds_loss for module in routed)
         has_coefficient = any(getattr(self.config, name) > 0 for name in COEFFICIENTS.values())
-        return adds_loss or (has_coefficient and any(self.routed_modules(kind) for kind in self.slots))
+        return adds_loss or (has_coefficient and bool(routed))
 
     def sparse_blocks(self) -> list[MoEBlock]:
         """Returns the sparse feed-forward networks, from the first layer to the last."""

@@ -501,6 +501,11 @@ class Router(nn.Module):
             output = output + (share * hidden_states).to(output.dtype)
         return output
 
+    @property
+    def adds_loss(self) -> bool:
+        """Says whether this router adds a loss of its own in training."""
+        return type(self).auxiliary_loss is not Router.auxiliary_loss
+
     def auxiliary_loss(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Returns a scalar that this router adds to the training loss, weight included; None if it adds no loss."""
 

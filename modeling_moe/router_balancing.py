@@ -52,13 +52,16 @@ class BalancingFields:
     )
     router_ema_decay: float | int = setting(
         0.99,
-        "The decay of the moving averages of router_controller='quantile' and of router_type='expert_threshold'.",
+        "The decay of the moving averages of router_controller='quantile', of router_type='expert_threshold' and of the centroids "
+        "of routed_attention='routing_transformer', whose paper uses 0.999.",
         PROBABILITY,
         effect="training",
         conditions=(
             Condition(
-                lambda config: config.controller in ("quantile", "threshold"),
-                "set router_controller='quantile' or router_type='expert_threshold'",
+                lambda config: (
+                    config.controller in ("quantile", "threshold") or config.routed_attention == "routing_transformer"
+                ),
+                "set router_controller='quantile', router_type='expert_threshold' or routed_attention='routing_transformer'",
             ),
         ),
     )
@@ -82,9 +85,9 @@ logger = logging.get_logger(__name__)
 class Controller:
     """Base class of controllers, which move a buffer of the routers; a controller keeps no state, the routers do."""
 
-    def size(self, num_outputs: int) -> int:
-        """Returns the number n of sums that the controller observes, for a router with `num_outputs` outputs."""
-        return num_outputs
+    def size(self, config: Any) -> int:
+        """Returns the number n of sums that the controller observes, by the configuration as the routers read it."""
+        return config.num_router_outputs
 
     def observe(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
         """Returns sums (n,) over the tokens, padding excluded."""
@@ -156,9 +159,9 @@ class QuantileController(Controller):
     the mean of the micro-batches' quantiles, weighted by their tokens.
     """
 
-    def size(self, num_outputs: int) -> int:
+    def size(self, config: Any) -> int:
         """Returns the number of quantiles, and one for the number of tokens."""
-        return num_outputs + 1
+        return config.num_router_outputs + 1
 
     def observe(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
         """Returns the quantiles beta times the number of tokens, then that number: (E + Z + 1,)."""
@@ -181,9 +184,9 @@ class ThresholdController(Controller):
     observation is the mean of the micro-batches' quantiles, weighted by their tokens.
     """
 
-    def size(self, num_outputs: int) -> int:
+    def size(self, config: Any) -> int:
         """Returns the number of quantiles, and one for the number of tokens."""
-        return num_outputs + 1
+        return config.num_router_outputs + 1
 
     def observe(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
         """Returns the quantiles times the number of tokens, then that number: (E + 1,)."""
@@ -204,7 +207,7 @@ class SparsityController(Controller):
     The coefficient is multiplied by `router_sparsity_step` if tokens use more experts, and divided by it if they use fewer.
     """
 
-    def size(self, num_outputs: int) -> int:
+    def size(self, config: Any) -> int:
         """Returns 2: the number of assignments and the number of tokens."""
         return 2
 
@@ -221,6 +224,31 @@ class SparsityController(Controller):
             router.sparsity_coef.mul_(factor.to(router.sparsity_coef.device))
 
 
+class CentroidController(Controller):
+    """Moves the `centroids` of clusters towards the mean direction of what the clusters hold (Routing Transformer).
+
+    A centroid follows the normalised sum of its routing vectors by a moving average with `router_ema_decay`, and is
+    normalised again: spherical k-means. The paper (arXiv:2003.05997) adds the sums themselves, whose size would grow
+    with the batch, and uses 0.999. A centroid without vectors stays where it is.
+    """
+
+    def size(self, config: Any) -> int:
+        """Returns the number G * C * D of features of all centroids of a layer."""
+        return config.num_key_value_heads * config.attention_experts * config.head_dim
+
+    def observe(self, router: Any, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        """Returns the sums of the routing vectors in each cluster: (G * C * D,)."""
+        return router.cluster_sums(routing, token_mask).flatten()
+
+    def step_layer(self, router: Any, total: torch.Tensor) -> None:
+        """Moves the centroids of one router by the summed routing vectors (G * C * D,)."""
+        centroids = router.centroids
+        sums = total.view_as(centroids).to(centroids)
+        moved = centroids.lerp(nn.functional.normalize(sums, dim=-1), 1 - router.ema_decay)
+        used = sums.any(dim=-1, keepdim=True)
+        centroids.copy_(torch.where(used, nn.functional.normalize(moved, dim=-1), centroids))
+
+
 # router_controller, or a router's default_controller -> controller
 CONTROLLERS: dict[str, Controller] = {
     "bias": BiasController(),
@@ -228,6 +256,7 @@ CONTROLLERS: dict[str, Controller] = {
     "quantile": QuantileController(),
     "threshold": ThresholdController(),
     "sparsity": SparsityController(),
+    "centroids": CentroidController(),
 }
 
 
@@ -409,7 +438,7 @@ class KindTotals(nn.Module):
         controller = None if config.controller is None else CONTROLLERS[config.controller]
         outputs, is_global = config.num_router_outputs, config.router_aux_loss_scope == "global"
         shapes: dict[str, tuple[int, ...] | None] = {
-            "statistics": None if controller is None else (routers, controller.size(outputs)),
+            "statistics": None if controller is None else (routers, controller.size(config)),
             "load": (routers, outputs) if is_global else None,
             "tokens": (routers,) if is_global else None,
             "dropped": (2,) if config.has_capacity else None,

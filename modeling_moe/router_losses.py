@@ -4,7 +4,9 @@
 Losses return scalars in the dtype of the router logits. Their arguments have the same meaning everywhere:
 `routing` holds T tokens; `token_mask` (T,) is 0 at padding, None without padding; `batch_size` is the number B of equally
 long rows that the tokens form; `num_experts` is the number E of experts with weights, None if every router output has
-weights; `weights` holds the tokens' weights in a mean ([`weigh_tokens`]), None for a mean over tokens.
+weights; `weights` holds the tokens' weights in a mean ([`weigh_tokens`]), None for a mean over tokens; `parts` is the number of
+equal parts of the router outputs in each of which a token chooses K / parts experts (`config.router_parts`), and a loss with it
+is the mean of the parts' losses.
 
 A weighted mean times the sum of the weights is a sum over tokens. The z, entropy and sequence balance losses of
 micro-batches, each times [`loss_share`], therefore add up to the loss of the whole batch exactly, and the balance loss of
@@ -255,29 +257,44 @@ def sequence_balance_loss(
     batch_size: int = 1,
     num_experts: int | None = None,
     weights: TokenWeights | None = None,
+    parts: int = 1,
 ) -> torch.Tensor:
     """Computes DeepSeek-V3's complementary balance loss of each sequence (arXiv:2412.19437, eq. 17-20), and averages it.
 
     The load is that of the K experts with the highest probabilities, whatever bias or groups took part in the selection. As
     in the paper, the loss is divided by K: 1 when all experts get the same share.
     """
-    best = routing.probs.detach().topk(min(routing.index.shape[1], routing.probs.shape[1]), dim=-1).indices
+    by_part = _by_part(routing.probs.detach(), parts)
+    best = by_part.topk(min(routing.index.shape[1] // parts, by_part.shape[2]), dim=-1).indices
+    best = (best + torch.arange(parts, device=best.device)[:, None] * by_part.shape[2]).flatten(1)
     unbiased = routing._replace(index=best, weight=torch.ones_like(best, dtype=routing.probs.dtype))
     return load_balancing_loss(unbiased, token_mask, batch_size, num_experts, weights) / best.shape[1]
 
 
+def _by_part(values: torch.Tensor, parts: int) -> torch.Tensor:
+    """Returns values (T, N) of router outputs as (T, parts, N / parts)."""
+    return values.unflatten(-1, (parts, -1))
+
+
 def router_z_loss(
-    routing: Routing, token_mask: torch.Tensor | None = None, weights: TokenWeights | None = None
+    routing: Routing,
+    token_mask: torch.Tensor | None = None,
+    weights: TokenWeights | None = None,
+    parts: int = 1,
 ) -> torch.Tensor:
     """Computes the mean of `logsumexp(logits)^2`, which keeps router logits small (ST-MoE, arXiv:2202.08906, eq. 5)."""
-    return masked_mean(routing.logits.logsumexp(dim=-1).square(), token_mask if weights is None else weights.weight)
+    squares = _by_part(routing.logits, parts).logsumexp(dim=-1).square().mean(dim=-1)
+    return masked_mean(squares, token_mask if weights is None else weights.weight)
 
 
 def router_entropy_loss(
-    routing: Routing, token_mask: torch.Tensor | None = None, weights: TokenWeights | None = None
+    routing: Routing,
+    token_mask: torch.Tensor | None = None,
+    weights: TokenWeights | None = None,
+    parts: int = 1,
 ) -> torch.Tensor:
     """Computes the mean entropy of a token's probabilities in nats: low when the router is sure (arXiv:2403.07652)."""
-    entropy = torch.special.entr(routing.probs).sum(dim=-1)
+    entropy = torch.special.entr(_by_part(routing.probs, parts) * parts).sum(dim=-1).mean(dim=-1)
     return masked_mean(entropy, token_mask if weights is None else weights.weight)
 
 
@@ -322,20 +339,22 @@ def router_losses(
     With `router_aux_loss_scope="sequence"` the balance is that of each sequence, otherwise that of the batch, in which every
     token has the same weight, as in transformers. `top_k` is that of [`load_balancing_loss`].
     """
-    mask, rows, experts = context.token_mask, context.batch_size, config.num_experts
+    mask, rows, experts, parts = context.token_mask, context.batch_size, config.num_experts, config.router_parts
     if config.router_aux_loss_scope == "sequence":
         balance_loss = load_balancing_loss(routing, mask, rows, experts, weights, top_k)
     else:
         balance_loss = load_balancing_loss(routing, mask, num_experts=experts, top_k=top_k)
     return RouterLosses(
-        balance=balance_loss,
-        z=router_z_loss(routing, mask, weights) if config.router_z_loss_coef else None,
+        balance=balance_loss / parts,
+        z=router_z_loss(routing, mask, weights, parts) if config.router_z_loss_coef else None,
         sequence_balance=(
-            sequence_balance_loss(routing, mask, rows, experts, weights) if config.router_seq_aux_loss_coef else None
+            sequence_balance_loss(routing, mask, rows, experts, weights, parts)
+            if config.router_seq_aux_loss_coef
+            else None
         ),
         importance=importance_loss(routing, mask, experts) if config.router_importance_loss_coef else None,
         load=load_loss(routing, mask, experts) if config.router_load_loss_coef else None,
-        entropy=router_entropy_loss(routing, mask, weights) if config.router_entropy_loss_coef else None,
+        entropy=router_entropy_loss(routing, mask, weights, parts) if config.router_entropy_loss_coef else None,
     )
 
 

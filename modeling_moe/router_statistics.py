@@ -80,7 +80,7 @@ def layer_statistics(
             if block.controller is not None and block.training:
                 controller = block.controller.observe(block.router, chosen, mask)
             else:
-                controller = chosen.logits.new_zeros(CONTROLLERS[config.controller].size(config.num_router_outputs))
+                controller = chosen.logits.new_zeros(CONTROLLERS[config.controller].size(config))
     return RouterStatistics(
         losses=losses,
         load=load,
@@ -218,7 +218,9 @@ def _global_balance(
     if step is None:
         tokens = _stacked([router.tokens for router in routers])
         step = totals.load_so_far(load, tokens, keep=counts)
-    return balance(step.load.to(probs), step.tokens.to(probs), probs, totals.routing_config.num_experts).mean()
+    config = totals.routing_config
+    loss = balance(step.load.to(probs), step.tokens.to(probs), probs, config.num_experts)
+    return loss.mean() / config.router_parts
 
 
 def _stacked(values: list[Any]) -> torch.Tensor:

@@ -12,7 +12,10 @@ from typing import Any
 from ..attention import AttentionFields
 from ..attention_catalogue import RoutedAttentionFields
 from ..attention_latent import LatentAttentionFields
+from ..attention_moh import MixtureOfHeadsFields
 from ..attention_rope import RopeFields
+from ..attention_routing_transformer import RoutingTransformerFields
+from ..attention_switch_head import SwitchHeadFields
 from ..configuration_fields import Setting, settings_of, type_name
 from ..configuration_model import ExpertFields, ModelFields
 from ..configuration_moe import MoEConfig
@@ -51,6 +54,9 @@ TITLES: dict[type, str] = {
     AttentionFields: "Attention",
     LatentAttentionFields: "Latent attention",
     RoutedAttentionFields: "Routed attention",
+    SwitchHeadFields: "Routed attention: SwitchHead",
+    MixtureOfHeadsFields: "Routed attention: mixture of heads",
+    RoutingTransformerFields: "Routed attention: Routing Transformer",
     ExpertFields: "Experts",
     CatalogueFields: "Router type",
     RouterFields: "Router",
