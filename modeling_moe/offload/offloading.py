@@ -189,7 +189,7 @@ def _experts_of(model: nn.Module) -> dict[str, Any]:
         ValueError: if there is none, or one of them cannot be offloaded.
     """
     modules: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if follows_interface(module) and not attends(module)
+        name: module for name, module in model.named_modules() if not attends(module) and follows_interface(module)
     }
     if not modules:
         raise ValueError(
