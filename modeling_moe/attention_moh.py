@@ -16,7 +16,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention import LinearProjections
-from .attention_routed import RoutedAttention
+from .attention_routed import ChosenParts, RoutedAttention
 from .compatibility import one_cache
 from .configuration_fields import Condition, setting
 from .router import Routing, RoutingContext, fp32_linear
@@ -75,11 +75,19 @@ class HeadRouter(TopKRouter):
         return routing._replace(weight=alpha[:, 1:] * weight, mixture=alpha[:, :1] * shared)
 
 
-def head_gates(routing: Routing, num_experts: int) -> torch.Tensor:
-    """Returns the gates (T, n) of all heads, shared heads first; 0 where a token does not use a head."""
-    gates = routing.weight.new_zeros(len(routing.weight), num_experts + 1)
-    gates = gates.scatter_add(1, routing.index, routing.weight)[:, :num_experts]
-    return gates if routing.mixture is None else torch.cat([routing.mixture, gates], dim=-1)
+def head_gates(
+    index: torch.Tensor, weight: torch.Tensor, shared: torch.Tensor | None, num_experts: int
+) -> torch.Tensor:
+    """Returns the gates (T, n) of all heads, shared heads first; 0 where a token does not use a head.
+
+    Args:
+        index: (T, K) routed heads; `num_experts` marks an empty assignment.
+        weight: (T, K) gates of the routed heads.
+        shared: (T, n - E) gates of the shared heads; None without shared heads.
+        num_experts: number E of routed heads.
+    """
+    gates = weight.new_zeros(len(weight), num_experts + 1).scatter_add(1, index, weight)[:, :num_experts]
+    return gates if shared is None else torch.cat([shared, gates], dim=-1)
 
 
 class MixtureOfHeads(RoutedAttention, LinearProjections):
@@ -107,6 +115,7 @@ class MixtureOfHeads(RoutedAttention, LinearProjections):
     def add_queries(self, config: Any) -> None:
         """Makes the router and the query projection."""
         self.add_router(HeadRouter, self.view(config), self.layer_idx)
+        self.experts = ChosenParts(config, config.attention_experts)
         super().add_queries(config)
 
     def forward(
@@ -124,10 +133,16 @@ class MixtureOfHeads(RoutedAttention, LinearProjections):
         """Computes attention over (B, S, H), as [`~modeling_moe.attention_moa.MixtureOfAttentionHeads.forward`] does."""
         cache = one_cache(self, cache, past_key_values)
         context = routing_context or RoutingContext(len(hidden_states))
-        chosen, routing = self.route(hidden_states.flatten(0, 1), context)
+        tokens = hidden_states.flatten(0, 1)
+        chosen, routing = self.route(tokens, context)
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         heads = self.heads(query, key, value, position_embeddings, cache, kwargs)
         attended, probabilities = self.call_attention(*heads, attention_mask, kwargs, self.sinks)  # (B, S, n, D)
-        gates = head_gates(routing, self.router.num_experts).view(*attended.shape[:3], 1)
-        attended = (attended * gates.to(attended.dtype)).flatten(2)
-        return self.o_proj(attended), probabilities, self.measured(chosen, routing, context, token_weights)
+
+        def use(index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            """Multiplies the heads by their gates."""
+            gates = head_gates(index, weight, routing.mixture, self.experts.num_experts)
+            return (attended * gates.view(*attended.shape[:3], 1).to(attended.dtype)).flatten(2)
+
+        output = self.o_proj(self.experts(tokens, routing.index, routing.weight, use))
+        return output, probabilities, self.measured(chosen, routing, context, token_weights)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import AttentionBase, eager_attention_with_sinks
@@ -49,6 +50,40 @@ def eager_attention_with_given_sinks(
         sinks=s_aux, num_key_value_groups=module.num_key_value_groups, training=module.training
     )
     return eager_attention_with_sinks(given, query, key, value, *args, **kwargs)
+
+
+class ChosenParts(nn.Module):
+    """The place where a choice takes effect in attention whose experts have no matrices of their own, such as heads.
+
+    It is called as experts are, so that what observes or replaces the choices of experts reaches it.
+
+    Args:
+        config: the model's configuration.
+        num_experts: number of parts among which the router chooses.
+    """
+
+    def __init__(self, config: Any, num_experts: int):
+        super().__init__()
+        self.config, self.num_experts = config, num_experts
+        # of the instance, as transformers' experts have them
+        self.has_gate, self.has_bias, self.is_transposed = False, False, False
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Returns `use(top_k_index, top_k_weights)`.
+
+        Args:
+            hidden_states: (T, H), the tokens that have chosen.
+            top_k_index: (T, K) integers, ids of the parts; `num_experts` and above mark an empty assignment.
+            top_k_weights: (T, K) weights of the parts.
+            use: computes what the choice is for.
+        """
+        return use(top_k_index, top_k_weights)
 
 
 class RoutedAttention(Routed, AttentionBase):

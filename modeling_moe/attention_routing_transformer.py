@@ -16,7 +16,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention import LinearProjections
-from .attention_routed import RoutedAttention
+from .attention_routed import ChosenParts, RoutedAttention
 from .compatibility import one_cache
 from .configuration_fields import Condition, Range, setting
 from .router import Router, Routing, RoutingContext, extend_history, history_layer
@@ -163,6 +163,7 @@ class RoutingTransformerAttention(RoutedAttention, LinearProjections):
         """Makes the router and the query projection."""
         view = self.view(config)
         self.add_router(ClusterRouter, view, self.layer_idx)
+        self.experts = ChosenParts(config, view.num_experts)
         self.clusters, self.window = config.attention_experts, config.attention_cluster_window
         self.history = history_layer(view, self.layer_idx)
         super().add_queries(config)
@@ -193,16 +194,21 @@ class RoutingTransformerAttention(RoutedAttention, LinearProjections):
         context = routing_context or RoutingContext(len(hidden_states))
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         chosen, routing = self.route(torch.cat([query, key], dim=-1).flatten(0, 1), context)
-        mask = self._mask(routing, context, cache)
+
+        def use(index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            """Makes the mask of the clusters."""
+            return self._mask(index, context, cache)
+
+        mask = self.experts(hidden_states.flatten(0, 1), routing.index, routing.weight, use)
         heads = self.heads(query, key, value, position_embeddings, cache, kwargs)
         mask = _combined(attention_mask, mask[..., -heads[1].shape[2] :])
         attended, probabilities = self.call_attention(*heads, mask, kwargs, self.sinks)
         statistics = self.measured(chosen, routing, context, token_weights)
         return self.o_proj(attended.flatten(2)), probabilities, statistics
 
-    def _mask(self, routing: Routing, context: RoutingContext, cache: Cache | None) -> torch.Tensor:
+    def _mask(self, index: torch.Tensor, context: RoutingContext, cache: Cache | None) -> torch.Tensor:
         """Returns the mask (B, n, S, S') of the clusters, S' all tokens so far, and adds the keys' clusters to the cache."""
-        cluster = (routing.index % self.clusters).unflatten(0, (context.batch_size, -1))  # (B, S, P)
+        cluster = (index % self.clusters).unflatten(0, (context.batch_size, -1))  # (B, S, P)
         queries, keys = cluster.tensor_split([self.config.num_attention_heads], dim=-1)
         if (real := context.by_row(context.token_mask)) is not None:
             keys = keys.where(real[..., None] > 0, self.clusters)

@@ -103,9 +103,12 @@ class SwitchHeadRouter(TopKRouter):
 class SwitchHeadExperts(AttentionExperts):
     """The experts of n heads, E for each head: `up_proj` (n * E, D, H) makes values, `down_proj` (n * E, H, D) outputs."""
 
-    # the output experts are not those of the values, unlike in the base class
-    def forward(  # pyrefly: ignore[bad-override]
-        self, hidden_states: torch.Tensor, routing: Routing, attend: Callable[[torch.Tensor], torch.Tensor]
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        attend: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """Computes the values, lets the heads attend to them, and computes the weighted sum of the outputs.
 
@@ -113,13 +116,15 @@ class SwitchHeadExperts(AttentionExperts):
 
         Args:
             hidden_states: (T, H).
-            routing: routing of the tokens by [`SwitchHeadRouter`], first the value experts and then the output experts.
+            top_k_index: (T, 2n * K) integers, first the value experts and then `n * E` plus the output experts; `2n * E` marks an
+                empty assignment.
+            top_k_weights: (T, 2n * K) factors on the experts' values and outputs.
             attend: maps the weighted values of the chosen experts (T, n * K, D) to what the heads have attended to, (T, n, D).
 
         Returns:
             (T, H) in the dtype of `hidden_states`.
         """
-        index, weight = routing.index.chunk(2, dim=-1), routing.weight.chunk(2, dim=-1)  # each (T, n * K)
+        index, weight = top_k_index.chunk(2, dim=-1), top_k_weights.chunk(2, dim=-1)  # each (T, n * K)
         values = projections(self, index[0]).each("up_proj", hidden_states)
         attended = attend(values * weight[0][..., None].to(values.dtype))
         rows = attended.repeat_interleave(index[1].shape[1] // attended.shape[1], dim=1)
@@ -218,7 +223,7 @@ class SwitchHeadAttention(RoutedAttention):
             attended, probabilities = self.call_attention(*heads, attention_mask, kwargs, self.sinks)
             return attended.flatten(0, 1)
 
-        output = self.experts(tokens, routing, attend)
+        output = self.experts(tokens, routing.index, routing.weight, attend)
         if self.o_bias is not None:
             output = output + self.o_bias
         statistics = self.measured(chosen, routing, context, token_weights)

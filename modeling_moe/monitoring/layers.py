@@ -80,15 +80,16 @@ def sparse_layers(model: nn.Module) -> list[SparseLayer]:
     for place, (name, module) in enumerate(found):
         number = re.search(r"\.(\d+)\.", f".{name}.")
         router = routers.get(name)
+        own = None if router is None else _own_router(router.module)
         layers.append(
             SparseLayer(
                 layer=int(number[1]) if number else place,
                 name=name,
                 experts=module,
-                num_experts=count_experts(module),
+                num_experts=count_experts(module) if own is None else own.num_experts,
                 router=None if router is None else router.module,
                 logits_index=0 if router is None else router.index,
-                returns_routing=router is not None and _is_own(router.module),
+                returns_routing=own is not None,
             )
         )
     return layers
@@ -110,9 +111,9 @@ def count_experts(experts: Any) -> int:
     return int(experts.num_experts)
 
 
-def _is_own(router: nn.Module) -> bool:
-    """Returns True for a router of this package, also of the code that a checkpoint contains, also inside PEFT's layers."""
-    return any(hasattr(module, "auxiliary_loss") for module in router.modules())
+def _own_router(router: nn.Module) -> Any | None:
+    """Returns the router of this package, also of the code that a checkpoint contains, also inside PEFT's layers, or None."""
+    return next((module for module in router.modules() if hasattr(module, "auxiliary_loss")), None)
 
 
 class _Router(NamedTuple):

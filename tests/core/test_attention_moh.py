@@ -36,6 +36,10 @@ def gates_of(attention, x: torch.Tensor, shared: int, routed: int, top_k: int, u
     return torch.cat([alpha[:, :1] * of_shared, alpha[:, 1:] * of_routed], dim=-1)
 
 
+def all_gates(routing) -> torch.Tensor:
+    return head_gates(routing.index, routing.weight, routing.mixture, 4)
+
+
 def oracle(attention, x: torch.Tensor, rotary, gates: torch.Tensor) -> torch.Tensor:
     query = heads_of(attention.q_proj(x), HEADS, rotary)
     key, value = heads_of(attention.k_proj(x), 2, rotary), heads_of(attention.v_proj(x), 2)
@@ -63,7 +67,7 @@ def test_unit_gates_have_the_mean_one():
     with torch.no_grad():
         for weight in (attention.gate.weight, attention.gate.kind_weight, attention.gate.shared_weight):
             weight.zero_()
-    gates = head_gates(attention.gate(torch.randn(5, 32, dtype=torch.float64)), 4)
+    gates = all_gates(attention.gate(torch.randn(5, 32, dtype=torch.float64)))
     torch.testing.assert_close(gates, torch.ones_like(gates))
 
 
@@ -73,7 +77,7 @@ def test_a_dropped_head_adds_nothing():
     arguments = inputs_of(attention)
     x, context = arguments["hidden_states"], RoutingContext(ROWS)
     chosen, routing = attention.route(x.flatten(0, 1), context)
-    gates, before = head_gates(routing, 4), head_gates(chosen, 4)
+    gates, before = all_gates(routing), all_gates(chosen)
     assert ((gates == 0) & (before > 0)).any()
     assert torch.equal(gates[:, :2], before[:, :2])  # shared heads have no capacity
     expected = oracle(attention, x, arguments["position_embeddings"], gates)

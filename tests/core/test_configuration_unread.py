@@ -235,7 +235,7 @@ UNREAD = [
         r"^capacity_priority is 'k_major', which nothing reads",
     ),
     ({"group_score": "max"}, r"^group_score is 'max', which nothing reads: set n_group above 1"),
-    ({"router_ema_decay": 0.5}, r"^router_ema_decay is 0.5, .*: set router_controller='quantile' or router_type='exp"),
+    ({"router_ema_decay": 0.5}, r"^router_ema_decay is 0.5, .*: set router_controller='quantile', router_type='exp"),
     ({"expected_experts_per_tok": 1}, r"^expected_experts_per_tok is 1, .*: set router_controller='proportional'"),
     (
         {"router_bias_update_rate": 0.1, "router_selection_bias": True, "router_controller": "quantile"},
