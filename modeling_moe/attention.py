@@ -57,6 +57,11 @@ class AttentionFields:
         "Adds biases to the query, key and value projections but not to the output projection, as in Qwen2.",
         conditions=(PLAIN, Condition(lambda config: not config.attention_bias, "set attention_bias=False")),
     )
+    attention_output_bias: bool = setting(
+        False,
+        "Adds a bias to the output projection but not to the query, key and value projections, as in JetMoE.",
+        conditions=(PLAIN, Condition(lambda config: not config.attention_bias, "set attention_bias=False")),
+    )
     qk_norm: Literal["head", "full"] | None = setting(
         None,
         'Normalises queries and keys: "head" normalises each head (Qwen3), "full" normalises all heads together (OLMoE), '
@@ -157,6 +162,7 @@ class AttentionBase(nn.Module):
         self.scales_queries = config.llama_4_scaling_beta is not None
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         self.qkv_bias = config.attention_bias or config.qkv_bias
+        self.output_bias = config.attention_bias or config.attention_output_bias
         keys = config.num_key_value_heads * self.head_dim
         self.add_queries(config)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=self.qkv_bias)
@@ -249,7 +255,7 @@ class MoEAttention(AttentionBase):
     def add_output(self, config: Any) -> None:
         """Makes the output projection, and the gate before it."""
         queries = self.query_width(config)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=self.output_bias)
         self.gate_proj = nn.Linear(config.hidden_size, queries, bias=False) if config.attn_output_gate else None
 
     def forward(

@@ -67,7 +67,7 @@ class MixtureOfAttentionHeads(RoutedAttention):
 
     def add_output(self, config: Any) -> None:
         """Makes the bias of the output, which the experts share."""
-        self.o_bias = nn.Parameter(torch.empty(config.hidden_size)) if config.attention_bias else None
+        self.o_bias = nn.Parameter(torch.empty(config.hidden_size)) if self.output_bias else None
 
     def init_weights(self, std: float) -> None:
         """Fills the sinks and the shared biases of a new model."""

@@ -66,7 +66,7 @@ def _attention_params(config: Any, experts: int) -> int:
     params = 2 * config.hidden_size * (queries + keys)
     if config.attention_bias or config.qkv_bias:
         params += queries + 2 * keys
-    if config.attention_bias:
+    if config.attention_bias or config.attention_output_bias:
         params += config.hidden_size
     if config.attn_output_gate:
         params += config.hidden_size * queries
@@ -108,6 +108,7 @@ def _params_with(config: Any, experts: int, attention_experts: int) -> int:
     if config.has_shared_experts:
         sparse += _mlp_params(config, config.shared_expert_intermediate_size, config.gated_experts) + activation
         sparse += config.shared_expert_gate * config.hidden_size
+    sparse += config.moe_output_bias * config.hidden_size
     layers = sum({"dense": dense, "sparse": sparse}[kind] for kind in config.mlp_layer_types)
     layers += _routers_params(config)
     norms = sum(len(set(norm_names(config, kind == "sparse")) - {None}) for kind in config.mlp_layer_types)

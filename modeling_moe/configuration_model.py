@@ -164,6 +164,11 @@ class ExpertFields:
         'How the outputs of routed and shared experts are combined: "sum", or "average", half the sum, as in Cohere2-MoE.',
         conditions=(SPARSE, _SHARED),
     )
+    moe_output_bias: bool = setting(
+        False,
+        "Adds a bias to the output of sparse feed-forward networks, after the sum over experts, as in JetMoE.",
+        conditions=(SPARSE,),
+    )
     experts_recompute: bool = setting(
         False,
         "Computes the first projection of the experts again in the backward pass instead of keeping its result, which saves "

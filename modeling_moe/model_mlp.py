@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 
@@ -35,3 +36,19 @@ class MoEMLP(nn.Module):
         if self.limit is not None:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return self.down_proj(self.act_fn(gate) * up)
+
+
+class OutputBias(nn.Module):
+    """A bias that is added to the output of a sparse feed-forward network, whatever the routing weights are."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+
+    def init_weights(self, std: float) -> None:
+        """Fills the bias of a new model with 0."""
+        init.zeros_(self.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Maps (..., H) to (..., H)."""
+        return hidden_states + self.bias

@@ -19,7 +19,14 @@ class NormFields:
 
     rms_norm_eps: float = setting(
         1e-6,
-        "The epsilon of all norms except the norms of latent attention's latents, which use 1e-6.",
+        "The epsilon of all norms except the norms of latent attention's latents, which use 1e-6, and the last norm if "
+        "final_norm_eps is set.",
+        Range(1e-30, 1),
+    )
+    final_norm_eps: float | None = setting(
+        None,
+        "The epsilon of the norm after the last layer; None means rms_norm_eps. JetMoE's layers have the epsilon 1e-6 whatever "
+        "its rms_norm_eps is, which only its last norm reads.",
         Range(1e-30, 1),
     )
     norm_type: Literal["rms", "rms_fp32", "rms_plus_one", "layer"] = setting(
@@ -80,10 +87,11 @@ def norm_names(config: Any, is_sparse: bool) -> tuple[str | None, str | None, st
     return (*names[:3], "post_feedforward_layernorm") if is_sparse and config.sparse_output_norm else names
 
 
-def make_norm(config: Any, width: int | None = None) -> nn.Module:
-    """Makes the norm that the configuration names, over `width` features; None for the hidden size."""
+def make_norm(config: Any, width: int | None = None, eps: float | None = None) -> nn.Module:
+    """Makes the norm that the configuration names, over `width` features; None for the hidden size, and for `rms_norm_eps`."""
     bias = {"bias": config.norm_bias} if config.norm_type == "layer" else {}
-    return NORMS[config.norm_type](config.hidden_size if width is None else width, eps=config.rms_norm_eps, **bias)
+    eps = config.rms_norm_eps if eps is None else eps
+    return NORMS[config.norm_type](config.hidden_size if width is None else width, eps=eps, **bias)
 
 
 def init_norm(norm: nn.Module) -> bool:

@@ -46,7 +46,7 @@ from .model_experts import (
 from .model_generation import MoEGenerationMixin
 from .model_inputs import loss_weights, prepare_inputs, token_embeddings
 from .model_layer import MoEDecoderLayer
-from .model_mlp import MoEMLP
+from .model_mlp import MoEMLP, OutputBias
 from .model_norms import init_norm, make_norm
 from .model_outputs import MoECausalLMOutput, MoEModelOutput, record_router_logits, router_recorders
 from .router import Router, RoutingContext
@@ -199,6 +199,7 @@ class MoEBlock(Routed, nn.Module):
             self.shared_experts = MoEMLP(config, config.shared_expert_intermediate_size, config.gated_experts)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        self.output_bias = OutputBias(config.hidden_size) if config.moe_output_bias else nn.Identity()
 
     def forward(
         self,
@@ -221,7 +222,7 @@ class MoEBlock(Routed, nn.Module):
             output = output + shared
             if self.config.shared_expert_combination_strategy == "average":
                 output = output / 2
-        output = output.view_as(hidden_states)
+        output = self.output_bias(output).view_as(hidden_states)
         if token_weights is None:
             return output, None
         return output, layer_statistics(self, chosen, routing, context, token_weights)
@@ -269,7 +270,7 @@ class MoEPreTrainedModel(CheckpointModel):
         super()._init_weights(module)
         if isinstance(module, StackedExperts):
             init_experts(module, self.config.initializer_range)
-        elif isinstance(module, (Router, AttentionBase)):
+        elif isinstance(module, (Router, AttentionBase, OutputBias)):
             module.init_weights(self.config.initializer_range)
         elif isinstance(module, KindTotals):
             for buffer in module.buffers():
@@ -326,7 +327,7 @@ class MoEModel(MoEPreTrainedModel):
         self.layers = nn.ModuleList(
             MoEDecoderLayer(config, i, feed_forward(config, i)) for i in range(config.num_hidden_layers)
         )
-        self.norm = make_norm(config)
+        self.norm = make_norm(config, eps=config.final_norm_eps)
         self.rotary_emb = RotaryEmbeddings(config)
         self.gradient_checkpointing = False
         self.slots = slots(config)

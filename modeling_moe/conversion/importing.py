@@ -102,6 +102,7 @@ def load_state(config: MoEConfig, state: State) -> MoEForCausalLM:
     for layer in range(config.num_hidden_layers):
         # fusing layer by layer keeps no more than one layer's experts in memory twice
         fuse_experts(weights, f"model.layers.{layer}.mlp.experts.", config.num_experts)
+        fuse_experts(weights, f"model.layers.{layer}.self_attn.experts.", config.attention_experts)
     model.load_state_dict(weights, assign=True, strict=not config.tie_word_embeddings)
     model.tie_weights()
     return model.eval()

@@ -12,6 +12,7 @@ from transformers.models import (
     gpt_oss,
     granite,
     granitemoeshared,
+    jetmoe,
     llama,
     minimax_m2,
     mistral,
@@ -75,6 +76,13 @@ LATENT = {
 }
 SIGMOID = {"scoring_func": "sigmoid", "router_selection_bias": True}
 GROUPS = SIGMOID | {"num_experts": 6, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5}
+MOA = {
+    "routed_attention": "moa",
+    "attention_experts": 5,
+    "attention_experts_per_tok": 3,
+    "num_attention_heads": 6,
+    "head_dim": 8,
+}
 MULTIPLIERS = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.7,
@@ -106,6 +114,8 @@ EXPRESSIBLE = {
         {"qk_norm": "head", "sliding_window": 4, "attention_bias": True, "routed_scaling_factor": 2},
     ),
     "olmoe": ("olmoe", {"qk_norm": "full", "clip_qkv": 0.5, "norm_topk_prob": False}),
+    "jetmoe": ("jetmoe", MOA | {"attention_output_bias": True, "moe_output_bias": True, "final_norm_eps": 0.1}),
+    "jetmoe-bare": ("jetmoe", MOA | {"tie_word_embeddings": True, "routed_scaling_factor": 2.5}),
     "granitemoeshared": ("granitemoeshared", {"num_shared_experts": 1, "shared_expert_intermediate_size": 20}),
     "granitemoeshared-multipliers": (
         "granitemoeshared",
@@ -186,6 +196,14 @@ SOURCES = {
     ),
     "gpt_oss": gpt_oss.GptOssConfig(
         **SIZE, intermediate_size=24, num_local_experts=5, num_experts_per_tok=3, head_dim=12, sliding_window=4
+    ),
+    "jetmoe": jetmoe.JetMoeConfig(
+        **{name: value for name, value in SIZE.items() if name != "num_attention_heads"},
+        intermediate_size=24,
+        kv_channels=12,
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        rms_norm_eps=1e-5,
     ),
     "olmoe": olmoe.OlmoeConfig(**HF_EXPERTS, intermediate_size=24, clip_qkv=0.5, router_aux_loss_coef=0.02),
 }

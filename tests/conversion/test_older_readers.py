@@ -29,6 +29,7 @@ from tests.conversion.test_families_export import (
     GROUPS,
     LATENT,
     LLAMA3_ROPE,
+    MOA,
     MOE,
     MULTIPLIERS,
     SIGMOID,
@@ -73,6 +74,10 @@ READ_BY_OLDER = {
     "glm4_moe": [*DEEPSEEK, "use_qk_norm", "partial_rotary_factor", "head_dim"],
     "minimax_m2": [*SHARED, *ATTENTION[:-1], "num_local_experts", "head_dim", "router_jitter_noise", "rotary_dim"],
     "gpt_oss": [*SHARED, *ATTENTION, "num_local_experts", "head_dim", "layer_types", "attention_bias"],
+    "jetmoe": [
+        *({*BASIC, *ATTENTION[:-1]} - {"hidden_act"}),
+        *("kv_channels", "num_local_experts", "activation_function", "output_router_logits", "aux_loss_coef"),
+    ],
     "olmoe": [*SHARED, *ATTENTION[:-1], "num_experts", "attention_bias", "clip_qkv", "norm_topk_prob"],
 }
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 8}
@@ -101,6 +106,7 @@ PLAIN = {
     # transformers 4 has the published clamp as constants
     "gpt_oss": CLAMPED | OLDER_CLAMP,
     "olmoe": {"qk_norm": "full"},
+    "jetmoe": MOA,
 }
 
 

@@ -11,6 +11,7 @@ from modeling_moe.conversion import TARGETS
 from tests.conversion.test_families_export import CLAMPED, LATENT, MOE, SIGMOID, export, load_whole, randomised
 
 
+MOA = {"routed_attention": "moa", "attention_experts": 4, "attention_experts_per_tok": 2}
 BASE: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "granitemoeshared": {"num_shared_experts": 1},
@@ -21,9 +22,10 @@ BASE: dict[str, dict[str, Any]] = {
     "minimax_m2": SIGMOID | {"qk_norm": "full"},
     "gpt_oss": CLAMPED,
     "olmoe": {"qk_norm": "full"},
+    "jetmoe": MOA,
 }
 SHARED = {"num_shared_experts": 1}
-SMALL = MOE | {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}
+SMALL: dict[str, Any] = MOE | {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}
 GROUPED = {"n_group": 2, "topk_group": 1}
 DENSE = {"mlp_layer_types": ["dense", "sparse"]}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500.0}
@@ -69,6 +71,11 @@ CHANGED: dict[str, dict[str, Any]] = {
     "qk_norm": {"qk_norm": "head"},
     "qk_norm_after_rope": {"qk_norm": "head", "qk_norm_after_rope": True},
     "attn_output_gate": {"attn_output_gate": True},
+    "attention_output_bias": {"attention_output_bias": True},
+    "moe_output_bias": {"moe_output_bias": True},
+    "routed_attention": MOA,
+    "attention_experts": MOA | {"attention_experts": 3},
+    "attention_experts_per_tok": MOA | {"attention_experts_per_tok": 1},
     "clip_qkv": {"clip_qkv": 0.3},
     "attention_multiplier": {"attention_multiplier": 0.7},
     "llama_4_scaling_beta": {
@@ -81,6 +88,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "sliding_window": {"sliding_window": 3},
     "layer_types": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
     "rms_norm_eps": {"rms_norm_eps": 0.1},
+    "final_norm_eps": {"final_norm_eps": 0.1},
     "norm_type": {"norm_type": "rms_plus_one"},
     "norm_bias": {"norm_type": "layer", "norm_bias": False},
     "norm_placement": {"norm_placement": "parallel_shared"},
@@ -106,7 +114,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "final_logit_softcapping": {"final_logit_softcapping": 0.5},
     "tie_word_embeddings": {"tie_word_embeddings": True},
 }
-# switches of the decoder that none of the nine families has
+# switches of the decoder that none of the targets' families has
 OWN_SWITCHES = {
     *("lm_head_bias", "sparse_output_norm", "qk_norm_after_rope", "attn_output_gate", "llama_4_scaling_beta"),
     *("norm_bias", "norm_placement", "router_logit_scale", "router_logit_softcapping", "router_input_norm"),

@@ -20,6 +20,7 @@ from .deepseek import DEEPSEEK_FAMILIES
 from .dense import DENSE_FAMILIES
 from .gpt_oss import GPT_OSS_FAMILIES
 from .granite import GRANITE_FAMILIES
+from .jetmoe import JETMOE_FAMILIES
 from .kolibri import KOLIBRI_FAMILIES
 from .phimoe import PHIMOE_FAMILIES
 from .softmax import SOFTMAX_FAMILIES
@@ -36,6 +37,7 @@ SPARSE_FAMILIES: dict[str, Family] = (
     | ATTENTION_FAMILIES
     | COHERE_FAMILIES
     | GPT_OSS_FAMILIES
+    | JETMOE_FAMILIES
     | KOLIBRI_FAMILIES
     | PHIMOE_FAMILIES
     | TEXT_FAMILIES

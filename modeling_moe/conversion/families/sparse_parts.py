@@ -102,7 +102,7 @@ def halves_to_pairs(width: int, plain: int) -> Callable[[torch.Tensor], torch.Te
 
 
 def unfused(name: str, tensor: LazyTensor, transposed: bool = False) -> State:
-    """Splits fused experts: `experts.gate_up_proj` (E, 2I, H), gate first, or `experts.down_proj` (E, H, I).
+    """Splits fused experts: `experts.gate_up_proj` (E, 2I, H), gate first, or one projection, as `experts.down_proj` (E, H, I).
 
     Args:
         name: the tensor's name.
@@ -112,7 +112,7 @@ def unfused(name: str, tensor: LazyTensor, transposed: bool = False) -> State:
     prefix, _, kind = name.rpartition(".")
     width = tensor.shape[2 if transposed else 1] // 2
     parts = {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
-    if kind == "down_proj":
+    if kind != "gate_up_proj":
         parts = {kind: slice(None)}
     return {
         f"{prefix}.{e}.{part}.weight": tensor[e, :, rows].transpose() if transposed else tensor[e, rows]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -95,7 +96,10 @@ class Target:
         A field is such a feature if it has an effect on the logits and would have another value after import. An empty list
         means that the export is exact, except for the rounding of `routed_scaling_factor` where [`Target.rounds`] is true.
         """
-        family, reasons = self.config(config), []
+        try:
+            family, reasons = self.config(config), []
+        except StrictDataclassError as error:
+            return [self._impossible(error)]
         implied = config.hidden_size // config.num_attention_heads
         if not hasattr(family, "head_dim") and config.head_dim != implied:
             reasons.append(f"head_dim={config.head_dim} ({self.model_type} has {implied})")
@@ -104,10 +108,7 @@ class Target:
         try:
             held = moe_config(family)
         except ValueError as error:
-            return [
-                *reasons,
-                f"{self.model_type} has no such configuration ({' '.join(str(error.__cause__ or error).split())})",
-            ]
+            return [*reasons, self._impossible(error)]
         absorbed = self.absorbed(config)
         for name, declared in settings_of(MoEConfig).items():
             if not _is_compared(name, declared, config, held):
@@ -116,6 +117,9 @@ class Target:
             if absorbed.get(name, value) != theirs:
                 reasons.append(_difference(name, getattr(config, name), self.model_type, getattr(held, name)))
         return reasons
+
+    def _impossible(self, error: Exception) -> str:
+        return f"{self.model_type} has no such configuration ({' '.join(str(error.__cause__ or error).split())})"
 
     def rounds(self, config: MoEConfig) -> bool:
         """Returns whether `routed_scaling_factor` is multiplied into weights that it rounds: it is no power of two."""

@@ -15,6 +15,7 @@ from ...configuration_moe import MoEConfig
 from ...utils.errors import UserError
 from .base import Target
 from .gpt_oss import GPT_OSS
+from .jetmoe import JETMOE
 from .servers import SERVERS, Server, faults, servers
 from .sigmoid import DEEPSEEK_V3, GLM4_MOE, MINIMAX_M2
 from .softmax import GRANITEMOESHARED, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
@@ -33,6 +34,7 @@ TARGETS: dict[str, Target] = {
         MINIMAX_M2,
         GPT_OSS,
         OLMOE,
+        JETMOE,
     )
 }
 AUTO = "auto"
