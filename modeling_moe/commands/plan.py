@@ -181,12 +181,20 @@ def print_plan(plan: UpcyclingPlan, title: str, verification: Verification | Non
         groups.add_row(group.name, group.count, f"{group.params:,}", size_text(group.nbytes))
     layers, dense_layers = config.num_hidden_layers, len(config.mlp_only_layers)
     weights, cache = size_text(plan.bytes_on_disk), size_text(plan.cache_bytes())
+    sparse = (
+        ("experts, per token", f"{config.num_experts}, {config.num_experts_per_tok}"),
+        ("shared experts", f"{config.num_shared_experts}"),
+    )
+    attention = (
+        ("attention experts, per token", f"{config.attention_experts}, {config.attention_experts_per_tok}"),
+        ("query heads of a token", f"{config.num_attention_heads}, {config.num_key_value_heads} of keys"),
+    )
     rows = [
         ("dense parameters", f"{plan.dense_params:,}"),
         ("parameters", f"{plan.params:,}"),
         ("active per token", f"{plan.active_params:,}"),
-        ("experts, per token", f"{config.num_experts}, {config.num_experts_per_tok}"),
-        ("shared experts", f"{config.num_shared_experts}"),
+        *(sparse if dense_layers < layers else ()),
+        *(attention if config.routed_attention is not None else ()),
         ("sparse layers", f"{layers - dense_layers} of {layers}"),
         ("weights on disk", f"{weights}, {dtype}"),
         ("memory to train", f"{size_text(plan.bytes_to_train)} and activations (AdamW, all weights)"),

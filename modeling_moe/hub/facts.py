@@ -108,7 +108,8 @@ def _facts(config: PreTrainedConfig, model: PreTrainedModel) -> ModelFacts:
     own = isinstance(config, MoEConfig)
     auto_class = str(type(model)._auto_class) if isinstance(model, MoEPreTrainedModel) else "AutoModelForCausalLM"
     layers = _reached_layers(model)
-    is_sparse = bool(layers) or (not own and experts_per_token(config) is not None)
+    routed_attention = getattr(config, "routed_attention", None) is not None
+    is_sparse = bool(layers) or routed_attention or (not own and experts_per_token(config) is not None)
     counts = count_parameters(model, layers)
     generates = auto_class == "AutoModelForCausalLM"
     return ModelFacts(

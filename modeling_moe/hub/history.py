@@ -13,11 +13,10 @@ from .wording import without_paths
 
 
 SCORES = "scores.json"
-# options of upcycling and conversion that a card shows
-SHOWN_OPTIONS = (
-    *("method", "num_experts", "num_experts_per_tok", "granularity", "scaling", "shared_expert", "noise"),
-    *("router_init", "seed"),
-)
+# options of upcycling that a card shows: of feed-forward networks, of attention, and of both
+NETWORK_OPTIONS = ("method", "num_experts", "num_experts_per_tok", "granularity", "scaling", "shared_expert")
+ATTENTION_OPTIONS = ("attention_experts", "attention_experts_per_tok")
+SHOWN_OPTIONS = ("noise", "router_init", "seed")
 # method of resizing -> options that it reads and a card shows
 RESIZING = {
     "grow": ("mode", "factor", "num_experts", "noise", "seed"),
@@ -132,7 +131,7 @@ def _conversion(record: dict[str, Any]) -> dict[str, Any]:
     recipe = _table(record.get("recipe"))
     options = _table(recipe.get("options"))
     method = str(options.get("method"))
-    names = RESIZING.get(method, SHOWN_OPTIONS)
+    names = RESIZING.get(method) or _of_upcycling(options)
     shown = {name: options[name] for name in names if options.get(name) is not None}
     sources = recipe.get("sources")
     sources = sources if isinstance(sources, list) else [recipe.get("source")]
@@ -142,6 +141,12 @@ def _conversion(record: dict[str, Any]) -> dict[str, Any]:
     if method in RESIZING:
         shown = {"method": method, **_resizing(shown, options, _table(recipe.get("kept")))}
     return {"from": places, "target": recipe.get("target"), **shown, "exactness": _exactness(record, recipe)}
+
+
+def _of_upcycling(options: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the names of the options of an upcycling that a card shows: those that the result depends on."""
+    networks = () if options.get("layers") == "none" else NETWORK_OPTIONS
+    return (*networks, *(ATTENTION_OPTIONS if options.get("attention_experts") else ()), *SHOWN_OPTIONS)
 
 
 def _place(source: object) -> str | None:

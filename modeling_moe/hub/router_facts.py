@@ -96,7 +96,7 @@ def _as_own(config: PreTrainedConfig) -> MoEConfig | None:
         return None
 
 
-def _own_rows(config: MoEConfig, condition: str) -> list[tuple[str, str]]:
+def _network_rows(config: MoEConfig) -> list[tuple[str, str]]:
     rows = [
         ("Router", f"`{config.router_type}`{_scores(config)}"),
         ("Routed experts", f"{config.num_experts} of width {config.moe_intermediate_size:,}{_latent(config)}"),
@@ -104,6 +104,14 @@ def _own_rows(config: MoEConfig, condition: str) -> list[tuple[str, str]]:
     ]
     if config.has_shared_experts:
         rows.append(("Shared experts", _shared_experts(config)))
+    return rows
+
+
+def _own_rows(config: MoEConfig, condition: str) -> list[tuple[str, str]]:
+    rows = _network_rows(config) if "sparse" in config.mlp_layer_types else []
+    if (name := config.routed_attention) is not None:
+        experts, top_k = config.attention_experts, config.attention_experts_per_tok
+        rows.append(("Routed attention", f"`{name}`, {experts} experts in every layer, {top_k} per token"))
     losses = [f"{name} {getattr(config, field):g}" for field, name in LOSSES.items() if getattr(config, field)]
     rows.append(("Router losses in training, by weight", ", ".join(losses) + condition if losses else "none"))
     if config.router_controller is not None:

@@ -1,19 +1,23 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module assembles a sparse checkpoint from dense ones; a tensor is read only when the result is written."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from ..checkpoints import LazyTensor, State
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
+from .attention import BIASES, EXPERTS, attention_expert
 from .experts import at_least_fp32, make_expert
 from .options import UpcyclingOptions
-from .request import LayerRequest, Network
+from .request import LayerRequest, Network, Part
 from .router_init import router_weight
 
 
+# beginning of the names of the tensors of one part of a layer
+PART = re.compile(r"model\.layers\.(\d+)\.(mlp|self_attn)\.")
 # fields in which sources may differ, because the function that the weights compute does not depend on them
 FREE_FIELDS = {
     "_name_or_path",
@@ -125,6 +129,45 @@ def sparse_block(request: LayerRequest) -> State:
     return block
 
 
+def attention_block(request: LayerRequest) -> State:
+    """Returns router, experts and shared tensors of a layer's attention, under the names that attention gives them."""
+    options, networks = request.options, request.networks
+    block: State = {"gate.weight": router_weight(request)}
+    for expert in range(options.num_experts):
+        tensors = attention_expert(request, expert)
+        block |= {f"experts.{expert}.{name}": tensor for name, tensor in tensors.items()}
+    for name in networks[0]:
+        if name not in EXPERTS:
+            shared = average([network[name] for network in networks], options.source_weights)
+            block[BIASES.get(name, name)] = shared
+    return block
+
+
+def _request(
+    prefix: str,
+    sources: Sequence[State],
+    config: MoEConfig,
+    options: UpcyclingOptions,
+    measured: Mapping[str, torch.Tensor],
+) -> LayerRequest | None:
+    """Returns the request for the part of a layer whose tensors begin with `prefix`; None if the part stays dense."""
+    match = PART.match(prefix)
+    if match is None:
+        return None
+    layer, part = int(match[1]), match[2]
+    if not (options.attention_experts if part == "self_attn" else config.mlp_layer_types[layer] == "sparse"):
+        return None
+    names = [key for key in sources[0] if key.startswith(prefix)]
+    networks = [{key.removeprefix(prefix): source[key] for key in names} for source in sources]
+    if part == "self_attn":
+        return LayerRequest(networks, layer, config, options.for_attention(), measured, "self_attn")
+    return LayerRequest(networks, layer, config, options, measured)
+
+
+# part of a layer -> function that makes its tensors
+BLOCKS: dict[Part, Callable[[LayerRequest], State]] = {"mlp": sparse_block, "self_attn": attention_block}
+
+
 def assemble(
     sources: Sequence[State], config: MoEConfig, options: UpcyclingOptions, measured: Mapping[str, torch.Tensor]
 ) -> State:
@@ -136,27 +179,27 @@ def assemble(
         config: configuration of the result, see [`~modeling_moe.upcycling.plan.sparse_config`]; its `mlp_layer_types`
             says which layers become sparse.
         options: how to upcycle.
-        measured: tensors measured on calibration data: `layers.{i}.router` (R, H) for routers that are not random, and
-            for `split="clustered"` `layers.{i}.neurons` (I,) int64, an order in which the neurons of an expert are
+        measured: tensors measured on calibration data: `layers.{i}.router` (R, H), and `layers.{i}.attention_router` (R,
+            H) of attention experts, for routers that are not random, and for `split="clustered"` `layers.{i}.neurons` (I,) int64, an order in which the neurons of an expert are
             adjacent.
 
     Returns:
         The checkpoint with the names and shapes of a checkpoint on disk, in the first source's dtypes, the routers in
-        `config.dtype`. All tensors outside the networks of sparse layers are averages of the sources.
+        `config.dtype`. All tensors outside experts and routers are averages of the sources.
 
     Raises:
         UserError: if the sources differ in the names or shapes of their tensors.
     """
     refuse_different_tensors(sources, options.sources or [])
-    layers = {f"model.layers.{i}.mlp.": i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"}
+    prefixes = dict.fromkeys(match.group() for name in sources[0] if (match := PART.match(name)))
+    made = {prefix: _request(prefix, sources, config, options, measured) for prefix in prefixes}
     state: State = {}
     for name in sources[0]:
-        prefix = "".join(name.partition(".mlp.")[:2])
-        if prefix not in layers:
+        match = PART.match(name)
+        request = made[match.group()] if match is not None else None
+        if match is None or request is None:
             state[name] = average([source[name] for source in sources], options.source_weights)
-        elif f"{prefix}gate.weight" not in state:
-            names = [key for key in sources[0] if key.startswith(prefix)]
-            networks = [{key.removeprefix(prefix): source[key] for key in names} for source in sources]
-            block = sparse_block(LayerRequest(networks, layers[prefix], config, options, measured))
-            state |= {f"{prefix}{key}": tensor for key, tensor in block.items()}
+        elif f"{match.group()}gate.weight" not in state:
+            block = BLOCKS[request.part](request)
+            state |= {f"{match.group()}{key}": tensor for key, tensor in block.items()}
     return state

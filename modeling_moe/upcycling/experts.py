@@ -205,13 +205,21 @@ def reason_not_exact(options: UpcyclingOptions, config: MoEConfig) -> str | None
     """
     if options.sources:
         return "several sources: every tensor outside the experts is an average of the sources"
-    if options.shared_expert:
-        return None
+    reasons = {}
+    if "sparse" in config.mlp_layer_types and not options.shared_expert:
+        reasons = _reasons_of_networks(options, config)
+    noisy = options.attention_experts and (options.noise or options.noise_std)
+    reasons["noise moves every expert of attention away from the dense attention"] = noisy
+    return "; ".join(reason for reason, holds in reasons.items() if holds) or None
+
+
+def _reasons_of_networks(options: UpcyclingOptions, config: MoEConfig) -> dict[str, object]:
+    """Returns why the experts of feed-forward networks would not compute the dense network: reason -> whether it holds."""
     experts, top_k, shards = config.num_experts, config.num_experts_per_tok, options.granularity
     equal, every = options.zero_router or experts == 1, top_k == experts
     scale = output_scale(config, options)[0]
     split = options.method == "split"
-    reasons = {
+    return {
         "noise moves every expert away from the dense network": options.noise or options.noise_std,
         f"drop draws {options.drop_ratio:.0%} of every expert's neurons anew": options.method == "drop",
         f"split: a token is sent to {top_k} of the {experts} parts of the network (a scale of {scale:g} gives each part "
@@ -229,4 +237,3 @@ def reason_not_exact(options: UpcyclingOptions, config: MoEConfig) -> str | None
             not _scaled_exactly(config, options)
         ),
     }
-    return "; ".join(reason for reason, holds in reasons.items() if holds) or None

@@ -2,11 +2,27 @@
 """This module defines the options of upcycling, and refuses combinations of which no model can be made."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from ..configuration_moe import MoEConfig
 from ..utils.errors import UserError
+
+
+# options that only the experts of feed-forward networks read
+_OF_NETWORKS = (
+    *(
+        "num_experts",
+        "num_experts_per_tok",
+        "method",
+        "granularity",
+        "scaling",
+        "shared_expert",
+        "drop_ratio",
+        "split",
+    ),
+    "norm_topk_prob",
+)
 
 
 @dataclass
@@ -58,7 +74,20 @@ class UpcyclingOptions:
     )
     layers: str = field(
         default="all",
-        metadata={"help": "which layers become sparse: all, every:n (the n-th, 2n-th, ...) or indices such as 0,2,5"},
+        metadata={
+            "help": "layers whose feed-forward networks become experts: all, every:n (the n-th, 2n-th, ...), indices such as "
+            "0,2,5, or none, if only attention gets experts"
+        },
+    )
+    attention_experts: int = field(
+        default=0,
+        metadata={
+            "help": "number of experts that the attention of every layer gets, each a copy of the query and output projections "
+            "(a mixture of attention heads); 0 leaves attention as it is"
+        },
+    )
+    attention_experts_per_tok: int = field(
+        default=2, metadata={"help": "number of attention experts that a token is sent to"}
     )
     norm_topk_prob: bool = field(
         default=True, metadata={"help": "scale the routing weights of a token to the sum 1; an exact result needs it"}
@@ -127,6 +156,15 @@ class UpcyclingOptions:
         """Whether the options require a measurement on `calibration_data`."""
         return self.router_init in ("text", "kmeans", "ridge") or self.split == "clustered"
 
+    def for_attention(self) -> "UpcyclingOptions":
+        """Returns these options as a router of attention reads them: the attention experts are the experts."""
+        return replace(
+            self,
+            num_experts=self.attention_experts,
+            num_experts_per_tok=self.attention_experts_per_tok,
+            granularity=1,
+        )
+
     def num_dropped(self, width: int) -> int:
         """Returns how many neurons method `drop` draws anew in an expert with `width` neurons."""
         return round(self.drop_ratio * width)
@@ -139,14 +177,16 @@ class UpcyclingOptions:
         """
         every, _, step = self.layers.partition("every:")
         try:
-            if self.layers == "all":
-                return list(range(num_hidden_layers))
+            if self.layers in ("all", "none"):
+                return list(range(num_hidden_layers if self.layers == "all" else 0))
             if step and not every and int(step) > 0:
                 layers = list(range(int(step) - 1, num_hidden_layers, int(step)))
             else:
                 layers = sorted({int(index) for index in self.layers.split(",")})
         except ValueError:
-            raise UserError(f"layers is {self.layers!r}: it must be all, every:n or indices such as 0,2,5") from None
+            raise UserError(
+                f"layers is {self.layers!r}: it must be all, none, every:n or indices such as 0,2,5"
+            ) from None
         if not layers or not 0 <= layers[0] <= layers[-1] < num_hidden_layers:
             raise UserError(
                 f"layers is {self.layers!r}: it must name at least one layer, between 0 and {num_hidden_layers - 1}"
@@ -160,6 +200,7 @@ class UpcyclingOptions:
             UserError: if an option is refused; the message names the option and the remedy.
         """
         self._check_values()
+        self._check_attention()
         self._check_division(dense.intermediate_size)
         self._check_sources()
         self.sparse_layers(dense.num_hidden_layers)
@@ -172,7 +213,7 @@ class UpcyclingOptions:
             value = getattr(self, name)
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise UserError(f"{name} {value!r} is unknown: it must be one of {', '.join(get_args(kind))}")
-        for name in ("noise", "noise_std", "router_std", "ridge_lambda"):
+        for name in ("noise", "noise_std", "router_std", "ridge_lambda", "attention_experts"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be 0 or positive")
         for name in ("num_experts", "granularity", "router_logit_std", "calibration_tokens"):
@@ -182,6 +223,22 @@ class UpcyclingOptions:
             raise UserError(f"drop_ratio is {self.drop_ratio}: it must be above 0 and at most 1")
         if self.split != "random" and self.method != "split":
             raise UserError(f"split={self.split!r} has no effect with method={self.method!r}: set method to split")
+
+    def _check_attention(self) -> None:
+        default = {item.name: item.default for item in fields(self)}
+        if not self.attention_experts:
+            if self.attention_experts_per_tok != default["attention_experts_per_tok"]:
+                raise UserError(
+                    "attention_experts_per_tok has no effect without attention experts: set attention_experts"
+                )
+            if self.layers == "none":
+                raise UserError("layers is 'none': set attention_experts, or name the layers that become sparse")
+        if self.layers == "none":
+            for name in _OF_NETWORKS:
+                if getattr(self, name) != default[name]:
+                    raise UserError(
+                        f"{name} has no effect with layers='none', which leaves all networks dense: omit it"
+                    )
 
     def _check_division(self, width: int) -> None:
         experts, shards = self.num_experts, self.granularity
@@ -205,10 +262,15 @@ class UpcyclingOptions:
         count = 1 + len(self.sources or [])
         if count > 1 and self.method == "split":
             raise UserError("sources cannot be given with method split, which divides one network: set method to copy")
-        if self.num_replicas % count:
+        if self.layers != "none" and self.num_replicas % count:
             raise UserError(
                 f"num_experts / granularity ({self.num_replicas}) is not a multiple of the {count} sources: choose a "
                 "multiple, so that each source fills equally many experts"
+            )
+        if self.attention_experts % count:
+            raise UserError(
+                f"attention_experts ({self.attention_experts}) is not a multiple of the {count} sources: choose a multiple, so "
+                "that each source fills equally many experts"
             )
         weights = self.source_weights or [1 / count] * count
         if len(weights) != count:

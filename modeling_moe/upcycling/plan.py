@@ -22,6 +22,7 @@ from ..modeling_moe import MoEForCausalLM
 from ..utils.errors import UserError
 from ..utils.limits import refuse_vast_result
 from .assembly import refuse_mismatch
+from .attention import attention_fields
 from .experts import reason_not_exact
 from .options import UpcyclingOptions
 
@@ -30,8 +31,9 @@ from .options import UpcyclingOptions
 GROUPS = {
     "embedding": r".*\.embed_\w+\.",
     "output head": r"lm_head\.",
-    "attention": r".*\.self_attn\.",
-    "routers": r".*\.mlp\.gate\.",
+    "attention": r".*\.self_attn\.(?!gate\.|experts\.)",
+    "attention experts": r".*\.self_attn\.experts\.",
+    "routers": r".*\.(?:mlp|self_attn)\.gate\.",
     "routed experts": r".*\.mlp\.experts\.",
     "shared experts": r".*\.mlp\.shared_expert",
     "dense networks": r".*\.mlp\.",
@@ -45,7 +47,7 @@ class TensorGroup:
 
     Attributes:
         name: name of the group, a key of `GROUPS`.
-        count: number of modules in the group; for routed experts, layers x experts.
+        count: number of modules in the group; for experts, layers x experts.
         params: number of parameters in the group.
         nbytes: size of the parameters in bytes.
     """
@@ -119,21 +121,29 @@ def sparse_config(dense: MoEConfig, options: UpcyclingOptions, dtype: torch.dtyp
     """
     options.check(dense)
     sparse = options.sparse_layers(dense.num_hidden_layers)
-    parts = options.num_experts if options.method == "split" else options.granularity
     changes = {
+        "router_aux_loss_coef": options.router_aux_loss_coef,
+        "router_z_loss_coef": options.router_z_loss_coef,
+        "mlp_layer_types": ["sparse" if i in sparse else "dense" for i in range(dense.num_hidden_layers)],
+        "dtype": dtype,
+    }
+    if sparse:
+        changes |= _network_fields(dense, options)
+    return dense.replace(**changes | attention_fields(dense, options))
+
+
+def _network_fields(dense: MoEConfig, options: UpcyclingOptions) -> dict[str, Any]:
+    """Returns the fields of sparse feed-forward networks."""
+    parts = options.num_experts if options.method == "split" else options.granularity
+    return {
         "num_experts": options.num_experts,
         "num_experts_per_tok": options.num_experts_per_tok,
         "expected_experts_per_tok": None,
         "moe_intermediate_size": dense.intermediate_size // parts,
         "norm_topk_prob": options.norm_topk_prob,
-        "router_aux_loss_coef": options.router_aux_loss_coef,
-        "router_z_loss_coef": options.router_z_loss_coef,
-        "mlp_layer_types": ["sparse" if i in sparse else "dense" for i in range(dense.num_hidden_layers)],
         "num_shared_experts": int(options.shared_expert),
         "shared_expert_intermediate_size": options.shared_expert * dense.intermediate_size,
-        "dtype": dtype,
     }
-    return dense.replace(**changes)
 
 
 def tensor_groups(config: MoEConfig, dtype: torch.dtype) -> tuple[TensorGroup, ...]:
@@ -147,10 +157,11 @@ def tensor_groups(config: MoEConfig, dtype: torch.dtype) -> tuple[TensorGroup, .
         counted[group].add(owner)
         params[group] += parameter.numel()
     counts = {group: str(len(owners)) for group, owners in counted.items() if owners}
+    experts = {"routed experts": config.num_experts, "attention experts": config.attention_experts}
     return tuple(
         TensorGroup(
             group,
-            f"{count} x {config.num_experts}" if group == "routed experts" else count,
+            f"{count} x {experts[group]}" if group in experts else count,
             params[group],
             params[group] * dtype.itemsize,
         )

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module makes the routers that an upcycled model starts with.
 
-# E experts, G granularity, R = E / G replicas of the dense network, H hidden
+# E experts, G granularity (1 in attention), R = E / G replicas of the dense network or of attention, H hidden
 """
 
 from collections.abc import Callable
@@ -53,4 +53,4 @@ def router_weight(request: LayerRequest) -> LazyTensor:
     def rows() -> torch.Tensor:
         return ROUTER_INITS[options.router_init](request).repeat_interleave(options.granularity, dim=0)
 
-    return LazyTensor.combine(rows, shape=(config.num_experts, config.hidden_size), dtype=weights_dtype(config))
+    return LazyTensor.combine(rows, shape=(options.num_experts, config.hidden_size), dtype=weights_dtype(config))

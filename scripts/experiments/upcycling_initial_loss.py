@@ -96,6 +96,7 @@ class Method:
 _VG = {"num_experts": 64, "granularity": 8, "num_experts_per_tok": 8}
 _PRE_SOFTMAX = {"norm_topk_prob": False}
 _GROWN = {"num_experts": 4, "num_experts_per_tok": 2}
+_ATTENTION = {"attention_experts": 8, "attention_experts_per_tok": 2}
 _SPLIT = {"method": "split", "num_experts": 8}
 
 METHODS = (
@@ -125,6 +126,12 @@ METHODS = (
     Method("split, all, zero router", "LLaMA-MoE", _SPLIT | {"num_experts_per_tok": 8, "router_init": "zero"}),
     Method("clustered split, 4 of 8", "LLaMA-MoE", _SPLIT | {"num_experts_per_tok": 4, "split": "clustered"}),
     Method("clustered split, 6 of 8", "LLaMA-MoE", _SPLIT | {"num_experts_per_tok": 6, "split": "clustered"}),
+    Method("attention experts", "ours (MoA)", _ATTENTION | {"layers": "none"}),
+    Method("attention experts, N(0, 1) router", "ours (MoA)", _ATTENTION | {"layers": "none", "router_std": 1.0}),
+    Method("attention experts and copies", "ours (MoA)", _ATTENTION),
+    Method("attention experts and virtual groups", "ours (MoA)", _ATTENTION | _VG),
+    Method("attention experts, 5% noise", "ours (MoA)", _ATTENTION | {"layers": "none", "noise": 0.05}),
+    Method("attention experts, text router", "ours (MoA)", _ATTENTION | {"layers": "none", "router_init": "text"}),
     Method("every second layer", "Sparse Upcycling, renormalised", {"layers": "every:2"}),
     Method("text router", "mergekit's hidden gates, of the MoE's input", {"router_init": "text"}),
     Method("k-means router", "ours", {"router_init": "kmeans"}),

@@ -48,6 +48,7 @@ INEXACT = {
     "virtual groups, broken",
     "fine-grained, no virtual groups",
     "copy, 5% noise",
+    "attention experts, 5% noise",
     "copy, noise of .01",
     "drop .5",
     "drop .1",
@@ -57,7 +58,13 @@ INEXACT = {
     "clustered split, 6 of 8",
 }
 # methods that keep whole dense networks and change them only a little
-SMALL = {"copy, pre-softmax, std .02", "copy, pre-softmax, std .002", "copy, 5% noise", "copy, noise of .01"}
+SMALL = {
+    "copy, pre-softmax, std .02",
+    "copy, pre-softmax, std .002",
+    "copy, 5% noise",
+    "copy, noise of .01",
+    "attention experts, 5% noise",
+}
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from modeling_moe.utils.errors import UserError
 from tests.builders import SHAPE, tiny_config, train_tokenizer
 
 
+# feed-forward networks
+FIRST, SECOND = ("mlp", 0), ("mlp", 1)
 SIZE = SHAPE | {"vocab_size": 300}
 GPT2 = {
     "vocab_size": 300,
@@ -79,7 +81,7 @@ def test_the_input_is_what_the_norm_after_attention_puts_out(name, tokenizer):
     config, norm = MODELS[name]
     model = source(config)
     layer = (model.transformer.h if name == "gpt2" else model.base_model.layers)[1]
-    got = collect_inputs(model, tokenizer, domains(), 150, [1], seed=0, gram=True)[1]
+    got = collect_inputs(model, tokenizer, domains(), 150, [SECOND], seed=0, gram=True)[SECOND]
 
     seen, entered = [], []
     getattr(layer, norm).register_forward_hook(lambda module, args, output: seen.append(output[0]))
@@ -97,9 +99,28 @@ def test_the_input_is_what_the_norm_after_attention_puts_out(name, tokenizer):
     assert (torch.cat([state[1:] for state in entered]) - states).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_input_of_attention_is_what_the_norm_before_it_puts_out(name, tokenizer):
+    model = source(MODELS[name][0])
+    layer = (model.transformer.h if name == "gpt2" else model.base_model.layers)[1]
+    place = ("self_attn", 1)
+    got = collect_inputs(model, tokenizer, domains(), 150, [SECOND, place], seed=0)
+    seen = []
+    norm = layer.ln_1 if name == "gpt2" else layer.input_layernorm
+    norm.register_forward_hook(lambda module, args, output: seen.append(output[0, 1:]))
+    with torch.no_grad():
+        for text in TEXTS.values():
+            for block in tokenizer(text * 100, return_tensors="pt").input_ids[0, :150].split(64):
+                model(block[None])
+    assert torch.equal(got[place].sample, torch.cat(seen))
+    assert got[SECOND].sample.shape == got[place].sample.shape
+    # the two norms of GPT-NeoX read one input, and new norms have equal weights
+    assert torch.equal(got[SECOND].sample, got[place].sample) == (name == "gpt_neox")
+
+
 def test_a_network_without_norm_before_it_is_found(tokenizer):
     model = source(olmo2.Olmo2Config(**SIZE))
-    got = collect_inputs(model, tokenizer, domains(), 60, [0], seed=0)[0]
+    got = collect_inputs(model, tokenizer, domains(), 60, [FIRST], seed=0)[FIRST]
     seen = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0][0, 1:]))
     with torch.no_grad():
@@ -110,22 +131,22 @@ def test_a_network_without_norm_before_it_is_found(tokenizer):
 
 def test_the_sample_is_of_the_same_tokens_in_all_layers_and_seeded(tokenizer):
     model = source(MODELS["llama"][0])
-    full = collect_inputs(model, tokenizer, domains(), 100, [0, 1], seed=0)
-    some = collect_inputs(model, tokenizer, domains(), 100, [0, 1], seed=0, samples=20)
-    other = collect_inputs(model, tokenizer, domains(), 100, [0, 1], seed=1, samples=20)
-    where = [(some[i].sample[:, None] == full[i].sample).all(dim=-1) for i in (0, 1)]
-    assert some[0].sample.shape == (20, 32)
+    full = collect_inputs(model, tokenizer, domains(), 100, [FIRST, SECOND], seed=0)
+    some = collect_inputs(model, tokenizer, domains(), 100, [FIRST, SECOND], seed=0, samples=20)
+    other = collect_inputs(model, tokenizer, domains(), 100, [FIRST, SECOND], seed=1, samples=20)
+    where = [(some[i].sample[:, None] == full[i].sample).all(dim=-1) for i in (FIRST, SECOND)]
+    assert some[FIRST].sample.shape == (20, 32)
     assert where[0].any(dim=1).all()
     assert (where[0] & where[1]).any(dim=1).all()
-    assert torch.equal(some[0].means, full[0].means)
-    assert not torch.equal(some[0].sample, other[0].sample)
+    assert torch.equal(some[FIRST].means, full[FIRST].means)
+    assert not torch.equal(some[FIRST].sample, other[FIRST].sample)
     assert all(not module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
 def test_active_neurons_are_the_largest_at_the_down_projection(name, tokenizer):
     model = source(MODELS[name][0])
-    got = collect_inputs(model, tokenizer, domains(), 60, [1], seed=0, neurons=True)[1]
+    got = collect_inputs(model, tokenizer, domains(), 60, [SECOND], seed=0, neurons=True)[SECOND]
     with torch.no_grad():
         if name == "llama":
             mlp = model.model.layers[1].mlp
@@ -162,7 +183,7 @@ def synthetic(num_domains: int, hidden: int = 48, tokens: int = 200) -> tuple[La
 @pytest.mark.parametrize("init", MEASURED_ROUTERS)
 def test_domains_that_differ_are_told_apart(init):
     inputs, states, domain = synthetic(4)
-    rows = MEASURED_ROUTERS[init](inputs, 0, UpcyclingOptions(num_experts=4)).float()
+    rows = MEASURED_ROUTERS[init](inputs, FIRST, UpcyclingOptions(num_experts=4)).float()
     chosen = (states @ rows.T).argmax(dim=1)
     if init == "kmeans":
         # the order of clusters is arbitrary
@@ -173,18 +194,18 @@ def test_domains_that_differ_are_told_apart(init):
 @pytest.mark.parametrize("init", ["text", "ridge"])
 def test_replicas_of_a_domain_share_it(init):
     inputs, states, domain = synthetic(2)
-    rows = MEASURED_ROUTERS[init](inputs, 0, UpcyclingOptions(num_experts=12, granularity=2)).float()
+    rows = MEASURED_ROUTERS[init](inputs, FIRST, UpcyclingOptions(num_experts=12, granularity=2)).float()
     assert rows.shape == (6, 48)
     chosen = (states @ rows.T).argmax(dim=1)
     assert (chosen // 3 == domain).float().mean() > 0.9
     assert len(chosen.unique()) > 2
-    other_layer = MEASURED_ROUTERS[init](inputs, 1, UpcyclingOptions(num_experts=12, granularity=2)).float()
+    other_layer = MEASURED_ROUTERS[init](inputs, SECOND, UpcyclingOptions(num_experts=12, granularity=2)).float()
     assert not torch.equal(rows, other_layer)
 
 
 def test_the_largest_logit_is_that_of_the_nearest_centroid():
     inputs, states, _ = synthetic(4)
-    rows = MEASURED_ROUTERS["kmeans"](inputs, 0, UpcyclingOptions(num_experts=7))
+    rows = MEASURED_ROUTERS["kmeans"](inputs, FIRST, UpcyclingOptions(num_experts=7))
     torch.testing.assert_close(rows.sum(dim=0), torch.zeros(48), atol=1e-6, rtol=0)
     # the centroid of the points that choose a row equals that row
     directions = torch.nn.functional.normalize(inputs.sample)
@@ -199,7 +220,7 @@ def test_the_largest_logit_is_that_of_the_nearest_centroid():
 @pytest.mark.parametrize("ridge_lambda", [1e-3, 1.0])
 def test_ridge_is_regularised_least_squares(ridge_lambda):
     inputs, _, domain = synthetic(3)
-    rows = MEASURED_ROUTERS["ridge"](inputs, 0, UpcyclingOptions(num_experts=3, ridge_lambda=ridge_lambda))
+    rows = MEASURED_ROUTERS["ridge"](inputs, FIRST, UpcyclingOptions(num_experts=3, ridge_lambda=ridge_lambda))
     states = inputs.sample.double().numpy()
     penalty = np.sqrt(ridge_lambda * (states**2).sum() / 48) * np.eye(48)
     targets = np.eye(3)[domain.numpy()] - 1 / 3
@@ -212,9 +233,9 @@ def test_ridge_is_regularised_least_squares(ridge_lambda):
 def test_measured_logits_have_the_deviation_asked_for(init, tokenizer):
     model = source(MODELS["llama"][0])
     got = measured(model, tokenizer, router_init=init, router_logit_std=0.7, seed=3)
-    inputs = collect_inputs(model, tokenizer, domains(), 150, [0, 1], seed=3)
+    inputs = collect_inputs(model, tokenizer, domains(), 150, [FIRST, SECOND], seed=3)
     assert set(got) == {"layers.0.router", "layers.1.router"}
-    for layer, seen in inputs.items():
+    for (_, layer), seen in inputs.items():
         rows = got[f"layers.{layer}.router"]
         assert (rows.shape, rows.dtype) == ((4, 32), torch.float32)
         logits = (seen.sample.double() @ rows.double().T).numpy()
@@ -231,7 +252,7 @@ def test_held_out_text_is_sent_to_its_domain(init, tokenizer):
     model = source(MODELS["llama"][0])
     rows = measured(model, tokenizer, router_init=init, calibration_tokens=600)["layers.1.router"]
     new = documents(german="die Brücke führt über der Weg. " * 40, english="old mill the to the, the old mill. " * 40)
-    seen = collect_inputs(model, tokenizer, new, 150, [1], seed=0)[1].sample
+    seen = collect_inputs(model, tokenizer, new, 150, [SECOND], seed=0)[SECOND].sample
     domain = torch.arange(2).repeat_interleave(len(seen) // 2)
     assert ((seen @ rows.T).argmax(dim=1) // 2 == domain).float().mean() > 0.9
 

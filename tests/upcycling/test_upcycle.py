@@ -192,6 +192,7 @@ def test_killed_run_goes_on(tmp_path):
     config = llama.LlamaConfig(**SIZE | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6})
     save_source(None, tmp_path / "dense", config=config)
     flags = ["--model_name_or_path", tmp_path / "dense", "--num_experts", "8", "--max_shard_size", "30MB"]
+    flags += ["--attention_experts", "3"]
     command = [sys.executable, SCRIPT, *map(str, flags), "--noise", "0.1", "--output_dir"]
     partial = tmp_path / ".moe.partial"
     process = subprocess.Popen([*command, str(tmp_path / "moe")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
