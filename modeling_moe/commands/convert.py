@@ -137,11 +137,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def print_model(config: MoEConfig, title: str, more: Sequence[tuple[str, str]]) -> None:
     """Prints the size of a model, and the rows `more` under it."""
     layers, dense_layers = config.num_hidden_layers, len(config.mlp_only_layers)
+    attention = (("attention experts, per token", f"{config.attention_experts}, {config.attention_experts_per_tok}"),)
     rows = [
         ("parameters", f"{config.num_params():,}"),
         ("active per token", f"{config.num_active_params():,}"),
         ("sparse layers", f"{layers - dense_layers} of {layers}"),
         ("experts, per token", f"{config.num_experts}, {config.num_experts_per_tok}"),
+        *(attention if config.routed_attention is not None else ()),
         ("dtype", str(config.dtype).removeprefix("torch.")),
         *more,
     ]

@@ -6,6 +6,7 @@
         --num_experts_per_tok 8
     moe upcycle --model_name_or_path ./math --sources ./code ./law --num_experts 3 --output_dir outputs/btx \\
         --router_init ridge --calibration_data math=math.txt code=code.txt law=law.txt
+    moe upcycle --model_name_or_path ./dense --output_dir outputs/moe --attention_experts 8 --attention_experts_per_tok 2
     moe upcycle --model_name_or_path ./dense --output_dir outputs/moe --dry_run
 
 Sources: Llama (SmolLM2, Yi, ...), Mistral, Qwen2, Qwen3, SmolLM3, OLMo2, OLMo3, Phi-3, Gemma 2 and 3, Granite, GPT-2 and

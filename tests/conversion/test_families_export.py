@@ -637,6 +637,8 @@ CHANGED = {
     "router_importance_loss_coef": 0.5,
     "router_load_loss_coef": 0.5,
     "router_entropy_loss_coef": 0.5,
+    "attention_entropy_loss_coef": 0.5,
+    "attention_expert_dropout": 0.5,
     "output_router_logits": True,
     "use_cache": False,
     "pad_token_id": 5,
@@ -656,6 +658,8 @@ READERS = {
     "router_load_loss_coef": {"router_type": "noisy_topk"},
     "router_sparsity_coef": {"router_type": "remoe"},
     "router_sparsity_step": {"router_type": "remoe"},
+    "attention_entropy_loss_coef": {"routed_attention": "switch_head", "num_key_value_heads": 4},
+    "attention_expert_dropout": {"routed_attention": "switch_head", "num_key_value_heads": 4},
 }
 
 

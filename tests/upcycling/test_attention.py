@@ -331,3 +331,23 @@ def test_commands_plan_attention_experts(command, mode, tmp_path, capsys):
     assert "computes the dense function │ yes" in printed
     assert ("experts, per token │ 3, 2" in printed) == (mode == "with copies")
     assert not (tmp_path / "moe").exists()
+
+
+def test_nothing_is_read_before_it_is_asked_for():
+    dense = tiny_config(mlp_layer_types=["dense"] * 3, qkv_bias=True)
+    read = []
+
+    def recorded(name: str, tensor: torch.Tensor) -> LazyTensor:
+        def load(index):
+            read.append(name)
+            return tensor[index]
+
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, load)
+
+    state = {name: recorded(name, tensor) for name, tensor in MoEForCausalLM(dense).state_dict().items()}
+    options = UpcyclingOptions(**ALONE, noise=0.1)
+    made = assemble([state], sparse_config(dense, options, torch.float32), options, {})
+    assert read == []
+    made["model.layers.1.self_attn.experts.3.down_proj.weight"].read()
+    made["model.layers.1.self_attn.q_bias"].read()
+    assert read == ["model.layers.1.self_attn.o_proj.weight", "model.layers.1.self_attn.q_proj.bias"]
