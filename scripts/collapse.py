@@ -8,8 +8,8 @@ The script trains a small top-1 model whose router collapses, without cure and w
 rate of --cures_file, with several seeds, and bytes as tokens. An expert is starved if it has less than a tenth of the
 mean load on held-out text. A run is collapsed if a quarter of the experts, or more, is starved. Each cell of the table
 has the share of starved experts, the number of collapsed seeds, and the held-out loss in nats per token minus the loss
-without cure, with a star if that difference is real: paired by seed, p-value adjusted by Holm for the cells of the
-learning rate. With --runs_file the same command continues a stopped experiment.
+without cure. A star marks a share or a loss that really differs from the one without cure: paired by seed, p-value
+adjusted by Holm for the cells of the learning rate. With --runs_file the same command continues a stopped experiment.
 """
 
 from pathlib import Path

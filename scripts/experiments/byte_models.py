@@ -48,7 +48,7 @@ class ByteModelArguments:
         metadata={"help": "texts, each as domain=source; without it, Python's own documentation and sources"},
     )
     text_column: str = field(default="text", metadata={"help": "column that contains the text (not for .txt files)"})
-    steps: int = field(default=200, metadata={"help": "number of optimizer steps of a run"})
+    steps: int = field(default=150, metadata={"help": "number of optimizer steps of a run"})
     batch_size: int = field(default=8, metadata={"help": "number of sequences in a batch"})
     length: int = field(default=64, metadata={"help": "number of tokens (bytes) in a sequence"})
     eval_batches: int = field(default=32, metadata={"help": "number of batches of held-out text"})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .byte_models import Trained
 from .collapse import COLLAPSED, NO_CURE, Cell, CollapseResult
 from .files import markdown_table
-from .intervals import Difference, against, holm
+from .intervals import against, holm
 
 
 # a claim needs an adjusted p-value below this
@@ -26,28 +26,25 @@ class Outcome:
         seeds: number of seeds.
         loss: held-out loss in nats per token, mean over seeds.
         difference: held-out loss minus the loss without cure at the learning rate; None without cure.
-        p_adjusted: the difference's p-value, adjusted by Holm for the cells of the learning rate; None without cure.
+        other_loss: whether the loss really differs from the loss without cure.
+        other_share: whether the starved share really differs from the share without cure.
     """
 
     starved: float
     collapsed: int
     seeds: int
     loss: float
-    difference: Difference | None
-    p_adjusted: float | None
-
-    @property
-    def real(self) -> bool:
-        """Whether the difference from the loss without cure is real."""
-        return self.p_adjusted is not None and self.p_adjusted < ALPHA
+    difference: float | None
+    other_loss: bool
+    other_share: bool
 
     @property
     def text(self) -> str:
-        """The starved share, the collapsed seeds, and the difference of the loss, with a star if it is real."""
-        said = f"{self.starved:.0%} ({self.collapsed}/{self.seeds})"
+        """The starved share, the collapsed seeds, and the difference of the loss; stars mark real differences."""
+        said = f"{self.starved:.0%}{'*' * self.other_share} ({self.collapsed}/{self.seeds})"
         if self.difference is None:
             return f"{said} {self.loss:.3f}"
-        return f"{said} {self.difference.mean:+.3f}{'*' if self.real else ''}"
+        return f"{said} {self.difference:+.3f}{'*' * self.other_loss}"
 
 
 def has_collapsed(run: Trained) -> bool:
@@ -56,30 +53,57 @@ def has_collapsed(run: Trained) -> bool:
 
 
 def outcomes(result: CollapseResult) -> dict[Cell, Outcome]:
-    """Compares each cell with the model without cure at the cell's learning rate.
-
-    The deviation of the losses is shared by all cells of a learning rate.
-    """
+    """Compares each cell with the model without cure at the cell's learning rate."""
     found = {}
     for rate in result.learning_rates:
-        cells = [cell for cell in result.runs if cell.learning_rate == rate]
+        runs = {cell: own for cell, own in result.runs.items() if cell.learning_rate == rate}
         none = Cell(NO_CURE, 0.0, rate)
-        differences: dict[Cell, Difference] = {}
-        if len(cells) > 1:
-            losses = {cell: [run.held_out_loss for run in result.runs[cell]] for cell in cells}
-            differences = against(losses, none)
-        adjusted = dict(zip(differences, holm([item.p_value for item in differences.values()]), strict=True))
-        for cell in cells:
-            runs = result.runs[cell]
+        loss = statistics.fmean(run.held_out_loss for run in runs[none])
+        losses, shares = (real_differences(runs, none, name) for name in ("held_out_loss", "starved_share"))
+        for cell, own in runs.items():
+            own_loss = statistics.fmean(run.held_out_loss for run in own)
             found[cell] = Outcome(
-                starved=statistics.fmean(run.starved_share for run in runs),
-                collapsed=sum(map(has_collapsed, runs)),
-                seeds=len(runs),
-                loss=statistics.fmean(run.held_out_loss for run in runs),
-                difference=differences.get(cell),
-                p_adjusted=adjusted.get(cell),
+                starved=statistics.fmean(run.starved_share for run in own),
+                collapsed=sum(map(has_collapsed, own)),
+                seeds=len(own),
+                loss=own_loss,
+                difference=None if cell == none else own_loss - loss,
+                other_loss=cell in losses,
+                other_share=cell in shares,
             )
     return found
+
+
+def real_differences(runs: dict[Cell, list[Trained]], none: Cell, name: str) -> set[Cell]:
+    """Returns the cells in which a measured value really differs from the value without cure.
+
+    The values are paired by seed, all cells share one deviation, and Holm corrects for the number of cells.
+    """
+    if len(runs) < 2:
+        return set()
+    found = against({cell: [getattr(run, name) for run in own] for cell, own in runs.items()}, none)
+    adjusted = holm([difference.p_value for difference in found.values()])
+    return {cell for cell, p_value in zip(found, adjusted, strict=True) if p_value < ALPHA}
+
+
+def sensitivity(result: CollapseResult) -> list[str]:
+    """Returns for each learning rate a sentence that says which differences from the model without cure are seen."""
+    sentences = []
+    for rate in result.learning_rates:
+        runs = {cell: own for cell, own in result.runs.items() if cell.learning_rate == rate}
+        if len(runs) < 2:
+            continue
+        none, level = Cell(NO_CURE, 0.0, rate), 1 - ALPHA / (len(runs) - 1)
+        halves = []
+        for name in ("held_out_loss", "starved_share"):
+            values = {cell: [getattr(run, name) for run in own] for cell, own in runs.items()}
+            # all cells have one deviation, so that all intervals have one width
+            one = next(iter(against(values, none, level).values()))
+            halves.append(one.high - one.mean)
+        sentences.append(
+            f"At rate {rate:g} a difference of {halves[0]:.3f} nats, or of {halves[1]:.0%} of the experts, always gets a star."
+        )
+    return sentences
 
 
 def verdicts(result: CollapseResult) -> list[list[str]]:
@@ -96,7 +120,7 @@ def verdicts(result: CollapseResult) -> list[list[str]]:
 
 
 def markdown(result: CollapseResult) -> str:
-    """Returns the verdicts, and what happened in each cell, in GitHub Markdown."""
+    """Returns the verdicts, what happened in each cell, and how small a difference is seen, in GitHub Markdown."""
     found, rates = outcomes(result), result.learning_rates
     rate_columns = [f"rate {rate:g}" for rate in rates]
     first = markdown_table(["cure", "field", *rate_columns, "source"], 2 + len(rates) + 1, verdicts(result))
@@ -105,7 +129,8 @@ def markdown(result: CollapseResult) -> str:
         for coefficient in cure.coefficients:
             cells = [found[Cell(cure.name, coefficient, rate)].text for rate in rates]
             rows.append([cure.name, f"{coefficient:g}", *cells])
-    return f"{first}\n{markdown_table(['cure', 'coefficient', *rate_columns], 1, rows)}"
+    second = markdown_table(["cure", "coefficient", *rate_columns], 1, rows)
+    return "\n".join([first, second, "".join(f"- {sentence}\n" for sentence in sensitivity(result))])
 
 
 def plot_phases(path: str, result: CollapseResult) -> None:
@@ -134,7 +159,7 @@ def plot_phases(path: str, result: CollapseResult) -> None:
         panel.imshow(shares, cmap=shades.cmap, norm=shades.norm, aspect="auto", origin="lower")
         for y, row in enumerate(cells):
             for x, cell in enumerate(row):
-                loss = f"{cell.loss:.2f}" if cell.difference is None else f"{cell.difference.mean:+.2f}"
+                loss = f"{cell.loss:.2f}" if cell.difference is None else f"{cell.difference:+.2f}"
                 color = "white" if cell.starved > 0.45 else "black"
                 said = f"{cell.collapsed}/{cell.seeds}\n{loss}"
                 panel.text(x, y, said, ha="center", va="center", fontsize=7, color=color)

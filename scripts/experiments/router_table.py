@@ -154,10 +154,10 @@ def markdown(rows: Sequence[Standing], ranked: Ranking | None, baseline: str) ->
 
 
 def plot_standings(path: str, rows: Sequence[Standing], ranked: Ranking | None) -> None:
-    """Draws the held-out losses with their intervals, and MaxVio over the steps.
+    """Draws the held-out losses, and MaxVio over the steps.
 
-    The left panel has a bar behind the routers that cannot be told from the best one. The right panel shows the means
-    over seeds of the highlighted routers, or of all routers if none is highlighted.
+    A bar of a causal router is as wide as the least difference that is told apart, so that two bars that do not overlap
+    are told apart. The right panel shows the means over seeds of the highlighted routers, or of all if none is.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -165,18 +165,14 @@ def plot_standings(path: str, rows: Sequence[Standing], ranked: Ranking | None) 
     figure = Figure(figsize=(13, 2.5 + 0.2 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    if ranked is not None:
-        best = rows[0].mean("held_out_loss")
-        left.axvspan(best, best + ranked.least_difference, color="0.9", label="cannot be told from the best")
-        left.legend(loc="upper right", fontsize="small")
+    half = None if ranked is None else ranked.least_difference / 2
     for place, row in enumerate(rows):
-        color = "tab:blue" if row.result.causal else "0.6"
-        half = None if row.loss is None else row.loss.high - row.loss.mean
-        left.errorbar(row.mean("held_out_loss"), place, xerr=half, fmt="o", color=color, markersize=4, capsize=2)
+        color, bar = ("tab:blue", half) if row.result.causal else ("0.6", None)
+        left.errorbar(row.mean("held_out_loss"), place, xerr=bar, fmt="o", color=color, markersize=4, capsize=2)
     names = [row.result.entry.name + ("" if row.result.causal else " (not causal)") for row in rows]
     left.set_yticks(range(len(rows)), names, fontsize="small")
     left.invert_yaxis()
-    left.set(xlabel="held-out loss (nats per token), 95% intervals over seeds")
+    left.set(xlabel="held-out loss (nats per token); routers whose bars do not overlap are told apart")
     left.grid(axis="x", color="0.93")
     some = any(row.result.entry.highlight for row in rows)
     for row in rows:

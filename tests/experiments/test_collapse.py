@@ -11,7 +11,8 @@ import yaml
 from experiments import collapse as experiment
 from experiments.byte_models import Trained, model_config
 from experiments.collapse import CURES_FILE, Cell, CollapseArguments, CollapseResult, Cure, load_cures
-from experiments.collapse_table import has_collapsed, markdown, outcomes, verdicts
+from experiments.collapse_table import has_collapsed, markdown, outcomes, sensitivity, verdicts
+from experiments.intervals import ranking
 
 from modeling_moe.utils.errors import UserError
 from tests.builders import sample_text
@@ -187,14 +188,18 @@ def test_verdicts_on_made_up_runs():
     result = CollapseResult(cures, [0.1], runs)
     found = outcomes(result)
     assert [found[cell].collapsed for cell in cells] == [3, 0, 1, 3]
-    assert [found[cell].real for cell in cells] == [False, True, False, True]
-    assert found[Cell("works", 1.0, 0.1)].text == "12% (0/3) -0.100*"
+    assert [found[cell].other_loss for cell in cells] == [False, True, False, True]
+    assert [found[cell].other_share for cell in cells] == [False, True, True, False]
+    assert found[Cell("works", 1.0, 0.1)].text == "12%* (0/3) -0.100*"
     assert found[Cell("none", 0.0, 0.1)].text == "46% (3/3) 2.033"
     assert verdicts(result) == [
         ["works", "`router_z_loss_coef`", "1", "s"],
         ["fails", "`router_aux_loss_coef`", "none", "s"],
     ]
     assert "| fails | 1 | 50% (3/3) +0.100* |" in markdown(result)
+    # t of 6 degrees of freedom at 1 - 0.05 / 3 / 2 times the error of a difference of two means over three seeds
+    half = 3.287 * ranking({str(cell): [run.held_out_loss for run in own] for cell, own in runs.items()}).deviation
+    assert f"a difference of {half * (2 / 3) ** 0.5:.3f} nats, or of" in sensitivity(result)[0]
     assert has_collapsed(trained(1.0, 0.25))
     assert not has_collapsed(replace(trained(1.0, 0.25), starved_share=0.249))
 
