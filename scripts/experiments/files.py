@@ -2,6 +2,7 @@
 """This module writes the results of the experiments, and refuses result files in missing folders."""
 
 import platform
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +29,16 @@ def write_json(path: str, arguments: dict[str, Any], content: dict[str, Any]) ->
     """Writes arguments, versions and content into a JSON file, as a whole or not at all."""
     record = {"arguments": arguments, "python": platform.python_version(), "torch": torch.__version__} | content
     json_files.write_json(Path(path), record)
+
+
+def markdown_table(columns: Sequence[str], texts: int, rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table in GitHub Markdown.
+
+    Args:
+        columns: names of the columns.
+        texts: number of first columns that are aligned to the left; the others are aligned to the right.
+        rows: cells of each row.
+    """
+    lines = [columns, ["---"] * texts + ["---:"] * (len(columns) - texts), *rows]
+    escaped = ([cell.replace("|", "\\|") for cell in cells] for cells in lines)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)

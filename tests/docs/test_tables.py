@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-import yaml
 
 from modeling_moe.commands.main import COMMANDS, run_command
-from modeling_moe.router_catalogue import RENAMED_VALUES, ROUTERS
+from modeling_moe.router_catalogue import RENAMED_VALUES
 from tests.docs.blocks import ROOT, find_blocks, pages
 from tests.docs.commands import ParsedError
 from tests.docs.test_links import CURRENT, inline_code
@@ -105,19 +104,6 @@ def test_the_tree_names_every_sub_package():
 def test_the_table_of_recipes_is_complete():
     names = {row[0].strip("`") for row in rows("docs/commands.md", "Recipe")}
     assert names == {file.stem for file in (CONFIGURATION / "recipes").glob("*.yaml")}
-
-
-def test_the_table_of_routers_is_that_of_the_comparison():
-    entries = yaml.safe_load((CONFIGURATION / "routers.yaml").read_text(encoding="utf-8"))["routers"]
-    table = rows("docs/routing.md", "router")
-    assert len(table) == len(entries)
-    for (name, line, causal, source, *_), entry in zip(table, entries, strict=True):
-        fields = {key: value for key, value in entry["fields"].items() if (key, value) != ("router_type", "topk")}
-        expected = ", ".join(f"{key}={value!r}" for key, value in fields.items())
-        assert (name, line, source) == (entry["name"], f"`{expected}`", entry["source"])
-        assert (causal == "no") == entry["fields"].get("allow_noncausal", False)
-    used = {entry["fields"].get("router_type", "topk") for entry in entries}
-    assert used | {"sparsemixer"} == set(ROUTERS)
 
 
 def test_old_names_of_routers_are_listed():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from experiments.intervals import (
     Difference,
+    against,
     deviation_bound,
     holm,
     interval,
@@ -113,6 +114,17 @@ def test_ranking_by_hand():
     assert found.least_difference == pytest.approx(5.040241 * found.deviation / 3**0.5, rel=1e-5)
     assert found.first == {"c": 3, "a": 1, "b": 1}
     assert found.last == {"c": 3, "a": 2, "b": 2}
+
+
+def test_against_a_baseline_by_hand():
+    # two arms: the shared deviation is that of the pairs, so that the test is Student's paired one
+    assert against({"a": FIRST, "b": SECOND}, "b") == {"a": pytest.approx(paired(FIRST, SECOND))}
+    values = {"a": [1.0, 1.3, 0.7], "b": [1.1, 0.8, 1.4], "c": [9.0, 9.0, 9.0]}
+    found = against(values, "a")
+    assert list(found) == ["b", "c"]
+    # qt(0.975, 4)
+    half = 2.776445 * ranking(values).deviation * (2 / 3) ** 0.5
+    assert found["c"][:3] == pytest.approx((8.0, 8.0 - half, 8.0 + half), abs=1e-6)
 
 
 def test_an_effect_of_the_seed_does_not_count():

@@ -12,21 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from experiments import router_comparison as comparison
+from experiments.byte_models import Trained
 from experiments.router_comparison import (
     ComparisonArguments,
-    Corpus,
     RouterEntry,
-    batches,
-    build,
+    RouterResult,
     compare_routers,
-    held_out_scores,
     load_entries,
     router_config,
-    smoothed,
 )
+from experiments.router_table import markdown, standings, summary, told_apart
 
 from modeling_moe.router_catalogue import ROUTERS, router_class
 from modeling_moe.utils.errors import UserError
@@ -50,7 +47,7 @@ ENTRIES = [
 
 @pytest.fixture
 def flags(tmp_path):
-    """Returns flags for two routers, three steps and one domain."""
+    """Returns flags for two routers, three steps, two seeds and one domain."""
     (tmp_path / "routers.yaml").write_text(yaml.safe_dump({"model": MODEL, "routers": ENTRIES}, sort_keys=False))
     (tmp_path / "words.txt").write_text(sample_text(), encoding="utf-8")
     return {
@@ -60,6 +57,7 @@ def flags(tmp_path):
         "batch_size": 2,
         "length": 16,
         "eval_batches": 2,
+        "seeds": 2,
     }
 
 
@@ -72,42 +70,48 @@ def compare(monkeypatch, flags) -> None:
     runpy.run_path(str(ROOT / "scripts" / "compare_routers.py"), run_name="__main__")
 
 
-def routers_of(path) -> list[dict]:
-    return [{**router, "seconds": None} for router in json.loads(path.read_text())["routers"]]
+def runs_of(path) -> list[list[dict]]:
+    """Returns the runs of each router without their times."""
+    return [[{**run, "seconds": None} for run in router["runs"]] for router in json.loads(path.read_text())["routers"]]
 
 
 def test_json_png_markdown_and_table(flags, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     files = {"output_json": tmp_path / "r.json", "plot": tmp_path / "r.png", "markdown": tmp_path / "r.md"}
     compare(monkeypatch, flags | files)
-    plain, soft = routers_of(files["output_json"])
-    assert (plain["causal"], soft["causal"]) == (True, False)
-    assert (plain["mean_experts"], soft["mean_experts"]) == (2, 4)
-    assert soft["max_vio"] == pytest.approx(0, abs=1e-6)
-    assert plain["dropped_share"] > 0
-    assert soft["dropped_share"] is None
-    for router in (plain, soft):
-        assert len(router["losses"]) == len(router["max_vios"]) == 3
-        assert router["train_loss"] == pytest.approx(sum(router["losses"]) / 3)
-        assert router["losses"][0] == pytest.approx(math.log(257), abs=0.2)
-        assert 0 < router["token_entropy"] <= router["marginal_entropy"] + 1e-6 <= math.log(4) + 2e-6
+    routers = json.loads(files["output_json"].read_text())["routers"]
+    assert [router["causal"] for router in routers] == [True, False]
+    plain, soft = runs_of(files["output_json"])
+    assert len(plain) == len(soft) == 2
+    for run in (*plain, *soft):
+        assert run["losses"][0] == pytest.approx(math.log(257), abs=0.2)
+        assert len(run["losses"]) == len(run["max_vios"]) == 1
+        assert run["train_loss"] == pytest.approx(run["losses"][0])
+        assert 0 < run["token_entropy"] <= run["marginal_entropy"] + 2e-5 <= math.log(4) + 4e-5
+    assert [run["mean_experts"] for run in plain + soft] == [2, 2, 4, 4]
+    assert [run["text"] for run in plain] == [run["text"] for run in soft]
+    assert plain[0]["text"] != plain[1]["text"]
+    assert all(run["dropped_share"] > 0 for run in plain)
+    assert all(run["dropped_share"] is None and run["max_vio"] == pytest.approx(0, abs=1e-5) for run in soft)
     assert files["plot"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    header, rule, first, second = files["markdown"].read_text().splitlines()
-    assert header == "| router | config line | causal | source | held-out | experts | MaxVio | H token / marginal |"
-    assert rule.count("---") == 8
-    assert first.startswith(r"| plain | `router_type='topk', capacity_factor=1.0` | yes | a\|b | ")
-    assert f"| no | c | {soft['held_out_loss']:.3f} | {soft['mean_experts']:.1f} | {soft['max_vio']:.2f} |" in second
-    assert f"{plain['train_loss']:.3f}" in capsys.readouterr().out
+    header, rule, first, second, _, *sources = files["markdown"].read_text().splitlines()
+    assert header.startswith("| router | place | held-out | minus plain | p | experts | MaxVio | starved | ")
+    assert rule.count("---") == 9
+    mean = sum(run["held_out_loss"] for run in plain) / 2
+    half = 12.7062 * abs(plain[0]["held_out_loss"] - mean)
+    assert first.startswith(f"| plain | - | {mean:.3f} ± {half:.3f} | - | - | 2.0 | ")
+    assert second.startswith("| all to all (not causal) | - | ")
+    assert sources[2] == r"| plain | `capacity_factor=1.0` | a\|b |"
+    assert f"{mean:.3f} ± " in capsys.readouterr().out
 
 
 def test_seed_decides_and_processes_do_not(flags, tmp_path, monkeypatch):
     flags["only"] = "plain"
     for name, more in {"a": {}, "b": {}, "c": {"workers": 2}, "d": {"seed": 1}}.items():
         compare(monkeypatch, flags | more | {"output_json": tmp_path / name})
-    a, b, c, d = (routers_of(tmp_path / name) for name in "abcd")
-    assert len(a) == 1
+    a, b, c, d = (runs_of(tmp_path / name)[0] for name in "abcd")
     assert a == b == c
-    assert a[0]["losses"] != d[0]["losses"]
+    assert a[0] != a[1] == d[0]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +145,8 @@ def test_misspelt_file_ends_with_code_2(old, new, message, flags, tmp_path, monk
     ("more", "message"),
     [
         ({"only": "plane"}, "only 'plane' is not in"),
+        ({"baseline": "plane"}, "baseline 'plane' is not trained: choose one of plain, all to all"),
+        ({"seeds": 0}, "seeds is 0"),
         ({"steps": 0}, "steps is 0"),
         ({"length": 100000}, "length is 100000, but a part of"),
         ({"routers_file": "missing.yaml"}, "missing.yaml does not exist"),
@@ -159,58 +165,16 @@ def test_shipped_file_has_every_router_and_valid_configurations():
     assert {router_class(router_config(model, entry)) for entry in entries} == set(ROUTERS.values())
 
 
-@pytest.mark.parametrize("fields", [{"router_type": "noisy_topk"}, {"num_null_experts": 2}, {"num_shared_experts": 1}])
-def test_models_share_all_weights_but_the_routers(fields):
-    models = [build(router_config(MODEL, RouterEntry("", f, "")), MODEL, seed=3) for f in ({}, fields)]
-    plain, other = (dict(model.named_parameters()) for model in models)
-    shared = [name for name in plain if ".gate." not in name]
-    assert len(shared) > 10
-    for name in shared:
-        assert torch.equal(plain[name], other[name]), name
-    if fields.get("router_type") == "noisy_topk":
-        assert not any(value.any() for name, value in other.items() if ".gate." in name)
-
-
-def test_batches_are_sequences_of_the_text_whose_task_is_the_domain():
-    domains = {"low": np.arange(100, dtype=np.uint8), "high": np.arange(100, 240, dtype=np.uint8)}
-    args = ComparisonArguments(batch_size=3, length=8)
-    drawn = list(batches(domains, args, 40, seed=0))
-    ids, tasks = torch.cat([batch["input_ids"] for batch in drawn]), torch.cat([batch["task_ids"] for batch in drawn])
-    assert tasks.tolist() == [0, 1] * 60
-    assert torch.equal(ids, ids[:, :1] + torch.arange(8))
-    assert torch.equal(ids >= 100, (tasks == 1)[:, None].expand_as(ids))
-    assert len(set(ids[:, 0].tolist())) > 60
-
-
-@pytest.mark.parametrize(("size", "entropy"), [(0.0, math.log(4)), (100.0, 0.0)])
-def test_held_out_scores_of_a_router_whose_logits_are_known(size, entropy):
-    model = build(router_config(MODEL, RouterEntry("", {}, "")), MODEL, seed=0)
-    logits = torch.tensor([size, 0.0, -size, -size])
-    for block in model.model.sparse_blocks():
-        block.gate.logits = lambda states, context: logits.expand(len(states), 4)
-    text = np.arange(200, dtype=np.uint8)
-    args = ComparisonArguments(batch_size=2, length=16, eval_batches=2)
-    scores = held_out_scores(model, Corpus({}, {"a": text}), args)
-    assert scores["mean_experts"] == 2
-    assert scores["max_vio"] == pytest.approx(1.0)
-    assert scores["token_entropy"] == pytest.approx(entropy, abs=1e-6)
-    assert scores["marginal_entropy"] == pytest.approx(entropy, abs=1e-6)
-
-
-def test_smoothed_is_the_mean_of_the_last_values():
-    assert smoothed([1.0, 3.0, 8.0, 1.0], window=2).tolist() == pytest.approx([1.0, 2.0, 5.5, 4.5])
-
-
 def test_runs_that_were_finished_were_run_again(flags, tmp_path, monkeypatch, capsys):
     runs = tmp_path / "runs.jsonl"
     flags |= {"runs_file": runs, "output_json": tmp_path / "out.json"}
     train, trained = comparison.train_router, []
 
-    def stop_at_second(entry, *args):
-        trained.append(entry.name)
+    def stop_at_second(entry, seed, *args):
+        trained.append((entry.name, seed))
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return train(entry, *args)
+        return train(entry, seed, *args)
 
     monkeypatch.setattr(comparison, "train_router", stop_at_second)
     with pytest.raises(SystemExit) as exit_info:
@@ -219,23 +183,79 @@ def test_runs_that_were_finished_were_run_again(flags, tmp_path, monkeypatch, ca
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last == f"compare_routers.py: stopped: repeat the command to continue; finished runs are in {runs}"
     compare(monkeypatch, flags)
-    assert trained == ["plain", "all to all", "all to all"]
-    results = json.loads((tmp_path / "out.json").read_text())["routers"]
-    (tmp_path / "out.json").unlink()
+    assert trained == [("plain", 0), ("all to all", 0), ("all to all", 0), ("plain", 1), ("all to all", 1)]
+    kept = runs_of(tmp_path / "out.json")
+    # one more seed
+    compare(monkeypatch, flags | {"seeds": 3})
+    assert trained[5:] == [("plain", 2), ("all to all", 2)]
     runs.unlink()
     compare(monkeypatch, flags)
-    for kept, new in zip(results, json.loads((tmp_path / "out.json").read_text())["routers"], strict=True):
-        assert {name: value for name, value in kept.items() if name != "seconds"} == {
-            name: value for name, value in new.items() if name != "seconds"
-        }
-    for change in ({"steps": 4}, {"seed": 1}):
-        with pytest.raises(SystemExit):
-            compare(monkeypatch, flags | change)
-        assert "holds runs with other arguments: name another file" in capsys.readouterr().err
+    assert runs_of(tmp_path / "out.json") == kept
+    with pytest.raises(SystemExit):
+        compare(monkeypatch, flags | {"steps": 4})
+    assert "holds runs with other arguments: name another file" in capsys.readouterr().err
+    lines = runs.read_text().splitlines()
+    other = json.loads(lines[0])
+    other["run"]["trained"]["text"] = "another"
+    runs.write_text("\n".join([json.dumps(other), *lines[1:]]))
+    with pytest.raises(SystemExit):
+        compare(monkeypatch, flags)
+    assert "holds runs of seed 0 on different texts: name another file" in capsys.readouterr().err
     runs.write_text("{}\n")
     with pytest.raises(SystemExit):
         compare(monkeypatch, flags)
     assert "does not hold a run in line 1: remove the line" in capsys.readouterr().err
+
+
+def test_a_router_whose_fields_changed_is_trained_again(flags, tmp_path, monkeypatch):
+    flags |= {"runs_file": tmp_path / "runs.jsonl", "seeds": 1}
+    compare(monkeypatch, flags)
+    content = flags["routers_file"].read_text()
+    flags["routers_file"].write_text(content.replace("capacity_factor: 1.0", "capacity_factor: 2.0"))
+    compare(monkeypatch, flags)
+    lines = [json.loads(line)["run"] for line in flags["runs_file"].read_text().splitlines()]
+    assert [(run["name"], run["fields"].get("capacity_factor")) for run in lines] == [
+        ("plain", 1.0),
+        ("all to all", None),
+        ("plain", 2.0),
+    ]
+
+
+def result(name: str, losses: list[float], causal: bool = True) -> RouterResult:
+    """Returns a result with given held-out losses."""
+    runs = [Trained("", 0.0, loss, 0.5, 0.25, 1.0, 1.5, 2.0, None, 0.0, [1.0], [0.5]) for loss in losses]
+    return RouterResult(RouterEntry(name, {}, "s"), causal, runs)
+
+
+def test_the_ranking_of_made_up_losses():
+    rng = np.random.default_rng(0)
+    means = {"a": 2.0, "b": 2.001, "c": 1.5, "d": 2.5}
+    seeds = rng.normal(0.0, 0.3, size=5)
+    results = [result(name, (mean + seeds + rng.normal(0, 0.01, 5)).tolist()) for name, mean in means.items()]
+    rows, ranked = standings([*results, result("e", [1.0] * 5, causal=False)], "a")
+    assert rows[0].result.entry.name == "c"
+    assert [row.result.entry.name for row in rows][3:] == ["d", "e"]
+    places = {row.result.entry.name: row.place for row in rows}
+    assert places == {"a": "2-3", "b": "2-3", "c": "1", "d": "4", "e": "-"}
+    stars = {row.result.entry.name: row.p_text.endswith("*") for row in rows}
+    assert stars == {"a": False, "b": False, "c": True, "d": True, "e": False}
+    assert [row.difference for row in rows if row.result.entry.name in "ae"] == [None, None]
+    assert ranked is not None
+    assert told_apart(rows) == (5, 6)
+    assert "Tukey's test tells 5 of 6 pairs apart." in summary(rows, ranked)
+    # the seeds' own effect is in the intervals of the losses, and not in those of the differences
+    assert rows[0].difference_text.startswith("-0.5")
+    assert rows[0].loss.high - rows[0].loss.mean > 0.1
+    assert "- Paired t-tests with Holm's correction" in markdown(rows, ranked, "a")
+
+
+def test_one_seed_has_no_intervals():
+    rows, ranked = standings([result("a", [2.0]), result("b", [1.0])], "a")
+    assert ranked is None
+    assert [(row.loss_text, row.place, row.difference_text, row.p_text) for row in rows] == [
+        ("1.000", "-", "-", "-"),
+        ("2.000", "-", "-", "-"),
+    ]
 
 
 @pytest.mark.slow
