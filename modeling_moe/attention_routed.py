@@ -62,6 +62,9 @@ class ChosenParts(nn.Module):
         num_experts: number of parts among which the router chooses.
     """
 
+    # experts that stand inside attention
+    attends = True
+
     def __init__(self, config: Any, num_experts: int):
         super().__init__()
         self.config, self.num_experts = config, num_experts
