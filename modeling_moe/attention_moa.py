@@ -104,6 +104,8 @@ class MixtureOfAttentionHeads(RoutedAttention):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         chosen, routing = self.route(tokens, context)
         key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
+        # tensor parallelism leaves a process some of the key heads
+        self.groups = key.shape[-1] // self.head_dim
         sinks = None if self.sinks is None else self._by_group(self.sinks.expand(self.top_k, -1)).flatten()
         probabilities = None
 

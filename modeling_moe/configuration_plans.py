@@ -31,9 +31,9 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
 
 
 def _attention_plan(config: Any) -> dict[str, str]:
-    """Returns the part of the plan that splits attention; routed attention is computed whole by each process."""
+    """Returns the part of the plan that splits attention."""
     if config.routed_attention is not None:
-        return {}
+        return _routed_attention_plan(config)
     # a norm over all heads needs the gathered projection
     colwise, rowwise = "colwise", "rowwise"
     if config.qk_norm == "full":
@@ -49,3 +49,19 @@ def _attention_plan(config: Any) -> dict[str, str]:
     if config.qk_norm == "head":
         plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
     return plan
+
+
+def _routed_attention_plan(config: Any) -> dict[str, str]:
+    """Returns the part of the plan that splits the heads of each expert; empty where each process computes all of them.
+
+    Vectors that all experts share, over all heads of an expert, cannot be split by a rule of a module.
+    """
+    shared = config.attention_bias or config.qkv_bias or config.attention_sinks or config.qk_norm == "full"
+    if config.routed_attention != "moa" or shared:
+        return {}
+    prefix = "layers.*.self_attn"
+    plan = {f"{prefix}.{name}_proj": "colwise" for name in "kv"}
+    plan |= {f"{prefix}.experts.up_proj": "colwise", f"{prefix}.experts.down_proj": "rowwise"}
+    if config.qk_norm == "head":
+        plan |= {f"{prefix}.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+    return plan | {f"{prefix}.experts": "moe_tp_experts"}

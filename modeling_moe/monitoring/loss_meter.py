@@ -79,7 +79,7 @@ class LossMeans:
 class RouterLossMeter(LossMeans):
     """Averages each router loss over the training passes of all processes, without waiting for the device until `read`.
 
-    Losses are means over the layers before their coefficients. A pass that checkpointing repeats is not counted again; nor is
+    Losses are means over the routers of a kind, summed over the kinds, before their coefficients. A pass that checkpointing repeats is not counted again; nor is
     a pass in evaluation mode or without gradient.
 
     Args:
@@ -91,7 +91,8 @@ class RouterLossMeter(LossMeans):
         super().__init__(model)
         self._on_failure = on_failure
         self.modules: WeakSet[nn.Module] = WeakSet(model.modules())
-        self._pass: list[Any] | None = None
+        # the router losses of a pass, by kind of routers
+        self._pass: dict[str, list[Any]] | None = None
         self._handles: list = []
         decoders = [module for module in model.modules() if hasattr(module, "router_totals")]
         for decoder in decoders:
@@ -104,25 +105,27 @@ class RouterLossMeter(LossMeans):
         return ModelHook(function, self._on_failure)
 
     def _watch_own(self, decoder: Any) -> None:
-        blocks = decoder.sparse_blocks()
+        kind_of = {module: kind for kind in decoder.slots for module in decoder.routed_modules(kind)}
 
         def begin(module: nn.Module, args: tuple) -> None:
-            self._pass = [] if module.training and torch.is_grad_enabled() else None
+            self._pass = {} if module.training and torch.is_grad_enabled() else None
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
             # a layer that checkpointing repeats in backward runs outside of a pass of the decoder
-            if self._pass is not None and output[1] is not None:
-                self._pass.append(output[1][0])
+            if self._pass is not None and output[-1] is not None:
+                measured = output[-1] if isinstance(output[-1], list) else [output[-1]]
+                self._pass.setdefault(kind_of[module], []).extend(statistics[0] for statistics in measured)
 
         def end(module: nn.Module, args: tuple, output: Any) -> None:
-            layers, self._pass = self._pass, None
-            if layers:
+            kinds, self._pass = self._pass, None
+            if kinds:
                 # the decoder knows the balance loss of every scope
-                self.add(_mean(layers, len(blocks)) | {"balance": getattr(output, "aux_loss", None)})
+                means = [_mean(routers, len(routers)) for routers in kinds.values()]
+                self.add(_sum(means) | {"balance": getattr(output, "aux_loss", None)})
 
         self._handles.append(decoder.register_forward_pre_hook(self._hook(begin)))
         self._handles.append(decoder.register_forward_hook(self._hook(end)))
-        self._handles += [block.register_forward_hook(self._hook(keep)) for block in blocks]
+        self._handles += [module.register_forward_hook(self._hook(keep)) for module in kind_of]
 
     def _of_foreign(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module.training and torch.is_grad_enabled() and not in_backward():
@@ -133,6 +136,15 @@ class RouterLossMeter(LossMeans):
         _METERS.discard(self)
         while self._handles:
             self._handles.pop().remove()
+
+
+def _sum(means: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Returns the sum of each loss over the kinds of routers that have it."""
+    total: dict[str, torch.Tensor] = {}
+    for losses in means:
+        for name, loss in losses.items():
+            total[name] = total[name] + loss.to(total[name].device) if name in total else loss
+    return total
 
 
 def _mean(layers: list[Any], number: int) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ Experts stay in host memory or in the checkpoint. Each layer has slots for some 
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..attention_experts import PROJECTIONS
 from .comparison import compare_policies
 from .forward import IMPLEMENTATION, offloaded_forward
 from .loading import from_pretrained_offloaded, load_without_experts
@@ -15,6 +16,8 @@ from .recording import record_trace
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offloaded_forward)
+# the experts of attention stay in memory
+PROJECTIONS[IMPLEMENTATION] = PROJECTIONS["moe"]
 
 __all__ = [
     "compare_policies",

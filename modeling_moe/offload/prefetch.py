@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..dispatch import attends
 from ..monitoring import ModelHook, SparseLayer, sparse_layers
 from .attaching import OffloadedModule
 from .prediction import NoPrediction, RouterTwin
@@ -98,7 +99,8 @@ class Prefetcher:
         self._streams: dict[torch.device, Any] = {}
         self._handles: list = []
         self._worker = Worker("expert prefetch")
-        for layers in _sequences(sparse_layers(model)):
+        offloadable = [layer for layer in sparse_layers(model) if not attends(layer.experts)]
+        for layers in _sequences(offloadable):
             for layer, following in pairwise(layers):
                 self._watch(layer, self._step_to(following, caches))
             self._watch(layers[-1], None)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..dispatch import attends
 from ..monitoring import LayerPass, observe
 from ..utils.atomic import write_text
 from ..utils.json_files import read_json
@@ -77,7 +78,7 @@ def record_trace(model: nn.Module) -> Iterator[Trace]:
         ...     model.generate(**inputs, max_new_tokens=100)
         >>> trace.save("trace.json")
 
-    Empty assignments and experts without weights are left out. Each pass waits for the device once per layer.
+    Empty assignments, experts without weights and experts inside attention are left out. Each pass waits for the device once per layer.
 
     Args:
         model: any model of transformers whose experts follow its experts interface.
@@ -88,9 +89,11 @@ def record_trace(model: nn.Module) -> Iterator[Trace]:
     traces: dict[str, LayerTrace] = {}
 
     def record(event: LayerPass) -> None:
-        chosen = event.arrived.unique().tolist()
-        traces[event.layer.name].passes.append([e for e in chosen if 0 <= e < event.layer.num_experts])
+        if event.layer.name in traces:
+            chosen = event.arrived.unique().tolist()
+            traces[event.layer.name].passes.append([e for e in chosen if 0 <= e < event.layer.num_experts])
 
     with observe(model, record) as observation:
-        traces.update({layer.name: LayerTrace(layer.name, layer.num_experts) for layer in observation.layers})
+        layers = [layer for layer in observation.layers if not attends(layer.experts)]
+        traces.update({layer.name: LayerTrace(layer.name, layer.num_experts) for layer in layers})
         yield Trace(list(traces.values()))

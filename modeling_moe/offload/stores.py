@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints import open_source
+from ..dispatch import attends
 from ..monitoring import experts_modules
 from ..utils.errors import UserError
 from .pieces import Piece, stored
@@ -141,8 +142,11 @@ def expert_parameters(experts: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def named_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields name and module of each layer's experts that transformers' experts interface calls."""
-    found = set(experts_modules(model))
+    """Yields name and module of each layer's experts that transformers' experts interface calls.
+
+    Experts inside attention, which stay in memory, are left out.
+    """
+    found = {module for module in experts_modules(model) if not attends(module)}
     for name, module in model.named_modules():
         if module in found:
             yield name, module

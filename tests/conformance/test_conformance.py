@@ -39,7 +39,8 @@ STANDINS = {  # modules that these files import and the source distribution lack
     "utils.test_configuration_utils": "config_common_kwargs",
 }
 PIP_OPTIONS = "--quiet --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation"
-DISTRIBUTED = {"parallel": "is_tensor_parallel_test or is_expert_parallel_test", "fsdp": "is_fsdp_test"}
+_SPLIT = "is_tensor_parallel_test or is_expert_parallel_test"
+DISTRIBUTED = {"parallel": _SPLIT, "moa_parallel": _SPLIT, "fsdp": "is_fsdp_test"}
 OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}  # by tag in the report
 
 
@@ -96,7 +97,7 @@ class Outcomes(NamedTuple):
 def run_suite(workspace: Path, variant: str) -> Outcomes:
     """Runs the suite, once in a session. A test whose subtest fails or is skipped counts as failed or skipped."""
     report = workspace / f"{variant}.xml"
-    marks = DISTRIBUTED.get(variant, f"not ({' or '.join(DISTRIBUTED.values())})")
+    marks = DISTRIBUTED.get(variant, f"not ({' or '.join(dict.fromkeys(DISTRIBUTED.values()))})")
     command = [sys.executable, "-m", "pytest", "transformers_tests/suite.py", "-m", marks, f"--junitxml={report}"]
     command += ["-p", "no:cacheprovider", "--disable-warnings", "--show-capture=no", "--tb=short", "--timeout=600"]
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTEST_ADDOPTS", "RUN_SLOW")} | {
@@ -136,17 +137,22 @@ def listing(tests: dict[str, str]) -> str:
 
 # tests of transformers that load a checkpoint with almost nothing in it, and what our models say to that
 REFUSED = {"test_model_weights_reload_no_missing_tied_weights": "CheckpointError: the checkpoint"}
+# expert parallelism sends tokens to processes that do not have their keys, so that attention keeps its experts
+REPLICATED = {
+    "test_moe_parallel_plans_shard_experts": "the EP plan leaves these experts replicated: ['layers.0.self_attn"
+}
 
 
-@pytest.mark.parametrize("variant", ["plain", "shared", "deepseek", "olmoe"])
+@pytest.mark.parametrize("variant", ["plain", "shared", "deepseek", "olmoe", "moa"])
 def test_transformers_model_tests(workspace, control, variant):
     ours = run_suite(workspace, variant)
-    failed = {name: found for name, found in ours.failed.items() if REFUSED.get(name, "never said") not in found}
+    expected = REFUSED | (REPLICATED if variant == "moa" else {})
+    failed = {name: found for name, found in ours.failed.items() if expected.get(name, "never said") not in found}
     assert not failed, listing(failed)
-    assert ours.failed.keys() == REFUSED.keys()
+    assert ours.failed.keys() == expected.keys()
     skipped = {name: message for name, message in ours.skipped.items() if name not in control.skipped}
     assert not skipped, listing(skipped)
-    assert ours.passed >= control.passed - REFUSED.keys()
+    assert ours.passed >= control.passed - expected.keys()
 
 
 @pytest.mark.parametrize("variant", DISTRIBUTED)

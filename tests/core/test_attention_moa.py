@@ -395,3 +395,17 @@ def test_the_router_of_networks_keeps_its_own_fields():
     config.router_aux_loss_coef = 0.7
     assert view.router_aux_loss_coef == 0.7
     assert (config.num_router_outputs, config.scoring_func) == (7, "sigmoid")
+
+
+def test_the_graph_is_compiled_whole_in_evaluation_and_training():
+    model = model_of(router_selection_bias=True, router_bias_update_rate=0.1).eval()
+    ids = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="eager")(ids).logits
+        torch.testing.assert_close(found, model(ids).logits)
+    expected = step(model, ids)
+    compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
+    compiled(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)

@@ -46,6 +46,7 @@ ATTENTION = {
     "learned": {"position_embedding_type": "learned"},
     "latent": {**LATENT, "num_key_value_heads": 4},
     "gated": {"attn_output_gate": True, "qk_norm": "head", "qk_norm_after_rope": True},
+    "moa": {"routed_attention": "moa", "attention_experts": 5, "num_attention_heads": 8},
     "scaled": {
         "llama_4_scaling_beta": 0.5,
         "rope_parameters": {"rope_theta": 100.0, "original_max_position_embeddings": 3},

@@ -46,6 +46,7 @@ def test_experts_that_vllm_would_compute_wrongly_are_not_fused(fields):
         ({"eval_capacity_factor": 1.0}, "eval_capacity_factor"),
         ({"expert_capacity": 3}, "expert_capacity"),
         ({"attention_sinks": True}, "attention_sinks"),
+        ({"routed_attention": "moa"}, "routed_attention"),
     ],
 )
 def test_a_model_whose_text_vllm_would_change_is_refused(fields, named):

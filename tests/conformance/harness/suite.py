@@ -54,6 +54,12 @@ VARIANTS = {
     # after 20 steps of Adam rounding shows in 2 of the 16384 weights of the embedding, by more than the tests' 1e-5.
     "fsdp": {"qk_norm": "head", "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0},
 }
+# 2 of 4 experts per token, each with as many heads as keys have
+MOA = {"routed_attention": "moa", "attention_experts": 4, "qk_norm": "head"}
+VARIANTS |= {
+    "moa": MOA | {"num_key_value_heads": 1},
+    "moa_parallel": MOA | {"num_attention_heads": 4},  # a key head for each of two processes
+}
 VARIANT = os.environ["CONFORMANCE_VARIANT"]
 LIBRARY, PREFIX = (transformers, "Qwen3Moe") if VARIANT == "control" else (modeling_moe, "MoE")
 HEADS = {
