@@ -86,6 +86,11 @@ def projections(experts: Any, index: torch.Tensor) -> Projections:
     return PROJECTIONS.get(implementation, SortedProjections)(experts, index)
 
 
+def attends(module: object) -> bool:
+    """Returns True for experts inside attention, also those of the code that a checkpoint contains."""
+    return getattr(module, "attends", False)
+
+
 class AttentionExperts(StackedExperts):
     """Experts each of which has a projection to queries and a projection of what the queries have attended to.
 

@@ -16,7 +16,6 @@ from .halves import OperatorProjections
 from .interface import (
     HeldExperts,
     PreparedCall,
-    attends,
     backend_of,
     check_arguments,
     experts_forward,
@@ -42,7 +41,6 @@ __all__ = [
     "HeldExperts",
     "Needs",
     "PreparedCall",
-    "attends",
     "backend_of",
     "by_slot",
     "check_arguments",

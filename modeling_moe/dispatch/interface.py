@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..attention_experts import attends
 from .backend import DECODE_ASSIGNMENTS, DECODE_TOKENS, Backend
 from .backends import NAMES, choose
 from .backends.grouped_mm import takes_rows
@@ -40,11 +41,6 @@ def follows_interface(module: nn.Module) -> TypeGuard[ExpertsModule]:
 def activation_of(module: nn.Module) -> ActivationChoice | None:
     """Returns what experts compute between their two matrices, or None if the operator cannot compute the experts."""
     return recognise(module).activation if follows_interface(module) else None
-
-
-def attends(module: nn.Module) -> bool:
-    """Returns True for experts inside attention, which [`~modeling_moe.dispatch.halves`] computes."""
-    return getattr(module, "attends", False)
 
 
 def reason_unsupported(module: nn.Module) -> str | None:

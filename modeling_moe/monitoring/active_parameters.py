@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..attention_experts import attends
 from .layers import count_experts, experts_modules
 
 
@@ -17,8 +18,16 @@ from .layers import count_experts, experts_modules
 TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 
 
-def experts_per_token(config: PreTrainedConfig) -> int | None:
-    """Returns the number K of experts that a token is sent to; None if no field says so, or layers differ."""
+def experts_per_token(config: PreTrainedConfig, experts: nn.Module | None = None) -> int | None:
+    """Returns the number K of experts that a token is sent to; None if no field says so, or layers differ.
+
+    Args:
+        config: the model's configuration.
+        experts: the experts in question, which inside attention have a number of their own; None for those of networks.
+    """
+    if experts is not None and attends(experts):
+        own: Any = experts.config
+        return own.num_experts_per_tok
     text: Any = config.get_text_config()
     found = next((value for name in TOP_K_NAMES if (value := getattr(text, name, None)) is not None), None)
     if isinstance(found, list) and len(set(map(str, found))) == 1:
@@ -67,8 +76,7 @@ def active_share(model: Any) -> float:
     Returns:
         A number in (0, 1]; 1.0 for a dense model, and for a configuration that does not name K.
     """
-    top_k = experts_per_token(model.config)
-    if top_k is None:
+    if experts_per_token(model.config) is None:
         return 1.0
-    idle = sum(idle_parameters(experts, top_k) for experts in experts_modules(model))
+    idle = sum(idle_parameters(x, experts_per_token(model.config, x) or 0) for x in experts_modules(model))
     return 1 - idle / max(1, model.num_parameters(exclude_embeddings=True))

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..dispatch import NAMES, attends, follows_interface, reason_unsupported
+from ..attention_experts import attends
+from ..dispatch import NAMES, follows_interface, reason_unsupported
 from ..monitoring import experts_per_token
 from ..utils.sizes import parse_size
 from .attaching import OffloadedModule, attach, is_offloaded

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..dispatch import attends
+from ..attention_experts import attends
 from ..monitoring import ModelHook, SparseLayer, sparse_layers
 from .attaching import OffloadedModule
 from .prediction import NoPrediction, RouterTwin

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..dispatch import attends
+from ..attention_experts import attends
 from ..monitoring import LayerPass, observe
 from ..utils.atomic import write_text
 from ..utils.json_files import read_json

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..attention_experts import attends
 from ..checkpoints import open_source
-from ..dispatch import attends
 from ..monitoring import experts_modules
 from ..utils.errors import UserError
 from .pieces import Piece, stored

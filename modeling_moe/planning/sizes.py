@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..attention_experts import attends
 from ..monitoring import (
+    SparseLayer,
     UnreachableRouting,
     active_parameters,
     embedding_modules,
@@ -123,7 +125,7 @@ def sizes_of(simulated: SimulatedModel) -> Sizes:
         )
         groups[kind] = _plus(groups[kind], parameter, nbytes, any(pattern.search(name) for pattern in sharded))
     groups = {name: group for name, group in groups.items() if group.params}
-    layers = _decoder_layers(inner)
+    layers, routed = _decoder_layers(inner), _routed(model)
     return Sizes(
         groups=groups,
         active=active_parameters(
@@ -132,9 +134,9 @@ def sizes_of(simulated: SimulatedModel) -> Sizes:
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         largest_layer=max((_nbytes(layer) for layer in layers), default=0),
         expert_layer=max((_nbytes(module) for module in experts), default=0),
-        num_experts=_num_experts(model),
-        top_k=experts_per_token(config) if experts else None,
-        sparse_layers=len(experts),
+        num_experts=routed[0].num_experts if routed else 0,
+        top_k=experts_per_token(config, routed[0].experts) if routed else None,
+        sparse_layers=len(routed),
         layers=len(layers),
         hidden_size=next(inner.get_input_embeddings().parameters()).shape[-1],
     )
@@ -173,11 +175,13 @@ def _kinds(model: nn.Module, inner: PreTrainedModel, experts: list[nn.Module]) -
     return kinds
 
 
-def _num_experts(model: nn.Module) -> int:
+def _routed(model: nn.Module) -> list[SparseLayer]:
+    """Returns the layers with routed experts; those inside attention only in a model without others."""
     try:
-        return sparse_layers(model)[0].num_experts
+        layers = sparse_layers(model)
     except UnreachableRouting:
-        return 0
+        return []
+    return [layer for layer in layers if not attends(layer.experts)] or layers
 
 
 def _decoder_layers(inner: PreTrainedModel) -> list[nn.Module]:

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..attention_experts import attends
 from ..monitoring import SparseLayer, UnreachableRouting, idle_parameters, sparse_layers
 from ..utils.errors import UserError
 
@@ -141,15 +142,17 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Sk
 
 
 def indexed_layers(model: PreTrainedModel) -> list[SparseLayer]:
-    """Returns the sparse layers of a model, each of which has an index of its own.
+    """Returns the sparse layers of a model, each of which has an index of its own; experts inside attention are left out.
 
     Raises:
         UserError: if the model is dense, its experts cannot be reached, or two of its layers have the same index.
     """
     try:
-        layers = sparse_layers(model)
+        layers = [layer for layer in sparse_layers(model) if not attends(layer.experts)]
     except UnreachableRouting as error:
         raise UserError(str(error)) from error
+    if not layers:
+        raise UserError(f"{type(model).__name__} has experts inside attention alone, whose number cannot be changed")
     if len({layer.layer for layer in layers}) < len(layers):
         raise UserError(
             f"{type(model).__name__} has several sparse layers of one index, as a model of several towers has: take the "

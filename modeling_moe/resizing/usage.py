@@ -172,13 +172,14 @@ def measure_usage(model: PreTrainedModel, batches: Iterable[dict[str, torch.Tens
     Raises:
         UserError: if the usage of this model cannot be measured, see [`measured_layers`], or there is no token.
     """
-    sums = {layer.name: _Sums(layer) for layer in measured_layers(model)}
+    measured = measured_layers(model)
+    sums = {layer.name: _Sums(layer) for layer in measured}
     accepted = inspect.signature(model.forward).parameters
     options = {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if name in accepted}
     was_training, tokens = model.training, 0
     model.eval()
     try:
-        with observe(model, lambda seen: sums[seen.layer.name].add(seen)) as observation:
+        with observe(model, lambda seen: sums[seen.layer.name].add(seen) if seen.layer.name in sums else None):
             for batch in batches:
                 mask = batch.get("attention_mask")
                 tokens += batch["input_ids"].numel() if mask is None else int((mask > 0).sum())
@@ -187,7 +188,7 @@ def measure_usage(model: PreTrainedModel, batches: Iterable[dict[str, torch.Tens
         model.train(was_training)
     if tokens == 0:
         raise UserError("there is no token to measure the usage with: give batches with some text")
-    layers = {layer.layer: _layer_usage(sums[layer.name].total[:, :-1].cpu(), tokens) for layer in observation.layers}
+    layers = {layer.layer: _layer_usage(sums[layer.name].total[:, :-1].cpu(), tokens) for layer in measured}
     return Usage(layers, tokens, max(total.choices for total in sums.values()))
 
 
