@@ -70,6 +70,8 @@ class BalanceSettings:
     # these losses need what routers of transformers do not return
     router_importance_loss_coef = 0.0
     router_load_loss_coef = 0.0
+    # a token chooses among all experts of a layer at once
+    router_parts = 1
 
     def __post_init__(self):
         for name in (*COEFFICIENTS.values(), "router_bias_update_rate"):

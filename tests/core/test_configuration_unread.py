@@ -50,6 +50,8 @@ NEEDS = {
     "mmoe": {"num_tasks": 12},
     "continuous": {"router_cutoff": 0.4},
     "lory": {"segment_length": 2},
+    # the scores of a wide network saturate with these weights, so that groups would choose what all experts do
+    "zaya": {"router_hidden_size": 4},
 }
 # field -> other fields that must be set so that something reads it
 COMPANIONS = {

@@ -61,7 +61,10 @@ class GroupedMMBackend(Backend):
 
 
 class _GroupedProducts(LayerProducts):
-    """_GroupedProducts implements [`Products`] by `grouped_mm`. It gathers each source once."""
+    """_GroupedProducts implements [`~modeling_moe.dispatch.backends.grouped_passes.Products`] by `grouped_mm`.
+
+    It gathers each source once.
+    """
 
     def __init__(self, order: ExpertOrder, top_k: int):
         self.order, self.top_k, self.tokens = order, top_k, order.assignment // top_k
