@@ -9,6 +9,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_fields import settings_of
+from .router_kinds import KINDS
 
 
 # attribute of a configuration -> function from the configuration to the value that a router reads in its place
@@ -34,6 +35,11 @@ def _properties(cls: type) -> dict[str, Callable[[Any], Any]]:
         if not issubclass(PreTrainedConfig, base):
             found |= {name: held.fget for name, held in vars(base).items() if isinstance(held, property)}
     return found
+
+
+def _view(config: Any, kind: str) -> Any:
+    """Returns the configuration as the routers of a kind read it."""
+    return KINDS[kind].view(config)
 
 
 class RoutingView:
@@ -65,3 +71,10 @@ class RoutingView:
         if name in self._properties:
             return self._properties[name](self)
         return getattr(self._config, name)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, str]]:
+        """Pickles the view as the kind of routers that reads it, since functions without a name cannot be pickled."""
+        present = [kind for kind, entry in KINDS.items() if entry.per_layer(self._config)]
+        views = {kind: _view(self._config, kind) for kind in present}
+        kind = next(kind for kind, view in views.items() if vars(view).get("_replaced") == self._replaced)
+        return _view, (self._config, kind)

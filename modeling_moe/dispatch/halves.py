@@ -274,7 +274,8 @@ class OperatorProjections:
         if not self._decodes(half):
             return self._compute(half).to(states.dtype)
         rows = self._decode(half).to(weight.dtype).view(*self.index.shape, -1)
-        return torch.einsum("tkn,tk->tn", rows, weight).to(states.dtype)
+        # no product of matrices, which autocast would compute in its own dtype
+        return (rows * weight[..., None]).sum(dim=1).to(states.dtype)
 
     def _half(self, name: str, states: torch.Tensor, weight: torch.Tensor | None) -> Half:
         """Brings the operands into one dtype, that of autocast or of the matrices, and takes up a low-rank update."""

@@ -1,5 +1,8 @@
 """Every form of routed attention is causal, decodes as in one pass, ignores padding, packs, checkpoints, compiles and is saved."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -177,6 +180,18 @@ def test_is_saved_and_loaded(name, tmp_path):
     for key, tensor in model.state_dict().items():
         assert torch.equal(theirs[key], tensor), key
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_whole_model_is_pickled_and_copied(variant):
+    model, ids = model_of(variant).eval(), ids_of()
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(other(ids).logits, model(ids).logits)
+        routed = other.model.layers[0].self_attn
+        # the copy's routers read the copy's configuration
+        other.config.router_aux_loss_coef = 0.25
+        assert routed.routing_config.router_aux_loss_coef == 0.25 != model.config.router_aux_loss_coef
+        assert routed.routing_config.num_experts == model.model.layers[0].self_attn.routing_config.num_experts
 
 
 def test_a_missing_expert_of_a_head_is_named(tmp_path):

@@ -210,3 +210,15 @@ def test_autocast_multiplies_in_its_dtype(dtype):
         experts.float()
         error = (rows.double() - expected).abs().max()
         assert (error > 1e-4) == (dtype == torch.bfloat16)
+
+
+@torch.no_grad()
+def test_autocast_does_not_round_the_sum_of_a_decoding_token():
+    experts, index = experts_of(torch.float32), torch.tensor([[3, 0, 1]])
+    states, weight = torch.randn(1, TOP_K, WIDTH), torch.rand(1, TOP_K)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        # the products are rounded to bf16, and the sum of them is not
+        expected = (experts.down_proj.bfloat16()[index[0]] @ states[0, :, :, None].bfloat16())[:, :, 0].float()
+        output = OperatorProjections(experts, index).weighted_sum("down_proj", states, weight)
+    assert not torch.equal(output, output.bfloat16().float())
+    torch.testing.assert_close(output, (expected * weight[0, :, None]).sum(dim=0)[None], rtol=2e-3, atol=2e-3)
