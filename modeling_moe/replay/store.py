@@ -17,8 +17,6 @@ from torch import nn
 from .vllm_outputs import texts_of_output
 
 
-# most tokens at the beginning of a text by which the texts are sorted into buckets
-KEY_TOKENS = 8
 NOT_RECORDED = -1
 
 
@@ -51,7 +49,8 @@ class RoutingStore:
         self._added = 0
         # the oldest text comes first
         self._texts: OrderedDict[bytes, _Text] = OrderedDict()
-        # the first tokens of a text, one to KEY_TOKENS of them -> keys of the texts that begin so
+        # digest of the first 1, 2, 4, 8, ... tokens of a text -> keys of the texts that begin so: the texts of a training share
+        # a long beginning, such as that of a chat template
         self._buckets: dict[bytes, dict[bytes, None]] = {}
 
     def __len__(self) -> int:
@@ -128,17 +127,20 @@ class RoutingStore:
         which agree on all tokens before it the newer one is returned.
         """
         ids = ids.detach().to("cpu", torch.int64).contiguous()
+        decides = max(len(ids) - 1, 1)
         best, rank = None, (0, 0)
-        *shorter, full = _buckets(ids) or [b""]
-        # a text as short as the tokens of a bucket is in no bucket of more tokens
-        for key in (*map(_digest, shorter), *self._buckets.get(full, ())):
-            text = self._texts.get(key)
-            if text is None:
-                continue
-            shared = min(len(text.ids), len(ids))
-            own = (min(shared, max(len(ids) - 1, 1)), text.number)
-            if own >= rank and torch.equal(text.ids[:shared], ids[:shared]):
-                best, rank = text, own
+        buckets = _buckets(ids[:decides])
+        for level, bucket in reversed(list(enumerate(buckets))):
+            for key in self._buckets.get(bucket, ()):
+                text = self._texts[key]
+                if level + 1 < len(buckets) and len(text.ids) >= 2 ** (level + 1):
+                    continue  # it does not agree, or the bucket of more tokens would hold it
+                shared = min(len(text.ids), len(ids))
+                own = (min(shared, decides), text.number)
+                if own >= rank and torch.equal(text.ids[:shared], ids[:shared]):
+                    best, rank = text, own
+            if best is not None:
+                break  # texts of the buckets of fewer tokens agree on fewer tokens
         return None if best is None else best.experts[: len(ids)]
 
 
@@ -151,4 +153,6 @@ def _key(ids: torch.Tensor) -> bytes:
 
 
 def _buckets(ids: torch.Tensor) -> list[bytes]:
-    return [ids[:length].numpy().tobytes() for length in range(1, min(KEY_TOKENS, len(ids)) + 1)]
+    """Returns the digests of the first 1, 2, 4, 8, ... of the tokens (S,) int64."""
+    tokens = ids.numpy().tobytes()
+    return [_digest(tokens[: ids.itemsize * 2**level]) for level in range(len(ids).bit_length())]

@@ -363,6 +363,39 @@ def test_the_store_forgets_the_oldest_texts_and_prefers_the_longest_agreement():
     assert store.find(torch.cat([ids[:8], ids[:4]])) is None
 
 
+def test_the_store_finds_what_a_search_over_all_texts_finds():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(high: int, count: int) -> torch.Tensor:
+        return torch.randint(high, (count,), generator=generator)
+
+    for _ in range(20):
+        store, added = RoutingStore(), []
+        for number in range(20):
+            begin = added[number // 2][0] if number else draw(2, 0)
+            ids = torch.cat([begin[: draw(30, 1)], draw(2, 1 + int(draw(20, 1)))])
+            added = [text for text in added if not torch.equal(text[0], ids)] + [(ids, number)]
+            store.add(ids, torch.full((len(ids), 1, 1), number))
+            asked = torch.cat([added[number // 2 - 1][0][: 1 + int(draw(30, 1))], draw(2, int(draw(3, 1)))])
+            agreeing = []
+            for text, one in added:
+                shared = min(len(text), len(asked))
+                if torch.equal(text[:shared], asked[:shared]):
+                    agreeing.append((min(shared, max(len(asked) - 1, 1)), one))
+            found = store.find(asked)
+            assert (None if found is None else int(found[0, 0, 0])) == (max(agreeing)[1] if agreeing else None)
+
+
+def test_a_text_is_found_without_a_look_at_all_texts_that_begin_alike(monkeypatch):
+    store, template, compared = RoutingStore(), torch.arange(10), []
+    for number in range(300):
+        store.add(torch.cat([template, number + torch.arange(20)]), torch.zeros(30, 1, 1))
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *pair: compared.append(pair) or equal(*pair))
+    assert store.find(torch.cat([template, 7 + torch.arange(20)])) is not None
+    assert len(compared) < 10
+
+
 def test_hooks_leave_the_model_as_it_was_after_an_error():
     model, ids = model_of("mixtral"), texts()
     with record_routing(model) as recorder, torch.no_grad():
