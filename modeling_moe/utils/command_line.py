@@ -84,19 +84,20 @@ class _Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
     def refuse_bad_flags(self, argv: Sequence[str]) -> None:
-        """Exits with one line if a flag is unknown or given twice, before argparse complains about a missing required flag.
+        """Exits with one line if a flag is unknown, before argparse complains about a missing required flag.
 
-        argparse would keep the last of two and drop the other without a word.
+        A flag that takes several values must not be given twice, since argparse would drop the first values without a word.
         """
         flags = [
             text.partition("=")[0] for text in argv if text.startswith("--") and " " not in text.partition("=")[0]
         ]
         given = set()
         for flag in flags:
-            name = flag.removeprefix("--").replace("-", "_")
-            if name in given:
-                self.error(f"{name!r} is given twice: write all values after one --{name}")
-            given.add(name)
+            action = self._option_string_actions.get(flag)
+            if action is not None and action.nargs in ("+", "*"):
+                if action.dest in given:
+                    self.error(f"{action.dest!r} is given twice: write all values after one --{action.dest}")
+                given.add(action.dest)
             if flag != "--" and flag not in self._option_string_actions:
                 known = [option for option in self._option_string_actions if "-" not in option[2:]]
                 close = difflib.get_close_matches(

@@ -256,7 +256,8 @@ def test_the_scaling_factor_multiplies_what_the_experts_give(name, training):
 
 
 def test_every_controller_is_used_above():
-    assert {tiny_config(**fields).controller for fields in ALL.values()} - {None} == set(CONTROLLERS)
+    # tests/core/test_attention_routing_transformer.py has the controller of centroids, which no router of networks uses
+    assert {tiny_config(**fields).controller for fields in ALL.values()} - {None} == set(CONTROLLERS) - {"centroids"}
 
 
 # transformers before 5.23 cannot trace the backward of the product that `hierarchical` takes from it

@@ -15,7 +15,8 @@ OFFLOADED = {
     "disk": lambda model, folder: disk_offload(model, folder, execution_device="cpu", offload_buffers=True),
     "device_map": lambda model, folder: dispatch_model(
         model,
-        {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk",
+        {"model.embed_tokens": "cpu", "model.layers.0": "cpu",
+         **{f"model.layers.{i}": "disk" for i in range(1, model.config.num_hidden_layers)},
          "model.norm": "cpu", "model.rotary_emb": "cpu", "model.router_totals": "cpu", "lm_head": "disk"},
         offload_dir=folder, main_device="cpu",
     ),

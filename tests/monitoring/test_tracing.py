@@ -464,7 +464,7 @@ def test_experts_that_text_does_not_reach_are_told(domains, tokenizer, monkeypat
     """A model that skips its experts, or those of some batches, gives one sentence and no half a report."""
     model, calls = tiny_model(), []
     first, last = (layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts"))
-    monkeypatch.setattr(last, "forward", lambda states, *args, **kwargs: (states, None))
+    monkeypatch.setattr(last, "forward", lambda states, *args, **kwargs: (states, None, None))
     trace = trace_routing(model, tokenizer, domains, "tiny", TraceOptions(texts=1)).trace
     assert [layer.layer for layer in trace.layers] == [0]
     assert trace.paths == []
@@ -472,13 +472,13 @@ def test_experts_that_text_does_not_reach_are_told(domains, tokenizer, monkeypat
 
     def skip_later(states, *args, **kwargs):
         calls.append(1)
-        return type(last).forward(last, states, *args, **kwargs) if len(calls) < 3 else (states, None)
+        return type(last).forward(last, states, *args, **kwargs) if len(calls) < 3 else (states, None, None)
 
     monkeypatch.setattr(last, "forward", skip_later)
     with pytest.raises(UnreachableRouting, match="experts of 1 and 2 layers in two batches"):
         trace_routing(model, tokenizer, domains, "tiny", TraceOptions(batch_size=1))
     for block in (first, last):
-        monkeypatch.setattr(block, "forward", lambda states, *args, **kwargs: (states, None))
+        monkeypatch.setattr(block, "forward", lambda states, *args, **kwargs: (states, None, None))
     with pytest.raises(UnreachableRouting, match=r"does not call its experts \(model.layers.0.mlp.experts\)"):
         trace_routing(model, tokenizer, domains, "tiny")
 

@@ -277,7 +277,8 @@ def test_a_model_of_the_checkpoints_own_code(tmp_path):
     assert torch.equal(small.model.layers[0].mlp.gate.weight, row)
 
 
-@pytest.mark.parametrize("family", TARGETS)
+# JetMoE does not call its experts by transformers' interface, so it cannot be pruned
+@pytest.mark.parametrize("family", sorted(set(TARGETS) - {"jetmoe"}))
 def test_names_on_disk_are_those_that_servers_read(family, tmp_path):
     """The export to a family writes the names that vLLM, SGLang and llama.cpp read; a pruned checkpoint has the same."""
     model = tiny_family(family)

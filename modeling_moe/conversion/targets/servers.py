@@ -107,6 +107,8 @@ GLM_TOKENIZER = Condition(_never, "converts only checkpoints with GLM's own toke
 GRANITE: dict[Server, tuple[Condition, ...]] = {VLLM: (SILU, NO_BIAS, USUAL_HEADS), LLAMA_CPP: (SILU, USUAL_HEADS)}
 # model_type -> server -> conditions that together make the server exact
 SERVED: dict[str, dict[Server, tuple[Condition, ...]]] = {
+    # no server was tried
+    "jetmoe": {},
     "mixtral": {VLLM: (SILU,), LLAMA_CPP: (SILU, NO_WINDOW)},
     "granitemoe": GRANITE,
     "granitemoeshared": GRANITE,
