@@ -79,8 +79,8 @@ class LossMeans:
 class RouterLossMeter(LossMeans):
     """Averages each router loss over the training passes of all processes, without waiting for the device until `read`.
 
-    Losses are means over the routers of a kind, summed over the kinds, before their coefficients. A pass that checkpointing repeats is not counted again; nor is
-    a pass in evaluation mode or without gradient.
+    Losses are means over the routers of a kind, summed over the kinds, before their coefficients. A pass that checkpointing
+    repeats is not counted again; nor is a pass in evaluation mode or without gradient.
 
     Args:
         model: any model of transformers, with or without an adapter.
@@ -112,8 +112,7 @@ class RouterLossMeter(LossMeans):
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
             # a layer that checkpointing repeats in backward runs outside of a pass of the decoder
-            if self._pass is not None and output[-1] is not None:
-                measured = output[-1] if isinstance(output[-1], list) else [output[-1]]
+            if self._pass is not None and (measured := _measured(output)):
                 self._pass.setdefault(kind_of[module], []).extend(statistics[0] for statistics in measured)
 
         def end(module: nn.Module, args: tuple, output: Any) -> None:
@@ -136,6 +135,13 @@ class RouterLossMeter(LossMeans):
         _METERS.discard(self)
         while self._handles:
             self._handles.pop().remove()
+
+
+def _measured(output: Any) -> list[Any]:
+    """Returns the statistics in a routed module's output: attention's last value is a list, a sparse block's second one is one."""
+    if isinstance(output[-1], list):
+        return output[-1]
+    return [] if output[1] is None else [output[1]]
 
 
 def _sum(means: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
