@@ -74,17 +74,6 @@ def test_a_recipe_that_cannot_be_read_is_answered_in_one_line(tmp_path, content,
     assert message in complaint([str(recipe)], capsys)
 
 
-@pytest.mark.parametrize("second", [["--layers", "b"], ["--layers=b"]])
-def test_a_flag_with_several_values_that_is_given_twice_is_refused(second, capsys):
-    given = ["--name", "x", "--layers", "a", *second]
-    assert "'layers' is given twice: write all values after one --layers" in complaint(given, capsys)
-
-
-def test_the_later_of_two_flags_with_one_value_counts():
-    (arguments,) = parse([Arguments], "Doc.", ["--name", "x", "--num_experts", "2", "--num-experts", "4"])
-    assert arguments.num_experts == 4
-
-
 def test_an_argument_without_a_flag_is_named(capsys):
     assert "argument 'stray' belongs to no flag" in complaint(["--name", "x", "stray"], capsys)
 

@@ -83,21 +83,12 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
-    def refuse_bad_flags(self, argv: Sequence[str]) -> None:
-        """Exits with one line if a flag is unknown, before argparse complains about a missing required flag.
-
-        A flag that takes several values must not be given twice, since argparse would drop the first values without a word.
-        """
+    def refuse_unknown(self, argv: Sequence[str]) -> None:
+        """Exits with one line if a flag is unknown, before argparse complains about a missing required flag."""
         flags = [
             text.partition("=")[0] for text in argv if text.startswith("--") and " " not in text.partition("=")[0]
         ]
-        given = set()
         for flag in flags:
-            action = self._option_string_actions.get(flag)
-            if action is not None and action.nargs in ("+", "*"):
-                if action.dest in given:
-                    self.error(f"{action.dest!r} is given twice: write all values after one --{action.dest}")
-                given.add(action.dest)
             if flag != "--" and flag not in self._option_string_actions:
                 known = [option for option in self._option_string_actions if "-" not in option[2:]]
                 close = difflib.get_close_matches(
@@ -136,13 +127,9 @@ def parse(dataclass_types: Sequence[type], doc: str | None, argv: Sequence[str] 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, _description(doc))
     try:
-        recipe = []
         if argv and not argv[0].startswith("-"):
-            recipe = _recipe_flags(_find_recipe(argv[0]))
-            argv = argv[1:]
-        for part in (recipe, argv):
-            parser.refuse_bad_flags(part)
-        argv = recipe + argv
+            argv = _recipe_flags(_find_recipe(argv[0])) + argv[1:]
+        parser.refuse_unknown(argv)
         *groups, unknown = parser.parse_args_into_dataclasses(
             args=argv, return_remaining_strings=True, look_for_args_file=False
         )
