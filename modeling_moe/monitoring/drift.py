@@ -133,7 +133,8 @@ def expert_drift(before: nn.Module, after: nn.Module, batches: Batches) -> Drift
 
     Raises:
         UnreachableRouting: a ValueError, if a model is dense, or its experts cannot be reached.
-        UserError: if the models do not have equal layers, or a domain has no token to predict.
+        UserError: if the models do not have equal layers, one has an adapter or routed attention, or a domain has no token to
+            predict.
     """
     pairs = _paired(before, after)
     modes = [(module, module.training) for model in (before, after) for module in model.modules()]
@@ -169,6 +170,14 @@ def expert_drift(before: nn.Module, after: nn.Module, batches: Batches) -> Drift
 def _paired(before: nn.Module, after: nn.Module) -> list[tuple[SparseLayer, SparseLayer]]:
     """Returns the sparse layers of the two models in pairs."""
     layers = [sparse_layers(model) for model in (before, after)]
+    if any(hasattr(module, "base_layer") for model in (before, after) for module in model.modules()):
+        raise UserError("experts inside an adapter cannot be compared: merge the adapter first, by merge_and_unload()")
+    attending = next((one.name for one in (*layers[0], *layers[1]) if getattr(one.experts, "attends", False)), None)
+    if attending is not None:
+        raise UserError(
+            f"{attending} are experts of attention, which give no output for single tokens: compare models without "
+            "routed_attention"
+        )
     counts = [len(found) for found in layers]
     if counts[0] != counts[1]:
         raise UserError(f"the models have {counts[0]} and {counts[1]} sparse layers: compare checkpoints of one model")

@@ -44,14 +44,14 @@ class _NoBeams:
     A copy of the model, or a model read from a pickle, has no recorder, and reorders its cache.
 
     Args:
-        recorded: whether a recorder is on the model.
+        recorders: number of recorders on the model.
     """
 
-    def __init__(self, recorded: bool = True):
-        self.recorded = recorded
+    def __init__(self, recorders: int = 0):
+        self.recorders = recorders
 
     def __call__(self, cache: Any, beam_idx: torch.Tensor) -> Any:
-        if self.recorded:
+        if self.recorders:
             raise ValueError(
                 "beam search reorders the rows of a generation, whose routing then cannot be recorded: generate with "
                 "num_beams=1, or without a recorder on the model."
@@ -60,15 +60,15 @@ class _NoBeams:
         return cache
 
     def __reduce__(self) -> tuple:
-        return _NoBeams, (False,)
+        return _NoBeams, ()
 
 
 class RoutingRecorder:
     """Hooks on a model that record routing into a store; [`record_routing`] makes one.
 
-    A pass with a key-value cache continues the texts whose keys the cache holds, as in `generate`. A pass without one, as in
-    evaluation, holds whole texts. The texts of a generation are in the store when the next one begins, or after
-    [`RoutingRecorder.flush`], which the end of the `with` block calls.
+    A pass with a key-value cache continues the texts whose keys the cache holds, as in `generate`, also those of a pass that
+    made the cache. A pass without one, as in evaluation, holds whole texts. The texts of a generation are in the store when the
+    next one begins, or after [`RoutingRecorder.flush`], which the end of the `with` block calls.
 
     Attributes:
         store: where the texts are kept.
@@ -81,6 +81,8 @@ class RoutingRecorder:
         # the passes of the last generation, and its cache, which is not kept alive
         self._open: list[_Rows] = []
         self._cache: weakref.ref[Any] | None = None
+        # the last pass without a cache, and the cache that it returned
+        self._whole: tuple[weakref.ref[Any], _Rows] | None = None
         self._pass: _Pass | None = None
         self._chosen: dict[str, torch.Tensor] = {}
         self._observation = observe(model, torch.compiler.disable(self._on_pass))
@@ -89,6 +91,7 @@ class RoutingRecorder:
             self._model.register_forward_hook(ModelHook(self._leave)),
         ]
         self._no_beams = vars(self._model).setdefault("_reorder_cache", _NoBeams())
+        self._no_beams.recorders += 1
 
     def __enter__(self) -> "RoutingRecorder":
         return self
@@ -100,8 +103,10 @@ class RoutingRecorder:
         """Moves the open texts into the store, and removes all hooks; a second call does nothing."""
         self.flush()
         self._observation.remove()
-        if vars(self._model).get("_reorder_cache") is self._no_beams:
-            del self._model._reorder_cache
+        if self._handles:
+            self._no_beams.recorders -= 1
+            if not self._no_beams.recorders:
+                del self._model._reorder_cache
         while self._handles:
             self._handles.pop().remove()
 
@@ -129,7 +134,7 @@ class RoutingRecorder:
         if self._pass is not None and not event.recomputed:
             self._chosen[event.layer.name] = event.index.detach()
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         run, self._pass = self._pass, None
         if run is None:
             return
@@ -151,8 +156,12 @@ class RoutingRecorder:
         experts = experts.unflatten(0, ids.shape)
         if run.cache is None:
             whole, chosen = ids.cpu(), experts.cpu()
-            for row, columns in texts_of(ids, run.given):
+            texts = texts_of(ids, run.given)
+            for row, columns in texts:
                 self.store.add(whole[row, columns], chosen[row, columns])
+            made = getattr(output, "past_key_values", None)
+            if made is not None and len(texts) == len(ids):
+                self._whole = weakref.ref(made), _Rows(ids, experts, run.real)
         else:
             self._extend(_Rows(ids, experts, run.real), run)
 
@@ -161,6 +170,11 @@ class RoutingRecorder:
         if run.before == 0:
             self._open, self._cache = [rows], weakref.ref(run.cache)
             return
+        whole = self._whole
+        if whole is not None and whole[0]() is run.cache and len(whole[1].ids) == len(rows.ids):
+            # a loop of one's own, whose first pass made the cache
+            self.flush()
+            self._open, self._cache, self._whole = [whole[1]], whole[0], None
         length = sum(one.ids.shape[1] for one in self._open)
         if self._cache is None or self._cache() is not run.cache or length < run.before:
             return  # the texts began before the recorder was there, or with embeddings in the place of token ids

@@ -167,6 +167,7 @@ class RoutingReplay:
             ValueError: if the router returned other experts than the recorded ones.
         """
         index = index.reshape(len(selection.index), -1)
+        selection.refuse_wider(index.shape[-1])
         wanted = selection.index[:, : index.shape[-1]]
         recorded = wanted != NOT_RECORDED
         # the comparison waits for the device, so that a router which asks for its choice is compared once

@@ -42,12 +42,16 @@ class Selection:
         """Returns the experts (T, K) in place of `live`, what the router would have chosen."""
         self.live = live.detach().view(len(self.index), -1)
         width = self.live.shape[-1]
+        self.refuse_wider(width)
+        index = self.index[:, :width]
+        return torch.where(index == NOT_RECORDED, self.live, index.to(live.dtype)).view_as(live)
+
+    def refuse_wider(self, width: int) -> None:
+        """Raises ValueError if the router chooses more experts of a token than the record has."""
         if width > self.index.shape[-1]:
             raise ValueError(
                 f"the record has {self.index.shape[-1]} experts of a token where the router chooses {width}: record this model"
             )
-        index = self.index[:, :width]
-        return torch.where(index == NOT_RECORDED, self.live, index.to(live.dtype)).view_as(live)
 
     def begin(self) -> None:
         """Makes the router choose these experts from now on."""
@@ -134,7 +138,8 @@ class _TopKMode(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func in _MASKS:
             self._masked.append((result, full))
-        if func in _TOP_K:
+        # a router with one group of experts adds the two best scores of the group, of which the record may have one
+        if func in _TOP_K and result.indices.shape[-1] <= self._selection.index.shape[-1]:
             index = self._selection.choose(result.indices)
             return torch.return_types.topk((full.gather(-1, index), index))
         return result

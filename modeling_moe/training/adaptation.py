@@ -145,6 +145,8 @@ def adapt_router(
     ids = support_ids if support_ids.dim() == 2 else support_ids[None]
     if ids.shape[-1] < 2:
         raise UserError(f"support_ids has {ids.shape[-1]} tokens in a row: give at least 2")
+    if not (next_labels(ids, attention_mask) != -100).any():
+        raise UserError("support_ids has no token to predict: give rows with at least 2 tokens that are not padding")
     routers = router_parameters(model)
     adaptation = RouterAdaptation(routers)
     try:
@@ -167,22 +169,27 @@ def _descend(routers: dict[str, nn.Parameter], gradients: Sequence[torch.Tensor 
             parameter.sub_(learning_rate * gradient)
 
 
-Meta = Callable[[Any, RouterAdaptation, torch.Tensor, float], tuple[list[torch.Tensor | None], float]]
-"""Computes the gradients of adapted routers, and the query loss, from the model, the adaptation, the query tokens and the rate."""
+Meta = Callable[
+    [Any, RouterAdaptation, torch.Tensor, torch.Tensor | None, float], tuple[list[torch.Tensor | None], float]
+]
+"""Computes the gradients of adapted routers, and the query loss, from the model, the adaptation, the query tokens with their
+attention mask, and the rate."""
 
 
 def _fomaml(
-    model: Any, adaptation: RouterAdaptation, query_ids: torch.Tensor, rate: float
+    model: Any, adaptation: RouterAdaptation, query_ids: torch.Tensor, mask: torch.Tensor | None, rate: float
 ) -> tuple[list[torch.Tensor | None], float]:
-    loss = model(input_ids=query_ids, labels=query_ids, use_cache=False).loss
+    # the first label is never predicted
+    labels = torch.cat([query_ids[:, :1], next_labels(query_ids, mask)], dim=1)
+    loss = model(input_ids=query_ids, attention_mask=mask, labels=labels, use_cache=False).loss
     wanted = list(adaptation.routers.values())
     return list(torch.autograd.grad(loss, wanted, allow_unused=True)), loss.item()
 
 
 def _reptile(
-    model: Any, adaptation: RouterAdaptation, query_ids: torch.Tensor, rate: float
+    model: Any, adaptation: RouterAdaptation, query_ids: torch.Tensor, mask: torch.Tensor | None, rate: float
 ) -> tuple[list[torch.Tensor | None], float]:
-    further = adapt_router(model, query_ids, learning_rate=rate)
+    further = adapt_router(model, query_ids, learning_rate=rate, attention_mask=mask)
     return [-change / rate for change in adaptation.change().values()], further.losses[0]
 
 
@@ -199,6 +206,8 @@ def meta_gradient(
     steps: int = 1,
     method: str = "fomaml",
     weight: float = 1.0,
+    support_mask: torch.Tensor | None = None,
+    query_mask: torch.Tensor | None = None,
 ) -> float:
     """Adds the outer gradient of one domain to the `.grad` of the routers, which keep their weights.
 
@@ -215,17 +224,22 @@ def meta_gradient(
         steps: number of inner steps on the support tokens.
         method: `"fomaml"` or `"reptile"`.
         weight: factor on the gradient, such as 1 / number of domains in a step.
+        support_mask, query_mask: (B, S), 0 at padding of the support and of the query; None without padding.
 
     Returns:
-        The loss of the query tokens after the adaptation, in nats per token.
+        The loss of the query tokens after the adaptation, in nats per token; with `"fomaml"` in training mode with the router
+        losses.
 
     Raises:
-        UserError: if an argument is out of range, or the model has no routers that can be adapted.
+        UserError: if an argument is out of range, the model has no routers that can be adapted, or they are frozen.
     """
     if method not in META_METHODS:
         raise UserError(f"method {method!r} is unknown: it must be one of {', '.join(META_METHODS)}")
-    with adapt_router(model, support_ids, learning_rate=learning_rate, steps=steps) as adaptation:
-        gradients, loss = META_METHODS[method](model, adaptation, query_ids, learning_rate)
+    if not all(parameter.requires_grad for parameter in router_parameters(model).values()):
+        raise UserError("the routers are frozen, so that no optimizer trains them: call requires_grad_(True) on them")
+    inner: dict[str, Any] = {"learning_rate": learning_rate, "steps": steps, "attention_mask": support_mask}
+    with adapt_router(model, support_ids, **inner) as adaptation:
+        gradients, loss = META_METHODS[method](model, adaptation, query_ids, query_mask, learning_rate)
     for parameter, gradient in zip(router_parameters(model).values(), gradients, strict=True):
         if gradient is not None:
             parameter.grad = weight * gradient + (0 if parameter.grad is None else parameter.grad)

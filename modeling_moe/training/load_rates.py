@@ -56,7 +56,15 @@ class LoadRates:
         stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         if not weights or any(id(weight) not in stepped for weight in weights):
             return "the optimizer does not step the experts' own weights"
-        return SPLIT if any(_is_split(weight) for weight in weights) else None
+        if any(_is_split(weight) for weight in weights):
+            return SPLIT
+        for name, size in self._sizes.items():
+            if any(len(weight) != size for weight in self._weights[name]):
+                return (
+                    f"the two matrices of an expert of {name} are chosen one by one (routed_attention='switch_head'), so that no "
+                    "share is that of both: use a number or sqrt_share"
+                )
+        return None
 
     def _count(self, event: LayerPass) -> None:
         """Adds the tokens of each expert (E,), and the number of tokens, to the layer's sums (E + 1,)."""
@@ -83,6 +91,11 @@ class LoadRates:
         for weights in self._weights.values():
             if any(id(weight) not in stepped for weight in weights):
                 raise UserError(f"experts cannot be trained by their load: {SPLIT}")
+        if not self._sums:
+            raise UserError(
+                "experts cannot be trained by their load: no training pass since the last step was seen: call model.train() "
+                "before the passes"
+            )
         self._before = {
             name: [weight.detach().clone() for weight in weights] for name, weights in self._weights.items()
         }
@@ -118,7 +131,8 @@ def scale_by_load(model: nn.Module, optimizer: Optimizer) -> LoadRates:
         A handle with `remove()`.
 
     Raises:
-        UserError: if the experts cannot be reached, are split over processes, or are not trained by `optimizer`.
+        UserError: if the experts cannot be reached, are split over processes, are those of SwitchHead, or are not trained by
+            `optimizer`; and by a step without a pass in training mode before it.
 
     Example:
         >>> optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.1))

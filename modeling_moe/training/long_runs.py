@@ -91,10 +91,21 @@ class LongRunArguments:
         self.rates()
         if (self.sample_steps is None) != (not self.sample_prompts):
             raise UserError("sample_steps and sample_prompts need each other: give both or none")
+        self._refuse_unused()
         if self.router_average is not None and not 0 <= self.router_average < 1:
             raise UserError(f"router_average is {self.router_average}: it must be at least 0 and below 1")
         self.callbacks()
         self.samples()
+
+    def _refuse_unused(self) -> None:
+        """Refuses what describes samples or readings of the load that the run does not make."""
+        for name, prefix in {"sample_steps": "sample_", "collapse_steps": "collapse_"}.items():
+            if getattr(self, name) is not None:
+                continue
+            for entry in fields(self):
+                # a list has no default of its own
+                if entry.name.startswith(prefix) and getattr(self, entry.name) not in (entry.default, []):
+                    raise UserError(f"{entry.name} has no effect without {name}: give both or none")
 
     def rates(self) -> tuple[dict[str, float | str], dict[str, float]]:
         """Returns the factors on the learning rate, and the weight decays, by role.
@@ -144,7 +155,7 @@ def long_run_optimizer(model: nn.Module, args: TrainingArguments, run: LongRunAr
     if not run.muon:
         return None
     name = getattr(args.optim, "value", args.optim)
-    if not str(name).startswith("adamw_torch"):
+    if str(name) not in ("adamw_torch", "adamw_torch_fused"):
         raise UserError(f"muon true replaces optim {name}: omit one of them")
     rates, decays = _without_load(run)
     return moe_muon(

@@ -70,7 +70,8 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     - `expert`: what the modules of transformers' experts interface hold, with the layers that PEFT puts around them;
     - `router`: what the modules that return router logits hold, and what a sparse block holds directly;
     - `shared`: what a sparse block holds besides, such as shared experts and their gate, which every token uses;
-    - `attention`: the modules whose output transformers records as `attentions`, and modules named as attention;
+    - `attention`: the modules whose output transformers records as `attentions`, and modules named as attention, without the
+      experts and the router that may be in them;
     - `embedding`: embeddings of tokens and positions, and the head;
     - `other`: dense feed-forward networks, norms, recurrent layers, linear attention; also a network that every token uses
       beside the sparse block and not in it (Gemma 4's `mlp`, Granite's `shared_mlp`).
@@ -91,7 +92,8 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     places: dict[str, Role] = dict.fromkeys(attentions, "attention")
     for layer in routed_layers(model):
         block = names[id(sparse_block(model, layer))]
-        if not any(_inside(name, block) for name in attentions):
+        # what attention holds beside its own experts and router is attention
+        if block not in attentions and not any(_inside(name, block) for name in attentions):
             places[block] = "shared"
             roles |= {
                 f"{block}.{name}": "router" for name, _ in model.get_submodule(block).named_parameters(recurse=False)
@@ -168,9 +170,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Returns the trained parameters of any MoE in groups by role, for any optimizer of torch.
 
-    Norms, biases and learned factors have no weight decay, see [`decayed_names`]. `sqrt_share` follows the square-root scaling of Adam's learning rate with the
-    batch (Malladi et al., arXiv:2205.10287): in balance an expert sees K / E of the tokens of a batch. `share`, K / E, is the
-    linear scaling for SGD.
+    Norms, biases and learned factors have no weight decay, see [`decayed_names`]. `sqrt_share` follows the square-root scaling
+    of Adam's learning rate with the batch (Malladi et al., arXiv:2205.10287): in balance an expert sees K / E of the tokens of a
+    batch. `share`, K / E, is the linear scaling for SGD.
 
     Args:
         model: any causal LM of transformers, also with adapters, in DDP or FSDP2.
@@ -184,7 +186,8 @@ def parameter_groups(
         first, since `Trainer` logs the rate of the first group.
 
     Raises:
-        UserError: if a role is unknown or not trained, a rate is unknown, or the experts cannot be reached.
+        UserError: if a role is unknown or not trained, a rate is unknown, a weight decay is below 0, or the experts cannot be
+            reached.
 
     Example:
         >>> groups = parameter_groups(model, 1e-4, 0.1, rates={"router": 0.1, "expert": "sqrt_share"})
@@ -196,6 +199,9 @@ def parameter_groups(
     trained = {roles[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
     _check(rates, trained, "rate")
     _check(weight_decays, trained, "weight decay")
+    for role, decay in weight_decays.items():
+        if not 0 <= decay < math.inf:
+            raise UserError(f"weight decay {decay} of {role}: it must be a number from 0")
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -216,8 +222,11 @@ def parameter_groups(
 def _shares(model: nn.Module) -> dict[str, float | None]:
     """Returns K / E of the experts below each experts module, by the module's name with PEFT's layers; None if K is unknown."""
     config = next((module.config for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    top_k = None if config is None else experts_per_token(config)
-    return {
-        _outer(model, layer.name): None if top_k is None else min(1.0, top_k / layer.num_experts)
-        for layer in routed_layers(model)
-    }
+    named = None if config is None else experts_per_token(config)
+    shares = {}
+    for layer in routed_layers(model):
+        # the routers of attention, which are this package's, have a K of their own
+        own: Any = layer.router.modules() if layer.router is not None and layer.returns_routing else ()
+        top_k = next((module.top_k for module in own if hasattr(module, "top_k")), named)
+        shares[_outer(model, layer.name)] = None if top_k is None else min(1.0, top_k / layer.num_experts)
+    return shares

@@ -179,7 +179,7 @@ class RouterAverageMixin(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._router_decay is not None:
             _read(checkpoint)
-            self._average_from = checkpoint
+        self._average_from = checkpoint
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:

@@ -53,10 +53,10 @@ class FinetuneTrainer(
         return optimizer
 
     def _refuse_flattened(self) -> None:
-        """Refuses Muon and groups by role where FSDP1 or DeepSpeed flattens the weights, and rates by load where any splits them."""
+        """Refuses Muon, groups by role and averages where FSDP1 or DeepSpeed flattens the weights, and rates by load where any splits them."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         flattened = self.is_deepspeed_enabled or (plugin is not None and getattr(plugin, "fsdp_version", 1) == 1)
-        for name in ("muon", "role_rates", "role_decays"):
+        for name in ("muon", "role_rates", "role_decays", "router_average"):
             if flattened and getattr(self.long_run, name):
                 raise UserError(f"{name} cannot be used with FSDP1 or DeepSpeed, which flatten the weights: use FSDP2")
         if self.long_run.rates()[0].get("expert") == LOAD and (self.is_fsdp_enabled or self.is_deepspeed_enabled):

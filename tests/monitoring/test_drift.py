@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.checkpoints import LazyTensor
+from modeling_moe.lora import moe_lora_config
 from modeling_moe.monitoring import expert_drift, sparse_layers
 from modeling_moe.resizing.growth import GrowthOptions, grow, release_experts
 from modeling_moe.utils.errors import UserError
@@ -160,3 +162,9 @@ def test_models_that_cannot_be_compared_are_refused():
         expert_drift(before, model_of(mlp_layer_types=["dense", "dense", "sparse"]), BATCHES)
     with pytest.raises(UserError, match="'empty' has no token to predict"):
         expert_drift(before, before, {"empty": []})
+    attending = model_of(routed_attention="moa", num_key_value_heads=1)
+    with pytest.raises(UserError, match=r"layers.0.self_attn.experts are experts of attention"):
+        expert_drift(attending, attending, BATCHES)
+    adapted = get_peft_model(model_of(), moe_lora_config(before, r=2))
+    with pytest.raises(UserError, match="merge the adapter first"):
+        expert_drift(before, adapted, BATCHES)

@@ -396,6 +396,50 @@ def test_a_text_is_found_without_a_look_at_all_texts_that_begin_alike(monkeypatc
     assert len(compared) < 10
 
 
+@pytest.mark.parametrize("name", ["mixtral", "moe"])
+def test_a_loop_whose_first_pass_makes_the_cache_is_recorded(name):
+    model, written = model_of(name), texts(2, 5)
+    with record_routing(model) as recorder, torch.no_grad():
+        output = model(written, use_cache=True)
+        for _ in range(4):
+            new = output.logits[:, -1:].argmax(dim=-1)
+            written = torch.cat([written, new], dim=1)
+            output = model(new, past_key_values=output.past_key_values, use_cache=True)
+    alone = RoutingStore()
+    with record_routing(model, alone), torch.no_grad():
+        model(written, use_cache=False)
+    for row in written:
+        assert torch.equal(recorder.store.find(row).sort(-1).values, alone.find(row).sort(-1).values)
+
+
+def test_one_of_two_recorders_that_ends_leaves_the_other_one_whole():
+    model = model_of("mixtral")
+    first, second = record_routing(model), record_routing(model)
+    first.remove()
+    first.remove()
+    with pytest.raises(ValueError, match="num_beams=1"):
+        model.generate(texts(1, 4), num_beams=2, max_new_tokens=2)
+    second.remove()
+    model.generate(texts(1, 4), num_beams=2, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_router_that_adds_the_scores_of_its_only_group_is_replayed(experts):
+    CONFIGS["one group"] = DeepseekV3Config(
+        **SIZE | EXPERTS | LATENT | {"num_experts_per_tok": experts}, n_group=1, topk_group=1, first_k_dense_replace=0
+    )
+    try:
+        model, other = model_of("one group"), model_of("one group", seed=5)
+    finally:
+        del CONFIGS["one group"]
+    with record_routing(model) as recorder:
+        mine = chosen(model, input_ids=texts())
+    with replay_routing(other, recorder.store) as replay:
+        replayed = chosen(other, input_ids=texts())
+    assert all(sets_equal(one, two) for one, two in zip(mine, replayed, strict=True))
+    assert 0 < replay.figures().flipped < 1
+
+
 def test_hooks_leave_the_model_as_it_was_after_an_error():
     model, ids = model_of("mixtral"), texts()
     with record_routing(model) as recorder, torch.no_grad():

@@ -137,6 +137,28 @@ def test_fomaml_is_the_gradient_at_the_adapted_weights():
             assert parameter.grad is None
 
 
+@pytest.mark.parametrize("method", ["fomaml", "reptile"])
+def test_padding_of_support_and_query_changes_no_outer_gradient(method):
+    models = [model_of(), model_of()]
+    meta_gradient(models[0], IDS, QUERY, learning_rate=2.0, method=method)
+    padded, masks = [], {}
+    for name, ids in {"support_mask": IDS, "query_mask": QUERY}.items():
+        padded.append(torch.nn.functional.pad(ids, (0, 3)))
+        masks[name] = torch.nn.functional.pad(torch.ones_like(ids), (0, 3))
+    meta_gradient(models[1], *padded, learning_rate=2.0, method=method, **masks)
+    for one, two in zip(*(router_parameters(model).values() for model in models), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, atol=1e-12, rtol=1e-10)
+
+
+def test_frozen_routers_and_a_support_of_padding_are_refused():
+    model = model_of()
+    with pytest.raises(UserError, match="support_ids has no token to predict"):
+        adapt_router(model, IDS, learning_rate=1.0, attention_mask=torch.zeros_like(IDS))
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match=r"the routers are frozen.*requires_grad_\(True\)"):
+        meta_gradient(model, IDS, QUERY, learning_rate=1.0)
+
+
 def test_reptile_is_the_way_back_from_the_last_weights():
     model = model_of()
     first = by_hand(model, IDS, 2.0, 1)

@@ -78,3 +78,19 @@ def test_refusals():
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(UserError, match="experts cannot be trained by their load: JetMoeForCausalLM computes"):
         scale_by_load(model, optimizer)
+
+
+def test_a_step_without_a_training_pass_and_switch_head_are_refused():
+    model = tiny_model().eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = scale_by_load(model, optimizer)
+    ids = torch.arange(4, 20)[None]
+    model(ids, labels=ids).loss.backward()
+    with pytest.raises(UserError, match=r"no training pass since the last step was seen: call model.train\(\)"):
+        optimizer.step()
+    handle.remove()
+    fields = {"num_attention_heads": 4, "num_key_value_heads": 4, "attention_experts": 3}
+    model = tiny_model(routed_attention="switch_head", **fields)
+    with pytest.raises(UserError, match="routed_attention='switch_head'"):
+        scale_by_load(model, torch.optim.SGD(model.parameters()))
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -178,6 +178,8 @@ def test_lora_by_role_with_an_average(run, monkeypatch):
         ({"role_rates": ["router=load"]}, "role_rates router=load: load is for experts, give a number"),
         ({"sample_steps": 5}, "sample_steps and sample_prompts need each other"),
         ({"router_average": 1.0}, "router_average is 1.0: it must be at least 0 and below 1"),
+        ({"sample_tokens": 8}, "sample_tokens has no effect without sample_steps: give both or none"),
+        ({"collapse_violation": 3.0}, "collapse_violation has no effect without collapse_steps: give both or none"),
         ({"collapse_steps": 0}, "collapse_steps is 0: it must be at least 1"),
         ({"sample_steps": 1, "sample_prompts": ["a"], "sample_tokens": 0}, "sample_tokens is 0"),
     ],
@@ -194,6 +196,7 @@ def test_mistakes_that_the_model_shows(run, monkeypatch, tmp_path):
         [
             ("mixtral", "shared", {}, "rate shared has no effect: the model trains no parameter of this role"),
             ("mixtral", "muon", {"optim": "sgd"}, "muon true replaces optim sgd: omit one of them"),
+            ("mixtral", "muon", {"optim": "adamw_torch_8bit"}, "muon true replaces optim adamw_torch_8bit"),
             ("mixtral", "muon", {"lora": True}, "Muon cannot train an adapter"),
             ("mixtral", "load", {"lora": True}, "the optimizer does not step the experts' own weights"),
             ("llama", "collapse", {}, "collapse_steps has no effect: LlamaForCausalLM is a dense model"),

@@ -117,6 +117,27 @@ def test_rates_and_decays_by_role():
     assert all(group["params"] for group in groups)
 
 
+def test_routed_attention_is_attention_with_experts_of_its_own_number():
+    """SwitchHead: 4 heads choose 2 of 3 experts on each side."""
+    fields = {"attention_experts": 3, "attention_experts_per_tok": 2, "num_key_value_heads": 4}
+    model = tiny_model(routed_attention="switch_head", num_attention_heads=4, **fields)
+    roles = {below(name): role for name, role in parameter_roles(model).items()}
+    inside = {name.removeprefix("self_attn."): role for name, role in roles.items() if name.startswith("self_attn.")}
+    assert inside == {
+        "q_proj.weight": "attention",
+        "k_proj.weight": "attention",
+        "gate.weight": "router",
+        "experts.up_proj": "expert",
+        "experts.down_proj": "expert",
+    }
+    groups = by_name(model, parameter_groups(model, 1.0, rates={"expert": "share", "attention": 0.5}))
+    rates = {below(name): group["lr"] for name, group in groups.items()}
+    assert rates["self_attn.experts.up_proj"] == pytest.approx(2 / 3)
+    assert rates["self_attn.q_proj.weight"] == 0.5
+    config = model.config
+    assert rates["mlp.experts.down_proj"] == pytest.approx(config.num_experts_per_tok / config.num_experts)
+
+
 def test_groups_train_the_roles_at_their_rates():
     """Plain SGD: the change of each weight is the rate of its role times the gradient."""
     model = tiny("olmoe")
@@ -150,6 +171,8 @@ def test_a_dense_model_has_groups(tmp_path):
             "rate 'cube' is unknown: give a number, or for experts one of sqrt_share, share",
         ),
         ({"rates": {"router": "share"}}, "rate share is for experts, not for router: give a number"),
+        ({"weight_decays": {"router": -1.0}}, "weight decay -1.0 of router: it must be a number from 0"),
+        ({"weight_decays": {"router": math.nan}}, "weight decay nan of router: it must be a number from 0"),
         ({"rates": {"router": -1.0}}, "rate -1.0 of router: it must be a number from 0"),
     ],
 )
