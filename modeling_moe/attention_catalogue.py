@@ -11,7 +11,7 @@ from .attention_moh import MixtureOfHeads
 from .attention_routed import RoutedAttention
 from .attention_routing_transformer import RoutingTransformerAttention
 from .attention_switch_head import SwitchHeadAttention
-from .configuration_fields import HAS_ROUTED_ATTENTION, Range, setting
+from .configuration_fields import HAS_DEPTH, HAS_ROUTED_ATTENTION, Range, setting
 
 
 # routed_attention -> class
@@ -55,7 +55,9 @@ class RoutedAttentionFields:
 
 def attention_support(config: Any) -> dict[str, bool]:
     """Returns which attention implementations serve a configuration, by the names of transformers' class variables."""
-    masks = config.routed_attention is not None and ROUTED_ATTENTION[config.routed_attention].routes_mask
+    routes_mask = config.routed_attention is not None and ROUTED_ATTENTION[config.routed_attention].routes_mask
+    # flash and flex attention take neither a mask for each head nor a mask with holes
+    masks = routes_mask or HAS_DEPTH.holds(config)
     return {
         # torch's attention function supports neither
         "_supports_sdpa": config.attn_logit_softcapping is None and not config.attention_sinks,

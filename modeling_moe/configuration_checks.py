@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from .configuration_derived import PER_LAYER
-from .configuration_fields import settings_of, shown
+from .configuration_fields import HAS_DEPTH, settings_of, shown
 from .router import Router
 from .router_catalogue import router_class
 
@@ -231,7 +231,9 @@ def refuse_continuous_batching(config: Any, training: bool) -> None:
         ValueError: names the field by which tokens depend on their neighbours in the row, or that pages cannot serve.
     """
     reason = row_dependence(config, training)
-    if config.kv_lora_rank is not None:
+    if HAS_DEPTH.holds(config):
+        reason = "depth_layers is set, and the pages have no place for the tokens that a layer skips"
+    elif config.kv_lora_rank is not None:
         reason = "kv_lora_rank is set, and the pages have no room for latents"
     elif reason is None and config.routed_attention == "routing_transformer":
         reason = "routed_attention='routing_transformer' stores clusters of keys, for which the pages have no room"

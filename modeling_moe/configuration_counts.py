@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 from .attention_catalogue import attention_class
 from .model_experts import StackedExperts
 from .model_norms import norm_names
+from .router import Router
 from .router_catalogue import router_class
 
 
@@ -76,18 +77,29 @@ def _attention_params(config: Any, experts: int) -> int:
     return params + sum(_norm_params(config, width) for width in norms)
 
 
-def _routers_params(config: Any) -> int:
-    """Returns the parameters of the routers of all sparse layers; it makes one router of each kind, not one per layer."""
+def _router_params(config: Any) -> list[int]:
+    """Returns the parameters of each layer's router, 0 in a dense layer; it makes one router of each kind."""
     sparse = [index for index, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
     classes = [router_class(config, index) for index in sparse]
-    # a router that reads the layer before has fewer parameters where there is none
-    kinds = [(router, router.carries and router not in classes[:place]) for place, router in enumerate(classes)]
-    params = {}
+    params, sizes = [0] * config.num_hidden_layers, {}
+    for place, (index, router) in enumerate(zip(sparse, classes, strict=True)):
+        # a router that reads the layer before has fewer parameters where there is none
+        kind = (router, router.carries and router not in classes[:place])
+        if kind not in sizes:
+            sizes[kind] = _router_size(router, config, index)
+        params[index] = sizes[kind]
+    return params
+
+
+def _router_size(router: type[Router], config: Any, layer_idx: int) -> int:
+    """Returns the parameters of one router, which it makes without memory."""
     with torch.device("meta"):
-        for index, kind in zip(sparse, kinds, strict=True):
-            if kind not in params:
-                params[kind] = sum(parameter.numel() for parameter in kind[0](config, index).parameters())
-    return sum(params[kind] for kind in kinds)
+        return sum(parameter.numel() for parameter in router(config, layer_idx).parameters())
+
+
+def _depth_router_params(config: Any, layer_idx: int) -> int:
+    """Returns the parameters of the router that chooses the tokens of one layer."""
+    return _router_size(router_class(config.depth_routing), config.depth_routing, layer_idx)
 
 
 def count_params(config: Any) -> int:
@@ -96,13 +108,35 @@ def count_params(config: Any) -> int:
 
 
 def count_active_params(config: Any) -> int:
-    """Returns the number of parameters that one token uses: all but the routed experts that it is not sent to."""
+    """Returns the number of parameters that one token uses: all but the routed experts that it is not sent to.
+
+    A layer that processes the share `depth_capacity` of the tokens counts with that share, rounded.
+    """
     experts = min(config.num_experts_per_tok, config.num_experts)
-    return _params_with(config, experts, config.attention_experts_per_tok)
+    return _params_with(config, experts, config.attention_experts_per_tok, config.depth_capacity)
 
 
-def _params_with(config: Any, experts: int, attention_experts: int) -> int:
-    """Returns the parameters of a causal language model that had so many experts per layer, and routers for all."""
+def _params_with(config: Any, experts: int, attention_experts: int, depth: float = 1) -> int:
+    """Returns the parameters of a causal language model that had so many experts per layer, and routers for all.
+
+    Args:
+        config: the model's configuration.
+        experts: number of experts of a sparse layer.
+        attention_experts: number of experts of routed attention.
+        depth: factor on the parameters of a layer with a 1 in `depth_layers`, the layer's router excluded.
+    """
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    embeddings += config.vocab_size * config.lm_head_bias
+    if config.position_embedding_type == "learned":
+        embeddings += config.max_position_embeddings * config.hidden_size
+    layers = 0
+    for index, params in enumerate(_layer_params(config, experts, attention_experts)):
+        layers += round(depth * params) + _depth_router_params(config, index) if config.routes_depth(index) else params
+    return embeddings + layers + _norm_params(config)
+
+
+def _layer_params(config: Any, experts: int, attention_experts: int) -> list[int]:
+    """Returns the parameters of each layer that had so many experts, without a router of depth."""
     activation = _activation_params(config.hidden_act)
     dense = _mlp_params(config, config.intermediate_size, config.gated_mlp) + activation
     expert = _mlp_params(config, config.moe_intermediate_size, config.gated_experts, config.moe_latent_size)
@@ -113,12 +147,11 @@ def _params_with(config: Any, experts: int, attention_experts: int) -> int:
         sparse += _mlp_params(config, config.shared_expert_intermediate_size, config.gated_experts) + activation
         sparse += config.shared_expert_gate * config.hidden_size
     sparse += config.moe_output_bias * config.hidden_size
-    layers = sum({"dense": dense, "sparse": sparse}[kind] for kind in config.mlp_layer_types)
-    layers += _routers_params(config)
-    norms = sum(len(set(norm_names(config, kind == "sparse")) - {None}) for kind in config.mlp_layer_types)
-    layers += norms * _norm_params(config) + config.num_hidden_layers * _attention_params(config, attention_experts)
-    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    embeddings += config.vocab_size * config.lm_head_bias
-    if config.position_embedding_type == "learned":
-        embeddings += config.max_position_embeddings * config.hidden_size
-    return embeddings + layers + _norm_params(config)
+    networks, attention = {"dense": dense, "sparse": sparse}, _attention_params(config, attention_experts)
+    return [
+        attention
+        + networks[kind]
+        + router
+        + len(set(norm_names(config, kind == "sparse")) - {None}) * _norm_params(config)
+        for kind, router in zip(config.mlp_layer_types, _router_params(config), strict=True)
+    ]

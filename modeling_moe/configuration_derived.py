@@ -12,7 +12,7 @@ from .router_catalogue import router_class
 
 
 # the fields that have one entry for each layer
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "depth_layers")
 
 
 def _head_dim(config: Any) -> int | None:

@@ -71,6 +71,12 @@ ROUTED = Condition(
 )
 
 
+HAS_DEPTH = Condition(lambda config: 1 in (config.depth_layers or ()), "give depth_layers a 1")
+ROUTED_IN_ANY_WAY = Condition(
+    lambda config: ROUTED.holds(config) or HAS_DEPTH.holds(config), f"{ROUTED.remedy} or {HAS_DEPTH.remedy}"
+)
+
+
 class Setting(NamedTuple):
     """The metadata of a field.
 
@@ -146,7 +152,7 @@ def sparse_only(cls: type) -> set[str]:
     return {
         name
         for name, declared in settings_of(cls).items()
-        if declared.by_router or SPARSE in declared.conditions or ROUTED in declared.conditions
+        if declared.by_router or {SPARSE, ROUTED, ROUTED_IN_ANY_WAY}.intersection(declared.conditions)
     }
 
 

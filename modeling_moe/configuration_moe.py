@@ -39,6 +39,7 @@ from .configuration_model import ExpertFields, ModelFields
 from .configuration_plans import expert_parallel_plan, tensor_parallel_plan
 from .configuration_presets import preset_file
 from .configuration_unread import drop_unread, refuse_unread
+from .model_depth import DepthFields, check_depth, depth_view
 from .model_embeddings import EmbeddingFields
 from .model_norms import NormFields
 from .router import RouterFields
@@ -71,6 +72,7 @@ class MoEConfig(
     SwitchHeadFields,
     MixtureOfHeadsFields,
     RoutingTransformerFields,
+    DepthFields,
     ExpertFields,
     CatalogueFields,
     RouterFields,
@@ -237,6 +239,7 @@ class MoEConfig(
         check_model(self)
         check_routing(self)
         check_attention_routing(self)
+        check_depth(self)
 
     def validate_unread(self):
         """Refuses fields that differ from their defaults although nothing reads them; `@strict` calls it in every check."""
@@ -296,6 +299,15 @@ class MoEConfig(
         """The configuration as the routers of routed attention read it."""
         assert self.routed_attention is not None  # only routed attention has routers to read it
         return ROUTED_ATTENTION[self.routed_attention].view(self)
+
+    @property
+    def depth_routing(self) -> Any:
+        """The configuration as the routers read it that choose the tokens of a layer."""
+        return depth_view(self)
+
+    def routes_depth(self, layer_idx: int) -> bool:
+        """Returns whether a router chooses the tokens that a layer processes."""
+        return self.depth_layers is not None and bool(self.depth_layers[layer_idx])
 
     @property
     def has_capacity(self) -> bool:

@@ -9,7 +9,8 @@ from transformers.utils import logging
 
 from .attention_catalogue import ROUTED_ATTENTION
 from .configuration_derived import DERIVED
-from .configuration_fields import Condition, Setting, settings_of, shown
+from .configuration_fields import HAS_DEPTH, Condition, Setting, settings_of, shown
+from .model_depth import READS as DEPTH_READS
 from .router import Router
 from .router_catalogue import ROUTERS, router_class
 
@@ -40,6 +41,8 @@ def unread_fields(config: Any) -> dict[str, str]:
     read = frozenset[str]().union(*(router.reads for router in routers))
     if config.routed_attention is not None and config.routed_attention in ROUTED_ATTENTION:
         read |= ROUTED_ATTENTION[config.routed_attention].reads
+    if HAS_DEPTH.holds(config):
+        read |= DEPTH_READS
     for name, (declared, default) in _conditional(type(config)).items():
         value = values[name]
         if value == default or value in declared.idle or (name in DERIVED and value == DERIVED[name](config)):

@@ -12,6 +12,7 @@ from transformers.utils import TransformersKwargs
 
 from .attention_catalogue import attention_class
 from .compatibility import one_cache
+from .model_depth import DepthRouting, Updates
 from .model_norms import make_norm, norm_names
 from .router import RoutingContext
 from .router_kinds import slots
@@ -23,7 +24,8 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
     """Attention, then a dense or a sparse feed-forward network; the residual stream adds the output of each.
 
     `config.norm_placement` puts norms before attention and network, after them, or both; with `"parallel"` attention and
-    network read one input, and with `"parallel_shared"` the output of one norm.
+    network read one input, and with `"parallel_shared"` the output of one norm. A layer of `config.depth_layers` processes
+    only the tokens that its router chooses ([`~modeling_moe.model_depth.DepthRouting`]).
 
     Args:
         config: the model's configuration.
@@ -35,6 +37,7 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.self_attn = attention_class(config)(config, layer_idx)
+        self.depth = DepthRouting(config, layer_idx) if config.routes_depth(layer_idx) else None
         self.slots = slots(config)
         self.mlp = mlp
         self.parallel = config.norm_placement == "parallel"
@@ -66,38 +69,49 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         reentrant checkpointing differentiates these alone.
         """
         cache = one_cache(self, cache, past_key_values)
+        # the cache is the layer's argument: gradient checkpointing removes it from there
+        context = (routing_context or RoutingContext(len(hidden_states)))._replace(cache=cache, carried=carried)
+        arguments = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache": cache,
+            "use_cache": use_cache,
+            "position_embeddings": position_embeddings,
+            **kwargs,
+        }
+        if self.depth is not None:
+            return pack(self.depth(self._updates, hidden_states, context, token_weights, arguments), self.slots)
+        attended, states, carried, statistics = self._updates(hidden_states, context, token_weights, arguments)
+        # in GPT-NeoX's order, since bf16 rounds each sum
+        output = (states + attended) + hidden_states if self.parallel else (hidden_states + attended) + states
+        return pack(LayerOutput(output, carried, statistics), self.slots)
+
+    def _updates(
+        self,
+        hidden_states: torch.Tensor,
+        context: RoutingContext,
+        token_weights: TokenWeights | None,
+        arguments: dict[str, Any],
+    ) -> Updates:
+        """Computes what attention and what the network add to (B, S, H)."""
         before_attention, after_attention, before_mlp, after_mlp = self.norm_names
         states = self._normed(before_attention, hidden_states)
-        # the cache is the layer's argument: gradient checkpointing removes it from there
-        context = (routing_context or RoutingContext(len(states)))._replace(cache=cache)
         routed: dict[str, Any] = {}
         if self.self_attn.routed_attention is not None:
             routed = {"routing_context": context, "token_weights": token_weights}
-        attended, _, *of_attention = self.self_attn(
-            hidden_states=states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **routed,
-            **kwargs,
-        )
+        attended, _, *of_attention = self.self_attn(hidden_states=states, **routed, **arguments)
         attended = self._update(self._normed(after_attention, attended))
-        residual = hidden_states if self.parallel else hidden_states + attended
         statistics: Statistics = {"attention": of_attention[0]} if of_attention else {}
+        carried = context.carried
         if not self.shares_norm:
-            states = self._normed(before_mlp, residual)
+            states = self._normed(before_mlp, hidden_states if self.parallel else hidden_states + attended)
         if self.is_sparse:
-            states, of_mlp, carried = self.mlp(states, context._replace(carried=carried), token_weights)
+            states, of_mlp, carried = self.mlp(states, context, token_weights)
             if of_mlp is not None:
                 statistics["mlp"] = [of_mlp]
         else:
             states = self.mlp(states)
-        states = self._update(self._normed(after_mlp, states))
-        # in GPT-NeoX's order, since bf16 rounds each sum
-        hidden_states = (states + attended) + residual if self.parallel else residual + states
-        return pack(LayerOutput(hidden_states, carried, statistics), self.slots)
+        return Updates(attended, self._update(self._normed(after_mlp, states)), carried, statistics)
 
     def _normed(self, name: str | None, states: torch.Tensor) -> torch.Tensor:
         return states if name is None else getattr(self, name)(states)

@@ -29,6 +29,8 @@ class MoEModelOutput(MoeModelOutputWithPast):
         attention_expert_load: (L', E') tokens sent to each expert of routed attention in each layer, before capacity.
         attention_router_logits: for each layer the router logits (T, E') of routed attention; None unless router logits were
             asked for.
+        depth_load: (L'', 1) tokens that each layer of `depth_layers` processed.
+        depth_router_logits: for each of these layers the router logits (T, 1); None unless router logits were asked for.
     """
 
     router_loss: torch.FloatTensor | None = None
@@ -37,6 +39,8 @@ class MoEModelOutput(MoeModelOutputWithPast):
     dropped_share: torch.FloatTensor | None = None
     attention_expert_load: torch.FloatTensor | None = None
     attention_router_logits: tuple[torch.FloatTensor, ...] | None = None
+    depth_load: torch.FloatTensor | None = None
+    depth_router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
 @gives_cache
@@ -48,6 +52,8 @@ class MoECausalLMOutput(MoeCausalLMOutputWithPast):
     dropped_share: torch.FloatTensor | None = None
     attention_expert_load: torch.FloatTensor | None = None
     attention_router_logits: tuple[torch.FloatTensor, ...] | None = None
+    depth_load: torch.FloatTensor | None = None
+    depth_router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
 def router_recorders(config: Any) -> dict[str, OutputRecorder]:

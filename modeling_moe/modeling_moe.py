@@ -354,9 +354,10 @@ class MoEModel(MoEPreTrainedModel):
     def has_router_losses(self) -> bool:
         """Says whether any router loss has a coefficient."""
         routed = [module for kind in self.slots for module in self.routed_modules(kind)]
-        adds_loss = any(module.router.adds_loss for module in routed)
-        has_coefficient = any(getattr(self.config, name) > 0 for name in COEFFICIENTS.values())
-        return adds_loss or (has_coefficient and bool(routed))
+        return any(
+            module.router.adds_loss or any(getattr(module.routing_config, name) > 0 for name in COEFFICIENTS.values())
+            for module in routed
+        )
 
     def sparse_blocks(self) -> list[MoEBlock]:
         """Returns the sparse feed-forward networks, from the first layer to the last."""
@@ -533,6 +534,8 @@ class MoEForCausalLM(MoEPreTrainedModel, MoEGenerationMixin):
             dropped_share=outputs.dropped_share,
             attention_expert_load=outputs.attention_expert_load,
             attention_router_logits=outputs.attention_router_logits,
+            depth_load=outputs.depth_load,
+            depth_router_logits=outputs.depth_router_logits,
             **cache_keyword(outputs.cache),
         )
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from .configuration_fields import COEFFICIENT, PROBABILITY, Condition, Range, setting
+from .configuration_fields import COEFFICIENT, HAS_DEPTH, PROBABILITY, Condition, Range, setting
 from .router import Routing, expert_load
 
 
@@ -52,16 +52,19 @@ class BalancingFields:
     )
     router_ema_decay: float | int = setting(
         0.99,
-        "The decay of the moving averages of router_controller='quantile', of router_type='expert_threshold' and of the centroids "
-        "of routed_attention='routing_transformer', whose paper uses 0.999.",
+        "The decay of the moving averages of router_controller='quantile', of router_type='expert_threshold', of depth_layers and "
+        "of the centroids of routed_attention='routing_transformer', whose paper uses 0.999.",
         PROBABILITY,
         effect="training",
         conditions=(
             Condition(
                 lambda config: (
-                    config.controller in ("quantile", "threshold") or config.routed_attention == "routing_transformer"
+                    config.controller in ("quantile", "threshold")
+                    or config.routed_attention == "routing_transformer"
+                    or (HAS_DEPTH.holds(config) and config.depth_router == "expert_threshold")
                 ),
-                "set router_controller='quantile', router_type='expert_threshold' or routed_attention='routing_transformer'",
+                "set router_controller='quantile', router_type='expert_threshold', routed_attention='routing_transformer' or "
+                "depth_layers",
             ),
         ),
     )

@@ -37,7 +37,8 @@ class ExpertChoiceRouter(VariableRouter):
             real = (context.token_mask > 0).long()
             scores = scores.masked_fill(real[:, None] == 0, -1.0)
         count = torch.zeros_like(real).scatter_add(0, sequence, real)[sequence]
-        capacity = (count * self.top_k + self.num_experts - 1) // self.num_experts
+        # top_k may be a share, and 0.1 * 30 is 3.0000000000000004
+        capacity = (count.double() * self.top_k / self.num_experts - 1e-9).ceil()
         # best first, the earlier token first among equals; then sorted by sequence, stably
         order = scores.argsort(dim=0, descending=True, stable=True)  # (T, E)
         order = order.gather(0, sequence[order].argsort(dim=0, stable=True))

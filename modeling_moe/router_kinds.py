@@ -7,6 +7,8 @@ A routed module is one that has a router: a subclass of [`~modeling_moe.router_b
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from .configuration_fields import HAS_DEPTH
+
 
 class RouterKind(NamedTuple):
     """A kind of routers, whose losses are averaged, and whose loads have one width.
@@ -45,6 +47,14 @@ KINDS: dict[str, RouterKind] = {
         view=lambda config: config.attention_routing,
         per_layer=lambda config: int(config.routed_attention is not None),
         routed=lambda layer: [] if layer.self_attn.routed_attention is None else [layer.self_attn],
+    ),
+    "depth": RouterKind(
+        gate="depth.gate",
+        load="depth_load",
+        logits="depth_router_logits",
+        view=lambda config: config.depth_routing,
+        per_layer=lambda config: int(HAS_DEPTH.holds(config)),
+        routed=lambda layer: [] if layer.depth is None else [layer.depth],
     ),
 }
 

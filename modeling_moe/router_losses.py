@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .configuration_fields import COEFFICIENT, ROUTED, setting
+from .configuration_fields import COEFFICIENT, ROUTED, ROUTED_IN_ANY_WAY, setting
 from .router import Routing, RoutingContext, expert_load, masked_mean, num_real_tokens
 
 
@@ -94,7 +94,7 @@ class LossFields:
         "The coefficient of the z-loss of router logits in training (ST-MoE, arXiv:2202.08906, eq. 5).",
         COEFFICIENT,
         effect="training",
-        conditions=(ROUTED,),
+        conditions=(ROUTED_IN_ANY_WAY,),
         idle=(0,),
     )
     router_seq_aux_loss_coef: float | int = setting(

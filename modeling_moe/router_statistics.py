@@ -55,6 +55,7 @@ class ModelStatistics(NamedTuple):
             sparse layers.
         dropped_share: (L,) share of the assignments to these experts that capacity dropped; None without capacity.
         attention_expert_load: (L', E') tokens sent to each expert of routed attention, before capacity; None without it.
+        depth_load: (L'', 1) tokens that each layer of `depth_layers` processed; None without such layers.
     """
 
     router_loss: torch.Tensor | None = None
@@ -62,6 +63,7 @@ class ModelStatistics(NamedTuple):
     expert_load: torch.Tensor | None = None
     dropped_share: torch.Tensor | None = None
     attention_expert_load: torch.Tensor | None = None
+    depth_load: torch.Tensor | None = None
 
 
 def layer_statistics(

@@ -44,7 +44,7 @@ from ..monitoring.report import (
     card_pictures,
     compare_traces,
     read_history,
-    refuse_mixing,
+    refuse_untraceable,
     require_matplotlib,
     trace_routing,
     write_report,
@@ -226,7 +226,7 @@ def _refuse_unreachable(name: str, trust_remote_code: bool) -> None:
         return
     with one_line_for("the model", name, trust_remote_code), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    refuse_mixing(sparse_layers(model))
+    refuse_untraceable(sparse_layers(model))
 
 
 def _trace(args: ReportArguments, data_args: DataArguments, name: str) -> Traced:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..configuration_derived import derived_fields
-from ..configuration_fields import settings_of
+from ..configuration_fields import HAS_DEPTH, settings_of
 from ..configuration_moe import MoEConfig
 from ..configuration_unread import routers_in_use
 from ..conversion import moe_config
@@ -113,6 +113,10 @@ def _own_rows(config: MoEConfig, condition: str) -> list[tuple[str, str]]:
     if (name := config.routed_attention) is not None:
         experts, top_k = config.attention_experts, config.attention_experts_per_tok
         rows.append(("Routed attention", f"`{name}`, {experts} experts in every layer, {top_k} per token"))
+    if HAS_DEPTH.holds(config):
+        routed = [str(index) for index in range(config.num_hidden_layers) if config.routes_depth(index)]
+        share = f"about {100 * config.depth_capacity:g}\u00a0% of the tokens each, chosen by `{config.depth_router}`"
+        rows.append(("Layers that process only some tokens", f"{', '.join(routed)} (from 0), {share}"))
     losses = [f"{name} {getattr(config, field):g}" for field, name in LOSSES.items() if getattr(config, field)]
     rows.append(("Router losses in training, by weight", ", ".join(losses) + condition if losses else "none"))
     if config.router_controller is not None:

@@ -14,7 +14,14 @@ from .batch_frames import BatchFrame, BatchFrames
 from .batches import argument_names, cache_of, next_labels, padding_of
 from .drift import DomainDrift, Drift, LayerDrift, expert_drift
 from .figures import LayerFigures, RoutingFigures
-from .layers import SparseLayer, UnreachableRouting, experts_modules, sparse_block, sparse_layers
+from .layers import (
+    SparseLayer,
+    UnreachableRouting,
+    experts_modules,
+    refuse_skipped_tokens,
+    sparse_block,
+    sparse_layers,
+)
 from .local_ids import hides_ids
 from .loss_meter import LossMeans, report_router_losses
 from .observing import LayerPass, ModelHook, Observation, in_backward, observe
@@ -87,6 +94,7 @@ __all__ = [
     "observe",
     "padding_of",
     "probabilities",
+    "refuse_skipped_tokens",
     "repeats_batch",
     "report_router_losses",
     "sparse_block",

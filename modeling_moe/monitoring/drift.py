@@ -13,7 +13,7 @@ from torch import nn
 
 from ..utils.errors import UserError
 from .batches import next_labels
-from .layers import SparseLayer, sparse_layers
+from .layers import SparseLayer, refuse_skipped_tokens, sparse_layers
 from .observing import LayerPass, observe
 
 
@@ -132,7 +132,8 @@ def expert_drift(before: nn.Module, after: nn.Module, batches: Batches) -> Drift
         batches: tokens of each domain.
 
     Raises:
-        UnreachableRouting: a ValueError, if a model is dense, or its experts cannot be reached.
+        UnreachableRouting: a ValueError, if a model is dense, its experts cannot be reached, or depth_layers lets sparse layers
+            skip tokens.
         UserError: if the models do not have equal layers, one has an adapter or routed attention, or a domain has no token to
             predict.
     """
@@ -178,6 +179,8 @@ def _paired(before: nn.Module, after: nn.Module) -> list[tuple[SparseLayer, Spar
             f"{attending} are experts of attention, which give no output for single tokens: compare models without "
             "routed_attention"
         )
+    for found in layers:
+        refuse_skipped_tokens(found)
     counts = [len(found) for found in layers]
     if counts[0] != counts[1]:
         raise UserError(f"the models have {counts[0]} and {counts[1]} sparse layers: compare checkpoints of one model")

@@ -6,7 +6,7 @@ are found by the `router_logits` that model classes declare in `_can_record_outp
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -93,6 +93,21 @@ def sparse_layers(model: nn.Module) -> list[SparseLayer]:
             )
         )
     return layers
+
+
+def refuse_skipped_tokens(layers: Iterable[SparseLayer]) -> None:
+    """Refuses layers that get some tokens of a batch alone (`depth_layers`), for what must know which token chose an expert.
+
+    Raises:
+        UnreachableRouting: names the first such layer.
+    """
+    for layer in layers:
+        depth = getattr(getattr(layer.experts, "config", None), "depth_layers", None)
+        if depth is not None and depth[layer.layer]:
+            raise UnreachableRouting(
+                f"{layer.name} gets only the tokens that depth_layers chooses, so that it cannot be told which token of a text "
+                "has chosen an expert: count the chosen tokens of all texts together, by `modeling_moe.watch`."
+            )
 
 
 def sparse_block(model: nn.Module, layer: SparseLayer) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ..monitoring import LayerPass, ModelHook, argument_names, cache_of, observe
+from ..monitoring import LayerPass, ModelHook, argument_names, cache_of, observe, refuse_skipped_tokens, sparse_layers
 from .store import NOT_RECORDED, RoutingStore
 from .texts import real_tokens, texts_of
 
@@ -75,6 +75,7 @@ class RoutingRecorder:
     """
 
     def __init__(self, model: nn.Module, store: RoutingStore, generations_only: bool = False):
+        refuse_skipped_tokens(sparse_layers(model))
         self.store, self._generations_only = store, generations_only
         self._model: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
         self._names = argument_names(self._model)
@@ -197,7 +198,8 @@ def record_routing(model: nn.Module, store: RoutingStore | None = None) -> Routi
         A context manager, and a handle with `store` and `remove()`.
 
     Raises:
-        UnreachableRouting: a ValueError, if the model is dense, or its experts cannot be reached.
+        UnreachableRouting: a ValueError, if the model is dense, its experts cannot be reached, or depth_layers lets sparse layers
+            skip tokens.
 
     Example:
         >>> with record_routing(model) as recorder:

@@ -20,6 +20,7 @@ from ..monitoring import (
     hides_ids,
     in_backward,
     is_distributed,
+    refuse_skipped_tokens,
     repeats_batch,
     sparse_block,
     sparse_layers,
@@ -69,6 +70,7 @@ class RoutingReplay:
     def __init__(self, model: nn.Module, store: RoutingStore, recorder: RoutingRecorder | None = None):
         self.store, self._model, self._recorder = store, model, recorder
         self._layers = sparse_layers(model)
+        refuse_skipped_tokens(self._layers)
         if any(layer.experts in _REPLAYED for layer in self._layers):
             raise ValueError("the routing of this model is replayed already: call remove() of the other replay first.")
         _REPLAYED.update(layer.experts for layer in self._layers)
@@ -255,7 +257,7 @@ def replay_routing(model: nn.Module, store: RoutingStore) -> RoutingReplay:
         A context manager, and a handle with `figures()` and `remove()`.
 
     Raises:
-        UnreachableRouting: a ValueError, if the model is dense, or its experts cannot be reached. A pass raises ValueError for
-            a router that does not choose by the scores of its experts, and for a record of another model.
+        UnreachableRouting: a ValueError, if the model is dense, its experts cannot be reached, or depth_layers lets sparse layers
+            skip tokens. A pass raises ValueError for a router that does not choose by the scores of its experts, and for a record of another model.
     """
     return RoutingReplay(model, store)

@@ -4,6 +4,7 @@
 from typing import Any
 
 from ..configuration_checks import row_dependence
+from ..configuration_fields import HAS_DEPTH
 
 
 def has_fused_experts(config: Any) -> bool:
@@ -26,5 +27,7 @@ def refuse_vllm(config: Any) -> None:
         reason = "attention_sinks is set, which vLLM does not find in this package's attention"
     if reason is None and config.routed_attention is not None:
         reason = "routed_attention is set, whose experts vLLM would take for those of a feed-forward network"
+    if reason is None and HAS_DEPTH.holds(config):
+        reason = "depth_layers is set, and vLLM's pages have no place for the tokens that a layer skips"
     if reason is not None:
         raise ValueError(f"vLLM would change the text, because {reason}: call `generate` of transformers instead.")

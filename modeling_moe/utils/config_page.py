@@ -19,6 +19,7 @@ from ..attention_switch_head import SwitchHeadFields
 from ..configuration_fields import Setting, settings_of, type_name
 from ..configuration_model import ExpertFields, ModelFields
 from ..configuration_moe import MoEConfig
+from ..model_depth import DepthFields
 from ..model_embeddings import EmbeddingFields
 from ..model_norms import NormFields
 from ..router import RouterFields
@@ -57,6 +58,7 @@ TITLES: dict[type, str] = {
     SwitchHeadFields: "Routed attention: SwitchHead",
     MixtureOfHeadsFields: "Routed attention: mixture of heads",
     RoutingTransformerFields: "Routed attention: Routing Transformer",
+    DepthFields: "Mixture-of-Depths",
     ExpertFields: "Experts",
     CatalogueFields: "Router type",
     RouterFields: "Router",

@@ -262,7 +262,7 @@ UNREAD = [
     ),
     (
         {"mlp_layer_types": ["dense"] * 3, "router_z_loss_coef": 1.0},
-        r"^router_z_loss_coef is 1.0, .*a sparse layer or set routed_attention, or",
+        r"^router_z_loss_coef is 1.0, .*a sparse layer or set routed_attention or give depth_layers a 1, or",
     ),
     (
         {"mlp_layer_types": ["dense"] * 3, "router_type": "gumbel_topk"},

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...checkpoints import State
-from ...configuration_fields import Setting, settings_of, with_effect
+from ...configuration_fields import HAS_DEPTH, Setting, settings_of, with_effect
 from ...configuration_moe import MoEConfig
 from ..families.base import COMMON
 from ..families.catalogue import SPARSE_ONLY, moe_config
@@ -28,6 +28,7 @@ COMPARED_IF: dict[str, Callable[[MoEConfig], bool]] = {
     "hidden_act": lambda config: config.swiglu_limit is None or "dense" in config.mlp_layer_types,
     "rope_parameters": lambda config: config.position_embedding_type == "rope",
     "no_rope_layers": lambda config: 0 in (config.no_rope_layers or []),
+    "depth_layers": HAS_DEPTH.holds,
     "qkv_bias": lambda config: not config.attention_bias,
     "sliding_window": lambda config: "sliding_attention" in config.layer_types,
     "shared_expert_gate": lambda config: config.has_shared_experts,

@@ -9,7 +9,7 @@ from .comparing import compare_traces
 from .data import LayerTrace, ModelTrace, RoutingReport
 from .logged_history import read_history
 from .page import card_pictures, require_matplotlib, write_report
-from .tracing import Traced, TraceOptions, refuse_mixing, trace_routing
+from .tracing import Traced, TraceOptions, refuse_untraceable, trace_routing
 
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "card_pictures",
     "compare_traces",
     "read_history",
-    "refuse_mixing",
+    "refuse_untraceable",
     "require_matplotlib",
     "trace_routing",
     "write_report",

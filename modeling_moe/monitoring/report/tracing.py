@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..active_parameters import idle_parameters
-from ..layers import SparseLayer, UnreachableRouting, sparse_layers
+from ..layers import SparseLayer, UnreachableRouting, refuse_skipped_tokens, sparse_layers
 from ..observing import LayerPass, observe
 from ..probabilities import ScoringEvidence, explanation, probabilities
 from .data import LayerTrace, ModelTrace, TracedText
@@ -201,12 +201,13 @@ def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return torch.nn.functional.cross_entropy(predictions, labels[:, 1:].flatten(), reduction="sum").item()
 
 
-def refuse_mixing(layers: Sequence[SparseLayer]) -> None:
-    """Refuses routers of this package that mix all tokens or all experts.
+def refuse_untraceable(layers: Sequence[SparseLayer]) -> None:
+    """Refuses routers of this package that mix all tokens or all experts, and layers that skip tokens.
 
     Raises:
-        UnreachableRouting: if a layer's router sends no tokens to experts.
+        UnreachableRouting: if a layer's router sends no tokens to experts, or a layer gets some tokens alone.
     """
+    refuse_skipped_tokens(layers)
     for layer in layers:
         for module in layer.router.modules() if layer.router is not None else ():
             if getattr(module, "uses_all_experts", False):
@@ -256,11 +257,11 @@ def trace_routing(
         options: how much of the texts a trace shows.
 
     Raises:
-        UnreachableRouting: if the model is dense, or its routing cannot be seen.
+        UnreachableRouting: if the model is dense, its routing cannot be seen, or depth_layers lets sparse layers skip tokens.
     """
     options = options or TraceOptions()
     layers = sparse_layers(model)
-    refuse_mixing(layers)
+    refuse_untraceable(layers)
     model.eval()
     blocks = [[np.asarray(ids) for ids in rows["input_ids"]] for rows in domains.values()]
     texts = Texts(blocks, options.texts)
