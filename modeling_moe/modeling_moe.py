@@ -337,6 +337,7 @@ class MoEModel(MoEPreTrainedModel):
         self.rotary_emb = RotaryEmbeddings(config)
         self.gradient_checkpointing = False
         self.slots = slots(config)
+        self.carries = router_class(config).carries
         self.router_totals = RouterTotals(
             {kind: (KINDS[kind].view(config), len(self.routed_modules(kind))) for kind in self.slots}
         )
@@ -413,7 +414,7 @@ class MoEModel(MoEPreTrainedModel):
         position_embeddings = self.rotary_emb.for_each_type(hidden_states, inputs.position_ids)
 
         statistics: Statistics = {}
-        carried, carries = None, router_class(self.config).carries
+        carried = None
         # as in transformers, `layers` may be cut after the model was made
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
             output = layer(
@@ -428,7 +429,7 @@ class MoEModel(MoEPreTrainedModel):
                 **cache_keyword(inputs.cache),
                 **kwargs,
             )
-            hidden_states, carried, of_layer = unpack(output, self.slots, carries)
+            hidden_states, carried, of_layer = unpack(output, self.slots, self.carries)
             for kind, found in of_layer.items():
                 statistics.setdefault(kind, []).extend(found)
 

@@ -223,7 +223,7 @@ def _shares(model: nn.Module) -> dict[str, float | None]:
     """Returns K / E of the experts below each experts module, by the module's name with PEFT's layers; None if K is unknown."""
     config = next((module.config for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     named = None if config is None else experts_per_token(config)
-    shares = {}
+    shares: dict[str, float | None] = {}
     for layer in routed_layers(model):
         # the routers of attention, which are this package's, have a K of their own
         own: Any = layer.router.modules() if layer.router is not None and layer.returns_routing else ()

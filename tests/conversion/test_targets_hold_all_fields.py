@@ -50,6 +50,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "router_gradient": {"router_gradient": "sparsemixer", "router_jitter_noise": 0.1, "norm_topk_prob": False},
     "router_jitter_noise": {"router_gradient": "sparsemixer", "router_jitter_noise": 0.3, "norm_topk_prob": False},
     "router_type": {"router_type": "top_p"},
+    "router_hidden_size": {"router_type": "zaya", "router_hidden_size": 8},
     "num_hash_layers": {"num_hash_layers": 1},
     "num_experts": {"num_experts": 3},
     "num_experts_per_tok": {"num_experts_per_tok": 1},
@@ -76,6 +77,21 @@ CHANGED: dict[str, dict[str, Any]] = {
     "routed_attention": MOA,
     "attention_experts": MOA | {"attention_experts": 3},
     "attention_experts_per_tok": MOA | {"attention_experts_per_tok": 1},
+    "attention_head_gates": {
+        "routed_attention": "moh",
+        "attention_experts": 2,
+        "attention_experts_per_tok": 1,
+        "attention_head_gates": "unit",
+    },
+    "attention_cluster_window": {
+        "routed_attention": "routing_transformer",
+        "attention_experts": 2,
+        "attention_experts_per_tok": 1,
+        "attention_cluster_window": 2,
+    },
+    "depth_layers": {"depth_layers": [0, 1]},
+    "depth_capacity": {"depth_layers": [0, 1], "depth_capacity": 0.5},
+    "depth_router": {"depth_layers": [0, 1], "depth_router": "expert_choice", "allow_noncausal": True},
     "clip_qkv": {"clip_qkv": 0.3},
     "attention_multiplier": {"attention_multiplier": 0.7},
     "llama_4_scaling_beta": {
@@ -121,6 +137,12 @@ OWN_SWITCHES = {
     *("router_expert_scale", "router_selection_bias_on", "moe_latent_size", "dense_swiglu_limit"),
     *("shared_expert_combination_strategy", "router_gradient", "no_rope_layers", "rope_fp32"),
     *("attn_logit_softcapping", "final_logit_softcapping", "num_null_experts", "num_copy_experts"),
+}
+# field -> the field that JetMoE names in its place, since one number of JetMoE determines both
+LIKEWISE = {
+    "num_experts": "attention_experts",
+    "num_experts_per_tok": "attention_experts_per_tok",
+    "num_key_value_heads": "num_attention_heads",
 }
 # no other value of this field changes the logits of rotating positions
 IDLE = {"max_position_embeddings"}
@@ -173,7 +195,7 @@ def test_a_changed_field_is_refused_or_held(target, tmp_path):
     refused, held = set(), set()
     for name, config in changed_configs(target).items():
         if reasons := TARGETS[target].reasons(config):
-            named = (*CHANGED[name], "no such configuration", "layer_types")
+            named = (*CHANGED[name], LIKEWISE.get(name, name), "no such configuration", "layer_types")
             assert any(text in reason for reason in reasons for text in named), (name, reasons)
             refused.add(name)
         else:

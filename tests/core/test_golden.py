@@ -67,7 +67,7 @@ def test_what_an_earlier_version_saved_goes_on_as_before(name, warnings_seen, tm
     expected = load_file(folder / "expected.safetensors")
     inputs = {key: expected[key] for key in ("input_ids", "task_ids") if key in expected}
     model = MoEForCausalLM.from_pretrained(folder).eval()
-    torch.testing.assert_close(model(**inputs).logits, expected["logits"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model(**inputs).logits, expected["logits"], atol=1e-5, rtol=1e-5)
     out = model.train()(**inputs, labels=inputs["input_ids"])
     torch.testing.assert_close(out.loss, expected["loss"], atol=1e-6, rtol=1e-6)
     old = json.loads((folder / "config.json").read_text())

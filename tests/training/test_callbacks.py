@@ -25,7 +25,7 @@ CHECKPOINTING = {
 
 def statistics(model) -> torch.Tensor:
     """Returns what the sparse layers have counted since the last step, (sparse layers, E)."""
-    return next(m for m in model.modules() if isinstance(m, RouterTotals)).statistics
+    return next(m for m in model.modules() if isinstance(m, RouterTotals)).kinds["mlp"].statistics
 
 
 class LoadRecorder(TrainerCallback):

@@ -47,7 +47,7 @@ class Recorder(TrainerCallback):
         """Copies gradients and counts."""
         gates = [gate for name, gate in model.named_parameters() if ".mlp.gate." in name and gate.grad is not None]
         self.routers = torch.cat([gate.grad.flatten() for gate in gates])
-        totals = next(module for module in model.modules() if isinstance(module, RouterTotals))
+        totals = next(module for module in model.modules() if isinstance(module, RouterTotals)).kinds["mlp"]
         self.load = None if totals.statistics is None else totals.statistics.clone()
 
 
