@@ -245,12 +245,14 @@ class Updates(NamedTuple):
 
     Attributes:
         attended: (B, n, H) what attention adds to the residual stream.
+        residual: (B, n, H) the residual stream after attention; None where attention and network are parallel as in GPT-NeoX.
         network: (B, n, H) what the feed-forward network adds.
         carried: (B*n, N) what the tokens carry to the next sparse layer ([`~modeling_moe.router.Routing`]), or None.
         statistics: measurements of the routers in attention and network.
     """
 
     attended: torch.Tensor
+    residual: torch.Tensor | None
     network: torch.Tensor
     carried: torch.Tensor | None
     statistics: Statistics
@@ -306,17 +308,19 @@ class DepthRouting(Routed, nn.Module):
         if self._skips(marked, cache, token_weights):
             return LayerOutput(hidden_states, context.carried, {})
         chosen = Chosen.of(marked)
-        attended, states, carried, statistics = compute(
+        updates = compute(
             chosen.gather(hidden_states),
             chosen.context(context),
             chosen.weights(token_weights),
             self._arguments(chosen, known, arguments),
         )
         weight = chosen.gather(context.by_row(routing.weight))  # (B, n, 1)
-        update = (weight * (attended + states)).to(hidden_states.dtype)
+        update = (weight * (updates.attended + updates.network)).to(hidden_states.dtype)
+        statistics = updates.statistics
         if token_weights is not None:
             statistics = statistics | {"depth": [self._statistics(choice, routing, context, token_weights)]}
-        return LayerOutput(hidden_states + chosen.spread(update), chosen.carried(carried, context), statistics)
+        carried = chosen.carried(updates.carried, context)
+        return LayerOutput(hidden_states + chosen.spread(update), carried, statistics)
 
     def _skips(self, marked: torch.Tensor, cache: Cache | None, token_weights: TokenWeights | None) -> bool:
         """Says whether the layer has nothing to do, and stores the zeros of skipped tokens in the cache if so."""

@@ -81,10 +81,13 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         }
         if self.depth is not None:
             return pack(self.depth(self._updates, hidden_states, context, token_weights, arguments), self.slots)
-        attended, states, carried, statistics = self._updates(hidden_states, context, token_weights, arguments)
-        # in GPT-NeoX's order, since bf16 rounds each sum
-        output = (states + attended) + hidden_states if self.parallel else (hidden_states + attended) + states
-        return pack(LayerOutput(output, carried, statistics), self.slots)
+        updates = self._updates(hidden_states, context, token_weights, arguments)
+        # in the order of transformers' models, since bf16 rounds each sum
+        if updates.residual is None:  # as in GPT-NeoX
+            output = (updates.network + updates.attended) + hidden_states
+        else:
+            output = updates.residual + updates.network
+        return pack(LayerOutput(output, updates.carried, updates.statistics), self.slots)
 
     def _updates(
         self,
@@ -103,15 +106,16 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         attended = self._update(self._normed(after_attention, attended))
         statistics: Statistics = {"attention": of_attention[0]} if of_attention else {}
         carried = context.carried
+        residual = None if self.parallel else hidden_states + attended
         if not self.shares_norm:
-            states = self._normed(before_mlp, hidden_states if self.parallel else hidden_states + attended)
+            states = self._normed(before_mlp, hidden_states if residual is None else residual)
         if self.is_sparse:
             states, of_mlp, carried = self.mlp(states, context, token_weights)
             if of_mlp is not None:
                 statistics["mlp"] = [of_mlp]
         else:
             states = self.mlp(states)
-        return Updates(attended, self._update(self._normed(after_mlp, states)), carried, statistics)
+        return Updates(attended, residual, self._update(self._normed(after_mlp, states)), carried, statistics)
 
     def _normed(self, name: str | None, states: torch.Tensor) -> torch.Tensor:
         return states if name is None else getattr(self, name)(states)
