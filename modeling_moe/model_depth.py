@@ -166,8 +166,10 @@ class Chosen(NamedTuple):
             # a sequence begins with the first of its tokens that is chosen
             number = self.gather(context.by_row(context.begins).long().cumsum(dim=1))
             begins = ((number.diff(dim=1, prepend=torch.zeros_like(number[:, :1])) > 0) & self.real).flatten()
+        rows = torch.arange(len(self.columns), device=self.columns.device)[:, None] * self.length
         return context._replace(
             token_mask=self.real.flatten(),
+            places=(rows + self.columns).where(self.real, -1).flatten(),
             input_ids=taken(context.input_ids),
             task_ids=taken(context.task_ids),
             begins=begins,

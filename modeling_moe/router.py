@@ -163,6 +163,8 @@ class RoutingContext(NamedTuple):
         begins: (T,) bool, true where a sequence begins; a row can hold several sequences. None if each row is one sequence.
             A row whose first token begins no sequence continues the last sequence in the cache.
         carried: (T, N) what the router of the sparse layer before has passed on ([`Routing`]); None in the first sparse layer.
+        places: (T,) int64 place of each token among all tokens of the batch, in a layer that processes only some
+            (`depth_layers`), -1 at padding; None in a layer that processes all.
     """
 
     batch_size: int = 1
@@ -172,6 +174,7 @@ class RoutingContext(NamedTuple):
     cache: Any = None
     begins: torch.Tensor | None = None
     carried: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     def by_row(self, values: Any) -> Any:
         """Reshapes `values` (T, ...) to (B, S, ...); None stays None."""

@@ -34,6 +34,8 @@ class LayerPass(NamedTuple):
             arguments are unknown.
         training: whether the layer is in training mode and the caller's pass records gradients.
         note: why padding may count as tokens; None if padding is known.
+        places: (T,) int64 place of each token among all tokens of the batch, in a layer that processes only some
+            (`depth_layers`), -1 at padding; None in a layer that processes all.
     """
 
     layer: SparseLayer
@@ -48,6 +50,7 @@ class LayerPass(NamedTuple):
     recomputed: bool
     training: bool
     note: str | None = None
+    places: torch.Tensor | None = None
 
 
 OnPass = Callable[[LayerPass], torch.Tensor | None]
@@ -227,7 +230,7 @@ def _foreign_pass(layer: SparseLayer, call: dict[str, Any], kept: _RouterOutput 
 def _with_mask(event: LayerPass, batch: Batch, context: Any) -> LayerPass:
     """Adds to a pass what is known of its rows and of padding, from this package's context or from the model's arguments."""
     if context is not None and context.token_mask is not None:
-        return event._replace(token_mask=context.token_mask > 0, batch_size=context.batch_size)
+        return event._replace(token_mask=context.token_mask > 0, batch_size=context.batch_size, places=context.places)
     mask, rows, note = batch.mask_of(len(event.hidden_states), event.hidden_states.device)
     return event._replace(token_mask=mask, batch_size=rows if context is None else context.batch_size, note=note)
 

@@ -9,8 +9,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from modeling_moe import MoEConfig, MoEForCausalLM
 from modeling_moe.model_depth import Chosen, HoledCache
-from modeling_moe.monitoring import expert_drift, sparse_layers, watch
-from modeling_moe.monitoring.report import refuse_untraceable
+from modeling_moe.monitoring import expert_drift, watch
 from modeling_moe.replay import RoutingStore, record_routing, replay_routing
 from modeling_moe.router import RoutingContext
 from modeling_moe.router_balancing import forget_counts
@@ -464,8 +463,6 @@ def test_what_follows_single_tokens_is_refused():
             ValueError, match=r"model\.layers\.2\.mlp\.experts gets only the tokens that depth_layers chooses"
         ):
             follow(model)
-    with pytest.raises(ValueError, match="gets only the tokens that depth_layers chooses"):
-        refuse_untraceable(sparse_layers(model))
     record_routing(model_of(depth_layers=[0, 1, 0])).remove()
 
 

@@ -154,6 +154,16 @@ def test_deepseek_router(tmp_path):
     assert "Data type" not in told
 
 
+def test_layers_and_attention_that_choose_are_told(tmp_path):
+    routed = {"routed_attention": "moa", "attention_experts": 4, "attention_experts_per_tok": 2}
+    shared_config(depth_layers=[0, 1, 1], depth_capacity=0.25, **routed).save_pretrained(tmp_path)
+    told = facts(write_model_card(tmp_path))
+    assert told["Routed attention"] == "`moa`, 4 experts in every layer, 2 per token"
+    assert told["Layers that process only some tokens"] == (
+        "1, 2 (from 0), about 25\u00a0% of the tokens each, chosen by `expert_threshold`"
+    )
+
+
 def test_dense_model_claims_no_experts(tmp_path):
     config = tiny_config(mlp_layer_types=["dense"] * 3)
     config.save_pretrained(tmp_path)

@@ -273,6 +273,34 @@ def test_empty_assignments_are_minus_one_and_the_weight_of_dropped_ones_is_no_nu
     assert np.nanmin(dropped.weight) > 0
 
 
+def test_a_token_that_a_layer_skips_has_empty_assignments(domains, tokenizer):
+    model = tiny_model(num_experts_per_tok=2, depth_layers=[0, 1, 1], mlp_layer_types=["sparse"] * 3).eval()
+    trace = trace_routing(model, tokenizer, domains, "tiny", TraceOptions(batch_size=3, texts=1, text_tokens=20)).trace
+    assert trace.layers[0].by_domain[0].mean_experts == 2
+    ids = [torch.tensor([ids]) for rows in domains.values() for ids in rows["input_ids"]]
+    outputs = [model(one, output_router_logits=True) for one in ids]
+    for place, layer in enumerate(trace.layers):
+        assert layer.load.sum(axis=0).tolist() == sum(one.expert_load[place] for one in outputs).tolist()
+    for place, layer in enumerate(trace.layers[1:]):
+        chosen = sum(int(one.depth_load[place]) for one in outputs)
+        assert 0 < chosen < sum(trace.tokens.values())
+        assert sum(layer.load.sum(axis=0)) == 2 * chosen
+        logits = torch.cat([one.router_logits[place + 1] for one in outputs]).double()
+        entropies = torch.special.entr(logits.softmax(-1)).sum(-1)
+        summed = sum(
+            found.token_entropy * found.mean_experts * trace.tokens[name] for name, found in of_domains(trace, layer)
+        )
+        assert summed == pytest.approx(2 * entropies.sum().item(), rel=1e-5)
+        is_chosen = outputs[0].depth_router_logits[place][:20, 0] > 0
+        assert ((trace.texts[0].index[place + 1] >= 0).all(axis=-1) == is_chosen.numpy()).all()
+        assert ((trace.texts[0].index[place + 1] == -1).all(axis=-1) == ~is_chosen.numpy()).all()
+
+
+def of_domains(trace, layer):
+    """Returns the name and the figures of a layer for each domain."""
+    return zip(trace.domains, layer.by_domain, strict=True)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_batch_size_does_not_change_a_trace(batch_size, domains, tokenizer):
     traces = [

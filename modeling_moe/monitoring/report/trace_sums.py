@@ -39,7 +39,7 @@ class TokenRouting(NamedTuple):
         index: (T, K) int64 chosen experts; -1 for an empty assignment.
         arrived: (T, K) int64 experts that the token reaches; -1 for an empty and for a dropped assignment.
         weight: (T, K) float64 combine weights; 0 where the token does not arrive.
-        probs: (T, E + Z) float64 probabilities; None where they are not known.
+        probs: (T', E + Z) float64 probabilities of the tokens that the layer processes; None where they are not known.
         margin: (T,) float64 difference of the probabilities of the last chosen and the first refused expert; None
             without probabilities, and if each of the T tokens chooses all experts.
     """
@@ -49,6 +49,28 @@ class TokenRouting(NamedTuple):
     weight: np.ndarray
     probs: torch.Tensor | None
     margin: np.ndarray | None
+
+    def spread(self, places: np.ndarray, tokens: int) -> "TokenRouting":
+        """Returns the routing of all tokens of a batch, of which these are some; the others have empty assignments.
+
+        Args:
+            places: (T,) int64 place of each token in the batch; -1 at padding.
+            tokens: number of tokens of the batch.
+        """
+        real = places >= 0
+
+        def placed(values: np.ndarray, empty: float) -> np.ndarray:
+            whole = np.full((tokens, *values.shape[1:]), empty, values.dtype)
+            whole[places[real]] = values[real]
+            return whole
+
+        return TokenRouting(
+            index=placed(self.index, -1),
+            arrived=placed(self.arrived, -1),
+            weight=placed(self.weight, 0.0),
+            probs=None if self.probs is None else self.probs[torch.from_numpy(real)],
+            margin=None if self.margin is None else placed(self.margin, 0.0),
+        )
 
     def first_choice(self) -> np.ndarray:
         """Returns the expert (T,) int64 with the largest weight; -1 for a token that reaches no expert."""

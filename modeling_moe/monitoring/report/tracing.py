@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..active_parameters import idle_parameters
-from ..layers import SparseLayer, UnreachableRouting, refuse_skipped_tokens, sparse_layers
+from ..layers import SparseLayer, UnreachableRouting, sparse_layers
 from ..observing import LayerPass, observe
 from ..probabilities import ScoringEvidence, explanation, probabilities
 from .data import LayerTrace, ModelTrace, TracedText
@@ -101,12 +101,15 @@ class _Tracer:
         """Adds a layer's pass; of a layer that runs several times on a batch, paths and texts show the first pass."""
         batch, name = self.batch, event.layer.name
         assert batch is not None
-        if len(event.index) != len(batch.places.place):
+        tokens = len(batch.places.place)
+        if event.places is None and len(event.index) != tokens:
             raise UnreachableRouting(
-                f"the experts of {name} receive {len(event.index)} of the {len(batch.places.place)} tokens of a batch at once, "
+                f"the experts of {name} receive {len(event.index)} of the {tokens} tokens of a batch at once, "
                 "so that their tokens cannot be told: report needs a model that gives all tokens to its experts in one call"
             )
         routing = token_routing(event, self._probabilities(event))
+        if event.places is not None:
+            routing = routing.spread(event.places.cpu().numpy(), tokens)
         if name not in self.sums:
             self.sums[name] = TraceSums(event.layer.num_experts, *self._sizes)
             if self.options.keeps_sets:
@@ -202,12 +205,11 @@ def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def refuse_untraceable(layers: Sequence[SparseLayer]) -> None:
-    """Refuses routers of this package that mix all tokens or all experts, and layers that skip tokens.
+    """Refuses routers of this package that mix all tokens or all experts.
 
     Raises:
-        UnreachableRouting: if a layer's router sends no tokens to experts, or a layer gets some tokens alone.
+        UnreachableRouting: if a layer's router sends no tokens to experts.
     """
-    refuse_skipped_tokens(layers)
     for layer in layers:
         for module in layer.router.modules() if layer.router is not None else ():
             if getattr(module, "uses_all_experts", False):
@@ -257,7 +259,7 @@ def trace_routing(
         options: how much of the texts a trace shows.
 
     Raises:
-        UnreachableRouting: if the model is dense, its routing cannot be seen, or depth_layers lets sparse layers skip tokens.
+        UnreachableRouting: if the model is dense, or its routing cannot be seen.
     """
     options = options or TraceOptions()
     layers = sparse_layers(model)
