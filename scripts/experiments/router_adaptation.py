@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This experiment asks whether routers that were meta-trained adapt to an unseen domain from 64 tokens by one gradient step.
 
-A seed splits the domains into those that the model is trained on, those on which each arm's step size is chosen, and held-out
-ones. The arms start from one trained model. Everything but the routers is frozen then.
+A domain is a language. A seed splits the languages into those that the model is trained on, those on which each arm's step size
+is chosen, and held-out ones. The arms start from one trained model. Everything but the routers is frozen then.
 
 # B rows, S tokens per row
 """
@@ -21,14 +21,15 @@ from modeling_moe.utils.errors import UserError
 
 from .files import refuse_missing_folders
 from .intervals import Difference, holm, paired
+from .language_words import LANGUAGES, language_bytes, refuse_missing_languages
 from .runs import RunsFile, run_all
+from .scoring import cross_entropy
 from .small_models import loss_on, means, mixed_rows, new_model, one_thread, rows_of, train
-from .text_domains import DOMAINS, domain_bytes
 
 
-VALIDATION_DOMAINS, HELD_OUT_DOMAINS = 3, 4
+VALIDATION_LANGUAGES, HELD_OUT_LANGUAGES = 6, 8
 # sizes of the inner step to choose from
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+RATES = (0.3, 1.0, 3.0, 10.0, 30.0)
 # name of an arm -> name of the routers, and whether they are adapted
 ARMS = {
     "frozen": ("frozen", False),
@@ -38,6 +39,8 @@ ARMS = {
     "meta-training": ("meta", False),
     "meta-training, one step": ("meta", True),
 }
+# the frozen routers, with the support before each row of the query, which costs a longer context
+IN_CONTEXT = "frozen, support in the context"
 # pairs of arms that are compared; the first two are the question
 PAIRS = (
     ("meta-training, one step", "frozen"),
@@ -45,6 +48,7 @@ PAIRS = (
     ("meta-training, one step", "router training"),
     ("router training, one step", "router training"),
     ("frozen, one step", "frozen"),
+    ("meta-training, one step", IN_CONTEXT),
 )
 
 
@@ -53,21 +57,21 @@ class AdaptationArguments:
     """These arguments set the length of the training and the number of seeds."""
 
     seeds: int = field(
-        default=8, metadata={"help": "number of seeds, each with other weights and other held-out domains"}
+        default=8, metadata={"help": "number of seeds, each with other weights and other held-out languages"}
     )
-    steps: int = field(default=500, metadata={"help": "number of steps in which the whole model is trained"})
+    steps: int = field(default=1200, metadata={"help": "number of steps in which the whole model is trained"})
     router_steps: int = field(
         default=200, metadata={"help": "number of further steps in which the routers are trained"}
     )
     rows: int = field(default=8, metadata={"help": "number of rows in a step; in meta-training each row is a task"})
-    length: int = field(default=128, metadata={"help": "number of query tokens (bytes) in a row"})
+    length: int = field(default=32, metadata={"help": "number of query tokens (bytes) in a row"})
     support: int = field(default=64, metadata={"help": "number of tokens that routers are adapted on"})
     learning_rate: float = field(default=3e-3, metadata={"help": "learning rate of AdamW for the whole model"})
     router_learning_rate: float = field(default=1e-3, metadata={"help": "learning rate of AdamW for the routers"})
     draws: int = field(
-        default=8, metadata={"help": "number of supports drawn from each domain, each adapted on alone"}
+        default=6, metadata={"help": "number of supports drawn from each language, each adapted on alone"}
     )
-    queries: int = field(default=16, metadata={"help": "number of held-out rows of each domain"})
+    queries: int = field(default=32, metadata={"help": "number of held-out rows of each language"})
     method: str = field(default="fomaml", metadata={"help": "outer gradient: fomaml or reptile"})
     workers: int = field(default=1, metadata={"help": "number of runs at a time, each on one thread"})
     runs_file: str | None = field(
@@ -90,9 +94,9 @@ class Run:
 
     Attributes:
         seed: the seed.
-        held_out: names of the held-out domains.
+        held_out: names of the held-out languages.
         rates: step size that was chosen for the routers of an arm ("frozen", "plain", "meta").
-        losses: loss of each arm on each held-out domain in nats per byte, the mean over the supports.
+        losses: loss of each arm on each held-out language in nats per byte, the mean over the supports.
     """
 
     seed: int
@@ -102,7 +106,7 @@ class Run:
 
 
 class Split(NamedTuple):
-    """Names the domains of one seed."""
+    """Names the languages of one seed."""
 
     training: list[str]
     validation: list[str]
@@ -110,35 +114,59 @@ class Split(NamedTuple):
 
 
 def split(seed: int) -> Split:
-    """Splits the domains at random."""
-    order = [list(DOMAINS)[i] for i in np.random.default_rng(seed).permutation(len(DOMAINS))]
-    first, second = HELD_OUT_DOMAINS, HELD_OUT_DOMAINS + VALIDATION_DOMAINS
+    """Splits the languages at random."""
+    order = [list(LANGUAGES)[i] for i in np.random.default_rng(seed).permutation(len(LANGUAGES))]
+    first, second = HELD_OUT_LANGUAGES, HELD_OUT_LANGUAGES + VALIDATION_LANGUAGES
     return Split(order[second:], order[first:second], order[:first])
 
 
+def supports_and_query(language: str, args: AdaptationArguments, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Returns supports (1, S) of a language, and rows (B, S) of other words of it, the same ones for all arms of a seed."""
+    text, held_out = language_bytes(language)
+    rng = np.random.default_rng((seed, list(LANGUAGES).index(language)))
+    query = rows_of(held_out, args.queries, args.length, rng)
+    return [rows_of(text, 1, args.support, rng) for _ in range(args.draws)], query
+
+
 def adapted_loss(
-    model: MoEForCausalLM, domains: Sequence[str], rate: float | None, args: AdaptationArguments, seed: int
+    model: MoEForCausalLM, languages: Sequence[str], rate: float | None, args: AdaptationArguments, seed: int
 ) -> dict[str, float]:
-    """Returns the loss on each domain, the mean over supports to which the routers are adapted; no adaptation without a rate."""
+    """Returns the loss on each language, the mean over supports to which the routers are adapted; without a rate they are not."""
     losses = {}
-    for domain in domains:
-        text, held_out = domain_bytes(domain)
-        rng = np.random.default_rng((seed, list(DOMAINS).index(domain)))
-        query = rows_of(held_out, args.queries, args.length, rng)
+    for language in languages:
+        supports, query = supports_and_query(language, args, seed)
         if rate is None:
-            losses[domain] = loss_on(model, query)
+            losses[language] = loss_on(model, query)
             continue
         found = []
-        for _ in range(args.draws):
-            with adapt_router(model, rows_of(text, 1, args.support, rng), learning_rate=rate):
+        for support in supports:
+            with adapt_router(model, support, learning_rate=rate):
                 found.append(loss_on(model, query))
-        losses[domain] = sum(found) / len(found)
+        losses[language] = sum(found) / len(found)
     return losses
 
 
-def best_rate(model: MoEForCausalLM, domains: Sequence[str], args: AdaptationArguments, seed: int) -> float:
-    """Returns the step size with the lowest loss after one step on the validation domains."""
-    return min(RATES, key=lambda rate: means(adapted_loss(model, domains, rate, args, seed)))
+@torch.no_grad()
+def loss_in_context(
+    model: MoEForCausalLM, languages: Sequence[str], args: AdaptationArguments, seed: int
+) -> dict[str, float]:
+    """Returns the loss on each language of the query, the mean over supports that stand before it in the context."""
+    losses = {}
+    model.eval()
+    for language in languages:
+        supports, query = supports_and_query(language, args, seed)
+        found = []
+        for support in supports:
+            rows = torch.cat([support.expand(len(query), -1), query], dim=1)
+            logits = model(input_ids=rows, use_cache=False).logits
+            found.append(cross_entropy(logits[:, args.support :], query))
+        losses[language] = sum(found) / len(found)
+    return losses
+
+
+def best_rate(model: MoEForCausalLM, languages: Sequence[str], args: AdaptationArguments, seed: int) -> float:
+    """Returns the step size with the lowest loss after one step on the languages for the choice."""
+    return min(RATES, key=lambda rate: means(adapted_loss(model, languages, rate, args, seed)))
 
 
 def meta_train(
@@ -162,28 +190,29 @@ def meta_train(
 def run_seed(seed: int, args: AdaptationArguments) -> Run:
     """Trains all arms of a seed, on one thread."""
     with one_thread():
-        domains = split(seed)
-        texts = [domain_bytes(domain)[0] for domain in domains.training]
+        languages = split(seed)
+        texts = [language_bytes(language)[0] for language in languages.training]
+        # as many tokens as a task of meta-training has
+        length = args.support + args.length
         frozen = new_model(seed)
-        batches = mixed_rows(texts, args.rows, args.length, args.steps, np.random.default_rng((seed, 1)))
+        batches = mixed_rows(texts, args.rows, length, args.steps, np.random.default_rng((seed, 1)))
         train(frozen, batches, args.learning_rate)
-        rate = best_rate(frozen, domains.validation, args, seed)
+        rate = best_rate(frozen, languages.validation, args, seed)
 
         plain = copy.deepcopy(frozen)
-        # as many tokens as a step of meta-training reads
-        length = args.support + args.length
         batches = mixed_rows(texts, args.rows, length, args.router_steps, np.random.default_rng((seed, 2)))
         train(plain, batches, args.router_learning_rate, parameters=list(router_parameters(plain).values()))
         meta = copy.deepcopy(frozen)
         meta_train(meta, texts, rate, args, seed)
 
         models = {"frozen": frozen, "plain": plain, "meta": meta}
-        rates = {name: best_rate(model, domains.validation, args, seed) for name, model in models.items()}
+        rates = {name: best_rate(model, languages.validation, args, seed) for name, model in models.items()}
         losses = {
-            arm: adapted_loss(models[name], domains.held_out, rates[name] if adapts else None, args, seed)
+            arm: adapted_loss(models[name], languages.held_out, rates[name] if adapts else None, args, seed)
             for arm, (name, adapts) in ARMS.items()
         }
-        return Run(seed, domains.held_out, rates, losses)
+        losses[IN_CONTEXT] = loss_in_context(frozen, languages.held_out, args, seed)
+        return Run(seed, languages.held_out, rates, losses)
 
 
 def compare(args: AdaptationArguments) -> list[Run]:
@@ -196,15 +225,16 @@ def compare(args: AdaptationArguments) -> list[Run]:
         done[run.seed] = run
         file.add(asdict(run))
 
-    run_all(
-        [(seed, args) for seed in range(args.seeds) if seed not in done], run_seed, args.workers, finish, file, "seeds"
-    )
+    missing = [(seed, args) for seed in range(args.seeds) if seed not in done]
+    if missing:
+        refuse_missing_languages()
+    run_all(missing, run_seed, args.workers, finish, file, "seeds")
     return [done[seed] for seed in range(args.seeds)]
 
 
 def comparisons(runs: Sequence[Run]) -> list[tuple[str, str, Difference, float]]:
     """Returns for each pair of arms the paired difference of the loss, and the p-value adjusted by Holm's method."""
-    values = {arm: [means(run.losses[arm]) for run in runs] for arm in ARMS}
+    values = {arm: [means(run.losses[arm]) for run in runs] for arm in (*ARMS, IN_CONTEXT)}
     found = [paired(values[first], values[second]) for first, second in PAIRS]
     adjusted = holm([difference.p_value for difference in found])
     return [(*pair, difference, p) for pair, difference, p in zip(PAIRS, found, adjusted, strict=True)]
@@ -213,7 +243,7 @@ def comparisons(runs: Sequence[Run]) -> list[tuple[str, str, Difference, float]]
 def markdown(runs: Sequence[Run]) -> str:
     """Returns the tables in GitHub Markdown."""
     lines = ["| routers | held-out loss, nats per byte | step sizes chosen |", "|---|---:|---|"]
-    for arm, (name, adapts) in ARMS.items():
+    for arm, (name, adapts) in (ARMS | {IN_CONTEXT: ("frozen", False)}).items():
         mean = sum(means(run.losses[arm]) for run in runs) / len(runs)
         rates = ", ".join(f"{rate:g}" for rate in sorted({run.rates[name] for run in runs})) if adapts else ""
         lines.append(f"| {arm} | {mean:.4f} | {rates} |")

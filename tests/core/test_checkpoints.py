@@ -259,6 +259,7 @@ SHIPPED = {
     "configuration_unread.py",
     "router_variable_k.py",
     "model_checkpoints.py",
+    "model_depth.py",
     "model_embeddings.py",
     "model_experts.py",
     "model_generation.py",

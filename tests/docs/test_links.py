@@ -75,6 +75,7 @@ def test_every_page_is_in_the_navigation():
     index = prose(DOCS / "index.md")
     for page in set(listed) - GENERATED - {"index.md"}:
         assert f"({page})" in index or page.startswith("api/"), f"index.md does not link {page}"
+        assert index.count(f"({page})") < 2, f"index.md links {page} twice"
 
 
 @pytest.mark.parametrize("name", CURRENT)

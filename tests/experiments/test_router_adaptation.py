@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from experiments import router_adaptation as experiment
-from experiments.router_adaptation import ARMS, AdaptationArguments, Run, comparisons, markdown, split
-from experiments.text_domains import DOMAINS
+from experiments.language_words import LANGUAGES
+from experiments.router_adaptation import ARMS, IN_CONTEXT, AdaptationArguments, Run, comparisons, markdown, split
+from experiments.text_domains import DOMAINS, domain_bytes
 
 from modeling_moe.utils.errors import Interrupted, UserError
 
@@ -26,14 +27,18 @@ SMALLEST = {
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "RATES", (0.1, 1.0))
+    # Debian's dictionaries need not be here
+    kinds = dict(zip(LANGUAGES, list(DOMAINS) * 3, strict=False))
+    monkeypatch.setattr(experiment, "language_bytes", lambda language: domain_bytes(kinds[language]))
+    monkeypatch.setattr(experiment, "refuse_missing_languages", lambda: None)
     return AdaptationArguments(**SMALLEST, runs_file=str(tmp_path / "runs.jsonl"))
 
 
-def test_domains_are_split_without_overlap_and_differ_between_seeds():
+def test_languages_are_split_without_overlap_and_differ_between_seeds():
     for seed in range(5):
         parts = split(seed)
-        assert [len(part) for part in parts] == [9, 3, 4]
-        assert sorted([*parts.training, *parts.validation, *parts.held_out]) == sorted(DOMAINS)
+        assert [len(part) for part in parts] == [26, 6, 8]
+        assert sorted([*parts.training, *parts.validation, *parts.held_out]) == sorted(LANGUAGES)
     assert split(0) == split(0) != split(1)
 
 
@@ -41,7 +46,7 @@ def test_runs_are_repeatable_kept_and_compared(arguments, tmp_path):
     runs = experiment.compare(arguments)
     assert [run.seed for run in runs] == [0, 1]
     for run in runs:
-        assert set(run.losses) == set(ARMS)
+        assert set(run.losses) == {*ARMS, IN_CONTEXT}
         assert all(set(losses) == set(run.held_out) for losses in run.losses.values())
         assert run.losses["frozen, one step"] != run.losses["frozen"]
         assert run.losses["router training"] != run.losses["meta-training"]
@@ -52,7 +57,7 @@ def test_runs_are_repeatable_kept_and_compared(arguments, tmp_path):
 
 
 def test_the_tables_hold_means_and_corrected_comparisons():
-    losses = {arm: {"a": 2.0 + place, "b": 4.0 + place} for place, arm in enumerate(ARMS)}
+    losses = {arm: {"a": 2.0 + place, "b": 4.0 + place} for place, arm in enumerate((*ARMS, IN_CONTEXT))}
     runs = [
         Run(
             seed,
