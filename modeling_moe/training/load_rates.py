@@ -34,7 +34,9 @@ class LoadRates:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
         if optimizer in _SCALED:
-            raise UserError("the optimizer trains experts by their load already: call remove() of the other handle first")
+            raise UserError(
+                "the optimizer trains experts by their load already: call remove() of the other handle first"
+            )
         try:
             self._observation = observe(model, self._count)
         except UnreachableRouting as error:
