@@ -114,8 +114,9 @@ class MixtureOfHeads(RoutedAttention, LinearProjections):
 
     def add_queries(self, config: Any) -> None:
         """Makes the router and the query projection."""
-        self.add_router(HeadRouter, self.view(config), self.layer_idx)
-        self.experts = ChosenParts(config, config.attention_experts)
+        view = self.view(config)
+        self.add_router(HeadRouter, view, self.layer_idx)
+        self.experts = ChosenParts(view, config.attention_experts)
         super().add_queries(config)
 
     def forward(

@@ -58,7 +58,7 @@ class ChosenParts(nn.Module):
     It is called as experts are, so that what observes or replaces the choices of experts reaches it.
 
     Args:
-        config: the model's configuration.
+        config: the model's configuration, as the router of these parts reads it.
         num_experts: number of parts among which the router chooses.
     """
 

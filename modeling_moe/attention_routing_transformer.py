@@ -163,7 +163,7 @@ class RoutingTransformerAttention(RoutedAttention, LinearProjections):
         """Makes the router and the query projection."""
         view = self.view(config)
         self.add_router(ClusterRouter, view, self.layer_idx)
-        self.experts = ChosenParts(config, view.num_experts)
+        self.experts = ChosenParts(view, view.num_experts)
         self.clusters, self.window = config.attention_experts, config.attention_cluster_window
         self.history = history_layer(view, self.layer_idx)
         super().add_queries(config)

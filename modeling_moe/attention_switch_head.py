@@ -173,8 +173,9 @@ class SwitchHeadAttention(RoutedAttention):
 
     def add_queries(self, config: Any) -> None:
         """Makes the router, the experts, which are the value and the output projections, and the query projection."""
-        self.add_router(SwitchHeadRouter, self.view(config), self.layer_idx)
-        self.experts = SwitchHeadExperts(config, self.stacked_experts(config), config.head_dim)
+        view = self.view(config)
+        self.add_router(SwitchHeadRouter, view, self.layer_idx)
+        self.experts = SwitchHeadExperts(view, self.stacked_experts(config), config.head_dim)
         self.num_heads = config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, self.query_width(config), bias=self.qkv_bias)
 

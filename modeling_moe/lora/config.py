@@ -11,6 +11,8 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, conversion_mapping
 
+from ..attention_experts import attends
+from ..monitoring import experts_per_token
 from ..utils.errors import UserError
 from .enabling import enable
 from .holding import shown_whole
@@ -73,7 +75,8 @@ def moe_lora_config(
         attention: update the linear layers of the attention; or the names of linear layers anywhere in the model.
         shared: update the linear layers of the shared experts.
         rank_per: `"expert"` gives each expert's update the rank `r`. `"token"` divides `r` among the experts of a
-            token: each update has the rank `r // num_experts_per_tok`, and the scaling stays the same.
+            token: each update has the rank `r // num_experts_per_tok`, and the scaling stays the same. It needs equal
+            numbers of experts per token in attention and in networks.
         lora_alpha: updates are scaled by `lora_alpha / r`. The default is twice `r`.
         lora_dropout: dropout on the input of each update; on experts only where this package computes them.
         use_rslora: scale updates by `lora_alpha / sqrt(r)` instead (arXiv:2312.03732).
@@ -249,7 +252,26 @@ def _expert_rank(model: PreTrainedModel, r: int, rank_per: str) -> int:
         raise UserError(f"rank_per is {rank_per!r}: choose {' or '.join(RANKS)}")
     if rank_per == "expert":
         return r
-    top_k = model.config.num_experts_per_tok
+    numbers = {_choices(model, experts) for *_, experts in _experts_of(model)}
+    if len(numbers) > 1:
+        raise UserError(
+            "rank_per='token' needs one number of experts per token, and attention has another than the feed-forward networks: "
+            "choose rank_per='expert'"
+        )
+    (top_k,) = numbers
+    if top_k is None:
+        raise UserError(
+            "rank_per='token' needs the number of experts per token, which config.json does not name: choose rank_per='expert'"
+        )
     if r < top_k:
         raise UserError(f"r is {r}, less than the {top_k} experts of a token: raise it, or choose rank_per='expert'")
     return r // top_k
+
+
+def _choices(model: PreTrainedModel, experts: Any) -> int | None:
+    """Returns the number of experts, of those that one parameter holds, that a token is sent to; None if it is unknown."""
+    top_k = experts_per_token(model.config, experts)
+    if top_k is None or not attends(experts):
+        return top_k
+    # SwitchHead chooses the two matrices of an expert one by one
+    return top_k * experts.num_experts // experts.config.num_experts

@@ -38,7 +38,10 @@ def experts_per_token(config: PreTrainedConfig, experts: nn.Module | None = None
 def idle_parameters(experts: nn.Module, top_k: int) -> float:
     """Returns the number of parameters of a sparse layer's E experts that a token sent to `top_k` of them does not use."""
     size = sum(parameter.numel() for parameter in experts.parameters(recurse=False))
-    return size * max(0.0, 1 - top_k / count_experts(experts))
+    own: Any = experts
+    # SwitchHead chooses the two matrices of an expert one by one, and so among twice as many as it has experts
+    among = own.config.num_experts if attends(experts) else count_experts(experts)
+    return size * max(0.0, 1 - top_k / among)
 
 
 def active_parameters(config: Any, experts: Sequence[nn.Module], total: int) -> int | None:

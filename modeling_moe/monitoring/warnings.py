@@ -7,6 +7,7 @@ A reading is what has been measured since the reading before it, over all proces
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..attention_experts import attends
 from .layers import SparseLayer
 
 
@@ -50,7 +52,20 @@ class Reading(NamedTuple):
     model_gradient: float = 0.0
 
 
-def listed(values: Iterable[int], singular: str, most: int = 8) -> str:
+def places(layers: Sequence[Any]) -> dict[str, int | str]:
+    """Returns what to call sparse layers: the number of the decoder layer, or the qualified name if a decoder layer has several.
+
+    Args:
+        layers: have `layer` and `name`, as [`SparseLayer`].
+
+    Returns:
+        Qualified name of a layer's experts -> number or name.
+    """
+    shared = Counter(layer.layer for layer in layers)
+    return {layer.name: layer.layer if shared[layer.layer] == 1 else layer.name for layer in layers}
+
+
+def listed(values: Iterable[int | str], singular: str, most: int = 8) -> str:
     """Returns "layer 3" or "layers 1, 2, 3", cut after `most` values."""
     values = list(values)
     text = ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
@@ -70,7 +85,7 @@ class Collapse:
 
     def __call__(self, reading: Reading) -> str | None:
         """Returns the warning, or None."""
-        fallen = {}
+        fallen, place = {}, places(reading.layers)
         for layer in reading.layers:
             entropy = layer.marginal_entropy
             if entropy is None or layer.name in self._frozen or not layer.tokens or not math.isfinite(entropy):
@@ -78,7 +93,7 @@ class Collapse:
             share = entropy / math.log(max(2, layer.num_experts))
             highest = self._highest[layer.name] = max(share, self._highest.get(layer.name, share))
             if share < COLLAPSED and share < highest - FALL:
-                fallen[layer.layer] = share
+                fallen[place[layer.name]] = share
         if not fallen:
             return None
         lowest = min(fallen.values())
@@ -101,14 +116,14 @@ class DeadExperts:
 
     def __call__(self, reading: Reading) -> str | None:
         """Returns the warning, or None."""
-        dead = {}
+        dead, place = {}, places(reading.layers)
         for layer in reading.layers:
             if layer.name in self._frozen or layer.load.sum() < LEAST_LOAD * layer.num_experts:
                 continue
             idle = self._idle.get(layer.name, torch.zeros_like(layer.load))
             idle = self._idle[layer.name] = (idle + 1) * (layer.load == 0)
             if (idle >= READINGS).any():
-                dead[layer.layer] = (idle >= READINGS).nonzero().flatten().tolist()
+                dead[place[layer.name]] = (idle >= READINGS).nonzero().flatten().tolist()
         if not dead:
             return None
         number, total = sum(map(len, dead.values())), sum(layer.num_experts for layer in reading.layers)
@@ -132,7 +147,11 @@ class Drops:
 
     def __call__(self, reading: Reading) -> str | None:
         """Returns the warning, or None."""
-        shares = {x.layer: x.dropped_share for x in reading.layers if x.tokens and (x.dropped_share or 0) > DROPPED}
+        place, full = (
+            places(reading.layers),
+            [x for x in reading.layers if x.tokens and (x.dropped_share or 0) > DROPPED],
+        )
+        shares = {place[layer.name]: layer.dropped_share for layer in full}
         if not shares or any("dropped" in said for said in self._said):
             return None
         for said in self._said:
@@ -156,7 +175,7 @@ class IdleRouters:
             return None
         for name, norm in reading.router_gradients.items():
             self._idle[name] = self._idle.get(name, 0) + 1 if norm < least else 0
-        idle = [layer.layer for layer in reading.layers if self._idle.get(layer.name, 0) >= READINGS]
+        idle = [place for name, place in places(reading.layers).items() if self._idle.get(name, 0) >= READINGS]
         if not idle:
             return None
         return (
@@ -167,31 +186,37 @@ class IdleRouters:
         )
 
 
-def selection_biases(model: nn.Module, layers: Sequence[SparseLayer]) -> dict[int, torch.Tensor]:
+def selection_biases(model: nn.Module, layers: Sequence[SparseLayer]) -> dict[str, torch.Tensor]:
     """Returns the selection biases of trained routers: tensors of E + Z numbers that choose experts and get no gradient.
 
-    A selection bias is a buffer or a parameter without gradient, called bias, in a sparse block but not in the experts. A
-    layer whose router has no trained weight has none here: to leave the bias of a frozen router as it is, is right.
+    A selection bias is a buffer or a parameter without gradient, called bias, in a sparse block but neither in the experts nor
+    in a linear layer beside the router. A layer whose router has no trained weight has none here: to leave the bias of a frozen
+    router as it is, is right.
 
     Args:
         model: any model of transformers.
         layers: its sparse layers.
 
     Returns:
-        Index of a decoder layer -> selection bias, the model's own tensor.
+        Qualified name of a layer's experts -> selection bias, the model's own tensor.
     """
     found = {}
     for layer in layers:
         if layer.router is None or not any(weight.requires_grad for weight in layer.router.parameters()):
             continue
-        block = model.get_submodule(layer.name.rpartition(".")[0])
+        # attention has frozen biases of its own under an adapter, and its selection bias is in the router
+        block = layer.router if attends(layer.experts) else model.get_submodule(layer.name.rpartition(".")[0])
         inside = {id(tensor) for tensor in (*layer.experts.parameters(), *layer.experts.buffers())}
+        router = {id(module) for module in layer.router.modules()}
+        # so have the linear layers of shared experts
+        linear = (x for x in block.modules() if isinstance(x, nn.Linear) and id(x) not in router)
+        inside |= {id(parameter) for module in linear for parameter in module.parameters()}
         for name, tensor in (*block.named_buffers(), *block.named_parameters()):
             named = "bias" in name.rpartition(".")[2] and "original_module" not in name
             # (E + Z,), or (1, E + Z)
             is_vector = tensor.numel() >= layer.num_experts and tensor.shape[-1] == tensor.numel()
             if named and is_vector and not tensor.requires_grad and id(tensor) not in inside:
-                found[layer.layer] = tensor
+                found[layer.name] = tensor
     return found
 
 
@@ -211,7 +236,7 @@ class IdleBiases:
 
     def __init__(self, model: nn.Module, layers: Sequence[SparseLayer]):
         self._model, self._layers = model, layers
-        self._first = {layer: _values(bias) for layer, bias in selection_biases(model, layers).items()}
+        self._first = {name: _values(bias) for name, bias in selection_biases(model, layers).items()}
         self._readings = 0
 
     def __call__(self, reading: Reading) -> str | None:
@@ -221,13 +246,14 @@ class IdleBiases:
         self._readings += 1
         # found anew: what moves a bias may put another tensor in its place
         now = selection_biases(self._model, self._layers)
-        if any(layer in now and not torch.equal(_values(now[layer]), first) for layer, first in self._first.items()):
+        if any(name in now and not torch.equal(_values(now[name]), first) for name, first in self._first.items()):
             self._first = {}
             return None
         if self._readings < READINGS:
             return None
+        place = places(self._layers)
         return (
-            f"The selection bias of {listed(self._first, 'layer')} never moves, and so does not balance the experts: "
+            f"The selection bias of {listed([place[name] for name in self._first], 'layer')} never moves, and so does not balance the experts: "
             "transformers loads such a bias and does not update it. Give the Trainer a modeling_moe.training.MoECallback, and "
             "set a step size, such as DeepSeek-V3's 0.001: for a model of transformers by modeling_moe.training.balance(model, "
             "router_bias_update_rate=0.001), for a model of this package by config.router_bias_update_rate."

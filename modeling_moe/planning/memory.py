@@ -71,7 +71,7 @@ def training_memory(sizes: Sizes, cost: RunCost, parallelism: Parallelism, in_4_
         in_4_bits: whether experts are in 4 bits, so that a layer's experts are dequantised while they compute.
     """
     gradients = gradient_bytes(sizes, parallelism)
-    dequantised = sizes.expert_layer if in_4_bits else 0
+    dequantised = sizes.largest_experts if in_4_bits else 0
     if parallelism.processes == 1:
         activations = max(cost.peak + dequantised - gradients, 0)
     else:

@@ -67,12 +67,17 @@ class Parallelism:
     def check(self, num_experts: int) -> None:
         """Refuses to divide experts among more processes than there are experts, or unevenly.
 
+        Args:
+            num_experts: number of experts of a sparse feed-forward network; 0 without such networks.
+
         Raises:
             UserError: names `ep_size`.
         """
         if self.ep_size > 1 and (not num_experts or num_experts % self.ep_size):
-            have = f"{num_experts} experts" if num_experts else "no experts"
-            raise UserError(f"ep_size is {self.ep_size} and the model has {have}: ep_size must divide their number")
+            have = f"{num_experts} experts" if num_experts else "no sparse feed-forward networks"
+            raise UserError(
+                f"ep_size is {self.ep_size} and the model has {have}: ep_size must divide the number of experts"
+            )
 
 
 def rounds(size: int) -> int:

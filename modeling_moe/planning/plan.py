@@ -231,7 +231,7 @@ def make_plan(config: PreTrainedConfig, request: Request) -> ModelPlan:
     """
     planner = Planner(config, request)
     sizes = sizes_of(planner.model(None, request.dtype))
-    request.parallelism.check(sizes.num_experts)
+    request.parallelism.check(sizes.divisible_experts)
     _refuse_few_experts(sizes)
     unplanned: dict[str, list[str]] = {}
     inference, training = None, []

@@ -24,7 +24,9 @@ from ..monitoring import (
 from .simulation import SimulatedModel
 
 
-GROUPS = ("routed experts", "routers", "embeddings and head", "attention and others", "adapter")
+# kinds of experts; those of attention are not divided by expert parallelism, and stay in memory beside offloaded ones
+EXPERTS = ("routed experts", "experts of attention")
+GROUPS = (*EXPERTS, "routers", "embeddings and head", "attention and others", "adapter")
 # bits per number of NF4 with compressed statistics (arXiv:2305.14314): 4, 8 per 64 numbers, 32 per 256 of these scales
 BITS_OF_NF4 = 4 + 8 / 64 + 32 / (64 * 256)
 
@@ -59,7 +61,8 @@ class Sizes:
         active: parameters of the model without adapter that a token uses; None if the configuration does not name K.
         buffers: bytes of the buffers.
         largest_layer: bytes of the largest decoder layer, which FSDP gathers.
-        expert_layer: bytes of the routed experts of the largest sparse layer.
+        expert_layer: bytes of the routed experts of the largest sparse feed-forward network.
+        largest_experts: bytes of the largest module of experts, those of attention included.
         num_experts: number E of experts of a sparse layer; 0 for a dense model.
         top_k: number K of experts per token; None if unknown or dense.
         sparse_layers: number of layers with routed experts.
@@ -72,6 +75,7 @@ class Sizes:
     buffers: int
     largest_layer: int
     expert_layer: int
+    largest_experts: int
     num_experts: int
     top_k: int | None
     sparse_layers: int
@@ -84,10 +88,16 @@ class Sizes:
         return sum(group.params for name, group in self.groups.items() if name != "adapter")
 
     @property
-    def experts_in_4_bits(self) -> int:
-        """Bytes of the routed experts in NF4."""
-        group = self.groups.get("routed experts", Tensors())
-        return round(group.params * BITS_OF_NF4 / 8)
+    def divisible_experts(self) -> int:
+        """Number of experts of a layer among which expert parallelism can divide; 0 without sparse feed-forward networks."""
+        return self.num_experts if "routed experts" in self.groups else 0
+
+    @property
+    def weight_bytes_in_4_bits(self) -> int:
+        """Bytes of all parameters and buffers with the experts in NF4."""
+        experts = [self.groups[name] for name in EXPERTS if name in self.groups]
+        in_4_bits = round(sum(group.params for group in experts) * BITS_OF_NF4 / 8)
+        return self.weight_bytes - sum(group.nbytes for group in experts) + in_4_bits
 
     @property
     def weight_bytes(self) -> int:
@@ -119,7 +129,7 @@ def sizes_of(simulated: SimulatedModel) -> Sizes:
     groups = dict.fromkeys(GROUPS, Tensors())
     for name, parameter in model.named_parameters():
         kind = kinds.get(id(parameter), "adapter" if _is_adapter(name) else "attention and others")
-        in_4_bits = simulated.method == "qlora" and kind == "routed experts" and parameter.dim() == 3
+        in_4_bits = simulated.method == "qlora" and kind in EXPERTS and parameter.dim() == 3
         nbytes = (
             round(parameter.numel() * BITS_OF_NF4 / 8) if in_4_bits else parameter.numel() * parameter.element_size()
         )
@@ -133,7 +143,8 @@ def sizes_of(simulated: SimulatedModel) -> Sizes:
         ),
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         largest_layer=max((_nbytes(layer) for layer in layers), default=0),
-        expert_layer=max((_nbytes(module) for module in experts), default=0),
+        expert_layer=max((_nbytes(module) for module in experts if not attends(module)), default=0),
+        largest_experts=max((_nbytes(module) for module in experts), default=0),
         num_experts=routed[0].num_experts if routed else 0,
         top_k=experts_per_token(config, routed[0].experts) if routed else None,
         sparse_layers=len(routed),
@@ -171,7 +182,8 @@ def _kinds(model: nn.Module, inner: PreTrainedModel, experts: list[nn.Module]) -
         for name, parameter in router.named_parameters():
             kinds[id(parameter)] = "adapter" if _is_adapter(f".{name}") else "routers"
     for module in experts:
-        kinds |= {id(parameter): "routed experts" for parameter in module.parameters(recurse=False)}
+        kind = "experts of attention" if attends(module) else "routed experts"
+        kinds |= {id(parameter): kind for parameter in module.parameters(recurse=False)}
     return kinds
 
 

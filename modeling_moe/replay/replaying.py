@@ -79,7 +79,8 @@ class RoutingReplay:
         self._selections: dict[str, Selection] = {}
         self._checked: set[str] = set()
         self._tokens = self._recorded = 0
-        self._assignments: list[torch.Tensor] = []
+        # device -> (2,) int64: recorded assignments that the router would not have chosen, and all recorded ones
+        self._assignments: dict[torch.device, torch.Tensor] = {}
         self._handles: list = []
         for place, layer in enumerate(self._layers):
             self._watch(model, place, layer)
@@ -186,7 +187,10 @@ class RoutingReplay:
             self._checked.add(layer.name)
         if selection.live is not None and not in_backward():
             agrees = (wanted[:, :, None] == selection.live[:, None, :]).any(dim=-1)
-            self._assignments.append(torch.stack([(recorded & ~agrees).sum(), recorded.sum()]))
+            counts = torch.stack([(recorded & ~agrees).sum(), recorded.sum()])
+            # one sum for each device, since nobody may ever ask for the figures
+            before = self._assignments.get(counts.device)
+            self._assignments[counts.device] = counts if before is None else before + counts
 
     def _record(self, frame: BatchFrame) -> _Record:
         """Returns the record of a batch, which all layers share and a repeated layer uses again."""
@@ -231,7 +235,8 @@ class RoutingReplay:
         Args:
             across_ranks: False for the figures of this process alone, which then need not call together with others.
         """
-        flipped, assigned = torch.stack(self._assignments).sum(dim=0).tolist() if self._assignments else (0, 0)
+        counts = [count.tolist() for count in self._assignments.values()]
+        flipped, assigned = (sum(column) for column in zip((0, 0), *counts, strict=True))
         sums = torch.tensor([self._recorded, self._tokens, flipped, assigned], dtype=torch.float64)
         if across_ranks and is_distributed():
             sums = sum_over_ranks({"sums": sums}, None, not repeats_batch(self._model)).tensors["sums"]

@@ -63,7 +63,8 @@ class ModelArguments:
     )
     method: Method = field(default="full", metadata={"help": "weights to train"})
     freeze_experts: str | None = field(
-        default=None, metadata={"help": "experts not to train, such as 0-7 or 0,2,5-6; needs method full"}
+        default=None,
+        metadata={"help": "experts of feed-forward networks not to train, such as 0-7 or 0,2,5-6; needs method full"},
     )
     dtype: DtypeName | None = field(
         default=None,

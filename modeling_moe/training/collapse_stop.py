@@ -61,7 +61,8 @@ class CollapseStop(TrainerCallback, ExportableState):
         reason: why the training ended; None if it was not ended by this callback.
 
     Raises:
-        UserError: if a number is out of range; and when training begins, if the model's routing cannot be seen.
+        UserError: if a number is out of range; and when training begins, if the model's routing cannot be seen, or the Trainer
+            has another CollapseStop, because a checkpoint has a place for the readings of one.
 
     Example:
         >>> trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[CollapseStop(every=50)])
@@ -91,6 +92,9 @@ class CollapseStop(TrainerCallback, ExportableState):
         """Takes the readings in a row from the checkpoint, and checks that the routing can be seen."""
         self.close()
         kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        # transformers makes a list of two callbacks' states, but not when it resumes from a checkpoint of one
+        if isinstance(kept, list) or vars(state).setdefault("_collapse_stop", self) is not self:
+            raise UserError("the Trainer has two CollapseStop callbacks: give it one, or omit collapse_steps")
         self.collapsed, self.reason = dict(kept["attributes"]["collapsed"]), None
         try:
             RoutingWatch(kwargs["model"], co_activation=False).detach()

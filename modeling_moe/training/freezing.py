@@ -2,13 +2,14 @@
 """This module freezes some experts of a layer, although one tensor holds all experts of the layer."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from ..attention_experts import attends
+from ..monitoring import SparseLayer, UnreachableRouting, sparse_layers
 from ..utils.errors import UserError
 
 
@@ -47,18 +48,20 @@ class FrozenExperts:
 
 
 def freeze_experts(model: nn.Module, experts: Iterable[int], router: bool = False) -> FrozenExperts:
-    """Freezes experts of every sparse layer, bit for bit, under any optimizer.
+    """Freezes experts of the feed-forward networks of every sparse layer, bit for bit, under any optimizer.
 
     The gradients of the experts become 0, so gradient clipping ignores them. An optimizer may still move the weights,
     by weight decay, by momentum of an earlier phase, or by steps that mix rows (Muon). A copy of the weights on the
     same device is therefore put back after each step.
 
+    The experts of routed attention, whose ids are of another count, train on with their routers. `requires_grad_(False)` on
+    attention's `experts` freezes all of them.
+
     Args:
-        model: any model whose sparse blocks have `experts` with parameters (E, ...), and `gate`; DDP may wrap it.
-            FSDP, ZeRO-3 and expert parallelism split these parameters and are not supported. Merge LoRA adapters
-            first.
+        model: any MoE model whose experts follow transformers' experts interface; DDP may wrap it. FSDP, ZeRO-3 and expert
+            parallelism split the experts' parameters and are not supported. Merge LoRA adapters first.
         experts: ids of the experts, such as `range(8)` for those before [`~modeling_moe.resizing.growth.grow`].
-        router: freeze the experts' rows of the routers too, but not the selection bias, which the controller moves.
+        router: freeze the experts' rows of the networks' routers too, but not the selection bias, which the controller moves.
             The choice of a token may still change, with the other rows.
 
     Returns:
@@ -66,8 +69,8 @@ def freeze_experts(model: nn.Module, experts: Iterable[int], router: bool = Fals
         [`FreezeExpertsCallback`] does all of this.
 
     Raises:
-        UserError: if an id is out of range, FSDP or ZeRO-3 has split the experts, or `router=True` meets a router
-            without one row for each expert.
+        UserError: if an id is out of range, the networks have no experts that can be reached, an adapter is around the experts,
+            FSDP or ZeRO-3 has split them, or `router=True` meets a router without one row for each expert.
 
     Example:
         >>> frozen = freeze_experts(model, range(8))
@@ -79,26 +82,44 @@ def freeze_experts(model: nn.Module, experts: Iterable[int], router: bool = Fals
     """
     experts = sorted(set(experts))
     parameters = []
-    blocks: Iterable[Any] = model.modules()
-    for block in blocks:
-        if isinstance(getattr(block, "experts", None), nn.Module) and hasattr(block, "gate"):
-            weights = list(block.experts.parameters(recurse=False))
-            if any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights):
-                raise UserError("experts that FSDP or DeepSpeed has split cannot be frozen one by one: train with DDP")
-            if not weights or not experts or not 0 <= experts[0] <= experts[-1] < len(weights[0]):
-                raise UserError(
-                    f"experts {experts} cannot be frozen: name some of the {len(weights[0]) if weights else 0} there"
-                )
-            parameters += weights
-            if router:
-                parameters += _router_rows(block.gate, len(weights[0]))
-    if not parameters:
-        raise UserError("the model has no experts to freeze: freeze_experts needs sparse layers")
+    for layer in _networks(model):
+        weights = _weights(layer)
+        if not experts or not 0 <= experts[0] <= experts[-1] < len(weights[0]):
+            raise UserError(f"experts {experts} cannot be frozen: name some of the {len(weights[0])} there")
+        parameters += weights
+        if router:
+            parameters += _router_rows(layer.router, len(weights[0]))
     return FrozenExperts(parameters, experts)
 
 
-def _router_rows(gate: nn.Module, num_experts: int) -> list[nn.Parameter]:
-    rows = [parameter for name, parameter in gate.named_parameters(recurse=False) if name in _ROUTER_ROWS]
+def _networks(model: nn.Module) -> list[SparseLayer]:
+    """Returns the sparse layers whose experts are feed-forward networks."""
+    try:
+        layers = [layer for layer in sparse_layers(model) if not attends(layer.experts)]
+    except UnreachableRouting as error:
+        raise UserError(f"the model has no experts to freeze: {error}") from error
+    if not layers:
+        raise UserError("the model has no experts to freeze: freeze_experts needs sparse feed-forward networks")
+    return layers
+
+
+def _weights(layer: SparseLayer) -> list[nn.Parameter]:
+    """Returns the parameters (E, ...) of the experts of a layer."""
+    if layer.name.endswith(".base_layer"):
+        raise UserError(
+            "experts inside an adapter cannot be frozen one by one: merge the adapter first, by merge_and_unload()"
+        )
+    weights = list(layer.experts.parameters(recurse=False))
+    if not weights:
+        raise UserError(f"{layer.name} has no weights to freeze one by one, as in 4 bits: load the model in 16 bits")
+    if any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights):
+        raise UserError("experts that FSDP or DeepSpeed has split cannot be frozen one by one: train with DDP")
+    return weights
+
+
+def _router_rows(gate: nn.Module | None, num_experts: int) -> list[nn.Parameter]:
+    found = [] if gate is None else gate.named_parameters(recurse=False)
+    rows = [parameter for name, parameter in found if name in _ROUTER_ROWS]
     outputs = getattr(gate, "num_outputs", num_experts)
     if not rows or any(len(parameter) != outputs for parameter in rows):
         raise UserError(f"{type(gate).__name__} does not have one row for each expert: set router=False")

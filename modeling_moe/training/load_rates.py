@@ -5,6 +5,7 @@
 """
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from ..monitoring.ranks import is_distributed, repeats_batch, sum_over_ranks
 from ..utils.errors import UserError
 
 
+# optimizers whose steps are scaled, since a step that is scaled twice would get the share in place of the share's root
+_SCALED: "WeakSet[Optimizer]" = WeakSet()
 SPLIT = "FSDP, DeepSpeed or expert parallelism splits them, train with DDP"
 
 
@@ -30,6 +33,10 @@ class LoadRates:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
+        if optimizer in _SCALED:
+            raise UserError(
+                "the optimizer trains experts by their load already: call remove() of the other handle first"
+            )
         try:
             self._observation = observe(model, self._count)
         except UnreachableRouting as error:
@@ -46,6 +53,8 @@ class LoadRates:
             raise UserError(f"experts cannot be trained by their load: {problem}")
         self._sums: dict[str, torch.Tensor] = {}
         self._before: dict[str, list[torch.Tensor]] = {}
+        self._optimizer = optimizer
+        _SCALED.add(optimizer)
         self._hooks = [
             optimizer.register_step_pre_hook(self._keep),
             optimizer.register_step_post_hook(self._shrink),
@@ -113,6 +122,7 @@ class LoadRates:
         self._observation.remove()
         while self._hooks:
             self._hooks.pop().remove()
+            _SCALED.discard(self._optimizer)
 
 
 def scale_by_load(model: nn.Module, optimizer: Optimizer) -> LoadRates:
@@ -132,7 +142,7 @@ def scale_by_load(model: nn.Module, optimizer: Optimizer) -> LoadRates:
 
     Raises:
         UserError: if the experts cannot be reached, are split over processes, are those of SwitchHead, or are not trained by
-            `optimizer`; and by a step without a pass in training mode before it.
+            `optimizer`, or if the optimizer has a handle already; and by a step without a pass in training mode before it.
 
     Example:
         >>> optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.1))

@@ -79,6 +79,7 @@ def orthogonalise(
     x = matrices.to(torch.bfloat16).contiguous().reshape(matrices.shape[:-2].numel(), *matrices.shape[-2:])
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
+    # torch divides in place, and so changes the momentum of weights in bfloat16 if it has no Nesterov step
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT

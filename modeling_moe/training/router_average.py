@@ -147,11 +147,15 @@ class RouterAverageMixin(Trainer):
     _average_from: str | None = None
 
     def average_routers(self, decay: float) -> None:
-        """Keeps an average of the routers in training; [`RouterAverage`] describes the argument and the errors."""
+        """Keeps an average of the routers in training; a later call replaces the decay of an earlier one.
+
+        [`RouterAverage`] describes the argument and the errors.
+        """
         assert self.model is not None  # `Trainer` has a model unless it is given `model_init`
         RouterAverage(self.model, decay)
+        if self._router_decay is None:
+            self.add_callback(_Follow(self))
         self._router_decay = decay
-        self.add_callback(_Follow(self))
 
     def begin_average(self, model: nn.Module) -> None:
         """Makes the average of a model whose training begins."""

@@ -19,13 +19,21 @@ def aside(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type), torch.no_grad():
-        torch.manual_seed(seed)
+        _seed(device, seed)
         model.eval()
         try:
             yield
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seeds the CPU and one device; `torch.manual_seed` would seed all devices, of which one is put back."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        with torch.accelerator.device_index(device.index):
+            torch.get_device_module(device).manual_seed(seed)
 
 
 class SampleCallback(TrainerCallback):

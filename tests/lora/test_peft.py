@@ -14,13 +14,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import layer as peft_layer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
 from modeling_moe import MoEForCausalLM
 from modeling_moe.dispatch import interface
 from modeling_moe.lora import MoELoraConfig, layers, moe_lora_config, peft_alone, trainable_parameters
+from modeling_moe.lora import config as lora_config
 from modeling_moe.utils.errors import UserError
-from tests.builders import tiny_config
+from tests.builders import SIZE, tiny_config
 from tests.lora.checkpoints import IDS, TARGETS, build, fill, train
 
 
@@ -355,6 +356,41 @@ def test_moe_lora_config(family, rank_per, calls, device):
     got = results(model)
     assert all(calls)
     assert_same(got, results(model, alone=True), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rank"),
+    [
+        ({"routed_attention": "moa", "attention_experts": 4, "attention_experts_per_tok": 2}, 3),
+        # 4 heads choose 1 of 2 experts on each side
+        (
+            {"routed_attention": "switch_head", "attention_experts": 2, "attention_experts_per_tok": 1}
+            | {"num_key_value_heads": 4},
+            1,
+        ),
+    ],
+)
+def test_the_experts_of_attention_have_a_rank_of_their_own_number(fields, rank):
+    dense = MoEForCausalLM(tiny_config(mlp_layer_types=["dense"] * 3, **fields))
+    model = get_peft_model(dense, moe_lora_config(dense, r=6, rank_per="token", quiet=True))
+    assert model.base_model.model.model.layers[0].self_attn.experts.r["default"] == rank
+    mixed = MoEForCausalLM(tiny_config(**fields))
+    with pytest.raises(
+        UserError, match="attention has another than the feed-forward networks: choose rank_per='expert'"
+    ):
+        moe_lora_config(mixed, r=6, rank_per="token")
+    assert moe_lora_config(mixed, r=6, quiet=True).r == 6
+
+
+def test_a_rank_per_token_needs_the_number_of_its_experts(monkeypatch):
+    """ERNIE's configuration has another name for the number than most."""
+    ernie = Ernie4_5_MoeForCausalLM(
+        Ernie4_5_MoeConfig(**SIZE | {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 16})
+    )
+    assert moe_lora_config(ernie, r=6, rank_per="token", quiet=True).r == 2
+    monkeypatch.setattr(lora_config, "experts_per_token", lambda *_: None)
+    with pytest.raises(UserError, match=r"which config.json does not name: choose rank_per='expert'"):
+        moe_lora_config(ernie, r=6, rank_per="token")
 
 
 def test_moe_lora_config_by_name(capsys):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import modeling_moe
+from modeling_moe.monitoring import active_share, experts_per_token, idle_parameters, sparse_layers
 from modeling_moe.monitoring.observing import observe
 from tests.core.attention_variants import VARIANTS, model_of
 
@@ -32,3 +33,17 @@ def test_watch_counts_them(variant):
     with modeling_moe.watch(model) as routing, torch.no_grad():
         model(torch.randint(3, 99, (2, 9)))
     assert routing is not None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_parameters_of_a_token_are_those_that_the_configuration_counts(variant):
+    model = model_of(variant)
+    config, total = model.config, model.num_parameters()
+    for layer in sparse_layers(model):
+        assert layer.experts.config.scoring_func == layer.router.scoring_func
+        assert experts_per_token(config, layer.experts) == layer.router.top_k
+    idle = sum(idle_parameters(layer.experts, layer.router.top_k) for layer in sparse_layers(model))
+    assert total - idle == config.num_active_params()
+    embeddings = model.model.embed_tokens.weight.numel()
+    share = (config.num_active_params() - embeddings) / model.num_parameters(exclude_embeddings=True)
+    assert active_share(model) == pytest.approx(share)

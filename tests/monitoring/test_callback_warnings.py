@@ -229,7 +229,7 @@ class MovesBias(TrainerCallback):
 
 def test_a_bias_that_nothing_moves_is_said(tmp_path, caplog):
     model = deepseek()
-    assert set(selection_biases(model, sparse_layers(model))) == {1}
+    assert set(selection_biases(model, sparse_layers(model))) == {"model.layers.1.mlp.experts"}
     (message,) = warned(model, tmp_path, caplog)
     assert "The selection bias of layer 1 never moves" in message
 
@@ -241,12 +241,51 @@ def test_a_bias_that_moves_is_in_order(tmp_path, caplog):
 def test_selection_biases_of_this_package_and_of_a_trained_bias():
     model = tiny_model(router_selection_bias=True, router_bias_update_rate=0.1)
     biases = selection_biases(model, sparse_layers(model))
-    assert set(biases) == {0, 2}
+    assert set(biases) == {f"model.layers.{number}.mlp.experts" for number in (0, 2)}
     model.train()(torch.randint(3, 99, (2, 9)))
     update_routers(model)
     assert all(bias.any() for bias in biases.values())
     # the bias of a linear router is trained
     assert selection_biases(tiny_model(), sparse_layers(tiny_model())) == {}
+
+
+def attending(number: int = 0, **figures) -> SimpleNamespace:
+    """Returns figures of the experts of attention in a layer."""
+    found = layer(number, **figures)
+    found.name = f"layers.{number}.self_attn.experts"
+    return found
+
+
+def test_experts_of_attention_are_told_from_those_of_the_network():
+    name = "layers.0.self_attn.experts"
+    load = [0, 200, 200, 0, 100, 100, 100, 100]
+    found = said([of(attending(load=load, dropped=0.3), layer(0, dropped=0.2), layer(1, dropped=0.5))] * 3)
+    (dropped,) = found[0]
+    assert f"dropped in layers {name}, layers.0.mlp.experts, 1:" in dropped
+    (dead,) = found[2]
+    assert f"in layer {name} (in layer {name}: experts 0, 3)" in dead
+    idle = of(attending(), layer(0), gradients={name: 0.5, layer(0).name: 0.0})
+    assert "The router of layer layers.0.mlp.experts gets no gradient" in said([idle] * 3)[2][0]
+    fallen = [of(attending(entropy=entropy), layer(0)) for entropy in (0.99, 0.7)]
+    assert f"collapses in layer {name}:" in said(fallen)[1][0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"routed_attention": "moa", "attention_experts": 5, "attention_bias": True},
+        {"num_shared_experts": 1, "mlp_bias": True},
+    ],
+)
+def test_the_frozen_biases_under_an_adapter_choose_no_experts(fields):
+    model = tiny_model(router_selection_bias=True, **fields)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".gate.weight" in name)
+    layers = sparse_layers(model)
+    biases = selection_biases(model, layers)
+    assert biases.keys() == {layer.name for layer in layers}
+    for found in layers:
+        assert biases[found.name] is found.router.e_score_correction_bias
 
 
 class RichGetRicher(TrainerCallback):

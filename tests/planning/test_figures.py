@@ -30,6 +30,7 @@ SIZES = Sizes(
     buffers=16,
     largest_layer=600,
     expert_layer=400,
+    largest_experts=400,
     num_experts=8,
     top_k=2,
     sparse_layers=2,
@@ -74,7 +75,7 @@ def test_memory_of_a_process(parallelism, expected):
 
 def test_experts_in_4_bits_are_dequantised_one_layer_at_a_time():
     plain, quantised = (training_memory(SIZES, COST, Parallelism(), in_4_bits) for in_4_bits in (False, True))
-    assert quantised.activations - plain.activations == SIZES.expert_layer
+    assert quantised.activations - plain.activations == SIZES.largest_experts
 
 
 def by_name(parallelism: Parallelism, training: bool = True):
@@ -118,9 +119,9 @@ def test_groups_of_processes():
         Parallelism(fsdp_size=4, ep_size=3)
     with pytest.raises(UserError, match=r"ep_size \(3\) is no multiple of tp_size \(2\)"):
         Parallelism(fsdp_size=3, tp_size=2, ep_size=3)
-    with pytest.raises(UserError, match="must divide their number"):
+    with pytest.raises(UserError, match="must divide the number of experts"):
         Parallelism(ep_size=3).check(8)
-    with pytest.raises(UserError, match="the model has no experts"):
+    with pytest.raises(UserError, match="the model has no sparse feed-forward networks"):
         Parallelism(ep_size=2).check(0)
 
 

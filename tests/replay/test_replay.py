@@ -440,6 +440,26 @@ def test_a_router_that_adds_the_scores_of_its_only_group_is_replayed(experts):
     assert 0 < replay.figures().flipped < 1
 
 
+def test_a_replay_whose_figures_nobody_reads_does_not_grow():
+    model, other, ids = model_of("mixtral"), model_of("mixtral", seed=5), texts()
+
+    def held() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    with record_routing(model) as recorder, torch.no_grad():
+        model(ids, use_cache=False)
+    with replay_routing(other, recorder.store) as replay, torch.no_grad():
+        other(ids, use_cache=False)
+        once, before = replay.figures(), held()
+        for _ in range(5):
+            other(ids, use_cache=False)
+        after = held()
+        assert replay.figures() == once
+    assert 0 < once.flipped < 1
+    assert after <= before + 1  # the sums of the device
+
+
 def test_hooks_leave_the_model_as_it_was_after_an_error():
     model, ids = model_of("mixtral"), texts()
     with record_routing(model) as recorder, torch.no_grad():

@@ -25,7 +25,8 @@ def train(model, tmp_path, stop, steps=12, **fields) -> Trainer:
     ids = torch.randint(4, 60, (16, 12), generator=torch.Generator().manual_seed(0))
     args = training_arguments(tmp_path, max_steps=steps, learning_rate=0.01, per_device_train_batch_size=2, **fields)
     data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
-    trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[stop])
+    stops = stop if isinstance(stop, list) else [stop]
+    trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=stops)
     trainer.train(resume_from_checkpoint=fields.get("resume_from_checkpoint"))
     return trainer
 
@@ -118,3 +119,23 @@ def test_a_dense_model_is_refused(tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path / "dense"))
     with pytest.raises(UserError, match="collapse_steps has no effect: LlamaForCausalLM is a dense model"):
         train(dense, tmp_path, CollapseStop())
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_two_in_one_trainer_are_refused(tmp_path, resumed):
+    options = {}
+    if resumed:
+        train(tiny("mixtral"), tmp_path, CollapseStop(every=1), 2, save_strategy="steps", save_steps=2)
+        options["resume_from_checkpoint"] = str(tmp_path / "checkpoint-2")
+    model = tiny("mixtral")
+    with pytest.raises(UserError, match="the Trainer has two CollapseStop callbacks: give it one"):
+        train(model, tmp_path, [CollapseStop(every=1), CollapseStop(every=2)], 4, **options)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_one_serves_two_trainings_of_a_trainer(tmp_path):
+    stop = CollapseStop(every=1)
+    trainer = train(tiny("mixtral"), tmp_path, stop, 2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert stop.reason is None

@@ -4,10 +4,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from peft import get_peft_model
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import MixtralConfig, MixtralForCausalLM, Trainer, default_data_collator
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    default_data_collator,
+)
 
 from modeling_moe import MoEForCausalLM
+from modeling_moe.lora import moe_lora_config
 from modeling_moe.training import MoECallback
 from modeling_moe.training.freezing import FreezeExpertsCallback, freeze_experts
 from modeling_moe.utils.errors import UserError
@@ -30,13 +39,13 @@ def snapshot(model) -> dict[str, torch.Tensor]:
 def moved(model, before) -> tuple[set[str], set[str]]:
     """Returns the names of parameters in which a frozen expert moved, and of those in which all others moved.
 
-    An expert's rows are those of the experts' matrices and of the router.
+    An expert's rows are those of the experts' matrices and of the router, in feed-forward networks.
     """
     frozen, free = set(), set()
     for name, parameter in model.named_parameters():
         changed = parameter.detach() != before[name]
-        if ".experts." in name or ".gate." in name:
-            rows = changed.flatten(1).any(dim=-1)
+        if any(part in name for part in (".mlp.experts.", ".mlp.gate.", ".mlp.router.")):
+            rows = changed.view(len(changed), -1).any(dim=-1)
             frozen |= {name} if rows[FROZEN].any() else set()
             free |= {name} if rows[[2, 4]].all() else set()
         elif changed.any():
@@ -129,14 +138,48 @@ def test_trainer_lets_them_go_at_the_end(tmp_path):
     assert model.model.layers[0].mlp.experts.down_proj.grad[FROZEN].any()
 
 
-def test_experts_of_other_models():
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_of_other_models(family):
     sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=300, num_hidden_layers=2, num_local_experts=5, **sizes))
+    sizes |= {"vocab_size": 300, "num_hidden_layers": 2, "num_local_experts": 5, "num_experts_per_tok": 3}
+    if family == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**sizes))
+    else:
+        model = GptOssForCausalLM(GptOssConfig(**sizes, head_dim=8))
     before = snapshot(model)
     frozen = freeze_experts(model, FROZEN, router=True)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     step(model, optimizer, frozen)
     assert moved(model, before) == (set(), set(before))
+
+
+ROUTED_ATTENTION = {
+    "moa": {},
+    "switch_head": {"num_key_value_heads": 4},
+    "moh": {},
+    "routing_transformer": {"attention_experts_per_tok": 1},
+}
+
+
+@pytest.mark.parametrize("router", [False, True])
+@pytest.mark.parametrize("variant", ROUTED_ATTENTION)
+def test_experts_of_attention_train_on(variant, router):
+    """Attention has 3 experts, or heads, or clusters: fewer than the networks' ids name."""
+    fields = {"attention_experts": 3, **ROUTED_ATTENTION[variant]}
+    model = tiny_model(routed_attention=variant, router_aux_loss_coef=0.1, **fields)
+    before = snapshot(model)
+    frozen = freeze_experts(model, FROZEN, router)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    for _ in range(3):
+        step(model, optimizer, frozen)
+    gates = {f"model.layers.{i}.mlp.gate.weight" for i in (0, 2)}
+    inside = {name for name in before if ".self_attn." in name}
+    rows, free = moved(model, before)
+    assert rows == (set() if router else gates)
+    assert free == set(before)
+    for name in inside:
+        parameter = model.get_parameter(name).detach()
+        assert (parameter != before[name]).flatten(1).any(dim=-1).all(), name
 
 
 @pytest.fixture
@@ -171,7 +214,13 @@ def test_experts_that_are_split_are_refused(one_process):
         ({}, [5], False, "name some of the 5"),
         ({}, [-1], False, "name some of the 5"),
         ({}, [], False, "name some of the 5"),
-        ({"mlp_layer_types": ["dense"] * 3}, [0], False, "needs sparse layers"),
+        ({"mlp_layer_types": ["dense"] * 3}, [0], False, "no experts to freeze: MoEForCausalLM is a dense model"),
+        (
+            {"mlp_layer_types": ["dense"] * 3, "routed_attention": "moa"},
+            [0],
+            False,
+            "no experts to freeze: freeze_experts needs sparse feed-forward networks",
+        ),
         ({"router_type": "mmoe", "num_tasks": 2}, [0], True, "set router=False"),
         ({"router_type": "hash"}, [0], True, "set router=False"),
     ],
@@ -180,3 +229,10 @@ def test_experts_that_are_split_are_refused(one_process):
 def test_what_cannot_be_frozen(fields, experts, router, message):
     with pytest.raises(UserError, match=message):
         freeze_experts(MoEForCausalLM(tiny_config(**fields)), experts, router)
+
+
+def test_experts_inside_an_adapter_are_refused():
+    model = tiny_model()
+    adapted = get_peft_model(model, moe_lora_config(model, r=2))
+    with pytest.raises(UserError, match="merge the adapter first"):
+        freeze_experts(adapted, FROZEN)

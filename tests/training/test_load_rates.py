@@ -94,3 +94,19 @@ def test_a_step_without_a_training_pass_and_switch_head_are_refused():
     with pytest.raises(UserError, match="routed_attention='switch_head'"):
         scale_by_load(model, torch.optim.SGD(model.parameters()))
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_second_handle_on_an_optimizer_is_refused():
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters())
+    handle = scale_by_load(model, optimizer)
+    with pytest.raises(UserError, match="trains experts by their load already: call remove"):
+        scale_by_load(model, optimizer)
+    handle.remove()
+    handle.remove()
+    second = scale_by_load(model, optimizer)
+    handle.remove()  # which does not open the way for a third handle
+    with pytest.raises(UserError, match="trains experts by their load already"):
+        scale_by_load(model, optimizer)
+    second.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())

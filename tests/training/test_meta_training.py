@@ -57,6 +57,26 @@ def test_a_step_is_that_of_first_order_maml(tmp_path):
         assert (name in total) == (not torch.equal(parameter, before[name]))
 
 
+def test_the_inner_passes_have_the_mixed_precision_of_the_outer_one(tmp_path):
+    torch.manual_seed(0)
+    model = MoEForCausalLM(tiny_config())
+    twin = copy.deepcopy(model).eval()
+    data = without_support_labels(Dataset.from_dict({"input_ids": ROWS.tolist(), "labels": ROWS.tolist()}), 5)
+    args = training_arguments(tmp_path, per_device_train_batch_size=1, bf16=True)
+    trainer = FinetuneTrainer(model=model, args=args, train_dataset=data, data_collator=default_data_collator)
+    trainer.meta, passes, logits = META, [], []
+    # accelerate wraps the model's forward pass, around that of the decoder
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append((kwargs["input_ids"], torch.is_autocast_enabled("cpu"))),
+        with_kwargs=True,
+    )
+    model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output.detach().clone()))
+    trainer.train()
+    assert [(ids.shape[1], autocast) for ids, autocast in passes] == [(5, True), (5, True), (9, True)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(twin(passes[0][0]).logits, logits[0])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Returns a folder with a tiny model, a tokenizer and a text."""

@@ -109,6 +109,27 @@ def test_the_iteration_against_float64():
     assert (reshaped - expected).abs().max() > 0.2
 
 
+def test_the_momentum_of_weights_in_16_bits_is_the_average_of_the_gradients():
+    """`torch.optim.Muon(nesterov=False)` divides a momentum in bfloat16 by its norm, in place."""
+    model = tiny("mixtral").bfloat16()
+    optimizer = moe_muon(model, 0.02, momentum=0.5)
+    weights = [weight for group in optimizer.param_groups if group["layout"] for weight in group["params"]]
+    averages = [torch.zeros_like(weight) for weight in weights]
+    for seed in range(2):
+        loss(model, seed).backward()
+        gradients = [weight.grad.clone() for weight in weights]
+        optimizer.step()
+        for weight, average, gradient in zip(weights, averages, gradients, strict=True):
+            average.lerp_(gradient, 0.5)
+            assert torch.equal(optimizer.state[weight]["momentum_buffer"], average)
+            assert torch.equal(weight.grad, gradient)
+        optimizer.zero_grad()
+    stack = torch.randn(3, 4, 6).bfloat16()
+    kept = stack.clone()
+    orthogonalise(stack)
+    assert torch.equal(stack, kept)
+
+
 def test_what_is_no_matrix_is_trained_by_adamw_and_equals_torchs():
     model = tiny("qwen2_moe")
     twin = copy.deepcopy(model)

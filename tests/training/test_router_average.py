@@ -69,6 +69,15 @@ def test_evaluations_use_the_average_and_the_training_does_not_change(build, tmp
     assert torch.equal(follow.gate, plain.model.layers[0].mlp.gate.weight)
 
 
+def test_a_later_decay_replaces_an_earlier_one(tmp_path):
+    follow = Follow(0.7)
+    trainer = make(tiny("mixtral"), tmp_path, 0.2, follow)
+    trainer.average_routers(0.7)
+    trainer.train()
+    average = trainer.router_average.state_dict()["model.layers.0.mlp.gate.weight"]
+    torch.testing.assert_close(average.double(), follow.average, rtol=0, atol=1e-6)
+
+
 def test_a_router_in_16_bits_is_averaged_in_float32():
     """A step of 1 - 0.999 would be lost in bfloat16."""
     model = tiny("mixtral").bfloat16()

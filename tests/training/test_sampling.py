@@ -7,7 +7,9 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
+from modeling_moe.monitoring import RoutingCallback
 from modeling_moe.training import SampleCallback
+from modeling_moe.training.sampling import aside
 from modeling_moe.utils.errors import UserError
 from tests.builders import tiny_model, training_arguments
 from tests.training.families import tiny
@@ -34,14 +36,14 @@ MODELS = {
 }
 
 
-def train(model, tokenizer, folder, callback=None, **fields) -> tuple[Trainer, Tracker]:
+def train(model, tokenizer, folder, *callbacks, **fields) -> tuple[Trainer, Tracker]:
     ids = torch.randint(4, 290, (24, 12), generator=torch.Generator().manual_seed(0))
     options = {"max_steps": 6, "optim": "adamw_torch", "learning_rate": 0.05, "per_device_train_batch_size": 2}
     args = training_arguments(folder, gradient_accumulation_steps=2, **(options | fields))
     data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
     tracker = Tracker()
     trainer = Trainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[tracker])
-    if callback is not None:
+    for callback in callbacks:
         callback.add_to(trainer)
     trainer.train()
     return trainer, tracker
@@ -83,6 +85,58 @@ def test_equal_seeds_write_equal_texts_and_modes_are_put_back(tokenizer):
     assert model.training
     assert not model.model.layers[0].training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("samples_first", [True, False])
+def test_samples_and_routing_in_one_step_leave_each_log_as_it_is_alone(samples_first, tokenizer, tmp_path):
+    """`Trainer.log` takes the log of a step for done, of which the loss and the routing are still to come."""
+
+    def logged(*callbacks, logging_steps=3):
+        trainer, _ = train(MODELS["mixtral"](), tokenizer, tmp_path, *callbacks, logging_steps=logging_steps)
+        kept = [{k: v for k, v in entry.items() if "train_" not in k} for entry in trainer.state.log_history]
+        return [entry for entry in kept if not any(k.startswith("sample/") for k in entry) and len(entry) > 2]
+
+    def samples():
+        return [SampleCallback([text], every=every, max_new_tokens=2) for text, every in (("a", 1), ("Weg", 2))]
+
+    def both(**options):
+        return [*samples(), RoutingCallback(**options)] if samples_first else [RoutingCallback(**options), *samples()]
+
+    alone = logged(RoutingCallback(every=2))
+    assert [entry["step"] for entry in alone if "routing/max_violation" in entry] == [2, 4, 6]
+    assert [entry["step"] for entry in alone if "loss" in entry] == [2, 3, 4, 6]
+    assert logged(*both(every=2)) == alone
+    assert logged(*both()) == logged(RoutingCallback())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_only_the_device_that_is_put_back_is_seeded(device, monkeypatch):
+    """A machine with two GPUs, each of which counts as its state what it was seeded with."""
+    states, current = {0: 10, 1: 11}, [0]
+
+    class Entered:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *exc_info):
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.accelerator, "device_index", Entered)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: states.update(dict.fromkeys(states, seed)))
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: states.update({current[0]: seed}))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device.index])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device.index: state}))
+    model, before = torch.nn.Linear(1, 1), torch.get_rng_state()
+    with aside(model, torch.device(device), 7):
+        first = torch.rand(3)
+        assert states == {0: 10, 1: 11 if device == "cpu" else 7}
+    assert states == {0: 10, 1: 11}
+    assert torch.equal(torch.get_rng_state(), before)
+    with aside(model, torch.device(device), 7):
+        assert torch.equal(torch.rand(3), first)
 
 
 def test_mistakes(tokenizer, tmp_path):
