@@ -53,16 +53,22 @@ class Reading(NamedTuple):
 
 
 def places(layers: Sequence[Any]) -> dict[str, int | str]:
-    """Returns what to call sparse layers: the number of the decoder layer, or the qualified name if a decoder layer has several.
+    """Returns what to call sparse layers: the number of the decoder layer, and the part of it if a decoder layer has several.
 
     Args:
         layers: have `layer` and `name`, as [`SparseLayer`].
 
     Returns:
-        Qualified name of a layer's experts -> number or name.
+        Qualified name of a layer's experts -> number, or number and name of the module around the experts ("2 self_attn"), or
+        the qualified name where these do not tell layers apart.
     """
-    shared = Counter(layer.layer for layer in layers)
-    return {layer.name: layer.layer if shared[layer.layer] == 1 else layer.name for layer in layers}
+    numbers = Counter(layer.layer for layer in layers)
+    parts = {layer.name: f"{layer.layer} {layer.name.rpartition('.')[0].rpartition('.')[2]}" for layer in layers}
+    unique = Counter(parts.values())
+    return {
+        name: layer.layer if numbers[layer.layer] == 1 else parts[name] if unique[parts[name]] == 1 else name
+        for name, layer in ((layer.name, layer) for layer in layers)
+    }
 
 
 def listed(values: Iterable[int | str], singular: str, most: int = 8) -> str:

@@ -51,6 +51,7 @@ def _layer(random: np.random.Generator, layer: int, experts: int, domains: int, 
         **_summary(random, experts),
         layer=layer,
         name=f"model.layers.{layer}.mlp.experts",
+        label=str(layer),
         num_experts=experts,
         top_k=top_k,
         by_domain=[LayerSummary(**_summary(random, experts)) for _ in range(domains)],
@@ -133,6 +134,9 @@ def synthetic_report(
     changes = None
     if compare:
         random = np.random.default_rng(seed)
-        moved = [LayerChange(layer, random.uniform(0, 1, domains), float(random.random())) for layer in range(layers)]
+        moved = [
+            LayerChange(layer, str(layer), random.uniform(0, 1, domains), float(random.random()))
+            for layer in range(layers)
+        ]
         changes = ModelChanges(moved, "Both models read the same tokens.")
     return RoutingReport(models, changes, synthetic_history(layers, 20, seed) if history else None)

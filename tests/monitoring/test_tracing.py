@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import datasets
@@ -22,6 +23,7 @@ from modeling_moe.data import pack
 from modeling_moe.monitoring import UnreachableRouting, sparse_layers, watch
 from modeling_moe.monitoring.report import TraceOptions, compare_traces, trace_routing
 from modeling_moe.monitoring.report.comparing import load_shift
+from modeling_moe.monitoring.report.page.words import worst_layer
 from modeling_moe.monitoring.report.specialisation import significant_cells
 from modeling_moe.monitoring.report.text_places import Texts
 from modeling_moe.monitoring.report.token_texts import token_label, token_texts
@@ -299,6 +301,15 @@ def test_a_token_that_a_layer_skips_has_empty_assignments(domains, tokenizer):
 def of_domains(trace, layer):
     """Returns the name and the figures of a layer for each domain."""
     return zip(trace.domains, layer.by_domain, strict=True)
+
+
+def test_attention_and_network_of_one_layer_have_names_of_their_own(domains, tokenizer):
+    routed = {"routed_attention": "moa", "attention_experts": 4, "attention_experts_per_tok": 2}
+    trace = trace_routing(tiny_model(**routed).eval(), tokenizer, domains, "tiny").trace
+    assert [layer.label for layer in trace.layers] == ["0 self_attn", "0 mlp", "1", "2 self_attn", "2 mlp"]
+    assert [layer.num_experts for layer in trace.layers] == [4, 5, 4, 4, 5]
+    assert trace.facts["Router"] == "moa in attention; topk"
+    assert "layer 2 self_attn" in worst_layer(replace(trace, layers=trace.layers[3:4]))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

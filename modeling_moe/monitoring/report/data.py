@@ -61,6 +61,8 @@ class LayerTrace(LayerSummary):
     Attributes:
         layer: index of the decoder layer.
         name: qualified name of the experts module.
+        label: what tables and pictures call the layer: the index, and the part of the decoder layer if others of its parts
+            have experts too ([`~modeling_moe.monitoring.warnings.places`]).
         num_experts: E.
         top_k: K, the number of assignments that the experts get for each token, empty ones included.
         by_domain: D summaries, one for each domain.
@@ -76,6 +78,7 @@ class LayerTrace(LayerSummary):
 
     layer: int
     name: str
+    label: str
     num_experts: int
     top_k: int
     by_domain: list[LayerSummary]
@@ -140,11 +143,13 @@ class LayerChange:
 
     Attributes:
         layer: index of the decoder layer in the first model.
+        label: what tables and pictures call the layer of the first model.
         load_shift: (D,) float64, total variation distance of the experts' shares of each domain, from 0 to 1.
         changed_tokens: share of the tokens whose set of experts changed; None where it cannot be told.
     """
 
     layer: int
+    label: str
     load_shift: np.ndarray
     changed_tokens: float | None
 

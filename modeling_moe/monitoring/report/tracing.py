@@ -15,10 +15,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...attention_experts import attends
 from ..active_parameters import idle_parameters
 from ..layers import SparseLayer, UnreachableRouting, sparse_layers
 from ..observing import LayerPass, observe
 from ..probabilities import ScoringEvidence, explanation, probabilities
+from ..warnings import places
 from .data import LayerTrace, ModelTrace, TracedText
 from .specialisation import LEVEL, is_too_little, significant_cells, specialisation
 from .text_places import Batch, Texts, batches
@@ -297,12 +299,13 @@ def _layer_traces(
     texts, sums = tracer.texts, list(tracer.sums.values())
     finder = TopTokens(tokenizer, texts.blocks, texts.tokens, texts.occurrences)
     significant = _significant(texts, sums, options.seed)
-    traces = []
+    traces, called = [], places(layers)
     for layer, total, cells in zip(layers, sums, significant, strict=True):
         trace = LayerTrace(
             **vars(total.summary()),
             layer=layer.layer,
             name=layer.name,
+            label=str(called[layer.name]),
             num_experts=layer.num_experts,
             top_k=total.top_k,
             by_domain=[total.summary(domain) for domain in range(total.domains)],
@@ -347,6 +350,8 @@ def _traced_texts(tracer: _Tracer, domains: list[str], tokenizer: PreTrainedToke
 
 
 def _router_name(model: PreTrainedModel, layer: SparseLayer) -> str:
+    if attends(layer.experts):
+        return f"{model.config.routed_attention} in attention"
     named = getattr(model.config, "router_type", None)
     return str(named) if named else "unknown" if layer.router is None else type(layer.router).__name__
 
@@ -372,7 +377,7 @@ def _facts(
         "Parameters": f"{total:,}, of which a token uses at most {total - round(idle):,}",
         "Sparse layers": str(len(layers)),
         "Experts per layer": "; ".join(f"{count}, of which a token uses at most {top_k}" for count, top_k in experts),
-        "Router": _router_name(model, layers[0]),
+        "Router": "; ".join(dict.fromkeys(_router_name(model, layer) for layer in layers)),
         "Data type": str(model.dtype).removeprefix("torch."),
         "Text": f"blocks of at most {texts.edges[-1]} tokens",
         "Test of specialisation": _test_fact(
