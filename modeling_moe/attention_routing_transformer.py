@@ -64,6 +64,7 @@ class ClusterRouter(Router):
     """
 
     reads = frozenset()
+    differentiable = False
     default_controller = "centroids"
 
     def __init__(self, config, layer_idx: int = 0):
