@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, conversion_mapping
 
+from ..attention_experts import attends
 from ..utils.errors import UserError
 from .enabling import enable
 from .holding import shown_whole
@@ -73,7 +74,8 @@ def moe_lora_config(
         attention: update the linear layers of the attention; or the names of linear layers anywhere in the model.
         shared: update the linear layers of the shared experts.
         rank_per: `"expert"` gives each expert's update the rank `r`. `"token"` divides `r` among the experts of a
-            token: each update has the rank `r // num_experts_per_tok`, and the scaling stays the same.
+            token: each update has the rank `r // num_experts_per_tok`, for experts of attention
+            `r // attention_experts_per_tok`, and the scaling stays the same. The two numbers must be equal.
         lora_alpha: updates are scaled by `lora_alpha / r`. The default is twice `r`.
         lora_dropout: dropout on the input of each update; on experts only where this package computes them.
         use_rslora: scale updates by `lora_alpha / sqrt(r)` instead (arXiv:2312.03732).
@@ -195,10 +197,21 @@ def _expert_parameters(model: nn.Module) -> list[str]:
 
 
 def _routers(model: nn.Module) -> list[str]:
+    """Returns the names, block and router, of the routers beside experts, and of all routers of this package.
+
+    A router of this package may stand where no experts with matrices are, and its buffers may move in training.
+    """
     blocks = {block for block, *_ in _experts_of(model)}
-    names = [name for name, _ in model.named_modules()]
-    targets = (f"{block}.{router}" for block in sorted(blocks) for router in ROUTERS)
-    return [target for target in targets if any(name.endswith(f".{target}") for name in names)]
+    targets = {f"{block}.{router}" for block in blocks for router in ROUTERS}
+    paths = [(name.split("."), module) for name, module in model.named_modules()]
+    return sorted(
+        {".".join(path[-2:]) for path, module in paths if _is_own_router(module) or ".".join(path[-2:]) in targets}
+    )
+
+
+def _is_own_router(module: nn.Module) -> bool:
+    """Returns True for a router of this package, also of the code that a checkpoint contains."""
+    return callable(getattr(module, "auxiliary_loss", None))
 
 
 def _linear_layers(model: nn.Module, parents: Sequence[str]) -> list[str]:
@@ -244,12 +257,24 @@ def _check_split(model: PreTrainedModel, modules: list[str]) -> None:
         )
 
 
+def _choices(model: PreTrainedModel, experts: Experts) -> int:
+    """Returns the number of a module's experts that a token uses."""
+    field = "attention_experts_per_tok" if attends(experts) else "num_experts_per_tok"
+    return getattr(model.config, field)
+
+
 def _expert_rank(model: PreTrainedModel, r: int, rank_per: str) -> int:
     if rank_per not in RANKS:
         raise UserError(f"rank_per is {rank_per!r}: choose {' or '.join(RANKS)}")
     if rank_per == "expert":
         return r
-    top_k = model.config.num_experts_per_tok
+    counts = {_choices(model, module) for *_, module in _experts_of(model)}
+    if len(counts) > 1:
+        raise UserError(
+            f"rank_per is 'token', but a token uses {' or '.join(map(str, sorted(counts)))} experts, in networks or in attention: "
+            "choose 'expert', which gives all updates one rank"
+        )
+    top_k = counts.pop()
     if r < top_k:
         raise UserError(f"r is {r}, less than the {top_k} experts of a token: raise it, or choose rank_per='expert'")
     return r // top_k

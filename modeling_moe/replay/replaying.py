@@ -181,7 +181,8 @@ class RoutingReplay:
                 )
             if bool((recorded & (wanted != index)).any()):
                 raise ValueError(
-                    f"the experts of {layer.name} cannot be replayed: its router does not choose by the scores of its experts."
+                    f"the experts of {layer.name} cannot be replayed, because its router does not choose by the scores of its "
+                    "experts: choose another router_type or routed_attention, or train without replay."
                 )
             self._checked.add(layer.name)
         if selection.live is not None and not in_backward():
