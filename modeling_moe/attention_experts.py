@@ -115,6 +115,11 @@ class AttentionExperts(StackedExperts):
         self.up_proj = nn.Parameter(torch.empty(num_experts, width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, config.hidden_size, width))
 
+    @property
+    def matrices_per_tok(self) -> int:
+        """The number of the E matrices of each parameter that a token uses."""
+        return self.config.attention_experts_per_tok
+
     def forward(
         self,
         hidden_states: torch.Tensor,

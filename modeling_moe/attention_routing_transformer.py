@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
@@ -186,9 +187,12 @@ class RoutingTransformerAttention(RoutedAttention, LinearProjections):
         Raises:
             ValueError: for an attention implementation that takes no mask for each head, or a static cache.
         """
-        if self.config._attn_implementation not in ("eager", "sdpa"):
+        implementation = self.config._attn_implementation
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager)
+        # by the function: another package may register it under a name of its own
+        if function not in (self.eager, ALL_ATTENTION_FUNCTIONS["sdpa"]):
             raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} takes no mask for each head, which "
+                f"attn_implementation={implementation!r} takes no mask for each head, which "
                 "routed_attention='routing_transformer' needs: use 'sdpa' or 'eager'."
             )
         cache = one_cache(self, cache, past_key_values)

@@ -103,6 +103,11 @@ class SwitchHeadRouter(TopKRouter):
 class SwitchHeadExperts(AttentionExperts):
     """The experts of n heads, E for each head: `up_proj` (n * E, D, H) makes values, `down_proj` (n * E, H, D) outputs."""
 
+    @property
+    def matrices_per_tok(self) -> int:
+        """The number of the n * E matrices of each parameter that a token uses: K for each head."""
+        return self.config.num_attention_heads * self.config.attention_experts_per_tok
+
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..planning import Collective, Device, Headers, InferencePlan, Memory, ModelPlan, PassTime, Sizes
+from ..planning import Collective, Device, Headers, InferencePlan, Memory, ModelPlan, PassTime
 from ..utils.sizes import size_text
 
 
@@ -59,14 +59,12 @@ def _sizes_table(plan: ModelPlan, headers: Headers | None) -> Table:
     if sizes.num_experts:
         per_token = "unknown" if sizes.top_k is None else str(sizes.top_k)
         table.add_row("experts, per token, layers", f"{sizes.num_experts}, {per_token}, {sizes.sparse_layers}", "")
-        table.add_row("all, experts in 4 bits", "", size_text(_in_4_bits(sizes)))
+    if sizes.experts_in_4_bits:
+        in_4_bits = sizes.weight_bytes - sizes.expert_bytes + sizes.experts_in_4_bits
+        table.add_row("all, experts in 4 bits", "", size_text(in_4_bits))
     if headers is not None:
         table.add_row("on disk", f"{headers.params:,}", size_text(headers.nbytes))
     return table
-
-
-def _in_4_bits(sizes: Sizes) -> int:
-    return sizes.weight_bytes - sizes.groups["routed experts"].nbytes + sizes.experts_in_4_bits
 
 
 def _device_table(device: Device) -> Table:

@@ -190,12 +190,12 @@ class LayerLoad:
     entropy: float
     dead_experts: list[int]
 
-    def row(self) -> list[str]:
-        """Returns the cells of `COLUMNS`."""
+    def row(self, title: str) -> list[str]:
+        """Returns the cells of `COLUMNS`, of which the first is the title of the layer."""
         dead = f"{len(self.dead_experts)} of {len(self.tokens)}"
         busiest = max(range(len(self.tokens)), key=self.tokens.__getitem__)
         return [
-            str(self.layer),
+            title,
             f"{self.max_violation:.3f}",
             f"{self.entropy:.3f}",
             f"{math.exp(self.entropy):.1f} of {len(self.tokens)}",
@@ -268,7 +268,7 @@ def _layer_json(layer: LayerTrace, domain: int) -> dict[str, Any]:
         "specialisation": layer.specialisation[domain].tolist(),
         "significant": layer.significant[domain].tolist(),
     }
-    return asdict(layer_load(layer.layer, layer.load[domain])) | figures | preference
+    return asdict(layer_load(layer.layer, layer.load[domain])) | {"name": layer.name} | figures | preference
 
 
 def _model_json(model: ModelTrace) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def print_tables(result: RoutingReport) -> None:
         for number, domain in enumerate(model.domains):
             table = Table(*COLUMNS, title=_printable(f"{model.name}, {domain}"))
             for layer in model.layers:
-                table.add_row(*layer_load(layer.layer, layer.load[number]).row())
+                table.add_row(*layer_load(layer.layer, layer.load[number]).row(layer.title))
             console.print(table)
     if result.changes is None:
         return
@@ -309,7 +309,7 @@ def print_tables(result: RoutingReport) -> None:
     )
     for change in result.changes.layers:
         changed = "unknown" if change.changed_tokens is None else f"{change.changed_tokens:.1%}"
-        table.add_row(str(change.layer), *(f"{shift:.1%}" for shift in change.load_shift), changed)
+        table.add_row(change.title, *(f"{shift:.1%}" for shift in change.load_shift), changed)
     if result.changes.layers:
         console.print(table)
     console.print(result.changes.note, highlight=False)

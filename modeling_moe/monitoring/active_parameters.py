@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..attention_experts import attends
 from .layers import count_experts, experts_modules
 
 
@@ -18,16 +17,8 @@ from .layers import count_experts, experts_modules
 TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 
 
-def experts_per_token(config: PreTrainedConfig, experts: nn.Module | None = None) -> int | None:
-    """Returns the number K of experts that a token is sent to; None if no field says so, or layers differ.
-
-    Args:
-        config: the model's configuration.
-        experts: the experts in question, which inside attention have a number of their own; None for those of networks.
-    """
-    if experts is not None and attends(experts):
-        own: Any = experts.config
-        return own.num_experts_per_tok
+def experts_per_token(config: PreTrainedConfig) -> int | None:
+    """Returns the number K of experts of a network that a token is sent to; None if no field says so, or layers differ."""
     text: Any = config.get_text_config()
     found = next((value for name in TOP_K_NAMES if (value := getattr(text, name, None)) is not None), None)
     if isinstance(found, list) and len(set(map(str, found))) == 1:
@@ -36,9 +27,15 @@ def experts_per_token(config: PreTrainedConfig, experts: nn.Module | None = None
 
 
 def idle_parameters(experts: nn.Module, top_k: int) -> float:
-    """Returns the number of parameters of a sparse layer's E experts that a token sent to `top_k` of them does not use."""
+    """Returns the number of parameters of a layer's experts that a token does not use.
+
+    Args:
+        experts: the E experts of a network, or of attention, which know themselves how many of their matrices a token uses.
+        top_k: number of experts of a network that a token is sent to.
+    """
     size = sum(parameter.numel() for parameter in experts.parameters(recurse=False))
-    return size * max(0.0, 1 - top_k / count_experts(experts))
+    used = getattr(experts, "matrices_per_tok", top_k)
+    return size * max(0.0, 1 - used / count_experts(experts))
 
 
 def active_parameters(config: Any, experts: Sequence[nn.Module], total: int) -> int | None:
@@ -76,7 +73,8 @@ def active_share(model: Any) -> float:
     Returns:
         A number in (0, 1]; 1.0 for a dense model, and for a configuration that does not name K.
     """
-    if experts_per_token(model.config) is None:
+    top_k = experts_per_token(model.config)
+    if top_k is None:
         return 1.0
-    idle = sum(idle_parameters(x, experts_per_token(model.config, x) or 0) for x in experts_modules(model))
+    idle = sum(idle_parameters(module, top_k) for module in experts_modules(model))
     return 1 - idle / max(1, model.num_parameters(exclude_embeddings=True))

@@ -50,7 +50,7 @@ class Reading(NamedTuple):
     model_gradient: float = 0.0
 
 
-def listed(values: Iterable[int], singular: str, most: int = 8) -> str:
+def listed(values: Iterable[int | str], singular: str, most: int = 8) -> str:
     """Returns "layer 3" or "layers 1, 2, 3", cut after `most` values."""
     values = list(values)
     text = ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -24,7 +24,9 @@ from ..monitoring import (
 from .simulation import SimulatedModel
 
 
-GROUPS = ("routed experts", "routers", "embeddings and head", "attention and others", "adapter")
+# groups of the experts' matrices; expert parallelism divides the first one alone
+EXPERTS = ("routed experts", "attention experts")
+GROUPS = (*EXPERTS, "routers", "embeddings and head", "attention and others", "adapter")
 # bits per number of NF4 with compressed statistics (arXiv:2305.14314): 4, 8 per 64 numbers, 32 per 256 of these scales
 BITS_OF_NF4 = 4 + 8 / 64 + 32 / (64 * 256)
 
@@ -60,11 +62,12 @@ class Sizes:
         buffers: bytes of the buffers.
         largest_layer: bytes of the largest decoder layer, which FSDP gathers.
         expert_layer: bytes of the routed experts of the largest sparse layer.
-        num_experts: number E of experts of a sparse layer; 0 for a dense model.
-        top_k: number K of experts per token; None if unknown or dense.
-        sparse_layers: number of layers with routed experts.
+        num_experts: number E of routed experts of a sparse layer; 0 without sparse layers.
+        top_k: number K of routed experts per token; None if unknown or without sparse layers.
+        sparse_layers: number of layers with routed experts; experts of attention are not counted among them.
         layers: number of decoder layers.
         hidden_size: width of the tokens.
+        attention_layer: bytes of the experts of the largest layer of attention.
     """
 
     groups: dict[str, Tensors]
@@ -77,6 +80,7 @@ class Sizes:
     sparse_layers: int
     layers: int
     hidden_size: int
+    attention_layer: int = 0
 
     @property
     def total(self) -> int:
@@ -84,10 +88,15 @@ class Sizes:
         return sum(group.params for name, group in self.groups.items() if name != "adapter")
 
     @property
+    def expert_bytes(self) -> int:
+        """Bytes of the experts of networks and of attention."""
+        return sum(group.nbytes for name, group in self.groups.items() if name in EXPERTS)
+
+    @property
     def experts_in_4_bits(self) -> int:
-        """Bytes of the routed experts in NF4."""
-        group = self.groups.get("routed experts", Tensors())
-        return round(group.params * BITS_OF_NF4 / 8)
+        """Bytes of the experts of networks and of attention in NF4."""
+        params = sum(group.params for name, group in self.groups.items() if name in EXPERTS)
+        return round(params * BITS_OF_NF4 / 8)
 
     @property
     def weight_bytes(self) -> int:
@@ -119,13 +128,14 @@ def sizes_of(simulated: SimulatedModel) -> Sizes:
     groups = dict.fromkeys(GROUPS, Tensors())
     for name, parameter in model.named_parameters():
         kind = kinds.get(id(parameter), "adapter" if _is_adapter(name) else "attention and others")
-        in_4_bits = simulated.method == "qlora" and kind == "routed experts" and parameter.dim() == 3
+        in_4_bits = simulated.method == "qlora" and kind in EXPERTS and parameter.dim() == 3
         nbytes = (
             round(parameter.numel() * BITS_OF_NF4 / 8) if in_4_bits else parameter.numel() * parameter.element_size()
         )
         groups[kind] = _plus(groups[kind], parameter, nbytes, any(pattern.search(name) for pattern in sharded))
     groups = {name: group for name, group in groups.items() if group.params}
     layers, routed = _decoder_layers(inner), _routed(model)
+    networks, attention = ([x for x in experts if attends(x) == inside] for inside in (False, True))
     return Sizes(
         groups=groups,
         active=active_parameters(
@@ -133,12 +143,13 @@ def sizes_of(simulated: SimulatedModel) -> Sizes:
         ),
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         largest_layer=max((_nbytes(layer) for layer in layers), default=0),
-        expert_layer=max((_nbytes(module) for module in experts), default=0),
+        expert_layer=max(map(_nbytes, networks), default=0),
         num_experts=routed[0].num_experts if routed else 0,
-        top_k=experts_per_token(config, routed[0].experts) if routed else None,
+        top_k=experts_per_token(config) if routed else None,
         sparse_layers=len(routed),
         layers=len(layers),
         hidden_size=next(inner.get_input_embeddings().parameters()).shape[-1],
+        attention_layer=max(map(_nbytes, attention), default=0),
     )
 
 
@@ -171,17 +182,17 @@ def _kinds(model: nn.Module, inner: PreTrainedModel, experts: list[nn.Module]) -
         for name, parameter in router.named_parameters():
             kinds[id(parameter)] = "adapter" if _is_adapter(f".{name}") else "routers"
     for module in experts:
-        kinds |= {id(parameter): "routed experts" for parameter in module.parameters(recurse=False)}
+        kind = EXPERTS[attends(module)]
+        kinds |= {id(parameter): kind for parameter in module.parameters(recurse=False)}
     return kinds
 
 
 def _routed(model: nn.Module) -> list[SparseLayer]:
-    """Returns the layers with routed experts; those inside attention only in a model without others."""
+    """Returns the layers with routed experts; experts of attention are none."""
     try:
-        layers = sparse_layers(model)
+        return [layer for layer in sparse_layers(model) if not attends(layer.experts)]
     except UnreachableRouting:
         return []
-    return [layer for layer in layers if not attends(layer.experts)] or layers
 
 
 def _decoder_layers(inner: PreTrainedModel) -> list[nn.Module]:

@@ -73,7 +73,7 @@ def test_the_load_of_a_layer_by_hand():
     layer = report.layer_load(7, np.array([4, 0, 2, 2]))
     assert (layer.layer, layer.tokens, layer.max_violation, layer.dead_experts) == (7, [4, 0, 2, 2], 1.0, [1])
     assert layer.entropy == pytest.approx(1.5 * math.log(2))
-    assert layer.row() == ["7", "1.000", "1.040", "2.8 of 4", "1 of 4", "0"]
+    assert layer.row("7 (attention)") == ["7 (attention)", "1.000", "1.040", "2.8 of 4", "1 of 4", "0"]
     even = report.layer_load(0, np.array([3, 3, 3]))
     assert (even.max_violation, even.dead_experts) == (0.0, [])
     assert even.entropy == pytest.approx(math.log(3))

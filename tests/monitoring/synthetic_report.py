@@ -133,6 +133,9 @@ def synthetic_report(
     changes = None
     if compare:
         random = np.random.default_rng(seed)
-        moved = [LayerChange(layer, random.uniform(0, 1, domains), float(random.random())) for layer in range(layers)]
+        moved = [
+            LayerChange(layer, str(layer), random.uniform(0, 1, domains), float(random.random()))
+            for layer in range(layers)
+        ]
         changes = ModelChanges(moved, "Both models read the same tokens.")
     return RoutingReport(models, changes, synthetic_history(layers, 20, seed) if history else None)

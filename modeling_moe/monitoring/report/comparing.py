@@ -48,12 +48,12 @@ def compare_traces(first: Traced, second: Traced) -> ModelChanges:
         changed = None
         if same and first.sets and second.sets:
             changed = float((first.sets[place] != second.sets[place]).mean())
-        changes.append(LayerChange(one.layer, load_shift(one.load, other.load), changed))
+        changes.append(LayerChange(one.layer, one.title, load_shift(one.load, other.load), changed))
     return ModelChanges(changes, _note(layers, others, same))
 
 
 def _note(layers: list[LayerTrace], others: list[LayerTrace], same: bool) -> str:
-    left_out = [one.layer for one, other in zip(layers, others, strict=True) if not _comparable(one, other)]
+    left_out = [one.title for one, other in zip(layers, others, strict=True) if not _comparable(one, other)]
     if len(left_out) == len(layers):
         return "The models differ in the number of experts of each layer, so no expert of one is compared with the other's."
     sentences = [

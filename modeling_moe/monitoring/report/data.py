@@ -72,6 +72,7 @@ class LayerTrace(LayerSummary):
         significant: (D, E) bool, whether the expert's share of the domain differs from that of the other domains, after a
             correction for the number of cells of all layers.
         top_tokens: E lists, best first.
+        attends: whether the experts stand inside attention.
     """
 
     layer: int
@@ -85,6 +86,12 @@ class LayerTrace(LayerSummary):
     specialisation: np.ndarray
     significant: np.ndarray
     top_tokens: list[list[TopToken]]
+    attends: bool = False
+
+    @property
+    def title(self) -> str:
+        """The layer's index, and for experts inside attention the word for their place."""
+        return f"{self.layer} (attention)" if self.attends else str(self.layer)
 
 
 @dataclass(frozen=True)
@@ -140,11 +147,13 @@ class LayerChange:
 
     Attributes:
         layer: index of the decoder layer in the first model.
+        title: title of the layer in the first model ([`LayerTrace.title`]).
         load_shift: (D,) float64, total variation distance of the experts' shares of each domain, from 0 to 1.
         changed_tokens: share of the tokens whose set of experts changed; None where it cannot be told.
     """
 
     layer: int
+    title: str
     load_shift: np.ndarray
     changed_tokens: float | None
 

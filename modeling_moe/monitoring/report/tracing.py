@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...attention_experts import attends
 from ..active_parameters import idle_parameters
 from ..layers import SparseLayer, UnreachableRouting, refuse_skipped_tokens, sparse_layers
 from ..observing import LayerPass, observe
@@ -310,6 +311,7 @@ def _layer_traces(
             specialisation=specialisation(total.load),
             significant=cells,
             top_tokens=finder.of_experts(total.taken, total.seen_at, options.top_tokens),
+            attends=attends(layer.experts),
         )
         traces.append(trace)
     return traces
@@ -359,6 +361,12 @@ def _test_fact(units: list[int]) -> str:
     return f"{shown}; too little text to find anything" if is_too_little(units) else shown
 
 
+def _places(layers: Sequence[SparseLayer]) -> str:
+    """Returns how many layers have experts, and how many of these have them inside attention."""
+    inside = sum(attends(layer.experts) for layer in layers)
+    return f"{len(layers)}, of which {inside} inside attention" if inside else str(len(layers))
+
+
 def _facts(
     model: PreTrainedModel, layers: Sequence[SparseLayer], traces: Sequence[LayerTrace], texts: Texts
 ) -> dict[str, str]:
@@ -368,7 +376,7 @@ def _facts(
     return {
         "Architecture": type(model).__name__,
         "Parameters": f"{total:,}, of which a token uses at most {total - round(idle):,}",
-        "Sparse layers": str(len(layers)),
+        "Sparse layers": _places(layers),
         "Experts per layer": "; ".join(f"{count}, of which a token uses at most {top_k}" for count, top_k in experts),
         "Router": _router_name(model, layers[0]),
         "Data type": str(model.dtype).removeprefix("torch."),

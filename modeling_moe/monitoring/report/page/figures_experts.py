@@ -75,7 +75,7 @@ def co_activation(model: ModelTrace, most: float, width: float = WIDTH) -> list[
         values = 100 * together(layer)
         image = heat_map(axes, values, AMOUNTS, norm)
         axes.set(aspect="equal", anchor="W", xticks=[], yticks=[])
-        axes.set_title(f"layer {layer.layer}", size=8.5)
+        axes.set_title(f"layer {layer.title}", size=8.5)
         names = expert_names(layer.num_experts)
         cells.append(Cells(axes, values, names, names, "% of the tokens use both"))
     for axes in panels[count:]:
@@ -87,7 +87,7 @@ def co_activation(model: ModelTrace, most: float, width: float = WIDTH) -> list[
 def _pairs(layer: LayerTrace, norm: Normalize) -> Drawing:
     values = 100 * together(layer)
     figure, axes, scale = with_side_scale(SQUARE + 0.7, SQUARE)
-    axes.set(title=f"Layer {layer.layer}: experts chosen together", xlabel="expert")
+    axes.set(title=f"Layer {layer.title}: experts chosen together", xlabel="expert")
     axes.set_ylabel("expert", rotation_mode="anchor")
     texts = None
     if layer.num_experts <= 10:
@@ -98,7 +98,7 @@ def _pairs(layer: LayerTrace, norm: Normalize) -> Drawing:
     ticks(axes, "y", names, 16)
     draw_side_scale(scale, image, "tokens that use both experts (%)")
     names = expert_names(layer.num_experts)
-    return Drawing(f"layer {layer.layer}", figure, [Cells(axes, values, names, names, "% of the tokens use both")])
+    return Drawing(f"layer {layer.title}", figure, [Cells(axes, values, names, names, "% of the tokens use both")])
 
 
 def shares(load: np.ndarray) -> np.ndarray:
@@ -155,11 +155,11 @@ def _positions_of(layer: LayerTrace, names: Sequence[str], limit: float, width: 
     ticks(axes, "x", names, 12)
     axes.set_xlabel("position of the token in the text")
     axes.set_ylabel("expert", rotation_mode="anchor")
-    axes.set_title(f"Layer {layer.layer}: log\u2082 of an expert's share at a position over its share everywhere")
+    axes.set_title(f"Layer {layer.title}: log\u2082 of an expert's share at a position over its share everywhere")
     draw_side_scale(scale, image, "log\u2082", extend="both")
     places = [f"position {text}" for text in names]
     cells = Cells(axes, values, expert_names(layer.num_experts), places, "log\u2082 of the ratio")
-    return Drawing(f"layer {layer.layer}", figure, [cells])
+    return Drawing(f"layer {layer.title}", figure, [cells])
 
 
 def most_on_a_path(models: Sequence[ModelTrace]) -> float:
@@ -239,12 +239,12 @@ def _nodes(axes: Axes, model: ModelTrace, gap: float) -> None:
 
 def _path_matrix(layer: LayerTrace, following: LayerTrace, counts: np.ndarray, most: float) -> Drawing:
     values = 100 * shares(counts)
-    label = f"layer {layer.layer} \u2192 {following.layer}"
+    label = f"layer {layer.title} \u2192 {following.title}"
     figure, axes, scale = with_side_scale(SQUARE + 0.7, SQUARE)
     axes.set(
-        title=f"Where the tokens of an expert of layer {layer.layer} go", xlabel=f"expert of layer {following.layer}"
+        title=f"Where the tokens of an expert of layer {layer.title} go", xlabel=f"expert of layer {following.title}"
     )
-    axes.set_ylabel(f"expert of layer {layer.layer}", rotation_mode="anchor")
+    axes.set_ylabel(f"expert of layer {layer.title}", rotation_mode="anchor")
     texts = (
         [["" if np.isnan(value) else f"{value:.0f}" for value in row] for row in values]
         if counts.size <= 100
@@ -254,6 +254,6 @@ def _path_matrix(layer: LayerTrace, following: LayerTrace, counts: np.ndarray, m
     ticks(axes, "x", list(map(str, range(counts.shape[1]))), 16)
     ticks(axes, "y", list(map(str, range(counts.shape[0]))), 16)
     draw_side_scale(scale, image, "share of the expert's tokens (%)")
-    rows = [f"expert {expert} of layer {layer.layer}" for expert in range(counts.shape[0])]
-    columns = [f"expert {expert} of layer {following.layer}" for expert in range(counts.shape[1])]
+    rows = [f"expert {expert} of layer {layer.title}" for expert in range(counts.shape[0])]
+    columns = [f"expert {expert} of layer {following.title}" for expert in range(counts.shape[1])]
     return Drawing(label, figure, [Cells(axes, values, rows, columns, "% of the expert's tokens")])

@@ -43,7 +43,7 @@ FRACTIONS = ["\u215b", "\u00bc", "\u00bd", "1", "2", "4", "8"]
 
 def layer_names(model: ModelTrace) -> list[str]:
     """Returns the index of each sparse layer as text."""
-    return [str(layer.layer) for layer in model.layers]
+    return [layer.title for layer in model.layers]
 
 
 def wide(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -203,7 +203,7 @@ def changes(model: ModelTrace, moved: ModelChanges, width: float = WIDTH) -> Dra
     texts = [[f"{value:.2f}" for value in row] for row in values] if values.size <= CELLS_WITH_TEXT else None
     image = heat_map(main, values, AMOUNTS, Normalize(0, max(0.1, values.max())), texts)
     draw_scale(scale, image, "share of the load that moved to other experts")
-    layers = [str(layer.layer) for layer in moved.layers]
+    layers = [layer.title for layer in moved.layers]
     ticks(main, "y", layers, 32)
     main.set_ylabel("layer", rotation_mode="anchor")
     shown = [name(domain, 16) for domain in model.domains]

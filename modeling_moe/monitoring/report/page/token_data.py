@@ -77,7 +77,7 @@ def top_data(layer: LayerTrace) -> list[list[list[Any]]]:
 def model_data(model: ModelTrace) -> dict[str, Any]:
     """Returns what the page's choices show of a model: layers (index in the model, number of experts), texts, and name."""
     return {
-        "layers": [[layer.layer, layer.num_experts] for layer in model.layers],
+        "layers": [[layer.title, layer.num_experts] for layer in model.layers],
         "texts": [f"{place}: {shorten(text.domain, 40)}" for place, text in enumerate(model.texts, start=1)],
         "name": shorten(model.name, 60),
     }

@@ -64,7 +64,7 @@ def worst_layer(model: ModelTrace) -> str:
     worst = max(model.layers, key=lambda layer: layer.max_violation)
     busiest = int(worst.load.sum(axis=0).argmax())
     return (
-        f"The least balanced layer is layer {worst.layer}, where expert {busiest} gets "
+        f"The least balanced layer is layer {worst.title}, where expert {busiest} gets "
         f"{worst.max_violation + 1:.3g} times the mean load (MaxVio {worst.max_violation:.3g})."
     )
 
@@ -96,7 +96,7 @@ def _range(values: Sequence[int]) -> str:
 
 
 def _named(layers: Sequence[LayerTrace]) -> str:
-    return listed([layer.layer for layer in layers], "layer")
+    return listed([layer.title for layer in layers], "layer")
 
 
 def _collapse(layers: Sequence[LayerTrace]) -> Finding:
@@ -108,7 +108,7 @@ def _collapse(layers: Sequence[LayerTrace]) -> Finding:
     worst = min(fallen, key=experts_in_use)
     return Finding(
         PROBLEM,
-        f"Collapse in {_named(fallen)}: layer {worst.layer} uses as few as {experts_in_use(worst):.2g} of "
+        f"Collapse in {_named(fallen)}: layer {worst.title} uses as few as {experts_in_use(worst):.2g} of "
         f"{worst.num_experts} experts; raise the balance loss or the step of the bias update.",
     )
 
@@ -142,7 +142,7 @@ def _drops(layers: Sequence[LayerTrace]) -> Finding | None:
         return Finding(
             PROBLEM,
             f"Capacity drops more than {_percent(DROPPED)} of the assignments in {_named(lossy)}, "
-            f"{_percent(worst.dropped_share)} in layer {worst.layer}; raise the capacity factor or the balance. All loads here are what is left after the drops.",
+            f"{_percent(worst.dropped_share)} in layer {worst.title}; raise the capacity factor or the balance. All loads here are what is left after the drops.",
         )
     if any(layer.dropped_share for layer in layers):
         most = max(layer.dropped_share for layer in layers)
