@@ -268,6 +268,24 @@ def test_losses_without_a_gradient_are_no_part_of_the_training_loss(variant, kin
     assert outputs.aux_loss > 0.5  # the figure remains
 
 
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("side", ["left", "right", None])
+@torch.no_grad()
+def test_an_assistant_changes_no_token(name, side):
+    model, assistant, ids = (
+        case(name).eval(),
+        case(name, num_hidden_layers=1, mlp_layer_types=["sparse"]).eval(),
+        ids_of(1, 5),
+    )
+    pads = torch.zeros(1, 2, dtype=torch.long)
+    ids = {"left": torch.cat([pads, ids], dim=1), "right": torch.cat([ids, pads], dim=1), None: ids}[side]
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": 999}
+    options["attention_mask"] = (ids > 0).long()
+    expected = model.generate(ids, use_cache=False, **options)
+    for helper in ({"assistant_model": model}, {"assistant_model": assistant}, {"prompt_lookup_num_tokens": 2}):
+        assert torch.equal(model.generate(ids, **helper, **options), expected)
+
+
 @pytest.mark.parametrize("variant", ["switch_head", "moh"])
 def test_the_selection_bias_moves_and_selects(variant):
     model = model_of(variant, router_selection_bias=True, router_bias_update_rate=0.1).train()
