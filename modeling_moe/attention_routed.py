@@ -92,9 +92,9 @@ class ChosenParts(nn.Module):
 class RoutedAttention(Routed, AttentionBase):
     """Base class of attention with a router, which reads the layer's own input.
 
-    A variant is a subclass in `modeling_moe.attention_catalogue.ROUTED_ATTENTION`. Its forward takes
-    `routing_context` and `token_weights` beside the arguments of [`~modeling_moe.attention.MoEAttention`], and returns the statistics of its
-    routers as a third value: a list, empty if `token_weights` is None.
+    A variant is a subclass in `modeling_moe.attention_catalogue.ROUTED_ATTENTION`. The forward of a variant takes
+    `routing_context` and `token_weights` beside the arguments of [`~modeling_moe.attention.MoEAttention`], and returns the
+    statistics of the routers as a third value: a list, empty if `token_weights` is None.
     """
 
     # by_router fields that the variant's routers read

@@ -259,6 +259,7 @@ def replay_routing(model: nn.Module, store: RoutingStore) -> RoutingReplay:
 
     Raises:
         UnreachableRouting: a ValueError, if the model is dense, its experts cannot be reached, or depth_layers lets sparse layers
-            skip tokens. A pass raises ValueError for a router that does not choose by the scores of its experts, and for a record of another model.
+            skip tokens. A pass raises ValueError for a router that does not choose by the scores of its experts, and for a
+            record of another model.
     """
     return RoutingReplay(model, store)

@@ -36,8 +36,8 @@ class ResizeOptions:
         default="grow",
         metadata={
             "help": "grow: add experts without changing the function; prune: keep the experts that the text uses most; "
-            "merge: keep the most used experts, and merge the others into them; extract: keep the experts of one task of a model with "
-            "router_type='task'"
+            "merge: keep the most used experts, and merge the others into them; extract: keep the experts of one task of a "
+            "model with router_type='task'"
         },
     )
     data: list[str] | None = field(
