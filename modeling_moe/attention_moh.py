@@ -100,6 +100,7 @@ class MixtureOfHeads(RoutedAttention, LinearProjections):
     """
 
     routed_attention = "moh"
+    router_class = HeadRouter
     replaced: ClassVar[Replaced] = {
         "scoring_func": lambda config: "softmax",
         "norm_topk_prob": lambda config: config.attention_head_gates == "unit",
@@ -116,7 +117,7 @@ class MixtureOfHeads(RoutedAttention, LinearProjections):
 
     def add_queries(self, config: Any) -> None:
         """Makes the router and the query projection."""
-        self.add_router(HeadRouter, self.view(config), self.layer_idx)
+        self.add_router(self.router_class, self.view(config), self.layer_idx)
         self.experts = ChosenParts(config, config.attention_experts)
         super().add_queries(config)
 

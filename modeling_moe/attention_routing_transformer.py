@@ -142,6 +142,7 @@ class RoutingTransformerAttention(RoutedAttention, LinearProjections):
     """
 
     routed_attention = "routing_transformer"
+    router_class = ClusterRouter
     reads = ClusterRouter.reads
     routes_mask = True
     replaced: ClassVar[Replaced] = {
@@ -164,7 +165,7 @@ class RoutingTransformerAttention(RoutedAttention, LinearProjections):
     def add_queries(self, config: Any) -> None:
         """Makes the router and the query projection."""
         view = self.view(config)
-        self.add_router(ClusterRouter, view, self.layer_idx)
+        self.add_router(self.router_class, view, self.layer_idx)
         self.experts = ChosenParts(config, view.num_experts)
         self.clusters, self.window = config.attention_experts, config.attention_cluster_window
         self.history = history_layer(view, self.layer_idx)
