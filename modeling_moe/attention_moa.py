@@ -38,6 +38,7 @@ class MixtureOfAttentionHeads(RoutedAttention):
     """
 
     routed_attention = "moa"
+    router_class = TopKRouter
     replaced: ClassVar[Replaced] = {
         "scoring_func": lambda config: "softmax",
         "norm_topk_prob": lambda config: True,
@@ -60,7 +61,7 @@ class MixtureOfAttentionHeads(RoutedAttention):
     def add_queries(self, config: Any) -> None:
         """Makes the router, and the experts, which are the query and the output projections."""
         width, view = self.query_width(config), self.view(config)
-        self.add_router(TopKRouter, view, self.layer_idx)
+        self.add_router(self.router_class, view, self.layer_idx)
         self.top_k, self.groups = config.attention_experts_per_tok, config.num_key_value_heads
         self.experts = AttentionExperts(view, config.attention_experts, width)
         self.q_bias = nn.Parameter(torch.empty(width)) if self.qkv_bias else None

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
-"""This module defines mixtures of heads (MoH), in which each token chooses which heads of plain attention it uses, and how much.
+"""This module defines mixtures of heads (MoH): each token chooses heads of plain attention, and weighs them.
 
 # B rows, S tokens per row, T = B*S tokens, H hidden, n heads, E routed heads, n - E shared heads, K routed heads per token,
 # D features of a head
@@ -32,9 +32,10 @@ class MixtureOfHeadsFields:
 
     attention_head_gates: Literal["softmax", "unit"] = setting(
         "softmax",
-        "The gates on the heads of routed_attention='moh': \"softmax\" multiplies each head by the probabilities of the paper's "
-        'equations, which sum to at most 1 over all heads; "unit" scales them to a mean of 1 over the heads that a token uses, '
-        "with the weights of the chosen heads divided by their sum, as in the vision models that the authors released.",
+        "The gates on the heads of routed_attention='moh': \"softmax\" multiplies each head by the probabilities of the "
+        'paper\'s equations, which sum to at most 1 over all heads; "unit" scales them to a mean of 1 over the heads that a '
+        "token uses, with the weights of the chosen heads divided by their sum, as in the vision models that the authors "
+        "released.",
         conditions=(Condition(lambda config: config.routed_attention == "moh", "set routed_attention='moh'"),),
     )
 
@@ -42,9 +43,9 @@ class MixtureOfHeadsFields:
 class HeadRouter(TopKRouter):
     """Weighs the shared heads and chooses among the routed heads (Jin et al., arXiv:2410.11842).
 
-    With `[alpha_1, alpha_2] = softmax(x W_h)` the gate of a shared head is `alpha_1 softmax(x W_s)_i`, and the gate of a routed
-    head among the K largest is `alpha_2 softmax(x W_r)_i`. Without shared heads alpha_2 is 1. `Routing.mixture` has the gates
-    (T, n - E) of the shared heads; without shared heads it is None.
+    With `[alpha_1, alpha_2] = softmax(x W_h)` the gate of a shared head is `alpha_1 softmax(x W_s)_i`, and the gate of a
+    routed head among the K largest is `alpha_2 softmax(x W_r)_i`. Without shared heads alpha_2 is 1. `Routing.mixture` has
+    the gates (T, n - E) of the shared heads; without shared heads it is None.
     """
 
     def __init__(self, config, layer_idx: int = 0):
@@ -93,11 +94,13 @@ def head_gates(
 class MixtureOfHeads(RoutedAttention, LinearProjections):
     """Attention whose heads are experts: a token uses all shared heads, and K of the routed heads.
 
-    `y = sum_i g_i attention(x W_Q^i, x W_K^i, x W_V^i) W_O^i` with the gates g of [`HeadRouter`] (Jin et al., arXiv:2410.11842). The last `attention_experts` of the `num_attention_heads` heads are routed. The gates multiply the heads' outputs
-    before the output projection, and have a gradient. All heads are computed for all tokens.
+    `y = sum_i g_i attention(x W_Q^i, x W_K^i, x W_V^i) W_O^i` with the gates g of [`HeadRouter`] (Jin et al.,
+    arXiv:2410.11842). The last `attention_experts` of the `num_attention_heads` heads are routed. The gates multiply the
+    heads' outputs before the output projection, and have a gradient. All heads are computed for all tokens.
     """
 
     routed_attention = "moh"
+    router_class = HeadRouter
     replaced: ClassVar[Replaced] = {
         "scoring_func": lambda config: "softmax",
         "norm_topk_prob": lambda config: config.attention_head_gates == "unit",
@@ -115,7 +118,7 @@ class MixtureOfHeads(RoutedAttention, LinearProjections):
     def add_queries(self, config: Any) -> None:
         """Makes the router and the query projection."""
         view = self.view(config)
-        self.add_router(HeadRouter, view, self.layer_idx)
+        self.add_router(self.router_class, view, self.layer_idx)
         self.experts = ChosenParts(view, config.attention_experts)
         super().add_queries(config)
 

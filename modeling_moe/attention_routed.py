@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import AttentionBase, eager_attention_with_sinks
-from .router import CAPACITY_READS, Routing, RoutingContext
+from .router import CAPACITY_READS, Router, Routing, RoutingContext
 from .router_block import Routed
 from .router_losses import TokenWeights
 from .router_statistics import RouterStatistics, layer_statistics
@@ -92,11 +92,13 @@ class ChosenParts(nn.Module):
 class RoutedAttention(Routed, AttentionBase):
     """Base class of attention with a router, which reads the layer's own input.
 
-    A variant is a subclass in `modeling_moe.attention_catalogue.ROUTED_ATTENTION`. Its forward takes
-    `routing_context` and `token_weights` beside the arguments of [`~modeling_moe.attention.MoEAttention`], and returns the statistics of its
-    routers as a third value: a list, empty if `token_weights` is None.
+    A variant is a subclass in `modeling_moe.attention_catalogue.ROUTED_ATTENTION`. The forward of a variant takes
+    `routing_context` and `token_weights` beside the arguments of [`~modeling_moe.attention.MoEAttention`], and returns the
+    statistics of the routers as a third value: a list, empty if `token_weights` is None.
     """
 
+    # class of the variant's routers
+    router_class: ClassVar[type[Router]]
     # by_router fields that the variant's routers read
     reads: ClassVar[frozenset[str]] = READS
     # attribute of the configuration -> what the variant's routers read in its place

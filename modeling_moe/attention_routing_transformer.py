@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
@@ -64,6 +65,7 @@ class ClusterRouter(Router):
     """
 
     reads = frozenset()
+    differentiable = False
     default_controller = "centroids"
 
     def __init__(self, config, layer_idx: int = 0):
@@ -140,6 +142,7 @@ class RoutingTransformerAttention(RoutedAttention, LinearProjections):
     """
 
     routed_attention = "routing_transformer"
+    router_class = ClusterRouter
     reads = ClusterRouter.reads
     routes_mask = True
     replaced: ClassVar[Replaced] = {
@@ -162,7 +165,7 @@ class RoutingTransformerAttention(RoutedAttention, LinearProjections):
     def add_queries(self, config: Any) -> None:
         """Makes the router and the query projection."""
         view = self.view(config)
-        self.add_router(ClusterRouter, view, self.layer_idx)
+        self.add_router(self.router_class, view, self.layer_idx)
         self.experts = ChosenParts(view, view.num_experts)
         self.clusters, self.window = config.attention_experts, config.attention_cluster_window
         self.history = history_layer(view, self.layer_idx)
@@ -185,9 +188,12 @@ class RoutingTransformerAttention(RoutedAttention, LinearProjections):
         Raises:
             ValueError: for an attention implementation that takes no mask for each head, or a static cache.
         """
-        if self.config._attn_implementation not in ("eager", "sdpa"):
+        implementation = self.config._attn_implementation
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager)
+        # by the function: another package may register it under a name of its own
+        if function not in (self.eager, ALL_ATTENTION_FUNCTIONS["sdpa"]):
             raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} takes no mask for each head, which "
+                f"attn_implementation={implementation!r} takes no mask for each head, which "
                 "routed_attention='routing_transformer' needs: use 'sdpa' or 'eager'."
             )
         cache = one_cache(self, cache, past_key_values)

@@ -144,6 +144,7 @@ class SwitchHeadAttention(RoutedAttention):
     """
 
     routed_attention = "switch_head"
+    router_class = SwitchHeadRouter
     replaced: ClassVar[Replaced] = {
         "router_parts": lambda config: 2 * config.num_attention_heads,
         "num_experts": lambda config: 2 * config.num_attention_heads * config.attention_experts,
@@ -174,7 +175,7 @@ class SwitchHeadAttention(RoutedAttention):
     def add_queries(self, config: Any) -> None:
         """Makes the router, the experts, which are the value and the output projections, and the query projection."""
         view = self.view(config)
-        self.add_router(SwitchHeadRouter, view, self.layer_idx)
+        self.add_router(self.router_class, view, self.layer_idx)
         self.experts = SwitchHeadExperts(view, self.stacked_experts(config), config.head_dim)
         self.num_heads = config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, self.query_width(config), bias=self.qkv_bias)

@@ -78,19 +78,40 @@ def prepare_inputs(
 def attention_masks(
     config: Any, attention_mask: Any, inputs_embeds: torch.Tensor, cache: Cache | None, position_ids: torch.Tensor
 ) -> dict[str, Any]:
-    """Makes one mask for each attention type in use; a dictionary of masks, which `generate` prepares, is kept."""
-    if isinstance(attention_mask, dict):
-        return attention_mask
-    return {
-        layer_type: MASKS[layer_type](
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **cache_keyword(cache),
+    """Makes one mask for each attention type in use; masks that are already prepared, as `generate` does, are kept.
+
+    Prepared masks are a dictionary by attention type, or one mask (B or 1, heads or 1, S, S') for all types.
+
+    Raises:
+        ValueError: for a prepared mask of integers.
+    """
+    masks = attention_mask
+    if not isinstance(masks, dict):
+        masks = {
+            layer_type: MASKS[layer_type](
+                config=config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **cache_keyword(cache),
+            )
+            for layer_type in set(config.layer_types)
+        }
+    return {layer_type: _readable(mask, config, inputs_embeds.dtype) for layer_type, mask in masks.items()}
+
+
+def _readable(mask: Any, config: Any, dtype: torch.dtype) -> Any:
+    """Returns a mask that the attention function reads rightly: eager attention adds it, whatever the mask's dtype is."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.is_floating_point():
+        return mask
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention_mask is {tuple(mask.shape)} of {mask.dtype}: give bool, true where a token attends, or numbers of the "
+            "model's dtype, which are added to the products."
         )
-        for layer_type in set(config.layer_types)
-    }
+    if config._attn_implementation != "eager":
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def routing_context(

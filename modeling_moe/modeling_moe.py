@@ -301,8 +301,8 @@ class MoEModel(MoEPreTrainedModel):
 
     The arguments of `forward`:
         input_ids: (B, S) int64 token ids; exactly one of `input_ids` and `inputs_embeds` is given.
-        attention_mask: (B, S), 0 at padding; or another mask that transformers' mask functions accept, with which the
-            routers treat every token as real.
+        attention_mask: (B, S), 0 at padding; or another mask that transformers' mask functions accept, such as bool
+            (B, 1, S, S'), true where a token attends, with which the routers treat every token as real.
         position_ids: (B, S) or (1, S) int64. A restart begins a new sequence of a packed row; each sequence is routed by
             itself, except that `base_layer` and `sinkhorn` in training assign the tokens of the whole batch together.
             `cu_seq_lens_q`, which FlashAttention reads, marks sequences too.
@@ -337,6 +337,10 @@ class MoEModel(MoEPreTrainedModel):
         self.rotary_emb = RotaryEmbeddings(config)
         self.gradient_checkpointing = False
         self.slots = slots(config)
+        # kinds of routers whose losses have a gradient
+        self.learned_kinds = frozenset(
+            kind for kind in self.slots if any(part.router.differentiable for part in self.routed_modules(kind))
+        )
         self.carries = router_class(config).carries
         self.router_totals = RouterTotals(
             {kind: (KINDS[kind].view(config), len(self.routed_modules(kind))) for kind in self.slots}
@@ -353,12 +357,12 @@ class MoEModel(MoEPreTrainedModel):
 
     @property
     def has_router_losses(self) -> bool:
-        """Says whether any router loss has a coefficient."""
-        routed = [module for kind in self.slots for module in self.routed_modules(kind)]
-        return any(
-            module.router.adds_loss or any(getattr(module.routing_config, name) > 0 for name in COEFFICIENTS.values())
-            for module in routed
-        )
+        """Says whether any router loss has a coefficient and a gradient."""
+        routed = [(kind, module) for kind in self.slots for module in self.routed_modules(kind)]
+        if any(module.router.adds_loss for _, module in routed):
+            return True
+        learned = [module.routing_config for kind, module in routed if kind in self.learned_kinds]
+        return any(getattr(config, name) > 0 for config in learned for name in COEFFICIENTS.values())
 
     def sparse_blocks(self) -> list[MoEBlock]:
         """Returns the sparse feed-forward networks, from the first layer to the last."""

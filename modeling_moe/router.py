@@ -334,6 +334,8 @@ class Router(nn.Module):
     variable_k: ClassVar[bool] = False
     # whether the router reads what the router of the sparse layer before has passed on
     carries: ClassVar[bool] = False
+    # whether the logits and the probabilities have a gradient; the training loss leaves out losses of routers without one
+    differentiable: ClassVar[bool] = True
     # whether each token uses all experts, whatever `num_experts_per_tok` is
     uses_all_experts: ClassVar[bool] = False
     # value of `norm_topk_prob` if the configuration gives none

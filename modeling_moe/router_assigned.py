@@ -69,6 +69,7 @@ class HashRouter(Router):
     """
 
     reads = CAPACITY_READS | {"routed_scaling_factor", "hash_seed", "router_aux_loss_scope"}
+    differentiable = False
     scored = False
 
     def __init__(self, config, layer_idx: int = 0):
@@ -123,6 +124,7 @@ class ScoredHashRouter(HashRouter):
     """Looks up experts in the table of [`HashRouter`], and weighs them by a learned gate, as in DeepSeek-V4's first layers."""
 
     reads = Router.reads | {"hash_seed"}
+    differentiable = True
     scored = True
 
 

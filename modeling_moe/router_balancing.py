@@ -157,9 +157,9 @@ def column_quantile(values: torch.Tensor, share: float, token_mask: torch.Tensor
 class QuantileController(Controller):
     """Moves the selection bias to where each expert would get K / E of the tokens: Megatron-LM's quantile balancing.
 
-    With alpha_t the K-th largest `score + b` of token t (`logit + b` for `router_selection_bias_on="logits"`), beta_i is the value
-    that K / E of the tokens reach in `score_i - alpha`. The bias follows -beta by a moving average with `router_ema_decay`, and is shifted to mean 0. beta is
-    the mean of the micro-batches' quantiles, weighted by their tokens.
+    With alpha_t the K-th largest `score + b` of token t (`logit + b` for `router_selection_bias_on="logits"`), beta_i is the
+    value that K / E of the tokens reach in `score_i - alpha`. The bias follows -beta by a moving average with
+    `router_ema_decay`, and is shifted to mean 0. beta is the mean of the micro-batches' quantiles, weighted by their tokens.
     """
 
     def size(self, config: Any) -> int:

@@ -48,7 +48,8 @@ class ModelStatistics(NamedTuple):
 
     Attributes:
         router_loss: scalar, weighted sum of the router losses, each the mean over the routers of a kind, and then the sum over
-            the kinds; None in evaluation, or if no loss has a coefficient.
+            the kinds; None in evaluation, or if no loss has a coefficient. Routers without a gradient
+            (`Router.differentiable`) add nothing but losses of their own.
         aux_loss: scalar without gradient, the load-balancing loss averaged over the routers of a kind, and then the sum over
             the kinds; None without routers.
         expert_load: (L, E + Z) tokens sent to each expert of the sparse feed-forward networks, before capacity; None without
@@ -180,7 +181,8 @@ def model_statistics(decoder: Any, statistics: Statistics) -> ModelStatistics:
         if kind == "mlp" and dropped is not None:
             found["dropped_share"] = dropped[:, 0] / dropped[:, 1].clamp(min=1)
         if decoder.training:
-            loss = losses.weighted_sum(totals.kinds[kind].routing_config)
+            learned = kind in decoder.learned_kinds
+            loss = losses.weighted_sum(totals.kinds[kind].routing_config) if learned else losses.auxiliary
             found["router_loss"] = _sum(found.get("router_loss"), loss)
         if losses.balance is not None:
             found["aux_loss"] = _sum(found.get("aux_loss"), losses.balance.detach())

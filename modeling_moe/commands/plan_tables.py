@@ -59,7 +59,9 @@ def _sizes_table(plan: ModelPlan, headers: Headers | None) -> Table:
     if sizes.num_experts:
         per_token = "unknown" if sizes.top_k is None else str(sizes.top_k)
         table.add_row("experts, per token, layers", f"{sizes.num_experts}, {per_token}, {sizes.sparse_layers}", "")
-        table.add_row("all, experts in 4 bits", "", size_text(sizes.weight_bytes_in_4_bits))
+    if sizes.experts_in_4_bits:
+        in_4_bits = sizes.weight_bytes - sizes.expert_bytes + sizes.experts_in_4_bits
+        table.add_row("all, experts in 4 bits", "", size_text(in_4_bits))
     if headers is not None:
         table.add_row("on disk", f"{headers.params:,}", size_text(headers.nbytes))
     return table

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..attention_catalogue import ROUTED_ATTENTION
 from ..configuration_derived import derived_fields
 from ..configuration_fields import HAS_DEPTH, settings_of
 from ..configuration_moe import MoEConfig
@@ -108,6 +109,14 @@ def _network_rows(config: MoEConfig) -> list[tuple[str, str]]:
     return rows
 
 
+def _has_gradient(config: MoEConfig) -> bool:
+    """Returns whether a router of a model has a gradient, without which router losses are no part of the training loss."""
+    routers = routers_in_use(config)
+    if config.routed_attention is not None:
+        routers.append(ROUTED_ATTENTION[config.routed_attention].router_class)
+    return HAS_DEPTH.holds(config) or any(router.differentiable for router in routers)
+
+
 def _own_rows(config: MoEConfig, condition: str) -> list[tuple[str, str]]:
     rows = _network_rows(config) if "sparse" in config.mlp_layer_types else []
     if (name := config.routed_attention) is not None:
@@ -118,6 +127,8 @@ def _own_rows(config: MoEConfig, condition: str) -> list[tuple[str, str]]:
         share = f"about {100 * config.depth_capacity:g}\u00a0% of the tokens each, chosen by `{config.depth_router}`"
         rows.append(("Layers that process only some tokens", f"{', '.join(routed)} (from 0), {share}"))
     losses = [f"{name} {getattr(config, field):g}" for field, name in LOSSES.items() if getattr(config, field)]
+    if not _has_gradient(config):
+        losses = []
     rows.append(("Router losses in training, by weight", ", ".join(losses) + condition if losses else "none"))
     if config.router_controller is not None:
         rows.append(("Balance without a loss", CONTROLLERS[config.router_controller]))

@@ -8,8 +8,9 @@
 [`enable`] changes PEFT in this process: its layers on the matrices of experts multiply tokens by the low-rank factors,
 where PEFT alone builds the updated matrix of every expert in each forward pass. [`disable`] undoes the change. These
 functions call `enable` themselves: [`moe_lora_config`], [`MoELoraConfig`], [`quantize_experts`] and [`apply_adapter`],
-and so do loading a model in 4 bits ([`Experts4bitConfig`]) and the commands `finetune` and `merge_adapter`. Call it yourself before you use PEFT's own `LoraConfig` or
-`PeftModel.from_pretrained`; models that PEFT has wrapped earlier change too.
+and so do loading a model in 4 bits ([`Experts4bitConfig`]) and the commands `finetune` and `merge_adapter`. Call it
+yourself before you use PEFT's own `LoraConfig` or `PeftModel.from_pretrained`; models that PEFT has wrapped earlier change
+too.
 
 Importing this package changes nothing but that transformers learns the name of the 4-bit format. Without `enable`:
 

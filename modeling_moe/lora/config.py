@@ -198,10 +198,21 @@ def _expert_parameters(model: nn.Module) -> list[str]:
 
 
 def _routers(model: nn.Module) -> list[str]:
+    """Returns the names, block and router, of the routers beside experts, and of all routers of this package.
+
+    A router of this package may stand where no experts with matrices are, and its buffers may move in training.
+    """
     blocks = {block for block, *_ in _experts_of(model)}
-    names = [name for name, _ in model.named_modules()]
-    targets = (f"{block}.{router}" for block in sorted(blocks) for router in ROUTERS)
-    return [target for target in targets if any(name.endswith(f".{target}") for name in names)]
+    targets = {f"{block}.{router}" for block in blocks for router in ROUTERS}
+    paths = [(name.split("."), module) for name, module in model.named_modules()]
+    return sorted(
+        {".".join(path[-2:]) for path, module in paths if _is_own_router(module) or ".".join(path[-2:]) in targets}
+    )
+
+
+def _is_own_router(module: nn.Module) -> bool:
+    """Returns True for a router of this package, also of the code that a checkpoint contains."""
+    return callable(getattr(module, "auxiliary_loss", None))
 
 
 def _linear_layers(model: nn.Module, parents: Sequence[str]) -> list[str]:

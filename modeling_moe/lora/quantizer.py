@@ -68,8 +68,8 @@ class Experts4bitConfig(BitsAndBytesConfig):
     """Asks `from_pretrained` for experts in bitsandbytes' 4-bit format, quantized while they are read.
 
     Where each expert has tensors of its own in the file, at most one expert's are in memory beside the 4-bit model;
-    otherwise at most one tensor. The bytes equal those of [`~modeling_moe.lora.quantize_experts`] on the model in 16 bits. Matrices are
-    dequantized to the `dtype` of `from_pretrained`. Adapters are added afterwards, as to a model in 16 bits.
+    otherwise at most one tensor. The bytes equal those of [`~modeling_moe.lora.quantize_experts`] on the model in 16 bits.
+    Matrices are dequantized to the `dtype` of `from_pretrained`. Adapters are added afterwards, as to a model in 16 bits.
 
     `save_pretrained` writes the 4 bits, and `from_pretrained` reads them after `import modeling_moe.lora`. Loading calls
     [`~modeling_moe.lora.enable`], since PEFT alone does not find matrices in 4 bits.

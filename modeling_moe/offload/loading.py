@@ -113,8 +113,9 @@ def from_pretrained_offloaded(
 ) -> PreTrainedModel:
     """Loads a model that computes its experts from a cache, without ever holding all experts in memory.
 
-    The model gives the outputs that [`~modeling_moe.offload.offload_experts`] gives on the model of `from_pretrained`. With `tier="disk"`, memory
-    holds the slots, all other weights, and one further tensor while loading. A `custom_generate` folder is not read.
+    The model gives the outputs that [`~modeling_moe.offload.offload_experts`] gives on the model of `from_pretrained`. With
+    `tier="disk"`, memory holds the slots, all other weights, and one further tensor while loading. A `custom_generate` folder
+    is not read.
 
     Args:
         name_or_path: folder or Hub name of a checkpoint in safetensors, of this package or of any family of transformers

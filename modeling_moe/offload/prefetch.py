@@ -68,7 +68,8 @@ class Prefetcher:
 
     When the experts of a layer are called, the thread runs a twin of the next layer's router on the input of the layer's own
     router, and asks the next layer's cache for the experts that the twin chooses. Results do not change: the twin has no effect
-    on the router, and the cache decides by the true choice. A prediction that comes too late is dropped. Passes that record gradients, compiled passes and the first sparse layer get no prefetch.
+    on the router, and the cache decides by the true choice. A prediction that comes too late is dropped. Passes that record
+    gradients, compiled passes and the first sparse layer get no prefetch.
 
     On a GPU the twin runs on a stream of its own, which is current when the cache is asked, so that copies run beside the
     computation. The cache must call no expert resident before its copy has ended. This part was written without a GPU and never

@@ -17,7 +17,7 @@ from ..utils.json_files import read_json
 
 @dataclass
 class LayerTrace:
-    """LayerTrace lists what each pass of a layer used.
+    """A list of the experts that each pass of one layer used.
 
     Attributes:
         name: qualified name of the experts module in the model.
@@ -32,7 +32,7 @@ class LayerTrace:
 
 @dataclass
 class Trace:
-    """Trace lists the passes of each sparse layer of a model.
+    """A record of the experts that each sparse layer of a model used, pass by pass.
 
     Attributes:
         layers: traces of the layers, in the order of the model.
@@ -46,7 +46,7 @@ class Trace:
 
     @classmethod
     def load(cls, file: str | Path) -> "Trace":
-        """Reads a file of [`Trace.save`].
+        """Reads a file that [`Trace.save`] has written.
 
         Raises:
             ValueError: if the file is damaged or is no trace.
@@ -71,14 +71,15 @@ def _is_pass(needed: list[int], layer: LayerTrace) -> bool:
 
 @contextmanager
 def record_trace(model: nn.Module) -> Iterator[Trace]:
-    """Records the passes of any MoE inside a `with` block, also of a model whose experts are offloaded.
+    """Records which experts each pass of any MoE uses while a `with` block runs; the experts may be offloaded.
 
     Example:
         >>> with record_trace(model) as trace:
         ...     model.generate(**inputs, max_new_tokens=100)
         >>> trace.save("trace.json")
 
-    Empty assignments, experts without weights and experts inside attention are left out. Each pass waits for the device once per layer.
+    Empty assignments, experts without weights and experts inside attention are left out. Each pass waits for the device once
+    per layer.
 
     Args:
         model: any model of transformers whose experts follow its experts interface.

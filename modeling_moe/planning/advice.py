@@ -10,7 +10,7 @@ import torch
 from ..utils.sizes import size_text
 from .memory import Memory
 from .simulation import Method, Recompute
-from .sizes import Sizes, Tensors
+from .sizes import Sizes
 
 
 class Change(NamedTuple):
@@ -111,8 +111,7 @@ def inference_changes(sizes: Sizes, memory_now: Memory, dtype: torch.dtype, memo
     if dtype.itemsize > 2:
         total = total * 2 // dtype.itemsize
         changes.append(Change("weights in 16 bits: --dtype bfloat16", total, total <= memory))
-    routed = sizes.groups.get("routed experts", Tensors())
-    experts = routed.nbytes * 2 // max(dtype.itemsize, 2)
+    experts = sizes.groups["routed experts"].nbytes * 2 // max(dtype.itemsize, 2) if sizes.num_experts else 0
     if experts and sizes.top_k and total > memory:
         least = total - experts + experts * sizes.top_k // sizes.num_experts
         if fits := least <= memory:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .parallelism import Parallelism
 from .recording import RunCost
-from .sizes import Sizes
+from .sizes import EXPERTS, Sizes
 
 
 # AdamW keeps two moments in the dtype of the weights, and the number of steps in fp32 for each tensor
@@ -71,7 +71,7 @@ def training_memory(sizes: Sizes, cost: RunCost, parallelism: Parallelism, in_4_
         in_4_bits: whether experts are in 4 bits, so that a layer's experts are dequantised while they compute.
     """
     gradients = gradient_bytes(sizes, parallelism)
-    dequantised = sizes.largest_experts if in_4_bits else 0
+    dequantised = max(sizes.expert_layer, sizes.attention_layer) if in_4_bits else 0
     if parallelism.processes == 1:
         activations = max(cost.peak + dequantised - gradients, 0)
     else:
@@ -107,7 +107,7 @@ def whole_bytes(sizes: Sizes, parallelism: Parallelism, trained: bool) -> tuple[
     experts = others = 0.0
     for name, group in sizes.groups.items():
         nbytes = group.trained_bytes if trained else group.nbytes
-        if name == "routed experts":
+        if name == EXPERTS[0]:
             experts += nbytes * parallelism.expert_shards / parallelism.expert_parts
         else:
             shardable = nbytes * group.shardable / group.nbytes if group.nbytes else 0

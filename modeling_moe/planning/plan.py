@@ -231,7 +231,7 @@ def make_plan(config: PreTrainedConfig, request: Request) -> ModelPlan:
     """
     planner = Planner(config, request)
     sizes = sizes_of(planner.model(None, request.dtype))
-    request.parallelism.check(sizes.divisible_experts)
+    request.parallelism.check(sizes.num_experts)
     _refuse_few_experts(sizes)
     unplanned: dict[str, list[str]] = {}
     inference, training = None, []
@@ -276,8 +276,8 @@ def _training_plan(planner: Planner, method: Method, recompute: Recompute) -> Tr
     request, dtype = planner.request, train_dtype(method, planner.request)
     cost = planner.step(method, dtype, recompute, request.batch_size, request.sequence_length)
     sizes = sizes_of(planner.model(method, dtype))
-    if method == "qlora" and not sizes.num_experts:
-        raise UserError("a dense model has no experts to hold in 4 bits: choose lora")
+    if method == "qlora" and not sizes.experts_in_4_bits:
+        raise UserError("a model without matrices of experts has none to hold in 4 bits: choose lora")
     if method == "qlora" and not request.parallelism.keeps_experts:
         raise UserError("tp_size and ep_size split experts, and experts in 4 bits cannot be split so: choose lora")
     parallelism, device = request.parallelism, request.device
@@ -370,6 +370,6 @@ def _changes(
                 return planner.training_memory(choice, request.batch_size, request.sequence_length)
 
             name = f"training, {plan.method}, recompute {plan.recompute}"
-            four_bits = sizes.num_experts > 0 and request.parallelism.keeps_experts
+            four_bits = sizes.experts_in_4_bits > 0 and request.parallelism.keeps_experts
             found[name] = training_changes(_choice(planner, plan), needs, memory, four_bits)
     return found

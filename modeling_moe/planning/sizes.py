@@ -24,8 +24,8 @@ from ..monitoring import (
 from .simulation import SimulatedModel
 
 
-# kinds of experts; those of attention are not divided by expert parallelism, and stay in memory beside offloaded ones
-EXPERTS = ("routed experts", "experts of attention")
+# groups of the experts' matrices; expert parallelism divides the first one alone
+EXPERTS = ("routed experts", "attention experts")
 GROUPS = (*EXPERTS, "routers", "embeddings and head", "attention and others", "adapter")
 # bits per number of NF4 with compressed statistics (arXiv:2305.14314): 4, 8 per 64 numbers, 32 per 256 of these scales
 BITS_OF_NF4 = 4 + 8 / 64 + 32 / (64 * 256)
@@ -61,13 +61,13 @@ class Sizes:
         active: parameters of the model without adapter that a token uses; None if the configuration does not name K.
         buffers: bytes of the buffers.
         largest_layer: bytes of the largest decoder layer, which FSDP gathers.
-        expert_layer: bytes of the routed experts of the largest sparse feed-forward network.
-        largest_experts: bytes of the largest module of experts, those of attention included.
-        num_experts: number E of experts of a sparse layer; 0 for a dense model.
-        top_k: number K of experts per token; None if unknown or dense.
-        sparse_layers: number of layers with routed experts.
+        expert_layer: bytes of the routed experts of the largest sparse layer.
+        num_experts: number E of routed experts of a sparse layer; 0 without sparse layers.
+        top_k: number K of routed experts per token; None if unknown or without sparse layers.
+        sparse_layers: number of layers with routed experts; experts of attention are not counted among them.
         layers: number of decoder layers.
         hidden_size: width of the tokens.
+        attention_layer: bytes of the experts of the largest layer of attention.
     """
 
     groups: dict[str, Tensors]
@@ -75,12 +75,12 @@ class Sizes:
     buffers: int
     largest_layer: int
     expert_layer: int
-    largest_experts: int
     num_experts: int
     top_k: int | None
     sparse_layers: int
     layers: int
     hidden_size: int
+    attention_layer: int = 0
 
     @property
     def total(self) -> int:
@@ -88,16 +88,15 @@ class Sizes:
         return sum(group.params for name, group in self.groups.items() if name != "adapter")
 
     @property
-    def divisible_experts(self) -> int:
-        """Number of experts of a layer among which expert parallelism can divide; 0 without sparse feed-forward networks."""
-        return self.num_experts if "routed experts" in self.groups else 0
+    def expert_bytes(self) -> int:
+        """Bytes of the experts of networks and of attention."""
+        return sum(group.nbytes for name, group in self.groups.items() if name in EXPERTS)
 
     @property
-    def weight_bytes_in_4_bits(self) -> int:
-        """Bytes of all parameters and buffers with the experts in NF4."""
-        experts = [self.groups[name] for name in EXPERTS if name in self.groups]
-        in_4_bits = round(sum(group.params for group in experts) * BITS_OF_NF4 / 8)
-        return self.weight_bytes - sum(group.nbytes for group in experts) + in_4_bits
+    def experts_in_4_bits(self) -> int:
+        """Bytes of the experts of networks and of attention in NF4."""
+        params = sum(group.params for name, group in self.groups.items() if name in EXPERTS)
+        return round(params * BITS_OF_NF4 / 8)
 
     @property
     def weight_bytes(self) -> int:
@@ -136,6 +135,7 @@ def sizes_of(simulated: SimulatedModel) -> Sizes:
         groups[kind] = _plus(groups[kind], parameter, nbytes, any(pattern.search(name) for pattern in sharded))
     groups = {name: group for name, group in groups.items() if group.params}
     layers, routed = _decoder_layers(inner), _routed(model)
+    networks, attention = ([x for x in experts if attends(x) == inside] for inside in (False, True))
     return Sizes(
         groups=groups,
         active=active_parameters(
@@ -143,13 +143,13 @@ def sizes_of(simulated: SimulatedModel) -> Sizes:
         ),
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         largest_layer=max((_nbytes(layer) for layer in layers), default=0),
-        expert_layer=max((_nbytes(module) for module in experts if not attends(module)), default=0),
-        largest_experts=max((_nbytes(module) for module in experts), default=0),
+        expert_layer=max(map(_nbytes, networks), default=0),
         num_experts=routed[0].num_experts if routed else 0,
-        top_k=experts_per_token(config, routed[0].experts) if routed else None,
+        top_k=experts_per_token(config) if routed else None,
         sparse_layers=len(routed),
         layers=len(layers),
         hidden_size=next(inner.get_input_embeddings().parameters()).shape[-1],
+        attention_layer=max(map(_nbytes, attention), default=0),
     )
 
 
@@ -182,18 +182,17 @@ def _kinds(model: nn.Module, inner: PreTrainedModel, experts: list[nn.Module]) -
         for name, parameter in router.named_parameters():
             kinds[id(parameter)] = "adapter" if _is_adapter(f".{name}") else "routers"
     for module in experts:
-        kind = "experts of attention" if attends(module) else "routed experts"
+        kind = EXPERTS[attends(module)]
         kinds |= {id(parameter): kind for parameter in module.parameters(recurse=False)}
     return kinds
 
 
 def _routed(model: nn.Module) -> list[SparseLayer]:
-    """Returns the layers with routed experts; those inside attention only in a model without others."""
+    """Returns the layers with routed experts; experts of attention are none."""
     try:
-        layers = sparse_layers(model)
+        return [layer for layer in sparse_layers(model) if not attends(layer.experts)]
     except UnreachableRouting:
         return []
-    return [layer for layer in layers if not attends(layer.experts)] or layers
 
 
 def _decoder_layers(inner: PreTrainedModel) -> list[nn.Module]:

@@ -182,7 +182,8 @@ class RoutingReplay:
                 )
             if bool((recorded & (wanted != index)).any()):
                 raise ValueError(
-                    f"the experts of {layer.name} cannot be replayed: its router does not choose by the scores of its experts."
+                    f"the experts of {layer.name} cannot be replayed, because its router does not choose by the scores of its "
+                    "experts: choose another router_type or routed_attention, or train without replay."
                 )
             self._checked.add(layer.name)
         if selection.live is not None and not in_backward():
@@ -263,6 +264,7 @@ def replay_routing(model: nn.Module, store: RoutingStore) -> RoutingReplay:
 
     Raises:
         UnreachableRouting: a ValueError, if the model is dense, its experts cannot be reached, or depth_layers lets sparse layers
-            skip tokens. A pass raises ValueError for a router that does not choose by the scores of its experts, and for a record of another model.
+            skip tokens. A pass raises ValueError for a router that does not choose by the scores of its experts, and for a
+            record of another model.
     """
     return RoutingReplay(model, store)

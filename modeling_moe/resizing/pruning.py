@@ -141,8 +141,9 @@ def merge(state: State, config: MoEConfig, usage: Usage, options: PruningOptions
 
     A dropped expert is merged into the kept expert of its group whose router row has the highest cosine with its own.
     A kept expert becomes the mean of itself and the experts merged into it, weighted by load and computed in fp32, with the
-    learned factor on its output (`router_expert_scale`); its router row, by which it is chosen, is unchanged. Neurons are averaged in their order: experts that began as copies of one dense network are
-    aligned; other experts may have permuted their neurons, and should be pruned.
+    learned factor on its output (`router_expert_scale`); its router row, by which it is chosen, is unchanged. Neurons are
+    averaged in their order: experts that began as copies of one dense network are aligned; other experts may have permuted
+    their neurons, and should be pruned.
 
     Arguments, results and errors are those of [`prune`]. Only the router's weights are read.
     """

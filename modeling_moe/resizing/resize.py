@@ -36,8 +36,8 @@ class ResizeOptions:
         default="grow",
         metadata={
             "help": "grow: add experts without changing the function; prune: keep the experts that the text uses most; "
-            "merge: keep the most used experts, and merge the others into them; extract: keep the experts of one task of a model with "
-            "router_type='task'"
+            "merge: keep the most used experts, and merge the others into them; extract: keep the experts of one task of a "
+            "model with router_type='task'"
         },
     )
     data: list[str] | None = field(
@@ -314,6 +314,11 @@ def resize_checkpoint(
         return _prune_family(source, output_dir, options, pruning, dtype, overwrite, trust_remote_code)
     checkpoint = open_checkpoint(name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
     if len(checkpoint.config.mlp_only_layers) == checkpoint.config.num_hidden_layers:
+        if checkpoint.config.routed_attention is not None:
+            raise UserError(
+                f"{name_or_path} has experts inside attention alone (routed_attention is "
+                f"{checkpoint.config.routed_attention!r}), whose number cannot be changed: resize a model with sparse layers"
+            )
         raise UserError(f"{name_or_path} has no sparse layer: upcycle it first")
     if options.method in RANKING:
         check_pruning(checkpoint.config, pruning)

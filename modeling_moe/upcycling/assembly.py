@@ -81,9 +81,7 @@ def refuse_different_tensors(sources: Sequence[State], names: Sequence[str]) -> 
 
 
 def average(tensors: Sequence[LazyTensor], weights: Sequence[float] | None = None) -> LazyTensor:
-    """Returns the weighted sum, computed in fp32, in the first tensor's dtype; the weights are equal if none are
-    given.
-    """
+    """Returns the weighted sum of tensors in the dtype of the first one, computed in fp32; without weights, the mean."""
     if len(tensors) == 1:
         return tensors[0]
     shares = weights or [1 / len(tensors)] * len(tensors)
@@ -179,9 +177,9 @@ def assemble(
         config: configuration of the result, see [`~modeling_moe.upcycling.plan.sparse_config`]; its `mlp_layer_types`
             says which layers become sparse.
         options: how to upcycle.
-        measured: tensors measured on calibration data: `layers.{i}.router` (R, H), and `layers.{i}.attention_router` (R,
-            H) of attention experts, for routers that are not random, and for `split="clustered"` `layers.{i}.neurons` (I,) int64, an order in which the neurons of an expert are
-            adjacent.
+        measured: tensors measured on calibration data. For routers that are not random, `layers.{i}.router` (R, H), and
+            `layers.{i}.attention_router` (R, H) of attention experts; for `split="clustered"`, `layers.{i}.neurons` (I,)
+            int64, an order in which the neurons of an expert are adjacent.
 
     Returns:
         The checkpoint with the names and shapes of a checkpoint on disk, in the first source's dtypes, the routers in

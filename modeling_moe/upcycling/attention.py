@@ -3,9 +3,10 @@
 
 # E experts, K experts per token, n query heads of the dense model, G key heads, D features of a head, H hidden
 
-An expert is a copy of the query and the output projection, with all n heads; keys, values, norms, sinks and biases stay shared. Each of
-a token's K experts then computes the dense attention, and the routing weights, a softmax over the K logits, have the sum 1, so that
-their weighted sum is the dense attention whatever the router chooses. The cache still has G heads of keys and values.
+An expert is a copy of the query and the output projection, with all n heads; keys, values, norms, sinks and biases stay
+shared. Each of a token's K experts then computes the dense attention, and the routing weights, a softmax over the K logits,
+have the sum 1. The weighted sum of the experts is therefore the dense attention, whatever the router chooses. The cache
+still has G heads of keys and values.
 """
 
 from typing import Any

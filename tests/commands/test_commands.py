@@ -88,7 +88,7 @@ def test_a_plan_of_any_model_as_tables_and_as_json(moe, place):
         assert "assumed" in printed
         methods = ["lora", "qlora"] if name == "mixtral" else ["lora"]
         assert [training["method"] for training in plan["training"]] == methods
-        assert ("not planned: train qlora: a dense model has no experts" in printed) == (name == "dense")
+        assert ("not planned: train qlora: a model without matrices of experts" in printed) == (name == "dense")
         memory = plan["training"][0]["memory"]
         assert memory["total"] == sum(value for part, value in memory.items() if part != "total")
     code, printed, _ = moe("plan", "--model_name_or_path", "moe_tiny", *FAST, "--train", "router", "--json", "-")

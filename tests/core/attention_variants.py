@@ -12,6 +12,13 @@ from tests.builders import tiny_config
 
 # sizes that share no factor with each other
 VARIANTS = {
+    "moa": {
+        "routed_attention": "moa",
+        "attention_experts": 5,
+        "attention_experts_per_tok": 3,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
     "switch_head": {
         "routed_attention": "switch_head",
         "attention_experts": 4,

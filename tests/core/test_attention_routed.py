@@ -17,6 +17,8 @@ from tests.core.attention_variants import VARIANTS, model_of
 
 # name -> variant and fields
 CASES = {
+    "moa": ("moa", {}),
+    "moa, all": ("moa", {"attention_bias": True, "qk_norm": "head", "sliding_window": 3}),
     "switch_head": ("switch_head", {}),
     "switch_head, all": ("switch_head", {"attention_bias": True, "qk_norm": "head", "sliding_window": 3}),
     "switch_head, capacity": ("switch_head", {"expert_capacity": 2}),
@@ -97,6 +99,37 @@ def test_decoding_after_left_padding_equals_decoding_alone(name):
         step = {"attention_mask": mask[:, : i + 1], "position_ids": positions[:, i : i + 1]}
         found.append(model(padded[:, i : i + 1], cache=first.cache, use_cache=True, **step).logits[0])
     torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["plain", *PLAIN])
+@torch.no_grad()
+def test_a_prepared_mask_means_the_same_to_all_attention_functions(name):
+    model = (MoEForCausalLM(tiny_config()) if name == "plain" else case(name).float()).eval()
+    ids = ids_of()
+    seen = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    # the first two tokens of a row are seen by themselves alone
+    seen[0, :, 2:, :2] = False
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    expected = model(ids, attention_mask=added).logits
+    assert not torch.allclose(expected, model(ids).logits)
+    for function in ("sdpa", "eager"):
+        model.set_attn_implementation(function)
+        for mask in (seen, added, {"full_attention": seen}):
+            torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected, rtol=0, atol=2e-5)
+        with pytest.raises(ValueError, match=r"attention_mask is \(2, 1, 9, 9\) of torch.int64: give bool"):
+            model(ids, attention_mask=seen.long())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["moa, all", "switch_head, all", "moh, unit"])
+@torch.no_grad()
+def test_flex_attention_equals_sdpa(name):
+    model, ids, mask = case(name).float().eval(), ids_of(), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    expected = model(ids, attention_mask=mask).logits
+    model.set_attn_implementation("flex_attention")
+    got = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[mask > 0], expected[mask > 0], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -214,6 +247,43 @@ def test_generates_as_without_a_cache(name):
     assert torch.equal(model.generate(ids, **options), expected)
     beams = options | {"num_beams": 3}
     assert torch.equal(model.generate(ids, **beams), model.generate(ids, use_cache=False, **beams))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_losses_without_a_gradient_are_no_part_of_the_training_loss(variant, kind):
+    fields = {"mlp_layer_types": [kind] * 3, "router_aux_loss_coef": 0, "router_z_loss_coef": 0.2}
+    model, ids = model_of(variant, **fields).train(), ids_of()
+    outputs = model(ids, labels=ids, output_router_logits=True)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    logits = [outputs.router_logits] if kind == "sparse" else []
+    if variant != "routing_transformer":
+        # the heads of switch_head choose by themselves
+        parts = 6 if variant == "switch_head" else 1
+        logits.append([each.unflatten(-1, (parts, -1)) for each in outputs.attention_router_logits])
+    for routers in logits:
+        expected = expected + 0.2 * torch.stack([each.logsumexp(dim=-1).square().mean() for each in routers]).mean()
+    torch.testing.assert_close(outputs.loss, expected)
+    assert model.model.has_router_losses == bool(logits)
+    assert outputs.aux_loss > 0.5  # the figure remains
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("side", ["left", "right", None])
+@torch.no_grad()
+def test_an_assistant_changes_no_token(name, side):
+    model, assistant, ids = (
+        case(name).eval(),
+        case(name, num_hidden_layers=1, mlp_layer_types=["sparse"]).eval(),
+        ids_of(1, 5),
+    )
+    pads = torch.zeros(1, 2, dtype=torch.long)
+    ids = {"left": torch.cat([pads, ids], dim=1), "right": torch.cat([ids, pads], dim=1), None: ids}[side]
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": 999}
+    options["attention_mask"] = (ids > 0).long()
+    expected = model.generate(ids, use_cache=False, **options)
+    for helper in ({"assistant_model": model}, {"assistant_model": assistant}, {"prompt_lookup_num_tokens": 2}):
+        assert torch.equal(model.generate(ids, **helper, **options), expected)
 
 
 @pytest.mark.parametrize("variant", ["switch_head", "moh"])

@@ -106,6 +106,17 @@ def routings_of(model, name, ids=IDS) -> list:
     return routings
 
 
+@ALL_NAMES
+def test_losses_without_a_gradient_are_no_part_of_the_training_loss(name):
+    model = model_of(name, router_aux_loss_coef=0.3, router_z_loss_coef=0.2).train()
+    learned = [block.router.differentiable for block in model.model.sparse_blocks()]
+    assert [routing.probs.requires_grad for routing in routings_of(model, name)] == learned
+    outputs = model(**batch_of(name), labels=IDS)
+    plain = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    assert (outputs.loss > plain + 0.01) == any(learned) == model.model.has_router_losses
+    assert outputs.aux_loss > 0.01  # the figure remains
+
+
 def leaks(name: str, training: bool) -> bool:
     """Says whether a change of the last tokens or of one row changes the output for earlier tokens or other rows."""
     model = model_of(name).double().train(training)

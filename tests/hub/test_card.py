@@ -18,6 +18,7 @@ from modeling_moe.hub.pictures import PICTURES
 from modeling_moe.router_catalogue import ROUTERS
 from modeling_moe.utils.errors import UserError
 from tests.builders import tiny_config, train_tokenizer
+from tests.core.attention_variants import VARIANTS
 from tests.processes import run_without_package
 
 
@@ -469,3 +470,11 @@ def test_a_card_is_made_for_every_router(tmp_path):
         told = facts(write_model_card(tmp_path / name))
         assert told["Router"].startswith(f"`{name}`")
         assert ("Capacity of an expert" in told) == (name == "topk")
+        assert (told["Router losses in training, by weight"] == "none") == (name == "hash")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_without_a_gradient_are_not_on_the_card(tmp_path, variant):
+    tiny_config(**VARIANTS[variant], mlp_layer_types=["dense"] * 3).save_pretrained(tmp_path)
+    told = facts(write_model_card(tmp_path))
+    assert (told["Router losses in training, by weight"] == "none") == (variant == "routing_transformer")

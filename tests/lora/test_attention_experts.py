@@ -1,11 +1,17 @@
 """LoRA and 4 bits on the experts of attention equal PEFT's own path and the dequantized weights."""
 
+import copy
+import tempfile
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from modeling_moe.dispatch import halves
 from modeling_moe.lora import moe_lora_config, quantize_experts
+from modeling_moe.router_balancing import update_routers
+from modeling_moe.utils.errors import UserError
+from tests.core.attention_variants import VARIANTS
 from tests.lora.checkpoints import IDS, fill
 from tests.lora.test_peft import assert_same, model_of, results
 
@@ -22,6 +28,8 @@ MOA = {
     "moe_intermediate_size": 64,
 }
 TARGETS = ["self_attn.experts.up_proj", "self_attn.experts.down_proj"]
+# forms of attention whose experts have matrices
+WITH_MATRICES = ("moa", "switch_head")
 
 
 def adapted(**changes):
@@ -60,6 +68,57 @@ def test_our_configuration_names_them_and_merging_keeps_the_logits():
         torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+# where there are routers beside those of attention
+PLACES = {
+    "alone": {"mlp_layer_types": ["dense"] * 3},
+    "with networks": {"mlp_layer_types": ["sparse"] * 3},
+    "with depth": {"mlp_layer_types": ["dense"] * 3, "depth_layers": [0, 1, 0], "depth_capacity": 0.5},
+}
+
+
+# the Routing Transformer is refused with depth
+@pytest.mark.parametrize(
+    ("variant", "place"), [(x, y) for x in VARIANTS for y in PLACES if (x, y) != ("routing_transformer", "with depth")]
+)
+def test_an_adapter_trains_and_keeps_all_routers(variant, place):
+    fields = VARIANTS[variant] | PLACES[place]
+    if variant == "routing_transformer":
+        fields |= {"router_ema_decay": 0.5}
+    model = model_of("moe", **fields)
+    base, config = copy.deepcopy(model), moe_lora_config(model, r=2, quiet=True)
+    found = {name for name in config.target_parameters or () if name.startswith("self_attn")}
+    assert found == (set(TARGETS) if variant in WITH_MATRICES else set())
+    also = {"alone": set(), "with networks": {"mlp.gate"}, "with depth": {"depth.gate"}}[place]
+    assert set(config.modules_to_save) == {"self_attn.gate"} | also
+    model = get_peft_model(model, config).train()
+    fill(model, 0.2, only="lora_")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in trained)
+    torch.optim.SGD(trained, lr=0.5).step()
+    update_routers(model)
+    assert_kept(model, base)
+
+
+@torch.no_grad()
+def assert_kept(model, base) -> None:
+    """Asserts that an adapter on `base`, saved and loaded, and merged, gives the logits of `model`."""
+    expected = model.eval()(IDS).logits
+    assert (expected - base.eval()(IDS).logits).abs().max() > 0.005
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(base, folder).eval()
+    assert torch.equal(loaded(IDS).logits, expected)
+    torch.testing.assert_close(loaded.merge_and_unload()(IDS).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_rank_per_token_is_divided_among_the_experts_of_attention():
+    dense = ["dense"] * 3
+    assert moe_lora_config(model_of("moe", **MOA, mlp_layer_types=dense), r=6, rank_per="token", quiet=True).r == 2
+    with pytest.raises(UserError, match="a token uses 2 or 3 experts, in networks or in attention: choose 'expert'"):
+        moe_lora_config(model_of("moe", **MOA, num_experts_per_tok=2), r=6, rank_per="token", quiet=True)
+
+
 def test_dropout_is_drawn_for_each_product():
     model = get_peft_model(
         model_of("moe", **MOA), moe_lora_config(model_of("moe", **MOA), r=2, lora_dropout=0.5, quiet=True)
@@ -73,10 +132,12 @@ def test_dropout_is_drawn_for_each_product():
     assert not torch.allclose(model(IDS).logits, first)
 
 
+@pytest.mark.parametrize("variant", WITH_MATRICES)
 @torch.no_grad()
-def test_four_bits_equal_the_dequantized_matrices():
+def test_four_bits_equal_the_dequantized_matrices(variant):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    model, reference = (model_of("moe", **MOA).bfloat16().eval() for _ in range(2))
+    fields = MOA | VARIANTS[variant]
+    model, reference = (model_of("moe", **fields).bfloat16().eval() for _ in range(2))
     quantize_experts(model)
     for layer, other in zip(model.model.layers, reference.model.layers, strict=True):
         for name in ("up_proj", "down_proj"):
@@ -86,3 +147,10 @@ def test_four_bits_equal_the_dequantized_matrices():
             for name in ("gate_up_proj", "down_proj"):
                 getattr(other.mlp.experts, name).copy_(getattr(layer.mlp.experts, name))
     assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in WITH_MATRICES])
+def test_attention_without_matrices_of_experts_has_nothing_for_4_bits(variant):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    with pytest.raises(UserError, match="model has no experts that are not in 4 bits already"):
+        quantize_experts(model_of("moe", **VARIANTS[variant], mlp_layer_types=["dense"] * 3))

@@ -1,12 +1,11 @@
-"""The recorder, the loss meter, replay and the expert cache know the routers of attention beside those of networks."""
+"""The recorder, the loss meter and the expert cache know the routers of attention beside those of networks."""
 
 import torch
 
 from modeling_moe import MoEForCausalLM
-from modeling_moe.monitoring import observe, watch
+from modeling_moe.monitoring import watch
 from modeling_moe.monitoring.loss_meter import RouterLossMeter
 from modeling_moe.offload import offload_experts
-from modeling_moe.replay import RoutingStore, record_routing, replay_routing
 from tests.builders import tiny_config
 
 
@@ -38,31 +37,6 @@ def test_the_recorder_names_each_kind_and_counts_its_load():
         assert figures[name].num_experts == len(load)
     # layers with two routers are labelled by their modules
     assert {figures[name].label for name in loads} == set(loads) - {"model.layers.1.self_attn.experts"} | {"layer_01"}
-
-
-def choices(model, run) -> dict[str, torch.Tensor]:
-    """Returns the sorted experts of each token in each layer while `run` is called."""
-    found: dict[str, torch.Tensor] = {}
-    with observe(model, lambda event: found.update({event.layer.name: event.index.sort(dim=-1).values})):
-        run()
-    return found
-
-
-def test_replay_repeats_the_experts_of_both_kinds():
-    rollout, model, store = model_of().eval(), model_of().train(), RoutingStore()
-    with torch.no_grad():
-        for block in [*model.model.sparse_blocks(), *model.model.routed_modules("attention")]:
-            block.gate.weight.add_(0.3 * torch.randn_like(block.gate.weight))
-    with record_routing(rollout, store):
-        recorded = choices(rollout, lambda: rollout(IDS))
-    live = choices(model, lambda: model(IDS))
-    with replay_routing(model, store):
-        replayed = choices(model, lambda: model(IDS, labels=IDS).loss.backward())
-    assert len(recorded) == 5
-    for name, index in recorded.items():
-        assert not torch.equal(live[name], index)
-        assert torch.equal(replayed[name], index)
-    assert all(module.gate.weight.grad.any() for module in model.model.routed_modules("attention"))
 
 
 def test_the_loss_meter_adds_the_kinds():

@@ -30,7 +30,6 @@ SIZES = Sizes(
     buffers=16,
     largest_layer=600,
     expert_layer=400,
-    largest_experts=400,
     num_experts=8,
     top_k=2,
     sparse_layers=2,
@@ -75,7 +74,7 @@ def test_memory_of_a_process(parallelism, expected):
 
 def test_experts_in_4_bits_are_dequantised_one_layer_at_a_time():
     plain, quantised = (training_memory(SIZES, COST, Parallelism(), in_4_bits) for in_4_bits in (False, True))
-    assert quantised.activations - plain.activations == SIZES.largest_experts
+    assert quantised.activations - plain.activations == SIZES.expert_layer
 
 
 def by_name(parallelism: Parallelism, training: bool = True):

@@ -5,20 +5,16 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BertConfig
 
-from modeling_moe import MoEConfig, MoEForCausalLM
-from modeling_moe.attention_experts import attends
 from modeling_moe.lora import moe_lora_config
 from modeling_moe.monitoring import experts_modules, sparse_layers
 from modeling_moe.planning import simulated_model
-from modeling_moe.planning.memory import gradient_bytes, optimizer_bytes, whole_bytes
+from modeling_moe.planning.memory import gradient_bytes, optimizer_bytes
 from modeling_moe.planning.parallelism import Parallelism
-from modeling_moe.planning.plan import Request, make_plan
 from modeling_moe.planning.recording import CostRecorder
 from modeling_moe.planning.simulation import SimulationError, cache_bytes
-from modeling_moe.planning.sizes import BITS_OF_NF4, sizes_of
+from modeling_moe.planning.sizes import sizes_of
 from modeling_moe.utils.errors import UserError
-from tests.planning.families import CONFIGS, SHAPE
-from tests.planning.test_figures import DEVICE
+from tests.planning.families import CONFIGS
 
 
 def real_model(family: str, dtype: torch.dtype = torch.float32):
@@ -49,32 +45,6 @@ def test_parameters_are_those_of_the_model(family):
     assert sizes.weight_bytes == sum(tensor.numel() * tensor.element_size() for tensor in held)
     assert sizes.active is not None
     assert (sizes.active < sizes.total) == bool(experts_modules(model))
-
-
-@pytest.mark.parametrize("networks", ["sparse", "dense"])
-def test_experts_of_attention_are_no_experts_of_networks(networks):
-    """Expert parallelism and the expert cache leave them whole; 4 bits hold both."""
-    config = MoEConfig(
-        **SHAPE, num_experts=4, mlp_layer_types=[networks] * 2, routed_attention="moa", attention_experts=6
-    )
-    sizes = sizes_of(simulated_model(config, torch.float32))
-    stacks = {True: 0, False: 0}
-    for module in experts_modules(MoEForCausalLM(config)):
-        stacks[attends(module)] += sum(parameter.numel() for parameter in module.parameters())
-    assert sizes.groups["experts of attention"].params == stacks[True]
-    assert ("routed experts" in sizes.groups) == (networks == "sparse")
-    inside, routed = stacks[True] * 4, stacks[False] * 4
-    assert sizes.divisible_experts == (4 if networks == "sparse" else 0)
-    assert sizes.largest_experts >= sizes.expert_layer == routed // 2
-    in_4_bits = round((inside + routed) / 4 * BITS_OF_NF4 / 8)
-    assert sizes.weight_bytes - sizes.weight_bytes_in_4_bits == inside + routed - in_4_bits
-    experts, others = whole_bytes(sizes, Parallelism(ep_size=2), trained=False)
-    assert experts == routed / 2
-    assert others == sum(group.nbytes for group in sizes.groups.values()) - routed
-    request = Request(DEVICE, torch.float32, torch.float32, parallelism=Parallelism(ep_size=2), train=())
-    if networks == "dense":
-        with pytest.raises(UserError, match="ep_size is 2 and the model has no sparse feed-forward networks"):
-            make_plan(config, request)
 
 
 def test_active_parameters_of_mixtral_by_hand():
