@@ -112,13 +112,6 @@ def assert_kept(model, base) -> None:
     torch.testing.assert_close(loaded.merge_and_unload()(IDS).logits, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_rank_per_token_is_divided_among_the_experts_of_attention():
-    dense = ["dense"] * 3
-    assert moe_lora_config(model_of("moe", **MOA, mlp_layer_types=dense), r=6, rank_per="token", quiet=True).r == 2
-    with pytest.raises(UserError, match="a token uses 2 or 3 experts, in networks or in attention: choose 'expert'"):
-        moe_lora_config(model_of("moe", **MOA, num_experts_per_tok=2), r=6, rank_per="token", quiet=True)
-
-
 def test_dropout_is_drawn_for_each_product():
     model = get_peft_model(
         model_of("moe", **MOA), moe_lora_config(model_of("moe", **MOA), r=2, lora_dropout=0.5, quiet=True)
