@@ -305,6 +305,7 @@ def test_a_synchronisation_is_noticed(run_part, monkeypatch):
     assert [row["check"] for row in rows if row.get("passed")] == ["no synchronisation: experts, decoding"]
 
 
+@pytest.mark.slow
 def test_a_graph_that_does_something_else_is_noticed(run_part, monkeypatch):
     monkeypatch.setattr(capturing, "capture", lambda call: lambda: None)
     monkeypatch.setattr(correctness, "CHECKS", (capturing.training_step_in_a_graph,))
@@ -314,6 +315,7 @@ def test_a_graph_that_does_something_else_is_noticed(run_part, monkeypatch):
     assert not model["passed"]
 
 
+@pytest.mark.slow
 def test_a_compilation_in_a_later_step_is_noticed(run_part, monkeypatch):
     run, seen = launching.Launch.run, set()
 
@@ -340,6 +342,7 @@ def test_compiled_and_loaded_kernels_are_counted():
     assert triton.knobs.compilation.listener is None
 
 
+@pytest.mark.slow
 def test_a_tile_for_which_there_is_no_room(run_part, monkeypatch):
     run = sweep.passes.run
 
@@ -378,6 +381,7 @@ def test_a_lost_gpu_ends_the_part(results):
     assert "RuntimeError: anything else" in errors(read(results.path))[1]
 
 
+@pytest.mark.slow
 def test_a_lost_gpu_ends_the_comparison(run_part, monkeypatch):
     def decode(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

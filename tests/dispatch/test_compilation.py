@@ -96,6 +96,7 @@ def test_each_family_has_a_target_with_its_shared_memory():
         assert shared == min(TARGETS[name].shared for name in USUAL_TARGETS if TARGETS[name].family == family)
 
 
+@pytest.mark.slow
 def test_faults_of_real_tiles_are_found(cache, tmp_path):
     """A tile that spills in its loop, one that takes too much shared memory, and one that does not compile."""
     shape = ("--presets", "qwen3_30b_a3b", "--tokens", "32768", "--scenarios", "infer", "frozen")

@@ -313,7 +313,7 @@ def test_training_writes_the_golden_file(tmp_path):
     assert_same(saved, golden, 1e-3)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_with_peft_alone(family, tmp_path, calls):
     """An adapter trained here gives equal logits in a process without this package, and vice versa."""
     base, ours, theirs, logits = (str(tmp_path / name) for name in ("base", "ours", "theirs", "logits.pt"))

@@ -71,7 +71,7 @@ def test_failing_case_is_recorded_and_the_run_goes_on(
     assert complaint.splitlines()[-1] == "benchmark.py: this package failed in 1 cases, listed last"
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3])
+@pytest.mark.parametrize("calls", [1, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (2, 3))])
 def test_failure_after_the_check_takes_the_times_out(calls, implementation, benchmark, tmp_path):
     """A case calls an implementation four times: to check, to warm up, to time, and to count saved bytes."""
     calls_made = []
@@ -152,6 +152,7 @@ def test_lost_gpu_ends_the_run(implementation, monkeypatch):
         runner.measure(cases[1])
 
 
+@pytest.mark.slow
 def test_wrong_foreign_implementation_is_left_out(implementation, benchmark, tmp_path):
     implementation("batched_mm", scaled(1.01))
     implementation("grouped_mm", broken)

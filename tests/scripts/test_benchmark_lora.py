@@ -67,7 +67,7 @@ def test_table_and_json(script):
     assert [row[-2] == "-" for row in rows] == [True] * 3 + [False] * 3
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_sixteen_bits_are_compared_with_float32(dtype, script):
     code, _, _, report = script("--tokens", 256, "--dtypes", dtype)
     assert code == 0
@@ -115,6 +115,7 @@ def test_disagreement_is_recorded_and_the_run_goes_on(method, factor, error, scr
     assert f"FAILED, {case}: moe: LoRA by moe" in " ".join(printed.split())
 
 
+@pytest.mark.slow
 def test_wrong_peft_is_left_out(script, monkeypatch):
     """The reference is PEFT in float32, so PEFT in bfloat16 may be wrong without failing our implementation."""
     forward = lora._Pass.forward

@@ -68,7 +68,7 @@ class Spoil(TrainerCallback):
         metrics["eval_loss"] = float(state.global_step)
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one file", "shards"])
 @pytest.mark.parametrize("kind", ["mixtral", "ours", "qwen3_moe"])
 def test_the_best_model_was_not_loaded(kind, sharded, tmp_path, monkeypatch, caplog):
     if sharded:
