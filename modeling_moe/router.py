@@ -221,7 +221,9 @@ def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.
         return values.sum(dim=0) / max(len(values), 1)
     mask = token_mask.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
     # not a matrix product, which autocast would run in bf16; `where`, since a NaN at padding times 0 is a NaN
-    return (mask * values).where(mask > 0, 0.0).sum(dim=0) / mask.sum().clamp(min=1)
+    total = mask.sum()
+    # weights of the tokens of one layer can sum to less than 1
+    return (mask * values).where(mask > 0, 0.0).sum(dim=0) / total.where(total > 0, 1.0)
 
 
 def history_layer(config: Any, layer_idx: int) -> int:

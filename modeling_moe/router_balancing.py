@@ -7,7 +7,7 @@ steps the controllers with the totals. A layer that checkpointing recomputes is 
 # T tokens, E experts, Z experts without weights, K choices per token, L sparse layers
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -349,6 +349,20 @@ def warn_if_forgotten(decoder: Any) -> None:
     totals.versions = parameter_versions(decoder)
 
 
+@contextmanager
+def writes_without_step(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Tells [`warn_if_forgotten`] that what the block writes to parameters is no optimizer step."""
+    decoders = [decoder for decoder in _decoders(model) if decoder.router_totals.versions is not None]
+    for decoder in decoders:
+        warn_if_forgotten(decoder)  # of a step before the block
+    try:
+        yield
+    finally:
+        for decoder in decoders:
+            versions = decoder.router_totals.versions
+            versions.update({id(x): _version(x) for x in parameters if id(x) in versions})
+
+
 def _captures() -> bool:
     """Says whether a CUDA graph is captured, in which no value can be read."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -378,15 +392,15 @@ class ParameterVersion(NamedTuple):
 
 def parameter_versions(decoder: nn.Module) -> dict[int, ParameterVersion]:
     """Returns the version of each trained parameter by the `id` of the parameter."""
-    found = {}
-    for parameter in decoder.parameters():
-        if parameter.requires_grad:
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            value = local.detach().reshape(-1)[:1].clone()
-            # a fake tensor, which tools use to trace a model, is of another type
-            readable = type(value) is torch.Tensor and not value.is_meta
-            found[id(parameter)] = ParameterVersion(parameter._version, value if readable else None)
-    return found
+    return {id(parameter): _version(parameter) for parameter in decoder.parameters() if parameter.requires_grad}
+
+
+def _version(parameter: nn.Parameter) -> ParameterVersion:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    value = local.detach().reshape(-1)[:1].clone()
+    # a fake tensor, which tools use to trace a model, is of another type
+    readable = type(value) is torch.Tensor and not value.is_meta
+    return ParameterVersion(parameter._version, value if readable else None)
 
 
 def warn_of_unused(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from .texts import real_tokens, texts_of
 
 
 class _Rows(NamedTuple):
-    """Rows of a generation in one pass: token ids (B, S), experts (B, S, L, K) int16, and real (B, S), False at padding."""
+    """Rows of a generation in one pass: token ids (B, S), experts (B, S, L, K), and real (B, S), False at padding."""
 
     ids: torch.Tensor
     experts: torch.Tensor
@@ -87,6 +87,8 @@ class RoutingRecorder:
         self._pass: _Pass | None = None
         self._chosen: dict[str, torch.Tensor] = {}
         self._observation = observe(model, torch.compiler.disable(self._on_pass))
+        outputs = [getattr(layer.router, "num_outputs", layer.num_experts) for layer in self._observation.layers]
+        self._dtype = torch.int16 if max(outputs) < 2**15 else torch.int32
         self._handles = [
             self._model.register_forward_pre_hook(ModelHook(self._enter), with_kwargs=True, prepend=True),
             self._model.register_forward_hook(ModelHook(self._leave)),
@@ -153,7 +155,7 @@ class RoutingRecorder:
             raise ValueError(
                 "the sparse layers did not see each token of input_ids once: their routing cannot be recorded."
             )
-        experts = torch.stack([layer.to(ids.device) for layer in layers], dim=1).to(torch.int16)
+        experts = torch.stack([layer.to(ids.device) for layer in layers], dim=1).to(self._dtype)
         experts = experts.unflatten(0, ids.shape)
         if run.cache is None:
             whole, chosen = ids.cpu(), experts.cpu()

@@ -21,7 +21,7 @@ NOT_RECORDED = -1
 
 
 class _Text(NamedTuple):
-    """A text: token ids (S,), the experts (S', L, K) int16 of its first S' tokens, and how many texts were added before."""
+    """A text: token ids (S,), the experts (S', L, K) of its first S' tokens, and how many texts were added before."""
 
     ids: torch.Tensor
     experts: torch.Tensor
@@ -80,7 +80,9 @@ class RoutingStore:
         if not len(ids):
             return
         ids = ids.detach().to("cpu", torch.int64).contiguous()
-        text = _Text(ids, experts.detach().to("cpu", torch.int16).contiguous(), self._added)
+        # in 16 bits, unless a layer has more experts
+        dtype = torch.int32 if experts.numel() and experts.max() >= 2**15 else torch.int16
+        text = _Text(ids, experts.detach().to("cpu", dtype).contiguous(), self._added)
         self._added += 1
         key = _key(ids)
         self._forget(key)
@@ -120,7 +122,7 @@ class RoutingStore:
                 del self._buckets[bucket]
 
     def find(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """Returns the experts (S', L, K) int16 of the text that agrees longest with `ids` (S,); None if no text agrees.
+        """Returns the experts (S', L, K) of the text that agrees longest with `ids` (S,); None if no text agrees.
 
         A text agrees if it begins with `ids`, or `ids` begin with it: a generation goes on with padding where the trainer has
         cut the text, and the last token of an answer was never an input. That token decides nothing, so that of two texts

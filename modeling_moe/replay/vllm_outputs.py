@@ -21,7 +21,7 @@ from ..monitoring import sparse_layers
 
 
 def texts_of_output(output: Any, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields token ids (S,) int64 and experts (N, L, K) int16 of each answer to a prompt, with L the sparse layers of a model.
+    """Yields token ids (S,) int64 and experts (N, L, K) int32 of each answer to a prompt, with L the sparse layers of a model.
 
     Args:
         output: a `RequestOutput` of vLLM.
@@ -44,7 +44,7 @@ def texts_of_output(output: Any, model: nn.Module) -> Iterator[tuple[torch.Tenso
                 f"vLLM returned the experts of {len(experts)} tokens for a text of {len(ids)} tokens: read finished requests, "
                 "with output_kind=RequestOutputKind.FINAL_ONLY."
             )
-        yield torch.tensor(ids), torch.from_numpy(_of_sparse_layers(experts, model).astype(np.int16))
+        yield torch.tensor(ids), torch.from_numpy(_of_sparse_layers(experts, model).astype(np.int32))
 
 
 def _of_sparse_layers(experts: np.ndarray, model: nn.Module) -> np.ndarray:

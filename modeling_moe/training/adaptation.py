@@ -16,11 +16,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..monitoring import UnreachableRouting, next_labels, sparse_layers
+from ..router_balancing import writes_without_step
 from ..utils.errors import UserError
 
 
 def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the weights of all routers by their names in the model; of routers with adapters, those of the adapters.
+    """Returns the weights of the routers of experts by their names in the model; of routers with adapters, those of the adapters.
+
+    The routers of `depth_layers`, which choose tokens for a layer and no experts, are not among them.
 
     Args:
         model: any MoE whose experts follow transformers' experts interface.
@@ -84,8 +87,8 @@ class RouterAdaptation:
         losses: loss of the support tokens before each step, in nats per token.
     """
 
-    def __init__(self, routers: dict[str, nn.Parameter]):
-        self.routers = routers
+    def __init__(self, model: nn.Module, routers: dict[str, nn.Parameter]):
+        self.routers, self._model = routers, model
         self._before = {name: parameter.detach().clone() for name, parameter in routers.items()}
         self.losses: list[float] = []
 
@@ -98,8 +101,9 @@ class RouterAdaptation:
     @torch.no_grad()
     def restore(self) -> None:
         """Gives the routers their weights from before the adaptation, bit for bit; a second call does nothing."""
-        for name, weight in self._before.items():
-            self.routers[name].copy_(weight)
+        with writes_without_step(self._model, self.routers.values()):
+            for name, weight in self._before.items():
+                self.routers[name].copy_(weight)
         self._before = {}
 
     @torch.no_grad()
@@ -127,7 +131,7 @@ def adapt_router(
         support_ids: (B, S) or (S,) int64 tokens of the domain, at least 2.
         learning_rate: size of a step; useful sizes depend on the model, and are far above those of Adam.
         steps: number of steps.
-        attention_mask: (B, S), 0 at padding; None without padding.
+        attention_mask: 0 at padding, of the shape of `support_ids`; None without padding.
 
     Returns:
         A context manager that undoes the adaptation, and a handle with `restore()`. Without a `with` block the routers stay
@@ -143,14 +147,20 @@ def adapt_router(
     if not learning_rate > 0 or steps < 1:
         raise UserError(f"learning_rate is {learning_rate} and steps is {steps}: both must be positive")
     ids = support_ids if support_ids.dim() == 2 else support_ids[None]
+    if attention_mask is not None:
+        if attention_mask.shape != support_ids.shape:
+            raise UserError(
+                f"attention_mask is {tuple(attention_mask.shape)} and support_ids {tuple(support_ids.shape)}: give one shape"
+            )
+        attention_mask = attention_mask.view_as(ids)
     if ids.shape[-1] < 2:
         raise UserError(f"support_ids has {ids.shape[-1]} tokens in a row: give at least 2")
     if not (next_labels(ids, attention_mask) != -100).any():
         raise UserError("support_ids has no token to predict: give rows with at least 2 tokens that are not padding")
     routers = router_parameters(model)
-    adaptation = RouterAdaptation(routers)
+    adaptation = RouterAdaptation(model, routers)
     try:
-        with _only_routers(model, routers), torch.enable_grad():
+        with writes_without_step(model, routers.values()), _only_routers(model, routers), torch.enable_grad():
             for _ in range(steps):
                 loss = _cross_entropy(model, ids, attention_mask)
                 gradients = torch.autograd.grad(loss, list(routers.values()), allow_unused=True)

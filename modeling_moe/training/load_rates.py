@@ -130,8 +130,8 @@ def scale_by_load(model: nn.Module, optimizer: Optimizer) -> LoadRates:
 
     This is the square-root scaling of Adam's learning rate with the batch (Malladi et al., arXiv:2205.10287), applied to each
     expert's own batch: an expert without a token stays as it is, weight decay and momentum included, and in balance the
-    factor is sqrt(K / E). All micro-batches and processes count, padding and dropped assignments do not. During a step there
-    is a copy of the experts' weights.
+    factor is sqrt(K / E). All micro-batches and processes count, padding and dropped assignments do not. In a layer of
+    `depth_layers` T counts the tokens that the layer has processed. During a step there is a copy of the experts' weights.
 
     Args:
         model: any MoE of transformers, also in DDP.

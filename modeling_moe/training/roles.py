@@ -68,7 +68,8 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     """Returns the role of each parameter by name, found by interfaces and not by the names of a family.
 
     - `expert`: what the modules of transformers' experts interface hold, with the layers that PEFT puts around them;
-    - `router`: what the modules that return router logits hold, and what a sparse block holds directly;
+    - `router`: what the modules that return router logits hold, those of `depth_layers` included, and what a sparse block holds
+      directly;
     - `shared`: what a sparse block holds besides, such as shared experts and their gate, which every token uses;
     - `attention`: the modules whose output transformers records as `attentions`, and modules named as attention, without the
       experts and the router that may be in them;
@@ -101,6 +102,10 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
         places[_outer(model, layer.name)] = "expert"
         if layer.router is not None:
             places[names[id(layer.router)]] = "router"
+    for name, module in model.named_modules():
+        # a router of this package; those of `depth_layers` belong to no sparse layer
+        if hasattr(module, "auxiliary_loss"):
+            places[name] = "router"
     for base in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
         for module in embedding_modules(base):
             places[names[id(module)]] = "embedding"

@@ -283,6 +283,24 @@ def test_losses_of_one_expert_are_the_z_loss_alone():
     assert outputs.expert_load is None
 
 
+@pytest.mark.parametrize("labels", [0, 2, 9])
+def test_losses_inside_a_layer_are_means_over_the_chosen_tokens(labels):
+    """Of one sequence, whose tokens weigh less than 1 with few labels, and without any."""
+    fields = {"router_z_loss_coef": 0.1, "router_aux_loss_coef": 0.1, "router_aux_loss_scope": "sequence"}
+    model = model_of(mlp_layer_types=["sparse"] * 3, **fields).train()
+    ids = ids_of(rows=1)
+    given = {} if not labels else {"labels": ids.where(torch.arange(9) >= 9 - labels, -100)}
+    found = []
+    model.model.layers[1].mlp.register_forward_hook(lambda block, args, output: found.append(output[1]))
+    outputs = model(ids, output_router_logits=True, **given)
+    logits, (statistics,) = outputs.router_logits[1], found
+    assert 0 < len(logits) < ids.numel()
+    probs = logits.softmax(dim=-1)
+    balance = len(statistics.load) * (statistics.load / len(logits) * probs.mean(dim=0)).sum()
+    torch.testing.assert_close(statistics.losses.z, logits.logsumexp(dim=-1).square().mean(), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(statistics.losses.balance, balance, atol=1e-10, rtol=1e-10)
+
+
 def test_the_threshold_follows_the_capacity():
     model = model_of(**VARIANTS["dense"], depth_capacity=0.25, router_ema_decay=0.5).train()
     ids = ids_of(8, 32)

@@ -345,6 +345,21 @@ def test_each_router_of_this_package_uses_the_recorded_experts_or_is_refused(rou
         assert all(torch.equal(one.long(), two.long()) for one, two in zip(mine, replayed, strict=True))
 
 
+def test_expert_ids_of_more_than_16_bits_are_kept():
+    fields = {"num_experts": 2**15 + 64, "num_experts_per_tok": 2, "moe_intermediate_size": 1, "num_hidden_layers": 1}
+    model, chosen = MoEForCausalLM(MoEConfig(**SIZE | fields)).eval(), []
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight[: 2**15] = 0  # each token chooses among the last 64
+    with torch.no_grad(), record_routing(model) as recorder, observe(model, lambda event: chosen.append(event.index)):
+        logits = model(ids := torch.arange(1, 7)[None], use_cache=False).logits
+    found = recorder.store.find(ids[0])
+    assert chosen[0].min() >= 2**15
+    assert torch.equal(found[:, 0].long(), chosen[0])
+    with torch.no_grad(), replay_routing(model, recorder.store) as replay:
+        assert torch.equal(model(ids, use_cache=False).logits, logits)
+        assert replay.figures() == (1.0, 0.0)
+
+
 def test_the_store_forgets_the_oldest_texts_and_prefers_the_longest_agreement():
     store, experts = RoutingStore(max_bytes=600), torch.zeros(10, 2, 2, dtype=torch.long)
     for first in range(5):

@@ -78,11 +78,13 @@ def test_no_token_is_predicted_from_padding_or_is_padding():
     assert next_labels(torch.arange(6)[None]).tolist() == [[1, 2, 3, 4, 5]]
 
 
-def test_padding_is_not_learned():
+@pytest.mark.parametrize("rows", [slice(None), 0])
+def test_padding_is_not_learned(rows):
+    """Of two rows, and of one row without a dimension for rows."""
     model = model_of()
-    padded = torch.cat([IDS, torch.zeros(2, 4, dtype=torch.long)], dim=1)
-    mask = (torch.arange(16) < 12).long().expand(2, -1)
-    with adapt_router(model, IDS, learning_rate=1.0) as plain:
+    padded = torch.cat([IDS, torch.zeros(2, 4, dtype=torch.long)], dim=1)[rows]
+    mask = (torch.arange(16) < 12).long().expand(2, -1)[rows]
+    with adapt_router(model, IDS[rows], learning_rate=1.0) as plain:
         expected = plain.change()
     with adapt_router(model, padded, learning_rate=1.0, attention_mask=mask) as adaptation:
         assert adaptation.losses == pytest.approx(plain.losses, abs=1e-10)
@@ -135,6 +137,17 @@ def test_fomaml_is_the_gradient_at_the_adapted_weights():
             torch.testing.assert_close(parameter.grad, twin.get_parameter(name).grad, atol=1e-12, rtol=1e-10)
         else:
             assert parameter.grad is None
+
+
+def test_the_domains_of_a_step_are_not_taken_for_steps_without_update_routers():
+    model = model_of(router_selection_bias=True, router_bias_update_rate=0.01)
+    warned = model.model.router_totals.warned
+    for _ in range(3):
+        meta_gradient(model, IDS, QUERY, learning_rate=2.0)
+    assert not warned
+    torch.optim.SGD(model.parameters(), lr=0.1).step()  # the routers alone have gradients
+    meta_gradient(model, IDS, QUERY, learning_rate=2.0)
+    assert warned == {"forgotten"}
 
 
 @pytest.mark.parametrize("method", ["fomaml", "reptile"])
@@ -195,6 +208,8 @@ def test_what_cannot_be_adapted_is_refused():
         adapt_router(model, IDS, learning_rate=1.0, steps=0)
     with pytest.raises(UserError, match="give at least 2"):
         adapt_router(model, IDS[:, :1], learning_rate=1.0)
+    with pytest.raises(UserError, match=r"attention_mask is \(12,\) and support_ids \(2, 12\): give one shape"):
+        adapt_router(model, IDS, learning_rate=1.0, attention_mask=torch.ones(12))
     with pytest.raises(UserError, match="no router with weights"):
         adapt_router(model_of(router_type="hash"), IDS, learning_rate=1.0)
     with pytest.raises(UserError, match="is a dense model"):

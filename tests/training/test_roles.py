@@ -138,6 +138,14 @@ def test_routed_attention_is_attention_with_experts_of_its_own_number():
     assert rates["mlp.experts.down_proj"] == pytest.approx(config.num_experts_per_tok / config.num_experts)
 
 
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_a_router_that_chooses_tokens_for_a_layer_is_a_router(kind):
+    model = tiny_model(depth_layers=[0, 1], num_hidden_layers=2, mlp_layer_types=[kind] * 2)
+    routers = {name for name, role in parameter_roles(model).items() if role == "router"}
+    assert "model.layers.1.depth.gate.weight" in routers
+    assert routers == {name for name, _ in model.named_parameters() if ".gate." in name}
+
+
 def test_groups_train_the_roles_at_their_rates():
     """Plain SGD: the change of each weight is the rate of its role times the gradient."""
     model = tiny("olmoe")
