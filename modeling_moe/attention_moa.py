@@ -51,7 +51,7 @@ class MixtureOfAttentionHeads(RoutedAttention):
             raise ValueError(
                 f"num_attention_heads ({heads}) is not a multiple of attention_experts_per_tok * num_key_value_heads "
                 f"({top_k} * {groups}): each of a token's experts has as many query heads as the others, and a whole number "
-                "of them for each key head."
+                "of them for each key head. Lower num_key_value_heads or raise num_attention_heads."
             )
 
     def query_width(self, config: Any) -> int:

@@ -32,7 +32,7 @@ def print_standings(rows: list[Standing], baseline: str, title: str) -> None:
     table = Table(title=title)
     table.add_column("router", no_wrap=True)
     for column in ("place", "held-out", f"minus {baseline}", "p", "MaxVio", "experts"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             row.result.entry.name,

@@ -5,11 +5,15 @@ import math
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..monitoring import FiguresCallback
 from .recording import RoutingRecorder
 from .replaying import RoutingReplay
 from .store import RoutingStore
+
+
+logger = logging.get_logger(__name__)
 
 
 class RoutingReplayCallback(FiguresCallback):
@@ -55,8 +59,13 @@ class RoutingReplayCallback(FiguresCallback):
         return {f"replay/{name}": value for name, value in figures.items() if not math.isnan(value)}
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Detaches from the model."""
+        """Detaches from the model, and warns if there was no text to replay."""
         self.close()
+        if not len(self.store):
+            logger.warning(
+                "RoutingReplayCallback has replayed nothing: the trained model has generated no text in this training, so give "
+                "the callback a store of recorded texts, RoutingReplayCallback(store)"
+            )
 
     def close(self) -> None:
         """Detaches from the model; call it when an exception ends training, since `Trainer` then calls no callback."""

@@ -118,7 +118,7 @@ class CollapseStop(TrainerCallback, ExportableState):
         over = [label for label, times in self.collapsed.items() if times >= self.patience]
         if over:
             self.reason = (
-                f"step {state.global_step}: the routing of {' and '.join(f'{x} ({signs[x]})' for x in over)} has collapsed in "
+                f"step {state.global_step}: the routing of {', '.join(f'{x} ({signs[x]})' for x in over)} has collapsed in "
                 f"{self.patience} readings in a row: raise router_aux_loss_coef or the step size of the selection bias, lower "
                 "the learning rate of the routers, and go on from an earlier checkpoint"
             )

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_moe authors. Licensed under the Apache License, Version 2.0.
 """This module holds the arguments of long runs: learning rates by role, Muon, averaged routers, samples, stop on collapse."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -20,22 +20,19 @@ from .sampling import SampleCallback
 LOAD = "load"
 
 
-def _pairs(name: str, values: list[str], read: Callable[[str], Any]) -> dict[str, Any]:
-    """Reads `role=value` pairs."""
+def _pairs(name: str, values: list[str], words: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads `role=value` pairs, whose values are numbers or one of some words."""
     pairs: dict[str, Any] = {}
     for text in values:
         role, _, value = text.partition("=")
         if role not in ROLES or role in pairs:
             raise UserError(f"{name} {text!r}: write ROLE=VALUE once for each role, of {', '.join(ROLES)}")
         try:
-            pairs[role] = read(value)
+            pairs[role] = value if value in words else float(value)
         except ValueError as error:
-            raise UserError(f"{name} {text!r}: {value!r} is no number") from error
+            nor = f" and none of {', '.join(words)}" if words else ""
+            raise UserError(f"{name} {text!r}: {value!r} is no number{nor}: write {role}=0.1, for example") from error
     return pairs
-
-
-def _rate(value: str) -> float | str:
-    return value if value in (*SHARES, LOAD) else float(value)
 
 
 @dataclass
@@ -113,11 +110,11 @@ class LongRunArguments:
         Raises:
             UserError: if a text is not `role=value`.
         """
-        rates = _pairs("role_rates", self.role_rates, _rate)
+        rates = _pairs("role_rates", self.role_rates, (*SHARES, LOAD))
         for role, rate in rates.items():
             if isinstance(rate, str) and role != "expert":
                 raise UserError(f"role_rates {role}={rate}: {rate} is for experts, give a number")
-        return rates, _pairs("role_decays", self.role_decays, float)
+        return rates, _pairs("role_decays", self.role_decays)
 
     def callbacks(self) -> list[TrainerCallback]:
         """Returns the callbacks to give to a `Trainer`."""

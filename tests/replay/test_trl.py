@@ -117,6 +117,18 @@ def test_preferences_are_trained_with_recorded_experts(trainer, config, rows, to
     assert tracker.logged[0]["replay/flipped"] > 0
 
 
+def test_a_training_without_any_recorded_text_warns(tokenizer, tmp_path, caplog):
+    run = trl.SFTTrainer(
+        model=tiny("mixtral", vocab_size=300),
+        args=arguments(trl.SFTConfig, tmp_path),
+        train_dataset=Dataset.from_list([{"input_ids": [3, 4, 5, 6]}] * 4),
+        processing_class=tokenizer,
+        callbacks=[RoutingReplayCallback()],
+    )
+    run.train()
+    assert "give the callback a store of recorded texts, RoutingReplayCallback(store)" in caplog.text
+
+
 def test_figures_reach_tensorboard(tokenizer, tmp_path, monkeypatch):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
