@@ -50,6 +50,15 @@ def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def train_only(model: nn.Module, part: str) -> None:
+    """Lets the parameters of one part of a model be trained, and no others.
+
+    Args:
+        model: any model.
+        part: key of `PARTS`, such as `"router"`.
+
+    Raises:
+        UserError: if the model has no parameter of the part.
+    """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(PARTS[part].search(name) is not None)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -116,6 +125,18 @@ def load_for_training(
     resume: str | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel | PeftModel:
+    """Loads the model that a run trains, or makes it from a preset, with the adapter or the frozen parts that the method asks for.
+
+    Args:
+        model_args: model, method and dtype.
+        lora_args: settings of the adapter.
+        checkpointing: whether gradients are checkpointed.
+        resume: folder of the checkpoint from which the run continues; None for a new run.
+        tokenizer: tokenizer of the model, whose vocabulary a new model gets.
+
+    Raises:
+        UserError: if the method does not fit the model.
+    """
     source, split = model_args.model_name_or_path, model_args.distributed_config()
     if resume is not None and split is not None and (Path(resume) / "config.json").is_file():
         # `Trainer` loads no weights into a split model
